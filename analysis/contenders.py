@@ -1,0 +1,115 @@
+"""The contenders of the study: configurations of one model, and two objectives besides the ELBO."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Dirichlet
+from torch.nn import functional as F
+
+from bayes_router.config import Config, config_from_dict
+from bayes_router.routing.posterior import categorical_entropy
+from bayes_router.routing.schedule import ScheduleState
+from bayes_router.training.fit import Objective, svi_objective
+from bayes_router.transformer.model import RoutedLanguageModel
+from bayes_router.types import LossTerms
+
+SURE = 1e6  # total concentration of a router that has no doubt
+
+
+class SoftmaxModel(RoutedLanguageModel):
+    """A router without a posterior: route = softmax(controller(hidden)), told to the evaluation as a sure Dirichlet."""
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        controller = self.controller
+
+        def posterior(layer: int, hidden: Tensor) -> Dirichlet:
+            raw = controller.layers[layer](hidden).float()
+            return Dirichlet(SURE * raw.softmax(-1) + 1e-6, validate_args=False)
+
+        controller.posterior = posterior  # type: ignore[method-assign]
+
+
+class StaticModel(RoutedLanguageModel):
+    """Every token of a layer takes the expert that `pattern` names, whatever it is."""
+
+    def __init__(self, config: Any, pattern: tuple[str, ...]):
+        super().__init__(config)
+        self.choice = [config.experts.index(pattern[layer % len(pattern)]) for layer in range(config.num_layers)]
+
+        def posterior(layer: int, hidden: Tensor) -> Dirichlet:
+            concentration = torch.full((*hidden.shape[:-1], len(config.experts)), 1e-6, device=hidden.device)
+            concentration[..., self.choice[layer]] = SURE
+            return Dirichlet(concentration, validate_args=False)
+
+        self.controller.posterior = posterior  # type: ignore[method-assign]
+        self.controller.requires_grad_(False)
+
+
+class PlainObjective(nn.Module):
+    """Cross-entropy of a deterministic router, with the penalties that others add; each weight may be zero.
+
+    cost: on mean cost. entropy: on minus the token entropies (a bonus). balance: Switch's E sum_e f_e P_e (Fedus et al.
+    2021, arXiv 2101.03961, eq. 4), f_e the share of tokens whose argmax is e and P_e the mean weight.
+    """
+
+    def __init__(self, model: RoutedLanguageModel, cost_ratio: Tensor, cost: float, entropy: float, balance: float):
+        super().__init__()
+        self.model, self.cost_ratio = model, cost_ratio
+        self.cost, self.entropy, self.balance = cost, entropy, balance
+        self.ramp = 1.0
+
+    def follow(self, state: ScheduleState) -> None:
+        """The penalty on cost grows as the price of the prior does."""
+        self.ramp = state.price
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, LossTerms]:
+        """Loss and parts."""
+        weights: list[Tensor] = []
+
+        def route(layer: int, hidden: Tensor) -> Tensor | int:
+            if isinstance(self.model, StaticModel):
+                return self.model.choice[layer]
+            weights.append(self.model.controller.layers[layer](hidden).float().softmax(-1))
+            return weights[-1]
+
+        logits = self.model.network(tokens, route)
+        nll = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        loss = nll
+        for w in weights:
+            shares = F.one_hot(w.argmax(-1), w.shape[-1]).float().mean((0, 1))
+            loss = loss + self.ramp * self.cost * (w @ self.cost_ratio).mean() - self.entropy * categorical_entropy(w).mean()
+            loss = loss + self.balance * w.shape[-1] * (shares * w.mean((0, 1))).sum()
+        nothing = torch.zeros((), device=nll.device)
+        return loss, LossTerms(nll.detach(), nothing, -nll.detach())
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way of deciding where tokens go: changes to the common configuration, and how it is trained."""
+
+    kind: str = "svi"  # svi, softmax or static
+    changes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    pattern: tuple[str, ...] = ()
+    cost: float = 0.0
+    entropy: float = 0.0
+    balance: float = 0.0
+
+    def config(self, common: Config) -> Config:
+        """The common configuration with this contender's changes."""
+        return config_from_dict(self.changes, common)
+
+    def build_model(self) -> Callable[[Config], RoutedLanguageModel]:
+        """Makes the model of a configuration."""
+        if self.kind == "static":
+            return lambda config: StaticModel(config.model, self.pattern)
+        return (lambda config: SoftmaxModel(config.model)) if self.kind == "softmax" else RoutedLanguageModel.from_config
+
+    def build_objective(self) -> Callable[[RoutedLanguageModel, ScheduleState, Tensor], Objective]:
+        """Makes the objective of a model."""
+        if self.kind == "svi":
+            return svi_objective
+        return lambda model, start, cost_ratio: PlainObjective(model, cost_ratio, self.cost, self.entropy, self.balance)

@@ -1,0 +1,109 @@
+"""Runs many fits side by side and keeps one row for each: `python -m analysis.sweep PLAN.json RESULTS.csv --jobs 8`.
+
+A plan is a list of {"name", "contender": {...}, "common": {...}}: `contender` holds the fields of
+`analysis.contenders.Contender`, `common` settings by section. Rows that RESULTS.csv already has are not run again.
+"""
+
+import argparse
+import json
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from analysis.contenders import Contender
+from bayes_router.config import Config, config_from_dict, preset
+from bayes_router.training.checkpoint import write_whole
+from bayes_router.training.evaluate import evaluate
+from bayes_router.training.fit import Trainer, count_parameters, load_data, pick_device
+
+
+def run_one(job: dict[str, Any]) -> dict[str, Any]:
+    """Train and evaluate one contender; a flat row."""
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")
+    contender = Contender(**job["contender"])
+    base = preset(job.get("preset", "tiny"))
+    config, data = load_data(contender.config(config_from_dict(job["common"], base)))
+    device = pick_device(config.train.device)
+    started = time.perf_counter()
+    trainer = Trainer(config, data, device, contender.build_model(), contender.build_objective())
+    for step in range(config.train.steps):
+        trainer.step(step)
+    seconds = time.perf_counter() - started
+    limit, batch = max(config.data.eval_tokens, config.data.context), config.train.batch_size
+    result = evaluate(
+        trainer.model, data.valid, trainer.prior.concentration, context=config.data.context, batch_size=batch, limit=limit
+    )
+    return {
+        "run": job["name"],
+        "corpus": config.data.corpus,
+        "context": config.data.context,
+        "tokens": config.train.steps * batch * config.data.context,
+        "seed": config.train.seed,
+        "nll_mean": result.nll["mean"],
+        "nll_sample": result.nll["sample"],
+        "nll_hard": result.nll["hard"],
+        "cost_paper": result.cost_ratio["paper"],
+        "cost_flops": result.cost_ratio["flops"],
+        "route_information": float(torch.tensor(result.route_information_per_layer).mean()),
+        "least_kl": min(result.kl_per_layer),
+        "kl": sum(result.kl_per_layer),
+        "routing_entropy": float(torch.tensor(result.entropy_of_mean_per_layer).mean()),
+        "load": json.dumps([[round(x, 3) for x in layer] for layer in result.load_per_layer]),
+        "information": json.dumps([round(x, 3) for x in result.route_information_per_layer]),
+        "parameters": count_parameters(trainer.model),
+        "seconds": round(seconds, 1),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+    }
+
+
+def identity(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes a row the same run."""
+    return row["run"], row["corpus"], row["context"], row["seed"]
+
+
+def planned(job: dict[str, Any]) -> tuple[Any, ...]:
+    """The identity that a job's row will have."""
+    config: Config = config_from_dict(job["common"], preset(job.get("preset", "tiny")))
+    return job["name"], config.data.corpus, config.data.context, config.train.seed
+
+
+def sweep(plan: list[dict[str, Any]], results: Path, jobs: int) -> pd.DataFrame:
+    """Run what is missing, `jobs` at a time; results are written after every run."""
+    rows = pd.read_csv(results).to_dict("records") if results.exists() else []
+    done = {identity(row) for row in rows}
+    missing = [job for job in plan if planned(job) not in done]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(run_one, job): job["name"] for job in missing}
+        for future in as_completed(futures):
+            try:
+                row = future.result()
+            except Exception as error:  # one failed run must not lose the others
+                print(f"{futures[future]}: {type(error).__name__}: {error}", flush=True)
+                continue
+            rows.append(row)
+            frame = pd.DataFrame(rows)
+            write_whole(results, lambda p: frame.to_csv(p, index=False))  # noqa: B023
+    return pd.DataFrame(rows)
+
+
+def main() -> None:
+    """Parse, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--jobs", type=int, default=2)
+    args = parser.parse_args()
+    frame = sweep(json.loads(args.plan.read_text()), args.results, args.jobs)
+    columns = ["run", "seed", "nll_mean", "nll_hard", "cost_paper", "route_information", "kl", "load", "seconds"]
+    with pd.option_context("display.width", 220, "display.max_colwidth", 130, "display.max_rows", 500):
+        print(frame[columns].sort_values("nll_hard").to_string(index=False, float_format=lambda x: f"{x:.3f}"))
+
+
+if __name__ == "__main__":
+    main()

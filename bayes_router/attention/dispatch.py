@@ -1,0 +1,193 @@
+"""Hard routing: each token gets the one expert that it took, and only that is computed.
+
+`routed_attention` checks its inputs and hands them to a backend; the backends are one file each.
+"""
+
+from collections.abc import Sequence
+from enum import Enum
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from bayes_router.attention import reference, rows_torch
+from bayes_router.attention.expert import Expert, ExpertShape
+from bayes_router.attention.full import FullAttention
+from bayes_router.attention.linear import LinearAttention
+from bayes_router.attention.local import LocalAttention
+from bayes_router.attention.problem import RoutedProblem, check_problem, resolve_experts
+from bayes_router.types import choose
+
+EXPERTS = ("full", "linear", "local")
+
+
+class Backend(Enum):
+    """Who computes a routed attention."""
+
+    REFERENCE = "reference"  # the float64 oracle, any device
+    TORCH = "torch"  # gathers in plain torch, any device, made for the CPU; on CUDA it synchronises
+    FLEX = "flex"  # FlexAttention, CUDA
+    TRITON = "triton"  # own kernels, CUDA, forward and backward
+    DENSE = "dense"  # every expert over every token, then selected; any device
+    AUTO = "auto"  # by device, length, dtype and gradients, from measured break-even points
+
+
+def routed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    route: Tensor | int,
+    *,
+    window: int,
+    linear_q: Tensor | None = None,
+    linear_k: Tensor | None = None,
+    backend: Backend | str = Backend.AUTO,
+    lengths: Tensor | None = None,
+    starts: Tensor | None = None,
+    experts: Sequence[str | Expert] = EXPERTS,
+) -> Tensor:
+    """out[b, :, t] = experts[route[b, t]](q, k, v)[b, :, t], computing as little else as the backend can.
+
+    Args:
+        q: [B, H, Tq, Dh]; query t of row b stands at position starts[b] + t and sees the keys up to there.
+        k: [B, Hkv, Tk, Dh], Tk >= Tq, H a multiple of Hkv.
+        v: as k.
+        route: int64 or int32 [B, Tq], indices into `experts`; or one int for all tokens, which then costs what that expert
+            costs and no more, on any device.
+        window: W >= 1, visible keys of the local expert, self included (of experts given by name).
+        linear_q: queries for experts that take no rotary positions; default q.
+        linear_k: keys for them; default k.
+        backend: a `Backend` or its value.
+        lengths: [B] real queries of each row; the rest is right padding and comes out as zero.
+        starts: [B] position of each row's first query; default Tk - Tq. Keys after a row's last query are never seen.
+        experts: registered names or built experts. Built-in ones are recognised by their exact type; any other computes its
+            own rows (`Expert.attend_rows`).
+
+    Returns:
+        [B, H, Tq, Dh] in q's dtype.
+
+    Raises:
+        ValueError: an argument that does not fit, named, with what was expected. On CUDA the values of route are not read
+            (that would synchronise): one out of range is a device-side assertion.
+        RuntimeError: the backend asked for cannot run here, with the reason.
+    """
+    choice = choose("backend", backend, Backend)
+    if window < 1:
+        raise ValueError(f"window: expected at least 1 (a token sees itself); got {window}")
+    shape = ExpertShape(q.shape[1], q.shape[3], window) if q.dim() == 4 else ExpertShape(1, 1, window)
+    built = tuple(e.to(q.device) for e in resolve_experts(experts, shape))
+    constant = route if isinstance(route, int) else None
+    if isinstance(route, int):
+        route = torch.full((), route, device=q.device).expand(q.shape[0], q.shape[2])
+    plain_q, plain_k = q if linear_q is None else linear_q, k if linear_k is None else linear_k
+    problem = RoutedProblem(q, k, v, plain_q, plain_k, route, built, lengths, starts)
+    if constant is not None and not 0 <= constant < len(built):
+        raise ValueError(f"route: expected values in 0..{len(built) - 1}; got {constant}")
+    check_problem(problem)
+    if choice is Backend.AUTO and starts is None and (constant is not None or len(built) == 1):
+        only = built[constant or 0]
+        return _without_padding(problem, only(*problem.inputs(only)))
+    return run_problem(pick_backend(choice, problem), problem)
+
+
+def pick_backend(choice: Backend, problem: RoutedProblem) -> Backend:
+    """The backend asked for, or a RuntimeError that says why it cannot run; for AUTO, `choose_backend`."""
+    if choice is Backend.AUTO:
+        return choose_backend(problem)
+    reason = unavailable(choice, problem)
+    if reason:
+        raise RuntimeError(f"backend {choice.value!r} cannot run here: {reason}; backend='auto' picks one that can")
+    return choice
+
+
+def choose_backend(problem: RoutedProblem) -> Backend:
+    """What `auto` takes: never an error, and a function of shapes, dtype and device alone (no synchronisation)."""
+    if problem.q.device.type != "cuda":
+        return Backend.TORCH
+    for backend in (Backend.TRITON, Backend.DENSE):
+        if unavailable(backend, problem) is None:
+            return backend
+    return Backend.TORCH
+
+
+def unavailable(backend: Backend, problem: RoutedProblem) -> str | None:
+    """Why this backend cannot compute this problem; None where it can."""
+    if backend in (Backend.REFERENCE, Backend.TORCH, Backend.DENSE):
+        return None
+    if problem.q.device.type != "cuda":
+        return f"it needs CUDA tensors; these are on {problem.q.device}"
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    if backend is Backend.FLEX:
+        return "not built yet"
+    if problem.q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it computes float32, bfloat16 and float16; these are {problem.q.dtype}"
+    if problem.q.shape[3] > 256:
+        return f"it holds head sizes up to 256; this is {problem.q.shape[3]}"
+    if problem.needs_grad and problem.q.shape[2] != problem.k.shape[2]:
+        return "its backward pass needs as many queries as keys"
+    return None
+
+
+def available_backends(device: torch.device | str) -> tuple[Backend, ...]:
+    """Backends that run on this device with the packages installed."""
+    everywhere = (Backend.REFERENCE, Backend.TORCH, Backend.DENSE)
+    if torch.device(device).type != "cuda" or find_spec("triton") is None:
+        return everywhere
+    return (*everywhere, Backend.FLEX, Backend.TRITON)
+
+
+def run_problem(backend: Backend, problem: RoutedProblem) -> Tensor:
+    """Compute a checked problem with a backend that can: [B, H, Tq, Dh]."""
+    if backend is Backend.REFERENCE:
+        return _stack(problem, [_reference(one) for one in problem.sequences()])
+    if backend is Backend.DENSE:
+        if problem.starts is not None:
+            return _stack(problem, [_select(one) for one in problem.sequences()])
+        return _without_padding(problem, _select(problem))
+    if backend is Backend.TRITON:
+        from bayes_router.attention import backend_triton  # only where it can be imported
+
+        return backend_triton.attend(problem)
+    return rows_torch.attend(problem)
+
+
+def _select(problem: RoutedProblem) -> Tensor:
+    """Every expert computed densely, then the row of the one taken."""
+    out = torch.zeros_like(problem.q)
+    for index, expert in problem.computed():
+        taken = problem.route == index  # [B, Tq]
+        if taken.device.type == "cpu" and not taken.any():
+            continue
+        out = torch.where(taken[:, None, :, None], expert(*problem.inputs(expert)), out)
+    return out
+
+
+def _reference(one: RoutedProblem) -> Tensor:
+    """Each built-in expert by its formula in float64, any other by its own dense pass; B = 1."""
+    out = torch.zeros_like(one.q)
+    for index, expert in one.computed():
+        q, k, v = one.inputs(expert)
+        if type(expert) is FullAttention:
+            dense = reference.softmax_attention(q, k, v)
+        elif type(expert) is LocalAttention:
+            dense = reference.softmax_attention(q, k, v, expert.shape.window)
+        elif type(expert) is LinearAttention:
+            dense = reference.linear_attention(q, k, v)
+        else:
+            dense = expert(q, k, v)
+        out = torch.where((one.route == index)[:, None, :, None], dense.to(out.dtype), out)
+    return out
+
+
+def _stack(problem: RoutedProblem, rows: list[Tensor]) -> Tensor:
+    """Rows [1, H, t, Dh] padded with zeros to [B, H, Tq, Dh]."""
+    if not rows:
+        return torch.zeros_like(problem.q)
+    Tq = problem.q.shape[2]
+    return torch.cat([torch.nn.functional.pad(row, (0, 0, 0, Tq - row.shape[2])) for row in rows])
+
+
+def _without_padding(problem: RoutedProblem, out: Tensor) -> Tensor:
+    real = problem.real()
+    return out if real is None else out * real[:, None, :, None]

@@ -1,0 +1,85 @@
+"""Gated linear attention: linear attention that forgets, at a rate that each key decides."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bayes_router.attention.expert import Expert, ExpertShape, register_expert, repeat_heads
+
+CHUNK = 64
+EPSILON = 1e-6
+
+
+@register_expert("gated")
+class GatedLinearAttention(Expert):
+    """phi(q_t) S_t / (phi(q_t) z_t) with S_t = a_t S_{t-1} + phi(k_t) v_t^T, z_t = a_t z_{t-1} + phi(k_t).
+
+    The gate a_t = sigmoid(w_h . k_t + b_h) in (0, 1) is one number a head, as in Mamba-2 (Dao and Gu 2024, arXiv 2405.21060)
+    and, per channel, in Yang et al. 2023 (arXiv 2312.06635); here it reads the shared key. phi(x) = softmax(s_h x), a
+    sharper map than elu + 1. Half of the heads start with memories of about 8 to 64 tokens, half of 128 to 1024.
+    """
+
+    rotary = False
+    stateful = True
+    cost_ratio = 0.15
+
+    def __init__(self, shape: ExpertShape):
+        super().__init__(shape)
+        heads, dim = shape.num_heads, shape.head_dim
+        self.gate = nn.Parameter(torch.zeros(heads, dim))
+        memory = torch.logspace(3, 10, heads, base=2.0)  # tokens
+        self.gate_bias = nn.Parameter(torch.log(memory))  # sigmoid(log m) = 1 - 1 / (m + 1)
+        self.log_scale = nn.Parameter(torch.zeros(heads))
+
+    def _features(self, x: Tensor) -> Tensor:
+        return (x.float() * self.log_scale.exp()[:, None, None]).softmax(-1)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `Expert.forward`."""
+        past = k.shape[2] - q.shape[2]
+        if past == 0:
+            return self.extend(q, k, v, self.init_state(q, k, v))[0]
+        none = q[:, :, :0].expand(-1, -1, past, -1) if q.shape[2] == 0 else q[:, :, :1].expand(-1, -1, past, -1)
+        state = self.extend(none, k[:, :, :past], v[:, :, :past], self.init_state(q, k, v))[1]
+        return self.extend(q, k[:, :, past:], v[:, :, past:], state)[0]
+
+    def init_state(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Zeros [B, H, Dh, Dh + 1]: S and, in the last column, z."""
+        return torch.zeros(*q.shape[:2], k.shape[3], v.shape[3] + 1, device=k.device)
+
+    def extend(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Expert.extend`."""
+        H, T = q.shape[1:3]
+        if T == 0:
+            return torch.zeros_like(q), state
+        k, v = repeat_heads(k, H), repeat_heads(v, H)
+        chunk = min(CHUNK, T)
+        pad = -T % chunk
+        log_gate = F.logsigmoid((k.float() * self.gate[:, None]).sum(-1) + self.gate_bias[:, None])  # [B, H, T]
+        phi_q, phi_k = self._features(q), self._features(k)
+        value = F.pad(v.float(), (0, 1), value=1.0)  # [B, H, T, Dh + 1]
+        if pad:  # padding keeps the state: gate 1, key 0
+            log_gate = F.pad(log_gate, (0, pad))
+            phi_q, phi_k, value = (F.pad(x, (0, 0, 0, pad)) for x in (phi_q, phi_k, value))
+        phi_q, phi_k, value = (x.unflatten(2, (-1, chunk)) for x in (phi_q, phi_k, value))  # [B, H, N, C, .]
+        decay = log_gate.unflatten(2, (-1, chunk)).cumsum(-1)  # [B, H, N, C], from the start of the chunk
+        before, after = self._states(phi_k, value, decay, state)
+        within = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).tril().exp().tril()  # [B, H, N, C, C], s <= t
+        summed = (phi_q * decay.exp().unsqueeze(-1)) @ before + (phi_q @ phi_k.transpose(-1, -2) * within) @ value
+        out = summed[..., :-1] / (summed[..., -1:] + EPSILON)
+        return out.flatten(2, 3)[:, :, :T].to(v.dtype), after
+
+    def _states(self, phi_k: Tensor, value: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """State before each chunk [B, H, N, Dh, Dh + 1], and after the last: one product with decays between chunks."""
+        total = decay[..., -1]  # [B, H, N]
+        update = (phi_k * (total.unsqueeze(-1) - decay).exp().unsqueeze(-1)).transpose(-1, -2) @ value
+        entries = torch.cat([state.unsqueeze(2), update], 2)  # [B, H, N + 1, Dh, Dh + 1], entry n is ready before chunk n
+        elapsed = F.pad(total.cumsum(-1), (1, 0))  # [B, H, N + 1]
+        weight = (elapsed.unsqueeze(-1) - elapsed.unsqueeze(-2)).tril().exp().tril()  # [B, H, N + 1, N + 1]
+        states = (weight @ entries.flatten(-2)).view_as(entries)
+        return states[:, :, :-1], states[:, :, -1]
+
+    def flops_per_token(self, context: int) -> float:
+        """As linear attention, and 2 Dh for the gate of each head."""
+        dim = self.shape.head_dim
+        return self.shape.num_heads * (4 * dim * (dim + 1) + 2 * dim)

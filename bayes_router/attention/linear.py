@@ -1,0 +1,92 @@
+"""Linear (kernel) attention: the past is a sum of outer products, so a token costs the same at any position."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bayes_router.attention.expert import Expert, register_expert, repeat_heads
+
+CHUNK = 64
+EPSILON = 1e-6
+
+
+def feature_map(x: Tensor) -> Tensor:
+    """elu(x) + 1 > 0 (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 7)."""
+    return F.elu(x) + 1
+
+
+@register_expert("linear")
+class LinearAttention(Expert):
+    """phi(q_t) S_t / (phi(q_t) z_t), S_t = sum_{s<=t} phi(k_s) v_s^T, z_t = sum_{s<=t} phi(k_s); phi = elu + 1.
+
+    Work and memory O(T): inside a chunk the masked product, between chunks the running state. Katharopoulos et al. 2020
+    (arXiv 2006.16236), eqs. 8-12. It takes plain queries and keys: phi of rotated ones no longer depends on their distance
+    alone. The state [B, Hkv, Dh, Dh + 1] is float32 and holds S and, in its last column, z.
+    """
+
+    rotary = False
+    stateful = True
+    cost_ratio = 0.15
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `Expert.forward`."""
+        past = k.shape[2] - q.shape[2]
+        state = self.init_state(q, k, v)
+        if past:
+            phi_past = feature_map(k[:, :, :past].float())
+            state = state + phi_past.transpose(-1, -2) @ with_ones(v[:, :, :past].float())
+        return self.extend(q, k[:, :, past:], v[:, :, past:], state)[0]
+
+    def init_state(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Zeros [B, Hkv, Dh, Dh + 1]."""
+        return torch.zeros(*k.shape[:2], k.shape[3], v.shape[3] + 1, device=k.device)
+
+    def extend(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Expert.extend`."""
+        H, T = q.shape[1:3]
+        if T == 0:
+            return torch.zeros_like(q), state
+        if T == 1:
+            return _step(q, k, v, state)
+        chunk = min(CHUNK, T)
+        pad = -T % chunk
+        q, k, v = (F.pad(x, (0, 0, 0, pad)) if pad else x for x in (q, k, v))
+        phi_q = _chunks(feature_map(q.float()), chunk)  # [B, H, N, C, Dh]
+        phi_k = _chunks(feature_map(k.float()), chunk)  # [B, Hkv, N, C, Dh]
+        if pad:  # padding must not enter the state
+            phi_k = phi_k * (torch.arange(T + pad, device=q.device) < T).view(-1, chunk, 1)
+        value = _chunks(with_ones(v.float()), chunk)  # [B, Hkv, N, C, Dh + 1]
+
+        update = phi_k.transpose(-1, -2) @ value  # [B, Hkv, N, Dh, Dh + 1], what each chunk adds
+        running = torch.cat([state.unsqueeze(2), update], 2).cumsum(2)
+        before, after = running[:, :, :-1], running[:, :, -1]
+
+        phi_k, value, before = (repeat_heads(x, H) for x in (phi_k, value, before))
+        scores = (phi_q @ phi_k.transpose(-1, -2)).tril()  # [B, H, N, C, C]
+        summed = phi_q @ before + scores @ value  # [B, H, N, C, Dh + 1]
+        out = summed[..., :-1] / (summed[..., -1:] + EPSILON)
+        return out.flatten(2, 3)[:, :, :T].to(v.dtype), after
+
+    def flops_per_token(self, context: int) -> float:
+        """Update and read of the state [Dh, Dh + 1] of each head: 2 Dh (Dh + 1) multiply-adds."""
+        dim = self.shape.head_dim
+        return 4 * self.shape.num_heads * dim * (dim + 1)
+
+
+def _step(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One token: the state with its outer product added, then read."""
+    state = state + feature_map(k.float()).transpose(-1, -2) * with_ones(v.float())  # [B, Hkv, Dh, Dh + 1]
+    phi_q = feature_map(q.float()).unflatten(1, (k.shape[1], -1)).squeeze(3)  # [B, Hkv, G, Dh]
+    summed = phi_q @ state  # [B, Hkv, G, Dh + 1]
+    out = summed[..., :-1] / (summed[..., -1:] + EPSILON)
+    return out.flatten(1, 2).unsqueeze(2).to(v.dtype), state
+
+
+def with_ones(v: Tensor) -> Tensor:
+    """[..., Dh] -> [..., Dh + 1]: with a column of ones, numerator and normaliser are one product."""
+    return F.pad(v, (0, 1), value=1.0)
+
+
+def _chunks(x: Tensor, chunk: int) -> Tensor:
+    """[B, H, N * C, D] -> [B, H, N, C, D]"""
+    return x.unflatten(2, (-1, chunk))

@@ -1,0 +1,116 @@
+"""One hard-routed attention call, checked once, as every backend receives it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bayes_router.attention.expert import Expert, ExpertShape, check_attention_inputs, expert_class
+from bayes_router.attention.full import FullAttention
+from bayes_router.attention.linear import LinearAttention
+from bayes_router.attention.local import LocalAttention
+
+BUILT_IN = (FullAttention, LinearAttention, LocalAttention)
+
+
+@dataclass(frozen=True)
+class RoutedProblem:
+    """Query t of row b stands at position starts[b] + t, sees keys up to there, and takes the expert route[b, t].
+
+    Attributes:
+        q: [B, H, Tq, Dh], rotated.
+        k: [B, Hkv, Tk, Dh], rotated.
+        v: [B, Hkv, Tk, Dh].
+        plain_q: as q, for experts that take no rotary positions.
+        plain_k: as k, likewise.
+        route: integer [B, Tq], indices into `experts`.
+        experts: the mechanisms of this layer.
+        lengths: [B] real queries of each row, the rest is right padding with output zero; None: all.
+        starts: [B] position of the first query; None: Tk - Tq.
+        elsewhere: indices of experts that the caller computes itself; their rows come out as zero.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    plain_q: Tensor
+    plain_k: Tensor
+    route: Tensor
+    experts: tuple[Expert, ...]
+    lengths: Tensor | None = None
+    starts: Tensor | None = None
+    elsewhere: frozenset[int] = frozenset()
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether autograd records this call."""
+        inputs = (self.q, self.k, self.v, self.plain_q, self.plain_k)
+        own = any(p.requires_grad for expert in self.experts for p in expert.parameters())
+        return torch.is_grad_enabled() and (own or any(x.requires_grad for x in inputs))
+
+    def computed(self) -> Iterator[tuple[int, Expert]]:
+        """The experts that a backend has to compute, with their index."""
+        return ((index, expert) for index, expert in enumerate(self.experts) if index not in self.elsewhere)
+
+    def inputs(self, expert: Expert) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v as this expert takes them."""
+        return (self.q, self.k, self.v) if expert.rotary else (self.plain_q, self.plain_k, self.v)
+
+    def sequences(self) -> Iterator["RoutedProblem"]:
+        """Each row of the batch alone, without padding and without keys that it cannot see. Synchronises on CUDA."""
+        B, _, Tq, _ = self.q.shape
+        lengths = [Tq] * B if self.lengths is None else self.lengths.tolist()
+        starts = [self.k.shape[2] - Tq] * B if self.starts is None else self.starts.tolist()
+        for b, (length, start) in enumerate(zip(lengths, starts, strict=True)):
+            row, queries, keys = slice(b, b + 1), slice(0, length), slice(0, start + length)
+            yield replace(
+                self,
+                q=self.q[row, :, queries],
+                plain_q=self.plain_q[row, :, queries],
+                k=self.k[row, :, keys],
+                v=self.v[row, :, keys],
+                plain_k=self.plain_k[row, :, keys],
+                route=self.route[row, queries],
+                lengths=None,
+                starts=None,
+            )
+
+    def real(self) -> Tensor | None:
+        """[B, Tq] bool, False on padding; None without padding."""
+        if self.lengths is None:
+            return None
+        return torch.arange(self.q.shape[2], device=self.q.device) < self.lengths[:, None]
+
+
+def resolve_experts(experts: Sequence[str | Expert], shape: ExpertShape) -> tuple[Expert, ...]:
+    """Names become registered experts of this shape; built ones pass through."""
+    if not experts:
+        raise ValueError("experts: expected at least one; got none")
+    return tuple(expert_class(e)(shape) if isinstance(e, str) else e for e in experts)
+
+
+def check_problem(problem: RoutedProblem) -> None:
+    """Raise a ValueError for shapes, dtypes, devices or values that do not fit; values are read on the CPU only."""
+    q, route = problem.q, problem.route
+    check_attention_inputs(q, problem.k, problem.v)
+    for name, x, like in (("linear_q", problem.plain_q, q), ("linear_k", problem.plain_k, problem.k)):
+        if x.shape != like.shape or x.dtype != like.dtype or x.device != like.device:
+            raise ValueError(
+                f"{name}: expected {tuple(like.shape)}, {like.dtype} on {like.device}; "
+                f"got {tuple(x.shape)}, {x.dtype} on {x.device}"
+            )
+    _check_integers("route", route, (q.shape[0], q.shape[2]), q.device, len(problem.experts) - 1)
+    if problem.lengths is not None:
+        _check_integers("lengths", problem.lengths, (q.shape[0],), q.device, q.shape[2])
+    if problem.starts is not None:
+        _check_integers("starts", problem.starts, (q.shape[0],), q.device, problem.k.shape[2] - q.shape[2])
+
+
+def _check_integers(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device, most: int) -> None:
+    if x.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name}: expected int64 or int32; got {x.dtype}")
+    if tuple(x.shape) != shape or x.device != device:
+        raise ValueError(f"{name}: expected shape {shape} on {device}; got {tuple(x.shape)} on {x.device}")
+    if x.device.type == "cpu" and x.numel() and not (0 <= int(x.min()) and int(x.max()) <= most):
+        raise ValueError(f"{name}: expected values in 0..{most}; got {int(x.min())}..{int(x.max())}")

@@ -1,0 +1,56 @@
+"""`bayes-router generate`: continue a prompt with a run's model."""
+
+from collections.abc import Sequence
+
+import torch
+from jsonargparse import Namespace
+
+from bayes_router.commands.options import Parser, add_run
+from bayes_router.data.tokens import load_tokeniser
+from bayes_router.training.checkpoint import load_run
+from bayes_router.training.fit import pick_device
+from bayes_router.transformer.generate import Sampling, stream
+
+HELP = "continue a prompt, every token by the expert that its route says"
+
+
+def parser(arguments: Sequence[str]) -> Parser:
+    """Options of `generate`."""
+    result = Parser(description="Continue a prompt, every token by the expert that its route says.")
+    add_run(result)
+    result.add_argument("--prompt", type=str, required=True, help="text to continue")
+    result.add_argument("--tokens", type=int, default=200, help="tokens to add")
+    result.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
+    result.add_argument("--top_k", "--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0 from all")
+    result.add_argument("--top_p", "--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this mass")
+    result.add_argument("--seed", type=int, default=0, help="of the draws")
+    result.add_argument("--routes", action="store_true", help="print the load of each expert over the new tokens")
+    return result
+
+
+def run(options: Namespace) -> None:
+    """Print the prompt and its continuation as it comes."""
+    device = pick_device(options.device)
+    config, model = load_run(options.run, str(device))
+    if config.data.corpus == "recall":
+        raise ValueError("run: expected a run on text; this one was fitted on recall, whose tokens are no text")
+    tokeniser = load_tokeniser(config.data.tokeniser)
+    ids = tokeniser.encode(options.prompt.encode())
+    if len(ids) == 0:
+        raise ValueError("prompt: expected at least one character; got an empty text")
+    prompt = torch.from_numpy(ids.astype("int64"))[None].to(device)
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    print(options.prompt, end="", flush=True)
+    pending: list[int] = []
+    routes = []
+    for token in stream(model, prompt, options.tokens, sampling):
+        routes.append(token.route[:, 0])
+        pending.append(int(token.tokens[0]))
+        text = tokeniser.decode(pending)
+        if not text.endswith("\ufffd") or len(pending) > 3:  # an unfinished character waits for its other bytes
+            print(text, end="", flush=True)
+            pending = []
+    print()
+    if options.routes:
+        load = torch.nn.functional.one_hot(torch.stack(routes), len(config.model.experts)).double().mean((0, 1))
+        print(", ".join(f"{name} {share:.1%}" for name, share in zip(config.model.experts, load.tolist(), strict=True)))

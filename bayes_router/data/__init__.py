@@ -1,0 +1,33 @@
+"""Data: corpora, tokenisers and token streams, and associative recall with a known best route."""
+
+from bayes_router.data.recall import IGNORE, RecallBatch, RecallData
+from bayes_router.data.text import Corpus, load_corpus, split_documents
+from bayes_router.data.tokens import (
+    Batch,
+    ByteTokeniser,
+    GPT2Tokeniser,
+    TextData,
+    TokenDataset,
+    Tokeniser,
+    TokenSource,
+    load_tokeniser,
+    text_data,
+)
+
+__all__ = [
+    "IGNORE",
+    "Batch",
+    "ByteTokeniser",
+    "Corpus",
+    "GPT2Tokeniser",
+    "RecallBatch",
+    "RecallData",
+    "TextData",
+    "TokenDataset",
+    "TokenSource",
+    "Tokeniser",
+    "load_corpus",
+    "load_tokeniser",
+    "split_documents",
+    "text_data",
+]

@@ -1,0 +1,1 @@
+"""Numbers and figures that show the posterior."""

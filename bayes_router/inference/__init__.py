@@ -1,0 +1,1 @@
+"""The probabilistic program; all of Pyro lives here."""

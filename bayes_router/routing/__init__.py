@@ -1,0 +1,1 @@
+"""Where a token goes, and how sure that is; no attention here."""

@@ -1,0 +1,51 @@
+"""The meta-controller: from the hidden state of a token to the concentration of its route, one small network a layer.
+
+It reads only the token's own hidden state, which a prefix determines: no future, no sequence length.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Dirichlet
+from torch.nn import functional as F
+
+from bayes_router.routing.posterior import posterior
+
+
+class LayerController(nn.Module):
+    """hidden [..., D] -> raw [..., E]: linear, or one hidden layer of SiLU units.
+
+    The last layer starts at zero but for its bias, so that every posterior starts at the same chosen concentration.
+    """
+
+    def __init__(self, d_model: int, num_experts: int, hidden: int):
+        super().__init__()
+        self.hidden = nn.Linear(d_model, hidden) if hidden else None
+        self.out = nn.Linear(hidden or d_model, num_experts)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """See the class."""
+        return self.out(hidden if self.hidden is None else F.silu(self.hidden(hidden)))
+
+
+class MetaController(nn.Module):
+    """q(route_l[b, t] | h_l[b, t]) = Dirichlet(floor + softplus(controller_l(h_l[b, t]))) for every layer l."""
+
+    def __init__(self, d_model: int, num_layers: int, num_experts: int, hidden: int = 64, floor: float = 0.01):
+        super().__init__()
+        self.layers = nn.ModuleList(LayerController(d_model, num_experts, hidden) for _ in range(num_layers))
+        self.floor = floor
+
+    def posterior(self, layer: int, hidden: Tensor) -> Dirichlet:
+        """The posterior of a layer's routes, batch shape [B, T], for hidden [B, T, D]; float32 whatever autocast says."""
+        return posterior(self.layers[layer](hidden), self.floor)
+
+    @torch.no_grad()
+    def start_at(self, concentration: Tensor) -> None:
+        """Set every posterior to `concentration` [L, E] whatever the hidden state: where training starts."""
+        for controller, target in zip(self.layers, concentration, strict=True):
+            assert isinstance(controller, LayerController)
+            above = (target - self.floor).clamp_min(1e-3).double()
+            controller.out.weight.zero_()
+            controller.out.bias.copy_(above.expm1().log())  # the inverse of softplus

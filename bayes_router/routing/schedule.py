@@ -1,0 +1,67 @@
+"""What changes over training: KL weight, total concentration (soft to hard), the prior's mean and price."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bayes_router.config import ScheduleConfig
+from bayes_router.routing.prior import ComputeAwarePrior
+
+KL_WARMUP_START = 0.01
+
+
+@dataclass(frozen=True)
+class ScheduleState:
+    """The objective at one step."""
+
+    kl_weight: float
+    concentration: Tensor  # [L, E], of the prior
+    price: float  # nats per unit of cost ratio
+    straight_through: bool = False  # execute the argmax of each draw
+
+
+class Schedule:
+    """Moves the prior from a start that favours chosen experts and soft routes to the compute-aware, sparse one.
+
+    With w rising linearly from 0 at `anneal_from` to 1 at `anneal_to` (fractions of training):
+    mean = (1 - w) start + w mean_l; log total = (1 - w) log start_total + w log total_l; price = w price.
+
+    Args:
+        config: the settings.
+        prior: the compute-aware prior, where it ends.
+        steps: of training.
+        experts: names, in the order of the routing latent.
+        price: of the prior's tilt at the end.
+    """
+
+    def __init__(
+        self, config: ScheduleConfig, prior: ComputeAwarePrior, steps: int, experts: Sequence[str], price: float = 0.0
+    ):
+        self.config, self.prior, self.steps, self.price = config, prior, steps, price
+        self._end_mean = self._start_mean = prior.mean  # [L, E]
+        self._total = torch.tensor(prior.total_concentration)[:, None]  # [L, 1]
+        if config.start_experts and len(experts) > 1:
+            rest = (1 - config.start_share) / (len(experts) - 1)
+            self._start_mean = torch.full_like(self._end_mean, rest)
+            for layer in range(prior.num_layers):
+                favoured = config.start_experts[layer % len(config.start_experts)]
+                self._start_mean[layer, list(experts).index(favoured)] = config.start_share
+
+    def at(self, step: int) -> ScheduleState:
+        """The objective at `step`."""
+        config, progress = self.config, step / self.steps
+        w = _ramp(progress, config.anneal_from, config.anneal_to)
+        mean = (1 - w) * self._start_mean + w * self._end_mean
+        total = config.start_total_concentration ** (1 - w) * self._total**w
+        warm = _ramp(progress, 0.0, config.kl_warmup)
+        kl_weight = config.kl_weight * (KL_WARMUP_START + (1 - KL_WARMUP_START) * warm)
+        return ScheduleState(kl_weight, mean * total, w * self.price, progress >= config.straight_through_from)
+
+
+def _ramp(progress: float, start: float, end: float) -> float:
+    """0 before start, 1 from end on, linear between."""
+    if progress >= end:
+        return 1.0
+    return max(0.0, (progress - start) / (end - start))

@@ -1,0 +1,185 @@
+"""Reading a fitted model on held-out text: every mode executed, every figure per layer."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bayes_router.attention.cost import cost_ratios
+from bayes_router.config import require
+from bayes_router.data.tokens import Batch, TokenSource
+from bayes_router.routing.policy import Policy
+from bayes_router.routing.posterior import categorical_entropy, dirichlet_kl, expected_entropy, posterior_mean
+from bayes_router.transformer.layer import build_experts
+from bayes_router.transformer.model import Force, RoutedLanguageModel
+from bayes_router.types import IGNORED, CostModel, RoutingMode
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a fitted model does on held-out text. Losses, entropies and information in nats; lists are per layer."""
+
+    tokens: int  # scored
+    experts: list[str]
+    nll: dict[str, float]  # mean, sample, hard: nats per scored token, the route executed
+    accuracy: float  # share of scored tokens that HARD predicts
+    elbo: float  # -(nll sample + KL), KL at weight 1
+    gap: float  # nll hard - nll mean
+    cost_ratio: dict[str, float]  # of the routes executed under HARD, by cost model, mean over layers
+    load_per_layer: list[list[float]]  # HARD
+    kl_per_layer: list[float]
+    route_information_per_layer: list[float]
+    entropy_of_mean_per_layer: list[float]
+    expected_entropy_per_layer: list[float]
+    total_concentration_per_layer: list[float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def layers(self) -> pd.DataFrame:
+        """One row a layer."""
+        frame = pd.DataFrame(self.load_per_layer, columns=[f"load {name}" for name in self.experts])
+        frame["route information"] = self.route_information_per_layer
+        frame["entropy of mean"] = self.entropy_of_mean_per_layer
+        frame["expected entropy"] = self.expected_entropy_per_layer
+        frame["KL"] = self.kl_per_layer
+        frame["total concentration"] = self.total_concentration_per_layer
+        frame.index.name = "layer"
+        return frame
+
+    def table(self) -> str:
+        """The whole evaluation as text."""
+        nll, cost = self.nll, self.cost_ratio
+        costs = ", ".join(f"{name} {value:.3f}" for name, value in cost.items())
+        return (
+            f"held-out nll, nats per token ({self.tokens:,} tokens): "
+            f"MEAN {nll['mean']:.4f}  SAMPLE {nll['sample']:.4f}  HARD {nll['hard']:.4f}  (gap {self.gap:+.4f})\n"
+            f"ELBO {self.elbo:.4f}   attention cost of the executed route, full = 1: {costs}\n"
+            f"{self.layers().to_string(float_format=lambda x: f'{x:.3f}')}"
+        )
+
+
+@dataclass
+class _Sums:
+    """Sums over tokens; everything is divided once, at the end."""
+
+    scored: int = 0
+    seen: int = 0
+    correct: int = 0
+    nll: dict[str, float] = field(default_factory=lambda: {mode.value: 0.0 for mode in RoutingMode})
+    load: Tensor | float = 0.0  # [L, E]
+    mean: Tensor | float = 0.0  # [L, E]
+    entropy_of_mean: Tensor | float = 0.0  # [L]
+    expected_entropy: Tensor | float = 0.0  # [L]
+    total: Tensor | float = 0.0  # [L]
+    kl: Tensor | float = 0.0  # [L]
+
+    def add_routes(self, concentration: Tensor, hard_choice: Tensor) -> None:
+        """Concentration [L, B, T, E] and the choices executed [L, B, T]."""
+        flat = concentration.flatten(1, 2).double().cpu()  # [L, N, E]
+        mean = posterior_mean(flat)
+        self.load = self.load + F.one_hot(hard_choice.flatten(1).cpu(), flat.shape[-1]).double().sum(1)
+        self.mean = self.mean + mean.sum(1)
+        self.entropy_of_mean = self.entropy_of_mean + categorical_entropy(mean).sum(1)
+        self.expected_entropy = self.expected_entropy + expected_entropy(flat).sum(1)
+        self.total = self.total + flat.sum((1, 2))
+        self.seen += flat.shape[1]
+
+
+@torch.no_grad()
+def evaluate(
+    model: RoutedLanguageModel,
+    source: TokenSource,
+    prior_concentration: Tensor,
+    *,
+    context: int,
+    batch_size: int,
+    limit: int | None = None,
+    policy: Policy | None = None,
+    costs: Sequence[CostModel] = (CostModel.PAPER, CostModel.FLOPS),
+    seed: int = 0,
+) -> Evaluation:
+    """Read `model` on windows of `context` tokens under MEAN, SAMPLE and HARD; its mode (train, eval) is kept.
+
+    Args:
+        model: the fitted model.
+        source: held-out data.
+        prior_concentration: [L, E], what KL is measured from.
+        context: tokens of a window; the first tokens of each have little to go by.
+        batch_size: windows at a time.
+        limit: read at most this many tokens.
+        policy: of HARD; the model's by default.
+        costs: the cost models to report.
+        seed: of the draws of SAMPLE; the generator of the caller is left as it was.
+    """
+    device = next(model.parameters()).device
+    prior = prior_concentration.to("cpu", torch.float64)[:, None]  # [L, 1, E]
+    sums, was_training, usual = _Sums(), model.training, model.policy
+    model.eval()
+    model.policy = policy or usual
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            for batch in source.windows(context, batch_size, limit):
+                _read(model, Batch(*(x.to(device) for x in batch)), prior, sums)
+    finally:
+        model.train(was_training)
+        model.policy = usual
+    return _finish(model, sums, context, costs)
+
+
+def _read(model: RoutedLanguageModel, batch: Batch, prior: Tensor, sums: _Sums) -> None:
+    scored = batch.targets != IGNORED
+    for mode in RoutingMode:
+        out = model(batch.tokens, mode)
+        sums.nll[mode.value] += float(
+            F.cross_entropy(out.logits.flatten(0, 1).float(), batch.targets.flatten(), reduction="sum")
+        )
+        if mode is RoutingMode.SAMPLE:
+            sums.kl = sums.kl + dirichlet_kl(out.concentration.flatten(1, 2).double().cpu(), prior).sum(1)
+        if mode is RoutingMode.HARD:
+            sums.add_routes(out.concentration, out.route)
+            sums.correct += int(((out.logits.argmax(-1) == batch.targets) & scored).sum())
+    sums.scored += int(scored.sum())
+
+
+def _finish(model: RoutedLanguageModel, sums: _Sums, context: int, costs: Sequence[CostModel]) -> Evaluation:
+    n = sums.seen
+    assert isinstance(sums.load, Tensor) and isinstance(sums.mean, Tensor) and isinstance(sums.kl, Tensor)
+    experts = build_experts(model.config)
+    load, mean, kl = sums.load / n, sums.mean / n, sums.kl / n
+    nll = {mode: total / sums.scored for mode, total in sums.nll.items()}
+    return Evaluation(
+        tokens=sums.scored,
+        experts=list(model.config.experts),
+        nll=nll,
+        accuracy=sums.correct / sums.scored,
+        elbo=-(nll["sample"] + float(kl.sum())),
+        gap=nll["hard"] - nll["mean"],
+        cost_ratio={c.value: float((load @ cost_ratios(experts, c, context).double()).mean()) for c in costs},
+        load_per_layer=load.tolist(),
+        kl_per_layer=kl.tolist(),
+        route_information_per_layer=(categorical_entropy(mean) - sums.entropy_of_mean / n).tolist(),
+        entropy_of_mean_per_layer=(sums.entropy_of_mean / n).tolist(),  # type: ignore[union-attr]
+        expected_entropy_per_layer=(sums.expected_entropy / n).tolist(),  # type: ignore[union-attr]
+        total_concentration_per_layer=(sums.total / n).tolist(),  # type: ignore[union-attr]
+    )
+
+
+@torch.no_grad()
+def forced_nll(
+    model: RoutedLanguageModel, source: TokenSource, force: Force, *, context: int, batch_size: int, limit: int
+) -> float:
+    """Nats per scored token with every token sent where `force` says."""
+    device, total, count = next(model.parameters()).device, 0.0, 0
+    require(limit >= context, "limit", f"at least one window of {context} tokens", limit)
+    for batch in source.windows(context, batch_size, limit):
+        logits = model(batch.tokens.to(device), force=force).logits
+        total += float(F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.to(device).flatten(), reduction="sum"))
+        count += int((batch.targets != IGNORED).sum())
+    return total / count

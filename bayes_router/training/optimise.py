@@ -1,0 +1,40 @@
+"""The optimiser: AdamW with parameter groups, linear warm-up and cosine decay."""
+
+import math
+
+import torch
+from torch import nn
+
+from bayes_router.config import TrainConfig
+from bayes_router.transformer.model import RoutedLanguageModel
+
+
+def build_optimiser(model: RoutedLanguageModel, config: TrainConfig) -> torch.optim.AdamW:
+    """Groups: matrices (decayed), gains and embeddings (not), controllers (not, with their own learning rate)."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in model.network.named_parameters():
+        (decayed if parameter.dim() >= 2 and name != "embed.weight" else plain).append(parameter)
+    groups = [
+        {"params": decayed, "peak": config.lr, "weight_decay": config.weight_decay},
+        {"params": plain, "peak": config.lr, "weight_decay": 0.0},
+        {"params": list(model.controller.parameters()), "peak": config.controller_lr, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98))
+
+
+def set_learning_rate(optimiser: torch.optim.Optimizer, config: TrainConfig, step: int) -> float:
+    """Learning rate of `step`: linear to the peak over `warmup` steps, then half a cosine to `lr_floor` x peak."""
+    if step < config.warmup:
+        factor = (step + 1) / config.warmup
+    else:
+        progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+        factor = config.lr_floor + (1 - config.lr_floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    for group in optimiser.param_groups:
+        group["lr"] = group["peak"] * factor
+    return config.lr * factor
+
+
+def clip_gradient(model: nn.Module, largest: float) -> torch.Tensor:
+    """Scale the gradient to a norm of at most `largest`; returns the norm before, []."""
+    return nn.utils.clip_grad_norm_(model.parameters(), largest)

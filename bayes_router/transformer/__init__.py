@@ -1,0 +1,1 @@
+"""Routed layers, the language model, generation: plain modules, no Pyro."""

@@ -1,0 +1,180 @@
+"""The Transformer whose layers ask where each token goes. Plain PyTorch: it knows neither Pyro nor the prior."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bayes_router.attention.cache import RoutedCache
+from bayes_router.attention.expert import Expert
+from bayes_router.config import Config, ModelConfig, require
+from bayes_router.routing.controller import MetaController
+from bayes_router.routing.policy import Argmax, Policy, execute
+from bayes_router.transformer.layer import Angles, AttentionMixture
+from bayes_router.transformer.rotary import rotary_angles
+from bayes_router.types import Route, RoutingMode, RoutingOutput, choose, unknown
+
+
+class Block(nn.Module):
+    """h <- h + attention(norm(h), route); h <- h + MLP(norm(h))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        hidden = int(config.mlp_ratio * config.d_model)
+        self.attention_norm, self.mlp_norm = nn.RMSNorm(config.d_model), nn.RMSNorm(config.d_model)
+        self.attention = AttentionMixture(config)
+        self.up = nn.Linear(config.d_model, hidden, bias=False)
+        self.down = nn.Linear(hidden, config.d_model, bias=False)
+
+    def mlp(self, h: Tensor) -> Tensor:
+        """Squared ReLU (So et al. 2021, arXiv 2109.08668): cheaper than GELU, no worse."""
+        return self.down(F.relu(self.up(h)).square())
+
+
+class RoutedTransformer(nn.Module):
+    """Token embedding, L routed blocks, tied head.
+
+    `route(layer, hidden)` is called once a layer with the normalised hidden state [B, T, D] that the layer attends on, and
+    answers with weights [B, T, E] or choices int64 [B, T].
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.d_model)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """N(0, 1 / fan_in); what writes to the residual stream is divided by sqrt(2 L)."""
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2 and "experts" not in name:
+                std = self.config.d_model**-0.5 if name == "embed.weight" else weight.shape[1] ** -0.5
+                if name.endswith(("attention.out.weight", "down.weight")):
+                    std /= (2 * self.config.num_layers) ** 0.5
+                nn.init.normal_(weight, std=std)
+
+    def forward(self, tokens: Tensor, route: Route, cache: RoutedCache | None = None, last_only: bool = False) -> Tensor:
+        """Logits [B, T, V] ([B, 1, V] with `last_only`) for tokens int64 [B, T], which continue `cache` if given."""
+        hidden = self.hidden(tokens, route, cache)
+        return F.linear(self.norm(hidden[:, -1:] if last_only else hidden), self.embed.weight)
+
+    def hidden(self, tokens: Tensor, route: Route, cache: RoutedCache | None = None) -> Tensor:
+        """The residual stream after the last block, [B, T, D]."""
+        check_tokens(tokens, self.config.vocab_size)
+        angles = self._angles(tokens, cache)
+        # embeddings have norm about 1, the stream's unit is sqrt(D)
+        h = self.embed(tokens) * self.config.d_model**0.5
+        for layer, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            x = block.attention_norm(h)
+            layer_cache = None if cache is None else cache[layer]
+            h = h + block.attention(x, route(layer, x), angles, layer_cache)
+            h = h + block.mlp(block.mlp_norm(h))
+        return h
+
+    def _angles(self, tokens: Tensor, cache: RoutedCache | None) -> Angles:
+        positions = torch.arange(tokens.shape[1], device=tokens.device)  # [T]
+        if cache is not None:
+            positions = cache.lengths[:, None] + positions  # [B, T]
+        return rotary_angles(positions, self.config.head_dim, self.config.rope_base)
+
+    def experts(self) -> list[Sequence[Expert]]:
+        """The experts of each layer."""
+        return [list(block.attention.experts) for block in self.blocks]  # type: ignore[union-attr, arg-type]
+
+    def new_cache(self, batch: int, capacity: int) -> RoutedCache:
+        """An empty cache for `batch` sequences of at most `capacity` tokens."""
+        weight = self.embed.weight
+        return RoutedCache.build(
+            self.experts(),
+            batch=batch,
+            capacity=capacity,
+            num_kv_heads=self.config.kv_heads,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+
+
+def check_tokens(tokens: Tensor, vocab_size: int) -> None:
+    """Refuse what is not a batch of token ids. Values are read on the CPU alone: on a GPU it would wait for the device."""
+    require(tokens.dim() == 2, "tokens", "shape [B, T]", tuple(tokens.shape))
+    require(tokens.dtype == torch.int64, "tokens", "torch.int64", tokens.dtype)
+    if tokens.device.type == "cpu" and tokens.numel():
+        low, high = (int(x) for x in tokens.aminmax())
+        require(low >= 0 and high < vocab_size, "tokens", f"ids from 0 to {vocab_size - 1}", (low, high), "check the tokeniser")
+
+
+Force = str | Tensor
+"""The name of an expert, choices int64 [L, B, T], or weights [L, B, T, E]."""
+
+
+def forced_route(force: Force, experts: Sequence[str], num_layers: int) -> Route:
+    """The route that sends every token where `force` says, whatever its hidden state."""
+    if isinstance(force, str):
+        if force not in experts:
+            raise unknown("force", force, experts)
+        index = list(experts).index(force)
+        return lambda layer, hidden: index
+    require(force.shape[0] == num_layers, "force", f"a first dimension of {num_layers} layers", tuple(force.shape))
+
+    def route(layer: int, hidden: Tensor) -> Tensor:
+        choice = force[layer].to(hidden.device)
+        require(choice.shape[:2] == hidden.shape[:2], "force", f"[L, {hidden.shape[0]}, {hidden.shape[1]}]", tuple(force.shape))
+        return choice
+
+    return route
+
+
+class RoutedLanguageModel(nn.Module):
+    """A fitted router at work: the Transformer and its meta-controller. No Pyro, no prior.
+
+    `policy` decides HARD routes.
+    """
+
+    def __init__(self, config: ModelConfig, policy: Policy | None = None):
+        super().__init__()
+        self.config = config
+        self.network = RoutedTransformer(config)
+        self.controller = MetaController(
+            config.d_model, config.num_layers, len(config.experts), config.controller_hidden, config.concentration_floor
+        )
+        self.policy: Policy = policy or Argmax()
+
+    @classmethod
+    def from_config(cls, config: Config) -> "RoutedLanguageModel":
+        """An untrained model."""
+        return cls(config.model)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        mode: RoutingMode | str = RoutingMode.HARD,
+        force: Force | None = None,
+        cache: RoutedCache | None = None,
+        last_only: bool = False,
+    ) -> RoutingOutput:
+        """Logits and, for every layer, the posterior and the route that was executed.
+
+        Args:
+            tokens: int64 [B, T].
+            mode: SAMPLE, MEAN or HARD.
+            force: send tokens where it says instead: an expert's name, choices [L, B, T] or weights [L, B, T, E].
+            cache: what came before; the tokens are added to it.
+            last_only: logits of the last token alone.
+        """
+        chosen = choose("mode", mode, RoutingMode)
+        forced = None if force is None else forced_route(force, self.config.experts, self.config.num_layers)
+        concentrations, routes = [], []
+
+        def route(layer: int, hidden: Tensor) -> Tensor | int:
+            q = self.controller.posterior(layer, hidden)
+            executed = execute(q, chosen, self.policy) if forced is None else forced(layer, hidden)
+            concentrations.append(q.concentration)
+            routes.append(executed if isinstance(executed, Tensor) else torch.full_like(tokens, executed))
+            return executed
+
+        logits = self.network(tokens, route, cache, last_only)
+        return RoutingOutput(logits, torch.stack(concentrations), torch.stack(routes))

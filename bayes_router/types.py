@@ -1,0 +1,76 @@
+"""Names that every floor shares: enums for choices, the shapes of results, the names of Pyro sites.
+
+Letters, here and everywhere: B batch, T tokens, L layers, D d_model, H query heads, Hkv key and value heads, Dh head_dim,
+E experts, V vocabulary, W window (visible keys, self included).
+"""
+
+from collections.abc import Callable, Iterable
+from enum import Enum
+from typing import NamedTuple, TypeVar
+
+from torch import Tensor
+
+Choice = TypeVar("Choice", bound=Enum)
+
+IGNORED = -100
+"""A target that is not scored."""
+
+Route = Callable[[int, Tensor], "Tensor | int"]
+"""(layer, hidden [B, T, D]) -> weights [B, T, E], hard choices int64 [B, T], or the one expert that all tokens take."""
+
+
+class RoutingMode(Enum):
+    """How a route is executed."""
+
+    SAMPLE = "sample"  # one draw from the posterior weighs the experts: training
+    MEAN = "mean"  # the posterior mean weighs the experts
+    HARD = "hard"  # one expert a token, decided by a policy
+
+
+class CostModel(Enum):
+    """What a mechanism costs relative to full attention (full = 1)."""
+
+    PAPER = "paper"  # arXiv 2605.28384: full 1.0, linear 0.15, local 0.30
+    FLOPS = "flops"  # analytic, by T, W and Dh
+    LATENCY = "latency"  # measured on this device
+
+
+class LossTerms(NamedTuple):
+    """Parts of the objective, nats per token. `elbo` carries the KL at weight 1, whatever weight training used."""
+
+    nll: Tensor  # []
+    kl: Tensor  # [], summed over layers
+    elbo: Tensor  # [] = -(nll + kl)
+
+
+class RoutingOutput(NamedTuple):
+    """A forward pass of a routed model."""
+
+    logits: Tensor  # [B, T, V]
+    concentration: Tensor  # [L, B, T, E] of the posterior, float32
+    route: Tensor  # as executed: weights [L, B, T, E] or choices int64 [L, B, T]
+
+
+def choose(field: str, value: object, options: type[Choice]) -> Choice:
+    """The member of the enum `options` that `value` names; a ValueError that lists the valid ones otherwise."""
+    if isinstance(value, options):
+        return value
+    for member in options:
+        if member.value == value:
+            return member
+    raise unknown(field, value, (member.value for member in options))
+
+
+def unknown(field: str, value: object, options: Iterable[object]) -> ValueError:
+    """The error for a name that is not among `options`."""
+    return ValueError(f"{field}: expected one of {', '.join(sorted(map(str, options)))}; got {value!r}")
+
+
+def route_site(layer: int) -> str:
+    """Name of the latent route of a layer in Pyro traces."""
+    return f"route_{layer}"
+
+
+def hidden_site(layer: int) -> str:
+    """Name of the deterministic site that holds what the controller of a layer reads."""
+    return f"hidden_{layer}"

@@ -1,0 +1,185 @@
+"""Every backend of hard routing that runs on the CPU against the oracle: values, gradients, padding, errors."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from bayes_router.attention.dispatch import Backend, routed_attention
+from bayes_router.attention.expert import ExpertShape
+from bayes_router.attention.linear import LinearAttention
+from tests.attention.expert_contract import draw, relative_error
+
+WINDOW = 9
+BACKENDS = ("torch", "dense")
+
+
+def draw_route(kind: str, B: int, T: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "independent":
+        return torch.multinomial(torch.tensor([0.2, 0.5, 0.3]), B * T, True, generator=generator).view(B, T)
+    if kind == "clustered":
+        return torch.randint(3, (B, -(-T // 17)), generator=generator).repeat_interleave(17, 1)[:, :T]
+    if kind == "rows differ":
+        return (torch.arange(B) % 3)[:, None].expand(B, T).contiguous()
+    return torch.full((B, T), ("full", "linear", "local").index(kind))
+
+
+ROUTES = ("independent", "clustered", "rows differ", "full", "linear", "local")
+SHAPES = [(1, 4, 1, 16), (2, 2, 37, 16), (3, 1, 130, 32), (1, 4, 300, 16)]  # B, Hkv, T, Dh
+
+
+@pytest.mark.parametrize(("backend", "kind", "shape"), list(itertools.product(BACKENDS, ROUTES, SHAPES)))
+def test_agrees_with_the_oracle_in_value_and_gradient(
+    backend: str, kind: str, shape: tuple[int, int, int, int]
+) -> None:
+    B, Hkv, T, Dh = shape
+    route = draw_route(kind, B, T)
+    inputs = [x.requires_grad_() for x in (*draw(B, 4, Hkv, T, Dh), *draw(B, 4, Hkv, T, Dh, seed=1)[:2])]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+
+    def run(q: Tensor, k: Tensor, v: Tensor, lq: Tensor, lk: Tensor, backend: str) -> Tensor:
+        return routed_attention(q, k, v, route, window=WINDOW, linear_q=lq, linear_k=lk, backend=backend)
+
+    got, want = run(*inputs, backend=backend), run(*exact, backend="reference")
+    assert relative_error(got, want) < 1e-5
+    weight = torch.randn(got.shape)
+    gradients = torch.autograd.grad((got * weight).sum(), inputs, allow_unused=True)
+    truths = torch.autograd.grad((want * weight).sum(), exact, allow_unused=True)
+    for name, g, t in zip(("q", "k", "v", "linear_q", "linear_k"), gradients, truths, strict=True):
+        assert relative_error(torch.zeros(1) if g is None else g, torch.zeros(1).double() if t is None else t) < 1e-5, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_window_larger_than_a_block(backend: str) -> None:
+    q, k, v = draw(2, 4, 2, 700)
+    route = draw_route("independent", 2, 700)
+    got = routed_attention(q, k, v, route, window=300, backend=backend)
+    want = routed_attention(q, k, v, route, window=300, backend="reference")
+    assert relative_error(got, want.double()) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_close(backend: str, dtype: torch.dtype) -> None:
+    q, k, v = (x.to(dtype) for x in draw(2, 4, 2, 200))
+    route = draw_route("independent", 2, 200)
+    got = routed_attention(q, k, v, route, window=WINDOW, backend=backend)
+    assert got.dtype == dtype
+    want = routed_attention(q.double(), k.double(), v.double(), route, window=WINDOW, backend="reference")
+    assert relative_error(got, want) < 2e-2
+
+
+@pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
+def test_padding_is_zero_and_unseen(backend: str) -> None:
+    q, k, v = draw(3, 4, 2, 90)
+    route, lengths = draw_route("independent", 3, 90), torch.tensor([90, 1, 40])
+    out = routed_attention(q, k, v, route, window=WINDOW, backend=backend, lengths=lengths)
+    for b, n in enumerate(lengths.tolist()):
+        alone = routed_attention(*(x[b : b + 1, :, :n] for x in (q, k, v)), route[b : b + 1, :n], window=WINDOW)
+        torch.testing.assert_close(out[b : b + 1, :, :n], alone, rtol=1e-4, atol=1e-5)
+        assert not out[b, :, n:].any()
+
+
+@pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
+def test_queries_at_starts_equal_the_full_pass(backend: str) -> None:
+    q, k, v = draw(3, 4, 2, 120)
+    route = draw_route("independent", 3, 120)
+    whole = routed_attention(q, k, v, route, window=WINDOW, backend="reference")
+    starts, new = torch.tensor([0, 100, 37]), 20
+    rows = starts[:, None] + torch.arange(new)
+    picked = torch.stack([q[b, :, rows[b]] for b in range(3)])
+    out = routed_attention(picked, k, v, route.gather(1, rows), window=WINDOW, backend=backend, starts=starts)
+    want = torch.stack([whole[b, :, rows[b]] for b in range(3)])
+    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
+    last = routed_attention(q[:, :, -7:], k, v, route[:, -7:], window=WINDOW, backend=backend)
+    torch.testing.assert_close(last, whole[:, :, -7:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
+def test_no_future_leak(backend: str) -> None:
+    q, k, v = draw(1, 4, 2, 200)
+    route = draw_route("independent", 1, 200)
+    before = routed_attention(q, k, v, route, window=WINDOW, backend=backend)
+    for x in (q, k, v):
+        x[:, :, 100:] += 3.0
+    route[:, 100:] = (route[:, 100:] + 1) % 3  # later routes may change what is gathered with an earlier token
+    after = routed_attention(q, k, v, route, window=WINDOW, backend=backend)
+    torch.testing.assert_close(before[:, :, :100], after[:, :, :100], rtol=1e-5, atol=1e-6)
+
+
+class Squared(LinearAttention):
+    """A linear expert with its own feature map: it must not be computed with its parent's."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.extend(q, k, v, self.init_state(q, k, v))[0]
+
+    def extend(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return super().extend(q.square(), k.square(), v, state)
+
+
+class OwnKernel(Squared):
+    calls = 0
+
+    def attend_rows(self, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor) -> Tensor:
+        OwnKernel.calls += 1
+        return self(q, k, v).masked_fill(~chosen[:, None, :, None], torch.nan)
+
+
+@pytest.mark.parametrize(("kind", "backend"), list(itertools.product((Squared, OwnKernel), ("torch", "dense", "auto"))))
+def test_custom_experts_compute_their_own_rows(kind: type[Squared], backend: str) -> None:
+    q, k, v = draw(2, 4, 2, 100)
+    route = draw_route("independent", 2, 100)
+    mine = kind(ExpertShape(4, 16, WINDOW))
+    out = routed_attention(q, k, v, route, window=WINDOW, backend=backend, experts=("full", mine, "local"))
+    plain = routed_attention(q, k, v, route, window=WINDOW, backend="reference")
+    want = torch.where((route == 1)[:, None, :, None], mine(q, k, v), plain)
+    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
+    assert kind is Squared or backend == "dense" or OwnKernel.calls
+
+
+def test_one_int_routes_every_token() -> None:
+    q, k, v = draw(2, 4, 2, 50)
+    for index in range(3):
+        want = routed_attention(q, k, v, torch.full((2, 50), index), window=WINDOW, backend="reference")
+        torch.testing.assert_close(routed_attention(q, k, v, index, window=WINDOW), want, rtol=1e-4, atol=1e-5)
+
+
+def test_no_tokens_and_no_rows() -> None:
+    for B, T in ((2, 0), (0, 5)):
+        q, k, v = draw(B, 4, 2, T)
+        for backend in (*BACKENDS, "auto"):
+            assert routed_attention(q, k, v, torch.zeros(B, T, dtype=torch.long), window=3, backend=backend).shape == q.shape
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"route": torch.full((2, 8), 3)}, "route: expected values in 0..2; got 3..3"),
+        ({"route": torch.full((2, 8), -1)}, "route: expected values in 0..2; got -1..-1"),
+        ({"route": 3}, "route: expected values in 0..2; got 3"),
+        ({"route": torch.zeros(2, 7, dtype=torch.long)}, r"route: expected shape \(2, 8\)"),
+        ({"route": torch.zeros(2, 8)}, "route: expected int64 or int32; got torch.float32"),
+        ({"route": torch.zeros(2, 8, dtype=torch.long, device="meta")}, "route: expected shape .* on cpu; got .* on meta"),
+        ({"window": 0}, "window: expected at least 1"),
+        ({"linear_q": torch.zeros(2, 4, 8, 4)}, "linear_q: expected"),
+        ({"lengths": torch.tensor([9, 1])}, "lengths: expected values in 0..8"),
+        ({"starts": torch.tensor([1, 0])}, "starts: expected values in 0..0"),
+        ({"backend": "cuda"}, "backend: expected one of auto, dense, flex, reference, torch, triton; got 'cuda'"),
+        ({"experts": ("full", "lineer")}, "expert: expected one of"),
+        ({"experts": ()}, "experts: expected at least one"),
+    ],
+)
+def test_bad_input_is_named(change: dict[str, object], message: str) -> None:
+    q, k, v = draw(2, 4, 2, 8)
+    arguments: dict[str, object] = {"route": torch.zeros(2, 8, dtype=torch.long), "window": 3, **change}
+    with pytest.raises(ValueError, match=message):
+        routed_attention(q, k, v, arguments.pop("route"), **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", ["flex", "triton"])
+def test_a_backend_that_cannot_run_is_an_error(backend: str) -> None:
+    q, k, v = draw(1, 4, 2, 8)
+    with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot run here: it needs CUDA tensors"):
+        routed_attention(q, k, v, torch.zeros(1, 8, dtype=torch.long), window=3, backend=backend)

@@ -1,0 +1,94 @@
+"""The built-in experts against the contract and the float64 oracle; the registry."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from bayes_router.attention import reference
+from bayes_router.attention.expert import Expert, ExpertShape, check_attention_inputs, expert_class, register_expert
+from tests.attention.expert_contract import WINDOW, ExpertContract, draw
+
+
+class TestFull(ExpertContract):
+    name = "full"
+
+    def oracle(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return reference.softmax_attention(q, k, v)
+
+
+class TestLinear(ExpertContract):
+    name = "linear"
+
+    def oracle(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return reference.linear_attention(q, k, v)
+
+
+class TestLocal(ExpertContract):
+    name = "local"
+
+    def oracle(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return reference.softmax_attention(q, k, v, WINDOW)
+
+    @pytest.mark.parametrize("window", [1, 2, 64, 70, 199, 500])
+    def test_window_counts_the_token_itself(self, window: int) -> None:
+        q, k, v = draw(1, 4, 4, 200)
+        want = reference.softmax_attention(q, k, v, window)
+        torch.testing.assert_close(self.build(window=window)(q, k, v).double(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_window_of_one_is_the_value_itself() -> None:
+    q, k, v = draw(1, 4, 4, 90)
+    torch.testing.assert_close(expert_class("local")(ExpertShape(4, 16, 1))(q, k, v), v)
+
+
+def test_unknown_expert_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="expert: expected one of .*full, gated, linear, local.*got 'fulll'"):
+        expert_class("fulll")
+
+
+def test_a_name_is_registered_once() -> None:
+    with pytest.raises(ValueError, match="'full' is already"):
+
+        @register_expert("full")
+        class Another(Expert):
+            pass
+
+
+def test_window_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="window: expected at least 1"):
+        expert_class("local")(ExpertShape(4, 16, 0))
+
+
+@pytest.mark.parametrize(
+    ("shape", "field"), [((2, 3, 5, 8), "k"), ((1, 4, 5, 8), "k"), ((2, 4, 3, 8), "k"), ((2, 4, 5, 4), "k"), ((2, 4, 8), "k")]
+)
+def test_shapes_that_do_not_fit_are_named(shape: tuple[int, ...], field: str) -> None:
+    q = torch.zeros(2, 4, 5, 8)
+    with pytest.raises(ValueError, match=f"^{field}: expected"):
+        check_attention_inputs(q, torch.zeros(shape), torch.zeros(shape))
+
+
+class TestGated(ExpertContract):
+    name = "gated"
+
+    def build(self, num_heads: int = 4, head_dim: int = 16, window: int = WINDOW) -> Expert:
+        expert = super().build(num_heads, head_dim, window)
+        generator = torch.Generator().manual_seed(1)
+        for parameter in expert.parameters():
+            parameter.data += 0.5 * torch.randn(parameter.shape, generator=generator)
+        return expert
+
+    def oracle(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The recurrence, one token after another."""
+        expert = self.build().double()
+        gate, bias, log_scale = expert.gate, expert.gate_bias, expert.log_scale
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        scale = log_scale.exp()[:, None]
+        state, total, outputs = 0.0, 0.0, []
+        for t in range(q.shape[2]):
+            a = torch.sigmoid((k[:, :, t] * gate).sum(-1) + bias)[..., None]  # [B, H, 1]
+            phi_k, phi_q = (k[:, :, t] * scale).softmax(-1), (q[:, :, t] * scale).softmax(-1)
+            state = a[..., None] * state + phi_k[..., None] * v[:, :, t, None]
+            total = a * total + phi_k
+            outputs.append((phi_q[..., None] * state).sum(-2) / ((phi_q * total).sum(-1, keepdim=True) + 1e-6))
+        return torch.stack(outputs, 2)
