@@ -84,7 +84,7 @@ class RoutingModel(Named):
         require(kl_weight > 0, "kl_weight", "a positive number", kl_weight, "a tiny one stands for zero")
         require(price >= 0, "price", "0 or more", price)
         require(price == 0 or len(self.cost_ratio) > 0, "price", "0 where no cost_ratio was given", price)
-        self.concentration = concentration.to(self.cost_ratio.device, torch.float32)
+        self.concentration = concentration.to(self.cost_ratio.device)
         self.kl_weight, self.price = kl_weight, price
 
     def prior(self, layer: int) -> dist.TorchDistribution:
@@ -106,7 +106,8 @@ class RoutingModel(Named):
             return harden(draw) if self.straight_through else draw
 
         with poutine.scale(scale=1 / (B * T)), pyro.plate("batch", B, dim=-2), pyro.plate("token", T, dim=-1):
-            logits = self.network(tokens, route).float()
+            logits = self.network(tokens, route)
+            logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
             scored = True if targets is None else targets != IGNORED
             with poutine.mask(mask=scored):
                 observed = None if targets is None else targets.clamp_min(0)

@@ -1,0 +1,101 @@
+"""The evaluation against figures computed by hand from the model's own outputs."""
+
+import pytest
+import torch
+from torch.distributions import Categorical, Dirichlet, kl_divergence
+from torch.nn import functional as F
+
+from bayes_router.data.tokens import ByteTokeniser, TokenDataset
+from bayes_router.routing.policy import Budget
+from bayes_router.training.evaluate import evaluate, forced_nll
+from bayes_router.transformer.layer import build_experts
+from tests.tiny import EXPERTS, tiny_concentration, tiny_model
+
+COST = torch.tensor([1.0, 0.15, 0.3, 0.15])
+
+
+def source(length: int = 2000) -> TokenDataset:
+    text = bytes(torch.randint(23, (length,), generator=torch.Generator().manual_seed(0)).tolist())
+    return TokenDataset([text], ByteTokeniser())
+
+
+def test_every_figure_by_hand() -> None:
+    model, prior = tiny_model(), tiny_concentration(tiny_model().config)
+    text = source()
+    result = evaluate(model, text, prior, context=40, batch_size=5, limit=400)
+    batches = list(text.windows(40, 10, 400))
+    tokens, targets = batches[0]
+    assert result.tokens == 400 == tokens.numel()
+    with torch.no_grad():
+        hard, mean = model(tokens, "hard"), model(tokens, "mean")
+    for mode, out in (("hard", hard), ("mean", mean)):
+        assert result.nll[mode] == pytest.approx(float(F.cross_entropy(out.logits.flatten(0, 1), targets.flatten())), rel=1e-4)
+    assert result.gap == pytest.approx(result.nll["hard"] - result.nll["mean"])
+    assert result.accuracy == pytest.approx(float((hard.logits.argmax(-1) == targets).float().mean()), abs=0.003)
+    load = F.one_hot(hard.route, 4).float().mean((1, 2))
+    torch.testing.assert_close(torch.tensor(result.load_per_layer), load, rtol=1e-4, atol=0.003)
+    assert result.cost_ratio["paper"] == pytest.approx(float((load @ COST).mean()), abs=0.002)
+    flops = torch.tensor([e.flops_per_token(40) for e in build_experts(model.config)])
+    assert result.cost_ratio["flops"] == pytest.approx(float((load @ (flops / flops[0])).mean()), abs=0.01)
+    p = Categorical(hard.concentration / hard.concentration.sum(-1, keepdim=True))
+    information = Categorical(p.probs.mean((1, 2))).entropy() - p.entropy().mean((1, 2))
+    torch.testing.assert_close(torch.tensor(result.route_information_per_layer), information, rtol=1e-2, atol=1e-3)
+    total = hard.concentration.sum(-1).mean((1, 2))
+    torch.testing.assert_close(torch.tensor(result.total_concentration_per_layer), total, rtol=1e-3, atol=1e-3)
+
+
+def test_the_elbo_carries_the_kl_at_weight_one() -> None:
+    model = tiny_model()
+    prior = tiny_concentration(model.config)
+    text = source()
+    result = evaluate(model, text, prior, context=40, batch_size=10, limit=400, seed=3)
+    tokens, _ = next(text.windows(40, 10, 400))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        model(tokens, "sample" if list(result.nll)[0] == "sample" else "mean")
+    assert result.elbo == pytest.approx(-(result.nll["sample"] + sum(result.kl_per_layer)), rel=1e-6)
+    # SAMPLE and HARD see the same hidden states in layer 0, so its KL can be computed from either
+    concentration = model(tokens, "hard").concentration[0].detach()
+    kl = kl_divergence(Dirichlet(concentration), Dirichlet(prior[0].expand_as(concentration))).mean()
+    assert result.kl_per_layer[0] == pytest.approx(float(kl), rel=1e-4)
+
+
+def test_it_repeats_and_leaves_the_caller_as_it_was() -> None:
+    model = tiny_model().train()
+    state, policy = torch.random.get_rng_state(), model.policy
+    prior = tiny_concentration(model.config)
+    first, second = (evaluate(model, source(), prior, context=40, batch_size=4, limit=200) for _ in range(2))
+    assert first == second
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert model.training and model.policy is policy
+
+
+def test_a_policy_moves_the_cost() -> None:
+    model = tiny_model()
+    prior = tiny_concentration(model.config)
+    costs = [
+        evaluate(
+            model, source(), prior, context=40, batch_size=4, limit=200, policy=Budget(tuple(COST.tolist()), price)
+        ).cost_ratio
+        for price in (-50.0, 0.0, 50.0)
+    ]
+    assert costs[0]["paper"] > costs[1]["paper"] > costs[2]["paper"]
+    assert costs[0]["paper"] == pytest.approx(1.0)
+    assert costs[2]["paper"] == pytest.approx(0.15, abs=0.005)
+
+
+def test_forced_nll_is_the_loss_of_that_expert() -> None:
+    model = tiny_model()
+    tokens, targets = next(source().windows(40, 10, 400))
+    for expert in EXPERTS:
+        with torch.no_grad():
+            want = F.cross_entropy(model(tokens, force=expert).logits.flatten(0, 1), targets.flatten())
+        assert forced_nll(model, source(), expert, context=40, batch_size=3, limit=400) == pytest.approx(float(want), rel=1e-4)
+
+
+def test_the_table_reads_as_the_numbers() -> None:
+    model = tiny_model()
+    result = evaluate(model, source(), tiny_concentration(model.config), context=40, batch_size=4, limit=200)
+    table = result.table()
+    assert f"HARD {result.nll['hard']:.4f}" in table and "200 tokens" in table
+    assert len(result.layers()) == 3
