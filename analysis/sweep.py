@@ -40,7 +40,7 @@ def run_one(job: dict[str, Any]) -> dict[str, Any]:
         trainer.model, data.valid, trainer.prior.concentration, context=config.data.context, batch_size=batch, limit=limit
     )
     return {
-        "run": job["name"],
+        "contender": job["name"],
         "corpus": config.data.corpus,
         "context": config.data.context,
         "tokens": config.train.steps * batch * config.data.context,
@@ -64,7 +64,7 @@ def run_one(job: dict[str, Any]) -> dict[str, Any]:
 
 def identity(row: dict[str, Any]) -> tuple[Any, ...]:
     """What makes a row the same run."""
-    return row["run"], row["corpus"], row["context"], row["seed"]
+    return row["contender"], row["corpus"], row["context"], row["seed"]
 
 
 def planned(job: dict[str, Any]) -> tuple[Any, ...]:
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     frame = sweep(json.loads(args.plan.read_text()), args.results, args.jobs)
-    columns = ["run", "seed", "nll_mean", "nll_hard", "cost_paper", "route_information", "kl", "load", "seconds"]
+    columns = ["contender", "seed", "nll_mean", "nll_hard", "cost_paper", "route_information", "kl", "load", "seconds"]
     with pd.option_context("display.width", 220, "display.max_colwidth", 130, "display.max_rows", 500):
         print(frame[columns].sort_values("nll_hard").to_string(index=False, float_format=lambda x: f"{x:.3f}"))
 

@@ -17,6 +17,7 @@ from torch.distributions import constraints
 
 from bayes_router.config import require
 from bayes_router.inference.tilted import TiltedDirichlet
+from bayes_router.routing.tilt import tilted_moments
 from bayes_router.types import IGNORED, Route, hidden_site, route_site
 
 _serial = count()
@@ -61,6 +62,7 @@ class RoutingModel(Named):
 
     concentration: Tensor
     cost_ratio: Tensor
+    log_normaliser: Tensor  # [L], of the tilted prior
 
     def __init__(
         self,
@@ -75,6 +77,8 @@ class RoutingModel(Named):
         self.straight_through = False
         self.register_buffer("concentration", torch.empty(0), persistent=False)
         self.register_buffer("cost_ratio", torch.zeros(0) if cost_ratio is None else cost_ratio, persistent=False)
+        self.register_buffer("log_normaliser", torch.empty(0), persistent=False)
+        self._cost, self._given, self.price = self.cost_ratio.tolist(), torch.empty(0), -1.0
         self.set_objective(concentration, kl_weight, price)
 
     def set_objective(self, concentration: Tensor, kl_weight: float, price: float = 0.0) -> None:
@@ -84,13 +88,18 @@ class RoutingModel(Named):
         require(kl_weight > 0, "kl_weight", "a positive number", kl_weight, "a tiny one stands for zero")
         require(price >= 0, "price", "0 or more", price)
         require(price == 0 or len(self.cost_ratio) > 0, "price", "0 where no cost_ratio was given", price)
-        self.concentration = concentration.to(self.cost_ratio.device)
+        if price > 0 and not (price == self.price and torch.equal(concentration, self._given)):
+            # log Z of every layer; from values on the CPU, where small float64 work is cheap and no GPU waits for it
+            moments = tilted_moments(concentration.cpu(), price * torch.tensor(self._cost))
+            self.log_normaliser = moments.log_normaliser.to(self.cost_ratio)
+        self._given = concentration
+        self.concentration = concentration.to(self.cost_ratio.device, non_blocking=True)
         self.kl_weight, self.price = kl_weight, price
 
     def prior(self, layer: int) -> dist.TorchDistribution:
         """Of one token's route in a layer."""
         if self.price > 0:
-            return TiltedDirichlet(self.concentration[layer], self.price * self.cost_ratio)
+            return TiltedDirichlet(self.concentration[layer], self.price * self.cost_ratio, self.log_normaliser[layer])
         return dist.Dirichlet(self.concentration[layer], validate_args=False)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:

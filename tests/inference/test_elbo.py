@@ -133,18 +133,19 @@ def test_concentrations_are_float32_under_autocast_and_the_loss_is_close() -> No
 
 
 def test_two_models_and_a_copy_share_no_parameters() -> None:
+    """A step on one moves every one of its parameters, and none of another's."""
     pyro.clear_param_store()
     tokens, targets = tiny_batch()
-    first = program(tiny_model(0))
-    second = program(tiny_model(1))
-    third = copy.deepcopy(second[0])
-    before = [p.clone() for p in second[0].parameters()]
-    SVI(*first, pyro.optim.ClippedAdam({"lr": 0.1}), TraceMeanField_ELBO()).step(tokens, targets)
-    guide = RoutingGuide(third, tiny_model(2).controller)
-    SVI(third, guide, pyro.optim.ClippedAdam({"lr": 0.1}), TraceMeanField_ELBO()).step(tokens, targets)
-    SVI(*second, pyro.optim.ClippedAdam({"lr": 1e-12}), TraceMeanField_ELBO()).step(tokens, targets)
-    for old, new in zip(before, second[0].parameters(), strict=True):
-        torch.testing.assert_close(old, new, rtol=0, atol=1e-9)
+    first, second = program(tiny_model(0)), program(tiny_model(1))
+    copied = copy.deepcopy(second[0])
+    programs = [first, second, (copied, RoutingGuide(copied, tiny_model(2).controller))]
+    for moving, (model, guide) in enumerate(programs):
+        before = [[p.clone() for module in pair for p in module.parameters()] for pair in programs]
+        SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.1}), TraceMeanField_ELBO()).step(tokens, targets)
+        after = [[p for module in pair for p in module.parameters()] for pair in programs]
+        for other in range(3):
+            same = [torch.equal(a, b) for a, b in zip(before[other], after[other], strict=True)]
+            assert not any(same) if other == moving else all(same)
 
 
 def test_the_module_form_of_ours_leaves_the_parameter_store_alone() -> None:
@@ -194,7 +195,7 @@ def test_a_price_tilts_the_prior() -> None:
     draws = priors.sample(torch.Size([200_000]))
     log_z = (-4.0 * (draws @ COST.double())).exp().mean(0).log().sum()
     expected_cost = ((q / q.sum(-1, keepdim=True)) @ COST).mean((1, 2)).sum()
-    assert float(tilted.kl - plain.kl) == pytest.approx(float(4.0 * expected_cost + log_z), abs=0.05)
+    assert float(tilted.kl - plain.kl) == pytest.approx(float(4.0 * expected_cost + log_z), abs=0.01)
     assert float(tilted.nll) == pytest.approx(float(plain.nll))
 
 

