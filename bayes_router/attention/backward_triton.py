@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
 """Triton kernels of the routed backward pass. Nothing of size T x T is kept: scores are taken again from q, k and `Lse`.
 
 With p the softmax weights, delta = sum(out * dout): ds = p (dout v^T - delta), dq = ds k, dk = ds^T q, dv = p^T dout. Linear
@@ -10,7 +11,7 @@ gradient is g_t v_s + gz_t; what lies beyond a chunk goes through the state S, a
 import triton
 import triton.language as tl
 
-from bayes_router.attention.forward_triton import find_item, gather_rows, phi
+from bayes_router.attention.forward_triton import gather_rows, phi, sees
 
 
 @triton.jit
@@ -20,7 +21,7 @@ def _load_rows(X, t, real, x_t, D: tl.constexpr):
 
 
 @triton.jit
-def _dq_tile(q, do, K, V, n0, num_keys, k_t, v_t, pos, low, lse, delta, dq, scale, MASKED: tl.constexpr, BN: tl.constexpr,
+def _dq_tile(q, do, K, V, n0, num_keys, k_t, v_t, pos, reach, lse, delta, dq, scale, MASKED: tl.constexpr, BN: tl.constexpr,
              D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     n = n0 + tl.arange(0, BN)
     d = tl.arange(0, D)
@@ -34,7 +35,7 @@ def _dq_tile(q, do, K, V, n0, num_keys, k_t, v_t, pos, low, lse, delta, dq, scal
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     p = tl.exp2(s * scale - lse[:, None])
     if MASKED:
-        p = tl.where((n[None, :] <= pos[:, None]) & (n[None, :] >= low[:, None]), p, 0.0)
+        p = tl.where(sees(pos[:, None], n[None, :], reach), p, 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -42,20 +43,22 @@ def _dq_tile(q, do, K, V, n0, num_keys, k_t, v_t, pos, low, lse, delta, dq, scal
 
 @triton.jit
 def full_dq_kernel(
-    Q, K, V, Out, DOut, Lse, Delta, DQ, Partial, Order, Before, Table, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
-    o_b, o_h, o_t, g_b, g_h, g_t, d_b, d_h, d_t, B, H, GROUP, T, NB, scale, programs,
-    S: tl.constexpr, GROUPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    Q, K, V, Out, DOut, Lse, Delta, DQ, Partial, Order, Before, Items, Counters, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
+    o_b, o_h, o_t, g_b, g_h, g_t, d_b, d_h, d_t, H, GROUP, T, NB, scale, programs,
+    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of full attention's queries, over the same work items as the forward pass."""
-    meta = Table + 4 * B * S
-    L, total = tl.load(meta), tl.load(meta + 1)
     d, r = tl.arange(0, D), tl.arange(0, BM)
+    total = tl.load(Counters)
     item = tl.program_id(0)
+    following = item + programs
     while item < total:
-        following = tl.atomic_add(meta + 2, 1) + programs
-        head, batch, i, s = find_item(Table, item, B, H, S, GROUPS)
-        h, b = head.to(tl.int64), batch.to(tl.int64)
-        t, real, first, last = gather_rows(Order, Before, b, 0, i, T, NB, BM)
+        after = tl.atomic_add(Counters + 1, 1) + 2 * programs
+        h, record = (item % H).to(tl.int64), Items + item // H * 8
+        b, i, lo = tl.load(record).to(tl.int64), tl.load(record + 1), tl.load(record + 2)
+        hi, seen, part = tl.load(record + 3), tl.load(record + 4), tl.load(record + 5)
+        real = i * BM + r < tl.load(Before + b * 3 * (NB + 1) + NB)
+        t = tl.load(Order + b * 3 * T + i * BM + r, mask=real, other=0)
         q = _load_rows(Q + b * q_b + h * q_h, t, real, q_t, D)
         do = _load_rows(DOut + b * g_b + h * g_h, t, real, g_t, D)
         out = _load_rows(Out + b * o_b + h * o_h, t, real, o_t, D)
@@ -64,21 +67,19 @@ def full_dq_kernel(
         lse = tl.load(Lse + (b * H + h) * T + t, mask=real, other=float("inf"))
         Kh, Vh = K + b * k_b + h // GROUP * k_h, V + b * v_b + h // GROUP * v_h
         dq = tl.zeros([BM, D], tl.float32)
-        low = tl.zeros([BM], tl.int32)
-        lo, hi = s * L, tl.minimum((s + 1) * L, last + 1)
-        seen = tl.maximum(tl.minimum((first + 1) // BN * BN, hi // BN * BN), lo)
         for n in range(lo, seen, BN):
-            dq = _dq_tile(q, do, Kh, Vh, n, T, k_t, v_t, t, low, lse, delta, dq, scale, False, BN, D, PRECISION)
+            dq = _dq_tile(q, do, Kh, Vh, n, T, k_t, v_t, t, T, lse, delta, dq, scale, False, BN, D, PRECISION)
         for n in range(seen, hi, BN):
-            dq = _dq_tile(q, do, Kh, Vh, n, T, k_t, v_t, t, low, lse, delta, dq, scale, True, BN, D, PRECISION)
+            dq = _dq_tile(q, do, Kh, Vh, n, T, k_t, v_t, t, T, lse, delta, dq, scale, True, BN, D, PRECISION)
         dq = dq * (scale * 0.6931471805599453)  # scale is 1 / sqrt(Dh) in base 2
-        if (i < tl.load(Before + b * 3 * (NB + 1) + tl.minimum(L // 64, NB)) // BM) | (S == 1):
+        if part < 0:
             at = DQ + b * d_b + h * d_h + t[:, None].to(tl.int64) * d_t + d[None, :]
             tl.store(at, dq.to(DQ.dtype.element_ty), mask=real[:, None])
         else:
-            at = Partial + (item.to(tl.int64) * BM + r[:, None]) * D + d[None, :]
+            at = Partial + ((part * H + h) * BM + r[:, None]) * D + d[None, :]
             tl.store(at, dq.to(Partial.dtype.element_ty))
         item = following
+        following = after
 
 
 @triton.jit
@@ -101,9 +102,8 @@ def local_dq_kernel(
     K += b * k_b + h // GROUP * k_h
     V += b * v_b + h // GROUP * v_h
     dq = tl.zeros([BM, D], tl.float32)
-    low = t - window + 1
     for n in range(tl.maximum(first - window + 1, 0) // BN * BN, last + 1, BN):
-        dq = _dq_tile(q, do, K, V, n, T, k_t, v_t, t, low, lse, delta, dq, scale, True, BN, D, PRECISION)
+        dq = _dq_tile(q, do, K, V, n, T, k_t, v_t, t, window, lse, delta, dq, scale, True, BN, D, PRECISION)
     d = tl.arange(0, D)
     at = DQ + b * d_b + h * d_h + t[:, None].to(tl.int64) * d_t + d[None, :]
     tl.store(at, (dq * (scale * 0.6931471805599453)).to(DQ.dtype.element_ty), mask=real[:, None])
@@ -171,7 +171,8 @@ def chunk_reverse_kernel(
             den = tl.load(Lse + (b * H + h) * T + t, mask=real, other=float("inf"))
             delta = tl.load(Delta + (b * H + h) * T + t, mask=real, other=0.0)
             feature = phi(q) / den[:, None]
-            r_acc = tl.dot(tl.trans(feature.to(R.dtype.element_ty)), do.to(R.dtype.element_ty), r_acc, input_precision=PRECISION)
+            wide = R.dtype.element_ty
+            r_acc = tl.dot(tl.trans(feature.to(wide)), do.to(wide), r_acc, input_precision=PRECISION)
             rz -= tl.sum(feature * delta[:, None], 0)
     row = (b * (H // GROUP) + hk) * NC + c
     tl.store(R + row * D * D + d[:, None] * D + d[None, :], r_acc.to(R.dtype.element_ty))
@@ -192,7 +193,7 @@ def _dkv_rows(Q, DOut, Lse, Delta, Order, r0, end, k, v, n, dk, dv, q_t, g_t, sc
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BN, BM]
     p = tl.exp2(s * scale - lse[None, :])
     if MASKED:
-        p = tl.where((n[:, None] <= t[None, :]) & (n[:, None] > t[None, :] - reach), p, 0.0)
+        p = tl.where(sees(t[None, :], n[:, None], reach), p, 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     ds = p * (dp - delta[None, :])
@@ -224,14 +225,19 @@ def dkv_kernel(
             clear = tl.load(counts + tl.minimum((n0 + BN + 63) // 64, NB))  # from here on every query sees the whole block
             split = lo + (clear - lo + BM - 1) // BM * BM
             for r0 in range(lo, split, BM):
-                dk, dv = _dkv_rows(Qh, DOh, Lh, Dh, order, r0, end, k, v, n, dk, dv, q_t, g_t, scale, T + 1, True, BM, D, PRECISION)
+                dk, dv = _dkv_rows(Qh, DOh, Lh, Dh, order, r0, end, k, v, n, dk, dv, q_t, g_t, scale,
+                                   T, True, BM, D, PRECISION)  # fmt: skip
             for r0 in range(split, end, BM):
-                dk, dv = _dkv_rows(Qh, DOh, Lh, Dh, order, r0, end, k, v, n, dk, dv, q_t, g_t, scale, T + 1, False, BM, D, PRECISION)
+                dk, dv = _dkv_rows(
+                    Qh, DOh, Lh, Dh, order, r0, end, k, v, n, dk, dv, q_t, g_t, scale, T, False, BM, D, PRECISION
+                )
         if LOCAL:
             counts, order = Before + (b * 3 + 2) * (NB + 1), Order + (b * 3 + 2) * T
             lo, end = tl.load(counts + n0 // 64), tl.load(counts + tl.minimum((n0 + BN + window + 62) // 64, NB))
             for r0 in range(lo, end, BM):
-                dk, dv = _dkv_rows(Qh, DOh, Lh, Dh, order, r0, end, k, v, n, dk, dv, q_t, g_t, scale, window, True, BM, D, PRECISION)
+                dk, dv = _dkv_rows(
+                    Qh, DOh, Lh, Dh, order, r0, end, k, v, n, dk, dv, q_t, g_t, scale, window, True, BM, D, PRECISION
+                )
     dk = dk * (scale * 0.6931471805599453)
     at = DK + b * dk_b + hk * dk_h + n[:, None].to(tl.int64) * dk_t + d[None, :]
     tl.store(at, dk.to(DK.dtype.element_ty), mask=inside[:, None])

@@ -6,6 +6,7 @@ full pass. Rows of a batch may have different lengths: each appends at its own p
 
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from torch.nn import functional as F
 
 from bayes_router.attention.decode import attend_one
 from bayes_router.attention.dispatch import Backend, pick_backend, run_problem
-from bayes_router.attention.expert import Expert
+from bayes_router.attention.expert import Expert, widen
+from bayes_router.attention.full import FullAttention
 from bayes_router.attention.linear import LinearAttention, feature_map, with_ones
 from bayes_router.attention.local import LocalAttention
 from bayes_router.attention.problem import RoutedProblem, check_problem
@@ -118,8 +120,11 @@ class LayerCache:
         new = RoutedProblem(q, k, v, plain_q, plain_k, self._choices(q, route), self.experts, lengths)
         self._check(new)
         self._make_room(new)
+        if self._fused(new, route):
+            return self._decode_fused(new)
         extended = {index: self._extend(index, new) for index in self.states}
-        if not self.ring:
+        late = self.ring and not _one_token(new)  # a chunk may overwrite what its first queries see
+        if not late:
             self._write(new)
         if route.dim() == 2:
             out = self._hard(new, extended, Backend(backend))
@@ -129,12 +134,36 @@ class LayerCache:
                 one = replace(new, route=torch.full_like(new.route, index))
                 weight = route[..., index].to(q.dtype)[:, None, :, None]  # [B, 1, T, 1]
                 out = out + weight * self._hard(one, extended, Backend(backend))
-        if self.ring:
-            self._write(new)  # only now: a chunk may overwrite what its first queries see
+        if late:
+            self._write(new)
         for index, (_, state) in extended.items():
             self.states[index] = state
         self.lengths += new.q.shape[2] if lengths is None else lengths
         self.longest += new.q.shape[2]
+        return out
+
+    def _fused(self, new: RoutedProblem, route: Tensor) -> bool:
+        """Whether this is a decoding step that the Triton kernel does whole."""
+        if not _one_token(new) or self.ring or route.dim() != 2 or new.q.device.type != "cuda" or find_spec("triton") is None:
+            return False
+        kinds = [type(expert) for expert in self.experts]
+        dim = new.q.shape[3]
+        plain = len(set(kinds)) == len(kinds) and set(kinds) <= {FullAttention, LinearAttention, LocalAttention}
+        return plain and dim in (16, 32, 64, 128, 256) and all(x.stride(3) == 1 for x in (new.q, new.k, new.v))
+
+    def _decode_fused(self, new: RoutedProblem) -> Tensor:
+        from bayes_router.attention.decode_triton import decode_step  # only where it can be imported
+
+        kinds = [type(expert) for expert in self.experts]
+        index = [kinds.index(kind) if kind in kinds else -1 for kind in (FullAttention, LinearAttention, LocalAttention)]
+        state = self.states.get(index[1])
+        window = self.experts[index[2]].shape.window if index[2] >= 0 else 1
+        out = decode_step(
+            new.q, new.k, new.v, new.plain_q, new.plain_k, self.keys, self.values, state, new.route, self.lengths,
+            (index[0], index[1], index[2]), window,
+        )  # fmt: skip
+        self.lengths += 1
+        self.longest += 1
         return out
 
     def _choices(self, q: Tensor, route: Tensor) -> Tensor:
@@ -181,14 +210,14 @@ class LayerCache:
         if self.values is None:
             return torch.zeros_like(new.q)
         new = replace(new, elsewhere=frozenset(self.states))
-        if self.ring:
+        if self.ring and not _one_token(new):
             rows = [run_problem(pick_backend(backend, one), one) for one in self._unrolled(new)]
             return torch.cat([F.pad(row, (0, 0, 0, new.q.shape[2] - row.shape[2])) for row in rows])
         keys = self.values if self.keys is None else self.keys
         plain_keys = keys if self.plain_keys is None else self.plain_keys
         held = replace(new, k=keys, v=self.values, plain_k=plain_keys, starts=self.lengths)
-        if new.q.shape[2] == 1 and new.lengths is None:
-            return attend_one(held)
+        if _one_token(new):
+            return attend_one(held, self.slots, self.ring)
         return run_problem(pick_backend(backend, held), held)
 
     def _unrolled(self, new: RoutedProblem) -> list[RoutedProblem]:
@@ -232,8 +261,8 @@ class LayerCache:
         q, k, v = new.inputs(expert)
         real = new.real()
         if type(expert) is LinearAttention and self.longest == 0:
-            phi_k = feature_map(k.float()) if real is None else feature_map(k.float()) * real[:, None, :, None]
-            return None, phi_k.transpose(-1, -2) @ with_ones(v.float())
+            phi_k = feature_map(widen(k)) if real is None else feature_map(widen(k)) * real[:, None, :, None]
+            return None, phi_k.transpose(-1, -2) @ with_ones(widen(v))
         if real is None or q.shape[2] == 0:
             return expert.extend(q, k, v, state)
         outs, states = [], []
@@ -242,6 +271,10 @@ class LayerCache:
             outs.append(F.pad(out, (0, 0, 0, q.shape[2] - out.shape[2])))
             states.append(after)
         return torch.cat(outs), torch.cat(states)
+
+
+def _one_token(new: RoutedProblem) -> bool:
+    return new.q.shape[2] == 1 and new.lengths is None
 
 
 class RoutedCache:

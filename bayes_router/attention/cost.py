@@ -111,8 +111,7 @@ def hard_decode_bytes(experts: Sequence[Expert], context: int, num_kv_heads: int
     """The byte floor of a decoding step: each row reads what its expert sees; all rows write k, v and update every state."""
     head_dim = experts[0].shape.head_dim
     own = [
-        0.0 if expert.stateful else read_bytes(expert, context, num_kv_heads, element_size, Mode.DECODE)
-        for expert in experts
+        0.0 if expert.stateful else read_bytes(expert, context, num_kv_heads, element_size, Mode.DECODE) for expert in experts
     ]
     shared = 2.0 * num_kv_heads * head_dim * element_size + sum(2.0 * state_bytes(e, num_kv_heads) for e in experts)
     return AttentionCost(torch.tensor(own, dtype=torch.float64), shared)

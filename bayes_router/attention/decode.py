@@ -10,10 +10,14 @@ from bayes_router.attention.local import LocalAttention
 from bayes_router.attention.problem import RoutedProblem
 
 
-def attend_one(held: RoutedProblem) -> Tensor:
-    """[B, H, 1, Dh]: row b sees keys 0..starts[b], its own included; rows of experts `elsewhere` are zero."""
-    if held.q.device.type == "cuda" and all(_reach(expert) is not None for _, expert in held.computed()):
-        return _masked(held)
+def attend_one(held: RoutedProblem, slots: int, ring: bool) -> Tensor:
+    """[B, H, 1, Dh]: row b sees keys 0..starts[b], its own included; rows of experts `elsewhere` are zero.
+
+    The first `slots` slots of the store count; in a ring position p is in slot p mod slots.
+    """
+    static = ring or held.q.device.type == "cuda"  # a ring is small, and only local experts have one
+    if static and all(_reach(expert) is not None for _, expert in held.computed()):
+        return _masked(held, slots, ring)
     return _grouped(held)
 
 
@@ -45,18 +49,19 @@ def _softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Ten
     return F.scaled_dot_product_attention(packed, k, v, attn_mask=mask).flatten(1, 2).unsqueeze(2)
 
 
-def _masked(held: RoutedProblem) -> Tensor:
-    """Static shapes and no synchronisation, at the price of reading every slot: for a CUDA device without Triton."""
+def _masked(held: RoutedProblem, slots: int, ring: bool) -> Tensor:
+    """Static shapes and no synchronisation, at the price of reading every slot: rings, and CUDA without Triton."""
     assert held.starts is not None
-    slots = torch.arange(held.k.shape[2], device=held.q.device)  # [S]
     last = held.starts[:, None]
-    seen = torch.zeros(1, 1, dtype=torch.bool, device=held.q.device)
+    age = last - torch.arange(slots, device=held.q.device)  # [B, S], tokens since the slot's own
+    age = torch.where(last < age % slots, -1, age % slots) if ring else age
+    seen = torch.zeros_like(age, dtype=torch.bool)
     for index, expert in held.computed():
-        first = last - (_reach(expert) or 0) + 1
-        seen = seen | ((held.route == index) & (slots <= last) & (slots >= first))  # [B, S]
-    computed = seen.any(-1)[:, None, None, None]
-    mask = (seen | ~seen.any(-1, keepdim=True))[:, None, None]  # a row without keys would divide by zero
-    return torch.where(computed, _softmax(held.q, held.k, held.v, mask), 0.0)
+        seen = seen | ((held.route == index) & (age >= 0) & (age < (_reach(expert) or 0)))  # [B, S]
+    computed = seen.any(-1, keepdim=True)
+    mask = (seen | ~computed)[:, None, None]  # [B, 1, 1, S]; a row that sees nothing would divide by zero
+    out = _softmax(held.q, held.k[:, :, :slots], held.v[:, :, :slots], mask)
+    return torch.where(computed[:, :, None, None], out, 0.0)
 
 
 def _reach(expert: Expert) -> int | None:

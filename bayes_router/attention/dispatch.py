@@ -26,7 +26,6 @@ class Backend(Enum):
 
     REFERENCE = "reference"  # the float64 oracle, any device
     TORCH = "torch"  # gathers in plain torch, any device, made for the CPU; on CUDA it synchronises
-    FLEX = "flex"  # FlexAttention, CUDA
     TRITON = "triton"  # own kernels, CUDA, forward and backward
     DENSE = "dense"  # every expert over every token, then selected; any device
     AUTO = "auto"  # by device, length, dtype and gradients, from measured break-even points
@@ -118,8 +117,6 @@ def unavailable(backend: Backend, problem: RoutedProblem) -> str | None:
         return f"it needs CUDA tensors; these are on {problem.q.device}"
     if find_spec("triton") is None:
         return "the package triton is not installed"
-    if backend is Backend.FLEX:
-        return "not built yet"
     if problem.q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it computes float32, bfloat16 and float16; these are {problem.q.dtype}"
     if problem.q.shape[3] > 256:
@@ -134,7 +131,7 @@ def available_backends(device: torch.device | str) -> tuple[Backend, ...]:
     everywhere = (Backend.REFERENCE, Backend.TORCH, Backend.DENSE)
     if torch.device(device).type != "cuda" or find_spec("triton") is None:
         return everywhere
-    return (*everywhere, Backend.FLEX, Backend.TRITON)
+    return (*everywhere, Backend.TRITON)
 
 
 def run_problem(backend: Backend, problem: RoutedProblem) -> Tensor:

@@ -42,7 +42,7 @@ class Expert(nn.Module):
         self.shape = shape
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend: q [B, H, Tq, Dh], k and v [B, Hkv, Tk, Dh] -> [B, H, Tq, Dh]; the queries are the last Tq of Tk positions."""
+        """Attend: q [B, H, Tq, Dh], k, v [B, Hkv, Tk, Dh] -> [B, H, Tq, Dh]; the queries are the last Tq of Tk positions."""
         raise NotImplementedError
 
     def flops_per_token(self, context: int) -> float:
@@ -83,7 +83,7 @@ def register_expert(name: str) -> Callable[[type[Expert]], type[Expert]]:
     def register(cls: type[Expert]) -> type[Expert]:
         known = _REGISTRY.get(name)
         if known is not None and known.__qualname__ != cls.__qualname__:
-            raise ValueError(f"register_expert: {name!r} is already {known.__module__}.{known.__qualname__}; choose another name")
+            raise ValueError(f"register_expert: {name!r} is already {known.__module__}.{known.__qualname__}; take another name")
         cls.name = name
         _REGISTRY[name] = cls
         return cls
@@ -113,8 +113,13 @@ def repeat_heads(x: Tensor, num_heads: int) -> Tensor:
     return x if groups == 1 else x.repeat_interleave(groups, dim=1)
 
 
+def widen(x: Tensor) -> Tensor:
+    """At least float32: sums over the past are not kept in half precision."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def merge_tokens(x: Tensor) -> Tensor:
-    """[B, H, T, Dh] -> [B, T, H * Dh]"""
+    """[B, H, T, Dh] -> [B, T, H * Dh]."""
     return x.transpose(1, 2).flatten(2)
 
 

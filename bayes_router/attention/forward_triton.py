@@ -1,8 +1,9 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
 """Triton kernels of the routed forward pass; `backend_triton` launches them.
 
-Each program takes a block of queries of one kind, gathered by the order of `plan_triton`, so that its rows cost the same. Softmax is
-taken online in base 2. Besides the output each row leaves `Lse`: log2 of its softmax normaliser, or its denominator under
-linear attention; the backward pass reads it.
+Each program takes a block of queries of one kind, gathered by the order of `plan_triton`, so that its rows cost the same.
+Softmax is taken online in base 2. Besides the output each row leaves `Lse`: log2 of its softmax normaliser, or its denominator
+under linear attention; the backward pass reads it.
 """
 
 import triton
@@ -15,7 +16,7 @@ HIDDEN = tl.constexpr(-1.0e30)  # below every score, and finite: a row without v
 @triton.jit
 def phi(x):
     """The feature map elu(x) + 1, in float32."""
-    return tl.where(x > 0, x + 1, tl.exp(tl.minimum(x, 0.0)))
+    return tl.where(x > 0, x + 1, tl.exp2(tl.minimum(x, 0.0) * 1.4426950408889634))
 
 
 @triton.jit
@@ -30,24 +31,27 @@ def gather_rows(Order, Before, b, kind, block, T, NB, BM: tl.constexpr):
 
 
 @triton.jit
-def _soften(s, v, n, pos, low, m, l, acc, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """One tile of online softmax: raw scores s of keys n, visible from `low` to `pos`."""
-    if MASKED:
-        s = tl.where((n[None, :] <= pos[:, None]) & (n[None, :] >= low[:, None]), s * scale, -float("inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
-        p = tl.exp2(s - m_new[:, None])
-    else:
-        m_new = tl.maximum(m, tl.max(s, 1) * scale)
-        p = tl.exp2(s * scale - m_new[:, None])
-    alpha = tl.exp2(m - m_new)
-    l = l * alpha + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-    return m_new, l, acc
+def sees(pos, n, reach):
+    """Whether a query at `pos` sees key n, no more than `reach` keys back, itself included: one unsigned comparison."""
+    return (pos - n).to(tl.uint32, bitcast=True) < reach.to(tl.uint32)
 
 
 @triton.jit
-def _tile(q, K, V, n0, num_keys, k_t, v_t, pos, low, m, l, acc, scale, MASKED: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
-          PRECISION: tl.constexpr):  # fmt: skip
+def _soften(s, v, n, pos, reach, m, norm, acc, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """One tile of online softmax: raw scores s of keys n."""
+    if MASKED:
+        s = tl.where(sees(pos[:, None], n[None, :], reach), s, -float("inf"))
+    m_new = tl.maximum(m, tl.max(s, 1) * scale)
+    p = tl.exp2(s * scale - m_new[:, None])
+    alpha = tl.exp2(m - m_new)
+    norm = norm * alpha + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return m_new, norm, acc
+
+
+@triton.jit
+def _tile(q, K, V, n0, num_keys, k_t, v_t, pos, reach, m, norm, acc, scale, MASKED: tl.constexpr, BN: tl.constexpr,
+          D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Keys n0 .. n0 + BN, loaded by address."""
     n = n0 + tl.arange(0, BN)
     d = tl.arange(0, D)
@@ -59,136 +63,93 @@ def _tile(q, K, V, n0, num_keys, k_t, v_t, pos, low, m, l, acc, scale, MASKED: t
         k = tl.load(K + at_k)
         v = tl.load(V + at_v)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    return _soften(s, v, n, pos, low, m, l, acc, scale, MASKED, PRECISION)
-
-
-@triton.jit
-def _bulk_tile(q, K, V, b, h, n0, pos, low, m, l, acc, scale, MASKED: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
-               PRECISION: tl.constexpr):  # fmt: skip
-    """Keys n0 .. n0 + BN, loaded by the tensor copy engine from descriptors [B, Hkv, Tk, D]; zeros past the end."""
-    k = K.load([b, h, n0, 0]).reshape(BN, D)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    v = V.load([b, h, n0, 0]).reshape(BN, D)
-    return _soften(s, v, n0 + tl.arange(0, BN), pos, low, m, l, acc, scale, MASKED, PRECISION)
-
-
-@triton.jit
-def find_item(Table, item, B, H, S: tl.constexpr, GROUPS: tl.constexpr):
-    """A work item of full attention: (head, row, block, segment, slot for its partial result)."""
-    h, u = item % H, item // H
-    g = tl.arange(0, GROUPS)
-    inside = g < 2 * B * S
-    ends = tl.load(Table + g, mask=inside, other=2147483647)
-    group = tl.sum((ends <= u).to(tl.int32), 0)
-    begin = tl.max(tl.where(ends <= u, ends, 0), 0)
-    i = tl.load(Table + 2 * B * S + group) + u - begin
-    short = group >= B * S
-    x = tl.where(short, group - B * S, group)
-    b = tl.where(short, x % B, x // S)
-    s = tl.where(short, S - 1 - x // B, x % S)
-    return h, b, i, s
+    return _soften(s, v, n, pos, reach, m, norm, acc, scale, MASKED, PRECISION)
 
 
 @triton.jit
 def full_kernel(
-    Q, K, V, KBulk, VBulk, Out, Lse, Partial, PartialLse, Order, Before, Starts, Table, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
-    o_b, o_h, o_t, B, H, GROUP, T, NB, num_keys, start, scale, programs,
-    STARTS: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
-    PRECISION: tl.constexpr, BULK: tl.constexpr, WS: tl.constexpr = False,
+    Q, K, V, Out, Lse, Partial, PartialLse, Order, Before, Starts, Items, Counters,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, H, GROUP, T, NB, num_keys, start, scale, programs,
+    STARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Full attention: programs stay resident and take items off the table, longest first."""
-    meta = Table + 4 * B * S
-    L, total = tl.load(meta), tl.load(meta + 1)
-    d = tl.arange(0, D)
+    """Full attention: programs stay resident and take items off the list, longest first; the next two are fetched ahead."""
+    d, r = tl.arange(0, D), tl.arange(0, BM)
+    total = tl.load(Counters)
     item = tl.program_id(0)
+    following = item + programs
     while item < total:
-        following = tl.atomic_add(meta + 2, 1) + programs
-        h, b, i, s = find_item(Table, item, B, H, S, GROUPS)
+        after = tl.atomic_add(Counters + 1, 1) + 2 * programs
+        h, record = item % H, Items + item // H * 8
+        b, i, lo = tl.load(record), tl.load(record + 1), tl.load(record + 2)
+        hi, seen, part = tl.load(record + 3), tl.load(record + 4), tl.load(record + 5)
         begin = start
         if STARTS:
             begin = tl.load(Starts + b).to(tl.int32)
-        t, real, first, last = gather_rows(Order, Before, b, 0, i, T, NB, BM)
+        count = tl.load(Before + b * 3 * (NB + 1) + NB)
+        real = i * BM + r < count
+        t = tl.load(Order + b * 3 * T + i * BM + r, mask=real, other=0)
         pos = t + begin
-        row = b.to(tl.int64)
-        q = tl.load(Q + row * q_b + h.to(tl.int64) * q_h + t[:, None].to(tl.int64) * q_t + d[None, :])
-        Kh = K + row * k_b + (h // GROUP).to(tl.int64) * k_h
-        Vh = V + row * v_b + (h // GROUP).to(tl.int64) * v_h
+        row, head = b.to(tl.int64), h.to(tl.int64)
+        q = tl.load(Q + row * q_b + head * q_h + t[:, None].to(tl.int64) * q_t + d[None, :])
+        Kh = K + row * k_b + head // GROUP * k_h
+        Vh = V + row * v_b + head // GROUP * v_h
         m = tl.full([BM], HIDDEN, tl.float32)
-        l = tl.zeros([BM], tl.float32)
+        norm = tl.zeros([BM], tl.float32)
         acc = tl.zeros([BM, D], tl.float32)
-        low = tl.zeros([BM], tl.int32)
-        lo, hi = s * L, tl.minimum((s + 1) * L, last + begin + 1)
-        seen = tl.maximum(tl.minimum((first + begin + 1) // BN * BN, hi // BN * BN), lo)  # by every row of the block
-        if BULK:
-            for n in tl.range(lo, seen, BN, warp_specialize=WS):
-                m, l, acc = _bulk_tile(q, KBulk, VBulk, b, h // GROUP, n, pos, low, m, l, acc, scale, False, BN, D, PRECISION)
-            for n in tl.range(seen, hi, BN):
-                m, l, acc = _bulk_tile(q, KBulk, VBulk, b, h // GROUP, n, pos, low, m, l, acc, scale, True, BN, D, PRECISION)
-        else:
-            for n in range(lo, seen, BN):
-                m, l, acc = _tile(q, Kh, Vh, n, num_keys, k_t, v_t, pos, low, m, l, acc, scale, False, BN, D, PRECISION)
-            for n in range(seen, hi, BN):
-                m, l, acc = _tile(q, Kh, Vh, n, num_keys, k_t, v_t, pos, low, m, l, acc, scale, True, BN, D, PRECISION)
-        acc = acc / tl.maximum(l, 1e-30)[:, None]
-        lse = m + tl.log2(l)
-        j = tl.minimum(tl.maximum(L - begin, 0) // 64, NB)
-        unsplit = (i < tl.load(Before + b * 3 * (NB + 1) + j) // BM) | (S == 1)
-        if unsplit:
-            at = Out + row * o_b + h.to(tl.int64) * o_h + t[:, None].to(tl.int64) * o_t + d[None, :]
+        for n in range(lo, seen, BN):
+            m, norm, acc = _tile(q, Kh, Vh, n, num_keys, k_t, v_t, pos, num_keys, m, norm, acc, scale, False, BN, D, PRECISION)
+        for n in range(seen, hi, BN):
+            m, norm, acc = _tile(q, Kh, Vh, n, num_keys, k_t, v_t, pos, num_keys, m, norm, acc, scale, True, BN, D, PRECISION)
+        acc = acc / tl.maximum(norm, 1e-30)[:, None]
+        lse = m + tl.log2(norm)
+        if part < 0:
+            at = Out + row * o_b + head * o_h + t[:, None].to(tl.int64) * o_t + d[None, :]
             tl.store(at, acc.to(Out.dtype.element_ty), mask=real[:, None])
-            tl.store(Lse + (row * H + h) * T + t, lse, mask=real)
+            tl.store(Lse + (row * H + head) * T + t, lse, mask=real)
         else:
-            r = tl.arange(0, BM)
-            slot = item.to(tl.int64) * BM
+            slot = (part * H + h).to(tl.int64) * BM
             tl.store(Partial + (slot + r[:, None]) * D + d[None, :], acc.to(Partial.dtype.element_ty))
             tl.store(PartialLse + slot + r, lse)
         item = following
+        following = after
 
 
 @triton.jit
 def combine_kernel(
-    Partial, PartialLse, Out, Lse, Order, Before, Starts, Table, o_b, o_h, o_t, B, H, T, NB, start,
-    STARTS: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, SUM: tl.constexpr,
+    Partial, PartialLse, Out, Lse, Order, Before, Parts, o_b, o_h, o_t, H, T, NB, max_blocks,
+    S: tl.constexpr, BM: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """Join the partial results of a split block: weighed by their normalisers, or summed (SUM, gradients of queries)."""
-    i, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    begin = start
-    if STARTS:
-        begin = tl.load(Starts + b).to(tl.int32)
-    counts = Before + b * 3 * (NB + 1)
-    L = tl.load(Table + 4 * B * S)
-    blocks = (tl.load(counts + NB) + BM - 1) // BM
-    one = tl.load(counts + tl.minimum(tl.maximum(L - begin, 0) // 64, NB)) // BM
-    if (i < blocks) & (i >= one):
-        t, real, _, _ = gather_rows(Order, Before, b, 0, i, T, NB, BM)
-        d, r = tl.arange(0, D), tl.arange(0, BM)
-        m = tl.full([BM], HIDDEN, tl.float32)
-        l = tl.zeros([BM], tl.float32)
-        acc = tl.zeros([BM, D], tl.float32)
-        go, s = 1, 0
-        while go == 1:
-            after = tl.load(counts + tl.minimum(tl.maximum((s + 1) * L - begin, 0) // 64, NB)) // BM
-            go = ((i >= after) & (s < S - 1)).to(tl.int32)  # another segment follows: this one has all its keys
-            group = tl.where(go == 1, b * S + s, B * S + (S - 1 - s) * B + b)
-            offset = tl.load(Table + group - 1, mask=group > 0, other=0)
-            u = offset + i - tl.load(Table + 2 * B * S + group)
-            slot = (u * H + h).to(tl.int64) * BM
-            x = tl.load(Partial + (slot + r[:, None]) * D + d[None, :]).to(tl.float32)
-            if SUM:
-                acc += x
-            else:
-                lse = tl.load(PartialLse + slot + r)
-                m_new = tl.maximum(m, lse)
-                old, new = tl.exp2(m - m_new), tl.exp2(lse - m_new)
-                acc = acc * old[:, None] + x * new[:, None]
-                l = l * old + new
-                m = m_new
-            s += 1
-        if not SUM:
-            acc = acc / l[:, None]
-            tl.store(Lse + (b.to(tl.int64) * H + h) * T + t, m + tl.log2(l), mask=real)
-        at = Out + b.to(tl.int64) * o_b + h.to(tl.int64) * o_h + t[:, None].to(tl.int64) * o_t + d[None, :]
-        tl.store(at, acc.to(Out.dtype.element_ty), mask=real[:, None])
+    """Join the partial results of split blocks, ROWS rows at a time: weighed by their normalisers, or summed (SUM)."""
+    h, b = tl.program_id(0), tl.program_id(2)
+    count = tl.load(Before + b * 3 * (NB + 1) + NB)
+    d = tl.arange(0, D)
+    for x in range(tl.program_id(1), (count + ROWS - 1) // ROWS, tl.num_programs(1)):
+        i, r = x * ROWS // BM, x * ROWS + tl.arange(0, ROWS)
+        parts = Parts + (b * max_blocks + i) * (S + 1)
+        number = tl.load(parts)
+        if number > 1:
+            real = r < count
+            t = tl.load(Order + b * 3 * T + r, mask=real, other=0)
+            m = tl.full([ROWS], HIDDEN, tl.float32)
+            norm = tl.zeros([ROWS], tl.float32)
+            acc = tl.zeros([ROWS, D], tl.float32)
+            for s in range(number):
+                at = (tl.load(parts + 1 + s) * H + h).to(tl.int64) * BM + r - i * BM
+                value = tl.load(Partial + at[:, None] * D + d[None, :]).to(tl.float32)
+                if SUM:
+                    acc += value
+                else:
+                    lse = tl.load(PartialLse + at)
+                    m_new = tl.maximum(m, lse)
+                    old, new = tl.exp2(m - m_new), tl.exp2(lse - m_new)
+                    acc = acc * old[:, None] + value * new[:, None]
+                    norm = norm * old + new
+                    m = m_new
+            if not SUM:
+                acc = acc / norm[:, None]
+                tl.store(Lse + (b.to(tl.int64) * H + h) * T + t, m + tl.log2(norm), mask=real)
+            at_out = Out + b.to(tl.int64) * o_b + h.to(tl.int64) * o_h + t[:, None].to(tl.int64) * o_t + d[None, :]
+            tl.store(at_out, acc.to(Out.dtype.element_ty), mask=real[:, None])
 
 
 @triton.jit
@@ -210,11 +171,10 @@ def local_kernel(
     K += b * k_b + h // GROUP * k_h
     V += b * v_b + h // GROUP * v_h
     m = tl.full([BM], HIDDEN, tl.float32)
-    l = tl.zeros([BM], tl.float32)
+    norm = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
-    low = pos - window + 1
     for n in range(tl.maximum(first + begin - window + 1, 0) // BN * BN, last + begin + 1, BN):
-        m, l, acc = _tile(q, K, V, n, num_keys, k_t, v_t, pos, low, m, l, acc, scale, True, BN, D, PRECISION)
+        m, norm, acc = _tile(q, K, V, n, num_keys, k_t, v_t, pos, window, m, norm, acc, scale, True, BN, D, PRECISION)
     at = Out + b * o_b + h * o_h + t[:, None].to(tl.int64) * o_t + d[None, :]
-    tl.store(at, (acc / l[:, None]).to(Out.dtype.element_ty), mask=real[:, None])
-    tl.store(Lse + (b * H + h) * T + t, m + tl.log2(l), mask=real)
+    tl.store(at, (acc / norm[:, None]).to(Out.dtype.element_ty), mask=real[:, None])
+    tl.store(Lse + (b * H + h) * T + t, m + tl.log2(norm), mask=real)

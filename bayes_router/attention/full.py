@@ -8,7 +8,7 @@ from bayes_router.attention.expert import Expert, causal_positions, register_exp
 
 @register_expert("full")
 class FullAttention(Expert):
-    """softmax(q k^T / sqrt(Dh)) v over all positions up to the query's own. O(T^2) work, O(T) memory (fused)."""
+    """Softmax(q k^T / sqrt(Dh)) v over all positions up to the query's own. O(T^2) work, O(T) memory (fused)."""
 
     cost_ratio = 1.0
 
@@ -23,5 +23,5 @@ class FullAttention(Expert):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=key <= query, enable_gqa=grouped)
 
     def flops_per_token(self, context: int) -> float:
-        """q k^T and p v, 2 Dh multiply-adds a visible key and head; a token sees (T + 1) / 2 keys on average."""
+        """For q k^T and p v, 2 Dh multiply-adds a visible key and head; a token sees (T + 1) / 2 keys on average."""
         return 4 * self.shape.num_heads * self.shape.head_dim * (context + 1) / 2

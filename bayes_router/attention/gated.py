@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayes_router.attention.expert import Expert, ExpertShape, register_expert, repeat_heads
+from bayes_router.attention.expert import Expert, ExpertShape, register_expert, repeat_heads, widen
 
 CHUNK = 64
 EPSILON = 1e-6
@@ -32,7 +32,7 @@ class GatedLinearAttention(Expert):
         self.log_scale = nn.Parameter(torch.zeros(heads))
 
     def _features(self, x: Tensor) -> Tensor:
-        return (x.float() * self.log_scale.exp()[:, None, None]).softmax(-1)
+        return (widen(x) * self.log_scale.exp()[:, None, None]).softmax(-1)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Expert.forward`."""
@@ -45,7 +45,7 @@ class GatedLinearAttention(Expert):
 
     def init_state(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Zeros [B, H, Dh, Dh + 1]: S and, in the last column, z."""
-        return torch.zeros(*q.shape[:2], k.shape[3], v.shape[3] + 1, device=k.device)
+        return torch.zeros(*q.shape[:2], k.shape[3], v.shape[3] + 1, device=k.device, dtype=widen(v[:, :, :0]).dtype)
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """See `Expert.extend`."""
@@ -55,9 +55,9 @@ class GatedLinearAttention(Expert):
         k, v = repeat_heads(k, H), repeat_heads(v, H)
         chunk = min(CHUNK, T)
         pad = -T % chunk
-        log_gate = F.logsigmoid((k.float() * self.gate[:, None]).sum(-1) + self.gate_bias[:, None])  # [B, H, T]
+        log_gate = F.logsigmoid((widen(k) * self.gate[:, None]).sum(-1) + self.gate_bias[:, None])  # [B, H, T]
         phi_q, phi_k = self._features(q), self._features(k)
-        value = F.pad(v.float(), (0, 1), value=1.0)  # [B, H, T, Dh + 1]
+        value = F.pad(widen(v), (0, 1), value=1.0)  # [B, H, T, Dh + 1]
         if pad:  # padding keeps the state: gate 1, key 0
             log_gate = F.pad(log_gate, (0, pad))
             phi_q, phi_k, value = (F.pad(x, (0, 0, 0, pad)) for x in (phi_q, phi_k, value))

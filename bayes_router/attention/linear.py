@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bayes_router.attention.expert import Expert, register_expert, repeat_heads
+from bayes_router.attention.expert import Expert, register_expert, repeat_heads, widen
 
 CHUNK = 64
 EPSILON = 1e-6
@@ -12,7 +12,7 @@ EPSILON = 1e-6
 
 def feature_map(x: Tensor) -> Tensor:
     """elu(x) + 1 > 0 (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 7)."""
-    return F.elu(x) + 1
+    return F.elu(x).add_(1)  # in place: a pass over memory less
 
 
 @register_expert("linear")
@@ -33,13 +33,13 @@ class LinearAttention(Expert):
         past = k.shape[2] - q.shape[2]
         state = self.init_state(q, k, v)
         if past:
-            phi_past = feature_map(k[:, :, :past].float())
-            state = state + phi_past.transpose(-1, -2) @ with_ones(v[:, :, :past].float())
+            phi_past = feature_map(widen(k[:, :, :past]))
+            state = state + phi_past.transpose(-1, -2) @ with_ones(widen(v[:, :, :past]))
         return self.extend(q, k[:, :, past:], v[:, :, past:], state)[0]
 
     def init_state(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Zeros [B, Hkv, Dh, Dh + 1]."""
-        return torch.zeros(*k.shape[:2], k.shape[3], v.shape[3] + 1, device=k.device)
+        return torch.zeros(*k.shape[:2], k.shape[3], v.shape[3] + 1, device=k.device, dtype=widen(v[:, :, :0]).dtype)
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """See `Expert.extend`."""
@@ -51,11 +51,11 @@ class LinearAttention(Expert):
         chunk = min(CHUNK, T)
         pad = -T % chunk
         q, k, v = (F.pad(x, (0, 0, 0, pad)) if pad else x for x in (q, k, v))
-        phi_q = _chunks(feature_map(q.float()), chunk)  # [B, H, N, C, Dh]
-        phi_k = _chunks(feature_map(k.float()), chunk)  # [B, Hkv, N, C, Dh]
+        phi_q = _chunks(feature_map(widen(q)), chunk)  # [B, H, N, C, Dh]
+        phi_k = _chunks(feature_map(widen(k)), chunk)  # [B, Hkv, N, C, Dh]
         if pad:  # padding must not enter the state
             phi_k = phi_k * (torch.arange(T + pad, device=q.device) < T).view(-1, chunk, 1)
-        value = _chunks(with_ones(v.float()), chunk)  # [B, Hkv, N, C, Dh + 1]
+        value = _chunks(with_ones(widen(v)), chunk)  # [B, Hkv, N, C, Dh + 1]
 
         update = phi_k.transpose(-1, -2) @ value  # [B, Hkv, N, Dh, Dh + 1], what each chunk adds
         running = torch.cat([state.unsqueeze(2), update], 2).cumsum(2)
@@ -75,8 +75,8 @@ class LinearAttention(Expert):
 
 def _step(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """One token: the state with its outer product added, then read."""
-    state = state + feature_map(k.float()).transpose(-1, -2) * with_ones(v.float())  # [B, Hkv, Dh, Dh + 1]
-    phi_q = feature_map(q.float()).unflatten(1, (k.shape[1], -1)).squeeze(3)  # [B, Hkv, G, Dh]
+    state = state + feature_map(widen(k)).transpose(-1, -2) * with_ones(widen(v))  # [B, Hkv, Dh, Dh + 1]
+    phi_q = feature_map(widen(q)).unflatten(1, (k.shape[1], -1)).squeeze(3)  # [B, Hkv, G, Dh]
     summed = phi_q @ state  # [B, Hkv, G, Dh + 1]
     out = summed[..., :-1] / (summed[..., -1:] + EPSILON)
     return out.flatten(1, 2).unsqueeze(2).to(v.dtype), state
@@ -88,5 +88,5 @@ def with_ones(v: Tensor) -> Tensor:
 
 
 def _chunks(x: Tensor, chunk: int) -> Tensor:
-    """[B, H, N * C, D] -> [B, H, N, C, D]"""
+    """[B, H, N * C, D] -> [B, H, N, C, D]."""
     return x.unflatten(2, (-1, chunk))

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
 """Triton kernels of linear attention: what each chunk of keys adds, the running state before each chunk, and the reads.
 
 State arrays: S [B, Hkv, NC, D, D] in bfloat16 (float32 for float32 inputs; float16 would overflow) and z [B, Hkv, NC, D]

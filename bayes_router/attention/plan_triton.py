@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
 """Sorting the tokens by route on the GPU, with static shapes and without the host: the tables that every kernel reads.
 
 For each row of the batch and each kind of expert (0 full, 1 linear, 2 local):
@@ -6,8 +7,8 @@ For each row of the batch and each kind of expert (0 full, 1 linear, 2 local):
     before int32 [B, 3, NB + 1]  how many of them stand before token 64 * j; the last entry is their count
 
 Full attention is further cut into work items, so that a long row of blocks does not hold up the device: block i of BM sorted
-queries against keys [s * L, (s + 1) * L). L is chosen on the device from the work that there is. Items are grouped by (b, s):
-first those that use all L keys, then those cut short by causality, the unsplit blocks (s = 0) last.
+queries against keys [s * L, (s + 1) * L). L is chosen on the device from the work that there is. The list puts items that use
+all L keys first, then those cut short by causality, and among these the unsplit blocks (s = 0) last.
 """
 
 from typing import NamedTuple
@@ -17,12 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bayes_router.attention.launch_triton import launch
+
 KINDS = 3
 FULL, LINEAR, LOCAL = 0, 1, 2
 STEP = 64  # tokens between two entries of `before`
 PLAN_BLOCK = 4096
-ROUNDS = 6  # work items for each resident program, about
+ROUNDS = 12  # work items for each resident program, about
 MIN_KEYS = 1024  # keys in an item, at least
+MAX_SEGMENTS = 16  # items that a block is split into, at most
 
 
 class Plan(NamedTuple):
@@ -33,15 +37,17 @@ class Plan(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """The work items of full attention.
+    """The work items of full attention, of one head; every head has the same.
 
-    table: int32 [2 G + 3]: where each group ends, its first block, then L, the number of items, and the next one to take.
-    segments: S, segments of L keys in a row at most; G = 2 B S.
-    slots: partial results that splitting can need.
+    items: int32 [N, 8]: row of the batch, block, first key, end of its keys, end of those that the whole block sees, and the
+        number under which its partial result is kept (-1: the block is not split).
+    parts: int32 [B, blocks, S + 1]: how many items a block was split into, and their numbers.
+    counters: int32 [2]: the number of items times heads; the next one to take.
     """
 
-    table: Tensor
-    segments: int
+    items: Tensor
+    parts: Tensor
+    counters: Tensor
     slots: int
 
 
@@ -64,7 +70,8 @@ def _plan_kernel(
 
     t = part * BLOCK + tl.arange(0, BLOCK)
     choice = tl.load(Route + t.to(tl.int64) * stride_t, mask=t < length, other=-2)
-    tl.device_assert((t >= length) | ((choice >= 0) & (choice < num_experts)), "route out of range")
+    wrong = (t < length) & ((choice < 0) | (choice >= num_experts))
+    tl.device_assert(tl.sum(wrong.to(tl.int32), 0) == 0, "route out of range")
     chosen = (choice == wanted).to(tl.int32)
     upto = count + tl.cumsum(chosen, 0)
     row = b * 3 + kind
@@ -75,19 +82,15 @@ def _plan_kernel(
 
 
 @triton.jit
-def _first_block(Before, b, start, key, NB, BM: tl.constexpr):
-    """Blocks of sorted full queries before this one stand (almost all: tables know every 64th token) before `key`."""
-    j = tl.minimum(tl.maximum(key - start, 0) // 64, NB)
-    return tl.load(Before + b * 3 * (NB + 1) + j) // BM
+def _blocks_before(Row, key, begin, NB, BM: tl.constexpr):
+    """Blocks of sorted full queries that stand before `key`; it may tell fewer, as `before` knows every 64th token."""
+    return tl.load(Row + tl.minimum(tl.maximum(key - begin, 0) // 64, NB)) // BM
 
 
 @triton.jit
-def _schedule_kernel(
-    Before, Starts, Table, B, H, NB, num_keys, start, programs,
-    STARTS: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, ROUNDS: tl.constexpr, MIN_KEYS: tl.constexpr,
-    GROUPS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    work = 0.0  # blocks times keys that they see, of one head
+def _work(Before, Starts, B, NB, start, STARTS: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr):
+    """Blocks of full queries times the keys that they see, of one head."""
+    work = 0.0
     for first in range(0, B * NB, BLOCK):
         x = first + tl.arange(0, BLOCK)
         b, j = x // NB, x % NB
@@ -97,36 +100,72 @@ def _schedule_kernel(
             begin = tl.load(Starts + b, mask=inside, other=0).to(tl.int32)
         row = Before + b * 3 * (NB + 1)
         left = tl.load(row + NB, mask=inside, other=0) - tl.load(row + j, mask=inside, other=0)
-        seen = tl.where(j == 0, begin + 64, 64)
-        work += tl.sum(((left + BM - 1) // BM).to(tl.float32) * tl.where(inside, seen, 0).to(tl.float32), 0)
+        seen = tl.where(inside, tl.where(j == 0, begin + 64, 64), 0)
+        work += tl.sum(((left + BM - 1) // BM).to(tl.float32) * seen.to(tl.float32), 0)
+    return work
+
+
+@triton.jit
+def _schedule_kernel(
+    Order, Before, Starts, Items, Parts, Counters, B, H, T, NB, num_keys, start, programs, max_blocks,
+    STARTS: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ROUNDS: tl.constexpr, MIN_KEYS: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Each program writes the items of one group (b, s); all agree on the groups' sizes."""
+    work = _work(Before, Starts, B, NB, start, STARTS, BM, BLOCK)
     keys = tl.maximum(work * H / (programs * ROUNDS), (num_keys + S - 1) // S)
     L = (tl.maximum(keys, MIN_KEYS).to(tl.int32) + 127) // 128 * 128
 
-    g = tl.arange(0, GROUPS)  # the groups with all L keys, b outer; then those cut short, s descending, b inner
+    g = tl.arange(0, GROUPS)  # first the groups with all L keys, b outer; then those cut short, s descending, b inner
     short = g >= B * S
     x = tl.where(short, g - B * S, g)
     inside = g < 2 * B * S
     b = tl.where(inside, tl.where(short, x % B, x // S), 0)
     s = tl.where(short, S - 1 - x // B, x % S)
-    begin = start
+    begin = tl.zeros([GROUPS], tl.int32) + start
     if STARTS:
         begin = tl.load(Starts + b).to(tl.int32)
     row = Before + b * 3 * (NB + 1)
-    count = tl.load(row + NB)
-    blocks = (count + BM - 1) // BM
-    lo = tl.load(row + tl.minimum(tl.maximum(s * L - begin, 0) // 64, NB)) // BM
-    hi = tl.load(row + tl.minimum(tl.maximum((s + 1) * L - begin, 0) // 64, NB)) // BM
-    hi = tl.where(s == S - 1, blocks, tl.minimum(hi, blocks))
-    lo = tl.minimum(lo, hi)
-    size = tl.where(short, hi - lo, blocks - hi)
-    size = tl.where(inside, size, 0)
+    blocks = (tl.load(row + NB) + BM - 1) // BM
+    hi = tl.where(s == S - 1, blocks, tl.minimum(_blocks_before(row, (s + 1) * L, begin, NB, BM), blocks))
+    lo = tl.minimum(_blocks_before(row, s * L, begin, NB, BM), hi)
+    size = tl.where(inside, tl.where(short, hi - lo, blocks - hi), 0)
     ends = tl.cumsum(size, 0)
-    tl.store(Table + g, ends, mask=inside)
-    tl.store(Table + 2 * B * S + g, tl.where(short, lo, hi), mask=inside)
-    meta = Table + 4 * B * S
-    tl.store(meta, L)
-    tl.store(meta + 1, tl.sum(size, 0) * H)
-    tl.store(meta + 2, 0)
+
+    mine = g == tl.program_id(0)  # now the one group of this program
+    mb, ms = tl.sum(tl.where(mine, b, 0), 0), tl.sum(tl.where(mine, s, 0), 0)
+    msize = tl.sum(tl.where(mine, size, 0), 0)
+    moffset = tl.sum(tl.where(mine, ends - size, 0), 0)
+    mfirst = tl.sum(tl.where(mine, tl.where(short, lo, hi), 0), 0)
+    mbegin = tl.sum(tl.where(mine, begin, 0), 0)
+    last_part = tl.program_id(0) >= B * S
+    mrow = Before + mb * 3 * (NB + 1)
+    count = tl.load(mrow + NB)
+    one = tl.where(S == 1, max_blocks, _blocks_before(mrow, L, mbegin, NB, BM))  # earlier blocks are not split
+    for first in range(0, msize, WIDTH):
+        n = first + tl.arange(0, WIDTH)
+        real = n < msize
+        i, u = mfirst + n, moffset + n
+        line = Order + mb * 3 * T
+        begins = tl.load(line + i * BM, mask=real, other=0) + mbegin
+        ends_at = tl.load(line + tl.minimum((i + 1) * BM, count) - 1, mask=real, other=0) + mbegin
+        first_key = ms * L
+        end = tl.maximum(tl.minimum((ms + 1) * L, ends_at + 1), first_key)
+        seen = tl.maximum(tl.minimum((begins + 1) // BN * BN, end // BN * BN), first_key)
+        split = i >= one
+        item = Items + u * 8
+        tl.store(item, mb + tl.zeros([WIDTH], tl.int32), mask=real)
+        tl.store(item + 1, i, mask=real)
+        tl.store(item + 2, first_key + tl.zeros([WIDTH], tl.int32), mask=real)
+        tl.store(item + 3, end, mask=real)
+        tl.store(item + 4, seen, mask=real)
+        tl.store(item + 5, tl.where(split, u, -1), mask=real)
+        part = Parts + (mb * max_blocks + i) * (S + 1)
+        tl.store(part + 1 + ms, u, mask=real)
+        tl.store(part, tl.where(split, ms + 1, 1), mask=real & last_part)
+    if tl.program_id(0) == 0:
+        tl.store(Counters, tl.sum(size, 0) * H)
+        tl.store(Counters + 1, 0)
 
 
 def make_plan(route: Tensor, indices: tuple[int, int, int], num_experts: int, lengths: Tensor | None) -> Plan:
@@ -136,25 +175,32 @@ def make_plan(route: Tensor, indices: tuple[int, int, int], num_experts: int, le
     order = torch.empty(B, KINDS, T, dtype=torch.int32, device=route.device)
     before = torch.empty(B, KINDS, blocks + 1, dtype=torch.int32, device=route.device)
     block = min(PLAN_BLOCK, triton.next_power_of_2(T))
-    _plan_kernel[(triton.cdiv(T, block), KINDS, B)](
+    launch(
+        _plan_kernel, (triton.cdiv(T, block), KINDS, B),
         route, route if lengths is None else lengths, order, before, T, blocks, route.stride(0), route.stride(1),
-        *indices, num_experts, PADDED=lengths is not None, BLOCK=block, num_warps=8 if block > 1024 else 4,
+        *indices, num_experts, PADDED=lengths is not None, BLOCK=block,
+        num_warps=8 if block > 1024 else 4, sanitize_overflow=False,
     )  # fmt: skip
     return Plan(order, before)
 
 
 def make_schedule(
-    plan: Plan, num_heads: int, num_keys: int, starts: Tensor | None, block: int, programs: int
+    plan: Plan, num_heads: int, num_keys: int, starts: Tensor | None, tile: tuple[int, int], programs: int
 ) -> Schedule:
-    """Cut full attention into items for `programs` resident programs; `block` queries each."""
+    """Cut full attention into items for `programs` resident programs; `tile` is (queries, keys) of their tiles."""
     B, _, T = plan.order.shape
-    segments = max(1, min(16, 128 // triton.next_power_of_2(B)))
-    groups = 2 * B * segments
-    table = torch.empty(2 * groups + 3, dtype=torch.int32, device=plan.order.device)
-    blocks = plan.before.shape[2] - 1
-    _schedule_kernel[(1,)](
-        plan.before, plan.before if starts is None else starts, table, B, num_heads, blocks, num_keys, num_keys - T, programs,
-        STARTS=starts is not None, S=segments, BM=block, ROUNDS=ROUNDS, MIN_KEYS=MIN_KEYS,
-        GROUPS=triton.next_power_of_2(groups), BLOCK=min(4096, triton.next_power_of_2(B * blocks)), num_warps=8,
+    segments = max(1, min(MAX_SEGMENTS, 128 // triton.next_power_of_2(B)))
+    blocks, max_blocks = plan.before.shape[2] - 1, triton.cdiv(T, tile[0])
+    split = programs * ROUNDS // num_heads + B * segments  # at most, of one head: items with all their keys
+    items = torch.empty(split + B * max_blocks, 8, dtype=torch.int32, device=plan.order.device)
+    parts = torch.empty(B, max_blocks, segments + 1, dtype=torch.int32, device=plan.order.device)
+    counters = torch.empty(2, dtype=torch.int32, device=plan.order.device)
+    launch(
+        _schedule_kernel, (2 * B * segments,),
+        plan.order, plan.before, plan.before if starts is None else starts, items, parts, counters,
+        B, num_heads, T, blocks, num_keys, num_keys - T, programs, max_blocks,
+        STARTS=starts is not None, S=segments, BM=tile[0], BN=tile[1], ROUNDS=ROUNDS, MIN_KEYS=MIN_KEYS,
+        GROUPS=triton.next_power_of_2(2 * B * segments), BLOCK=min(2048, triton.next_power_of_2(B * blocks)), WIDTH=64,
+        num_warps=4,
     )  # fmt: skip
-    return Schedule(table, segments, 2 * (programs * ROUNDS + B * segments * num_heads) + num_heads)
+    return Schedule(items, parts, counters, 2 * split if segments > 1 else 0)

@@ -112,5 +112,5 @@ def _check_integers(name: str, x: Tensor, shape: tuple[int, ...], device: torch.
         raise ValueError(f"{name}: expected int64 or int32; got {x.dtype}")
     if tuple(x.shape) != shape or x.device != device:
         raise ValueError(f"{name}: expected shape {shape} on {device}; got {tuple(x.shape)} on {x.device}")
-    if x.device.type == "cpu" and x.numel() and not (0 <= int(x.min()) and int(x.max()) <= most):
+    if x.device.type == "cpu" and x.numel() and (int(x.min()) < 0 or int(x.max()) > most):
         raise ValueError(f"{name}: expected values in 0..{most}; got {int(x.min())}..{int(x.max())}")

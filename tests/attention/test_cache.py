@@ -92,10 +92,7 @@ def test_soft_weights_mix_every_expert(names: tuple[str, ...]) -> None:
     experts, inputs = build(*names), tensors()
     weights = torch.rand(B, T, len(experts)).softmax(-1)
     q, k, v, lq, lk = inputs
-    want = sum(
-        weights[:, None, :, i, None] * e(*((q, k) if e.rotary else (lq, lk)), v)
-        for i, e in enumerate(experts)
-    )
+    want = sum(weights[:, None, :, i, None] * e(*((q, k) if e.rotary else (lq, lk)), v) for i, e in enumerate(experts))
     cache = LayerCache(experts, B, T, HKV)
     parts = [feed(cache, inputs, weights, a, b) for a, b in ((0, 30), (30, 58), (58, 59), (59, T))]
     torch.testing.assert_close(torch.cat(parts, 2), want, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,34 @@
+"""Launching Triton kernels with little time on the host.
+
+Triton looks at every argument of every launch to find the compiled kernel, tens of microseconds each; a routed forward pass
+has eight launches and takes a fifth of a millisecond at 8192 tokens. Here arguments that look the same as before (numbers by
+value, tensors by dtype and alignment, which is all that Triton specialises on) go straight to the kernel compiled for them.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+_COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+_MOST = 4096
+_DIRECT = triton.__version__.startswith("3.6.")  # the calling convention of a compiled kernel is this version's
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """`kernel[grid](*args, **constants)`; `constants` are its constexpr parameters and the compiler's options."""
+    if not _DIRECT or not hasattr(kernel, "params"):  # another version, or the interpreter
+        kernel[grid](*args, **constants)
+        return
+    shown = tuple((x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x for x in args)
+    key = (kernel, torch.cuda.current_device(), shown, tuple(constants.values()))
+    known = _COMPILED.get(key)
+    if known is None:
+        if len(_COMPILED) >= _MOST:
+            _COMPILED.clear()
+        compiled = kernel[grid](*args, **constants)
+        _COMPILED[key] = compiled, tuple(constants[p.name] for p in kernel.params[len(args) :])
+        return
+    compiled, rest = known
+    compiled[(*grid, 1, 1)[:3]](*args, *rest)

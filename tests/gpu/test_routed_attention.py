@@ -1,0 +1,169 @@
+"""Hard routing on a CUDA device: `python -m pytest -m gpu tests/gpu`. Every backend against the float64 oracle.
+
+Tolerances are relative errors of whole tensors: 1e-2 for bfloat16 and float16 (rounding of operands is 4e-3), 1e-5 for float32.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from bayes_router.attention.cache import LayerCache
+from bayes_router.attention.dispatch import Backend, routed_attention, run_problem, unavailable
+from bayes_router.attention.expert import ExpertShape, expert_class
+from bayes_router.attention.problem import RoutedProblem, resolve_experts
+from tests.attention.expert_contract import relative_error
+from tests.attention.test_dispatch import ROUTES, Squared, draw_route
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float32: 1e-5}
+NAMES = ("q", "k", "v", "plain_q", "plain_k")
+
+
+def draw(
+    B: int,
+    H: int,
+    Hkv: int,
+    T: int,
+    Dh: int,
+    route: str,
+    dtype: torch.dtype = torch.bfloat16,
+    window: int = 70,
+    shared: bool = False,
+) -> RoutedProblem:
+    """Inputs laid out as a model's: [B, T, H, Dh] in memory."""
+
+    def one(heads: int) -> Tensor:
+        return torch.randn(B, T, heads, Dh, device="cuda").to(dtype).transpose(1, 2).requires_grad_()
+
+    q, k, v = one(H), one(Hkv), one(Hkv)
+    plain_q, plain_k = (q, k) if shared else (one(H), one(Hkv))
+    experts = resolve_experts(("full", "linear", "local"), ExpertShape(H, Dh, window))
+    return RoutedProblem(q, k, v, plain_q, plain_k, draw_route(route, B, T).cuda(), experts)
+
+
+def exact(problem: RoutedProblem) -> RoutedProblem:
+    made: dict[int, Tensor] = {}
+    for name in NAMES:
+        x = getattr(problem, name)
+        made.setdefault(id(x), x.detach().double().requires_grad_())
+    return replace(problem, **{name: made[id(getattr(problem, name))] for name in NAMES})
+
+
+def compare(problem: RoutedProblem, backend: Backend, gradients: bool = True) -> None:
+    reason = unavailable(backend, problem)
+    if reason:
+        pytest.skip(reason)
+    true = exact(problem)
+    got, want = run_problem(backend, problem), run_problem(Backend.REFERENCE, true)
+    tolerance = TOLERANCE[problem.q.dtype]
+    assert relative_error(got, want) < tolerance
+    if not gradients:
+        return
+    weight = torch.randn_like(got)
+    names = [n for i, n in enumerate(NAMES) if id(getattr(problem, n)) not in {id(getattr(problem, m)) for m in NAMES[:i]}]
+    grads = torch.autograd.grad((got * weight).sum(), [getattr(problem, n) for n in names], allow_unused=True)
+    truths = torch.autograd.grad((want * weight.double()).sum(), [getattr(true, n) for n in names], allow_unused=True)
+    for name, g, t in zip(names, grads, truths, strict=True):
+        zero = torch.zeros((), device="cuda")
+        assert relative_error(zero if g is None else g, zero.double() if t is None else t) < 2 * tolerance, name
+
+
+@pytest.mark.parametrize("backend", [Backend.TRITON, Backend.DENSE, Backend.TORCH])
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("B", "Hkv", "T"), [(1, 4, 1537), (3, 2, 500), (2, 1, 64), (2, 4, 1)])
+def test_agrees_with_the_oracle(backend: Backend, route: str, B: int, Hkv: int, T: int) -> None:
+    compare(draw(B, 4, Hkv, T, 64, route), backend)
+
+
+@pytest.mark.parametrize("Dh", [32, 64, 80, 128])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_head_sizes_and_dtypes(Dh: int, dtype: torch.dtype) -> None:
+    compare(draw(2, 2, 1, 700, Dh, "independent", dtype), Backend.TRITON)
+
+
+def test_split_rows_and_one_tensor_for_both_kinds_of_queries() -> None:
+    compare(draw(1, 2, 2, 6000, 64, "independent", window=256, shared=True), Backend.TRITON)
+    compare(draw(1, 2, 2, 6000, 64, "full", shared=True), Backend.TRITON)
+    compare(draw(2, 2, 2, 5000, 64, "rows differ"), Backend.TRITON)
+
+
+@pytest.mark.parametrize("backend", [Backend.TRITON, Backend.DENSE])
+def test_padding_and_starts(backend: Backend) -> None:
+    problem = draw(3, 4, 2, 900, 64, "independent")
+    compare(replace(problem, lengths=torch.tensor([900, 1, 333], device="cuda")), backend)
+    with torch.no_grad():
+        tail = {name: getattr(problem, name)[:, :, -100:] for name in ("q", "plain_q")}
+        chunk = replace(problem, **tail, route=problem.route[:, -100:])
+        compare(chunk, backend, gradients=False)
+        compare(replace(chunk, starts=torch.tensor([0, 800, 123], device="cuda")), backend, gradients=False)
+
+
+def test_custom_experts_compute_their_own_rows() -> None:
+    problem = draw(2, 4, 2, 300, 64, "independent")
+    mine = Squared(ExpertShape(4, 64, 70)).cuda()
+    compare(replace(problem, experts=(problem.experts[0], mine, problem.experts[2])), Backend.TRITON)
+
+
+def test_no_future_leak() -> None:
+    problem = draw(1, 4, 4, 2000, 64, "independent")
+    with torch.no_grad():
+        before = run_problem(Backend.TRITON, problem)
+        later = {name: getattr(problem, name).clone() for name in NAMES}
+        for x in later.values():
+            x[:, :, 1000:] += 3.0
+        route = problem.route.clone()
+        route[:, 1000:] = (route[:, 1000:] + 1) % 3
+        after = run_problem(Backend.TRITON, replace(problem, **later, route=route))
+    assert relative_error(after[:, :, :1000], before[:, :, :1000].double()) < 5e-3
+
+
+def test_new_routes_neither_recompile_nor_synchronise() -> None:
+    problem = draw(2, 4, 4, 1024, 64, "independent")
+    for kind in ("independent", "clustered"):
+        run_problem(Backend.TRITON, replace(problem, route=draw_route(kind, 2, 1024, 1).cuda())).sum().backward()
+    route = draw_route("independent", 2, 1024, 2).cuda()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run_problem(Backend.TRITON, replace(problem, route=route)).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("names", [("full", "linear", "local"), ("full", "local"), ("linear",), ("local",), ("full",)])
+@pytest.mark.parametrize(("Hkv", "dtype"), [(4, torch.bfloat16), (1, torch.bfloat16), (2, torch.float32)])
+def test_cache_equals_the_full_pass(names: tuple[str, ...], Hkv: int, dtype: torch.dtype) -> None:
+    B, H, T, Dh, window = 3, 4, 1300, 64, 70
+    experts = tuple(expert_class(name)(ExpertShape(H, Dh, window)) for name in names)
+    problem = draw(B, H, Hkv, T, Dh, "independent", dtype, window)
+    route = problem.route % len(names)
+    whole = run_problem(Backend.REFERENCE, exact(replace(problem, experts=experts, route=route)))
+    cache = LayerCache(experts, B, T, Hkv, device="cuda", dtype=dtype)
+    parts = []
+    for a, b in ((0, 600), (600, 1250), *((t, t + 1) for t in range(1250, 1300))):
+        q, k, v, pq, pk = (getattr(problem, name).detach()[:, :, a:b] for name in NAMES)
+        parts.append(cache.attend(q, k, v, route[:, a:b], linear_q=pq, linear_k=pk))
+    assert relative_error(torch.cat(parts, 2), whole) < TOLERANCE[dtype]
+
+
+def test_a_decoding_step_does_not_synchronise() -> None:
+    experts = resolve_experts(("full", "linear", "local"), ExpertShape(4, 64, 70))
+    cache = LayerCache(experts, 2, 600, 4, device="cuda", dtype=torch.bfloat16)
+    q = torch.randn(2, 4, 1, 64, device="cuda", dtype=torch.bfloat16)
+    route = torch.tensor([[0], [1]], device="cuda")
+    cache.attend(q, q, q, route)
+    cache.attend(q, q, q, route)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        cache.attend(q, q, q, route)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_one_int_costs_what_the_expert_costs() -> None:
+    problem = draw(1, 4, 4, 300, 64, "full", shared=True)
+    want = expert_class("full")(ExpertShape(4, 64, 70))(problem.q, problem.k, problem.v)
+    torch.testing.assert_close(routed_attention(problem.q, problem.k, problem.v, 0, window=70), want)
