@@ -10,10 +10,13 @@ from bayes_router.config import Config, ModelConfig, PriorConfig, load_config, p
 from bayes_router.inference.elbo import NegativeELBO, RoutingELBO
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel
+from bayes_router.integrations.patching import load_patch, patch
 from bayes_router.routing.controller import MetaController
 from bayes_router.routing.policy import Argmax, Budget, Conservative
 from bayes_router.routing.prior import ComputeAwarePrior
+from bayes_router.training.calibrate import sweep_prior
 from bayes_router.training.checkpoint import load_run
+from bayes_router.training.dial import solve_price
 from bayes_router.training.evaluate import Evaluation, evaluate
 from bayes_router.training.fit import TrainingDiverged, fit
 from bayes_router.transformer.generate import Sampling, generate, stream
@@ -55,9 +58,13 @@ __all__ = [
     "fit",
     "generate",
     "load_config",
+    "load_patch",
     "load_run",
+    "patch",
     "preset",
     "register_expert",
     "routed_attention",
+    "solve_price",
     "stream",
+    "sweep_prior",
 ]

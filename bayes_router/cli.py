@@ -7,12 +7,19 @@ from typing import Optional
 from jsonargparse import ArgumentError
 
 from bayes_router import __version__
-from bayes_router.commands import evaluate, fit, generate
+from bayes_router.commands import calibrate, evaluate, fit, generate, inspect, report
 from bayes_router.commands.options import Parser
 from bayes_router.config import one_line
 from bayes_router.training.fit import TrainingDiverged
 
-COMMANDS = {"fit": fit, "evaluate": evaluate, "generate": generate}
+COMMANDS = {
+    "fit": fit,
+    "evaluate": evaluate,
+    "generate": generate,
+    "calibrate": calibrate,
+    "inspect": inspect,
+    "report": report,
+}
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

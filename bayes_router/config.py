@@ -3,6 +3,7 @@
 A field is named `section.field` everywhere: in TOML, on the command line and in error messages.
 """
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -181,8 +182,10 @@ class DataConfig:
     """What is read.
 
     Attributes:
-        corpus: sotu, text:PATH, stdlib or recall.
+        corpus: sotu, text:PATH, stdlib, recall, or hf:NAME, a data set of Hugging Face (extra `hf`).
         tokeniser: bytes or gpt2.
+        prepared: folder that keeps tokenised corpora, written once and memory-mapped from then on: for text larger than
+            memory. Empty reads the corpus into memory (hf: then keeps it in ~/.cache/bayes-router).
         context: tokens of a training sequence.
         valid_fraction: share of the text held out, by whole documents.
         eval_tokens: tokens of held-out text that an evaluation reads, at most.
@@ -190,9 +193,10 @@ class DataConfig:
 
     corpus: str = CORPUS_DEFAULT
     tokeniser: str = "bytes"
+    prepared: str = ""
     context: int = 256
     valid_fraction: float = 0.1
-    eval_tokens: int = 65_536
+    eval_tokens: int = 32_768
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -219,9 +223,16 @@ class TrainConfig:
         seed: of initialisation, batches and posterior draws.
         device: cpu, cuda, or auto.
         precision: float32 or bfloat16 (autocast; concentrations stay float32).
+        accumulate: parts that a process cuts its rows into, one after another, for memory; the gradient is their mean.
+        draws: what a posterior draw hangs on: `batch`, one stream a part; or `row`, one a row, so that any number of
+            processes and parts gives the same losses, at the price of a sampling call for each row and layer.
+        compile: compile attention and MLP of each block (torch.compile); Pyro's handlers see neither.
+        recompute: keep no activations inside attention and MLP but compute them again backwards, for memory.
+        max_skipped: steps in a row that may be skipped because loss or gradient is not finite.
+        tensorboard: write event files to the run folder too (extra `tensorboard`).
     """
 
-    steps: int = 1000
+    steps: int = 600
     batch_size: int = 8
     lr: float = 3e-3
     controller_lr: float = 3e-3
@@ -229,22 +240,36 @@ class TrainConfig:
     warmup: int = 50
     weight_decay: float = 0.1
     clip: float = 1.0
-    eval_every: int = 200
-    checkpoint_every: int = 200
+    eval_every: int = 150
+    checkpoint_every: int = 150
     seed: int = 0
     device: str = "auto"
     precision: str = "float32"
+    accumulate: int = 1
+    draws: str = "batch"
+    compile: bool = False
+    recompute: bool = False
+    max_skipped: int = 10
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for name in ("steps", "batch_size"):
+        for name in ("steps", "batch_size", "accumulate"):
             require(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
         for name in ("lr", "controller_lr", "clip"):
             require(getattr(self, name) > 0, f"train.{name}", "a positive number", getattr(self, name))
-        for name in ("warmup", "weight_decay", "eval_every", "checkpoint_every", "seed"):
+        for name in ("warmup", "weight_decay", "eval_every", "checkpoint_every", "seed", "max_skipped"):
             require(getattr(self, name) >= 0, f"train.{name}", "0 or more", getattr(self, name))
         require(0 <= self.lr_floor <= 1, "train.lr_floor", "between 0 and 1", self.lr_floor)
         require(self.precision in ("float32", "bfloat16"), "train.precision", "float32 or bfloat16", self.precision)
+        require(self.draws in ("batch", "row"), "train.draws", "batch or row", self.draws)
+        require(
+            self.batch_size % self.accumulate == 0,
+            "train.accumulate",
+            f"a divisor of batch_size {self.batch_size}",
+            self.accumulate,
+            "change either",
+        )
 
 
 @dataclass(frozen=True)
@@ -267,6 +292,9 @@ class Config:
 
     def __post_init__(self) -> None:
         """Check what spans sections."""
+        for section, table in asdict(self).items():
+            for name, value in table.items():
+                require(_finite(value), f"{section}.{name}", "finite numbers", value)
         num_experts, num_layers = len(self.model.experts), self.model.num_layers
         ratios = self.prior.cost_ratio
         require(
@@ -323,6 +351,12 @@ def config_from_dict(values: Mapping[str, Any], base: Optional[Config] = None) -
     return Config(**{section: getattr(made, section) for section in merged})
 
 
+def _finite(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 def one_line(error: BaseException) -> str:
     """The parser's message for a wrong value, on one line."""
     return " ".join(str(error).replace("Parser key ", "").split())
@@ -338,7 +372,7 @@ def load_config(path: Path, base: Optional[Config] = None) -> Config:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"config: expected a TOML file; {path} does not exist") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"config: expected a TOML file; {path}: {error}") from error
     try:
         return config_from_dict(values, base)

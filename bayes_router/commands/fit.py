@@ -25,13 +25,15 @@ def parser(arguments: Sequence[str]) -> Parser:
     result.add_argument("--preset", type=str, default="tiny", help=f"settings to start from: {', '.join(PRESETS)}")
     result.add_argument("--config", type=Optional[Path], default=None, help="TOML file of settings, over the preset")
     result.add_argument("--out", type=Optional[Path], default=None, help="run folder to write (default: runs/PRESET)")
-    result.add_argument("--corpus", type=Optional[str], default=None, help="sotu, text:PATH, stdlib or recall (data.corpus)")
+    result.add_argument(
+        "--corpus", type=Optional[str], default=None, help="sotu, text:PATH, stdlib, recall, hf:NAME (data.corpus)"
+    )
     result.add_argument("--steps", type=Optional[int], default=None, help="optimiser steps (train.steps)")
     result.add_argument("--seed", type=Optional[int], default=None, help="of weights, batches and draws (train.seed)")
     result.add_argument("--device", type=Optional[str], default=None, help="auto, cpu, cuda (train.device)")
     result.add_argument("--overwrite", action="store_true", help="replace an existing run")
     result.add_argument("--resume", action="store_true", help="continue an existing run from its last checkpoint")
-    result.add_argument("--quiet", action="store_true", help="no progress bar")
+    result.add_argument("--quiet", action="store_true", help="no progress bar, no line an evaluation")
     result.add_class_arguments(Config, None)
     result.set_defaults(_flat(starting_config(arguments)))
     return result
@@ -70,6 +72,8 @@ def run(options: Namespace) -> None:
     config = config_from_dict(values)
     out = options.out or Path("runs") / options.preset
     _, summary = fit(config, out, overwrite=options.overwrite, resume=options.resume, progress=not options.quiet)
+    if not summary:  # another rank than 0
+        return
     draw_run(out)
     print_summary(summary)
     print(f"\nrun folder: {out}")

@@ -113,6 +113,11 @@ class TokenSource(Protocol):
         """The evaluation text in batches of at most `batch_size` rows, always the same; at most `limit` tokens of it."""
 
 
+def token_dtype(tokeniser: Tokeniser) -> np.dtype[Any]:
+    """The type in which ids are stored."""
+    return np.dtype(np.uint8 if tokeniser.vocab_size <= 256 else np.int32)
+
+
 class TokenDataset:
     """Documents as one stream of tokens, two newlines between them; a window may span documents.
 
@@ -123,7 +128,7 @@ class TokenDataset:
         """Encode `documents`; `name` stands in error messages."""
         self.name = name
         self.vocab_size = tokeniser.vocab_size
-        dtype = np.uint8 if tokeniser.vocab_size <= 256 else np.int32
+        dtype = token_dtype(tokeniser)
         separator = tokeniser.encode(SEPARATOR).astype(dtype)
         pieces: list[npt.NDArray[Any]] = [np.empty(0, dtype)]
         for document in documents:
@@ -176,8 +181,15 @@ class TextData:
     tokeniser: Tokeniser
 
 
-def text_data(name: str, tokeniser: str = "bytes", valid_fraction: float = 0.1, seed: int = 0) -> TextData:
-    """Load the corpus `name`, split it by document, and encode both parts; errors as in the functions that do each."""
+def text_data(name: str, tokeniser: str = "bytes", valid_fraction: float = 0.1, seed: int = 0, prepared: str = "") -> TextData:
+    """Load the corpus `name`, split it by document, and encode both parts; errors as in the functions that do each.
+
+    With `prepared`, a folder, or for a corpus `hf:NAME`, the tokens are kept in files and mapped, see `data.prepared`.
+    """
+    if prepared or name.startswith("hf:"):
+        from bayes_router.data.prepared import prepared_data
+
+        return prepared_data(name, tokeniser, valid_fraction, seed, prepared)
     corpus, encoder = load_corpus(name), load_tokeniser(tokeniser)
     train, valid = split_documents(corpus, valid_fraction, seed)
     return TextData(

@@ -1,10 +1,13 @@
 """Figures. Each function draws on an Axes that it returns; colours stay apart in greyscale and for the colour-blind."""
 
+import os
+import sys
 from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg", force=False)
+if "MPLBACKEND" not in os.environ and "matplotlib.pyplot" not in sys.modules:
+    matplotlib.use("Agg", force=False)  # a command needs no window; a notebook or a user that chose a backend keeps it
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns

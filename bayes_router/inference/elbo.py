@@ -56,8 +56,8 @@ def _kl(model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
     p = torch.stack([prior.concentration[0, 0] for prior in priors])[:, None, None]  # [L, 1, 1, E], one for all tokens
     kl = dirichlet_kl(q, p)  # [L, B, T]
     if isinstance(priors[0], TiltedDirichlet):
-        constant = torch.stack([prior.log_normaliser for prior in priors])
-        kl = kl + posterior_mean(q) @ priors[0].price + constant[:, None, None]
+        log_z = torch.stack([prior.log_normaliser for prior in priors])  # [L, B, T], the same for all tokens
+        kl = kl + posterior_mean(q) @ priors[0].price.to(q) + log_z
     scale = guide_trace.nodes[layers[0]]["scale"]  # kl_weight / (B T)
     per_token = kl.mean((1, 2)).sum()
     return per_token, per_token * (scale * kl[0].numel())

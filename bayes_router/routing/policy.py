@@ -3,7 +3,9 @@
 The hard route is a decision after inference, not a latent.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 import torch
@@ -32,17 +34,33 @@ class Argmax:
         return concentration.argmax(-1)
 
 
+def priced(concentration: Tensor, cost_ratio: Sequence[float], price: float) -> Tensor:
+    """The concentration whose mean is proportional to mean x exp(-price x cost), at the same total; [..., E].
+
+    `price` in nats per unit of cost ratio: what a token must be surer of the dearer expert to take it. 0 changes nothing.
+    """
+    if price == 0:
+        return concentration
+    cost = concentration.new_tensor(cost_ratio)
+    log_mean = concentration.log() - price * cost
+    least = torch.finfo(concentration.dtype).tiny  # an underflowed concentration is no concentration
+    return (log_mean.softmax(-1) * concentration.sum(-1, keepdim=True)).clamp_min(least)
+
+
 @dataclass(frozen=True)
 class Conservative:
     """Argmax, but a token that is unsure takes the stronger expert.
 
     Where the posterior probability that the argmax is the largest weight falls below `threshold`, the token takes the
     costliest expert whose posterior mean is at least `least_mean` (cost stands for strength).
+
+    `price` moves the posterior first, see `priced`: so that a budget can be met, as `Budget` meets one by argmax.
     """
 
     cost_ratio: tuple[float, ...]
     threshold: float = 0.7
     least_mean: float = 0.05
+    price: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -51,6 +69,7 @@ class Conservative:
 
     def __call__(self, concentration: Tensor) -> Tensor:
         """See `Policy`."""
+        concentration = priced(concentration, self.cost_ratio, self.price)
         best = concentration.argmax(-1)
         sure = probability_of_largest(concentration, best) >= self.threshold
         cost = concentration.new_tensor(self.cost_ratio)
@@ -61,7 +80,11 @@ class Conservative:
 
 @dataclass(frozen=True)
 class Budget:
-    """argmax of log posterior mean - price x cost: one trained model, many budgets."""
+    """argmax of log posterior mean - price x cost: one trained model, many budgets.
+
+    `price` in nats per unit of cost ratio. 0 is argmax; a negative price spends more than that, up to every token on the
+    costliest expert.
+    """
 
     cost_ratio: tuple[float, ...]
     price: float = 0.0
@@ -70,6 +93,20 @@ class Budget:
         """See `Policy`."""
         cost = concentration.new_tensor(self.cost_ratio)
         return (posterior_mean(concentration).log() - self.price * cost).argmax(-1)
+
+
+class PolicyName(Enum):
+    """The policies by the names that the command line knows them by."""
+
+    ARGMAX = "argmax"
+    CONSERVATIVE = "conservative"
+
+    def at_price(self, cost_ratio: Sequence[float], threshold: float = 0.7) -> Callable[[float], Policy]:
+        """Price -> policy: the family that a budget is met within."""
+        costs = tuple(map(float, cost_ratio))
+        if self is PolicyName.ARGMAX:
+            return lambda price: Budget(costs, price)
+        return lambda price: Conservative(costs, threshold, price=price)
 
 
 def execute(posterior: Dirichlet, mode: RoutingMode, policy: Policy) -> Tensor:

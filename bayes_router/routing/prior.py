@@ -1,5 +1,6 @@
 """The prior over routes: what an expert costs decides how much a priori mass it gets."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from torch.distributions import Dirichlet
 
 from bayes_router.config import require
 from bayes_router.routing.posterior import categorical_entropy, expected_entropy
+from bayes_router.routing.tilt import sample_tilted, tilted_moments
 from bayes_router.types import unknown
 
 PriorMap = Callable[[Tensor, float], Tensor]
@@ -33,7 +35,7 @@ PRIOR_MAPS: dict[str, PriorMap] = {"boltzmann": boltzmann, "inverse": inverse, "
 
 
 class PriorPredictive(NamedTuple):
-    """What the prior says before any text is seen; means over layers and draws."""
+    """What the prior says of one token before any text is seen; means over layers and draws."""
 
     cost: float  # E[cost_ratio . route]: cost ratio of the mixture, and of a route drawn from it
     entropy_of_mean: float  # nats
@@ -76,7 +78,7 @@ class ComputeAwarePrior:
             "cost_ratio",
             "numbers in (0, 1], the cost relative to full attention",
             given,
-            "divide by the cost of full attention",
+            "divide by the cost of full attention; where an expert costs more than full, take a longer context or leave it out",
         )
         if map not in PRIOR_MAPS:
             raise unknown("prior.map", map, PRIOR_MAPS)
@@ -111,19 +113,132 @@ class ComputeAwarePrior:
         """Concentration of every layer, [L, E]."""
         return self.mean * torch.tensor(self.total_concentration)[:, None]
 
-    def prior_predictive(self) -> PriorPredictive:
-        """Mean cost and entropies implied by the prior, in closed form."""
+    def prior_predictive(self, price: float = 0.0) -> PriorPredictive:
+        """Mean cost and entropies implied by the prior: in closed form, or exact to about 1e-9 with a tilt.
+
+        Args:
+            price: nats per unit of cost ratio by which the density is tilted, exp(-price * cost_ratio . route); the
+                `prior.price` of the settings.
+        """
         mean, concentration = self.mean, self.concentration
+        entropy = expected_entropy(concentration)
+        if price != 0:
+            _, mean, entropy = tilted_moments(concentration, price * self.cost_ratio)
         return PriorPredictive(
-            cost=float((mean @ self.cost_ratio).mean()),
+            cost=float((mean @ self.cost_ratio.to(mean)).mean()),
             entropy_of_mean=float(categorical_entropy(mean).mean()),
-            expected_entropy=float(expected_entropy(concentration).mean()),
-            load=mean.mean(0),
+            expected_entropy=float(entropy.mean()),
+            load=mean.float().mean(0),
         )
 
-    def sample(self, num_samples: int) -> Tensor:
-        """Draws of routes, [num_samples, L, E]."""
-        return Dirichlet(self.concentration).sample((num_samples,))
+    def sample(self, num_samples: int, price: float = 0.0) -> Tensor:
+        """Draws of routes, [num_samples, L, E], exact, also where a price tilts the prior."""
+        if price == 0:
+            return Dirichlet(self.concentration).sample(torch.Size([num_samples]))
+        return sample_tilted(self.concentration, price * self.cost_ratio, num_samples).float()
+
+    @classmethod
+    def for_target_cost(
+        cls,
+        cost_ratio: Sequence[float] | Tensor,
+        num_layers: int,
+        target_cost: float,
+        *,
+        target_entropy: float | None = None,
+        map: str = "boltzmann",  # noqa: A002
+        total_concentration: float | None = None,
+        price: float = 0.0,
+    ) -> "ComputeAwarePrior":
+        """The prior whose prior predictive costs `target_cost` on average: E[cost_ratio . route] = target_cost.
+
+        The temperature is solved for; with `target_entropy` the total concentration too, so that E[H(route)] meets it.
+        Without a price the two do not interact: mean cost depends on the temperature alone, from the cheapest expert (cold)
+        to the plain mean over experts (hot), and the expected entropy rises with the total concentration, from 0 to the
+        entropy of the mean.
+
+        Args:
+            cost_ratio: as for the class.
+            num_layers: L; all layers get the same prior.
+            target_cost: mean cost ratio of a route, full = 1.
+            target_entropy: expected entropy of a route, nats; None leaves `total_concentration` as given.
+            map: as for the class.
+            total_concentration: 0.5 by default.
+            price: of the tilt that training will apply (`prior.price`), nats per unit of cost.
+
+        Raises:
+            ValueError: a target out of reach (the message names the range), or both `target_entropy` and
+                `total_concentration` given.
+        """
+        require(
+            target_entropy is None or total_concentration is None,
+            "total_concentration",
+            "None beside target_entropy, which determines it",
+            total_concentration,
+        )
+        prior = cls(cost_ratio, 1, 0.5 if total_concentration is None else total_concentration, 1.0, map)
+        solved = _met(prior, target_cost, target_entropy, price)
+        return cls(prior.cost_ratio, num_layers, solved.total_concentration[0], solved.temperature[0], map)
+
+
+TOTALS = (0.01, 1000.0)
+"""Total concentrations that a solution may have: nearly one-hot draws to nearly constant ones."""
+LEAST_MEAN = 1e-12
+"""Of the costliest expert at the coldest temperature."""
+SOLVED = 1e-6
+
+
+def _met(prior: ComputeAwarePrior, target_cost: float, target_entropy: float | None, price: float) -> ComputeAwarePrior:
+    """A prior of one layer moved to the targets: temperature for the cost, total concentration for the entropy."""
+    ratios, map_, (given,) = prior.cost_ratio, prior.map, prior.total_concentration
+    energy = ratios.log() if map_ == "inverse" else ratios
+    spread = max(float(energy.max() - energy.min()), 1e-6)
+    cold, hot = spread / -math.log(LEAST_MEAN), spread * 1e5
+    fix = "change the target" + (", lower the price or raise total_concentration" if price > 0 else "")
+
+    def cost(prior: ComputeAwarePrior) -> float:
+        return prior.prior_predictive(price).cost
+
+    def entropy(prior: ComputeAwarePrior) -> float:
+        return prior.prior_predictive(price).expected_entropy
+
+    def heated(total: float) -> ComputeAwarePrior:
+        return ComputeAwarePrior(ratios, 1, total, hot, map_)
+
+    def at(total: float) -> ComputeAwarePrior:
+        def build(t: float) -> ComputeAwarePrior:
+            return ComputeAwarePrior(ratios, 1, total, t, map_)
+
+        return _solve(build, cost, target_cost, cold, hot, "target_cost", fix)
+
+    if target_entropy is None:
+        return at(given)
+    low, high = TOTALS
+    if cost(heated(low)) < target_cost:  # under a price a sparse prior cannot cost so much; where does it begin to?
+        low = 1.01 * _solve(heated, cost, target_cost, low, high, "target_cost", "lower the price").total_concentration[0]
+    return _solve(at, entropy, target_entropy, low, high, "target_entropy", f"change it or target_cost {target_cost:g}")
+
+
+def _solve(
+    build: Callable[[float], ComputeAwarePrior],
+    value: Callable[[ComputeAwarePrior], float],
+    target: float,
+    low: float,
+    high: float,
+    name: str,
+    fix: str,
+) -> ComputeAwarePrior:
+    """The prior build(x), low <= x <= high, whose value, which grows with x, is `target`; by bisection of log x."""
+    least, most = value(build(low)), value(build(high))
+    inside = least - SOLVED <= target <= most + SOLVED
+    require(inside, name, f"a number from {least:.4f} to {most:.4f}, which this prior can reach", target, fix)
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        solved = build(middle)
+        gap = value(solved) - target
+        if abs(gap) < SOLVED:
+            break
+        low, high = (middle, high) if gap < 0 else (low, middle)
+    return solved
 
 
 def _per_layer(name: str, value: float | Sequence[float], num_layers: int) -> tuple[float, ...]:

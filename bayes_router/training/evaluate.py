@@ -14,6 +14,7 @@ from bayes_router.config import require
 from bayes_router.data.tokens import Batch, TokenSource
 from bayes_router.routing.policy import Policy
 from bayes_router.routing.posterior import categorical_entropy, dirichlet_kl, expected_entropy, posterior_mean
+from bayes_router.routing.tilt import tilted_moments
 from bayes_router.transformer.layer import build_experts
 from bayes_router.transformer.model import Force, RoutedLanguageModel
 from bayes_router.types import IGNORED, CostModel, RoutingMode
@@ -64,6 +65,21 @@ class Evaluation:
         )
 
 
+class _Prior:
+    """What KL is measured from, in float64: Dirichlet([L, E]), tilted by a price [E] if there is one."""
+
+    def __init__(self, concentration: Tensor, price: Tensor | None):
+        self.concentration = concentration.to("cpu", torch.float64)
+        self.price = torch.zeros(self.concentration.shape[1]) if price is None else price.cpu()
+        self.price = self.price.double()
+        self.log_normaliser = tilted_moments(self.concentration, self.price).log_normaliser  # [L]
+
+    def kl(self, concentration: Tensor) -> Tensor:
+        """KL(Dirichlet(concentration [L, N, E]) || prior), [L, N]."""
+        tilt = posterior_mean(concentration) @ self.price + self.log_normaliser[:, None]
+        return dirichlet_kl(concentration, self.concentration[:, None]) + tilt
+
+
 @dataclass
 class _Sums:
     """Sums over tokens; everything is divided once, at the end."""
@@ -100,6 +116,7 @@ def evaluate(
     context: int,
     batch_size: int,
     limit: int | None = None,
+    prior_price: Tensor | None = None,
     policy: Policy | None = None,
     costs: Sequence[CostModel] = (CostModel.PAPER, CostModel.FLOPS),
     seed: int = 0,
@@ -109,7 +126,8 @@ def evaluate(
     Args:
         model: the fitted model.
         source: held-out data.
-        prior_concentration: [L, E], what KL is measured from.
+        prior_concentration: [L, E], of the prior that KL is measured from.
+        prior_price: [E], nats per unit of weight by which that prior is tilted (price x cost ratio); none by default.
         context: tokens of a window; the first tokens of each have little to go by.
         batch_size: windows at a time.
         limit: read at most this many tokens.
@@ -118,7 +136,7 @@ def evaluate(
         seed: of the draws of SAMPLE; the generator of the caller is left as it was.
     """
     device = next(model.parameters()).device
-    prior = prior_concentration.to("cpu", torch.float64)[:, None]  # [L, 1, E]
+    prior = _Prior(prior_concentration, prior_price)
     sums, was_training, usual = _Sums(), model.training, model.policy
     model.eval()
     model.policy = policy or usual
@@ -133,7 +151,7 @@ def evaluate(
     return _finish(model, sums, context, costs)
 
 
-def _read(model: RoutedLanguageModel, batch: Batch, prior: Tensor, sums: _Sums) -> None:
+def _read(model: RoutedLanguageModel, batch: Batch, prior: "_Prior", sums: _Sums) -> None:
     scored = batch.targets != IGNORED
     for mode in RoutingMode:
         out = model(batch.tokens, mode)
@@ -141,7 +159,7 @@ def _read(model: RoutedLanguageModel, batch: Batch, prior: Tensor, sums: _Sums) 
             F.cross_entropy(out.logits.flatten(0, 1).float(), batch.targets.flatten(), reduction="sum")
         )
         if mode is RoutingMode.SAMPLE:
-            sums.kl = sums.kl + dirichlet_kl(out.concentration.flatten(1, 2).double().cpu(), prior).sum(1)
+            sums.kl = sums.kl + prior.kl(out.concentration.flatten(1, 2).double().cpu()).sum(1)
         if mode is RoutingMode.HARD:
             sums.add_routes(out.concentration, out.route)
             sums.correct += int(((out.logits.argmax(-1) == batch.targets) & scored).sum())

@@ -1,176 +1,51 @@
-"""Training: SVI on the ELBO by a torch optimiser, resumable bit for bit on the CPU.
+"""Training: SVI on the ELBO by a torch optimiser, on any number of processes, resumable bit for bit on the CPU.
 
 Batches and posterior draws of a step are functions of (seed, step) alone, so a run that stops anywhere goes on from its
 last checkpoint as if it had not stopped.
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import pandas as pd
 import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from bayes_router.config import Config, ModelConfig, require, with_changes
-from bayes_router.data.recall import RecallData
-from bayes_router.data.tokens import TokenSource, text_data
-from bayes_router.inference.elbo import NegativeELBO
-from bayes_router.inference.guide import RoutingGuide
-from bayes_router.inference.model import RoutingModel
-from bayes_router.routing.schedule import Schedule, ScheduleState
-from bayes_router.training.checkpoint import (
-    METRICS,
-    SUMMARY,
-    load_checkpoint,
-    prepare_run,
-    save_checkpoint,
-    write_json,
-    write_whole,
+from bayes_router.config import Config
+from bayes_router.training.checkpoint import SUMMARY, load_checkpoint, prepare_run, save_checkpoint, write_json
+from bayes_router.training.distributed import World, connected, pick_device
+from bayes_router.training.evaluate import Evaluation
+from bayes_router.training.faults import Interrupted, StopRequest, TrainingDiverged, sole_user
+from bayes_router.training.metrics import MetricsLog, Reporter, evaluation_row, summarise, tensorboard_writer
+from bayes_router.training.sources import Data, load_data
+from bayes_router.training.trainer import (
+    CHECK_EVERY,
+    ONE_AT_A_TIME,
+    Objective,
+    Trainer,
+    count_parameters,
+    svi_objective,
+    untrained,
 )
-from bayes_router.training.evaluate import Evaluation, evaluate
-from bayes_router.training.optimise import build_optimiser, clip_gradient, set_learning_rate
-from bayes_router.transformer.layer import build_prior
 from bayes_router.transformer.model import RoutedLanguageModel
-from bayes_router.types import LossTerms
+
+__all__ = [
+    "Data",
+    "Interrupted",
+    "Objective",
+    "Trainer",
+    "TrainingDiverged",
+    "count_parameters",
+    "fit",
+    "load_data",
+    "pick_device",
+    "svi_objective",
+    "untrained",
+]
 
 LOG_EVERY = 20
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss or a gradient is not finite; the last good checkpoint was kept."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a run reads, and what identifies it."""
-
-    train: TokenSource
-    valid: TokenSource
-    name: str
-    sha256: str
-    tokens: int  # of training text; 0 for a generator, which has no end
-
-
-def load_data(config: Config) -> tuple[Config, Data]:
-    """The data of a configuration, and the configuration with the vocabulary that the data needs."""
-    if config.data.corpus == "recall":
-        recall = RecallData()
-        require(
-            config.data.context >= recall.min_context,
-            "data.context",
-            f"at least {recall.min_context} for corpus recall",
-            config.data.context,
-        )
-        return with_changes(config, {"model.vocab_size": recall.vocab_size}), Data(recall, recall, "recall", "", 0)
-    text = text_data(config.data.corpus, config.data.tokeniser, config.data.valid_fraction)
-    data = Data(text.train, text.valid, text.corpus, text.sha256, len(text.train))
-    # the shortest window that both parts can give is checked before anything is written
-    next(iter(text.valid.windows(config.data.context, 1, max(config.data.eval_tokens, config.data.context))))
-    text.train.batch(0, 1, config.data.context, config.train.seed)
-    return with_changes(config, {"model.vocab_size": text.tokeniser.vocab_size}), data
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is a GPU where there is one.
-
-    Raises:
-        ValueError: torch knows no such device, or has none here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        message = str(error).splitlines()[0]
-        raise ValueError(
-            f"train.device: expected auto, cpu or a device that torch has here; got {name!r}: {message}"
-        ) from error
-    return device
-
-
-class Objective(Protocol):
-    """What a trainer minimises: a module with parameters of the model inside."""
-
-    def __call__(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, LossTerms]:
-        """The loss, and its parts in nats per token."""
-
-    def follow(self, state: ScheduleState) -> None:
-        """Move to what the schedule says."""
-
-
-def svi_objective(model: RoutedLanguageModel, start: ScheduleState, cost_ratio: Tensor) -> Objective:
-    """The negative ELBO of `model` under the prior of `start`."""
-    program = RoutingModel(model.network, start.concentration, cost_ratio, start.kl_weight, start.price)
-    return NegativeELBO(program, RoutingGuide(program, model.controller))
-
-
-class Trainer:
-    """One fit: the model, the objective, the optimiser and the schedule, moved a step at a time.
-
-    `build_model` and `build_objective` are there for studies that compare: contenders differ in these two alone.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        data: Data,
-        device: torch.device,
-        build_model: Callable[[Config], RoutedLanguageModel] = RoutedLanguageModel.from_config,
-        build_objective: Callable[[RoutedLanguageModel, ScheduleState, Tensor], Objective] = svi_objective,
-    ):
-        self.config, self.data, self.device = config, data, device
-        torch.manual_seed(config.train.seed)
-        self.model = build_model(config).to(device)
-        self.prior = build_prior(config.prior, config.model, config.model.num_layers, config.data.context)
-        self.schedule = Schedule(config.schedule, self.prior, config.train.steps, config.model.experts, config.prior.price)
-        start = self.schedule.at(0)
-        self.model.controller.start_at(start.concentration.to(device))
-        self.objective = build_objective(self.model, start, self.prior.cost_ratio.to(device))
-        self.optimiser = build_optimiser(self.model, config.train)
-
-    def step(self, step: int) -> tuple[LossTerms, dict[str, float]]:
-        """One update; the terms of the loss and what else a log wants."""
-        config, state = self.config.train, self.schedule.at(step)
-        self.objective.follow(state)
-        lr = set_learning_rate(self.optimiser, config, step)
-        tokens, targets = self.data.train.batch(step, config.batch_size, self.config.data.context, config.seed)
-        torch.manual_seed(_draw_seed(config.seed, step))
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
-        with autocast:
-            loss, terms = self.objective(tokens.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True))
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = clip_gradient(self.model, config.clip)
-        if step % LOG_EVERY == 0 or step == config.steps - 1:
-            self._check_finite(step, loss.detach(), norm)
-        self.optimiser.step()
-        return terms, {"lr": lr, "kl_weight": state.kl_weight, "price": state.price}
-
-    def _check_finite(self, step: int, loss: Tensor, norm: Tensor) -> None:
-        if bool(torch.isfinite(loss) & torch.isfinite(norm)):
-            return
-        bad = [name for name, p in self.model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
-        raise TrainingDiverged(
-            f"step {step}: loss {float(loss):.4g}, gradient norm {float(norm):.4g}; not finite in "
-            f"{', '.join(bad[:3]) or 'the loss'}; the last checkpoint was kept; lower train.lr or raise model.concentration_floor"
-        )
-
-    def evaluate(self) -> Evaluation:
-        """Read the model on held-out data."""
-        config = self.config
-        return evaluate(
-            self.model,
-            self.data.valid,
-            self.prior.concentration,
-            context=config.data.context,
-            batch_size=config.train.batch_size,
-            limit=max(config.data.eval_tokens, config.data.context),
-        )
 
 
 def fit(
@@ -182,142 +57,160 @@ def fit(
     progress: bool = True,
     on_evaluation: Callable[[int, Evaluation], None] | None = None,
 ) -> tuple[RoutedLanguageModel, dict[str, Any]]:
-    """Fit a routed Transformer and write its run folder.
+    """Fit a routed Transformer and write its run folder. Under torchrun, every rank calls it and rank 0 alone writes.
 
     Args:
         config: the settings; `model.vocab_size` is set from the data.
-        out: the run folder.
+        out: the run folder; with several hosts, one that all of them see.
         overwrite: replace an existing run.
         resume: continue an existing run of the same settings.
-        progress: show a bar.
-        on_evaluation: called with the step and each evaluation.
+        progress: show a bar, or one line an evaluation where there is no terminal.
+        on_evaluation: called with the step and each evaluation, on rank 0.
 
     Returns:
-        The fitted model and the content of summary.json.
+        The fitted model and the content of summary.json (empty on other ranks than 0).
 
     Raises:
-        ValueError: settings, data or folder that cannot be used; nothing was changed then.
-        TrainingDiverged: the loss is not finite.
+        ValueError: settings, data or folder that cannot be used; nothing was changed then. Or the last files could not be
+            written; the last complete checkpoint was kept.
+        TrainingDiverged: loss or gradient were not finite more than `train.max_skipped` steps in a row.
+        Interrupted: SIGTERM or Ctrl-C (a KeyboardInterrupt); the run was saved before.
     """
     out = Path(out)
-    config, data = load_data(config)
     device = pick_device(config.train.device)
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        trainer = Trainer(config, data, device)
-        prepare_run(out, config, overwrite, resume)
-        saved: dict[str, Any] = (
-            load_checkpoint(out, trainer.model, trainer.optimiser) if resume else {"step": 0, "seconds": 0.0}
+    with connected(device) as world, _callers_generator_kept(device):
+        with world.main_first():
+            config, data = load_data(config)
+        trainer = Trainer(config, data, device, world=world)
+        with world.main_first():
+            if world.main:
+                prepare_run(out, config, overwrite, resume)
+        with sole_user(out) if world.main else nullcontext():
+            run = _Run(trainer, out, on_evaluation)
+            if resume:
+                run.restore()
+            return trainer.model, run.train(progress and world.main)
+
+
+@contextmanager
+def _callers_generator_kept(device: torch.device) -> Iterator[None]:
+    """Give the caller's random state back at the end; in turn with fits in other threads."""
+    fork = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with ONE_AT_A_TIME:
+        fork.__enter__()
+    try:
+        yield
+    finally:
+        with ONE_AT_A_TIME:
+            fork.__exit__(None, None, None)
+
+
+class _Run:
+    """A trainer at work in its folder."""
+
+    def __init__(self, trainer: Trainer, out: Path, on_evaluation: Callable[[int, Evaluation], None] | None):
+        self.trainer, self.out, self.on_evaluation = trainer, out, on_evaluation
+        self.world: World = trainer.world
+        self.done, self.seconds, self.started = 0, 0.0, time.perf_counter()
+        self.log = MetricsLog(out, 0)
+
+    def restore(self) -> None:
+        """Go on from the last checkpoint."""
+        saved = load_checkpoint(self.out, self.trainer.model, self.trainer.optimiser, self.trainer.config.train.steps)
+        self.done, self.seconds = saved["step"], saved["seconds"]
+        self.trainer.guard.restore(saved)
+        self.log = MetricsLog(self.out, self.done)
+
+    def train(self, progress: bool) -> dict[str, Any]:
+        """Take the steps that are left; the summary."""
+        trainer, steps, evaluation = self.trainer, self.trainer.config.train.steps, None
+        wanted = trainer.config.train.tensorboard and self.world.main
+        events = tensorboard_writer(self.out, self.done) if wanted else None
+        with StopRequest() as stop, Reporter(steps, self.done, progress, events) as reporter:
+            for step in range(self.done, steps):
+                terms, extra = trainer.step(step)
+                evaluation, row = self._evaluate(step + 1), {}
+                if evaluation is not None:
+                    row = evaluation_row(evaluation)
+                if self._evaluates(step + 1) or step % LOG_EVERY == 0:
+                    means = {name: float(self.world.mean(value)) for name, value in terms._asdict().items()}
+                    row |= means | extra | {"skipped": float(trainer.guard.skipped)}
+                    self.log.add(step + 1, row)
+                    reporter.report(step + 1, row, evaluation)
+                if step + 1 < steps:
+                    self._save_between(step + 1, stop)
+                reporter.step()
+        return self._finish(evaluation) if self.world.main else {}
+
+    def _evaluates(self, step: int) -> bool:
+        train = self.trainer.config.train
+        return step == train.steps or bool(train.eval_every and step % train.eval_every == 0)
+
+    def _evaluate(self, step: int) -> Evaluation | None:
+        """The evaluation of a step that has one; on rank 0, while the others wait at the next step."""
+        if not self.world.main or not self._evaluates(step):
+            return None
+        evaluation = self.trainer.evaluate()
+        if self.on_evaluation is not None:
+            self.on_evaluation(step, evaluation)
+        return evaluation
+
+    def _save_between(self, step: int, stop: StopRequest) -> None:
+        """A checkpoint where one is due or the run is to stop; one that cannot be written is missed, with a warning."""
+        every, device = self.trainer.config.train.checkpoint_every, self.trainer.device
+        # ranks agree to stop; between GPUs not at every step, as that would wait for the device
+        asks = self.world.size == 1 or device.type == "cpu" or step % CHECK_EVERY == 0
+        stops = asks and self.world.any(stop.signal is not None, device)
+        if not stops and not (every and step % every == 0):
+            return
+        try:
+            self._save(step)
+        except OSError as error:
+            if stops:
+                raise self._cannot_write(error) from error
+            warnings.warn(
+                f"step {step}: the checkpoint could not be written ({error}); training goes on and tries again at the next",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        if stops:
+            raise Interrupted(f"stopped by signal {stop.signal or 'of another rank'} after step {step}; the run was saved")
+
+    def _save(self, step: int) -> None:
+        if not self.world.main:
+            return
+        trainer = self.trainer
+        self.log.write()
+        save_checkpoint(
+            self.out,
+            trainer.model,
+            trainer.optimiser,
+            {"step": step, "seconds": self._seconds(), **trainer.guard.state()},
         )
-        log = MetricsLog(out, saved["step"] if resume else 0)
-        return trainer.model, _run(trainer, log, out, saved, progress, on_evaluation)
 
+    def _finish(self, evaluation: Evaluation | None) -> dict[str, Any]:
+        """The last files of a run."""
+        trainer = self.trainer
+        evaluation = evaluation or trainer.evaluate()
+        run = {
+            "parameters": count_parameters(trainer.model),
+            "seconds": round(self._seconds(), 1),
+            "device": str(trainer.device),
+            "processes": self.world.size,
+            "skipped_steps": int(trainer.guard.skipped),
+        }
+        summary = summarise(trainer.config, trainer.data, evaluation, run)
+        try:
+            self._save(trainer.config.train.steps)
+            write_json(self.out / SUMMARY, summary)
+        except OSError as error:
+            raise self._cannot_write(error) from error
+        return summary
 
-def _run(
-    trainer: Trainer,
-    log: "MetricsLog",
-    out: Path,
-    saved: dict[str, Any],
-    progress: bool,
-    on_evaluation: Callable[[int, Evaluation], None] | None,
-) -> dict[str, Any]:
-    train, started, before = trainer.config.train, time.perf_counter(), saved["seconds"]
-    evaluation: Evaluation | None = None
+    def _cannot_write(self, error: OSError) -> ValueError:
+        return ValueError(
+            f"out: expected to write to {self.out}; got: {error}; the last complete checkpoint was kept; make room, then resume"
+        )
 
-    def seconds() -> float:
-        return before + time.perf_counter() - started
-
-    def checkpoint(step: int) -> None:
-        log.write()
-        save_checkpoint(out, trainer.model, trainer.optimiser, {"step": step, "seconds": seconds()})
-
-    with tqdm(total=train.steps, initial=saved["step"], disable=not progress, unit="step", dynamic_ncols=True) as bar:
-        for step in range(saved["step"], train.steps):
-            terms, extra = trainer.step(step)
-            last, row = step == train.steps - 1, {}
-            if last or (train.eval_every and (step + 1) % train.eval_every == 0):
-                evaluation = trainer.evaluate()
-                row = evaluation_row(evaluation)
-                if on_evaluation is not None:
-                    on_evaluation(step + 1, evaluation)
-            if row or step % LOG_EVERY == 0:
-                row |= {name: float(value) for name, value in terms._asdict().items()} | extra
-                log.add(step + 1, row)
-                bar.set_postfix_str(_postfix(row, evaluation), refresh=False)
-            if not last and train.checkpoint_every and (step + 1) % train.checkpoint_every == 0:
-                checkpoint(step + 1)
-            bar.update()
-    evaluation = evaluation or trainer.evaluate()
-    checkpoint(train.steps)
-    summary = summarise(trainer, evaluation, seconds())
-    write_json(out / SUMMARY, summary)
-    return summary
-
-
-def _postfix(row: dict[str, float], evaluation: Evaluation | None) -> str:
-    cost = "" if evaluation is None else f" hard {evaluation.nll['hard']:.3f} at cost {evaluation.cost_ratio['paper']:.3f}"
-    return f"nll {row['nll']:.3f} kl {row['kl']:.2f}{cost}"
-
-
-def _draw_seed(seed: int, step: int) -> int:
-    """Another stream for every step."""
-    return (seed * 1_000_003 + step) * 2_654_435_761 % 2**63
-
-
-class MetricsLog:
-    """metrics.csv: one row a logged step; rows after the step that a run resumes from are dropped."""
-
-    def __init__(self, out: Path, step: int):
-        self.path = out / METRICS
-        self.rows: list[dict[str, float]] = []
-        if step and self.path.exists():
-            frame = pd.read_csv(self.path)
-            self.rows = frame[frame["step"] <= step].to_dict("records")
-
-    def add(self, step: int, row: dict[str, float]) -> None:
-        """Keep a row."""
-        self.rows.append({"step": step, **row})
-
-    def write(self) -> None:
-        """Write all rows."""
-        frame = pd.DataFrame(self.rows)
-        write_whole(self.path, lambda p: frame.to_csv(p, index=False))
-
-
-def evaluation_row(evaluation: Evaluation) -> dict[str, float]:
-    """An evaluation as flat columns."""
-    row = {f"valid_nll_{mode}": value for mode, value in evaluation.nll.items()} | {"valid_elbo": evaluation.elbo}
-    row |= {f"cost_{name}": value for name, value in evaluation.cost_ratio.items()}
-    for layer, load in enumerate(evaluation.load_per_layer):
-        row |= {f"load_{layer}_{name}": share for name, share in zip(evaluation.experts, load, strict=True)}
-        row[f"route_information_{layer}"] = evaluation.route_information_per_layer[layer]
-        row[f"kl_{layer}"] = evaluation.kl_per_layer[layer]
-        row[f"total_concentration_{layer}"] = evaluation.total_concentration_per_layer[layer]
-    return row
-
-
-def summarise(trainer: Trainer, evaluation: Evaluation, seconds: float) -> dict[str, Any]:
-    """The content of summary.json."""
-    config, data = trainer.config, trainer.data
-    return {
-        "corpus": {"name": data.name, "sha256": data.sha256, "tokens": data.tokens},
-        "seed": config.train.seed,
-        "steps": config.train.steps,
-        "tokens_seen": config.train.steps * config.train.batch_size * config.data.context,
-        "parameters": count_parameters(trainer.model),
-        "seconds": round(seconds, 1),
-        "device": str(trainer.device),
-        **evaluation.to_dict(),
-    }
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Trainable numbers."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def untrained(config: ModelConfig, seed: int = 0) -> RoutedLanguageModel:
-    """A model at its initial weights, the generator of the caller left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return RoutedLanguageModel(config)
+    def _seconds(self) -> float:
+        return self.seconds + time.perf_counter() - self.started

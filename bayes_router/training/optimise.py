@@ -20,7 +20,8 @@ def build_optimiser(model: RoutedLanguageModel, config: TrainConfig) -> torch.op
         {"params": plain, "peak": config.lr, "weight_decay": 0.0},
         {"params": list(model.controller.parameters()), "peak": config.controller_lr, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98))
+    # fused on a GPU: one kernel, and it can skip a step without asking the host
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=True if plain[0].is_cuda else None)
 
 
 def set_learning_rate(optimiser: torch.optim.Optimizer, config: TrainConfig, step: int) -> float:

@@ -1,0 +1,99 @@
+"""`bayes-router inspect`: a text in the terminal, coloured by route, the uncertain tokens marked."""
+
+import os
+import sys
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Optional
+
+import torch
+from jsonargparse import Namespace
+
+from bayes_router.commands.options import Parser, add_run
+from bayes_router.commands.report import read_text
+from bayes_router.config import require
+from bayes_router.diagnostics.fitted import FittedRun, load_fitted
+from bayes_router.diagnostics.report import ShownText, route_text
+from bayes_router.diagnostics.uncertainty import probability_right
+from bayes_router.training.fit import load_data, pick_device
+from bayes_router.types import unknown
+
+HELP = "print a text coloured by route, the uncertain tokens marked"
+COLOURS = (25, 172, 72, 133, 185)  # of the 256 of a terminal: dark blue, orange, green, purple, yellow, as in the figures
+WHEN = ("auto", "always", "never")
+WIDTH = 80
+
+
+def parser(arguments: Sequence[str]) -> Parser:
+    """Options of `inspect`."""
+    result = Parser(description="Print a text in the terminal, coloured by route, the uncertain tokens marked.")
+    add_run(result)
+    result.add_argument("--text", type=Optional[Path], default=None, help="UTF-8 file (default: held-out text)")
+    result.add_argument("--layer", type=int, default=0, help="layer whose routes are shown")
+    result.add_argument("--tokens", type=int, default=800, help="tokens to show, at most")
+    result.add_argument("--threshold", type=float, default=0.7, help="probability of being right below which a token is marked")
+    result.add_argument("--colour", type=str, default="auto", help="auto, always, never (then letters under the text)")
+    return result
+
+
+def run(options: Namespace) -> None:
+    """Print the text, a legend, and how many tokens are uncertain."""
+    if options.colour not in WHEN:
+        raise unknown("colour", options.colour, WHEN)
+    require(0 <= options.threshold <= 1, "threshold", "a probability", options.threshold)
+    text = read_text(options.text)
+    fitted = load_fitted(options.run, str(pick_device(options.device)))
+    layers = fitted.config.model.num_layers
+    require(0 <= options.layer < layers, "layer", f"0 to {layers - 1}", options.layer, f"the run has {layers} layers")
+    source = None if text is not None else load_data(fitted.config)[1].valid
+    shown = route_text(fitted, text, options.tokens, source)
+    colour = options.colour == "always" or (options.colour == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+    print(render(fitted, shown, options.layer, options.threshold, colour))
+
+
+def render(fitted: FittedRun, shown: ShownText, layer: int, threshold: float, colour: bool) -> str:
+    """The text with a legend; without colour, the initial of each expert stands under its token, in capitals if uncertain."""
+    choice = shown.hard_choice[layer].tolist()
+    doubt = (probability_right(shown.concentration[layer]) < threshold).tolist()
+    load = torch.bincount(shown.hard_choice[layer], minlength=len(fitted.experts)) / len(choice)
+    shares = [f"{name} {share:.1%}" for name, share in zip(fitted.experts, load.tolist(), strict=True)]
+    marked = f"{sum(doubt)} of {len(doubt)} tokens marked: the argmax is right with probability below {threshold:g}"
+    if colour:
+        legend = "  ".join(_paint(f" {share} ", e, False) for e, share in enumerate(shares))
+        tokens = zip(map(printable, shown.pieces), choice, doubt, strict=True)
+        runs = groupby(tokens, key=lambda token: token[1:])  # one escape sequence for neighbours of one kind
+        body = "".join(_paint("".join(piece for piece, *_ in run), *kind) for kind, run in runs)
+    else:
+        initials = [name[0] for name in fitted.experts]
+        legend = "  ".join(f"{initial}: {share}" for initial, share in zip(initials, shares, strict=True))
+        body = _underlined(
+            shown.pieces, [initials[e].upper() if d else initials[e] for e, d in zip(choice, doubt, strict=True)]
+        )
+    return f"layer {layer}: {legend}\n{marked}\n\n{body}"
+
+
+def printable(piece: str) -> str:
+    """The piece without control characters: a text must not steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else " " if c == "\t" else "\u00b7" for c in piece) or "\u00b7"
+
+
+def _paint(text: str, expert: int, doubt: bool) -> str:
+    """On the colour of its expert; uncertain text is underlined, in that colour on the plain background."""
+    colour = COLOURS[expert % len(COLOURS)]
+    start = f"\x1b[4;38;5;{colour}m" if doubt else f"\x1b[48;5;{colour};38;5;{15 if expert == 0 else 16}m"
+    return "\n".join(f"{start}{line}\x1b[0m" if line else "" for line in text.split("\n"))
+
+
+def _underlined(pieces: Sequence[str], marks: Sequence[str]) -> str:
+    """Lines of at most 80 characters, each with its marks below."""
+    lines: list[tuple[str, str]] = [("", "")]
+    for piece, mark in zip(pieces, marks, strict=True):
+        for part in printable(piece).splitlines(keepends=True):
+            body = part.rstrip("\n")
+            if len(lines[-1][0]) + len(body) > WIDTH:
+                lines.append(("", ""))
+            lines[-1] = (lines[-1][0] + body, lines[-1][1] + mark * len(body))
+            if part.endswith("\n"):
+                lines.append(("", ""))
+    return "\n".join(f"{text}\n{marks}" for text, marks in lines if text)

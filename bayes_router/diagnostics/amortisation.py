@@ -1,0 +1,235 @@
+"""What one controller for all tokens costs against concentrations fitted to each sequence; and the guide against NUTS."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import MCMC, NUTS
+from torch import Tensor
+from torch.distributions import Dirichlet
+from torch.nn import functional as F
+
+from bayes_router.config import require
+from bayes_router.diagnostics.collapse import kl_to_prior
+from bayes_router.diagnostics.fit_quality import FitThresholds
+from bayes_router.diagnostics.verdict import Severity, Verdict
+from bayes_router.inference.guide import RoutingGuide
+from bayes_router.inference.model import RoutingModel, harden
+from bayes_router.routing.posterior import posterior, posterior_mean
+from bayes_router.types import IGNORED, Route, route_site
+
+DRAWS = 16
+STEPS = 60
+LEARNING_RATE = 0.1
+
+
+class AmortisationGap(NamedTuple):
+    """Of held-out sequences; nats per token. A bound is -(nll + kl_weight x KL): the ELBO where kl_weight is 1."""
+
+    kl_weight: float
+    standard_error: float  # of the gap, over the draws
+    bound_controller: float
+    bound_own: float  # concentrations fitted to each sequence, targets seen
+    nll_controller: float
+    nll_own: float
+    kl_controller: float
+    kl_own: float
+
+    @property
+    def gap(self) -> float:
+        """What the sequence's own concentrations gain."""
+        return self.bound_own - self.bound_controller
+
+
+def amortisation_gap(
+    program: RoutingModel,
+    guide: RoutingGuide,
+    tokens: Tensor,
+    targets: Tensor,
+    *,
+    kl_weight: float = 1.0,
+    steps: int = STEPS,
+    lr: float = LEARNING_RATE,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> AmortisationGap:
+    """Fit the concentrations of these sequences by themselves, from the controller's, and compare the ELBOs.
+
+    The own fit sees the targets, the controller does not: the gap holds what amortisation loses and also what hindsight
+    gains. It starts from the controller's concentrations along the MEAN path and moves log(expm1(concentration - floor)).
+
+    Args:
+        program: the generative program.
+        guide: holds the controller.
+        tokens: int64 [B, T].
+        targets: int64 [B, T]; -100 is not scored.
+        kl_weight: of the KL in both bounds; 1 is the ELBO, `program.kl_weight` the objective of training.
+        steps: of Adam.
+        lr: of Adam.
+        draws: on which both bounds are read, the same random numbers for both.
+        seed: of the draws; the caller's generator is left as it was.
+    """
+    require(kl_weight > 0, "kl_weight", "a positive number", kl_weight)
+    concentrations = _mean_path(program, guide, tokens)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        own = _fit(program, guide.controller.floor, concentrations, tokens, targets, kl_weight, steps, lr)
+        before = _bound(program, _controlled(guide), tokens, targets, draws, seed + 1)
+        after = _bound(program, lambda layer, hidden: own[layer], tokens, targets, draws, seed + 1)
+    controller, fitted = (-(nll + kl_weight * kl) for nll, kl in (before, after))
+    error = float((fitted - controller).std() / draws**0.5) if draws > 1 else float("nan")
+    means = (float(x.mean()) for x in (controller, fitted, before[0], after[0], before[1], after[1]))
+    return AmortisationGap(kl_weight, error, *means)
+
+
+def _controlled(guide: RoutingGuide) -> Route:
+    return lambda layer, hidden: guide.controller.posterior(layer, hidden).concentration
+
+
+def _executed(program: RoutingModel, route: Tensor) -> Tensor:
+    return harden(route) if program.straight_through else route
+
+
+@torch.no_grad()
+def _mean_path(program: RoutingModel, guide: RoutingGuide, tokens: Tensor) -> list[Tensor]:
+    """The controller's concentrations [B, T, E] of each layer, the layers below executing their means."""
+    found: list[Tensor] = []
+
+    def route(layer: int, hidden: Tensor) -> Tensor:
+        found.append(guide.controller.posterior(layer, hidden).concentration)
+        return posterior_mean(found[-1])
+
+    program.network(tokens, route)
+    return found
+
+
+def _fit(
+    program: RoutingModel,
+    floor: float,
+    start: list[Tensor],
+    tokens: Tensor,
+    targets: Tensor,
+    kl_weight: float,
+    steps: int,
+    lr: float,
+) -> list[Tensor]:
+    """Concentrations that raise the bound of these sequences."""
+    raw = [(c - floor).clamp_min(1e-6).expm1().log().requires_grad_() for c in start]
+    optimiser = torch.optim.Adam(raw, lr=lr)
+    for _ in range(steps):
+        q = [posterior(r, floor) for r in raw]
+
+        def route(layer: int, hidden: Tensor, q: list[Dirichlet] = q) -> Tensor:
+            return _executed(program, q[layer].rsample())
+
+        kl = torch.stack([kl_to_prior(program, layer, d.concentration).mean() for layer, d in enumerate(q)]).sum()
+        loss = _nll(program.network(tokens, route), targets) + kl_weight * kl
+        for parameter, gradient in zip(raw, torch.autograd.grad(loss, raw), strict=True):
+            parameter.grad = gradient.nan_to_num(0.0, 0.0, 0.0)
+        optimiser.step()
+    return [posterior(r.detach(), floor).concentration for r in raw]
+
+
+@torch.no_grad()
+def _bound(
+    program: RoutingModel, concentration: Route, tokens: Tensor, targets: Tensor, draws: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Nll and KL per token of each draw, [S]."""
+    nlls, kls = [], []
+    for draw in range(draws):
+        torch.manual_seed(seed + draw)
+        kl: list[Tensor] = []
+
+        def route(layer: int, hidden: Tensor, kl: list[Tensor] = kl) -> Tensor:
+            c = concentration(layer, hidden)
+            assert isinstance(c, Tensor)
+            kl.append(kl_to_prior(program, layer, c).mean())
+            return _executed(program, Dirichlet(c, validate_args=False).sample())
+
+        nlls.append(_nll(program.network(tokens, route), targets).double())
+        kls.append(torch.stack(kl).sum())
+    return torch.stack(nlls), torch.stack(kls)
+
+
+def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over scored tokens, nats."""
+    return F.cross_entropy(logits.transpose(1, 2).float(), targets, ignore_index=IGNORED)
+
+
+def gap_verdict(gap: AmortisationGap, thresholds: FitThresholds | None = None) -> Verdict:
+    """What the gap means."""
+    t = thresholds or FitThresholds()
+    good, literal = gap.gap <= t.gap, gap.kl_weight == 1
+    bound = "the ELBO" if literal else f"the objective of training (KL weight {gap.kl_weight:g})"
+    from_nll, from_kl = gap.nll_controller - gap.nll_own, gap.kl_weight * (gap.kl_controller - gap.kl_own)
+    advice = (
+        "a schedule.kl_weight nearer 1, if the ELBO is what counts: the guide was fitted to another weight."
+        if literal and from_kl > from_nll
+        else "a wider controller (model.controller_hidden) or longer training; what hindsight gains cannot be had."
+    )
+    return Verdict(
+        "amortisation",
+        Severity.GOOD if good else Severity.NOTE,
+        f"concentrations fitted to each sequence, its targets seen, gain {gap.gap:.3f} +- {gap.standard_error:.3f} nats per "
+        f"token of {bound} over the controller's: {from_nll:+.3f} by the nll, {from_kl:+.3f} by the KL (threshold {t.gap:g}).",
+        "" if good else advice,
+    )
+
+
+def nuts_comparison(
+    program: RoutingModel,
+    guide: RoutingGuide,
+    tokens: Tensor,
+    targets: Tensor,
+    *,
+    draws: int = 500,
+    warmup: int = 300,
+    guide_draws: int = 500,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Posterior means of every route by NUTS and by the guide, on a model small enough for sampling.
+
+    NUTS samples the exact joint: the 1 / (B T) of the program is undone and its KL weight set to 1 for the time.
+
+    Returns:
+        One row a layer, sequence, token and expert: `guide`, `nuts` (posterior means), their `difference`, and `prior`.
+    """
+    require(guide_draws >= 1 and draws >= 1, "draws", "at least 1", (draws, guide_draws))
+    usual = program.kl_weight
+    with torch.random.fork_rng(devices=[]), pyro.settings.context(module_local_params=True):
+        pyro.set_rng_seed(seed)
+        program.kl_weight = 1.0
+        try:
+            kernel = NUTS(poutine.scale(program, scale=float(tokens.numel())), jit_compile=False)
+            sampler = MCMC(kernel, num_samples=draws, warmup_steps=warmup, disable_progbar=True)
+            sampler.run(tokens, targets)
+        finally:
+            program.kl_weight = usual
+        samples = sampler.get_samples()
+        sampled = torch.stack([samples[route_site(layer)].mean(0) for layer in range(len(program.concentration))])
+        guided = torch.zeros_like(sampled)
+        with torch.no_grad():
+            for _ in range(guide_draws):
+                guided += _posterior_means(program, guide, tokens) / guide_draws
+    index = np.indices(sampled.shape).reshape(4, -1)
+    frame = pd.DataFrame(dict(zip(("layer", "sequence", "token", "expert"), index, strict=True)))
+    prior = posterior_mean(program.concentration)[:, None, None].expand_as(sampled)
+    frame["guide"], frame["nuts"], frame["prior"] = (x.detach().flatten().numpy() for x in (guided, sampled, prior))
+    frame["difference"] = frame["guide"] - frame["nuts"]
+    return frame
+
+
+def _posterior_means(program: RoutingModel, guide: RoutingGuide, tokens: Tensor) -> Tensor:
+    """[L, B, T, E], along one path of draws."""
+    means: list[Tensor] = []
+
+    def route(layer: int, hidden: Tensor) -> Tensor:
+        q = guide.controller.posterior(layer, hidden)
+        means.append(posterior_mean(q.concentration))
+        return _executed(program, q.sample())
+
+    program.network(tokens, route)
+    return torch.stack(means)

@@ -1,0 +1,273 @@
+"""Is the stated uncertainty true? Forced routes give the regret of each choice, and with it what a calibrated router says."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+from torch.nn import functional as F
+
+from bayes_router.config import require
+from bayes_router.data.tokens import Batch
+from bayes_router.diagnostics.verdict import Severity, Verdict
+from bayes_router.routing.posterior import entropy_of_mean, mutual_information, probability_of_largest
+from bayes_router.transformer.model import RoutedLanguageModel
+from bayes_router.types import IGNORED, RoutingMode
+
+Array = npt.NDArray[np.float64]
+ROWS = 16  # forced tokens that go through the network together
+BINS = 10
+
+
+@dataclass(frozen=True)
+class CalibrationThresholds:
+    """What counts as right, and where a verdict begins.
+
+    Attributes:
+        tolerance: nats by which a route may lose to the best one and still count as right.
+        ece: expected calibration error above which the stated probabilities are not to be believed.
+        correlation: rank correlation of uncertainty and regret below which uncertainty does not rank mistakes.
+        auroc: below which uncertainty does not tell another text apart (0.5 is chance).
+    """
+
+    tolerance: float = 0.01
+    ece: float = 0.1
+    correlation: float = 0.1
+    auroc: float = 0.6
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        require(self.tolerance >= 0, "tolerance", "0 or more nats", self.tolerance)
+        for name in ("ece", "auroc"):
+            require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
+
+
+@torch.no_grad()
+def routing_regret(model: RoutedLanguageModel, batches: Iterable[Batch], per_sequence: int = 8, seed: int = 0) -> pd.DataFrame:
+    """Loss of sampled tokens under each route that a layer could have given them.
+
+    One token's route in one layer is changed, everything else stays on the HARD path: the layers above do not decide again.
+    The loss is that token's own nll, which is known in hindsight alone: no router that does not see the targets has regret
+    0. Whether it knows how often it will have been right is a fair question, and that is what `calibrate` asks.
+
+    Args:
+        model: the fitted model.
+        batches: windows of text.
+        per_sequence: pairs of (token, layer) to sample from each window, without repetition.
+        seed: of the sample.
+
+    Returns:
+        One row a pair: sequence, position, layer, choice, loss_<expert> (nats), largest_<expert> (posterior probability
+        that its weight is the largest), regret (loss of the choice less that of the best), entropy_of_mean,
+        mutual_information.
+    """
+    require(per_sequence >= 1, "per_sequence", "at least 1", per_sequence)
+    device, random = next(model.parameters()).device, np.random.default_rng(seed)
+    experts, rows, sequence = list(model.config.experts), [], 0
+    for batch in batches:
+        for tokens, targets in zip(batch.tokens.to(device), batch.targets.to(device), strict=True):
+            rows += _regret_rows(model, tokens, targets, per_sequence, random, sequence)
+            sequence += 1
+    require(len(rows) > 0, "text", "at least one scored token", "none", "read a longer text")
+    frame = pd.DataFrame(rows)
+    losses = frame[[f"loss_{name}" for name in experts]].to_numpy()
+    chosen = losses[np.arange(len(frame)), [experts.index(name) for name in frame["choice"]]]
+    frame["regret"] = chosen - losses.min(1)
+    return frame
+
+
+def _regret_rows(
+    model: RoutedLanguageModel, tokens: Tensor, targets: Tensor, count: int, random: np.random.Generator, sequence: int
+) -> list[dict[str, object]]:
+    """The pairs of one sequence; tokens and targets [T]."""
+    out = model(tokens[None], RoutingMode.HARD)
+    choice, experts = out.route, list(model.config.experts)  # [L, 1, T]
+    L, E = choice.shape[0], len(experts)
+    scored = (targets != IGNORED).nonzero()[:, 0].tolist()
+    picked = random.choice(len(scored) * L, min(count, len(scored) * L), replace=False)
+    pairs = [(int(p) % L, scored[int(p) // L]) for p in picked]
+    if not pairs:
+        return []
+    pairs.sort(key=lambda pair: pair[1])  # so that what goes through the network together ends at a like position
+    loss = torch.cat([_forced_losses(model, tokens, targets, choice, pairs[i : i + ROWS]) for i in range(0, len(pairs), ROWS)])
+    rows: list[dict[str, object]] = []
+    for i, (layer, at_position) in enumerate(pairs):
+        q = out.concentration[layer, 0, at_position].double().cpu()
+        largest = probability_of_largest(q.expand(E, E), torch.arange(E))
+        row: dict[str, object] = {"sequence": sequence, "position": at_position, "layer": layer}
+        row["choice"] = experts[int(choice[layer, 0, at_position])]
+        row |= {f"loss_{name}": float(loss[i, e]) for e, name in enumerate(experts)}
+        row |= {f"largest_{name}": float(largest[e]) for e, name in enumerate(experts)}
+        row |= {"entropy_of_mean": float(entropy_of_mean(q)), "mutual_information": float(mutual_information(q))}
+        rows.append(row)
+    return rows
+
+
+def _forced_losses(
+    model: RoutedLanguageModel, tokens: Tensor, targets: Tensor, choice: Tensor, pairs: list[tuple[int, int]]
+) -> Tensor:
+    """Nats at each (layer, position) under each expert, [P, E]; nothing after the last position is computed."""
+    E, end = len(model.config.experts), pairs[-1][1] + 1
+    forced = choice[:, :, :end].repeat(1, len(pairs) * E, 1)  # [L, P E, end]
+    for i, (layer, position) in enumerate(pairs):
+        forced[layer, i * E : (i + 1) * E, position] = torch.arange(E, device=choice.device)
+    where = torch.tensor([position for _, position in pairs], device=tokens.device).repeat_interleave(E)
+    logits = model(tokens[:end].expand(forced.shape[1], -1), force=forced).logits
+    at = logits[torch.arange(len(where), device=where.device), where]
+    return F.cross_entropy(at.float(), targets[where], reduction="none").view(-1, E)
+
+
+def tempered(probability: Array, temperature: float) -> Array:
+    """probability^(1 / temperature), normalised over experts [N, E]: 1 changes nothing, large is flat, small is sure."""
+    log = np.log(np.maximum(probability, 1e-12)) / temperature
+    odds = np.exp(log - log.max(1, keepdims=True))
+    return np.asarray(odds / odds.sum(1, keepdims=True))
+
+
+def fit_temperature(probability: Array, choice: npt.NDArray[np.int64], right: npt.NDArray[np.bool_]) -> float:
+    """The temperature under which the stated probability of each choice [N] best foretells whether it was right.
+
+    Least binary cross-entropy over temperatures from exp(-3) to exp(5) (temperature scaling, Guo et al. 2017,
+    arXiv 1706.04599, for routes). A single temperature cannot state less than 1 / E or turn the order of tokens round.
+    """
+    require(len(right) > 0, "right", "at least one choice", "none")
+    row = np.arange(len(right))
+
+    def loss(log_temperature: float) -> float:
+        p = tempered(probability, np.exp(log_temperature))[row, choice].clip(1e-6, 1 - 1e-6)
+        return float(-np.mean(np.where(right, np.log(p), np.log1p(-p))))
+
+    return float(np.exp(minimize_scalar(loss, bounds=(-3.0, 5.0), method="bounded").x))
+
+
+def reliability(stated: Array, right: npt.NDArray[np.bool_], bins: int = BINS) -> pd.DataFrame:
+    """Stated against observed: one row a bin of equal width that holds a choice; `error` is the binomial standard error."""
+    require(bins >= 1, "bins", "at least 1", bins)
+    index = np.minimum((np.asarray(stated) * bins).astype(int), bins - 1)
+    frame = pd.DataFrame({"bin": index, "stated": stated, "observed": np.asarray(right, float)})
+    table = frame.groupby("bin").agg(stated=("stated", "mean"), observed=("observed", "mean"), count=("stated", "size"))
+    shrunk = (table["observed"] * table["count"] + 1) / (table["count"] + 2)  # a bin of two is not certain of its share
+    table["error"] = np.sqrt(shrunk * (1 - shrunk) / table["count"])
+    return table.reset_index()
+
+
+def expected_calibration_error(table: pd.DataFrame) -> float:
+    """Mean |stated - observed| over the choices of a `reliability` table; 0 is calibrated."""
+    return float(((table["stated"] - table["observed"]).abs() * table["count"]).sum() / table["count"].sum())
+
+
+class Calibration(NamedTuple):
+    """Before and after a temperature that was fitted on the even sequences; all figures are of the odd ones."""
+
+    temperature: float
+    right: float  # share of choices within the tolerance of the best
+    stated: float  # mean stated probability
+    ece: float
+    ece_tempered: float
+    before: pd.DataFrame  # reliability tables
+    after: pd.DataFrame
+
+
+def calibrate(regret: pd.DataFrame, experts: Sequence[str], thresholds: CalibrationThresholds | None = None) -> Calibration:
+    """Compare the posterior probability that the choice is the largest weight with how often it was as good as the best."""
+    t = thresholds or CalibrationThresholds()
+    probability = regret[[f"largest_{name}" for name in experts]].to_numpy()
+    choice = np.array([list(experts).index(name) for name in regret["choice"]])
+    right = (regret["regret"] <= t.tolerance).to_numpy()
+    fitted = (regret["sequence"] % 2 == 0).to_numpy()
+    require(bool(fitted.any() and (~fitted).any()), "regret", "at least two sequences", int(regret["sequence"].nunique()))
+    temperature = fit_temperature(probability[fitted], choice[fitted], right[fitted])
+    rows, tested = np.arange(int((~fitted).sum())), right[~fitted]
+    stated = probability[~fitted][rows, choice[~fitted]]
+    before = reliability(stated, tested)
+    after = reliability(tempered(probability[~fitted], temperature)[rows, choice[~fitted]], tested)
+    ece = expected_calibration_error(before), expected_calibration_error(after)
+    return Calibration(temperature, float(tested.mean()), float(stated.mean()), *ece, before, after)
+
+
+def rank_correlation(x: Array | pd.Series, y: Array | pd.Series) -> float:
+    """Spearman's: Pearson's of the ranks, ties at their mean rank; nan where one of them is constant."""
+    a, b = pd.Series(np.asarray(x)).rank(), pd.Series(np.asarray(y)).rank()
+    return float("nan") if a.nunique() < 2 or b.nunique() < 2 else float(a.corr(b))
+
+
+def auroc(positive: Array, negative: Array) -> float:
+    """P(score of a positive > score of a negative), ties counted half (Mann and Whitney); 0.5 is chance."""
+    require(len(positive) > 0 and len(negative) > 0, "auroc", "scores on both sides", (len(positive), len(negative)))
+    ranks = pd.Series(np.concatenate([positive, negative])).rank().to_numpy()
+    n = len(positive)
+    return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * len(negative)))
+
+
+@torch.no_grad()
+def stability(model: RoutedLanguageModel, batches: Iterator[Batch], noise: float = 0.1, seed: int = 0) -> pd.DataFrame:
+    """Share of hard choices that change when Gaussian noise is added to the embeddings.
+
+    Args:
+        model: the fitted model.
+        batches: windows of text.
+        noise: its standard deviation over that of the embeddings.
+        seed: of the noise; the caller's generator is left as it was.
+
+    Returns:
+        One row a layer: `flips`, and `auroc`, how well the posterior's probability of being wrong foretells a flip.
+    """
+    require(noise >= 0, "noise", "0 or more", noise)
+    embed, flipped, wrong = model.network.embed, [], []
+    scale = noise * embed.weight.std()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for batch in batches:
+            tokens = batch.tokens.to(embed.weight.device)
+            out = model(tokens, RoutingMode.HARD)
+            hook = embed.register_forward_hook(lambda module, inputs, output: output + scale * torch.randn_like(output))
+            try:
+                moved = model(tokens, RoutingMode.HARD).route
+            finally:
+                hook.remove()
+            flipped.append((moved != out.route).flatten(1).cpu())
+            q = out.concentration.flatten(1, 2).cpu()
+            wrong.append(1 - probability_of_largest(q, q.argmax(-1)))
+    flip, score = torch.cat(flipped, 1).numpy(), torch.cat(wrong, 1).numpy()
+    rows = []
+    for layer, (f, s) in enumerate(zip(flip, score, strict=True)):
+        both = 0 < f.mean() < 1
+        rows.append({"layer": layer, "flips": f.mean(), "auroc": auroc(s[f], s[~f]) if both else float("nan")})
+    return pd.DataFrame(rows)
+
+
+def calibration_verdicts(
+    regret: pd.DataFrame, calibration: Calibration, thresholds: CalibrationThresholds | None = None
+) -> list[Verdict]:
+    """What regret and calibration mean."""
+    t, c = thresholds or CalibrationThresholds(), calibration
+    good = c.ece <= t.ece
+    mended = f"A temperature of {c.temperature:.2f}, fitted on other sequences, makes it {c.ece_tempered:.3f}."
+    found = [
+        Verdict(
+            "calibration",
+            Severity.GOOD if good else Severity.WARNING,
+            f"the posterior states {c.stated:.0%} on average that its choice is the best route; in hindsight it is within "
+            f"{t.tolerance:g} nats of the best {c.right:.0%} of the time: expected calibration error {c.ece:.3f} "
+            f"(threshold {t.ece:g}). {mended}",
+            "" if good else "the tempered probabilities where a decision hangs on them (policy.threshold of conservative).",
+        )
+    ]
+    rho = rank_correlation(regret["entropy_of_mean"], regret["regret"])
+    ranks = rho >= t.correlation
+    found.append(
+        Verdict(
+            "regret",
+            Severity.GOOD if ranks else Severity.NOTE,
+            f"the mean regret of a choice, in hindsight, is {regret['regret'].mean():.4f} nats; its rank correlation with the "
+            f"entropy of the mean route is {rho:+.2f} (threshold {t.correlation:+g}): uncertainty "
+            f"{'ranks' if ranks else 'does not rank'} the choices that cost.",
+            "" if ranks else "not deciding by uncertainty alone: budget or argmax rather than conservative.",
+        )
+    )
+    return found

@@ -1,0 +1,239 @@
+"""The collapses of a router, told apart: all tokens on one expert, one route for all tokens, an expert that nobody takes."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.distributions import Dirichlet, kl_divergence
+from torch.nn import functional as F
+
+from bayes_router.config import require
+from bayes_router.diagnostics.fitted import Reading
+from bayes_router.diagnostics.uncertainty import SURE_WEIGHT
+from bayes_router.diagnostics.verdict import Severity, Verdict, merged
+from bayes_router.inference.model import RoutingModel
+from bayes_router.routing.posterior import categorical_entropy, posterior_mean
+from bayes_router.routing.tilt import tilted_moments
+
+
+class Collapse(Enum):
+    """What can go wrong in a layer; the values are topics of verdicts."""
+
+    ROUTING = "routing collapse"  # nearly all tokens take one expert
+    POSTERIOR = "posterior collapse"  # the same posterior for every token
+    DEAD_EXPERT = "dead expert"  # an expert that no token takes
+
+
+@dataclass(frozen=True)
+class CollapseThresholds:
+    """Where a verdict begins.
+
+    Attributes:
+        routing_load: share of tokens on one expert above which routing has collapsed.
+        posterior_information: nats between token and route below which all tokens share one posterior.
+        prior_kl: nats per token below which that posterior is the prior itself.
+        dead_load: share of tokens below which an expert is dead.
+    """
+
+    routing_load: float = 0.99
+    posterior_information: float = 1e-3
+    prior_kl: float = 0.01
+    dead_load: float = 1e-3
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        require(0.5 < self.routing_load <= 1, "routing_load", "a share above one half", self.routing_load)
+        require(0 <= self.dead_load < 1, "dead_load", "a share", self.dead_load)
+        for name in ("posterior_information", "prior_kl"):
+            require(getattr(self, name) >= 0, name, "0 or more nats", getattr(self, name))
+
+
+class LayerState(NamedTuple):
+    """What the verdicts on a layer read; a row of `CollapseSummary.layers`, or of the log of a run."""
+
+    load: Sequence[float]  # [E], HARD
+    route_information: float  # nats
+    kl: float  # nats per token
+
+
+class CollapseSummary:
+    """Load, information and distance from the prior of every layer, by sums over a text of any length.
+
+    Args:
+        program: whose prior the posterior is compared with (tilted by cost where it is).
+        experts: names of the E experts.
+    """
+
+    def __init__(self, program: RoutingModel, experts: Sequence[str]):
+        self.program, self.experts = program, list(experts)
+        L, E = program.concentration.shape
+        self.tokens = 0
+        self._load, self._mean = torch.zeros(L, E, dtype=torch.float64), torch.zeros(L, E, dtype=torch.float64)
+        self._entropy, self._kl, self._sure = (torch.zeros(L, dtype=torch.float64) for _ in range(3))
+
+    def add(self, reading: Reading) -> "CollapseSummary":
+        """Take in a batch."""
+        q = reading.concentration.detach().flatten(1, 2)  # [L, N, E]
+        mean = posterior_mean(q.double().cpu())
+        self._load += F.one_hot(reading.hard_choice.flatten(1), q.shape[-1]).double().sum(1).cpu()
+        self._mean += mean.sum(1)
+        self._entropy += categorical_entropy(mean).sum(1)
+        self._sure += (mean.amax(-1) > SURE_WEIGHT).double().sum(1)
+        self._kl += torch.stack([kl_to_prior(self.program, layer, part).sum() for layer, part in enumerate(q)]).cpu()
+        self.tokens += q.shape[1]
+        return self
+
+    def layers(self) -> pd.DataFrame:
+        """One row a layer: shares in [0, 1], information and KL in nats.
+
+        `prior_distance` is the total variation between the mean route and that of the prior.
+        """
+        require(self.tokens > 0, "text", "at least one token", "an empty text", "read a text first")
+        load, mean = self._load / self.tokens, self._mean / self.tokens
+        frame = pd.DataFrame(load.numpy(), columns=[f"load {name}" for name in self.experts])
+        frame["effective_experts"] = categorical_entropy(load).exp().numpy()
+        frame["largest_load"] = load.amax(-1).numpy()
+        frame["share_sure"] = (self._sure / self.tokens).numpy()
+        frame["route_information"] = (categorical_entropy(mean) - self._entropy / self.tokens).clamp_min(0).numpy()
+        frame["kl"] = (self._kl / self.tokens).numpy()
+        frame["prior_distance"] = (0.5 * (mean - prior_mean(self.program)).abs().sum(-1)).numpy()
+        frame.index.name = "layer"
+        return frame
+
+    def verdicts(self, thresholds: CollapseThresholds | None = None) -> list[Verdict]:
+        """What has collapsed; one GOOD verdict where nothing has."""
+        frame = self.layers()
+        found: list[Verdict] = []
+        for layer in range(len(frame)):
+            row = frame.iloc[layer]
+            state = LayerState([row[f"load {name}"] for name in self.experts], row["route_information"], row["kl"])
+            found += layer_verdicts(state, self.experts, layer, thresholds)
+        return merged(found) or [healthy(frame, thresholds)]
+
+
+def kl_to_prior(program: RoutingModel, layer: int, concentration: Tensor) -> Tensor:
+    """KL(Dirichlet(concentration [..., E]) || prior of the layer), nats; exact, the tilt included."""
+    q = Dirichlet(concentration, validate_args=False)
+    return kl_divergence(q, program.prior(layer)).double()
+
+
+def prior_mean(program: RoutingModel) -> Tensor:
+    """Mean route of each layer under the prior, the tilt included, [L, E]."""
+    concentration = program.concentration.double().cpu()
+    if program.price == 0:
+        return posterior_mean(concentration)
+    return tilted_moments(concentration, program.price * program.cost_ratio.double().cpu()).mean
+
+
+def summarise_collapse(readings: Iterable[Reading], program: RoutingModel, experts: Sequence[str]) -> CollapseSummary:
+    """Read a text to its end; ValueError if there is none."""
+    summary = CollapseSummary(program, experts)
+    for reading in readings:
+        summary.add(reading)
+    require(summary.tokens > 0, "text", "at least one token", "an empty text", "read a text first")
+    return summary
+
+
+def layer_verdicts(
+    state: LayerState, experts: Sequence[str], layer: int, thresholds: CollapseThresholds | None = None
+) -> list[Verdict]:
+    """Every collapse that a layer shows, in words."""
+    if len(experts) < 2:
+        return []
+    t, found = thresholds or CollapseThresholds(), []
+    load = np.asarray(state.load)
+    favourite = experts[int(load.argmax())]
+    routing = load.max() > t.routing_load
+    if routing:
+        found.append(
+            Verdict(
+                Collapse.ROUTING.value,
+                Severity.WARNING,
+                f"{load.max():.1%} of the tokens take {favourite} (threshold {t.routing_load:.0%}): the layer is a static one.",
+                "another prior mean for the layer (prior.layer_mean), a higher prior.temperature or a lower prior.price if the "
+                f"favourite is the cheapest; or leave {favourite} there for good, if that is what the text wants.",
+                (layer,),
+            )
+        )
+    if state.route_information < t.posterior_information:
+        found.append(_posterior_collapse(state, layer, t))
+    dead = [name for name, share in zip(experts, load, strict=True) if share < t.dead_load]
+    if dead and not routing:
+        found.append(
+            Verdict(
+                Collapse.DEAD_EXPERT.value,
+                Severity.NOTE,
+                f"{', '.join(dead)} taken by fewer than {t.dead_load:.1%} of the tokens.",
+                f"a start that favours it (schedule.start_experts), a lower prior.price or a higher prior.temperature; or drop "
+                f"{' and '.join(dead)} from the layer if it is dead in every seed.",
+                (layer,),
+            )
+        )
+    return found
+
+
+def _posterior_collapse(state: LayerState, layer: int, t: CollapseThresholds) -> Verdict:
+    at_prior = state.kl < t.prior_kl
+    where = (
+        f"and equals the prior (KL {state.kl:.2g} nats, threshold {t.prior_kl:g})"
+        if at_prior
+        else f"though not the prior's (KL {state.kl:.2g} nats)"
+    )
+    return Verdict(
+        Collapse.POSTERIOR.value,
+        Severity.WARNING,
+        f"every token has one posterior, {where}: route information {state.route_information:.2g} nats "
+        f"(threshold {t.posterior_information:g}).",
+        "a lower schedule.kl_weight, a sparser prior (prior.total_concentration at or below 1), schedule.kl_warmup above 0."
+        if at_prior
+        else "a higher train.controller_lr or longer training: the controller has not begun to read the hidden state.",
+        (layer,),
+    )
+
+
+def healthy(frame: pd.DataFrame, thresholds: CollapseThresholds | None = None) -> Verdict:
+    """What is said of a run without a collapse."""
+    t = thresholds or CollapseThresholds()
+    return Verdict(
+        "collapse",
+        Severity.GOOD,
+        f"none: the largest load of a layer is {frame['largest_load'].max():.1%} (threshold {t.routing_load:.0%}), the least "
+        f"route information {frame['route_information'].min():.2g} nats (threshold {t.posterior_information:g}).",
+    )
+
+
+def collapse_over_training(
+    metrics: pd.DataFrame, experts: Sequence[str], thresholds: CollapseThresholds | None = None
+) -> pd.DataFrame:
+    """The same figures at every evaluation of a run: one row a step and layer, with the topics of its verdicts.
+
+    Args:
+        metrics: the content of metrics.csv.
+        experts: names, as in the columns load_<layer>_<expert>.
+        thresholds: of the verdicts.
+    """
+    column = f"load_0_{experts[0]}"
+    require(column in metrics, "metrics", f"a column {column}, written at each evaluation", list(metrics.columns)[:8])
+    evaluated, rows = metrics.dropna(subset=[column]), []
+    num_layers = sum(name.startswith("route_information_") for name in metrics.columns)
+    for _, row in evaluated.iterrows():
+        for layer in range(num_layers):
+            load = np.array([row[f"load_{layer}_{name}"] for name in experts])
+            state = LayerState(list(load), row[f"route_information_{layer}"], row[f"kl_{layer}"])
+            rows.append(
+                {
+                    "step": int(row["step"]),
+                    "layer": layer,
+                    "effective_experts": float(np.exp(-np.sum(load * np.log(np.maximum(load, 1e-300))))),
+                    "largest_load": load.max(),
+                    "route_information": state.route_information,
+                    "kl": state.kl,
+                    "collapse": ", ".join(v.topic for v in layer_verdicts(state, experts, layer, thresholds)),
+                }
+            )
+    return pd.DataFrame(rows)

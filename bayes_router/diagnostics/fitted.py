@@ -1,0 +1,140 @@
+"""A finished run, put together again: the model, its prior at the end of training, and the Pyro pair of program and guide."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn import functional as F
+
+from bayes_router.config import Config, require
+from bayes_router.data.tokens import Batch, Tokeniser, TokenSource, load_tokeniser
+from bayes_router.inference.guide import RoutingGuide
+from bayes_router.inference.model import RoutingModel
+from bayes_router.routing.prior import ComputeAwarePrior
+from bayes_router.routing.schedule import Schedule
+from bayes_router.training.checkpoint import WEIGHTS, load_run, require_file
+from bayes_router.transformer.layer import build_prior
+from bayes_router.transformer.model import RoutedLanguageModel
+from bayes_router.types import IGNORED, RoutingMode
+
+
+@dataclass(frozen=True)
+class FittedRun:
+    """What diagnostics of a run read."""
+
+    path: Path
+    config: Config
+    model: RoutedLanguageModel
+    prior: ComputeAwarePrior
+    program: RoutingModel  # under the objective of the last step
+    guide: RoutingGuide
+
+    @property
+    def experts(self) -> list[str]:
+        """Names, in the order of the routing latent."""
+        return list(self.config.model.experts)
+
+    @property
+    def tokeniser(self) -> Tokeniser | None:
+        """None where the tokens are no text (recall)."""
+        return None if self.config.data.corpus == "recall" else load_tokeniser(self.config.data.tokeniser)
+
+
+def load_fitted(run: Path | str, device: str = "cpu") -> FittedRun:
+    """Read a run folder.
+
+    Raises:
+        ValueError: a file is missing or damaged, or the weights hold no controller: there is no posterior to look at.
+    """
+    run = Path(run)
+    weights = require_file(run, WEIGHTS)
+    try:
+        with safe_open(weights, framework="pt") as file:
+            guided = any(name.startswith("controller.") for name in file.keys())  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{weights}: expected the weights of a run; the file is damaged: {error}") from error
+    require(guided, "run", f"a fitted guide (weights controller.* in {WEIGHTS})", str(run), "fit it with `bayes-router fit`")
+    config, model = load_run(run, device)
+    program, guide, prior = build_program(config, model)
+    return FittedRun(run, config, model, prior, program, guide)
+
+
+def build_program(config: Config, model: RoutedLanguageModel) -> tuple[RoutingModel, RoutingGuide, ComputeAwarePrior]:
+    """Program and guide of a model, under the prior and KL weight of the last training step."""
+    prior = build_prior(config.prior, config.model, config.model.num_layers, config.data.context)
+    schedule = Schedule(config.schedule, prior, config.train.steps, config.model.experts, config.prior.price)
+    end = schedule.at(config.train.steps - 1)
+    cost_ratio = prior.cost_ratio.to(next(model.parameters()).device)
+    program = RoutingModel(model.network, end.concentration, cost_ratio, end.kl_weight, end.price)
+    program.straight_through = end.straight_through
+    return program, RoutingGuide(program, model.controller), prior
+
+
+class Reading(NamedTuple):
+    """A batch of windows as a model read them."""
+
+    tokens: Tensor  # int64 [B, T]
+    targets: Tensor  # int64 [B, T], -100 is not scored
+    nll: Tensor  # [B, T], nats; 0 where not scored
+    concentration: Tensor  # float32 [L, B, T, E]
+    hard_choice: Tensor  # int64 [L, B, T], what the model's policy takes given that path
+
+
+@torch.no_grad()
+def read(model: RoutedLanguageModel, batches: Iterator[Batch], mode: RoutingMode = RoutingMode.HARD) -> Iterator[Reading]:
+    """Run `model` over batches one at a time; nothing is kept between them.
+
+    The posterior of a layer depends on the routes executed below it, so `mode` says along which path it is read: HARD is
+    what is deployed.
+    """
+    device = next(model.parameters()).device
+    for batch in batches:
+        tokens, targets = (x.to(device) for x in batch)
+        out = model(tokens, mode)
+        nll = F.cross_entropy(out.logits.transpose(1, 2).float(), targets, reduction="none", ignore_index=IGNORED)
+        yield Reading(tokens, targets, nll, out.concentration, model.policy(out.concentration))
+
+
+def windows(source: TokenSource, config: Config, limit: int | None = None) -> Iterator[Batch]:
+    """Windows of the run's context and batch size, at least one and at most `limit` tokens (the run's eval_tokens)."""
+    context = config.data.context
+    return source.windows(context, config.train.batch_size, max(limit or config.data.eval_tokens, context))
+
+
+def text_windows(text: bytes, tokeniser: Tokeniser, context: int, limit: int | None = None) -> Iterator[Batch]:
+    """All of a text, window by window, the last one as short as it comes; every token is in exactly one.
+
+    The last token of all has nothing to predict, so its target is not scored.
+
+    Raises:
+        ValueError: an empty text, or one that is not UTF-8.
+    """
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text: expected UTF-8; got an invalid byte at {error.start}; convert the file") from error
+    ids = torch.from_numpy(tokeniser.encode(text).astype("int64"))[:limit]
+    require(len(ids) > 0, "text", "at least one token", "an empty text", "name a file with text in it")
+    targets = torch.cat([ids[1:], ids.new_tensor([IGNORED])])
+    pairs = zip(ids.split(context), targets.split(context), strict=True)
+    return (Batch(part[None], target[None]) for part, target in pairs)
+
+
+def pieces(ids: list[int], tokeniser: Tokeniser | None) -> list[str]:
+    """What each token shows. A character that spans tokens is shown at its last; the tokens before it show nothing."""
+    if tokeniser is None:
+        return [f"{token} " for token in ids]
+    shown, pending = [], []
+    for token in ids:
+        pending.append(token)
+        text = tokeniser.decode(pending)
+        whole = not text.endswith("\ufffd") or len(pending) > 3  # no character has more than 4 bytes
+        shown.append(text if whole else "")
+        pending = [] if whole else pending
+    if pending:
+        shown[-1] = tokeniser.decode(pending)
+    return shown

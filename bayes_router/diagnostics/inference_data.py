@@ -1,0 +1,91 @@
+"""Draws of a guide for ArviZ."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyro
+import torch
+from pyro.infer import Predictive
+from torch import Tensor
+
+from bayes_router.config import require
+from bayes_router.inference.guide import RoutingGuide
+from bayes_router.inference.model import RoutingModel, harden
+from bayes_router.types import route_site
+
+Group = dict[str, npt.NDArray[Any]]
+
+
+@torch.no_grad()
+def draw_groups(
+    program: RoutingModel, guide: RoutingGuide, tokens: Tensor, targets: Tensor, draws: int = 100, seed: int = 0
+) -> dict[str, Group]:
+    """What an InferenceData holds, as arrays with leading dimensions (chain, draw).
+
+    Args:
+        program: the generative program.
+        guide: the posterior.
+        tokens: int64 [B, T].
+        targets: int64 [B, T], all scored.
+        draws: of the routes.
+        seed: of the draws; the caller's generator is left as it was.
+
+    Returns:
+        posterior and prior: route_<layer> [1, S, B, T, E]; log_likelihood: targets [1, S, B, T], nats, not scaled;
+        posterior_predictive: targets drawn [1, S, B, T]; observed_data: targets [B, T].
+    """
+    require(draws >= 1, "draws", "at least 1", draws)
+    sites = [route_site(layer) for layer in range(len(program.concentration))]
+    with torch.random.fork_rng(devices=[]), pyro.settings.context(module_local_params=True):
+        pyro.set_rng_seed(seed)
+        sampled = Predictive(program, guide=guide, num_samples=draws, return_sites=[*sites, "targets"])(tokens)
+        prior = Predictive(program, num_samples=draws, return_sites=sites)(tokens)
+    density = torch.stack([_log_likelihood(program, tokens, targets, sampled, draw) for draw in range(draws)])
+    numpy = {name: value[None].cpu().numpy() for name, value in sampled.items()}
+    return {
+        "posterior": {name: numpy[name] for name in sites},
+        "prior": {name: prior[name][None].cpu().numpy() for name in sites},
+        "log_likelihood": {"targets": density[None].cpu().numpy()},
+        "posterior_predictive": {"targets": numpy["targets"]},
+        "observed_data": {"targets": targets.cpu().numpy()},
+    }
+
+
+def _log_likelihood(program: RoutingModel, tokens: Tensor, targets: Tensor, sampled: dict[str, Tensor], draw: int) -> Tensor:
+    """[B, T] given one draw of all routes."""
+
+    def route(layer: int, hidden: Tensor) -> Tensor:
+        drawn = sampled[route_site(layer)][draw]
+        return harden(drawn) if program.straight_through else drawn
+
+    logits = program.network(tokens, route)
+    return logits.float().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def to_inference_data(
+    program: RoutingModel,
+    guide: RoutingGuide,
+    tokens: Tensor,
+    targets: Tensor,
+    experts: list[str],
+    draws: int = 100,
+    seed: int = 0,
+) -> Any:
+    """`draw_groups` as ArviZ reads it: a DataTree with arviz 1.x (Python 3.12), an InferenceData with arviz 0.x.
+
+    Raises:
+        ValueError: arviz is not installed.
+    """
+    try:
+        import arviz  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as error:
+        raise ValueError("to_inference_data: expected the package arviz; got none; run: pip install arviz") from error
+    groups = draw_groups(program, guide, tokens, targets, draws, seed)
+    sites = groups["posterior"]
+    dims = {name: ["sequence", "position", "expert"] for name in sites} | {"targets": ["sequence", "position"]}
+    coords = {"expert": np.array(experts)}
+    make: Any = arviz.from_dict  # its signature changed with 1.0
+    if int(arviz.__version__.split(".")[0]) >= 1:
+        return make(groups, dims=dims, coords=coords)
+    return make(**groups, dims=dims, coords=coords)

@@ -1,0 +1,194 @@
+"""One self-contained HTML file: the verdicts, the figures, and the text itself, coloured by route."""
+
+import base64
+import io
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timezone
+from typing import Any, NamedTuple
+
+import jinja2
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.axes import Axes
+from torch import Tensor
+
+from bayes_router.config import require
+from bayes_router.data.tokens import Batch
+from bayes_router.diagnostics import plots, posterior_plots
+from bayes_router.diagnostics.collapse import kl_to_prior
+from bayes_router.diagnostics.examine import Examination
+from bayes_router.diagnostics.fitted import FittedRun, pieces, read, text_windows
+from bayes_router.diagnostics.uncertainty import probability_right
+from bayes_router.diagnostics.verdict import Severity
+from bayes_router.routing.posterior import mutual_information, posterior_mean
+
+SHOWN_TOKENS = 4000
+TEMPLATE = "report.html.j2"
+
+
+class ShownText(NamedTuple):
+    """A text as a run routes it, ready to be shown."""
+
+    pieces: list[str]  # what each token shows
+    concentration: Tensor  # [L, N, E]
+    hard_choice: Tensor  # int64 [L, N]
+    nll: Tensor  # [N], of the token itself given those before it in its window; nan for the first
+
+
+def route_text(run: FittedRun, text: bytes | None = None, limit: int = SHOWN_TOKENS, source: Any = None) -> ShownText:
+    """Read a text, or the first held-out windows of the run, window by window.
+
+    Args:
+        run: the run.
+        text: UTF-8; None takes held-out text.
+        limit: tokens at most.
+        source: held-out data, where `text` is None.
+
+    Raises:
+        ValueError: an empty text, one that is not UTF-8, or a text for a run whose tokens are no text.
+    """
+    require(limit >= 1, "limit", "at least one token", limit)
+    context = run.config.data.context
+    if text is None:
+        require(source is not None, "source", "held-out data where no text is given", None)
+        shown = -(-limit // context) * context  # whole windows
+        batches: Iterator[Batch] = (
+            Batch(t[None], y[None]) for b in source.windows(context, 8, shown) for t, y in zip(*b, strict=True)
+        )
+    else:
+        tokeniser = run.tokeniser
+        require(tokeniser is not None, "text", "a run on text", "a run on recall, whose tokens are no text")
+        assert tokeniser is not None
+        batches = text_windows(text, tokeniser, context, limit)
+    ids, concentration, choice, nll = [], [], [], []
+    for reading in read(run.model, batches):
+        ids += reading.tokens[0].tolist()
+        concentration.append(reading.concentration[:, 0].cpu())
+        choice.append(reading.hard_choice[:, 0].cpu())
+        nll.append(torch.cat([reading.nll.new_full((1,), torch.nan), reading.nll[0, :-1]]).cpu())
+    parts = (torch.cat(concentration, 1), torch.cat(choice, 1), torch.cat(nll))
+    return ShownText(
+        pieces(ids[:limit], run.tokeniser), *(part[..., :limit] if part.dim() < 3 else part[:, :limit] for part in parts)
+    )
+
+
+def layer_tables(run: FittedRun, shown: ShownText) -> list[dict[str, Any]]:
+    """What the page needs of each layer, as short lists: choice, posterior mean (per mille), and what a hover shows."""
+    tables = []
+    for layer, q in enumerate(shown.concentration):
+        mean = posterior_mean(q.double())
+        tables.append(
+            {
+                "choice": shown.hard_choice[layer].tolist(),
+                "mean": (1000 * mean).round().int().tolist(),
+                "sure": (1000 * probability_right(q)).round().int().tolist(),
+                "total": [round(x, 2) for x in q.sum(-1).tolist()],
+                "information": [round(x, 3) for x in mutual_information(q.double()).tolist()],
+                "kl": [round(x, 2) for x in kl_to_prior(run.program, layer, q).tolist()],
+            }
+        )
+    return tables
+
+
+def figure(draw: Callable[[], Axes]) -> str:
+    """A figure as the data of an <img>: PNG in base64."""
+    with sns.axes_style("ticks"), sns.plotting_context("notebook", font_scale=0.85):
+        drawn = draw().get_figure(root=True)
+        assert drawn is not None
+        buffer = io.BytesIO()
+        drawn.savefig(buffer, dpi=110, bbox_inches="tight", format="png")
+        plt.close(drawn)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def figures(examined: Examination, shown: ShownText, quick: bool) -> list[dict[str, str]]:
+    """Title, caption and image of every figure that the run has."""
+    run, layers = examined.run, examined.collapse.layers()
+    experts = run.experts
+    found = [("Load by layer", "Share of held-out tokens on each expert, the route executed.",
+              lambda: posterior_plots.plot_load_by_layer(layers, experts))]  # fmt: skip
+    if len(experts) == 3:
+        layer = int(layers["route_information"].argmax())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            prior = run.program.prior(layer).sample(torch.Size([250]))
+        found.append(
+            (f"Posteriors on the simplex, layer {layer}", "Draws from the posteriors of the tokens below, and from the prior.",
+             lambda: posterior_plots.plot_simplex_density(shown.concentration[layer], prior, experts))
+        )  # fmt: skip
+    positions = examined.uncertainty.positions()
+    found.append(
+        (
+            "Uncertainty by position",
+            "Mean over held-out windows, by place in the window.",
+            lambda: posterior_plots.plot_by_position(positions),
+        )
+    )
+    kinds = examined.uncertainty.kinds_frame()
+    if len(kinds):
+        found.append(("Uncertainty by kind of token", "Mean over held-out text.", lambda: posterior_plots.plot_by_kind(kinds)))
+    if len(examined.training):
+        found.append(("Over training", "Filled where a collapse was raised.",
+                      lambda: posterior_plots.plot_collapse_over_training(examined.training)))  # fmt: skip
+        metrics = pd.read_csv(run.path / "metrics.csv")
+        found.append(("Cost against nll", "One point an evaluation, joined in time.", lambda: plots.plot_cost(metrics)))
+    if not quick:
+        c = examined.calibration
+        found.append(("Reliability", f"ECE {c.ece:.3f}; with temperature {c.temperature:.2f}: {c.ece_tempered:.3f}.",
+                      lambda: posterior_plots.plot_reliability(c.before, c.after)))  # fmt: skip
+        found.append(("Guide against the exact joint", "Below the line its draws can be reweighted to the posterior.",
+                      lambda: posterior_plots.plot_k_hat(examined.k_hat, examined.thresholds.fit.k_hat)))  # fmt: skip
+        if len(examined.other_text):
+            found.append(("Other text", "What the router's entropy tells, and what the nll tells.",
+                          lambda: posterior_plots.plot_other_text(examined.other_text)))  # fmt: skip
+    return [{"title": title, "caption": caption, "image": figure(draw)} for title, caption, draw in found]
+
+
+def write_report(
+    examined: Examination, text: bytes | None = None, limit: int = SHOWN_TOKENS, quick: bool = False, name: str = ""
+) -> str:
+    """The report of a run as HTML.
+
+    Args:
+        examined: the diagnostics of the run.
+        text: UTF-8 to show; None shows held-out text of the run.
+        limit: tokens shown at most; the page was tried with 20,000.
+        quick: leave out what needs more than one reading of the text (guide, calibration, other text).
+        name: of the text, for the heading.
+
+    Raises:
+        ValueError: see `route_text`.
+    """
+    run = examined.run
+    shown = route_text(run, text, limit, examined.source)
+    order = list(Severity)[::-1]
+    verdicts = sorted(examined.verdicts(quick), key=lambda verdict: order.index(verdict.severity))
+    data = {
+        "experts": run.experts,
+        "colours": list(plots.expert_palette(run.experts).values()),
+        "cost": [round(float(r), 4) for r in run.prior.cost_ratio],
+        "pieces": shown.pieces,
+        "nll": [None if x != x else round(x, 2) for x in shown.nll.tolist()],
+        "layers": layer_tables(run, shown),
+    }
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("bayes_router.diagnostics", "."), autoescape=True)
+    layers = examined.collapse.layers()
+    summary = layers.join(examined.uncertainty.layers()[["entropy_of_mean", "mutual_information", "probability_right"]])
+    return environment.get_template(TEMPLATE).render(
+        run=str(run.path),
+        text_name=name or f"held-out text of {run.config.data.corpus}",
+        made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        tokens=examined.collapse.tokens,
+        verdicts=verdicts,
+        figures=figures(examined, shown, quick),
+        columns=[str(column).replace("_", " ") for column in summary.columns],
+        rows=_rows(summary),
+        numbers=[] if quick else [(str(k), f"{v:.3f}") for k, v in examined.figures().items()],
+        data=data,
+    )
+
+
+def _rows(frame: pd.DataFrame) -> Sequence[tuple[str, list[str]]]:
+    return [(str(index), [f"{value:.3f}" for value in row]) for index, row in zip(frame.index, frame.to_numpy(), strict=True)]

@@ -1,0 +1,109 @@
+"""Which attention layers a Hugging Face model has, and whether it can be routed at all."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bayes_router.attention.expert import ExpertShape
+from bayes_router.config import require
+from bayes_router.integrations import falcon
+from bayes_router.integrations.interface import MASKS, observers
+from bayes_router.integrations.routed import Found, PatchSettings
+
+PROBE_TOKENS = 8
+
+
+def check_model(model: PreTrainedModel) -> str:
+    """How the model attends now: sdpa or eager, or falcon (a wrapper of its own).
+
+    Raises:
+        ValueError: a model that cannot be routed, with the reason.
+    """
+    name = type(model).__name__
+    parameters = list(model.parameters())
+    require(bool(parameters), "model", "a model with weights", name)
+    require(
+        not any(p.is_meta for p in parameters), "model", "weights in memory", f"{name} on the meta device", "load them first"
+    )
+    method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
+    quantised = getattr(model, "is_quantized", False) and method != "gguf"  # GGUF weights are floats once loaded
+    require(
+        all(p.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16) for p in parameters) and not quantised,
+        "model",
+        "weights in float32, float64, bfloat16 or float16",
+        f"{name} with quantised weights",
+        "load it without quantization_config, or dequantise it first",
+    )
+    require(
+        model.main_input_name == "input_ids", "model", "a model that reads input_ids", f"{name} reads {model.main_input_name}"
+    )
+    require(
+        not model.config.is_encoder_decoder, "model", "a decoder or an encoder", f"{name}, an encoder-decoder", "not served"
+    )
+    if falcon.serves(model):
+        return falcon.OWN
+    require(
+        model._can_set_attn_implementation(),
+        "model",
+        "an architecture of the attention interface of transformers 5 (GPT-2, Llama, Phi, Qwen, Gemma, ...), or Falcon",
+        name,
+        "its attention is written out inside the model: not served",
+    )
+    base: str = model.config._attn_implementation
+    require(base in MASKS, "attn_implementation", "sdpa or eager", base, "call model.set_attn_implementation('sdpa') first")
+    upcast = base == "eager" and getattr(model.config, "reorder_and_upcast_attn", False)
+    require(not upcast, "reorder_and_upcast_attn", "False under eager attention", True, "set attn_implementation='sdpa'")
+    return base
+
+
+def find_layers(model: PreTrainedModel, settings: PatchSettings) -> list[Found]:
+    """The attention layers, in the order in which the model runs them, by running it once on a few tokens."""
+    names = {module: name for name, module in model.named_modules()}
+    widths: dict[nn.Module, int] = {}
+    calls: dict[nn.Module, Found] = {}
+
+    def observe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
+        shape = ExpertShape(q.shape[1], q.shape[3], settings.window)
+        calls[module] = Found(module, names[module], shape, k.shape[1], widths.get(module, 0), causal)
+
+    def width(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(hidden, Tensor) and hidden.dim() == 3:
+            widths[module] = hidden.shape[-1]
+
+    handles = [module.register_forward_pre_hook(width, with_kwargs=True) for module in model.modules()]
+    observers.append(observe)
+    try:
+        probe(model)
+    finally:
+        observers.remove(observe)
+        for handle in handles:
+            handle.remove()
+    found = list(calls.values())
+    require(bool(found), "model", "attention that the attention interface serves", type(model).__name__, "none ran: not served")
+    chosen = range(len(found)) if settings.layers is None else settings.layers
+    require(
+        all(0 <= i < len(found) for i in chosen), "layers", f"indices of the {len(found)} attention layers", settings.layers
+    )
+    found = [found[i] for i in chosen]
+    for one in found:
+        require(one.width == found[0].width, "model", f"one width of hidden states, {found[0].width}", one.width, one.name)
+    return found
+
+
+@torch.no_grad()
+def probe(model: PreTrainedModel) -> Tensor:
+    """The first output of the model on a few tokens, in evaluation mode; mode and random state are left as they were."""
+    device = model.get_input_embeddings().weight.device
+    modes = [(module, module.training) for module in model.modules()]
+    tokens = torch.arange(3, 3 + PROBE_TOKENS, device=device)[None] % model.config.get_text_config().vocab_size
+    model.eval()
+    try:
+        out = model(input_ids=tokens, return_dict=True)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    first: Tensor = out[0]
+    return first

@@ -1,0 +1,144 @@
+"""The experts of a patched layer: they take a call as the layer made it, with its own mask, heads and kernel.
+
+The experts of `attention` are causal and know neither padding nor masks; those of an encoder see both sides, and a
+pretrained layer brings masks of its own. So these are modules beside them, under the same names and costs.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bayes_router.attention.expert import ExpertShape, repeat_heads
+from bayes_router.attention.local import MIN_BLOCK
+from bayes_router.integrations.call import AttentionCall, first_seen, near, restrict
+
+QUERIES = 256  # in one block of masked attention
+
+
+class PatchedExpert(nn.Module):
+    """One mechanism of a patched layer; `shape` as of any expert, `sinks` first tokens that `local` never loses."""
+
+    def __init__(self, shape: ExpertShape, kv_heads: int, sinks: int = 0):
+        super().__init__()
+        self.shape, self.kv_heads, self.sinks = shape, kv_heads, sinks
+
+    def forward(self, call: AttentionCall) -> Tensor:
+        """Every query of the call: [B, H, Tq, Dv]."""
+        raise NotImplementedError
+
+    def rows(self, call: AttentionCall, rows: Tensor) -> Tensor:
+        """The queries `rows` [n], ascending, of a call of one sequence: [1, H, n, Dv]."""
+        return self(call)[:, :, rows]
+
+
+class SoftmaxExpert(PatchedExpert):
+    """The layer's own kernel over the keys that its mask and `allowed` leave."""
+
+    def allowed(self, visible: Tensor, query: Tensor, key: Tensor, causal: bool) -> Tensor | None:
+        """Which keys this expert may see; None: all."""
+        return None
+
+    def forward(self, call: AttentionCall) -> Tensor:
+        """See `PatchedExpert.forward`."""
+        query, key = call.positions()
+        return self._attend(call, call.q, call.mask, call.visible, query, key)
+
+    def rows(self, call: AttentionCall, rows: Tensor) -> Tensor:
+        """See `PatchedExpert.rows`: blocks of neighbouring queries, each over the keys that one of them sees."""
+        call = call.explicit()
+        query, key = call.positions()
+        blocks = []
+        for part in rows.split(QUERIES):
+            mask = None if call.mask is None else call.mask[:, :, part]
+            visible = replace(call, mask=mask, q=call.q[:, :, part]).visible
+            blocks.append(self._attend(call, call.q[:, :, part], mask, visible, query[part], key, prune=True))
+        return torch.cat(blocks, 2)
+
+    def _attend(
+        self,
+        call: AttentionCall,
+        q: Tensor,
+        mask: Tensor | None,
+        visible: Callable[[], Tensor],
+        query: Tensor,
+        key: Tensor,
+        prune: bool = False,
+    ) -> Tensor:
+        k, v = call.k, call.v
+        allowed = self.allowed(visible(), query, key, call.causal) if self._narrows else None
+        if allowed is not None:
+            mask = restrict(mask, allowed & visible())
+        if mask is not None and prune:
+            kept = (visible() if allowed is None else allowed & visible()).flatten(0, 2).any(0).nonzero()[:, 0]
+            if 0 < len(kept) < k.shape[2]:
+                k, v, mask = k[:, :, kept], v[:, :, kept], mask[..., kept]
+        return call.kernel(q, k, v, mask)
+
+    _narrows = False
+
+
+class FullExpert(SoftmaxExpert):
+    """The layer's own attention, untouched: bit for bit the original."""
+
+    def forward(self, call: AttentionCall) -> Tensor:
+        """See `PatchedExpert.forward`."""
+        return call.kernel(call.q, call.k, call.v, call.mask)
+
+
+class LocalExpert(SoftmaxExpert):
+    """The layer's own attention under a window of W keys, and, with `sinks`, the first keys that a query sees.
+
+    Pretrained decoders park attention on their first tokens; a window without them costs much more (Xiao et al. 2023,
+    arXiv 2309.17453). Causal: keys t - W + 1 .. t. Not causal: W keys around the query. Whatever the layer's mask hides
+    stays hidden.
+    """
+
+    _narrows = True
+
+    def allowed(self, visible: Tensor, query: Tensor, key: Tensor, causal: bool) -> Tensor | None:
+        """See `SoftmaxExpert.allowed`."""
+        band = near(query, key, self.shape.window, causal)[None, None]
+        return band | first_seen(visible, self.sinks) if self.sinks else band
+
+    def forward(self, call: AttentionCall) -> Tensor:
+        """See `PatchedExpert.forward`."""
+        window, Tq, Tk = self.shape.window, call.q.shape[2], call.k.shape[2]
+        if call.dense and Tk <= (window if call.causal else (window + 1) // 2):
+            return call.kernel(call.q, call.k, call.v, call.mask)  # the window hides nothing
+        if Tq == 1 and call.causal and not self.sinks:
+            mask = None if call.mask is None else call.mask[..., -window:]
+            return call.kernel(call.q, call.k[:, :, -window:], call.v[:, :, -window:], mask)
+        if call.dense and call.causal and call.plain and Tq > max(window, MIN_BLOCK):
+            return banded(call.q, call.k, call.v, window, self.sinks, call.scaling)
+        return super().forward(call)
+
+
+def banded(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scaling: float) -> Tensor:
+    """Causal attention over the last W keys and the first `sinks`, [B, H, T, Dv]: O(T W) work, O(T) memory for fixed W.
+
+    Blocks of C = max(W, 64) queries; a block sees the sinks and the keys from W - 1 before it to its own end.
+    """
+    B, H, T, _ = q.shape
+    block = max(window, MIN_BLOCK)
+    back = -T % block
+
+    def bands(x: Tensor) -> Tensor:  # [B, Hkv, T, D] -> [B * N, H, sinks + C + W - 1, D]
+        x = repeat_heads(x, H)
+        padded = F.pad(x, (0, 0, window - 1, back)).unfold(2, block + window - 1, block).permute(0, 2, 1, 4, 3)
+        first = x[:, None, :, :sinks].expand(-1, padded.shape[1], -1, -1, -1)
+        return torch.cat([first, padded], 3).flatten(0, 1)
+
+    queries = F.pad(q, (0, 0, 0, back)).unflatten(2, (-1, block)).transpose(1, 2)  # [B, N, H, C, Dh]
+    N = queries.shape[1]
+    query = torch.arange(N * block, device=q.device).view(N, block, 1)
+    key = torch.arange(block + window - 1, device=q.device) + query[:, :1] - (window - 1)  # [N, 1, C + W - 1]
+    near_keys = (key <= query) & (key > query - window) & (key >= 0)
+    first_keys = torch.arange(sinks, device=q.device) <= query - window  # those in the window are there already
+    mask = torch.cat([first_keys, near_keys], -1)[:, None]  # [N, 1, C, sinks + C + W - 1]
+    out = F.scaled_dot_product_attention(
+        queries.flatten(0, 1), bands(k), bands(v), attn_mask=mask.repeat(B, 1, 1, 1), scale=scaling
+    )
+    return out.unflatten(0, (B, N)).transpose(1, 2).flatten(2, 3)[:, :, :T]

@@ -1,0 +1,116 @@
+"""Linear attention for a pretrained layer: feature maps that are learned from the layer's own softmax attention."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bayes_router.attention.expert import ExpertShape, repeat_heads
+from bayes_router.integrations.call import AttentionCall
+from bayes_router.integrations.experts import QUERIES, PatchedExpert
+
+CHUNK = 64
+EPSILON = 1e-6
+
+
+class LinearExpert(PatchedExpert):
+    """phi_q(q_t) . sum_s phi_k(k_s) v_s / (phi_q(q_t) . sum_s phi_k(k_s)) over the keys s that the layer's mask shows t.
+
+    phi(x) = softmax(M x) with one learned M [F, Dh] a head, F = Dh, in the manner of Zhang et al. 2024 (arXiv 2402.04347);
+    M starts at the identity, scaled so that phi_q . phi_k grows with the layer's own scores. It takes the queries and keys
+    as the layer hands them over, rotary positions included. Computed in float32.
+
+    A causal pass without other masks than padding costs O(T): a running state between chunks. With any other mask, and for
+    the few queries of a decoding step over a KV cache, weights are formed query by key (O(T) a token).
+    """
+
+    def __init__(self, shape: ExpertShape, kv_heads: int, sinks: int = 0):
+        super().__init__(shape, kv_heads, sinks)
+        start = torch.eye(shape.head_dim) * shape.head_dim**0.25  # the product of both is sqrt(Dh) x scaled scores
+        self.query_map = nn.Parameter(start.repeat(shape.num_heads, 1, 1))  # [H, F, Dh]
+        self.key_map = nn.Parameter(start.repeat(kv_heads, 1, 1))  # [Hkv, F, Dh]
+
+    def forward(self, call: AttentionCall) -> Tensor:
+        """See `PatchedExpert.forward`."""
+        scale = call.scaling**0.5
+        phi_q = (call.q.float() * scale @ self.query_map.mT).softmax(-1)  # [B, H, Tq, F]
+        phi_k = (call.k.float() * scale @ self.key_map.mT).softmax(-1)  # [B, Hkv, Tk, F]
+        value = F.pad(call.v.float(), (0, 1), value=1.0)  # [B, Hkv, Tk, Dv + 1]
+        decay = self._log_decay(call)  # [B, Hkv, Tk], 0 or less; None: nothing is forgotten
+        real = self._real(call)
+        if real is not None:  # padding adds nothing to the state and keeps it
+            phi_k = phi_k * real[:, None, :, None]
+            decay = decay if decay is None else decay * real[:, None]
+        H, Tq, Tk = call.q.shape[1], call.q.shape[2], call.k.shape[2]
+        phi_k, value = repeat_heads(phi_k, H), repeat_heads(value, H)
+        decay = decay if decay is None else repeat_heads(decay, H)
+        if not (call.dense or call.padding is not None) or (call.causal and (Tq != Tk or Tq == 1)):
+            summed = self._weights_by_key(call, phi_q, phi_k, value, decay)
+        elif call.causal:
+            summed = causal_sum(phi_q, phi_k, value, decay)
+        else:
+            summed = phi_q @ (phi_k.mT @ value)
+        return (summed[..., :-1] / (summed[..., -1:] + EPSILON)).to(call.v.dtype)
+
+    def _real(self, call: AttentionCall) -> Tensor | None:
+        """[B or 1, Tk]; what one new token does not see is padding, or too far back to matter."""
+        if call.padding is None and call.mask is not None and call.q.shape[2] == 1:
+            return call.visible()[:, 0, -1]
+        return call.padding
+
+    def _log_decay(self, call: AttentionCall) -> Tensor | None:
+        return None
+
+    def _weights_by_key(self, call: AttentionCall, phi_q: Tensor, phi_k: Tensor, value: Tensor, decay: Tensor | None) -> Tensor:
+        """[B, H, Tq, Dv + 1], in blocks of queries; the queries are the last of the keys."""
+        elapsed, visible = None if decay is None else decay.cumsum(-1), call.visible()  # [B, H, Tk]
+        Tq, Tk = phi_q.shape[2], phi_k.shape[2]
+        blocks = []
+        for start in range(0, Tq, QUERIES):
+            rows = slice(start, min(start + QUERIES, Tq))
+            weights = phi_q[:, :, rows] @ phi_k.mT * visible[:, :, rows]  # [B, H, n, Tk]
+            if elapsed is not None:
+                since = elapsed[:, :, Tk - Tq :][:, :, rows, None] - elapsed[:, :, None]
+                weights = weights * since.clamp_max(0).exp()
+            blocks.append(weights @ value)
+        return torch.cat(blocks, 2)
+
+
+class GatedExpert(LinearExpert):
+    """Linear attention that forgets: what key s wrote is multiplied by a_r = sigmoid(w . k_r + b) for every later key r.
+
+    One gate a key head, read from the keys. Causal layers only. Heads start with memories of 8 to 1024 tokens, as the
+    expert of the same name in `attention`.
+    """
+
+    def __init__(self, shape: ExpertShape, kv_heads: int, sinks: int = 0):
+        super().__init__(shape, kv_heads, sinks)
+        self.gate = nn.Parameter(torch.zeros(kv_heads, shape.head_dim))
+        self.gate_bias = nn.Parameter(torch.logspace(3, 10, kv_heads, base=2.0).log())
+
+    def _log_decay(self, call: AttentionCall) -> Tensor:
+        return F.logsigmoid((call.k.float() * self.gate[:, None]).sum(-1) + self.gate_bias[:, None])
+
+
+def causal_sum(phi_q: Tensor, phi_k: Tensor, value: Tensor, log_decay: Tensor | None) -> Tensor:
+    """sum_{s <= t} exp(D_t - D_s) (phi_q,t . phi_k,s) value_s, D the cumulative sum of log_decay (or 0); O(T), in chunks.
+
+    phi_q and phi_k [B, H, T, F], value [B, H, T, D], log_decay [B, H, T] -> [B, H, T, D].
+    """
+    T = phi_q.shape[2]
+    chunk = min(CHUNK, T)
+    pad = -T % chunk
+    phi_q, phi_k, value = (F.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, chunk)) for x in (phi_q, phi_k, value))
+    if log_decay is None:
+        added = phi_k.mT @ value  # [B, H, N, F, D], by each chunk
+        out = phi_q @ (added.cumsum(2) - added) + (phi_q @ phi_k.mT).tril() @ value
+        return out.flatten(2, 3)[:, :, :T]
+    elapsed = F.pad(log_decay, (0, pad)).unflatten(2, (-1, chunk)).cumsum(-1)  # [B, H, N, C]
+    total = elapsed[..., -1]  # [B, H, N]
+    added = (phi_k * (total.unsqueeze(-1) - elapsed).exp().unsqueeze(-1)).mT @ value
+    state, states = torch.zeros_like(added[:, :, 0]), []
+    for n in range(added.shape[2]):
+        states.append(state)
+        state = state * total[:, :, n, None, None].exp() + added[:, :, n]
+    within = (elapsed.unsqueeze(-1) - elapsed.unsqueeze(-2)).tril().exp().tril()  # [B, H, N, C, C]
+    out = (phi_q * elapsed.exp().unsqueeze(-1)) @ torch.stack(states, 2) + (phi_q @ phi_k.mT * within) @ value
+    return out.flatten(2, 3)[:, :, :T]

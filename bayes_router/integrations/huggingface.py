@@ -1,0 +1,209 @@
+"""Patch a Hugging Face model: by the attention interface of transformers 5, so that every architecture it serves is served.
+
+The interface hands over queries, keys and values after projection, rotary positions and the KV cache; a forward pre-hook
+hands over the hidden state that the controller reads. With every token on `full` the model's own kernel is called with its
+own arguments, so outputs are bit for bit the original's.
+"""
+
+from functools import partial
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bayes_router.config import ScheduleConfig
+from bayes_router.inference.guide import RoutingGuide
+from bayes_router.inference.model import RoutingModel
+from bayes_router.integrations import falcon
+from bayes_router.integrations.discovery import check_model, find_layers, probe
+from bayes_router.integrations.interface import install, keep_hidden
+from bayes_router.integrations.routed import BINDING, Binding, PatchSettings, RoutedModel, model_config
+from bayes_router.integrations.texts import TokenStream, stream_of
+from bayes_router.routing.policy import execute
+from bayes_router.transformer.model import Force, forced_route
+from bayes_router.types import Route, RoutingMode, RoutingOutput, choose
+
+
+class RoutedPretrained(RoutedModel):
+    """A patched Hugging Face model; see `RoutedModel`. It answers the calls of `RoutedLanguageModel` that evaluation makes."""
+
+    held_out: TokenStream | None = None  # text that `fit` did not read
+
+    def forward(
+        self,
+        tokens: Tensor,
+        mode: RoutingMode | str = RoutingMode.HARD,
+        force: Force | None = None,
+        **inputs: Any,
+    ) -> RoutingOutput:
+        """Logits and, for every layer, the posterior and the route that was executed.
+
+        Args:
+            tokens: int64 [B, T].
+            mode: SAMPLE, MEAN or HARD.
+            force: as in `RoutedModel.force`, for this pass alone.
+            inputs: further inputs of the model, `attention_mask` among them.
+
+        Raises:
+            ValueError: the model has no language-modelling head.
+        """
+        chosen = choose("mode", mode, RoutingMode)
+        forced = self._force if force is None else force
+        answer = None if forced is None else forced_route(forced, self.experts, len(self.layers))
+        concentrations, routes = [], []
+
+        def route(layer: int, hidden: Tensor) -> Tensor | int:
+            q = self.controller.posterior(layer, hidden)
+            executed = execute(q, chosen, self.policy) if answer is None else answer(layer, hidden)
+            concentrations.append(q.concentration)
+            routes.append(executed if isinstance(executed, Tensor) else torch.full_like(tokens, executed))
+            self._concentration[layer], self._executed[layer] = concentrations[-1], routes[-1]
+            return executed
+
+        with self.routed_by(route):
+            logits = self.logits(tokens, **inputs)
+        return RoutingOutput(logits, torch.stack(concentrations), torch.stack(routes))
+
+    def logits(self, tokens: Tensor, **inputs: Any) -> Tensor:
+        """What the model says of tokens [B, T]: [B, T, V].
+
+        Raises:
+            ValueError: the model has no language-modelling head.
+        """
+        out = self.model(input_ids=tokens, **inputs)
+        if not hasattr(out, "logits"):
+            raise ValueError(
+                f"model: expected one with a language-modelling head; got {type(self.model).__name__}, which gives hidden "
+                "states alone; load it by AutoModelForCausalLM or AutoModelForMaskedLM"
+            )
+        logits: Tensor = out.logits
+        return logits
+
+    def network(self, tokens: Tensor, route: Route) -> Tensor:
+        """Logits [B, T, V], every layer's route answered by `route(layer, hidden)`: what `RoutingModel` wants of a network."""
+        with self.routed_by(route):
+            return self.logits(tokens)
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees only what comes before it."""
+        return all(one.causal for one in self.found)
+
+    def fit(
+        self,
+        texts: Any,
+        *,
+        tokenizer: Any = None,
+        schedule: ScheduleConfig | None = None,
+        valid_fraction: float = 0.1,
+        progress: bool = False,
+        **settings: Any,
+    ) -> pd.DataFrame:
+        """Distil the linear experts from the layers' own attention, then fit controllers and experts by SVI on the ELBO.
+
+        Args:
+            texts: a text, several, or token ids int64 [N].
+            tokenizer: the model's, where texts are text.
+            schedule: of KL weight, prior and concentration; starts on full attention by default.
+            valid_fraction: the end of the text, held out for `set_budget`.
+            progress: show bars.
+            settings: of `FitSettings`: steps, distil_steps, context, batch_size, lr, controller_lr, weights_lr, seed, ...
+
+        Returns:
+            One row a step: nll, kl, elbo in nats per token; `attrs["distillation"]` has the errors of the first phase.
+        """
+        from bayes_router.integrations import tuning
+
+        chosen = tuning.FitSettings(**settings)
+        stream = stream_of(texts, tokenizer, self.config.vocab_size, self.causal)
+        source, self.held_out = stream.split(valid_fraction)
+        devices = [p.device for p in self.model.parameters() if p.device.type == "cuda"][:1]
+        with torch.random.fork_rng(devices=devices), tuning.fitting(self, chosen.weights_lr > 0):
+            torch.manual_seed(chosen.seed)
+            errors = tuning.distil(self, source, chosen, progress)
+            steps = schedule or tuning.default_schedule(len(self.layers))
+            frame = tuning.fit_routes(self, source, chosen, steps, progress)
+        frame.attrs["distillation"] = errors
+        return frame
+
+    def program(self, schedule: ScheduleConfig | None = None) -> tuple[RoutingModel, RoutingGuide]:
+        """The Pyro model and guide of this patch under the objective at the end of a fit: for SVI of one's own, `Predictive`.
+
+        Their arguments are (tokens int64 [B, T], targets or None).
+        """
+        from bayes_router.integrations import tuning
+
+        return tuning.program(self, tuning.final_state(self, schedule))
+
+    def set_budget(
+        self, budget: float, texts: Any = None, *, tokenizer: Any = None, context: int = 512, limit: int = 8192
+    ) -> float:
+        """Let executed attention cost at most `budget` of full attention, on text held out by `fit` or on `texts`.
+
+        Costs are those of the prior's cost model. Afterwards `policy` is a `Budget` at the price that was found.
+
+        Returns:
+            The realised cost on that text, which can miss the budget where many tokens have the same posterior.
+
+        Raises:
+            ValueError: no text, or a budget below the cheapest expert.
+        """
+        from bayes_router.integrations.budget import solve
+
+        source = self.held_out if texts is None else stream_of(texts, tokenizer, self.config.vocab_size, self.causal)
+        if source is None:
+            raise ValueError("texts: expected held-out text, from fit() or given here; got None; pass texts=")
+        context = min(context, len(source) - 1)
+        return solve(self, source, budget, context, max(limit, context))
+
+
+def patch_pretrained(model: PreTrainedModel, settings: PatchSettings) -> RoutedPretrained:
+    """Route the attention layers of `model`; see `bayes_router.patch`."""
+    base = check_model(model)
+    restore = falcon.install(model) if base == falcon.OWN else install(model, base)
+    try:
+        found = find_layers(model, settings)
+        router = RoutedPretrained(model, found, settings)
+        router.config = model_config(found[0], settings, len(found), model.config.get_text_config().vocab_size)
+        router._restore += restore
+        router._bind()
+        for one in found:
+            binding: Binding = getattr(one.module, BINDING)
+            handle = one.module.register_forward_pre_hook(partial(keep_hidden, binding), with_kwargs=True)
+            router._restore.append(handle.remove)
+        verify(router)
+    except BaseException:
+        for undo in restore:
+            undo()
+        raise
+    return router
+
+
+def verify(router: RoutedPretrained) -> None:
+    """Compare the patched model, every token on full attention, with the original on a few tokens.
+
+    Raises:
+        ValueError: they differ, or a layer was not routed; the patch is undone then.
+    """
+    model = router.model
+    assert isinstance(model, PreTrainedModel)
+    seen: set[int] = set()
+
+    def full(layer: int, hidden: Tensor) -> int:
+        seen.add(layer)
+        return router.experts.index("full")
+
+    with router.routed_by(full):
+        routed = probe(model)
+    bindings = [(one.module, one.module.__dict__.pop(BINDING)) for one in router.found]
+    original = probe(model)
+    for module, binding in bindings:
+        setattr(module, BINDING, binding)
+    if len(seen) != len(router.found) or not torch.equal(routed, original):
+        router.unpatch()
+        raise ValueError(
+            f"model: expected outputs of {type(model).__name__} unchanged by a patch with every token on full attention; "
+            f"they differ, or a layer was not reached ({len(seen)} of {len(router.found)}); this architecture is not served"
+        )

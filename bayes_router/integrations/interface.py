@@ -1,0 +1,105 @@
+"""The attention function that transformers 5 calls for a patched model, and the hook that hands it hidden states."""
+
+import sys
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from bayes_router.integrations.call import AttentionCall, padding_of
+from bayes_router.integrations.routed import BINDING, Binding
+
+MASKS = {"sdpa": sdpa_mask, "eager": eager_mask}
+NAME = "bayes_router_{}"
+
+Observer = Callable[[nn.Module, Tensor, Tensor, Tensor, bool], None]
+observers: list[Observer] = []
+
+
+def original_kernel(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
+    """The attention function that the model would have called."""
+    if base == "eager":
+        function: Callable[..., tuple[Tensor, Any]] = sys.modules[type(module).__module__].eager_attention_forward
+        return function
+    found: Callable[..., tuple[Tensor, Any]] = ALL_ATTENTION_FUNCTIONS[base]
+    return found
+
+
+def attend(
+    base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Any]:
+    """The registered attention function: routes a bound module, leaves any other as it was."""
+    original = original_kernel(base, module)
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    for observe in observers:
+        observe(module, query, key, value, bool(causal))
+    binding = getattr(module, BINDING, None)
+    if not isinstance(binding, Binding) or binding.hidden is None:
+        return original(module, query, key, value, attention_mask, **kwargs)
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if base == "eager" and mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
+        out: Tensor = original(module, q, k, v, mask, **kwargs)[0]
+        return out.transpose(1, 2)  # [B, Tq, H, Dv] -> [B, H, Tq, Dv]
+
+    scaling = kwargs.get("scaling")
+    plain = base == "sdpa" and not kwargs.get("dropout") and all(kwargs.get(x) is None for x in ("s_aux", "position_bias"))
+    call = AttentionCall(
+        query,
+        key,
+        value,
+        attention_mask,
+        bool(causal),
+        kernel,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        plain,
+        _padding(attention_mask, query.shape[2], bool(causal)),
+    )
+    return binding.attend(call).transpose(1, 2).contiguous(), None
+
+
+_last_mask: tuple[Callable[[], Tensor | None], bool, Tensor | None] = (lambda: None, True, None)
+
+
+def _padding(mask: Tensor | None, num_queries: int, causal: bool) -> Tensor | None:
+    """As `padding_of`; all layers of a pass share one mask, which is read once."""
+    global _last_mask
+    if mask is None or num_queries == 1:
+        return None
+    if _last_mask[0]() is not mask or _last_mask[1] != causal:
+        _last_mask = (weakref.ref(mask), causal, padding_of(mask, num_queries, causal))
+    return _last_mask[2]
+
+
+for _base, _mask in MASKS.items():
+    AttentionInterface.register(NAME.format(_base), partial(attend, _base))
+    AttentionMaskInterface.register(NAME.format(_base), _mask)
+
+
+def keep_hidden(binding: Binding, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of an attention module: what its controller reads, unless the call is one that is left alone."""
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    cache = kwargs.get("past_key_values")
+    crossed = kwargs.get("encoder_hidden_states") is not None or kwargs.get("key_value_states") is not None
+    binding.hidden = hidden if isinstance(hidden, Tensor) and not crossed else None
+    if cache is not None and getattr(cache, "is_compileable", False):
+        raise ValueError(
+            "past_key_values: expected a cache that grows with the text; got a static one, whose empty slots routed attention "
+            "does not know; leave cache_implementation unset, or unpatch() first"
+        )
+
+
+def install(model: PreTrainedModel, base: str) -> list[Callable[[], None]]:
+    """Switch the model to the registered attention function; what undoes it."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    model.set_attn_implementation(NAME.format(base))
+    return [partial(setattr, config, "_attn_implementation_internal", name) for config, name in before]

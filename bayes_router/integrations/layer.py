@@ -1,0 +1,177 @@
+"""One routed attention layer of a patched model: its experts, and how a route over them is executed."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from bayes_router.attention.dispatch import routed_attention
+from bayes_router.attention.expert import Expert, ExpertShape
+from bayes_router.attention.full import FullAttention
+from bayes_router.attention.local import LocalAttention
+from bayes_router.config import require
+from bayes_router.integrations.call import AttentionCall
+from bayes_router.integrations.experts import FullExpert, LocalExpert, PatchedExpert, banded
+from bayes_router.integrations.features import GatedExpert, LinearExpert
+
+EXPERTS: dict[str, type[PatchedExpert]] = {
+    "full": FullExpert,
+    "local": LocalExpert,
+    "linear": LinearExpert,
+    "gated": GatedExpert,
+}
+
+
+def patched_expert(name: str, shape: ExpertShape, kv_heads: int, sinks: int, causal: bool) -> PatchedExpert:
+    """Build the expert called `name`, one of `EXPERTS`.
+
+    Raises:
+        ValueError: it does not see both sides, and the layer does.
+    """
+    require(
+        causal or name != "gated",
+        "experts",
+        "experts that see both sides, for layers that are not causal",
+        name,
+        "use 'linear': gated attention forgets the past alone",
+    )
+    return EXPERTS[name](shape, kv_heads, sinks)
+
+
+class RoutedLayer(nn.Module):
+    """The experts of one layer; all take the layer's own q, k, v. Parameters stay float32 whatever the model's dtype."""
+
+    def __init__(self, names: tuple[str, ...], shape: ExpertShape, kv_heads: int, sinks: int, causal: bool):
+        super().__init__()
+        self.names, self.shape, self.sinks = names, shape, sinks
+        self.experts = nn.ModuleList(patched_expert(name, shape, kv_heads, sinks, causal) for name in names)
+
+    def expert(self, index: int) -> PatchedExpert:
+        """By index into `names`."""
+        expert = self.experts[index]
+        assert isinstance(expert, PatchedExpert)
+        return expert
+
+    def attend(self, call: AttentionCall, route: Tensor | int) -> Tensor:
+        """[B, H, Tq, Dv] for weights [B, Tq, E] (all experts computed), choices int64 [B, Tq], or one expert for all."""
+        if isinstance(route, int):
+            out: Tensor = self.expert(route)(call)
+            return out
+        if route.is_floating_point():
+            weights = route.to(call.q.dtype).permute(2, 0, 1)[:, :, None, :, None]  # [E, B, 1, Tq, 1]
+            return torch.stack([w * self.expert(i)(call) for i, w in enumerate(weights)]).sum(0)
+        return self._hard(call, route)
+
+    def _hard(self, call: AttentionCall, route: Tensor) -> Tensor:
+        taken: list[int] = route.unique().tolist()  # waits for the device: what is not taken is not launched
+        if len(taken) == 1:
+            return self.attend(call, taken[0])
+        if self._dispatchable(call):
+            shift = unpadding(call)
+            if shift is not None:
+                return shift.back(self._dispatch(shift.call, shift.route(route), taken, shift.lengths))
+            if call.mask is None:
+                return self._dispatch(call, route, taken)
+        out = call.v.new_zeros(*call.q.shape[:3], call.v.shape[3])
+        for index in taken:
+            expert = self.expert(index)
+            if route.shape[1] == 1:  # decoding: sequences side by side
+                rows = (route[:, 0] == index).nonzero()[:, 0]
+                out[rows] = expert(call.batch(rows))
+                continue
+            for b in (route == index).any(1).nonzero()[:, 0]:
+                rows = (route[b] == index).nonzero()[:, 0]
+                out[b, :, rows] = expert.rows(call.batch(b[None]), rows)[0]
+        return out
+
+    def _dispatchable(self, call: AttentionCall) -> bool:
+        """Whether the dispatcher's kernels compute what this layer means: plain causal attention of a text over itself."""
+        same = call.q.shape[3] == call.v.shape[3] == call.k.shape[3]
+        return call.plain and call.causal and same and 1 < call.q.shape[2] == call.k.shape[2]
+
+    def _dispatch(self, call: AttentionCall, route: Tensor, taken: list[int], lengths: Tensor | None = None) -> Tensor:
+        """By `routed_attention`: only what each token took is computed, in sorted blocks."""
+        lookup = torch.zeros(len(self.names), dtype=torch.int64, device=route.device)
+        lookup[taken] = torch.arange(len(taken), device=route.device)
+        factor = call.scaling * self.shape.head_dim**0.5  # the dispatcher divides by sqrt(Dh)
+        q = call.q if abs(factor - 1) < 1e-6 else call.q * factor
+        experts = [self._native(index, call) for index in taken]
+        return routed_attention(
+            q,
+            call.k,
+            call.v,
+            lookup[route],
+            window=self.shape.window,
+            linear_q=call.q,
+            linear_k=call.k,
+            lengths=lengths,
+            experts=experts,
+        )
+
+    def _native(self, index: int, call: AttentionCall) -> Expert:
+        """The dispatcher's own expert where it computes the same, else this layer's behind its contract."""
+        name = self.names[index]
+        if name == "full":
+            return FullAttention(self.shape)
+        if name == "local" and not self.sinks:
+            return LocalAttention(self.shape)
+        return _Adapter(self.expert(index), self.shape, call)
+
+
+@dataclass(frozen=True)
+class Unpadding:
+    """A padded batch with every text moved to the front of its row, as the dispatcher wants it."""
+
+    call: AttentionCall
+    lengths: Tensor  # [B] real tokens
+    first: Tensor  # [B, 1] where each text began
+
+    def route(self, route: Tensor) -> Tensor:
+        """Choices [B, T], moved as the tokens were."""
+        return route.gather(1, _rotation(self.first, route.shape[1]))
+
+    def back(self, out: Tensor) -> Tensor:
+        """[B, H, T, D] with every text where it was; zeros on padding."""
+        return _move(out, -self.first)
+
+
+def unpadding(call: AttentionCall) -> Unpadding | None:
+    """The call without its padding, left or right; None without padding, or where there is some inside a text."""
+    if call.padding is None:
+        return None
+    T, first = call.q.shape[2], call.padding.int().argmax(1, keepdim=True)
+    lengths = call.padding.sum(1)
+    packed = call.padding.gather(1, _rotation(first, T))
+    if not torch.equal(packed, torch.arange(T, device=first.device) < lengths[:, None]):
+        return None
+    q, k, v = (_move(x, first) for x in (call.q, call.k, call.v))
+    return Unpadding(replace(call, q=q, k=k, v=v, mask=None, padding=None), lengths, first)
+
+
+def _rotation(first: Tensor, T: int) -> Tensor:
+    """[B, T]: index first[b] + t, around the end."""
+    return (torch.arange(T, device=first.device) + first) % T
+
+
+def _move(x: Tensor, first: Tensor) -> Tensor:
+    """[B, H, T, D] with token first[b] of each row in front."""
+    index = _rotation(first, x.shape[2])[:, None, :, None]
+    return x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+class _Adapter(Expert):
+    """A patched expert behind the contract of `attention`: it takes the layer's own, unscaled queries."""
+
+    rotary = False
+
+    def __init__(self, inner: PatchedExpert, shape: ExpertShape, call: AttentionCall):
+        super().__init__(shape)
+        self.inner, self.call = inner, call
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `Expert.forward`; of one sequence of the batch where the backend works row by row."""
+        call = replace(self.call, q=q, k=k, v=v)
+        if isinstance(self.inner, LocalExpert) and q.shape[2] == k.shape[2]:
+            return banded(q, k, v, self.shape.window, self.inner.sinks, call.scaling)
+        out: Tensor = self.inner(call)
+        return out

@@ -1,0 +1,111 @@
+"""A patch on disk: router.safetensors (what was added) and router.json (settings, policy, the model it belongs to)."""
+
+import hashlib
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from bayes_router.config import PriorConfig, require
+from bayes_router.integrations.routed import PatchSettings, RoutedModel
+from bayes_router.routing.policy import Argmax, Budget, Conservative, Policy
+from bayes_router.training.checkpoint import write_json, write_whole
+
+WEIGHTS, SETTINGS, FORMAT = "router.safetensors", "router.json", 1
+SAMPLES = 64  # numbers of each tensor that enter the fingerprint
+POLICIES: dict[str, type[Any]] = {policy.__name__: policy for policy in (Argmax, Budget, Conservative)}
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """sha256 of the model's class, of its parameters' names and shapes, and of 64 numbers of each as bfloat16.
+
+    The same for a copy in another precision that holds the same bfloat16 values, and on another device.
+    """
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        index = torch.linspace(0, max(flat.numel() - 1, 0), min(SAMPLES, flat.numel()), dtype=torch.float64).long()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(flat[index.to(flat.device)].to("cpu", torch.bfloat16).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_router(router: RoutedModel, folder: Path | str) -> None:
+    """Write both files of a patch.
+
+    Raises:
+        ValueError: the policy is not one of the project's own.
+    """
+    folder = Path(folder)
+    name = type(router.policy).__name__
+    require(name in POLICIES, "policy", f"one of {', '.join(POLICIES)}, which can be saved", name, "set another before saving")
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {key: value.detach().cpu().contiguous() for key, value in router.state_dict().items()}
+    write_whole(folder / WEIGHTS, lambda path: save_file(weights, path))
+    write_json(
+        folder / SETTINGS,
+        {
+            "format": FORMAT,
+            "model": type(router.model).__name__,
+            "fingerprint": fingerprint(router.model),
+            "settings": router.settings.to_dict(),
+            "policy": {"name": name, **asdict(router.policy)},  # type: ignore[call-overload]
+        },
+    )
+
+
+def read_settings(model: nn.Module, folder: Path | str) -> tuple[PatchSettings, Policy]:
+    """Settings and policy of a saved patch, once it is sure that it belongs to `model`.
+
+    Raises:
+        ValueError: a file is missing or damaged, or the patch was made for another model.
+    """
+    path = Path(folder) / SETTINGS
+    for one in (path, Path(folder) / WEIGHTS):
+        require(one.is_file(), "folder", f"a saved patch with {SETTINGS} and {WEIGHTS}", str(folder), f"{one.name} is missing")
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        settings, policy = saved["settings"], dict(saved["policy"])
+        made = PatchSettings(
+            **_tuples(settings, PatchSettings) | {"prior": PriorConfig(**_tuples(settings["prior"], PriorConfig))}
+        )
+        chosen: Policy = POLICIES[policy.pop("name")](**{key: _tuple(value) for key, value in policy.items()})
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected the settings of a patch; damaged or of another version: {error!r}") from error
+    require(
+        saved.get("fingerprint") == fingerprint(model),
+        "model",
+        f"the {saved.get('model')} that {folder} was made for",
+        type(model).__name__,
+        "weights or architecture differ: load the model that was patched, or patch and fit this one",
+    )
+    return made, chosen
+
+
+def load_weights(router: RoutedModel, folder: Path | str) -> None:
+    """Fill a fresh patch from router.safetensors.
+
+    Raises:
+        ValueError: the file is damaged or does not fit.
+    """
+    path = Path(folder) / WEIGHTS
+    try:
+        router.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path}: expected the weights of the patch in {SETTINGS}; damaged or another's: {reason}") from error
+
+
+def _tuples(values: dict[str, Any], cls: type[Any]) -> dict[str, Any]:
+    known = {f.name for f in fields(cls)}
+    return {key: _tuple(value) for key, value in values.items() if key in known}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(map(_tuple, value)) if isinstance(value, list) else value

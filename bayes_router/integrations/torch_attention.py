@@ -1,0 +1,257 @@
+"""Patch PyTorch's own attention: nn.MultiheadAttention, alone or inside nn.TransformerEncoder and nn.TransformerDecoder.
+
+Weights stay where they are. Self-attention is routed; a call whose query, key and value are not one tensor (cross-attention)
+runs as before. A token on `full` sees what it saw; where all tokens are, the module's own forward pass is run.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bayes_router.attention.expert import ExpertShape, merge_tokens
+from bayes_router.config import require
+from bayes_router.integrations.call import AttentionCall, padding_of, seen
+from bayes_router.integrations.features import LinearExpert
+from bayes_router.integrations.layer import RoutedLayer
+from bayes_router.integrations.routed import BINDING, Binding, Found, PatchSettings, RoutedModel
+from bayes_router.types import RoutingMode
+
+Loss = Callable[[Any], Tensor]
+
+
+class RoutedTorch(RoutedModel):
+    """A patched PyTorch module; see `RoutedModel`. Calling it calls the module.
+
+    In training mode draws carry gradients to the controllers, so that task loss + weight * `kl()` is a negative ELBO.
+    """
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """The module itself."""
+        return self.model(*inputs, **named)
+
+    def distil(self, inputs: Iterable[Tensor], lr: float = 1e-3) -> list[float]:
+        """Teach each linear expert its own layer's attention, one step an input; relative squared errors, mean over layers."""
+        parameters = [p for layer in self.layers for p in layer.parameters()]
+        if not parameters:
+            return []
+        optimiser, losses = torch.optim.Adam(parameters, lr=lr), []
+
+        def compare(index: int, call: AttentionCall, hidden: Tensor) -> None:
+            layer = self.layers[index]
+            assert isinstance(layer, RoutedLayer)
+            target = layer.expert(layer.names.index("full"))(call)
+            with torch.enable_grad():
+                for expert in layer.experts:
+                    if isinstance(expert, LinearExpert):
+                        errors.append((expert(call) - target).square().mean() / target.square().mean())
+
+        for x in inputs:
+            errors: list[Tensor] = []
+            with torch.no_grad(), self.observed_by(compare):
+                self.model(x)
+            loss = torch.stack(errors).mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            losses.append(float(loss.detach()))
+        return losses
+
+    def fit(self, inputs: Sequence[Any], loss: Loss | None = None, *, kl_weight: float = 3e-3, lr: float = 3e-3) -> list[float]:
+        """Fit controllers and experts by SVI, one step an input: minimise loss(model(x)) + kl_weight * kl over draws of routes.
+
+        Args:
+            inputs: what the module is called with, a tensor or a tuple of arguments each.
+            loss: of the module's output, a mean; by default the squared distance from the original module's output.
+            kl_weight: of the KL, nats per token.
+            lr: learning rate of Adam.
+        """
+        optimiser, losses = torch.optim.Adam(self.parameters(), lr=lr), []
+        mine, theirs = (
+            [(p, p.requires_grad) for p in self.parameters()],
+            [(p, p.requires_grad) for p in self.model.parameters()],
+        )
+        mode, before = self.mode, self._force
+        for p, _ in mine:
+            p.requires_grad_(True)
+        for p, _ in theirs:
+            p.requires_grad_(False)
+        try:
+            for x in inputs:
+                arguments = x if isinstance(x, tuple) else (x,)
+                with torch.no_grad():
+                    self.force("full")
+                    target = self.model(*arguments)
+                self.force(None)
+                self.mode = RoutingMode.SAMPLE
+                out = self.model(*arguments)
+                task = loss(out) if loss is not None else (out - target).square().mean()
+                optimiser.zero_grad()
+                (task + kl_weight * self.kl()).backward()
+                optimiser.step()
+                losses.append(float(task.detach()))
+        finally:
+            self.mode, self._force = mode, before
+            for p, flag in (*mine, *theirs):
+                p.requires_grad_(flag)
+        return losses
+
+
+def patch_torch(model: nn.Module, settings: PatchSettings) -> RoutedTorch:
+    """Route the self-attention in `model`; see `bayes_router.patch`."""
+    modules = _attention(model)
+    chosen = range(len(modules)) if settings.layers is None else settings.layers
+    require(all(0 <= i < len(modules) for i in chosen), "layers", f"indices of the {len(modules)} layers", settings.layers)
+    found = []
+    for name, module in (modules[i] for i in chosen):
+        shape = ExpertShape(module.num_heads, module.head_dim, settings.window)
+        found.append(Found(module, name, shape, module.num_heads, module.embed_dim, causal=False))
+    router = RoutedTorch(model, found, settings)
+    router._bind()
+    for one in found:
+        one.module.forward = MethodType(forward, one.module)
+        router._restore.append(partial(one.module.__dict__.pop, "forward", None))
+        # with a hook below it, an encoder layer takes its written-out path, which calls this module
+        router._restore.append(one.module.register_forward_pre_hook(_no_fast_path).remove)
+    for encoder in (m for m in model.modules() if isinstance(m, nn.TransformerEncoder)):
+        router._restore.append(partial(setattr, encoder, "use_nested_tensor", encoder.use_nested_tensor))
+        encoder.use_nested_tensor = False
+    return router
+
+
+def _no_fast_path(module: nn.Module, args: tuple[Any, ...]) -> None:
+    pass
+
+
+def _attention(model: nn.Module) -> list[tuple[str, nn.MultiheadAttention]]:
+    """The self-attention modules by name, in order.
+
+    Raises:
+        ValueError: there is none, or one that cannot be routed.
+    """
+    crossing = {m.multihead_attn for m in model.modules() if isinstance(m, nn.TransformerDecoderLayer)}
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention) and m not in crossing]
+    require(
+        bool(found),
+        "model",
+        "a Hugging Face model (transformers 5), nn.TransformerEncoder, nn.TransformerDecoder or nn.MultiheadAttention",
+        type(model).__name__,
+        "no attention was found in it",
+    )
+    for name, m in found:
+        where = f"{type(model).__name__}.{name}" if name else type(m).__name__
+        require(
+            type(m) is nn.MultiheadAttention, where, "torch.nn.MultiheadAttention", type(m).__name__, "not served (quantised?)"
+        )
+        require(m._qkv_same_embed_dim, where, "one size of query, key and value", (m.embed_dim, m.kdim, m.vdim), "not served")
+        require(m.bias_k is None and not m.add_zero_attn, where, "no bias_k and no add_zero_attn", "one of them", "not served")
+        weight = m.in_proj_weight
+        require(not weight.is_meta, where, "weights in memory", "the meta device", "load them first")
+        require(
+            weight.is_floating_point(), where, "weights in floating point", weight.dtype, "quantised weights are not served"
+        )
+    return found
+
+
+def forward(
+    self: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Routed self-attention with the arguments of `nn.MultiheadAttention.forward`.
+
+    Raises:
+        ValueError: attention weights asked for while tokens are routed: experts have none.
+    """
+    binding: Binding = getattr(self, BINDING)
+    router = binding.router
+
+    def original() -> tuple[Tensor, Tensor | None]:
+        return nn.MultiheadAttention.forward(
+            self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )
+
+    if not (query is key and key is value):
+        return original()
+    x = query[None] if query.dim() == 2 else query if self.batch_first else query.transpose(0, 1)  # [B, T, D]
+    route = router.route(binding.index, x)
+    if router._observe is None and _all_on(route, router.experts.index("full")):
+        return original()
+    require(
+        not need_weights or router._observe is not None,
+        "need_weights",
+        "False where tokens are routed (a mixture of experts has no attention weights)",
+        True,
+        "pass need_weights=False, or force('full')",
+    )
+    call = _call(self, x, _merge(key_padding_mask, attn_mask, x, self.num_heads), is_causal)
+    out = self.out_proj(merge_tokens(router.execute(binding.index, route, call, x)))  # [B, T, D]
+    return (out[0] if query.dim() == 2 else out if self.batch_first else out.transpose(0, 1)), None
+
+
+def _all_on(route: Tensor | int, expert: int) -> bool:
+    if isinstance(route, int):
+        return route == expert
+    return not route.is_floating_point() and bool((route == expert).all())
+
+
+def _call(module: nn.MultiheadAttention, x: Tensor, mask: Tensor | None, is_causal: bool) -> AttentionCall:
+    """The attention of x [B, T, D] under a mask as `AttentionCall` has it; a causal mask is recognised."""
+    qkv = F.linear(x, module.in_proj_weight, module.in_proj_bias).unflatten(2, (3, module.num_heads, -1))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, T, Dh] each
+    T, dropout = x.shape[1], module.dropout if module.training else 0.0
+    causal, padding = False, None
+    if mask is not None:
+        visible = seen(mask)
+        causal = is_causal or not bool(visible.triu(1).any())
+        if causal and mask.dtype == torch.bool and bool(visible.tril().sum() == visible[..., 0, 0].numel() * T * (T + 1) // 2):
+            mask = None  # causal and nothing more
+        else:
+            padding = padding_of(mask.expand(len(x), -1, -1, -1), T, causal)
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        whole = mask is None and causal and q.shape[2] > 1
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=whole)
+
+    return AttentionCall(q, k, v, mask, causal, kernel, q.shape[-1] ** -0.5, dropout == 0.0, padding)
+
+
+def _merge(key_padding_mask: Tensor | None, attn_mask: Tensor | None, x: Tensor, heads: int) -> Tensor | None:
+    """Both masks in one [B or 1, H or 1, T, T]: bool (True is seen) where neither weighs, else added to the scores."""
+    masks: list[Tensor] = []
+    if attn_mask is not None:
+        masks.append(attn_mask.view(-1, heads, *attn_mask.shape[1:]) if attn_mask.dim() == 3 else attn_mask[None, None])
+    if key_padding_mask is not None:
+        padding = key_padding_mask[None] if key_padding_mask.dim() == 1 else key_padding_mask
+        masks.append(padding[:, None, None].expand(-1, -1, x.shape[1], -1))
+    masks = list(_shown(masks))
+    if not masks:
+        return None
+    if all(mask.dtype == torch.bool for mask in masks):
+        return masks[0] if len(masks) == 1 else masks[0] & masks[1]
+    added = [
+        torch.zeros_like(m, dtype=x.dtype).masked_fill(~m, -torch.inf) if m.dtype == torch.bool else m.to(x.dtype)
+        for m in masks
+    ]
+    return added[0] if len(added) == 1 else added[0] + added[1]
+
+
+def _shown(masks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """PyTorch's masks (bool, True hides; or float) with what is only 0 and -inf as bool, True is seen."""
+    for mask in masks:
+        if mask.dtype == torch.bool:
+            yield ~mask
+        elif bool(((mask == 0) | mask.isneginf()).all()):
+            yield mask == 0
+        else:
+            yield mask

@@ -1,0 +1,194 @@
+"""Fitting what a patch added: first distillation of feature maps, then SVI on the ELBO, all by the project's own program."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from bayes_router.config import ScheduleConfig, TrainConfig, require
+from bayes_router.data.tokens import TokenSource
+from bayes_router.inference.elbo import NegativeELBO
+from bayes_router.inference.guide import RoutingGuide
+from bayes_router.inference.model import RoutingModel
+from bayes_router.integrations.call import AttentionCall
+from bayes_router.integrations.features import LinearExpert
+from bayes_router.integrations.huggingface import RoutedPretrained
+from bayes_router.integrations.layer import RoutedLayer
+from bayes_router.routing.schedule import Schedule, ScheduleState
+from bayes_router.training.optimise import clip_gradient, set_learning_rate
+
+KL_WEIGHT = 0.02  # over the number of layers: the sum over layers of the KL has this weight
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How a patch is fitted.
+
+    Attributes:
+        steps: of SVI.
+        distil_steps: of distillation before it; skipped where no expert has parameters.
+        context: tokens of a sequence.
+        batch_size: sequences a step.
+        lr: peak learning rate of the experts' own parameters.
+        controller_lr: peak learning rate of the controllers.
+        weights_lr: of the model's own weights; 0 leaves them as they are.
+        warmup: steps of linear warm-up.
+        clip: largest gradient norm.
+        seed: of batches and posterior draws.
+    """
+
+    steps: int = 200
+    distil_steps: int = 100
+    context: int = 512
+    batch_size: int = 4
+    lr: float = 1e-3
+    controller_lr: float = 3e-3
+    weights_lr: float = 0.0
+    warmup: int = 10
+    clip: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        for name in ("steps", "distil_steps", "weights_lr", "warmup", "seed"):
+            require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        for name in ("context", "batch_size"):
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("lr", "controller_lr", "clip"):
+            require(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
+
+    def rates(self, steps: int) -> TrainConfig:
+        """As the shared learning-rate schedule takes it."""
+        return TrainConfig(steps=max(steps, 1), warmup=min(self.warmup, steps), lr=self.lr, controller_lr=self.controller_lr)
+
+
+def final_state(router: RoutedPretrained, schedule: ScheduleConfig | None = None) -> ScheduleState:
+    """The objective at the end of a fit."""
+    chosen = schedule or default_schedule(len(router.layers))
+    return Schedule(chosen, router.prior, 1, router.experts, router.settings.prior.price).at(1)
+
+
+def default_schedule(num_layers: int) -> ScheduleConfig:
+    """Start on full attention, let the compute-aware prior in, end on executed argmax draws."""
+    return ScheduleConfig(
+        kl_weight=KL_WEIGHT / num_layers,
+        start_experts=("full",),
+        anneal_from=0.0,
+        anneal_to=0.5,
+        straight_through_from=0.5,
+    )
+
+
+@contextmanager
+def fitting(router: RoutedPretrained, weights: bool) -> Iterator[None]:
+    """Gradients for what is fitted alone, dropout only where the model's own weights are; all flags restored."""
+    model = router.model
+    mine, theirs = list(router.parameters()), list(model.parameters())
+    before = [(p, p.requires_grad) for p in (*mine, *theirs)]
+    modes = [(module, module.training) for module in model.modules()]
+    require(
+        not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
+        "model",
+        "no gradient checkpointing: recomputing a layer would draw its routes again",
+        True,
+        "call model.gradient_checkpointing_disable() first",
+    )
+    model.train(weights)
+    for p in theirs:
+        p.requires_grad_(weights)
+    for p in mine:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p, flag in before:
+            p.requires_grad_(flag)
+            p.grad = None
+        for module, mode in modes:
+            module.training = mode
+
+
+def distil(router: RoutedPretrained, source: TokenSource, settings: FitSettings, progress: bool = False) -> list[float]:
+    """Teach every linear expert its own layer's full attention; the mean relative squared error of each step.
+
+    For layer l and expert e: mean |e(q, k, v) - full(q, k, v)|^2 / mean |full(q, k, v)|^2, the calls being those of the
+    unchanged model. No gradient enters the model.
+    """
+    parameters = [p for layer in router.layers for p in layer.parameters()]
+    if not parameters or not settings.distil_steps:
+        return []
+    optimiser = torch.optim.AdamW([{"params": parameters, "peak": settings.lr}], weight_decay=0.0)
+    device, losses = next(router.model.parameters()).device, []
+    for step in tqdm(range(settings.distil_steps), disable=not progress, desc="distil", unit="step"):
+        set_learning_rate(optimiser, settings.rates(settings.distil_steps), step)
+        tokens = source.batch(step, settings.batch_size, settings.context, settings.seed + 7).tokens.to(device)
+        errors: list[Tensor] = []
+
+        def compare(index: int, call: AttentionCall, hidden: Tensor, errors: list[Tensor] = errors) -> None:
+            layer = router.layers[index]
+            assert isinstance(layer, RoutedLayer)
+            target = layer.expert(layer.names.index("full"))(call).float()
+            with torch.enable_grad():
+                for expert in layer.experts:
+                    if isinstance(expert, LinearExpert):
+                        error = (expert(call).float() - target).square().mean() / target.square().mean()
+                        error.backward()  # at once: only one layer's graph is ever held
+                        errors.append(error.detach())
+
+        optimiser.zero_grad(set_to_none=True)
+        with torch.no_grad(), router.observed_by(compare):
+            router.logits(tokens)
+        nn.utils.clip_grad_norm_(parameters, settings.clip * len(errors))
+        optimiser.step()
+        losses.append(float(torch.stack(errors).mean()))
+    return losses
+
+
+def program(router: RoutedPretrained, start: ScheduleState) -> tuple[RoutingModel, RoutingGuide]:
+    """The project's model and guide around a patched model: routes are latent, the model's logits the likelihood."""
+    device = next(router.model.parameters()).device
+    model = RoutingModel(router.network, start.concentration, router.cost_ratio.to(device), start.kl_weight, start.price)
+    return model, RoutingGuide(model, router.controller)
+
+
+def fit_routes(
+    router: RoutedPretrained,
+    source: TokenSource,
+    settings: FitSettings,
+    schedule_config: ScheduleConfig,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """SVI: one row a step, with the loss terms in nats per token.
+
+    Raises:
+        ValueError: the loss became infinite or no number.
+    """
+    schedule = Schedule(schedule_config, router.prior, settings.steps, router.experts, router.settings.prior.price)
+    objective, device = NegativeELBO(*program(router, schedule.at(0))), next(router.model.parameters()).device
+    groups: list[dict[str, Any]] = [{"params": list(router.controller.parameters()), "peak": settings.controller_lr}]
+    own = [p for layer in router.layers for p in layer.parameters()]
+    if own:
+        groups.append({"params": own, "peak": settings.lr})
+    if settings.weights_lr:
+        groups.append({"params": list(router.model.parameters()), "peak": settings.weights_lr})
+    optimiser = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98))
+    trained = nn.ModuleList([router, *([router.model] if settings.weights_lr else [])])
+    rows = []
+    for step in tqdm(range(settings.steps), disable=not progress, desc="fit", unit="step"):
+        objective.follow(schedule.at(step))
+        set_learning_rate(optimiser, settings.rates(settings.steps), step)
+        batch = source.batch(step, settings.batch_size, settings.context, settings.seed)
+        loss, terms = objective(batch.tokens.to(device), batch.targets.to(device))
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        clip_gradient(trained, settings.clip)
+        optimiser.step()
+        row = {"step": step + 1, **{name: float(value) for name, value in terms._asdict().items()}}
+        require(torch.isfinite(loss).item() is True, f"step {step}", "a finite loss", float(loss.detach()), "lower the rates")
+        rows.append(row)
+    return pd.DataFrame(rows)

@@ -1,0 +1,115 @@
+"""Where a process computes, and its place among others: devices, ranks and what ranks tell each other.
+
+`torchrun` sets RANK, WORLD_SIZE and LOCAL_RANK; without it there is one rank, and every method here is free of cost.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from bayes_router.config import require
+
+PATIENCE = timedelta(hours=2)
+"""How long a rank waits for the others: they wait while rank 0 prepares a corpus, evaluates and writes."""
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is a GPU where there is one; under torchrun, each process of a host takes its own.
+
+    Raises:
+        ValueError: torch knows no such device, or has none here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        message = str(error).splitlines()[0]
+        raise ValueError(
+            f"train.device: expected auto, cpu or a device that torch has here; got {name!r}: {message}"
+        ) from error
+    return device
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of a run. Every rank calls the same methods in the same order."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.rank == 0
+
+    def replicate(self, objective: nn.Module, device: torch.device) -> nn.Module:
+        """`objective`, whose backward pass also averages gradients over ranks; weights start as those of rank 0."""
+        if self.size == 1:
+            return objective
+        devices = [device.index] if device.type == "cuda" else None
+        # buffers hold the prior, which every rank computes from the schedule
+        return DistributedDataParallel(objective, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    @staticmethod
+    def averaging(replica: Callable[..., Any], now: bool) -> AbstractContextManager[None]:
+        """Keep gradients to this rank unless `now`: of accumulated parts the last alone needs the others."""
+        return nullcontext() if now or not isinstance(replica, DistributedDataParallel) else replica.no_sync()
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean over ranks."""
+        if self.size == 1:
+            return value
+        total = value.detach().clone()
+        dist.all_reduce(total)
+        return total / self.size
+
+    def all(self, value: Tensor) -> Tensor:
+        """Whether a bool [] holds on every rank."""
+        return value if self.size == 1 else self.mean(value.float()) == 1
+
+    def any(self, value: bool, device: torch.device) -> bool:
+        """Whether a bool holds on some rank."""
+        return value if self.size == 1 else bool(self.mean(torch.tensor(float(value), device=device)) > 0)
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Rank 0 runs the block before the others do."""
+        if not self.main:
+            dist.barrier()
+        yield
+        if self.main and self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def connected(device: torch.device) -> Iterator[World]:
+    """The world that torchrun describes: NCCL between GPUs, gloo between CPUs; the group is taken down at the end.
+
+    Raises:
+        ValueError: WORLD_SIZE without the other variables that torchrun sets.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World()
+        return
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    require(not missing, "WORLD_SIZE", "with it all that torchrun sets", f"no {', '.join(missing)}", "launch with torchrun")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    try:
+        yield World(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()

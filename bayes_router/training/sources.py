@@ -1,0 +1,38 @@
+"""What a run reads: the source that the settings name, checked before anything is written."""
+
+from dataclasses import dataclass
+
+from bayes_router.config import Config, require, with_changes
+from bayes_router.data.recall import RecallData
+from bayes_router.data.tokens import TokenSource, text_data
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads, and what identifies it."""
+
+    train: TokenSource
+    valid: TokenSource
+    name: str
+    sha256: str
+    tokens: int  # of training text; 0 for a generator, which has no end
+
+
+def load_data(config: Config) -> tuple[Config, Data]:
+    """The data of a configuration, and the configuration with the vocabulary that the data needs."""
+    if config.data.corpus == "recall":
+        recall = RecallData()
+        require(
+            config.data.context >= recall.min_context,
+            "data.context",
+            f"at least {recall.min_context} for corpus recall",
+            config.data.context,
+        )
+        return with_changes(config, {"model.vocab_size": recall.vocab_size}), Data(recall, recall, "recall", "", 0)
+    settings = config.data
+    text = text_data(settings.corpus, settings.tokeniser, settings.valid_fraction, prepared=settings.prepared)
+    data = Data(text.train, text.valid, text.corpus, text.sha256, len(text.train))
+    # the shortest window that both parts can give is checked before anything is written
+    next(iter(text.valid.windows(settings.context, 1, max(settings.eval_tokens, settings.context))))
+    text.train.batch(0, 1, settings.context, config.train.seed)
+    return with_changes(config, {"model.vocab_size": text.tokeniser.vocab_size}), data
