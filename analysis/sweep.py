@@ -37,7 +37,13 @@ def run_one(job: dict[str, Any]) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     limit, batch = max(config.data.eval_tokens, config.data.context), config.train.batch_size
     result = evaluate(
-        trainer.model, data.valid, trainer.prior.concentration, context=config.data.context, batch_size=batch, limit=limit
+        trainer.model,
+        data.valid,
+        trainer.prior.concentration,
+        prior_price=config.prior.price * trainer.prior.cost_ratio,
+        context=config.data.context,
+        batch_size=batch,
+        limit=limit,
     )
     return {
         "contender": job["name"],

