@@ -118,6 +118,16 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+SEGMENT = 2048
+"""Tokens that linear and local attention take at a time on a CPU: larger temporaries are paged in anew at every call."""
+
+
+def segments(length: int, device: torch.device) -> list[tuple[int, int]]:
+    """Bounds of the pieces in which `length` tokens are computed one after another: one piece, but for long text on a CPU."""
+    size = SEGMENT if device.type == "cpu" else max(length, 1)
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
 def merge_tokens(x: Tensor) -> Tensor:
     """[B, H, T, Dh] -> [B, T, H * Dh]."""
     return x.transpose(1, 2).flatten(2)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayes_router.attention.expert import Expert, ExpertShape, register_expert, repeat_heads, widen
+from bayes_router.attention.expert import Expert, ExpertShape, register_expert, repeat_heads, segments, widen
 
 CHUNK = 64
 EPSILON = 1e-6
@@ -49,9 +49,14 @@ class GatedLinearAttention(Expert):
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """See `Expert.extend`."""
+        parts = []
+        for a, b in segments(q.shape[2], q.device):
+            out, state = self._extend(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], state)
+            parts.append(out)
+        return (torch.cat(parts, 2) if len(parts) > 1 else parts[0] if parts else torch.zeros_like(q)), state
+
+    def _extend(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         H, T = q.shape[1:3]
-        if T == 0:
-            return torch.zeros_like(q), state
         k, v = repeat_heads(k, H), repeat_heads(v, H)
         chunk = min(CHUNK, T)
         pad = -T % chunk
@@ -70,16 +75,33 @@ class GatedLinearAttention(Expert):
         return out.flatten(2, 3)[:, :, :T].to(v.dtype), after
 
     def _states(self, phi_k: Tensor, value: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """State before each chunk [B, H, N, Dh, Dh + 1], and after the last: one product with decays between chunks."""
+        """State before each chunk [B, H, N, Dh, Dh + 1], and after the last."""
         total = decay[..., -1]  # [B, H, N]
         update = (phi_k * (total.unsqueeze(-1) - decay).exp().unsqueeze(-1)).transpose(-1, -2) @ value
-        entries = torch.cat([state.unsqueeze(2), update], 2)  # [B, H, N + 1, Dh, Dh + 1], entry n is ready before chunk n
-        elapsed = F.pad(total.cumsum(-1), (1, 0))  # [B, H, N + 1]
-        weight = (elapsed.unsqueeze(-1) - elapsed.unsqueeze(-2)).tril().exp().tril()  # [B, H, N + 1, N + 1]
-        states = (weight @ entries.flatten(-2)).view_as(entries)
+        entries = torch.cat([state.unsqueeze(2), update], 2).flatten(-2)  # [B, H, N + 1, Dh (Dh + 1)], the past first
+        states = decayed_prefix(entries, F.pad(total, (1, 0))).unflatten(-1, state.shape[-2:])
         return states[:, :, :-1], states[:, :, -1]
 
     def flops_per_token(self, context: int) -> float:
         """As linear attention, and 2 Dh for the gate of each head."""
         dim = self.shape.head_dim
         return self.shape.num_heads * (4 * dim * (dim + 1) + 2 * dim)
+
+
+def decayed_prefix(entries: Tensor, log_decay: Tensor) -> Tensor:
+    """P_n = exp(log_decay_n) P_{n-1} + entries_n, for entries [..., N, M] and log_decay [..., N] <= 0; O(N) work.
+
+    A short run is one product with a triangle of decays; a longer one is cut into blocks, whose ends are such a run again.
+    """
+    length = log_decay.shape[-1]
+    if length <= CHUNK:
+        elapsed = log_decay.cumsum(-1)
+        return (elapsed.unsqueeze(-1) - elapsed.unsqueeze(-2)).tril().exp().tril() @ entries
+    pad = -length % CHUNK
+    blocks = F.pad(entries, (0, 0, 0, pad)).unflatten(-2, (-1, CHUNK))  # [..., K, C, M]
+    decays = F.pad(log_decay, (0, pad)).unflatten(-1, (-1, CHUNK))  # [..., K, C]
+    inner = decayed_prefix(blocks, decays)
+    ends = decayed_prefix(inner[..., -1, :], decays.sum(-1))  # [..., K, M], after each block
+    carried = F.pad(ends[..., :-1, :], (0, 0, 1, 0)).unsqueeze(-2)  # before each block
+    out = inner + decays.cumsum(-1).exp().unsqueeze(-1) * carried
+    return out.flatten(-3, -2)[..., :length, :]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bayes_router.attention.expert import Expert, ExpertShape, causal_positions, register_expert, repeat_heads
+from bayes_router.attention.expert import Expert, ExpertShape, causal_positions, register_expert, repeat_heads, segments
 
 MIN_BLOCK = 64
 
@@ -25,6 +25,14 @@ class LocalAttention(Expert):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Expert.forward`."""
+        past = k.shape[2] - q.shape[2]
+        pieces = segments(q.shape[2], q.device)
+        if len(pieces) > 1:
+            parts = [self._attend(q[:, :, a:b], k[:, :, : past + b], v[:, :, : past + b]) for a, b in pieces]
+            return torch.cat(parts, 2)
+        return self._attend(q, k, v)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         window, num_heads = self.shape.window, q.shape[1]
         Tq = q.shape[2]
         k, v = (x[:, :, -(Tq + window - 1) :] for x in (k, v))  # older keys are out of sight

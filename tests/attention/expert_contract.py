@@ -64,6 +64,18 @@ class ExpertContract:
             parts.append(out)
         torch.testing.assert_close(torch.cat(parts, 2), expert(q, k, v), rtol=1e-5, atol=1e-5)
 
+    def test_long_text_taken_in_segments_is_the_same(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        inputs = [x.requires_grad_() for x in draw(2, 4, 2, 150)]
+        expert, weight = self.build(), torch.randn(2, 4, 150, 16)
+        results = []
+        for size in (10_000, 48, 1):
+            monkeypatch.setattr("bayes_router.attention.expert.SEGMENT", size)
+            out = expert(*inputs)
+            results.append((out, *torch.autograd.grad((out * weight).sum(), inputs)))
+        for whole, *pieces in zip(*results, strict=True):
+            for piece in pieces:
+                torch.testing.assert_close(piece, whole, rtol=1e-4, atol=1e-5)
+
     def test_half_precision_stays_close(self) -> None:
         q, k, v = draw(2, 4, 4, 130)
         out = self.build()(q.bfloat16(), k.bfloat16(), v.bfloat16())

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from bayes_router.attention import reference
 from bayes_router.attention.expert import Expert, ExpertShape, check_attention_inputs, expert_class, register_expert
+from bayes_router.attention.gated import decayed_prefix
 from tests.attention.expert_contract import WINDOW, ExpertContract, draw
 
 
@@ -92,3 +93,15 @@ class TestGated(ExpertContract):
             total = a * total + phi_k
             outputs.append((phi_q[..., None] * state).sum(-2) / ((phi_q * total).sum(-1, keepdim=True) + 1e-6))
         return torch.stack(outputs, 2)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 500, 64 * 64 + 7])
+def test_a_decayed_prefix_is_its_recurrence(length: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    entries = torch.randn(2, length, 3, generator=generator, dtype=torch.float64)
+    log_decay = -torch.rand(2, length, generator=generator, dtype=torch.float64)
+    state, want = torch.zeros(2, 3, dtype=torch.float64), []
+    for n in range(length):
+        state = log_decay[:, n, None].exp() * state + entries[:, n]
+        want.append(state)
+    torch.testing.assert_close(decayed_prefix(entries, log_decay), torch.stack(want, 1))
