@@ -26,8 +26,8 @@ class Expert(nn.Module):
     A subclass defines `forward` and is registered by `@register_expert("name")`. Two class attributes describe it:
 
     rotary: it takes queries and keys with rotary positions applied (else the plain ones).
-    stateful: it summarises its past in a state of constant size, and defines `init_state` and `extend`. Otherwise decoding
-        calls `forward` with the new queries and all cached keys.
+    stateful: it summarises its past in a state of constant size, and defines `init_state` and `extend_segment`. Otherwise
+        decoding calls `forward` with the new queries and all cached keys.
 
     `cost_ratio` is its cost relative to full attention in the paper's units, and `flops_per_token` its arithmetic.
     """
@@ -67,6 +67,14 @@ class Expert(nn.Module):
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Attend over what `state` holds and then the new tokens; q, k, v of the new tokens only -> (output, new state)."""
+        parts = []
+        for a, b in segments(q.shape[2], q.device):
+            out, state = self.extend_segment(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], state)
+            parts.append(out)
+        return (torch.cat(parts, 2) if parts else torch.zeros_like(q)), state
+
+    def extend_segment(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """`extend` for at least one new token, and on a CPU for at most `SEGMENT`: what a stateful expert defines."""
         raise NotImplementedError(f"expert {self.name!r} keeps no state")
 
 

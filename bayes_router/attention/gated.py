@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayes_router.attention.expert import Expert, ExpertShape, register_expert, repeat_heads, segments, widen
+from bayes_router.attention.expert import Expert, ExpertShape, register_expert, repeat_heads, widen
 
 CHUNK = 64
 EPSILON = 1e-6
@@ -37,9 +37,9 @@ class GatedLinearAttention(Expert):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Expert.forward`."""
         past = k.shape[2] - q.shape[2]
-        if past == 0:
-            return self.extend(q, k, v, self.init_state(q, k, v))[0]
-        none = q[:, :, :0].expand(-1, -1, past, -1) if q.shape[2] == 0 else q[:, :, :1].expand(-1, -1, past, -1)
+        if past == 0 or q.shape[2] == 0:
+            return self.extend(q, k[:, :, past:], v[:, :, past:], self.init_state(q, k, v))[0]
+        none = q[:, :, :1].expand(-1, -1, past, -1)  # the past needs its state alone
         state = self.extend(none, k[:, :, :past], v[:, :, :past], self.init_state(q, k, v))[1]
         return self.extend(q, k[:, :, past:], v[:, :, past:], state)[0]
 
@@ -47,15 +47,8 @@ class GatedLinearAttention(Expert):
         """Zeros [B, H, Dh, Dh + 1]: S and, in the last column, z."""
         return torch.zeros(*q.shape[:2], k.shape[3], v.shape[3] + 1, device=k.device, dtype=widen(v[:, :, :0]).dtype)
 
-    def extend(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Expert.extend`."""
-        parts = []
-        for a, b in segments(q.shape[2], q.device):
-            out, state = self._extend(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], state)
-            parts.append(out)
-        return (torch.cat(parts, 2) if len(parts) > 1 else parts[0] if parts else torch.zeros_like(q)), state
-
-    def _extend(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def extend_segment(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Expert.extend_segment`."""
         H, T = q.shape[1:3]
         k, v = repeat_heads(k, H), repeat_heads(v, H)
         chunk = min(CHUNK, T)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bayes_router.attention.expert import Expert, register_expert, repeat_heads, segments, widen
+from bayes_router.attention.expert import Expert, register_expert, repeat_heads, widen
 
 CHUNK = 64
 EPSILON = 1e-6
@@ -41,15 +41,8 @@ class LinearAttention(Expert):
         """Zeros [B, Hkv, Dh, Dh + 1]."""
         return torch.zeros(*k.shape[:2], k.shape[3], v.shape[3] + 1, device=k.device, dtype=widen(v[:, :, :0]).dtype)
 
-    def extend(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Expert.extend`."""
-        parts = []
-        for a, b in segments(q.shape[2], q.device):
-            out, state = self._extend(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], state)
-            parts.append(out)
-        return (torch.cat(parts, 2) if len(parts) > 1 else parts[0] if parts else torch.zeros_like(q)), state
-
-    def _extend(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def extend_segment(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Expert.extend_segment`."""
         H, T = q.shape[1:3]
         if T == 1:
             return _step(q, k, v, state)

@@ -86,6 +86,7 @@ class ExpertContract:
         q, k, v = draw(2, 4, 4, 8)
         none = self.build()(q[:, :, :0], k[:, :, :0], v[:, :, :0])
         assert none.shape == (2, 4, 0, 16)
+        assert self.build()(q[:, :, :0], k, v).shape == (2, 4, 0, 16)
 
     def test_costs_something(self) -> None:
         expert = self.build()
