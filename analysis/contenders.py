@@ -60,11 +60,11 @@ class PlainObjective(nn.Module):
         super().__init__()
         self.model, self.cost_ratio = model, cost_ratio
         self.cost, self.entropy, self.balance = cost, entropy, balance
-        self.ramp = 1.0
+        self.register_buffer("ramp", torch.ones((), device=cost_ratio.device))
 
     def follow(self, state: ScheduleState) -> None:
         """The penalty on cost grows as the price of the prior does."""
-        self.ramp = state.price
+        self.get_buffer("ramp").fill_(state.price)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, LossTerms]:
         """Loss and parts."""
@@ -81,7 +81,11 @@ class PlainObjective(nn.Module):
         loss = nll
         for w in weights:
             shares = F.one_hot(w.argmax(-1), w.shape[-1]).float().mean((0, 1))
-            loss = loss + self.ramp * self.cost * (w @ self.cost_ratio).mean() - self.entropy * categorical_entropy(w).mean()
+            loss = (
+                loss
+                + self.get_buffer("ramp") * self.cost * (w @ self.cost_ratio).mean()
+                - self.entropy * categorical_entropy(w).mean()
+            )
             loss = loss + self.balance * w.shape[-1] * (shares * w.mean((0, 1))).sum()
         nothing = torch.zeros((), device=nll.device)
         return loss, LossTerms(nll.detach(), nothing, -nll.detach())

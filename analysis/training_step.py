@@ -66,8 +66,11 @@ class ByHand(nn.Module):
         self.follow(start)
 
     def follow(self, state: ScheduleState) -> None:
-        """Move the prior."""
-        self.state, device = state, self.cost_ratio.device
+        """Move the prior, where there is another."""
+        known, device = getattr(self, "state", None), self.cost_ratio.device
+        if known is not None and known.price == state.price and torch.equal(known.concentration, state.concentration):
+            return
+        self.state = state
         self.concentration = state.concentration.to(device)
         self.log_normaliser = torch.zeros(len(state.concentration), device=device)
         if state.price > 0:
@@ -147,7 +150,8 @@ def timed_step(contender: Contender, step: int) -> float:
     trainer.step(step)
     torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    # what the others hold does not count; this one's own weights and moments do
+    # what the others hold does not count; this one's own weights and moments do. A CUDA graph keeps its memory: the first
+    # step, which captures it, is the one that shows the peak
     own = sum(p.numel() * p.element_size() * 3 for p in trainer.model.parameters())
     contender.peak_bytes = max(contender.peak_bytes, torch.cuda.max_memory_allocated() - before + own)
     return seconds
@@ -192,7 +196,12 @@ def settings(args: argparse.Namespace, device: torch.device) -> Config:
     """The preset `tiny` on a CPU; d_model 512, 8 layers, T 2048 in bfloat16 on a GPU."""
     size = "base" if device.type == "cuda" else "tiny"
     changes: dict[str, Any] = {"train.steps": 100_000, "train.warmup": 0, "train.lr": 1e-5, "train.controller_lr": 1e-5}
-    changes |= {"data.corpus": args.corpus, "train.compile": args.compile, "train.device": str(device)}
+    changes |= {
+        "data.corpus": args.corpus,
+        "train.compile": args.compile,
+        "train.graph": args.graph,
+        "train.device": str(device),
+    }
     if args.batch_size:
         changes["train.batch_size"] = args.batch_size
     if device.type == "cuda":
@@ -209,6 +218,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="train.compile for all contenders")
+    parser.add_argument("--graph", action="store_true", help="train.graph for all contenders")
     args = parser.parse_args()
     device = pick_device(args.device)
     torch.set_num_threads(1)
@@ -219,11 +229,12 @@ def main() -> None:
     frame = table(contenders)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     frame["device"], frame["precision"], frame["compiled"] = name, config.train.precision, args.compile
+    frame["graph"] = args.graph
     frame["d_model"], frame["layers"] = config.model.d_model, config.model.num_layers
     frame["context"], frame["batch_size"], frame["rounds"] = config.data.context, config.train.batch_size, args.rounds
     frame["torch"], frame["commit"] = torch.__version__, commit()
     RESULTS.mkdir(exist_ok=True)
-    suffix = "_compiled" if args.compile else ""
+    suffix = ("_compiled" if args.compile else "") + ("_graph" if args.graph else "")
     path = RESULTS / f"training_step_{name.lower().replace(' ', '_')}{suffix}.csv"
     frame.to_csv(path, index=False, float_format="%.5g")
     print(frame.iloc[:, :7].to_string(index=False, float_format=lambda x: f"{x:,.3f}"))

@@ -227,6 +227,7 @@ class TrainConfig:
         draws: what a posterior draw hangs on: `batch`, one stream a part; or `row`, one a row, so that any number of
             processes and parts gives the same losses, at the price of a sampling call for each row and layer.
         compile: compile attention and MLP of each block (torch.compile); Pyro's handlers see neither.
+        graph: replay the loss and its gradient from a CUDA graph: no time on the host; one process, accumulate 1.
         recompute: keep no activations inside attention and MLP but compute them again backwards, for memory.
         max_skipped: steps in a row that may be skipped because loss or gradient is not finite.
         tensorboard: write event files to the run folder too (extra `tensorboard`).
@@ -248,6 +249,7 @@ class TrainConfig:
     accumulate: int = 1
     draws: str = "batch"
     compile: bool = False
+    graph: bool = False
     recompute: bool = False
     max_skipped: int = 10
     tensorboard: bool = False

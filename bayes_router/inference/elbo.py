@@ -16,11 +16,18 @@ from bayes_router.routing.schedule import ScheduleState
 from bayes_router.types import LossTerms, route_site
 
 
+UNCHECKED = dict.fromkeys(
+    ("validate_poutine", "validate_infer", "validate_distributions_pyro", "validate_distributions_torch"), False
+)
+"""Pyro's and torch's checks of values wait for the device, several times a layer; here the program is known to be right."""
+
+
 class RoutingELBO(TraceMeanField_ELBO):
     """-ELBO = nll + kl_weight * sum_l KL(q_l || p_l), nats per token; the same value and gradient as TraceMeanField_ELBO.
 
     Pyro's estimator evaluates every site's log density, also those of the routes, which the analytic KL replaces; and it
     computes one KL a site. Here the observed site alone is evaluated, and the KL of all layers is one stacked expression.
+    Pyro reads the loss on the host twice a step; here nobody waits for the device, so that a CUDA graph can hold the step.
 
     `terms` holds the parts of the last loss, detached: the KL in them carries weight 1.
     """
@@ -32,6 +39,11 @@ class RoutingELBO(TraceMeanField_ELBO):
     ) -> tuple[Trace, Trace]:
         guide(*args, **kwargs)
         return guide.get_traces()
+
+    def differentiable_loss(self, model: RoutingModel, guide: RoutingGuide, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """The loss, [], with its gradient; the mean over particles."""
+        particles = [self._differentiable_loss_particle(*traces)[1] for traces in self._get_traces(model, guide, args, kwargs)]
+        return torch.stack(particles).mean() if len(particles) > 1 else particles[0]
 
     def _differentiable_loss_particle(self, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
         observed = model_trace.nodes["targets"]
@@ -58,9 +70,9 @@ def _kl(model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
     if isinstance(priors[0], TiltedDirichlet):
         log_z = torch.stack([prior.log_normaliser for prior in priors])  # [L, B, T], the same for all tokens
         kl = kl + posterior_mean(q) @ priors[0].price.to(q) + log_z
-    scale = guide_trace.nodes[layers[0]]["scale"]  # kl_weight / (B T)
+    scale = guide_trace.nodes[layers[0]]["scale"]  # kl_weight / (B T), []
     per_token = kl.mean((1, 2)).sum()
-    return per_token, per_token * (scale * kl[0].numel())
+    return per_token, per_token * (scale * kl[0].numel()).to(per_token)
 
 
 class NegativeELBO(nn.Module):
@@ -77,7 +89,7 @@ class NegativeELBO(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, LossTerms]:
         """The loss to minimise (KL weighted) and its parts (KL not weighted), nats per token."""
-        with pyro.settings.context(module_local_params=True, validate_poutine=False):
+        with pyro.settings.context(module_local_params=True, **UNCHECKED):
             loss = self.elbo.differentiable_loss(self.model, self.guide, tokens, targets)
         assert self.elbo.terms is not None
         return loss, self.elbo.terms

@@ -63,6 +63,8 @@ class RoutingModel(Named):
     concentration: Tensor
     cost_ratio: Tensor
     log_normaliser: Tensor  # [L], of the tilted prior
+    tilt: Tensor  # [E], price x cost_ratio
+    kl_scale: Tensor  # [], kl_weight
 
     def __init__(
         self,
@@ -77,29 +79,42 @@ class RoutingModel(Named):
         self.straight_through = False
         self.register_buffer("concentration", torch.empty(0), persistent=False)
         self.register_buffer("cost_ratio", torch.zeros(0) if cost_ratio is None else cost_ratio, persistent=False)
-        self.register_buffer("log_normaliser", torch.empty(0), persistent=False)
+        for name, value in (
+            ("log_normaliser", torch.zeros(len(concentration)).to(self.cost_ratio)),
+            ("tilt", torch.zeros_like(self.cost_ratio)),
+            ("kl_scale", torch.ones((), dtype=torch.float64, device=self.cost_ratio.device)),
+        ):
+            self.register_buffer(name, value, persistent=False)
         self._cost, self._given, self.price = self.cost_ratio.tolist(), torch.empty(0), -1.0
         self.set_objective(concentration, kl_weight, price)
 
     def set_objective(self, concentration: Tensor, kl_weight: float, price: float = 0.0) -> None:
-        """Move the prior and the weight of its KL; a schedule calls this between steps."""
+        """Move the prior and the weight of its KL; a schedule calls this between steps.
+
+        The values move inside the same tensors, where a captured CUDA graph reads them.
+        """
         require(concentration.dim() == 2, "concentration", "shape [L, E]", tuple(concentration.shape))
         require(bool((concentration > 0).all()), "concentration", "positive numbers", concentration.tolist())
         require(kl_weight > 0, "kl_weight", "a positive number", kl_weight, "a tiny one stands for zero")
         require(price >= 0, "price", "0 or more", price)
         require(price == 0 or len(self.cost_ratio) > 0, "price", "0 where no cost_ratio was given", price)
-        if price > 0 and not (price == self.price and torch.equal(concentration, self._given)):
+        moved = price != self.price or not torch.equal(concentration, self._given)
+        if moved and price > 0:
             # log Z of every layer; from values on the CPU, where small float64 work is cheap and no GPU waits for it
             moments = tilted_moments(concentration.cpu(), price * torch.tensor(self._cost))
-            self.log_normaliser = moments.log_normaliser.to(self.cost_ratio)
-        self._given = concentration
-        self.concentration = concentration.to(self.cost_ratio.device, non_blocking=True)
-        self.kl_weight, self.price = kl_weight, price
+            self.log_normaliser.copy_(moments.log_normaliser, non_blocking=True)
+            torch.mul(self.cost_ratio, price, out=self.tilt)
+        if moved and self.concentration.shape == concentration.shape and self.concentration.dtype == concentration.dtype:
+            self.concentration.copy_(concentration, non_blocking=True)
+        elif moved:
+            self.concentration = concentration.to(self.cost_ratio.device, copy=True)
+        self.kl_scale.fill_(kl_weight)
+        self._given, self.kl_weight, self.price = concentration, kl_weight, price
 
     def prior(self, layer: int) -> dist.TorchDistribution:
         """Of one token's route in a layer."""
         if self.price > 0:
-            return TiltedDirichlet(self.concentration[layer], self.price * self.cost_ratio, self.log_normaliser[layer])
+            return TiltedDirichlet(self.concentration[layer], self.tilt, self.log_normaliser[layer])
         return dist.Dirichlet(self.concentration[layer], validate_args=False)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -110,7 +125,7 @@ class RoutingModel(Named):
 
         def route(layer: int, hidden: Tensor) -> Tensor:  # [B, T, D] -> [B, T, E]
             pyro.deterministic(hidden_site(layer), hidden, event_dim=1)  # what the guide may look at
-            with poutine.scale(scale=self.kl_weight):
+            with poutine.scale(scale=self.kl_scale):
                 draw = pyro.sample(route_site(layer), self.prior(layer).expand((B, T)))
             return harden(draw) if self.straight_through else draw
 

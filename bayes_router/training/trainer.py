@@ -18,6 +18,7 @@ from bayes_router.training.distributed import World
 from bayes_router.training.evaluate import Evaluation, evaluate
 from bayes_router.training.execution import Execution
 from bayes_router.training.faults import StepGuard
+from bayes_router.training.graph import GraphedGradient
 from bayes_router.training.optimise import build_optimiser, clip_gradient, set_learning_rate
 from bayes_router.training.sources import Data
 from bayes_router.transformer.layer import build_prior
@@ -84,6 +85,7 @@ class Trainer:
         self.optimiser = build_optimiser(self.model, config.train)
         self.guard = StepGuard(self.model, config.train.max_skipped)
         self.execution = Execution(self.model.network, config.train.compile, config.train.recompute)
+        self.graphed = self._graphed() if config.train.graph else None
 
     def step(self, step: int) -> tuple[LossTerms, dict[str, float]]:
         """One update; the terms of the loss on this rank and what else a log wants.
@@ -97,9 +99,14 @@ class Trainer:
         rank, size = self.world.rank, self.world.size
         tokens, targets = self.data.train.batch(step, config.batch_size, self.config.data.context, config.seed, rank, size)
         tokens, targets = self._to_device(tokens), self._to_device(targets)
-        self.optimiser.zero_grad(set_to_none=True)
-        loss, terms = self._gradient(step, tokens, targets)
-        norm = clip_gradient(self.model, config.clip)
+        if self.graphed is not None:
+            form = (state.price > 0, state.straight_through)
+            with ONE_AT_A_TIME:
+                loss, terms, norm = self.graphed(tokens, targets, draw_seed(config.seed, step), form)
+        else:
+            self.optimiser.zero_grad(set_to_none=True)
+            loss, terms = self._gradient(step, tokens, targets)
+            norm = clip_gradient(self.model, config.clip)
         self.guard.step(self.optimiser, self.world.all(torch.isfinite(loss) & torch.isfinite(norm)))
         if self.device.type == "cpu" or step % CHECK_EVERY == 0 or step == config.steps - 1:
             self.guard.check(step, loss, norm, tokens)
@@ -118,6 +125,26 @@ class Trainer:
             losses.append(loss.detach())
             terms.append(of_part)
         return torch.stack(losses).mean(), LossTerms(*(torch.stack(term).mean() for term in zip(*terms, strict=True)))
+
+    def _graphed(self) -> GraphedGradient:
+        """The step in a CUDA graph."""
+        config = self.config.train
+        one, fix = "one process on a CUDA device", "set train.graph = false"
+        require(
+            self.device.type == "cuda" and self.world.size == 1, "train.graph", one, f"{self.world.size} on {self.device}", fix
+        )
+        for name, needed in (("accumulate", 1), ("draws", "batch")):
+            require(
+                getattr(config, name) == needed, f"train.{name}", f"{needed} where train.graph is set", getattr(config, name)
+            )
+
+        def gradient(tokens: Tensor, targets: Tensor) -> tuple[Tensor, LossTerms, Tensor]:
+            with self.execution, self._autocast():
+                loss, terms = self.replica(tokens, targets)
+            loss.backward()
+            return loss, terms, clip_gradient(self.model, config.clip)
+
+        return GraphedGradient(gradient, self.model)
 
     def _draws(self, step: int, shard: int) -> AbstractContextManager[object]:
         """Set the generator for a part of a step."""

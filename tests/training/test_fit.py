@@ -241,3 +241,23 @@ def test_bad_settings_leave_no_folder(corpus: str, tmp_path: Path, changes: dict
 
 def test_no_temporary_file_is_left(finished_run: Path) -> None:
     assert not [path for path in finished_run.rglob("*") if path.suffix == ".tmp"]
+
+
+def test_a_graph_is_refused_where_it_cannot_be_captured(corpus: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"train\.graph: expected one process on a CUDA device"):
+        fit(fit_config(corpus, graph=True), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_objective_moves_inside_the_same_tensors(corpus: str) -> None:
+    """What a CUDA graph has captured must see every later step of the schedule."""
+    config, data = load_data(with_changes(fit_config(corpus), {"schedule.start_experts": ("full",)}))
+    trainer = Trainer(config, data, torch.device("cpu"))
+    program = trainer.objective.model  # type: ignore[attr-defined]
+    trainer.objective.follow(trainer.schedule.at(5))
+    names = ("concentration", "log_normaliser", "tilt", "kl_scale")
+    places = {name: getattr(program, name).data_ptr() for name in names}
+    before = {name: getattr(program, name).clone() for name in names[:3]}
+    trainer.objective.follow(trainer.schedule.at(11))
+    assert {name: getattr(program, name).data_ptr() for name in names} == places
+    assert all(not torch.equal(getattr(program, name), before[name]) for name in before)

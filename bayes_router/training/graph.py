@@ -1,0 +1,73 @@
+"""A training step's loss and gradient as a CUDA graph: captured once, replayed every step, without Python in between."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bayes_router.types import LossTerms
+
+WARMUP = 3
+"""Passes before capture: kernels are compiled and libraries set up in them."""
+
+Gradient = Callable[[Tensor, Tensor], tuple[Tensor, LossTerms, Tensor]]
+"""(tokens, targets) -> loss [], its terms, gradient norm []; leaves the gradient in the parameters."""
+
+
+@dataclass
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    tokens: Tensor
+    targets: Tensor
+    outputs: Tensor  # loss, terms, norm
+    gradients: list[tuple[nn.Parameter, Tensor]]
+
+
+class GraphedGradient:
+    """Replays `gradient`, whose shapes and control flow must be fixed, from a CUDA graph.
+
+    Everything that changes from step to step has to lie in tensors that stay where they are: parameters, the prior's
+    concentration, its price and the KL weight (`RoutingModel.set_objective`). torch's generator is read at every replay, so
+    draws are those of the step's seed, the same as without a graph.
+
+    Args:
+        gradient: what to capture.
+        model: whose parameters receive the gradient.
+    """
+
+    def __init__(self, gradient: Gradient, model: nn.Module):
+        self.gradient, self.model = gradient, model
+        self._captured: dict[Hashable, _Captured] = {}
+
+    def __call__(self, tokens: Tensor, targets: Tensor, seed: int, form: Hashable) -> tuple[Tensor, LossTerms, Tensor]:
+        """Loss, terms and gradient norm of a batch; another `form` of the objective, or shape, is another graph."""
+        key = (tokens.shape, form)
+        if key not in self._captured:
+            self._captured[key] = self._capture(tokens, targets)
+        known = self._captured[key]
+        known.tokens.copy_(tokens, non_blocking=True)
+        known.targets.copy_(targets, non_blocking=True)
+        torch.manual_seed(seed)
+        known.graph.replay()
+        for parameter, gradient in known.gradients:
+            parameter.grad = gradient
+        loss, nll, kl, elbo, norm = known.outputs.clone().unbind()  # the next replay writes over them
+        return loss, LossTerms(nll, kl, elbo), norm
+
+    def _capture(self, tokens: Tensor, targets: Tensor) -> _Captured:
+        tokens, targets = tokens.clone(), targets.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARMUP):
+                self.model.zero_grad(set_to_none=True)
+                self.gradient(tokens, targets)
+        torch.cuda.current_stream().wait_stream(side)
+        self.model.zero_grad(set_to_none=True)  # so that the backward pass allocates the gradient inside the graph
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss, terms, norm = self.gradient(tokens, targets)
+            outputs = torch.stack([x.float() for x in (loss.detach(), *terms, norm)])
+        gradients = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
+        return _Captured(graph, tokens, targets, outputs, gradients)
