@@ -1,11 +1,13 @@
 """Runs many fits side by side and keeps one row for each: `python -m analysis.sweep PLAN.json RESULTS.csv --jobs 8`.
 
 A plan is a list of {"name", "contender": {...}, "common": {...}}: `contender` holds the fields of
-`analysis.contenders.Contender`, `common` settings by section. Rows that RESULTS.csv already has are not run again.
+`analysis.contenders.Contender`, `common` settings by section. Rows that RESULTS.csv already has are not run again; jobs are
+spread over all GPUs.
 """
 
 import argparse
 import json
+import os
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -51,6 +53,7 @@ def run_one(job: dict[str, Any]) -> dict[str, Any]:
         "context": config.data.context,
         "tokens": config.train.steps * batch * config.data.context,
         "seed": config.train.seed,
+        "lr": config.train.lr,
         "nll_mean": result.nll["mean"],
         "nll_sample": result.nll["sample"],
         "nll_hard": result.nll["hard"],
@@ -79,12 +82,22 @@ def planned(job: dict[str, Any]) -> tuple[Any, ...]:
     return job["name"], config.data.corpus, config.data.context, config.train.seed
 
 
+def _take_device(counter: Any, devices: int) -> None:
+    """Give a worker one of the GPUs, in turn."""
+    if devices > 1:
+        with counter.get_lock():
+            os.environ["CUDA_VISIBLE_DEVICES"] = str(counter.value % devices)
+            counter.value += 1
+
+
 def sweep(plan: list[dict[str, Any]], results: Path, jobs: int) -> pd.DataFrame:
     """Run what is missing, `jobs` at a time; results are written after every run."""
     rows = pd.read_csv(results).to_dict("records") if results.exists() else []
     done = {identity(row) for row in rows}
     missing = [job for job in plan if planned(job) not in done]
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    share = (context.Value("i", 0), torch.cuda.device_count())
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_take_device, initargs=share) as pool:
         futures = {pool.submit(run_one, job): job["name"] for job in missing}
         for future in as_completed(futures):
             try:
@@ -92,6 +105,7 @@ def sweep(plan: list[dict[str, Any]], results: Path, jobs: int) -> pd.DataFrame:
             except Exception as error:  # one failed run must not lose the others
                 print(f"{futures[future]}: {type(error).__name__}: {error}", flush=True)
                 continue
+            print(f"{row['contender']}, seed {row['seed']}: {row['nll_hard']:.4f} at {row['cost_paper']:.3f}", flush=True)
             rows.append(row)
             frame = pd.DataFrame(rows)
             write_whole(results, lambda p: frame.to_csv(p, index=False))  # noqa: B023

