@@ -95,7 +95,7 @@ TOKENS = 16_384
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "gpu": {"train": {"steps": 600, "device": "auto"}, "data": {"eval_tokens": 65_536}},
     "long": {
-        "train": {"steps": 1000, "device": "cuda", "warmup": 100, "precision": "bfloat16", "graph": True},
+        "train": {"steps": 1000, "device": "cuda", "warmup": 100, "precision": "bfloat16"},
         "data": {"eval_tokens": 262_144, "context": 2048},
         "model": {"d_model": 256, "num_layers": 6, "num_heads": 4, "window": 64},
     },

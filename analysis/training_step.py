@@ -199,7 +199,7 @@ def settings(args: argparse.Namespace, device: torch.device) -> Config:
     changes |= {
         "data.corpus": args.corpus,
         "train.compile": args.compile,
-        "train.graph": args.graph,
+        "train.graph": "on" if args.graph else "off",
         "train.device": str(device),
     }
     if args.batch_size:

@@ -227,7 +227,8 @@ class TrainConfig:
         draws: what a posterior draw hangs on: `batch`, one stream a part; or `row`, one a row, so that any number of
             processes and parts gives the same losses, at the price of a sampling call for each row and layer.
         compile: compile attention and MLP of each block (torch.compile); Pyro's handlers see neither.
-        graph: replay the loss and its gradient from a CUDA graph: no time on the host; one process, accumulate 1.
+        graph: auto, on or off: replay the loss and its gradient from a CUDA graph, without time on the host. auto does it on
+            one CUDA device with accumulate 1, draws batch and built-in experts.
         recompute: keep no activations inside attention and MLP but compute them again backwards, for memory.
         max_skipped: steps in a row that may be skipped because loss or gradient is not finite.
         tensorboard: write event files to the run folder too (extra `tensorboard`).
@@ -249,7 +250,7 @@ class TrainConfig:
     accumulate: int = 1
     draws: str = "batch"
     compile: bool = False
-    graph: bool = False
+    graph: str = "auto"
     recompute: bool = False
     max_skipped: int = 10
     tensorboard: bool = False
@@ -263,6 +264,7 @@ class TrainConfig:
         for name in ("warmup", "weight_decay", "eval_every", "checkpoint_every", "seed", "max_skipped"):
             require(getattr(self, name) >= 0, f"train.{name}", "0 or more", getattr(self, name))
         require(0 <= self.lr_floor <= 1, "train.lr_floor", "between 0 and 1", self.lr_floor)
+        require(self.graph in ("auto", "on", "off"), "train.graph", "auto, on or off", self.graph)
         require(self.precision in ("float32", "bfloat16"), "train.precision", "float32 or bfloat16", self.precision)
         require(self.draws in ("batch", "row"), "train.draws", "batch or row", self.draws)
         require(

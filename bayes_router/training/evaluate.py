@@ -190,7 +190,7 @@ def _finish(model: RoutedLanguageModel, sums: _Sums, context: int, costs: Sequen
         load_per_layer=load.tolist(),
         kl_per_layer=kl.tolist(),
         route_information_per_layer=(categorical_entropy(mean) - sums.entropy_of_mean.cpu() / n).tolist(),
-        entropy_of_mean_per_layer=(sums.entropy_of_mean / n).tolist(),  # type: ignore[union-attr]
+        entropy_of_mean_per_layer=(sums.entropy_of_mean / n).tolist(),
         expected_entropy_per_layer=(sums.expected_entropy / n).tolist(),  # type: ignore[union-attr]
         total_concentration_per_layer=(sums.total / n).tolist(),  # type: ignore[union-attr]
     )

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bayes_router.attention.expert import expert_class
+from bayes_router.config import Config, require
 from bayes_router.types import LossTerms
 
 WARMUP = 3
@@ -13,6 +15,23 @@ WARMUP = 3
 
 Gradient = Callable[[Tensor, Tensor], tuple[Tensor, LossTerms, Tensor]]
 """(tokens, targets) -> loss [], its terms, gradient norm []; leaves the gradient in the parameters."""
+
+
+def wants_graph(config: Config, device: torch.device, processes: int) -> bool:
+    """Whether `train.graph` asks for a graph here: `on`, or `auto` where one can be captured for sure.
+
+    Raises:
+        ValueError: `on`, where none can be captured.
+    """
+    train, graph = config.train, config.train.graph
+    facts = {"device": (device.type, "cuda"), "processes": (processes, 1)}
+    facts |= {"train.accumulate": (train.accumulate, 1), "train.draws": (train.draws, "batch")}
+    against = [f"{name} {value}" for name, (value, needed) in facts.items() if value != needed]
+    needs = ", ".join(f"{name} {needed}" for name, (_, needed) in facts.items())
+    require(not (graph == "on" and against), "train.graph", f"auto or off, as on needs {needs}", ", ".join(against))
+    # experts made elsewhere may wait for the device, which cannot be captured
+    ours = all(expert_class(name).__module__.startswith("bayes_router.") for name in config.model.experts)
+    return graph == "on" or (graph == "auto" and ours and not against)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from bayes_router.training.distributed import World
 from bayes_router.training.evaluate import Evaluation, evaluate
 from bayes_router.training.execution import Execution
 from bayes_router.training.faults import StepGuard
-from bayes_router.training.graph import GraphedGradient
+from bayes_router.training.graph import GraphedGradient, wants_graph
 from bayes_router.training.optimise import build_optimiser, clip_gradient, set_learning_rate
 from bayes_router.training.sources import Data
 from bayes_router.transformer.layer import build_prior
@@ -85,7 +85,7 @@ class Trainer:
         self.optimiser = build_optimiser(self.model, config.train)
         self.guard = StepGuard(self.model, config.train.max_skipped)
         self.execution = Execution(self.model.network, config.train.compile, config.train.recompute)
-        self.graphed = self._graphed() if config.train.graph else None
+        self.graphed = self._graphed() if wants_graph(config, device, self.world.size) else None
 
     def step(self, step: int) -> tuple[LossTerms, dict[str, float]]:
         """One update; the terms of the loss on this rank and what else a log wants.
@@ -129,14 +129,6 @@ class Trainer:
     def _graphed(self) -> GraphedGradient:
         """The step in a CUDA graph."""
         config = self.config.train
-        one, fix = "one process on a CUDA device", "set train.graph = false"
-        require(
-            self.device.type == "cuda" and self.world.size == 1, "train.graph", one, f"{self.world.size} on {self.device}", fix
-        )
-        for name, needed in (("accumulate", 1), ("draws", "batch")):
-            require(
-                getattr(config, name) == needed, f"train.{name}", f"{needed} where train.graph is set", getattr(config, name)
-            )
 
         def gradient(tokens: Tensor, targets: Tensor) -> tuple[Tensor, LossTerms, Tensor]:
             with self.execution, self._autocast():

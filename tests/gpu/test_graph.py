@@ -33,7 +33,7 @@ def test_replayed_steps_are_eager_steps(corpus: str, changes: dict[str, object])
     """The prior moves between the steps, its price appears, straight-through sets in: each reaches the graph."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        eager, graphed = (trainer(corpus, **changes, **{"train.graph": graph}) for graph in (False, True))
+        eager, graphed = (trainer(corpus, **changes, **{"train.graph": graph}) for graph in ("off", "on"))
         for step in range(STEPS):
             want, got = eager.step(step)[0], graphed.step(step)[0]
             torch.testing.assert_close(torch.stack(got), torch.stack(want), rtol=2e-4, atol=1e-5, msg=f"step {step}")
@@ -43,7 +43,7 @@ def test_replayed_steps_are_eager_steps(corpus: str, changes: dict[str, object])
 
 
 def test_a_step_does_not_wait_for_the_device(corpus: str) -> None:
-    graphed = trainer(corpus, **{"train.graph": True})
+    graphed = trainer(corpus, **{"train.graph": "on"})
     for step in range(2):
         graphed.step(step)
     torch.cuda.set_sync_debug_mode("error")
