@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 
 from analysis.sweep import sweep
 from bayes_router.diagnostics.plots import PALETTE
@@ -159,31 +160,45 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join(parts)
 
 
+KINDS = {"static": "s", "softmax router": "^", "Dirichlet": "v", "ours": "o"}
+SHOWN = 0.15
+"""Nats above the best that a figure shows; who is above is named in the title."""
+
+
 def draw(table: pd.DataFrame, path: Path) -> None:
-    """Nll against executed cost, one point a contender, with its standard error."""
-    high = table["nll_hard"] > table["nll_hard"].min() + 0.06
-    above = [f"{row.contender} {row.nll_hard:.2f} at {row.cost_paper:.2f}" for row in table[high].itertuples()]
-    table = table[~high]
-    kind = table["contender"].map(lambda name: name.split(":")[0].split(",")[0])
-    kind = kind.where(kind.isin(["softmax router", "Dirichlet", "ours"]), "static")
+    """Nll against executed cost, a panel a corpus and context: one point a contender with its standard error."""
+    panels = list(table.groupby(["corpus", "context"], sort=False))
     with sns.axes_style("ticks"), sns.plotting_context("notebook"):
-        _, ax = plt.subplots(figsize=(8, 5))
-        for (name, marker), colour in zip(
-            {"static": "s", "softmax router": "^", "Dirichlet": "v", "ours": "o"}.items(), PALETTE, strict=False
-        ):
-            part = table[kind == name]
-            if part.empty:
-                continue
+        figure, axes = plt.subplots(1, len(panels), figsize=(8 * len(panels), 5.5), squeeze=False)
+        for ax, ((corpus, context), group) in zip(axes[0], panels, strict=True):
+            panel(ax, group, f"{corpus}, context {context}")
+        sns.despine(figure)
+        figure.savefig(path, dpi=130, bbox_inches="tight")
+        plt.close(figure)
+
+
+def panel(ax: Axes, group: pd.DataFrame, title: str) -> None:
+    """One corpus and context; the line is the front of the static layouts."""
+    high = group["nll_hard"] > group["nll_hard"].min() + SHOWN
+    above = "; ".join(f"{r['contender']} {r['nll_hard']:.2f} at {r['cost_paper']:.2f}" for r in group[high].to_dict("records"))
+    group = group[~high].sort_values("cost_paper")
+    kind = group["contender"].map(lambda name: name.split(":")[0].split(",")[0])
+    kind = kind.where(kind.isin(list(KINDS)[1:]), "static")
+    static = group[kind == "static"]
+    front = static[static["nll_hard"] <= static["nll_hard"].cummin()]
+    ax.step(front["cost_paper"], front["nll_hard"], where="post", color=PALETTE[0], alpha=0.4, lw=1)
+    for (name, marker), colour in zip(KINDS.items(), PALETTE, strict=False):
+        part = group[kind == name]
+        if len(part):
             ax.errorbar(part["cost_paper"], part["nll_hard"], part["se"], fmt=marker, color=colour, label=name, capsize=3)
-        for place, row in enumerate(table.sort_values("cost_paper").itertuples()):
-            offset = (6, 4) if place % 2 else (6, -11)
-            ax.annotate(row.contender, (row.cost_paper, row.nll_hard), xytext=offset, textcoords="offset points", fontsize=7)
-        ax.margins(x=0.18)
-        ax.set(xlabel="attention cost executed (full = 1, paper's ratios)", ylabel="held-out nll, HARD (nats per byte)")
-        ax.set_title("above: " + "; ".join(above), fontsize=7, wrap=True)
-        ax.legend(frameon=False)
-        ax.figure.savefig(path, dpi=130, bbox_inches="tight")
-        plt.close()
+    for place, row in enumerate(group.to_dict("records")):
+        offset = (6, 4) if place % 2 else (6, -11)
+        label = row["contender"].replace("static ", "").replace("static: ", "").replace("ours, from ", "")
+        ax.annotate(label, (row["cost_paper"], row["nll_hard"]), xytext=offset, textcoords="offset points", fontsize=7)
+    ax.margins(x=0.18)
+    ax.set(xlabel="attention cost executed (full = 1, paper's ratios)", ylabel="held-out nll, HARD (nats per byte)")
+    ax.set_title(title + (f"\nabove: {above}" if above else ""), fontsize=8, wrap=True)
+    ax.legend(frameon=False)
 
 
 def main() -> None:
