@@ -1,19 +1,22 @@
 """Routes SmolLM2-135M: fits a patch on novels, then perplexity, executed cost and time against static choices of layers.
 
     python -m analysis.patch_smollm prepare MODEL TOKENS.npz --corpora DIR      # text to ids, once, on the CPU
-    python -m analysis.patch_smollm fit MODEL TOKENS.npz PATCH                  # distil, then SVI; writes the patch
+    python -m analysis.patch_smollm fit MODEL TOKENS.npz PATCH                  # SVI at a budget; writes the patch
     python -m analysis.patch_smollm table MODEL TOKENS.npz PATCH RESULTS.csv    # rows that RESULTS.csv has are kept
     python -m analysis.patch_smollm both MODEL TOKENS.npz PATCH RESULTS.csv     # the model loaded once
 
 MODEL is a folder of a Hugging Face checkpoint or of one GGUF file. DIR holds the unpacked corpora of data/README.md.
-`--quick` does everything at toy size, on a CPU in minutes. Costs are FLOPs of attention relative to full at each length.
+`--quick` does everything at toy size, on a CPU in minutes. Costs are keys read, position by position, over those that full
+attention reads (FLOPs of attention, in other words). Routes are fitted by self-distillation, executed as they are drawn, at
+the cost that they are to have; static choices get the same cost. `--seconds` bounds the whole, `--fit-seconds` the fit.
 """
 
 import argparse
 import math
+import sys
 import time
-from collections.abc import Callable, Collection, Hashable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,19 +28,31 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from analysis.patch_contenders import (
+    executed_cost,
+    hybrid,
+    layers_within,
+    loads,
+    meet,
+    orders,
+    share,
+    timings,
+    window_of,
+    windowed,
+)
 from bayes_router.attention.cost import cost_ratios
-from bayes_router.config import PriorConfig
+from bayes_router.config import PriorConfig, ScheduleConfig
 from bayes_router.integrations.huggingface import RoutedPretrained
 from bayes_router.integrations.patching import load_patch, patch
 from bayes_router.integrations.texts import TokenStream
-from bayes_router.routing.policy import Argmax
 from bayes_router.training.checkpoint import write_whole
 from bayes_router.transformer.layer import build_experts
 from bayes_router.types import CostModel, Route
 
-BUDGETS = (1.0, 0.5, 0.3, 0.2)
-TESTS = ("wikitext103", "novels")
-WINDOW, SINKS = 256, 4
+BUDGETS = (0.5, 0.7, 0.3)  # the first is what the target names
+TESTS = ("novels", "wikitext103")
+WINDOW, SINKS = 1024, 4
+KEYS = ("text", "context", "contender", "budget")
 LIMITS = {"train": 2_000_000, "wikitext103": 300_000, "novels": 300_000}  # tokens kept of each text
 
 
@@ -77,41 +92,55 @@ def load_streams(path: Path, vocab_size: int) -> dict[str, TokenStream]:
 
 
 def fit(args: argparse.Namespace) -> None:
-    """Patch, distil, fit, save."""
-    model = load_model(args.model, args.device)
-    streams = load_streams(args.tokens, model.config.vocab_size)
-    prior = PriorConfig(cost="flops", price=args.price, temperature=args.temperature)
+    """Patch, distil what has parameters, fit, save."""
+    with phase("load"):
+        model = load_model(args.model, args.device)
+        streams = load_streams(args.tokens, model.config.vocab_size)
     context = 128 if args.quick else args.context
+    prior = PriorConfig(cost="flops", price=args.price, temperature=args.temperature)
     router = patch(
         model,
-        window=32 if args.quick else WINDOW,
+        window=32 if args.quick else args.window,
         sinks=SINKS,
         experts=tuple(args.experts.split(",")),
         prior=prior,
-        context=512 if args.quick else 8192,
-    )
-    started = time.perf_counter()
-    frame = router.fit(
-        streams["train"],
-        steps=3 if args.quick else args.steps,
-        distil_steps=3 if args.quick else args.distil_steps,
         context=context,
-        batch_size=2 if args.quick else args.batch_size,
-        progress=True,
-        seed=args.seed,
     )
-    print(f"fitted in {time.perf_counter() - started:.0f} s on {args.device}")
-    print(
-        "distillation, relative squared error:", [round(e, 3) for e in frame.attrs["distillation"][:: max(args.steps // 8, 1)]]
+    schedule = ScheduleConfig(
+        kl_weight=args.kl_weight / len(router.layers),
+        start_experts=("full",),
+        anneal_from=0.0,
+        anneal_to=0.4,
+        straight_through_from=0.0,  # what is executed is what is trained, from the first step
     )
-    print(frame.iloc[:: max(len(frame) // 12, 1)].to_string(index=False))
+    with phase(f"fit on {args.device}"):
+        frame = router.fit(
+            streams["train"],
+            steps=3 if args.quick else args.steps,
+            distil_steps=3 if args.quick else args.distil_steps,
+            context=context,
+            batch_size=args.batch_size,
+            controller_lr=args.controller_lr,
+            budget=args.budget,
+            seconds=min(args.fit_seconds, args.seconds),
+            schedule=schedule,
+            progress=sys.stderr.isatty(),
+            seed=args.seed,
+        )
     router.save(args.patch)
     frame.to_csv(args.patch / "fit.csv", index=False)
+    if frame.attrs["distillation"]:
+        first, *_, last = frame.attrs["distillation"]
+        print(f"distillation, relative squared error: {first:.3f} -> {last:.3f}")
+    print(frame.iloc[:: max(len(frame) // 12, 1)].round(4).to_string(index=False), flush=True)
 
 
-def hybrid(fully: Collection[int], full: int, local: int) -> Route:
-    """The route that puts the layers of `fully` on full attention and the others on local."""
-    return lambda layer, hidden: full if layer in fully else local
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Say how long it took."""
+    started = time.perf_counter()
+    yield
+    print(f"[{name}: {time.perf_counter() - started:.1f} s]", flush=True)
 
 
 def windows(stream: TokenStream, context: int, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -135,122 +164,85 @@ def read(router: RoutedPretrained, stream: TokenStream, route: Route | None, con
             executed.append(torch.full(shape, taken, device=device) if isinstance(taken, int) else taken)
             return taken
 
-        with router.routed_by(watch):
-            logits = router.logits(tokens.to(device), use_cache=False)
+        logits = router.network(tokens.to(device), watch)
         total += float(F.cross_entropy(logits[0].float(), targets[0].to(device), reduction="sum"))
         count += targets.numel()
-        costs.append(router.cost_ratio.to(device)[torch.stack(executed)].mean())
-    return total / count, float(torch.stack(costs).mean())
-
-
-def sensitivity(router: RoutedPretrained, stream: TokenStream, context: int, limit: int, device: Any) -> list[int]:
-    """Layers by what it costs to put that one alone on `local`, the harmless first."""
-    full, local = (router.experts.index(name) for name in ("full", "local"))
-    losses = [read(router, stream, hybrid([i], local, full), context, limit, device)[0] for i in range(len(router.layers))]
-    return sorted(range(len(losses)), key=lambda i: losses[i])
-
-
-def static_routes(router: RoutedPretrained, order: list[int], budget: float) -> dict[str, Route]:
-    """Hybrids whose cost is the largest within `budget`: some layers on full, the others local."""
-    full, local = (router.experts.index(name) for name in ("full", "local"))
-    num, ratio = len(router.layers), float(router.cost_ratio[local])
-    kept = max(0, min(num, math.floor(num * (budget - ratio) / (1 - ratio) + 1e-9)))
-    sets = {
-        "static, least sensitive layers local": set(order[num - kept :]),
-        "static, every n-th layer full": {round(i * num / kept) for i in range(kept)} if kept else set(),
-        "static, last layers full": set(range(num - kept, num)),
-    }
-    return {name: hybrid(chosen, full, local) for name, chosen in sets.items()}
-
-
-def median_ms(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Median wall time of `run` in ms, the device drained before and after; two runs to warm up."""
-    times = []
-    for i in range(repeats + 2):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - started) if i >= 2 else math.inf)
-    return float(np.median([t for t in times if t < math.inf]))
-
-
-@torch.no_grad()
-def timings(router: RoutedPretrained, tokens: Tensor, route: Route | None, repeats: int) -> dict[Hashable, Any]:
-    """Prefill of [1, T], and one decoding step behind it, ms; the model as it is used, by its own forward pass."""
-    model, device = router.model, tokens.device
-    with nullcontext() if route is None else router.routed_by(route):
-        prefill = median_ms(lambda: model(tokens, use_cache=True, logits_to_keep=1), device, repeats)
-        cache = model(tokens[:, :-8], use_cache=True, logits_to_keep=1).past_key_values
-        decode = median_ms(lambda: model(tokens[:, -1:], past_key_values=cache, use_cache=True), device, repeats)
-    return {"prefill_ms": prefill, "decode_ms": decode}
+        costs.append(executed_cost(router, torch.stack(executed)[:, 0]))
+    return total / count, sum(costs) / len(costs)
 
 
 def table(args: argparse.Namespace) -> None:
     """One row a contender, length and text; each is written as soon as it is known."""
     started, device = time.perf_counter(), args.device
-    model = load_model(args.model, device)
-    streams = load_streams(args.tokens, model.config.vocab_size)
-    router: RoutedPretrained = load_patch(model, args.patch)
+    with phase("load the patch"):
+        model = load_model(args.model, device)
+        streams = load_streams(args.tokens, model.config.vocab_size)
+        router: RoutedPretrained = load_patch(model, args.patch)
     frame = pd.read_csv(args.results) if args.results.exists() else pd.DataFrame()
-    done = set() if frame.empty else set(zip(frame["text"], frame["context"], frame["contender"], frame["budget"], strict=True))
     rows: list[dict[Hashable, Any]] = frame.to_dict("records")
+    done = {tuple(row[key] for key in KEYS) for row in rows}
     lengths = (256, 512) if args.quick else tuple(map(int, args.lengths.split(",")))
     limit = 512 if args.quick else args.limit
     calibration = TokenStream(streams["train"].tokens[-4 * max(lengths) - 1 :].long(), model.config.vocab_size, "train")
-    order: list[int] = []
+    full, local = (router.experts.index(name) for name in ("full", "local"))
 
-    def add(text: str, context: int, contender: str, budget: float, route: Route | None) -> None:
-        nonlocal rows
-        if (text, context, contender, budget) in done or time.perf_counter() - started > args.seconds:
+    def late() -> bool:
+        return time.perf_counter() - started > args.seconds
+
+    def add(text: str, context: int, contender: str, budget: float, route: Route | None, window: int = 0) -> None:
+        if (text, context, contender, budget) in done or late():
             return
-        nll, cost = read(router, streams[text], route, context, limit, device)
-        tokens = streams[text].tokens[None, :context].long().to(device)
-        row: dict[Hashable, Any] = {
-            "text": text,
-            "context": context,
-            "contender": contender,
-            "budget": budget,
-            "perplexity": math.exp(nll),
-        }
-        row |= {"nll": nll, "cost": cost}
-        if text == TESTS[0]:
-            row |= timings(router, tokens, route, args.repeats)
-        row |= {
-            "tokens": min(limit, len(streams[text])),
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        }
+        begun, chosen = time.perf_counter(), windowed(router, window) if window else nullcontext()
+        with chosen:
+            nll, cost = read(router, streams[text], route, context, limit, device)
+            row: dict[Hashable, Any] = dict(zip(KEYS, (text, context, contender, budget), strict=True))
+            cost = share(context, window, SINKS) if window else cost
+            row |= {"perplexity": math.exp(nll), "nll": nll, "cost": cost}
+            if text == TESTS[0]:
+                row |= timings(router, streams[text].tokens[None, :context].long().to(device), route, args.repeats)
+        name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+        row |= {"tokens": min(limit, len(streams[text])), "device": name, "seconds": time.perf_counter() - begun}
         rows.append(row)
         print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
         write_whole(args.results, lambda path: pd.DataFrame(rows).to_csv(path, index=False))
 
     for context in sorted(lengths, reverse=True):  # the longest first: it is what the target names
         router.cost_ratio = cost_ratios(build_experts(router.config), CostModel.FLOPS, context)
-        order = order or sensitivity(router, calibration, min(lengths), min(lengths), device)
-        full, local = (router.experts.index(name) for name in ("full", "local"))
         for text in TESTS:
             add(text, context, "original", 1.0, hybrid(range(len(router.layers)), full, local))
-            add(text, context, "window only", 0.0, hybrid([], full, local))
+        found: dict[str, list[int]] = {}
         for budget in BUDGETS:
-            if budget < float(router.cost_ratio.min()):
+            kept, target = layers_within(router, context, budget)  # what a static choice of layers can cost
+            if kept == 0 or late():
                 continue
-            router.policy = Argmax()
-            realised = router.set_budget(budget, calibration, context=context, limit=2 * context)
-            print(f"budget {budget} at {context} tokens: cost {realised:.3f} on training text", flush=True)
+            with phase(f"budget {budget} at {context} tokens"):
+                realised = meet(router, calibration, target, context, 2 * context, device)
+            print(f"aim {target:.4f}, on training text {realised:.4f}: {router.policy}", flush=True)
             for text in TESTS:
                 add(text, context, "routed", budget, None)
-                if float(router.cost_ratio[local]) < budget < 1.0:
-                    for name, route in static_routes(router, order, budget).items():
-                        add(text, context, name, budget, route)
+            if not found:  # after the routed row of the first budget, which is the one that counts
+                with phase("static orders"):
+                    tokens = calibration.tokens[None, :context].long().to(device)
+                    found = orders(router, tokens, 2.0 if args.quick else args.order_seconds)
+            found["the router's own"] = loads(router, calibration, context, 2 * context, device)
+            sets = {name: set(order[len(order) - kept :]) for name, order in found.items()}
+            sets["every n-th"] = {round(i * len(router.layers) / kept) for i in range(kept)}
+            for text in TESTS:
+                for name, chosen in sets.items():
+                    add(text, context, f"static, {name}", budget, hybrid(chosen, full, local))
+                width = window_of(context, target, SINKS)
+                add(text, context, "one window", budget, hybrid([], full, local), width)
+        for text in TESTS:
+            add(text, context, "the window alone", 0.0, hybrid([], full, local))
     summarise(pd.DataFrame(rows))
 
 
 def both(args: argparse.Namespace) -> None:
     """Fit, unless PATCH is there, and make the table."""
+    started = time.perf_counter()
     if not (args.patch / "router.json").exists():
         fit(args)
+    args.seconds -= time.perf_counter() - started
     table(args)
 
 
@@ -273,9 +265,10 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     commands = parser.add_subparsers(required=True)
     paths = {"model": Path, "tokens": Path, "patch": Path, "results": Path}
-    fitted: dict[str, Any] = {"steps": 200, "distil_steps": 60, "context": 2048, "batch_size": 2, "seed": 0}
-    fitted |= {"price": 2.0, "temperature": 0.3, "experts": "full,linear,local"}
-    read_at: dict[str, Any] = {"lengths": "2048,8192", "limit": 65_536, "repeats": 5, "seconds": 1e9}
+    fitted: dict[str, Any] = {"steps": 400, "distil_steps": 100, "context": 8192, "batch_size": 1, "seed": 0}
+    fitted |= {"price": 30.0, "temperature": 0.3, "kl_weight": 0.002, "controller_lr": 5e-3, "budget": 0.5}
+    fitted |= {"experts": "full,local", "window": WINDOW, "fit_seconds": 240.0, "seconds": 540.0}
+    read_at: dict[str, Any] = {"lengths": "8192,4096", "limit": 65_536, "repeats": 5, "seconds": 540.0, "order_seconds": 60.0}
     options: dict[Callable[[argparse.Namespace], None], tuple[int, dict[str, Any]]] = {
         prepare: (2, {"corpora": Path("corpora")}),
         fit: (3, fitted),

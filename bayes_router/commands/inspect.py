@@ -4,19 +4,17 @@ import os
 import sys
 from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
-from typing import Optional
 
 import torch
 from jsonargparse import Namespace
 
-from bayes_router.commands.options import Parser, add_run
-from bayes_router.commands.report import read_text
+from bayes_router.commands.fitted import add_fitted, open_fitted, read_text
+from bayes_router.commands.options import Parser
 from bayes_router.config import require
-from bayes_router.diagnostics.fitted import FittedRun, load_fitted
+from bayes_router.diagnostics.fitted import FittedRun
 from bayes_router.diagnostics.report import ShownText, route_text
 from bayes_router.diagnostics.uncertainty import probability_right
-from bayes_router.training.fit import load_data, pick_device
+from bayes_router.training.fit import load_data
 from bayes_router.types import unknown
 
 HELP = "print a text coloured by route, the uncertain tokens marked"
@@ -28,8 +26,7 @@ WIDTH = 80
 def parser(arguments: Sequence[str]) -> Parser:
     """Options of `inspect`."""
     result = Parser(description="Print a text in the terminal, coloured by route, the uncertain tokens marked.")
-    add_run(result)
-    result.add_argument("--text", type=Optional[Path], default=None, help="UTF-8 file (default: held-out text)")
+    add_fitted(result)
     result.add_argument("--layer", type=int, default=0, help="layer whose routes are shown")
     result.add_argument("--tokens", type=int, default=800, help="tokens to show, at most")
     result.add_argument("--threshold", type=float, default=0.7, help="probability of being right below which a token is marked")
@@ -43,13 +40,15 @@ def run(options: Namespace) -> None:
         raise unknown("colour", options.colour, WHEN)
     require(0 <= options.threshold <= 1, "threshold", "a probability", options.threshold)
     text = read_text(options.text)
-    fitted = load_fitted(options.run, str(pick_device(options.device)))
+    fitted = open_fitted(options, text)
     layers = fitted.config.model.num_layers
-    require(0 <= options.layer < layers, "layer", f"0 to {layers - 1}", options.layer, f"the run has {layers} layers")
-    source = None if text is not None else load_data(fitted.config)[1].valid
+    require(0 <= options.layer < layers, "layer", f"0 to {layers - 1}", options.layer, f"there are {layers} layers")
+    source = None if text is not None else fitted.held_out or load_data(fitted.config)[1].valid
     shown = route_text(fitted, text, options.tokens, source)
     colour = options.colour == "always" or (options.colour == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     print(render(fitted, shown, options.layer, options.threshold, colour))
+    if fitted.patched and fitted.tokeniser is None:
+        print("\nshown as token ids: the base model has no tokenizer beside it")
 
 
 def render(fitted: FittedRun, shown: ShownText, layer: int, threshold: float, colour: bool) -> str:

@@ -69,6 +69,12 @@ class Thresholds:
     calibration: CalibrationThresholds = CalibrationThresholds()
 
 
+PATCHED = Effort(
+    regret_sequences=16, guide_sequences=2, guide_draws=100, gap_sequences=1, gap_length=64, gap_steps=20, noisy_sequences=4
+)
+"""Of a pretrained model, whose passes cost far more than those of a small one."""
+
+
 class Gaps(NamedTuple):
     """The amortisation gap under the objective of training, and under the ELBO."""
 
@@ -93,13 +99,15 @@ class Examination:
         effort: Effort | None = None,
         thresholds: Thresholds | None = None,
     ):
-        self.run, self.effort, self.thresholds = run, effort or Effort(), thresholds or Thresholds()
-        self.source = source or load_data(run.config)[1].valid
+        self.run, self.thresholds = run, thresholds or Thresholds()
+        self.effort = effort or (PATCHED if run.patched else Effort())
+        self.source = source or run.held_out or load_data(run.config)[1].valid
 
     def _rows(self, count: int) -> list[Batch]:
-        """The first `count` windows, one a batch."""
-        context = self.run.config.data.context
-        return list(islice(self.source.windows(context, 1), count))
+        """The first `count` windows, one a batch, where the model is."""
+        context, device = self.run.config.data.context, self.run.device
+        windows = islice(self.source.windows(context, 1), count)
+        return [Batch(tokens.to(device), targets.to(device)) for tokens, targets in windows]
 
     @cached_property
     def _summaries(self) -> tuple[UncertaintySummary, CollapseSummary]:
@@ -189,6 +197,21 @@ class Examination:
         found += calibration_verdicts(self.regret, self.calibration, self.thresholds.calibration)
         if len(self.other_text):
             found.append(other_text_verdict(self.other_text, self.thresholds.calibration))
+        return found
+
+    def left_out(self, quick: bool = False) -> list[str]:
+        """What is not said of this fit, and why."""
+        found, experts = [], len(self.run.experts)
+        if not len(self.training):
+            kept = "a patch keeps no log of evaluations" if self.run.patched else f"the run has no {METRICS}"
+            found.append(f"over training, cost against nll: {kept}")
+        if experts != 3:
+            found.append(f"posteriors on the simplex: a triangle has three corners, and there are {experts} experts")
+        if quick:
+            found.append("guide, amortisation, calibration, other text: they need more than one reading (--quick)")
+        if self.run.tokeniser is None:
+            of = "the patched model came without a tokenizer" if self.run.patched else "the tokens of recall are no text"
+            found.append(f"kinds of token{'' if quick else ', other text'}: {of}")
         return found
 
     def figures(self) -> pd.Series:

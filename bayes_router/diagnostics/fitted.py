@@ -1,16 +1,19 @@
-"""A finished run, put together again: the model, its prior at the end of training, and the Pyro pair of program and guide."""
+"""A fit, put together again: the model, its prior at the end of training, and the Pyro pair of program and guide.
+
+Of a run folder (`load_fitted`) or of a patched pretrained model (`fitted_patch`): diagnostics read both alike.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from bayes_router.config import Config, require
+from bayes_router.config import Config, DataConfig, TrainConfig, require
 from bayes_router.data.tokens import Batch, Tokeniser, TokenSource, load_tokeniser
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel
@@ -20,6 +23,8 @@ from bayes_router.training.checkpoint import WEIGHTS, load_run, require_file
 from bayes_router.transformer.layer import build_prior
 from bayes_router.transformer.model import RoutedLanguageModel
 from bayes_router.types import IGNORED, RoutingMode
+
+PATCH_TOKENS = 8192  # of held-out text that diagnostics of a patched model read
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,14 @@ class FittedRun:
     prior: ComputeAwarePrior
     program: RoutingModel  # under the objective of the last step
     guide: RoutingGuide
+    own_tokeniser: Tokeniser | None = None  # of a patched model
+    held_out: TokenSource | None = None  # of a patched model: what diagnostics read
+    patched: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
 
     @property
     def experts(self) -> list[str]:
@@ -40,7 +53,9 @@ class FittedRun:
 
     @property
     def tokeniser(self) -> Tokeniser | None:
-        """None where the tokens are no text (recall)."""
+        """None where the tokens are no text (recall), or a patched model came without its tokenizer."""
+        if self.patched:
+            return self.own_tokeniser
         return None if self.config.data.corpus == "recall" else load_tokeniser(self.config.data.tokeniser)
 
 
@@ -72,6 +87,48 @@ def build_program(config: Config, model: RoutedLanguageModel) -> tuple[RoutingMo
     program = RoutingModel(model.network, end.concentration, cost_ratio, end.kl_weight, end.price)
     program.straight_through = end.straight_through
     return program, RoutingGuide(program, model.controller), prior
+
+
+def fitted_patch(
+    router: Any,
+    held_out: TokenSource,
+    *,
+    context: int,
+    tokeniser: Tokeniser | None = None,
+    path: Path | str = "",
+    name: str = "the fit",
+    tokens: int = PATCH_TOKENS,
+) -> FittedRun:
+    """A patched language model as diagnostics read it.
+
+    Args:
+        router: what `bayes_router.patch` or `load_patch` returned, of a decoder with a language-modelling head.
+        held_out: text that `fit` did not read.
+        context: tokens of a window of it.
+        tokeniser: the model's; without one, token ids are shown and diagnostics that need text are left out.
+        path: folder of the patch, for the heading.
+        name: of the text, for the heading.
+        tokens: read at most.
+
+    Raises:
+        ValueError: a model that does not predict next tokens.
+    """
+    predicts = getattr(router, "causal", False) and hasattr(router, "logits")
+    require(
+        predicts,
+        "model",
+        "a patched decoder with a language-modelling head: diagnostics read how routes change its next tokens",
+        type(router.model).__name__,
+        "read statistics() after a pass of the model instead",
+    )
+    program, guide = router.program()
+    config = Config(
+        model=router.config,
+        prior=router.settings.prior,
+        data=DataConfig(corpus=name, context=context, eval_tokens=tokens),
+        train=TrainConfig(batch_size=1),
+    )
+    return FittedRun(Path(path), config, router, router.prior, program, guide, tokeniser, held_out, patched=True)
 
 
 class Reading(NamedTuple):

@@ -25,6 +25,7 @@ from bayes_router.diagnostics.verdict import Severity
 from bayes_router.routing.posterior import mutual_information, posterior_mean
 
 SHOWN_TOKENS = 4000
+DRAWN_LAYERS = 8  # lines of a figure that are told apart
 TEMPLATE = "report.html.j2"
 
 
@@ -59,7 +60,8 @@ def route_text(run: FittedRun, text: bytes | None = None, limit: int = SHOWN_TOK
         )
     else:
         tokeniser = run.tokeniser
-        require(tokeniser is not None, "text", "a run on text", "a run on recall, whose tokens are no text")
+        of = "a patched model without its tokenizer" if run.patched else "a run on recall, whose tokens are no text"
+        require(tokeniser is not None, "text", "a fit on text", of)
         assert tokeniser is not None
         batches = text_windows(text, tokeniser, context, limit)
     ids, concentration, choice, nll = [], [], [], []
@@ -86,7 +88,7 @@ def layer_tables(run: FittedRun, shown: ShownText) -> list[dict[str, Any]]:
                 "sure": (1000 * probability_right(q)).round().int().tolist(),
                 "total": [round(x, 2) for x in q.sum(-1).tolist()],
                 "information": [round(x, 3) for x in mutual_information(q.double()).tolist()],
-                "kl": [round(x, 2) for x in kl_to_prior(run.program, layer, q).tolist()],
+                "kl": [round(x, 2) for x in kl_to_prior(run.program, layer, q.to(run.device)).tolist()],
             }
         )
     return tables
@@ -108,7 +110,7 @@ def figures(examined: Examination, shown: ShownText, quick: bool) -> list[dict[s
     run, layers = examined.run, examined.collapse.layers()
     experts = run.experts
     found = [("Load by layer", "Share of held-out tokens on each expert, the route executed.",
-              lambda: posterior_plots.plot_load_by_layer(layers, experts))]  # fmt: skip
+              lambda: posterior_plots.plot_load_by_layer(layers, experts, tall(len(layers))))]  # fmt: skip
     if len(experts) == 3:
         layer = int(layers["route_information"].argmax())
         with torch.random.fork_rng(devices=[]):
@@ -118,17 +120,18 @@ def figures(examined: Examination, shown: ShownText, quick: bool) -> list[dict[s
             (f"Posteriors on the simplex, layer {layer}", "Draws from the posteriors of the tokens below, and from the prior.",
              lambda: posterior_plots.plot_simplex_density(shown.concentration[layer], prior, experts))
         )  # fmt: skip
-    positions = examined.uncertainty.positions()
+    positions, few = few_layers(examined.uncertainty.positions())
     found.append(
         (
             "Uncertainty by position",
-            "Mean over held-out windows, by place in the window.",
+            f"Mean over held-out windows, by place in the window{few}.",
             lambda: posterior_plots.plot_by_position(positions),
         )
     )
-    kinds = examined.uncertainty.kinds_frame()
+    kinds, few = few_layers(examined.uncertainty.kinds_frame())
     if len(kinds):
-        found.append(("Uncertainty by kind of token", "Mean over held-out text.", lambda: posterior_plots.plot_by_kind(kinds)))
+        caption = f"Mean over held-out text{few}."
+        found.append(("Uncertainty by kind of token", caption, lambda: posterior_plots.plot_by_kind(kinds)))
     if len(examined.training):
         found.append(("Over training", "Filled where a collapse was raised.",
                       lambda: posterior_plots.plot_collapse_over_training(examined.training)))  # fmt: skip
@@ -144,6 +147,21 @@ def figures(examined: Examination, shown: ShownText, quick: bool) -> list[dict[s
             found.append(("Other text", "What the router's entropy tells, and what the nll tells.",
                           lambda: posterior_plots.plot_other_text(examined.other_text)))  # fmt: skip
     return [{"title": title, "caption": caption, "image": figure(draw)} for title, caption, draw in found]
+
+
+def tall(num_layers: int) -> Axes:
+    """Axes with room for a bar a layer."""
+    axes: Axes = plt.subplots(figsize=(5, max(3.0, 0.22 * num_layers)))[1]
+    return axes
+
+
+def few_layers(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """The rows of at most `DRAWN_LAYERS` layers, evenly spaced, and what the caption says of it."""
+    layers = sorted(frame["layer"].unique())
+    if len(layers) <= DRAWN_LAYERS:
+        return frame, ""
+    kept = [layers[round(i * (len(layers) - 1) / (DRAWN_LAYERS - 1))] for i in range(DRAWN_LAYERS)]
+    return frame[frame["layer"].isin(kept)], f", {DRAWN_LAYERS} of {len(layers)} layers"
 
 
 def write_report(
@@ -182,6 +200,7 @@ def write_report(
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         tokens=examined.collapse.tokens,
         verdicts=verdicts,
+        left_out=examined.left_out(quick),
         figures=figures(examined, shown, quick),
         columns=[str(column).replace("_", " ") for column in summary.columns],
         rows=_rows(summary),

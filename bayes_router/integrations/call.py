@@ -2,9 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from bayes_router.integrations.memory import LayerMemory
 
 Kernel = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 """(q [B, H, n, Dh], k and v [B, Hkv, m, Dh], mask) -> [B, H, n, Dv], with the layer's own scale, soft cap and sinks."""
@@ -25,6 +29,7 @@ class AttentionCall:
         scaling: of the scores.
         plain: the kernel is softmax(scaling q k^T) v and nothing else.
         padding: [B, Tk] bool, True on real keys, where the mask says no more than that (and causality); else None.
+        memory: what decoding remembers of this layer beside the cache that the keys come from; None: nothing.
     """
 
     q: Tensor
@@ -36,6 +41,7 @@ class AttentionCall:
     scaling: float
     plain: bool = False
     padding: Tensor | None = None
+    memory: "LayerMemory | None" = None
 
     @property
     def dense(self) -> bool:
@@ -62,7 +68,16 @@ class AttentionCall:
             return x if x is None or x.shape[0] == 1 < len(self.q) else x.index_select(0, rows)
 
         q, k, v = (x.index_select(0, rows) for x in (self.q, self.k, self.v))
-        return replace(self, q=q, k=k, v=v, mask=pick(self.mask), padding=pick(self.padding))
+        return replace(self, q=q, k=k, v=v, mask=pick(self.mask), padding=pick(self.padding), memory=None)
+
+    def part(self, rows: slice) -> "AttentionCall":
+        """Neighbouring sequences of the batch alone, as views."""
+
+        def pick(x: Tensor | None) -> Tensor | None:
+            return x if x is None or x.shape[0] == 1 < len(self.q) else x[rows]
+
+        q, k, v = self.q[rows], self.k[rows], self.v[rows]
+        return replace(self, q=q, k=k, v=v, mask=pick(self.mask), padding=pick(self.padding), memory=None)
 
     def explicit(self) -> "AttentionCall":
         """The same with its mask written out, so that queries may be taken out of their order."""

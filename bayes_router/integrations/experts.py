@@ -29,6 +29,15 @@ class PatchedExpert(nn.Module):
         """Every query of the call: [B, H, Tq, Dv]."""
         raise NotImplementedError
 
+    def narrowed(self, call: AttentionCall) -> AttentionCall:
+        """The call of one new token with the keys alone that this expert may read; `read` attends over it."""
+        return call
+
+    def read(self, call: AttentionCall) -> Tensor:
+        """`forward` of a call that `narrowed` gave: [B, H, 1, Dv]."""
+        out: Tensor = self(call)
+        return out
+
     def rows(self, call: AttentionCall, rows: Tensor) -> Tensor:
         """The queries `rows` [n], ascending, of a call of one sequence: [1, H, n, Dv]."""
         return self(call)[:, :, rows]
@@ -108,12 +117,45 @@ class LocalExpert(SoftmaxExpert):
         window, Tq, Tk = self.shape.window, call.q.shape[2], call.k.shape[2]
         if call.dense and Tk <= (window if call.causal else (window + 1) // 2):
             return call.kernel(call.q, call.k, call.v, call.mask)  # the window hides nothing
-        if Tq == 1 and call.causal and not self.sinks:
-            mask = None if call.mask is None else call.mask[..., -window:]
-            return call.kernel(call.q, call.k[:, :, -window:], call.v[:, :, -window:], mask)
+        if Tq == 1 and call.causal and self._by_position(call):
+            return self.read(self.narrowed(call))
         if call.dense and call.causal and call.plain and Tq > max(window, MIN_BLOCK):
             return banded(call.q, call.k, call.v, window, self.sinks, call.scaling)
         return super().forward(call)
+
+    def _by_position(self, call: AttentionCall) -> bool:
+        """Whether the first keys that a query sees are the same for all heads."""
+        return not self.sinks or call.mask is None or call.mask.shape[1] == 1
+
+    def narrowed(self, call: AttentionCall) -> AttentionCall:
+        """See `PatchedExpert.narrowed`: the sinks and the window, slices of the cached keys; padding moves the sinks."""
+        window, before = self.shape.window, call.k.shape[2] - self.shape.window
+        if before <= 0 or not call.causal or not self._by_position(call):
+            return call
+        k, v = call.k[:, :, -window:], call.v[:, :, -window:]
+        mask = None if call.mask is None else call.mask[..., -window:]
+        if not self.sinks:
+            return replace(call, k=k, v=v, mask=mask, padding=None, memory=None)
+        if call.mask is None:
+            first = slice(0, min(self.sinks, before))
+            k, v = torch.cat([call.k[:, :, first], k], 2), torch.cat([call.v[:, :, first], v], 2)
+            return replace(call, k=k, v=v, padding=None, memory=None)
+        assert mask is not None
+        order = call.visible()[:, 0, 0].int().cumsum(-1)  # [B or 1, Tk], the how-manieth key that is seen
+        place = torch.arange(1, self.sinks + 1, device=order.device)
+        at = (order[:, None] == place[:, None]).int().argmax(-1)  # [B or 1, sinks]
+        there = (order[:, -1:] >= place) & (at < before)  # those in the window are there already
+        index = at.expand(len(call.q), -1)[:, None, :, None]
+        firsts = [x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (call.k, call.v)]
+        shown = restrict(call.mask.gather(3, at[:, None, None]), there[:, None, None])  # [B or 1, 1, 1, sinks]
+        k, v = torch.cat([firsts[0], k], 2), torch.cat([firsts[1], v], 2)
+        return replace(call, k=k, v=v, mask=torch.cat([shown, mask], 3), padding=None, memory=None)
+
+    def read(self, call: AttentionCall) -> Tensor:
+        """See `PatchedExpert.read`."""
+        if not self._by_position(call):
+            return super().forward(call)
+        return call.kernel(call.q, call.k, call.v, call.mask)
 
 
 def banded(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scaling: float) -> Tensor:

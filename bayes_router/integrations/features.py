@@ -1,5 +1,7 @@
 """Linear attention for a pretrained layer: feature maps that are learned from the layer's own softmax attention."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -7,6 +9,7 @@ from torch.nn import functional as F
 from bayes_router.attention.expert import ExpertShape, repeat_heads
 from bayes_router.integrations.call import AttentionCall
 from bayes_router.integrations.experts import QUERIES, PatchedExpert
+from bayes_router.integrations.memory import Running
 
 CHUNK = 64
 EPSILON = 1e-6
@@ -19,8 +22,9 @@ class LinearExpert(PatchedExpert):
     M starts at the identity, scaled so that phi_q . phi_k grows with the layer's own scores. It takes the queries and keys
     as the layer hands them over, rotary positions included. Computed in float32.
 
-    A causal pass without other masks than padding costs O(T): a running state between chunks. With any other mask, and for
-    the few queries of a decoding step over a KV cache, weights are formed query by key (O(T) a token).
+    A causal pass without other masks than padding costs O(T): a running state between chunks. One new token behind a KV cache
+    reads a state that is kept beside it (`LayerMemory`) and costs the same at any length. With any other mask, for several
+    queries behind a cache, and with gradients, weights are formed query by key (O(T) a token).
     """
 
     def __init__(self, shape: ExpertShape, kv_heads: int, sinks: int = 0):
@@ -31,9 +35,12 @@ class LinearExpert(PatchedExpert):
 
     def forward(self, call: AttentionCall) -> Tensor:
         """See `PatchedExpert.forward`."""
-        scale = call.scaling**0.5
-        phi_q = (call.q.float() * scale @ self.query_map.mT).softmax(-1)  # [B, H, Tq, F]
-        phi_k = (call.k.float() * scale @ self.key_map.mT).softmax(-1)  # [B, Hkv, Tk, F]
+        if call.memory is not None and call.memory.known and call.q.shape[2] == 1 and not self.needs_grad(call):
+            phi_q = self._phi(call.q, self.query_map, call).unflatten(1, (call.k.shape[1], -1)).squeeze(3)  # [B, Hkv, G, F]
+            summed = (phi_q @ self.running(call)).flatten(1, 2).unsqueeze(2)
+            return (summed[..., :-1] / (summed[..., -1:] + EPSILON)).to(call.v.dtype)
+        phi_q = self._phi(call.q, self.query_map, call)  # [B, H, Tq, F]
+        phi_k = self._phi(call.k, self.key_map, call)  # [B, Hkv, Tk, F]
         value = F.pad(call.v.float(), (0, 1), value=1.0)  # [B, Hkv, Tk, Dv + 1]
         decay = self._log_decay(call)  # [B, Hkv, Tk], 0 or less; None: nothing is forgotten
         real = self._real(call)
@@ -50,6 +57,38 @@ class LinearExpert(PatchedExpert):
         else:
             summed = phi_q @ (phi_k.mT @ value)
         return (summed[..., :-1] / (summed[..., -1:] + EPSILON)).to(call.v.dtype)
+
+    @staticmethod
+    def _phi(x: Tensor, weight: Tensor, call: AttentionCall) -> Tensor:
+        return (x.float() * call.scaling**0.5 @ weight.mT).softmax(-1)
+
+    def needs_grad(self, call: AttentionCall) -> bool:
+        """Whether autograd records this call: no state is kept then."""
+        return torch.is_grad_enabled() and (self.query_map.requires_grad or call.q.requires_grad or call.k.requires_grad)
+
+    def running(self, call: AttentionCall) -> Tensor:
+        """The state of all keys of the call, [B, Hkv, F, Dv + 1]: what the memory holds, and the keys since."""
+        memory = call.memory
+        assert memory is not None
+        before = memory.running.get(type(self))
+        start = 0 if before is None else before.length
+        if before is not None and start == call.k.shape[2]:
+            return before.state
+        late = replace(call, k=call.k[:, :, start:], v=call.v[:, :, start:])
+        phi_k, value = self._phi(late.k, self.key_map, call), F.pad(late.v.float(), (0, 1), value=1.0)
+        decay = self._log_decay(late)  # [B, Hkv, n]
+        if memory.real is not None:
+            real = memory.real[:, None, start:]
+            phi_k, decay = phi_k * real.unsqueeze(-1), decay if decay is None else decay * real
+        if decay is not None:
+            elapsed = decay.cumsum(-1)
+            phi_k = phi_k * (elapsed[..., -1:] - elapsed).exp().unsqueeze(-1)
+        state = phi_k.mT @ value
+        if before is not None:
+            kept = before.state if decay is None else before.state * decay.sum(-1)[..., None, None].exp()
+            state = kept + state
+        memory.running[type(self)] = Running(state, call.k.shape[2])
+        return state
 
     def _real(self, call: AttentionCall) -> Tensor | None:
         """[B or 1, Tk]; what one new token does not see is padding, or too far back to matter."""

@@ -20,7 +20,7 @@ from bayes_router.integrations import falcon
 from bayes_router.integrations.discovery import check_model, find_layers, probe
 from bayes_router.integrations.interface import install, keep_hidden
 from bayes_router.integrations.routed import BINDING, Binding, PatchSettings, RoutedModel, model_config
-from bayes_router.integrations.texts import TokenStream, stream_of
+from bayes_router.integrations.texts import stream_of
 from bayes_router.routing.policy import execute
 from bayes_router.transformer.model import Force, forced_route
 from bayes_router.types import Route, RoutingMode, RoutingOutput, choose
@@ -28,8 +28,6 @@ from bayes_router.types import Route, RoutingMode, RoutingOutput, choose
 
 class RoutedPretrained(RoutedModel):
     """A patched Hugging Face model; see `RoutedModel`. It answers the calls of `RoutedLanguageModel` that evaluation makes."""
-
-    held_out: TokenStream | None = None  # text that `fit` did not read
 
     def forward(
         self,
@@ -81,10 +79,16 @@ class RoutedPretrained(RoutedModel):
         logits: Tensor = out.logits
         return logits
 
-    def network(self, tokens: Tensor, route: Route) -> Tensor:
-        """Logits [B, T, V], every layer's route answered by `route(layer, hidden)`: what `RoutingModel` wants of a network."""
-        with self.routed_by(route):
-            return self.logits(tokens)
+    @property
+    def network(self) -> "Network":
+        """What `RoutingModel` and the diagnostics want of a network."""
+        return Network(self)
+
+    @torch.no_grad()
+    def unrouted(self, tokens: Tensor) -> Tensor:
+        """Logits [B, T, V] of the model as it was before the patch."""
+        full = self.experts.index("full")
+        return self.network(tokens, lambda layer, hidden: full)
 
     @property
     def causal(self) -> bool:
@@ -109,10 +113,12 @@ class RoutedPretrained(RoutedModel):
             schedule: of KL weight, prior and concentration; starts on full attention by default.
             valid_fraction: the end of the text, held out for `set_budget`.
             progress: show bars.
-            settings: of `FitSettings`: steps, distil_steps, context, batch_size, lr, controller_lr, weights_lr, seed, ...
+            settings: of `FitSettings`: steps, distil_steps, context, batch_size, lr, controller_lr, weights_lr, likelihood,
+                budget, seconds, seed, ...
 
         Returns:
-            One row a step: nll, kl, elbo in nats per token; `attrs["distillation"]` has the errors of the first phase.
+            One row a step: nll, kl, elbo in nats per token, the executed cost and the price; with the unpatched model as
+            likelihood also the divergence from it. `attrs["distillation"]` has the errors of the first phase.
         """
         from bayes_router.integrations import tuning
 
@@ -125,6 +131,7 @@ class RoutedPretrained(RoutedModel):
             errors = tuning.distil(self, source, chosen, progress)
             steps = schedule or tuning.default_schedule(len(self.layers))
             frame = tuning.fit_routes(self, source, chosen, steps, progress)
+            self.fitted = tuning.record(self, chosen, steps, frame, len(source), getattr(tokenizer, "name_or_path", None))
         frame.attrs["distillation"] = errors
         return frame
 
@@ -135,6 +142,8 @@ class RoutedPretrained(RoutedModel):
         """
         from bayes_router.integrations import tuning
 
+        if schedule is None and self.fitted is not None:
+            return tuning.program(self, tuning.recorded_state(self, self.fitted))
         return tuning.program(self, tuning.final_state(self, schedule))
 
     def set_budget(
@@ -157,6 +166,26 @@ class RoutedPretrained(RoutedModel):
             raise ValueError("texts: expected held-out text, from fit() or given here; got None; pass texts=")
         context = min(context, len(source) - 1)
         return solve(self, source, budget, context, max(limit, context))
+
+
+class Network:
+    """(tokens [B, T], route) -> logits [B, T, V] of a patched model, every layer's route answered by `route(layer, hidden)`."""
+
+    def __init__(self, router: RoutedPretrained):
+        self.router = router
+
+    def __call__(self, tokens: Tensor, route: Route) -> Tensor:
+        """See the class."""
+        with self.router.routed_by(route):
+            return self.router.logits(tokens, **({"use_cache": False} if self.router.causal else {}))
+
+    @property
+    def embed(self) -> torch.nn.Module:
+        """Token ids to vectors."""
+        model = self.router.model
+        assert isinstance(model, PreTrainedModel)
+        embedding: torch.nn.Module = model.get_input_embeddings()
+        return embedding
 
 
 def patch_pretrained(model: PreTrainedModel, settings: PatchSettings) -> RoutedPretrained:

@@ -13,6 +13,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bayes_router.integrations.call import AttentionCall, padding_of
+from bayes_router.integrations.memory import held_keys
 from bayes_router.integrations.routed import BINDING, Binding
 
 MASKS = {"sdpa": sdpa_mask, "eager": eager_mask}
@@ -87,9 +88,10 @@ for _base, _mask in MASKS.items():
 def keep_hidden(binding: Binding, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of an attention module: what its controller reads, unless the call is one that is left alone."""
     hidden = args[0] if args else kwargs.get("hidden_states")
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
     crossed = kwargs.get("encoder_hidden_states") is not None or kwargs.get("key_value_states") is not None
     binding.hidden = hidden if isinstance(hidden, Tensor) and not crossed else None
+    binding.past = None if cache is None else (cache, held_keys(cache, getattr(module, "layer_idx", None)))
     if cache is not None and getattr(cache, "is_compileable", False):
         raise ValueError(
             "past_key_values: expected a cache that grows with the text; got a static one, whose empty slots routed attention "

@@ -11,6 +11,7 @@ from bayes_router.attention.full import FullAttention
 from bayes_router.attention.local import LocalAttention
 from bayes_router.config import require
 from bayes_router.integrations.call import AttentionCall
+from bayes_router.integrations.decode import attend_one, remember
 from bayes_router.integrations.experts import FullExpert, LocalExpert, PatchedExpert, banded
 from bayes_router.integrations.features import GatedExpert, LinearExpert
 
@@ -54,6 +55,11 @@ class RoutedLayer(nn.Module):
 
     def attend(self, call: AttentionCall, route: Tensor | int) -> Tensor:
         """[B, H, Tq, Dv] for weights [B, Tq, E] (all experts computed), choices int64 [B, Tq], or one expert for all."""
+        out = self._attend(call, route)
+        remember(self.experts, call, route)
+        return out
+
+    def _attend(self, call: AttentionCall, route: Tensor | int) -> Tensor:
         if isinstance(route, int):
             out: Tensor = self.expert(route)(call)
             return out
@@ -63,9 +69,11 @@ class RoutedLayer(nn.Module):
         return self._hard(call, route)
 
     def _hard(self, call: AttentionCall, route: Tensor) -> Tensor:
+        if route.shape[1] == 1 and call.causal:
+            return attend_one(self.experts, call, route)
         taken: list[int] = route.unique().tolist()  # waits for the device: what is not taken is not launched
         if len(taken) == 1:
-            return self.attend(call, taken[0])
+            return self._attend(call, taken[0])
         if self._dispatchable(call):
             shift = unpadding(call)
             if shift is not None:
@@ -75,10 +83,6 @@ class RoutedLayer(nn.Module):
         out = call.v.new_zeros(*call.q.shape[:3], call.v.shape[3])
         for index in taken:
             expert = self.expert(index)
-            if route.shape[1] == 1:  # decoding: sequences side by side
-                rows = (route[:, 0] == index).nonzero()[:, 0]
-                out[rows] = expert(call.batch(rows))
-                continue
             for b in (route == index).any(1).nonzero()[:, 0]:
                 rows = (route[b] == index).nonzero()[:, 0]
                 out[b, :, rows] = expert.rows(call.batch(b[None]), rows)[0]

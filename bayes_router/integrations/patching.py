@@ -9,7 +9,7 @@ from torch import nn
 
 from bayes_router.config import PriorConfig, require
 from bayes_router.integrations.routed import BINDING, PatchSettings, RoutedModel
-from bayes_router.integrations.saving import load_weights, read_settings
+from bayes_router.integrations.saving import load_fit, load_weights, read_settings
 from bayes_router.routing.policy import Policy
 
 
@@ -67,7 +67,7 @@ def patch(
 
 
 def load_patch(model: nn.Module, folder: Path | str) -> Any:
-    """Patch `model` as it was when `save` wrote `folder`: settings, controllers, experts and policy.
+    """Patch `model` as it was when `save` wrote `folder`: settings, controllers, experts, policy and held-out text.
 
     A model that is patched alike already is filled from the folder.
 
@@ -79,6 +79,7 @@ def load_patch(model: nn.Module, folder: Path | str) -> Any:
     router = known or _patch(model, settings)
     try:
         load_weights(router, folder)
+        load_fit(router, folder)
     except ValueError:
         if known is None:
             router.unpatch()

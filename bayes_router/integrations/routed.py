@@ -5,7 +5,7 @@ What is added lives here and not in the model: its parameters, state dict and `s
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,8 @@ from bayes_router.attention.expert import ExpertShape
 from bayes_router.config import ModelConfig, PriorConfig, require
 from bayes_router.integrations.call import AttentionCall
 from bayes_router.integrations.layer import EXPERTS, RoutedLayer
+from bayes_router.integrations.memory import Memories
+from bayes_router.integrations.texts import TokenStream
 from bayes_router.routing.controller import MetaController
 from bayes_router.routing.policy import Argmax, Policy, execute
 from bayes_router.routing.posterior import dirichlet_kl
@@ -70,6 +72,31 @@ class PatchSettings:
 
 
 @dataclass(frozen=True)
+class FitRecord:
+    """How a patch was fitted, as its folder remembers it: what its Pyro program and its diagnostics need to know.
+
+    Attributes:
+        context: tokens of a sequence.
+        tokens: of text that was read for fitting.
+        kl_weight: of the objective at the end.
+        price: of the prior's tilt at the end, nats per unit of cost.
+        straight_through: whether draws were executed as their argmax at the end.
+        likelihood: model or text, see `FitSettings`.
+        budget: cost at which the fit was held; None: at the prior's own price.
+        tokenizer: the name of the one that made the tokens; None where ids were given.
+    """
+
+    context: int
+    tokens: int
+    kl_weight: float
+    price: float
+    straight_through: bool
+    likelihood: str
+    budget: float | None = None
+    tokenizer: str | None = None
+
+
+@dataclass(frozen=True)
 class Found:
     """One attention layer of a model: the module that runs it, and its sizes."""
 
@@ -87,11 +114,17 @@ class Binding:
     def __init__(self, router: "RoutedModel", index: int):
         self.router, self.index = router, index
         self.hidden: Tensor | None = None
+        self.past: tuple[Any, Tensor | None] | None = None  # the KV cache, and what it held of this layer's keys
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Route the call's queries and execute it: [B, H, Tq, Dv]."""
         assert self.hidden is not None
         hidden, self.hidden = self.hidden, None
+        past, self.past = self.past, None
+        if past is not None:
+            memory = self.router.memories.of(past[0], self.index)
+            memory.follow(past[1], call)
+            call = replace(call, memory=memory)
         return self.router.attend(self.index, hidden, call)
 
 
@@ -106,7 +139,12 @@ class RoutedModel(nn.Module):
         settings: what it was patched with.
         policy: of HARD.
         mode: overrides what train and eval mode imply.
+        fitted: how it was fitted; None before.
+        held_out: text that `fit` did not read.
     """
+
+    fitted: FitRecord | None = None
+    held_out: TokenStream | None = None
 
     def __init__(self, model: nn.Module, found: list[Found], settings: PatchSettings):
         super().__init__()
@@ -131,6 +169,7 @@ class RoutedModel(nn.Module):
         self._concentration: dict[int, Tensor] = {}
         self._executed: dict[int, Tensor] = {}
         self._restore: list[Callable[[], None]] = []
+        self.memories = Memories()
         self._start_on_full()
 
     def _start_on_full(self) -> None:
@@ -259,11 +298,14 @@ class RoutedModel(nn.Module):
         """Whether the model still routes."""
         return bool(self._restore)
 
-    def save(self, folder: Any) -> None:
-        """Write what was added: router.safetensors and router.json; see `load_patch`."""
+    def save(self, folder: Any, held_out: bool = True) -> None:
+        """Write what was added, see `load_patch`; with `held_out` also up to 32,768 tokens of text that `fit` did not read.
+
+        `bayes-router inspect` and `report` show that text; without it they ask for one.
+        """
         from bayes_router.integrations.saving import save_router
 
-        save_router(self, folder)
+        save_router(self, folder, held_out)
 
     def _bind(self) -> None:
         """Give every found module its binding."""
@@ -288,7 +330,7 @@ def model_config(found: Found, settings: PatchSettings, num_layers: int, vocab_s
         num_heads=heads,
         num_kv_heads=found.kv_heads,
         experts=settings.experts,
-        window=settings.window,
+        window=settings.window + settings.sinks,  # what `local` reads, hence what it costs
         controller_hidden=settings.controller_hidden,
         concentration_floor=settings.concentration_floor,
     )

@@ -1,4 +1,7 @@
-"""A patch on disk: router.safetensors (what was added) and router.json (settings, policy, the model it belongs to)."""
+"""A patch on disk: router.safetensors (what was added), router.json (settings, policy, the fit, the model it belongs to).
+
+And held_out.safetensors, text that the fit did not read, as token ids.
+"""
 
 import hashlib
 import json
@@ -12,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bayes_router.config import PriorConfig, require
-from bayes_router.integrations.routed import PatchSettings, RoutedModel
+from bayes_router.integrations.routed import FitRecord, PatchSettings, RoutedModel
+from bayes_router.integrations.texts import TokenStream
 from bayes_router.routing.policy import Argmax, Budget, Conservative, Policy
 from bayes_router.training.checkpoint import write_json, write_whole
 
-WEIGHTS, SETTINGS, FORMAT = "router.safetensors", "router.json", 1
+WEIGHTS, SETTINGS, HELD_OUT, FORMAT = "router.safetensors", "router.json", "held_out.safetensors", 1
+HELD_OUT_TOKENS = 32_768
 SAMPLES = 64  # numbers of each tensor that enter the fingerprint
 POLICIES: dict[str, type[Any]] = {policy.__name__: policy for policy in (Argmax, Budget, Conservative)}
 
@@ -36,8 +41,8 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def save_router(router: RoutedModel, folder: Path | str) -> None:
-    """Write both files of a patch.
+def save_router(router: RoutedModel, folder: Path | str, held_out: bool = True) -> None:
+    """Write the files of a patch.
 
     Raises:
         ValueError: the policy is not one of the project's own.
@@ -56,8 +61,16 @@ def save_router(router: RoutedModel, folder: Path | str) -> None:
             "fingerprint": fingerprint(router.model),
             "settings": router.settings.to_dict(),
             "policy": {"name": name, **asdict(router.policy)},  # type: ignore[call-overload]
+            "fit": None if router.fitted is None else asdict(router.fitted),
+            "base": str(getattr(router.model, "name_or_path", "") or ""),
         },
     )
+    text = router.held_out if held_out else None
+    if type(text) is TokenStream:  # the masks of a MaskedStream are no text
+        tokens = text.tokens[:HELD_OUT_TOKENS].contiguous()
+        write_whole(folder / HELD_OUT, lambda path: save_file({"tokens": tokens}, path))
+    else:
+        (folder / HELD_OUT).unlink(missing_ok=True)
 
 
 def read_settings(model: nn.Module, folder: Path | str) -> tuple[PatchSettings, Policy]:
@@ -86,6 +99,46 @@ def read_settings(model: nn.Module, folder: Path | str) -> tuple[PatchSettings, 
         "weights or architecture differ: load the model that was patched, or patch and fit this one",
     )
     return made, chosen
+
+
+def is_patch(folder: Path | str) -> bool:
+    """Whether a folder looks like a saved patch (and not like a run)."""
+    return (Path(folder) / SETTINGS).is_file()
+
+
+def read_origin(folder: Path | str) -> tuple[str, str]:
+    """(class, name or path) of the model that a patch was made for, as its folder names them; empty where it does not.
+
+    Raises:
+        ValueError: router.json is damaged.
+    """
+    path = Path(folder) / SETTINGS
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        return str(saved.get("model") or ""), str(saved.get("base") or "")
+    except (json.JSONDecodeError, AttributeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected the settings of a patch; damaged or of another version: {error!r}") from error
+
+
+def load_fit(router: RoutedModel, folder: Path | str) -> None:
+    """Restore how the patch was fitted, and the text that was held out, where the folder has them.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    path, text = Path(folder) / SETTINGS, Path(folder) / HELD_OUT
+    try:
+        fit = json.loads(path.read_text(encoding="utf-8")).get("fit")
+        router.fitted = None if fit is None else FitRecord(**fit)
+    except TypeError as error:
+        raise ValueError(f"{path}: expected how the patch was fitted; damaged or of another version: {error!r}") from error
+    if not text.is_file():
+        return
+    try:
+        tokens = load_file(text)["tokens"].long()
+    except (SafetensorError, KeyError, OSError) as error:
+        raise ValueError(f"{text}: expected token ids of held-out text; damaged: {error}; delete it to go without") from error
+    router.held_out = TokenStream(tokens, router.config.vocab_size, "held out")
 
 
 def load_weights(router: RoutedModel, folder: Path | str) -> None:

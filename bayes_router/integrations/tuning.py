@@ -1,8 +1,10 @@
 """Fitting what a patch added: first distillation of feature maps, then SVI on the ELBO, all by the project's own program."""
 
+import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -19,8 +21,11 @@ from bayes_router.integrations.call import AttentionCall
 from bayes_router.integrations.features import LinearExpert
 from bayes_router.integrations.huggingface import RoutedPretrained
 from bayes_router.integrations.layer import RoutedLayer
+from bayes_router.integrations.likelihood import Likelihood, TeacherELBO, entropy
+from bayes_router.integrations.routed import FitRecord
 from bayes_router.routing.schedule import Schedule, ScheduleState
 from bayes_router.training.optimise import clip_gradient, set_learning_rate
+from bayes_router.types import IGNORED, Route, choose
 
 KL_WEIGHT = 0.02  # over the number of layers: the sum over layers of the KL has this weight
 
@@ -39,6 +44,10 @@ class FitSettings:
         weights_lr: of the model's own weights; 0 leaves them as they are.
         warmup: steps of linear warm-up.
         clip: largest gradient norm.
+        likelihood: model, the next tokens of the unpatched model in expectation (self-distillation: far less noise); or
+            text, those of the text. None: model, but text where the model's own weights move.
+        budget: cost at which executed draws are held by moving the price, full = 1; None: the prior's own price.
+        seconds: the fit ends after about so many, its schedules shortened to that.
         seed: of batches and posterior draws.
     """
 
@@ -51,16 +60,27 @@ class FitSettings:
     weights_lr: float = 0.0
     warmup: int = 10
     clip: float = 1.0
+    likelihood: str | None = None
+    budget: float | None = None
+    seconds: float = math.inf
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Check every field."""
+        if self.likelihood is not None:
+            choose("likelihood", self.likelihood, Likelihood)
+        require(self.budget is None or 0 < self.budget <= 1, "budget", "a cost in (0, 1], full = 1, or None", self.budget)
         for name in ("steps", "distil_steps", "weights_lr", "warmup", "seed"):
             require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
         for name in ("context", "batch_size"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("lr", "controller_lr", "clip"):
+        for name in ("lr", "controller_lr", "clip", "seconds"):
             require(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
+
+    @property
+    def teacher(self) -> bool:
+        """Whether the unpatched model is what the fit follows."""
+        return self.likelihood == Likelihood.MODEL.value or (self.likelihood is None and self.weights_lr == 0)
 
     def rates(self, steps: int) -> TrainConfig:
         """As the shared learning-rate schedule takes it."""
@@ -71,6 +91,35 @@ def final_state(router: RoutedPretrained, schedule: ScheduleConfig | None = None
     """The objective at the end of a fit."""
     chosen = schedule or default_schedule(len(router.layers))
     return Schedule(chosen, router.prior, 1, router.experts, router.settings.prior.price).at(1)
+
+
+def recorded_state(router: RoutedPretrained, fitted: FitRecord) -> ScheduleState:
+    """The objective at the end of the fit that was."""
+    return ScheduleState(fitted.kl_weight, router.prior.concentration, fitted.price, fitted.straight_through)
+
+
+def record(
+    router: RoutedPretrained,
+    settings: FitSettings,
+    schedule: ScheduleConfig,
+    frame: pd.DataFrame,
+    tokens: int,
+    tokenizer: str | None,
+) -> FitRecord:
+    """What a patch remembers of its fit."""
+    end = final_state(router, schedule)
+    likelihood = Likelihood.MODEL if settings.teacher else Likelihood.TEXT
+    price = float(frame["price"].iloc[-1]) if len(frame) and settings.budget is not None else end.price
+    return FitRecord(
+        settings.context,
+        tokens,
+        end.kl_weight,
+        price,
+        end.straight_through,
+        likelihood.value,
+        settings.budget,
+        str(tokenizer) if tokenizer else None,
+    )
 
 
 def default_schedule(num_layers: int) -> ScheduleConfig:
@@ -149,11 +198,39 @@ def distil(router: RoutedPretrained, source: TokenSource, settings: FitSettings,
     return losses
 
 
-def program(router: RoutedPretrained, start: ScheduleState) -> tuple[RoutingModel, RoutingGuide]:
+def program(router: RoutedPretrained, start: ScheduleState, network: Any = None) -> tuple[RoutingModel, RoutingGuide]:
     """The project's model and guide around a patched model: routes are latent, the model's logits the likelihood."""
     device = next(router.model.parameters()).device
-    model = RoutingModel(router.network, start.concentration, router.cost_ratio.to(device), start.kl_weight, start.price)
+    chosen = router.network if network is None else network
+    model = RoutingModel(chosen, start.concentration, router.cost_ratio.to(device), start.kl_weight, start.price)
+    model.straight_through = start.straight_through
     return model, RoutingGuide(model, router.controller)
+
+
+class Pressure:
+    """The price that holds the executed cost at a budget: an integral and a proportional step on its logarithm.
+
+    log price += I e, and for the step at hand + P e, with e = cost - target; the target falls linearly from 1, where a fit
+    starts, to the budget over the first `FALL` of it. A Lagrange multiplier: the prior stays a prior of one price a step.
+    """
+
+    INTEGRAL, PROPORTIONAL, FALL = 0.2, 3.0, 0.4
+    LEAST, MOST = 1e-3, 1e4
+
+    def __init__(self, budget: float, price: float):
+        self.budget, self.log_price, self.error = budget, math.log(max(price, self.LEAST)), 0.0
+
+    def see(self, cost: float, progress: float) -> None:
+        """Take in the executed cost of a step."""
+        target = 1 - (1 - self.budget) * min(progress / self.FALL, 1.0)
+        self.error = cost - target
+        moved = self.log_price + self.INTEGRAL * self.error
+        self.log_price = min(max(moved, math.log(self.LEAST)), math.log(self.MOST))
+
+    @property
+    def price(self) -> float:
+        """For the next step, nats per unit of cost."""
+        return min(max(math.exp(self.log_price + self.PROPORTIONAL * self.error), self.LEAST), self.MOST)
 
 
 def fit_routes(
@@ -163,32 +240,65 @@ def fit_routes(
     schedule_config: ScheduleConfig,
     progress: bool = False,
 ) -> pd.DataFrame:
-    """SVI: one row a step, with the loss terms in nats per token.
+    """SVI: one row a step, with the loss terms in nats per token, the executed cost and the price.
 
     Raises:
         ValueError: the loss became infinite or no number.
     """
+    spent: list[Tensor] = []
+    ratio = router.cost_ratio.to(next(router.model.parameters()).device)
+
+    def network(tokens: Tensor, route: Route) -> Tensor:
+        def counted(layer: int, hidden: Tensor) -> Tensor | int:
+            weights = route(layer, hidden)
+            assert isinstance(weights, Tensor)
+            spent.append((weights.detach() @ ratio).mean())
+            return weights
+
+        return router.network(tokens, counted)
+
     schedule = Schedule(schedule_config, router.prior, settings.steps, router.experts, router.settings.prior.price)
-    objective, device = NegativeELBO(*program(router, schedule.at(0))), next(router.model.parameters()).device
-    groups: list[dict[str, Any]] = [{"params": list(router.controller.parameters()), "peak": settings.controller_lr}]
-    own = [p for layer in router.layers for p in layer.parameters()]
-    if own:
-        groups.append({"params": own, "peak": settings.lr})
-    if settings.weights_lr:
-        groups.append({"params": list(router.model.parameters()), "peak": settings.weights_lr})
-    optimiser = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98))
+    objective, device = NegativeELBO(*program(router, schedule.at(0), network)), ratio.device
+    elbo = TeacherELBO()
+    objective.elbo = elbo
+    pressure = None if settings.budget is None else Pressure(settings.budget, router.settings.prior.price)
+    optimiser = torch.optim.AdamW(_groups(router, settings), weight_decay=0.0, betas=(0.9, 0.98))
     trained = nn.ModuleList([router, *([router.model] if settings.weights_lr else [])])
-    rows = []
+    rows, started = [], time.perf_counter()
     for step in tqdm(range(settings.steps), disable=not progress, desc="fit", unit="step"):
-        objective.follow(schedule.at(step))
-        set_learning_rate(optimiser, settings.rates(settings.steps), step)
+        late = (time.perf_counter() - started) / settings.seconds
+        if late >= 1:
+            break
+        done = max(step / settings.steps, late)  # the schedules follow whichever limit is nearer
+        state = schedule.at(int(done * settings.steps))
+        objective.follow(state if pressure is None else replace(state, price=pressure.price))
+        set_learning_rate(optimiser, settings.rates(settings.steps), max(step, int(done * settings.steps)))
         batch = source.batch(step, settings.batch_size, settings.context, settings.seed)
-        loss, terms = objective(batch.tokens.to(device), batch.targets.to(device))
+        tokens, targets = batch.tokens.to(device), batch.targets.to(device)
+        elbo.teacher = router.unrouted(tokens) if settings.teacher else None
+        loss, terms = objective(tokens, targets)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         clip_gradient(trained, settings.clip)
         optimiser.step()
         row = {"step": step + 1, **{name: float(value) for name, value in terms._asdict().items()}}
         require(torch.isfinite(loss).item() is True, f"step {step}", "a finite loss", float(loss.detach()), "lower the rates")
+        if elbo.teacher is not None:
+            row["divergence"] = row["nll"] - float(entropy(elbo.teacher)[targets != IGNORED].sum() / targets.numel())
+        row["cost"], row["price"] = float(torch.stack(spent).mean()), objective.model.price
+        spent.clear()
+        if pressure is not None:
+            pressure.see(row["cost"], done)
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _groups(router: RoutedPretrained, settings: FitSettings) -> list[dict[str, Any]]:
+    """Parameters with their peak learning rates: controllers, experts, and the model's own where they move."""
+    groups: list[dict[str, Any]] = [{"params": list(router.controller.parameters()), "peak": settings.controller_lr}]
+    own = [p for layer in router.layers for p in layer.parameters()]
+    if own:
+        groups.append({"params": own, "peak": settings.lr})
+    if settings.weights_lr:
+        groups.append({"params": list(router.model.parameters()), "peak": settings.weights_lr})
+    return groups

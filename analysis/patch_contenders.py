@@ -1,0 +1,178 @@
+"""What a routed SmolLM2 is compared with: static choices of layers, one window for all; what each costs, in keys and in ms."""
+
+import math
+import time
+from collections.abc import Callable, Collection, Hashable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bayes_router.integrations.experts import LocalExpert
+from bayes_router.integrations.huggingface import RoutedPretrained
+from bayes_router.integrations.texts import TokenStream
+from bayes_router.routing.policy import Budget
+from bayes_router.types import Route
+
+PRICE = 60.0  # nats per unit of cost: no posterior is as sure as that
+HALVINGS = 14
+
+
+def hybrid(fully: Collection[int], full: int, local: int) -> Route:
+    """The route that puts the layers of `fully` on full attention and the others on local."""
+    return lambda layer, hidden: full if layer in fully else local
+
+
+def executed_cost(router: RoutedPretrained, routes: Tensor) -> float:
+    """Keys read over those that full attention reads, position by position, of routes int64 [L, T] of one window.
+
+    `full` reads t + 1 keys at position t and `local` its window and the sinks outside it, so that routes which spend on late
+    tokens are charged for it. Experts that read no keys are charged at their cost ratio.
+    """
+    T = routes.shape[-1]
+    seen = torch.arange(1, T + 1, device=routes.device, dtype=torch.float64)
+    local = window_keys(seen, router.settings.window, router.settings.sinks)
+    keys = {"full": seen, "local": local}
+    ratio = router.cost_ratio.to(routes.device).double()
+    cost = torch.stack([keys.get(name, ratio[i] * seen.mean()).expand(T) for i, name in enumerate(router.experts)])  # [E, T]
+    return float(cost.gather(0, routes.clamp_min(0)).sum() / (seen.sum() * routes.shape[0]))
+
+
+def window_keys(seen: Tensor, window: int, sinks: int) -> Tensor:
+    """Keys that a window with sinks reads where full attention reads `seen`."""
+    return seen.clamp_max(window) + (seen - window).clamp(0, sinks)
+
+
+def share(context: int, window: int, sinks: int) -> float:
+    """Cost of `local` relative to full over a window of `context` tokens."""
+    seen = torch.arange(1, context + 1, dtype=torch.float64)
+    return float(window_keys(seen, window, sinks).sum() / seen.sum())
+
+
+def layers_within(router: RoutedPretrained, context: int, budget: float) -> tuple[int, float]:
+    """How many layers may stay on full within a budget, and what that costs."""
+    num, local = len(router.layers), share(context, router.settings.window, router.settings.sinks)
+    kept = max(0, min(num, math.floor(num * (budget - local) / (1 - local) + 1e-9)))
+    return kept, (kept + (num - kept) * local) / num
+
+
+def window_of(context: int, budget: float, sinks: int) -> int:
+    """The widest window that costs at most `budget` everywhere."""
+    low, high = 1, context
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if share(context, middle, sinks) <= budget else (low, middle - 1)
+    return low
+
+
+@contextmanager
+def windowed(router: RoutedPretrained, window: int) -> Iterator[None]:
+    """Another window in every local expert."""
+    experts = [e for e in router.layers.modules() if isinstance(e, LocalExpert)]
+    before = [e.shape for e in experts]
+    try:
+        for expert in experts:
+            expert.shape = expert.shape._replace(window=window)
+        yield
+    finally:
+        for expert, shape in zip(experts, before, strict=True):
+            expert.shape = shape
+
+
+class Divergence:
+    """Mean KL(original || routed) of a calibration text, nats per token, for routes without controllers."""
+
+    def __init__(self, router: RoutedPretrained, tokens: Tensor):
+        self.router, self.tokens = router, tokens
+        self.original = router.unrouted(tokens)[0]  # [T, V]
+
+    @torch.no_grad()
+    def __call__(self, route: Route) -> float:
+        """Of one route."""
+        logits, total = self.router.network(self.tokens, route)[0], 0.0
+        for ours, theirs in zip(logits.split(2048), self.original.split(2048), strict=True):
+            log, target = ours.float().log_softmax(-1), theirs.float().log_softmax(-1)
+            total += float(F.kl_div(log, target, reduction="sum", log_target=True))
+        return total / len(self.original)
+
+
+def orders(router: RoutedPretrained, tokens: Tensor, seconds: float) -> dict[str, list[int]]:
+    """Layers in the order in which they go to local, the harmless first, by name of how it was found.
+
+    `one by one`: by the harm of each alone. `greedy`: the least harmful next, given those that went before; L (L + 1) / 2
+    passes, begun from `one by one` where `seconds` are over.
+    """
+    full, local = (router.experts.index(name) for name in ("full", "local"))
+    harm, layers, started = Divergence(router, tokens), list(range(len(router.layers))), time.perf_counter()
+
+    def of(gone: Collection[int]) -> float:
+        return harm(hybrid([layer for layer in layers if layer not in gone], full, local))
+
+    alone = {layer: of([layer]) for layer in layers}
+    single, greedy = sorted(layers, key=alone.__getitem__), []
+    while len(greedy) < len(layers):
+        left = [layer for layer in single if layer not in greedy]
+        if time.perf_counter() - started > seconds:
+            print(f"greedy order: stopped after {len(greedy)} of {len(layers)} layers", flush=True)
+            greedy += left
+            break
+        greedy.append(min(left, key=lambda layer: of([*greedy, layer])))
+    return {"one by one": single, "greedy": greedy}
+
+
+@torch.no_grad()
+def loads(router: RoutedPretrained, stream: TokenStream, context: int, limit: int, device: Any) -> list[int]:
+    """Layers by the share of tokens that the router leaves on full, the smallest first: its own static choice."""
+    full, shares = router.experts.index("full"), []
+    for batch in stream.windows(context, 1, limit):
+        shares.append((router(batch.tokens.to(device), use_cache=False).route == full).double().mean((1, 2)))
+    order: list[int] = torch.stack(shares).mean(0).argsort().tolist()
+    return order
+
+
+@torch.no_grad()
+def meet(router: RoutedPretrained, stream: TokenStream, budget: float, context: int, limit: int, device: Any) -> float:
+    """Set the policy to the lowest price at which executed routes cost at most `budget`, keys counted; what they cost."""
+    costs = tuple(router.cost_ratio.tolist())
+
+    def at(price: float) -> float:
+        router.policy = Budget(costs, price)
+        found = [
+            executed_cost(router, router(batch.tokens.to(device), use_cache=False).route[:, 0])
+            for batch in stream.windows(context, 1, limit)
+        ]
+        return sum(found) / len(found)
+
+    low, high = -PRICE, PRICE
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if at(middle) > budget else (low, middle)
+    return at(high)
+
+
+def median_ms(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Median wall time of `run` in ms, the device drained before and after; two runs to warm up."""
+    times = []
+    for i in range(repeats + 2):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - started) if i >= 2 else math.inf)
+    return float(np.median([t for t in times if t < math.inf]))
+
+
+@torch.no_grad()
+def timings(router: RoutedPretrained, tokens: Tensor, route: Route | None, repeats: int) -> dict[Hashable, Any]:
+    """Prefill of [1, T], and one decoding step behind it, ms; the model as it is used, by its own forward pass."""
+    model, device = router.model, tokens.device
+    with nullcontext() if route is None else router.routed_by(route):
+        prefill = median_ms(lambda: model(tokens, use_cache=True, logits_to_keep=1), device, repeats)
+        cache = model(tokens[:, :-8], use_cache=True, logits_to_keep=1).past_key_values
+        decode = median_ms(lambda: model(tokens[:, -1:], past_key_values=cache, use_cache=True), device, repeats)
+    return {"prefill_ms": prefill, "decode_ms": decode}

@@ -1,0 +1,107 @@
+"""What `inspect` and `report` open: a run folder, or the folder of a saved patch with the model that it belongs to."""
+
+from pathlib import Path
+from typing import Optional
+
+import torch
+from jsonargparse import Namespace
+
+from bayes_router.commands.options import Parser, add_run
+from bayes_router.config import config_from_dict, require
+from bayes_router.data.text import load_corpus, split_documents
+from bayes_router.data.tokens import TokenDataset, TokenSource
+from bayes_router.diagnostics.fitted import FittedRun, fitted_patch, load_fitted
+from bayes_router.integrations.patching import load_patch
+from bayes_router.integrations.saving import is_patch, read_origin
+from bayes_router.training.fit import load_data, pick_device
+
+CONTEXT = 512  # tokens of a window of a patched model, at most, unless asked for
+LEAST_WINDOWS = 4  # of a short text
+
+
+def add_fitted(parser: Parser) -> None:
+    """Options that name what is opened, and the text it is read on."""
+    add_run(parser)
+    parser.add_argument("--text", type=Optional[Path], default=None, help="UTF-8 file to show (default: held-out text)")
+    parser.add_argument("--corpus", type=Optional[str], default=None, help="corpus whose held-out documents are read")
+    parser.add_argument("--base", type=Optional[str], default=None, help="of a patch: the model's folder or Hugging Face name")
+    parser.add_argument(
+        "--gguf_file", "--gguf-file", type=Optional[str], default=None, help="of a patch: GGUF file of the base"
+    )
+    parser.add_argument("--context", type=Optional[int], default=None, help="of a patch: tokens of a window")
+
+
+def read_text(path: Optional[Path]) -> Optional[bytes]:
+    """The bytes of a file; ValueError where there is none."""
+    if path is None:
+        return None
+    if not path.is_file():
+        raise ValueError(f"text: expected a file; {path} does not exist; correct the path")
+    return path.read_bytes()
+
+
+def open_fitted(options: Namespace, text: Optional[bytes] = None) -> FittedRun:
+    """The fit that `options.run` holds, with its held-out text where it is not the run's own.
+
+    Raises:
+        ValueError: the folder is neither a run nor a patch, the base model is missing or another, or there is no text.
+    """
+    if is_patch(options.run):
+        return _open_patch(options, text)
+    for name in ("base", "gguf_file", "context"):
+        require(options[name] is None, name, "none for a run (a patch has a base model)", options[name], "leave it out")
+    fitted = load_fitted(options.run, str(pick_device(options.device)))
+    if options.corpus is not None:
+        config, data = load_data(config_from_dict({"data": {"corpus": options.corpus}}, fitted.config))
+        known, got = fitted.config.model.vocab_size, config.model.vocab_size
+        require(known == got, "corpus", f"one of the run's vocabulary, {known} ids", f"{options.corpus} with {got}")
+        return FittedRun(**{**vars(fitted), "config": config, "held_out": data.valid})
+    return fitted
+
+
+def _open_patch(options: Namespace, text: Optional[bytes]) -> FittedRun:
+    from bayes_router.integrations.pretrained import load_base, load_tokeniser_of  # transformers, where it is needed
+
+    kind, name = read_origin(options.run)
+    made_for = f"{kind or 'model'}{f' ({name})' if name else ''}"
+    require(
+        options.base is not None,
+        "base",
+        f"the {made_for} that the patch {options.run} was made for",
+        None,
+        f"give --base {name or 'FOLDER, or its Hugging Face name'}",
+    )
+    device = torch.device(pick_device(options.device))
+    model = load_base(options.base, options.gguf_file, device)
+    router = load_patch(model, options.run)
+    tokeniser = load_tokeniser_of(options.base, options.gguf_file, router.config.vocab_size)
+    shown, source = "the fit", router.held_out
+    if options.corpus is not None:
+        require(tokeniser is not None, "corpus", "a base model with a tokenizer, to read text", options.base, _NO_TOKENIZER)
+        assert tokeniser is not None
+        documents = split_documents(load_corpus(options.corpus))[1]
+        shown, source = options.corpus, TokenDataset(documents, tokeniser, options.corpus)
+    elif text is not None and source is None:
+        require(tokeniser is not None, "text", "a base model with a tokenizer, to read text", options.base, _NO_TOKENIZER)
+        assert tokeniser is not None
+        require(len(text) > 0, "text", "at least one token", "an empty text", "name a file with text in it")
+        shown, source = options.text.name, TokenDataset([text], tokeniser, options.text.name)
+    if source is None:
+        raise ValueError(
+            f"text: expected held-out text; the patch {options.run} was saved without any; give --corpus NAME or --text FILE"
+        )
+    context = _context(options.context, router.fitted, model, source)
+    return fitted_patch(router, source, context=context, tokeniser=tokeniser, path=options.run, name=shown)
+
+
+_NO_TOKENIZER = "put its tokenizer files beside the model"
+
+
+def _context(asked: Optional[int], fitted: object, model: object, source: TokenSource) -> int:
+    """Tokens of a window: as asked, else those of the fit up to `CONTEXT`; fewer where the text is short."""
+    require(asked is None or asked >= 1, "context", "at least 1 token", asked)
+    assert isinstance(source, TokenDataset)
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None) or CONTEXT
+    wanted = asked or min(int(getattr(fitted, "context", CONTEXT)), CONTEXT)
+    require(wanted <= positions, "context", f"at most the {positions} positions of the model", wanted)
+    return max(1, min(wanted, (len(source) - 1) // LEAST_WINDOWS))

@@ -1,0 +1,169 @@
+"""One new token behind a cache: it reads what its route needs and no more, and equals the pass without a cache."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bayes_router.integrations.features import LinearExpert
+from tests.integrations.tiny_models import patched, tokens
+
+WINDOW, SINKS, T = 6, 2, 30
+EXPERTS = ("full", "linear", "gated", "local")
+
+
+def choices(rows: int, *taken: str) -> Any:
+    """Row b takes taken[b mod n] at every token, in every layer."""
+    index = torch.tensor([EXPERTS.index(taken[b % len(taken)]) for b in range(rows)])
+    return lambda layer, hidden: index[:, None].expand(hidden.shape[:2])
+
+
+def behind(model: Any, ids: Tensor, steps: int, **inputs: Any) -> tuple[Any, Tensor]:
+    """(cache, logits of the last `steps` tokens decoded one by one)."""
+    cache, mask, logits = None, inputs.get("attention_mask"), []
+    start, positions = ids.shape[1] - steps, torch.empty(0) if mask is None else (mask.cumsum(1) - 1).clamp_min(0)
+    for first, last in [(0, start), *((i, i + 1) for i in range(start, ids.shape[1]))]:
+        seen = {} if mask is None else {"attention_mask": mask[:, :last], "position_ids": positions[:, first:last]}
+        out = model(ids[:, first:last], past_key_values=cache, use_cache=True, **seen)
+        cache = out.past_key_values
+        logits.append(out.logits)
+    return cache, torch.cat(logits[1:], 1)
+
+
+def poison(cache: Any, kept: list[int]) -> None:
+    """No number in any cached key and value but those at `kept`; by `data`, which is how nobody writes to a cache."""
+    hidden = torch.ones(cache.layers[0].keys.shape[2], dtype=torch.bool)
+    hidden[kept] = False
+    for layer in cache.layers:
+        for x in (layer.keys, layer.values):
+            x.data[:, :, hidden] = torch.nan
+
+
+@pytest.mark.parametrize("taken", [("local",), ("linear",), ("gated",), ("local", "linear"), ("gated", "local", "linear")])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@torch.no_grad()
+def test_rows_on_local_and_linear_touch_no_key_outside_the_window(name: str, taken: tuple[str, ...]) -> None:
+    model, router = patched(name, window=WINDOW, sinks=SINKS)
+    ids = tokens(3, T)
+    with router.routed_by(choices(3, *taken)):
+        cache, _ = behind(model, ids, 3)
+        expected = model(torch.cat([ids, tokens(3, 1, 7)], 1), use_cache=False).logits[:, -1]
+        poison(cache, [*range(SINKS), *range(T - WINDOW + 1, T)])
+        got = model(tokens(3, 1, 7), past_key_values=cache, use_cache=True).logits[:, -1]
+    assert got.isfinite().all()
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_row_on_full_alone_reads_all_keys() -> None:
+    model, router = patched("llama", window=WINDOW, sinks=SINKS)
+    with router.routed_by(choices(3, "local", "full", "linear")):
+        cache, _ = behind(model, tokens(3, T), 3)
+        poison(cache, [*range(SINKS), *range(T - WINDOW + 1, T)])
+        got = model(tokens(3, 1, 7), past_key_values=cache, use_cache=True).logits[:, -1]
+    assert got.isfinite().all(-1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("taken", [("full", "linear", "gated", "local"), ("linear",), ("gated",), ("local",)])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma2"])
+@torch.no_grad()
+def test_decoding_equals_the_pass_without_a_cache(name: str, padded: bool, taken: tuple[str, ...]) -> None:
+    model, router = patched(name, window=WINDOW, sinks=SINKS)
+    ids, inputs = tokens(4, T), {}
+    if padded:
+        mask = (torch.arange(T) >= torch.tensor([0, 3, 5, 9])[:, None]).long()
+        inputs = {"attention_mask": mask}
+    with router.routed_by(choices(4, *taken)):
+        _, got = behind(model, ids, 12, **inputs)
+        whole = inputs | ({"position_ids": (mask.cumsum(1) - 1).clamp_min(0)} if padded else {})
+        expected = model(ids, use_cache=False, **whole).logits[:, -12:]
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_states_are_used_where_they_are_valid(monkeypatch: Any, padded: bool) -> None:
+    model, router = patched("llama", window=WINDOW)
+    mask = torch.ones(2, T, dtype=torch.int64)
+    mask[1, :4] = 1 - int(padded)
+    router.force("linear")
+
+    def refuse(*args: Any) -> Tensor:
+        raise AssertionError("query by key")
+
+    monkeypatch.setattr(LinearExpert, "_weights_by_key", refuse)
+    behind(model, tokens(2, T), 8, **({"attention_mask": mask} if padded else {}))
+    memory = next(iter(router.memories._by_cache.values()), None)
+    assert memory is None or memory[0].running  # the cache is gone, and with it the memory
+
+
+@pytest.mark.parametrize("change", ["reorder", "crop", "copy", "select", "repeat", "write"])
+@pytest.mark.parametrize("expert", ["linear", "gated"])
+@torch.no_grad()
+def test_a_changed_cache_makes_its_states_anew(change: str, expert: str) -> None:
+    model, router = patched("llama", window=WINDOW, sinks=SINKS)
+    ids, more = tokens(3, T), tokens(3, 4, 9)
+    with router.routed_by(lambda layer, hidden: choices(len(hidden), expert)(layer, hidden)):
+        cache, _ = behind(model, ids, 5)
+        if change == "reorder":
+            order = torch.tensor([2, 0, 2])
+            cache.reorder_cache(order)
+            ids = ids[order]
+        elif change == "crop":
+            cache.crop(-4)
+            ids = ids[:, :-4]
+        elif change == "copy":
+            other = copy.deepcopy(cache)
+            model(more[:, :1], past_key_values=cache, use_cache=True)
+            cache = other
+        elif change == "select":
+            cache.batch_select_indices(torch.tensor([1]))
+            ids, more = ids[1:2], more[1:2]
+        elif change == "repeat":
+            cache.batch_repeat_interleave(2)
+            ids, more = ids.repeat_interleave(2, 0), more.repeat_interleave(2, 0)
+        else:
+            twin, _ = behind(model, ids.flip(0), 5)
+            for layer, theirs in zip(cache.layers, twin.layers, strict=True):
+                layer.keys.copy_(theirs.keys)
+                layer.values.copy_(theirs.values)
+            ids = ids.flip(0)
+        for i in range(more.shape[1]):
+            got = model(more[:, i : i + 1], past_key_values=cache, use_cache=True).logits[:, -1]
+            ids = torch.cat([ids, more[:, i : i + 1]], 1)
+            torch.testing.assert_close(got, model(ids, use_cache=False).logits[:, -1], atol=2e-5, rtol=1e-4)
+
+
+def test_with_gradients_no_state_is_kept() -> None:
+    model, router = patched("llama", window=WINDOW)
+    router.force("linear")
+    cache, got = behind(model, tokens(2, T), 2)
+    torch.testing.assert_close(got, model(tokens(2, T), use_cache=False).logits[:, -2:], atol=2e-5, rtol=1e-4)
+    got.sum().backward()
+    assert all(p.grad is not None for p in router.layers[0].expert(1).parameters())
+    assert not router.memories._by_cache[cache][0].running
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("sinks", [0, SINKS])
+@torch.no_grad()
+def test_several_rows_on_cuda_equal_the_pass_without_a_cache(sinks: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    from bayes_router.integrations.patching import patch
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=101, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config).cuda().eval()
+    router = patch(model, window=16, sinks=sinks, experts=EXPERTS)
+    ids = tokens(5, 90).cuda()
+    index = torch.tensor([0, 1, 2, 3, 0], device="cuda")
+    with router.routed_by(lambda layer, hidden: index[:, None].expand(hidden.shape[:2])):
+        _, got = behind(model, ids, 6)
+        expected = model(ids, use_cache=False).logits[:, -6:]
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)

@@ -1,0 +1,149 @@
+"""`inspect`, `report` and the diagnostics read a saved patch: from end to end on a tiny Llama and GPT-2."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bayes_router.cli import main
+from bayes_router.diagnostics.examine import Effort, Examination
+from bayes_router.diagnostics.fitted import fitted_patch
+from bayes_router.diagnostics.report import write_report
+from bayes_router.integrations.patching import load_patch, patch
+from bayes_router.integrations.saving import HELD_OUT, SETTINGS
+from tests.integrations.tiny_models import VOCAB, scatter_routes, tiny
+
+TEXT = torch.randint(3, VOCAB, (400,), generator=torch.Generator().manual_seed(0)).repeat(4)
+EFFORT = Effort(None, 3, 2, 1, 100, (1, 4), 1, 8, 2, 1)
+WORDS = [
+    "the",
+    "a",
+    "of",
+    "to",
+    "and",
+    "in",
+    "river",
+    "stone",
+    "light",
+    "house",
+    "morning",
+    "road",
+    "wind",
+    "old",
+    "new",
+    "one",
+    "two",
+    "said",
+    "went",
+    "came",
+    "over",
+    "under",
+]
+
+
+def tokenizer() -> Any:
+    """Words and spaces, as a fast Hugging Face tokenizer."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="</s>", bos_token="<s>")
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def folders(request: Any, tmp_path_factory: Any) -> tuple[Path, Path, Path]:
+    """(base without a tokenizer, base with one, patch) on disk."""
+    model, root = tiny(request.param), tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(root / "base")
+    model.save_pretrained(root / "worded")
+    tokenizer().save_pretrained(root / "worded")
+    router = patch(model, window=6, sinks=2, experts=("full", "local"))
+    router.fit(TEXT, steps=2, context=24, batch_size=2, budget=0.6)
+    scatter_routes(router)
+    router.save(root / "patch")
+    return root / "base", root / "worded", root / "patch"
+
+
+def options(folders: tuple[Path, Path, Path], worded: bool = False) -> list[str]:
+    return [str(folders[2]), "--base", str(folders[1] if worded else folders[0]), "--device", "cpu"]
+
+
+def test_inspect_shows_held_out_ids_or_a_text(folders: Any, tmp_path: Path, capsys: Any) -> None:
+    assert main(["inspect", *options(folders), "--layer", "1", "--tokens", "40", "--colour", "never"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("layer 1: f:") and "local" in shown and "no tokenizer" in shown
+    held_out = load_patch(tiny("llama" if "llama" in str(folders[0]) else "gpt2"), folders[2]).held_out
+    assert f"{int(held_out.tokens[0])} {int(held_out.tokens[1])} " in shown
+    text = tmp_path / "text.txt"
+    text.write_text("the river came over the old stone house and the wind went under the road " * 60)
+    assert main(["inspect", *options(folders, True), "--text", str(text), "--colour", "never"]) == 0
+    assert "river" in capsys.readouterr().out
+    assert main(["inspect", *options(folders, True), "--corpus", f"text:{text}", "--colour", "never"]) == 0
+    assert "house" in capsys.readouterr().out
+    out = tmp_path / "worded.html"
+    assert main(["report", *options(folders, True), "--text", str(text), "--out", str(out), "--quick"]) == 0
+    assert "Uncertainty by kind of token" in out.read_text() and "kinds of token" not in capsys.readouterr().out
+
+
+def test_report_is_written_and_names_what_it_leaves_out(folders: Any, capsys: Any) -> None:
+    assert main(["report", *options(folders), "--quick", "--tokens", "60", "--context", "20"]) == 0
+    out, html = capsys.readouterr().out, (folders[2] / "report.html").read_text()
+    for reason in ("over training", "posteriors on the simplex", "kinds of token"):
+        assert f"left out: {reason}" in out and reason in html.split("<h2>Figures")[0]
+    data = json.loads(html.split('id="data">')[1].split("</script>")[0])
+    assert len(data["pieces"]) == 60 and len(data["layers"]) == 2 and data["experts"] == ["full", "local"]
+
+
+def test_every_diagnostic_reads_a_patched_model(folders: Any) -> None:
+    router = load_patch(tiny("llama" if "llama" in str(folders[0]) else "gpt2"), folders[2])
+    assert router.fitted is not None and router.fitted.context == 24 and router.fitted.budget == 0.6
+    run = fitted_patch(router, router.held_out, context=24)
+    assert run.program.price == router.fitted.price and run.program.straight_through
+    examined = Examination(run, effort=EFFORT)
+    assert len(examined.uncertainty.layers()) == 2 and len(examined.collapse.layers()) == 2
+    assert examined.figures().drop("rank correlation of entropy and regret").notna().any()
+    topics = {verdict.topic for verdict in examined.verdicts()}
+    assert {"guide", "amortisation", "calibration"} <= topics
+    assert "Reliability" in write_report(examined, limit=48)
+
+
+REFUSED = {
+    "no base": ([], "base: expected the (Llama|GPT2).* that the patch .* was made for; got None; give --base"),
+    "no such base": (["--base", "nowhere/at all"], "base: expected the folder or the name"),
+    "another model": (["--base", "OTHER"], "was made for"),
+    "text without a tokenizer": (["--base", "BASE", "--corpus", "stdlib"], "corpus: expected a base model with a tokenizer"),
+    "long context": (["--base", "BASE", "--context", "5000"], "context: expected at most the 256 positions"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_missing_is_named_with_the_fix(case: str, folders: Any, tmp_path: Path, capsys: Any) -> None:
+    tiny("llama", seed=5).save_pretrained(tmp_path / "other")
+    given, message = REFUSED[case]
+    given = [{"BASE": str(folders[0]), "OTHER": str(tmp_path / "other")}.get(word, word) for word in given]
+    assert main(["inspect", str(folders[2]), "--device", "cpu", *given]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_patch_without_text_asks_for_one(folders: Any, tmp_path: Path, capsys: Any) -> None:
+    router = load_patch(tiny("llama" if "llama" in str(folders[0]) else "gpt2"), folders[2])
+    router.save(tmp_path, held_out=False)
+    assert not (tmp_path / HELD_OUT).exists() and (tmp_path / SETTINGS).exists()
+    assert main(["inspect", str(tmp_path), "--base", str(folders[0]), "--device", "cpu"]) == 2
+    assert "give --corpus NAME or --text FILE" in capsys.readouterr().err
+
+
+def test_a_run_takes_no_base(finished_run: Path, capsys: Any) -> None:
+    assert main(["inspect", str(finished_run), "--base", "somewhere", "--device", "cpu"]) == 2
+    assert "base: expected none for a run" in capsys.readouterr().err
+
+
+def test_encoders_are_refused_with_the_reason() -> None:
+    router = patch(tiny("bert"), window=6)
+    with pytest.raises(ValueError, match="a patched decoder with a language-modelling head"):
+        fitted_patch(router, None, context=8)  # type: ignore[arg-type]
