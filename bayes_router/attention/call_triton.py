@@ -1,17 +1,17 @@
-"""What the launches of a routed forward and backward pass share: tile sizes, the call's facts, scratch, joining kernels."""
+"""What the launches of a forward and backward pass share: tile sizes, the call's facts, scratch, joining kernels."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from bayes_router.attention import forward_triton, linear_triton
+from bayes_router.attention import forward_triton
 from bayes_router.attention.launch_triton import launch
 from bayes_router.attention.plan_triton import Plan, Schedule
 
 LOG2_E = 1.4426950408889634
-MAX_CHUNKS = 256
 Sizes = dict[str, int]
 
 
@@ -54,11 +54,24 @@ def tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
         full_dq=deep,
         local_dq=deep,
         linear_dq=deep,
-        dkv=_sizes(32, 64, 4, 3),
+        dkv=_sizes(32, 128, 4, 2),
         linear_dkv=_sizes(32, 64, 4, 1),
         per_sm=3,
         per_sm_dq=2,
     )
+
+
+class Rows(NamedTuple):
+    """The queries that a kernel takes: those of its kind in a plan, or every one (`sorted` False: the tables are not read)."""
+
+    order: Tensor
+    before: Tensor
+    sorted: bool = True
+
+    @property
+    def steps(self) -> int:
+        """Entries of `before` up to its last."""
+        return self.before.shape[2] - 1
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,11 @@ class Call:
     covered: bool  # every row is written by one of the kernels
     tiles: Tiles
     programs: int
+
+    @property
+    def rows(self) -> Rows:
+        """The plan as kernels take it."""
+        return Rows(self.plan.order, self.plan.before)
 
 
 def combine(call: Call, partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor, block: int, add: bool) -> None:
@@ -116,25 +134,11 @@ def strides(*xs: Tensor) -> list[int]:
     return [stride for x in xs for stride in x.stride()[:3]]
 
 
+def head_size(dim: int) -> int:
+    """The head size that the kernels take: a power of two, at least 16."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
 def chunk_size(num_keys: int) -> int:
-    """Tokens between two kept states: short enough for the reads, long enough for the running sum of MAX_CHUNKS states."""
-    return max(64 if num_keys <= 1024 else 128 if num_keys <= 8192 else 256, triton.next_power_of_2(-(-num_keys // MAX_CHUNKS)))
-
-
-def prefix(s: Tensor, z: Tensor, reverse: bool) -> None:
-    """In place: what stands before each chunk, or after it if `reverse`."""
-    B, H, count, D = z.shape
-    block = min(64, D)
-    grid = (D * D // block + triton.cdiv(D, block), B * H)
-    launch(
-        linear_triton.prefix_kernel,
-        grid,
-        s,
-        z,
-        count,
-        D=D,
-        CHUNKS=triton.next_power_of_2(count),
-        BLOCK=block,
-        REVERSE=reverse,
-        num_warps=4,
-    )
+    """Tokens between two kept states: short enough for the reads, long enough that states take less memory than keys."""
+    return 64 if num_keys <= 1024 else 128 if num_keys <= 8192 else 256

@@ -20,20 +20,44 @@ def phi(x):
 
 
 @triton.jit
-def gather_rows(Order, Before, b, kind, block, T, NB, BM: tl.constexpr):
+def load_rows(X, t, real, x_t, D: tl.constexpr):
+    """Rows t of X [T, D], zero where not real."""
+    d = tl.arange(0, D)
+    return tl.load(X + t[:, None].to(tl.int64) * x_t + d[None, :], mask=real[:, None], other=0.0)
+
+
+@triton.jit
+def count_rows(Before, b, kind, T, NB, SORTED: tl.constexpr):
+    """How many tokens of row b are of this kind; all of them if not SORTED."""
+    return tl.load(Before + (b * 3 + kind) * (NB + 1) + NB) if SORTED else tl.cast(T, tl.int32)
+
+
+@triton.jit
+def rows_before(Before, b, kind, token, T, NB, SORTED: tl.constexpr):
+    """How many tokens of this kind stand before `token`; SORTED: before the last multiple of 64 up to it."""
+    return tl.load(Before + (b * 3 + kind) * (NB + 1) + tl.minimum(token // 64, NB)) if SORTED else tl.minimum(token, T)
+
+
+@triton.jit
+def nth_token(Order, b, kind, r, real, T, SORTED: tl.constexpr):
+    """The r-th token of this kind; 0 where not real."""
+    return tl.load(Order + (b * 3 + kind) * T + r, mask=real, other=0) if SORTED else tl.where(real, r, 0)
+
+
+@triton.jit
+def gather_rows(Order, Before, b, kind, block, T, NB, SORTED: tl.constexpr, BM: tl.constexpr):
     """Tokens of a block of one kind [BM], which of them exist, and the first and last."""
-    row = b * 3 + kind
-    count = tl.load(Before + row * (NB + 1) + NB)
+    count = count_rows(Before, b, kind, T, NB, SORTED)
     r = block * BM + tl.arange(0, BM)
     real = r < count
-    t = tl.load(Order + row * T + r, mask=real, other=0)
+    t = nth_token(Order, b, kind, r, real, T, SORTED)
     return t, real, tl.min(tl.where(real, t, 2147483647), 0), tl.max(t, 0)
 
 
 @triton.jit
 def sees(pos, n, reach):
     """Whether a query at `pos` sees key n, no more than `reach` keys back, itself included: one unsigned comparison."""
-    return (pos - n).to(tl.uint32, bitcast=True) < reach.to(tl.uint32)
+    return (pos - n).to(tl.uint32, bitcast=True) < tl.cast(reach, tl.uint32)  # an argument equal to 1 is a constexpr
 
 
 @triton.jit
@@ -156,16 +180,16 @@ def combine_kernel(
 def local_kernel(
     Q, K, V, Out, Lse, Order, Before, Starts, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
     H, GROUP, T, NB, num_keys, start, window, scale,
-    STARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    SORTED: tl.constexpr, STARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Windowed attention of a block of sorted local queries, over the hull of their windows."""
+    """Windowed attention of a block of (sorted) local queries, over the hull of their windows."""
     h, i, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    if i * BM >= tl.load(Before + (b * 3 + 2) * (NB + 1) + NB):
+    if i * BM >= count_rows(Before, b, 2, T, NB, SORTED):
         return
     begin = start
     if STARTS:
         begin = tl.load(Starts + b).to(tl.int32)
-    t, real, first, last = gather_rows(Order, Before, b, 2, i, T, NB, BM)
+    t, real, first, last = gather_rows(Order, Before, b, 2, i, T, NB, SORTED, BM)
     pos, d = t + begin, tl.arange(0, D)
     q = tl.load(Q + b * q_b + h * q_h + t[:, None].to(tl.int64) * q_t + d[None, :])
     K += b * k_b + h // GROUP * k_h

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bayes_router.attention import dense_triton
 from bayes_router.attention.expert import Expert, ExpertShape, register_expert, repeat_heads, widen
 
 CHUNK = 64
@@ -34,8 +35,22 @@ class GatedLinearAttention(Expert):
     def _features(self, x: Tensor) -> Tensor:
         return (widen(x) * self.log_scale.exp()[:, None, None]).softmax(-1)
 
+    def _log_gate(self, k: Tensor) -> Tensor:
+        """The logarithms of the gates [B, H, T], of keys one a query head."""
+        return F.logsigmoid((widen(k) * self.gate[:, None]).sum(-1) + self.gate_bias[:, None])
+
+    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """phi(q) [B, H, Tq, Dh] and phi(k) [B, H, Tk, Dh] in their dtype, and log a [B, H, Tk]: what the kernels take."""
+        if dense_triton.computes(q, k):
+            return dense_triton.features(q, k, self.gate, self.gate_bias, self.log_scale)
+        k = repeat_heads(k, q.shape[1])
+        return self._features(q).to(q.dtype), self._features(k).to(k.dtype), self._log_gate(k)
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Expert.forward`."""
+        if dense_triton.available(q, k, v):
+            phi_q, phi_k, log_gate = self.features(q, k)
+            return dense_triton.linear_attention(phi_q, phi_k, v, log_gate)
         past = k.shape[2] - q.shape[2]
         if past == 0 or q.shape[2] == 0:
             return self.extend(q, k[:, :, past:], v[:, :, past:], self.init_state(q, k, v))[0]
@@ -53,7 +68,7 @@ class GatedLinearAttention(Expert):
         k, v = repeat_heads(k, H), repeat_heads(v, H)
         chunk = min(CHUNK, T)
         pad = -T % chunk
-        log_gate = F.logsigmoid((widen(k) * self.gate[:, None]).sum(-1) + self.gate_bias[:, None])  # [B, H, T]
+        log_gate = self._log_gate(k)
         phi_q, phi_k = self._features(q), self._features(k)
         value = F.pad(widen(v), (0, 1), value=1.0)  # [B, H, T, Dh + 1]
         if pad:  # padding keeps the state: gate 1, key 0

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bayes_router.attention import dense_triton
 from bayes_router.attention.expert import Expert, register_expert, repeat_heads, widen
 
 CHUNK = 64
@@ -30,6 +31,8 @@ class LinearAttention(Expert):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Expert.forward`."""
+        if dense_triton.available(q, k, v):
+            return dense_triton.linear_attention(q, k, v)
         past = k.shape[2] - q.shape[2]
         state = self.init_state(q, k, v)
         if past:

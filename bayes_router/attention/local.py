@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bayes_router.attention import dense_triton
 from bayes_router.attention.expert import Expert, ExpertShape, causal_positions, register_expert, repeat_heads, segments
 
 MIN_BLOCK = 64
@@ -25,6 +26,8 @@ class LocalAttention(Expert):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Expert.forward`."""
+        if q.shape[2] > self.shape.window and dense_triton.available(q, k, v):
+            return dense_triton.local_attention(q, k, v, self.shape.window)
         past = k.shape[2] - q.shape[2]
         pieces = segments(q.shape[2], q.device)
         if len(pieces) > 1:
