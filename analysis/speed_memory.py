@@ -1,55 +1,5 @@
-"""Peak memory of one attention call, inputs not counted: by torch's allocator on CUDA, by a fresh process on the CPU."""
+"""Peak memory of one attention call: `bayes_router.benchmark.memory`, under the name by which the studies know it."""
 
-import multiprocessing
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
+from bayes_router.benchmark.memory import peak_bytes
 
-import torch
-
-from bayes_router.attention.dispatch import EXPERTS, routed_attention
-
-
-def peak_bytes(
-    kind: str | Sequence[float], T: int, H: int, Dh: int, window: int, *, training: bool, device: torch.device
-) -> int:
-    """Of one expert by name, or of a route drawn with these shares of the three; with its backward pass if `training`."""
-    arguments = (kind, T, H, Dh, window, training)
-    if device.type == "cuda":
-        return _peak(*arguments, device)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_peak, *arguments, device).result()
-
-
-def _peak(kind: str | Sequence[float], T: int, H: int, Dh: int, window: int, training: bool, device: torch.device) -> int:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    torch.manual_seed(0)
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    q, k, v = (torch.randn(1, T, H, Dh, device=device, dtype=dtype).transpose(1, 2).requires_grad_(training) for _ in range(3))
-    gradient = torch.randn_like(q)
-    route = EXPERTS.index(kind) if isinstance(kind, str) else torch.multinomial(torch.tensor(kind), T, True)[None].to(device)
-    before = _start(device)
-    with torch.set_grad_enabled(training):
-        out = routed_attention(q, k, v, route, window=window)
-    if training:
-        torch.autograd.grad(out, (q, k, v), gradient)
-    return _read(device) - before
-
-
-def _start(device: torch.device) -> int:
-    """Forget the peak so far; what is in use now."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts again
-    return _read(device)
-
-
-def _read(device: torch.device) -> int:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device)
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+__all__ = ["peak_bytes"]

@@ -7,7 +7,7 @@ from typing import Optional
 from jsonargparse import ArgumentError
 
 from bayes_router import __version__
-from bayes_router.commands import calibrate, evaluate, fit, generate, inspect, report
+from bayes_router.commands import bench, calibrate, evaluate, fit, generate, inspect, report
 from bayes_router.commands.options import Parser
 from bayes_router.config import one_line
 from bayes_router.training.fit import TrainingDiverged
@@ -19,6 +19,7 @@ COMMANDS = {
     "calibrate": calibrate,
     "inspect": inspect,
     "report": report,
+    "bench": bench,
 }
 
 

@@ -21,12 +21,19 @@ FLOORS = {
     "training": 4,
     "diagnostics": 5,
     "integrations": 5,
+    "benchmark": 5,
     "commands": 6,
     "cli": 7,
     "__main__": 8,
     "__init__": 9,
 }
-APART = {("attention", "routing"), ("routing", "attention"), ("diagnostics", "integrations")}
+APART = {
+    ("attention", "routing"),
+    ("routing", "attention"),
+    ("diagnostics", "integrations"),
+    ("benchmark", "diagnostics"),
+    ("benchmark", "integrations"),
+}
 
 
 def arrows() -> list[tuple[str, str, str]]:

@@ -4,7 +4,9 @@
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import Enum
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -15,10 +17,12 @@ from bayes_router.attention.expert import Expert, ExpertShape
 from bayes_router.attention.full import FullAttention
 from bayes_router.attention.linear import LinearAttention
 from bayes_router.attention.local import LocalAttention
-from bayes_router.attention.problem import RoutedProblem, check_problem, resolve_experts
+from bayes_router.attention.problem import BUILT_IN, RoutedProblem, check_inputs, check_problem, resolve_experts
 from bayes_router.types import choose
 
 EXPERTS = ("full", "linear", "local")
+SHORT_KEYS = 4096
+"""Keys up to which `auto` takes the one-launch kernel: quadratic, but a launch costs more than it wastes. To be measured."""
 
 
 class Backend(Enum):
@@ -26,7 +30,8 @@ class Backend(Enum):
 
     REFERENCE = "reference"  # the float64 oracle, any device
     TORCH = "torch"  # gathers in plain torch, any device, made for the CPU; on CUDA it synchronises
-    TRITON = "triton"  # own kernels, CUDA, forward and backward
+    TRITON = "triton"  # own kernels over sorted tokens, CUDA, forward and backward
+    SHORT = "short"  # one kernel over unsorted tokens, CUDA, forward, the built-in experts, for short texts
     DENSE = "dense"  # every expert over every token, then selected; any device
     AUTO = "auto"  # by device, length, dtype and gradients, from measured break-even points
 
@@ -74,19 +79,31 @@ def routed_attention(
     if window < 1:
         raise ValueError(f"window: expected at least 1 (a token sees itself); got {window}")
     shape = ExpertShape(q.shape[1], q.shape[3], window) if q.dim() == 4 else ExpertShape(1, 1, window)
-    built = tuple(e.to(q.device) for e in resolve_experts(experts, shape))
-    constant = route if isinstance(route, int) else None
-    if isinstance(route, int):
-        route = torch.full((), route, device=q.device).expand(q.shape[0], q.shape[2])
+    built = tuple(e if type(e) in BUILT_IN else e.to(q.device) for e in resolve_experts(experts, shape))
     plain_q, plain_k = q if linear_q is None else linear_q, k if linear_k is None else linear_k
-    problem = RoutedProblem(q, k, v, plain_q, plain_k, route, built, lengths, starts)
-    if constant is not None and not 0 <= constant < len(built):
-        raise ValueError(f"route: expected values in 0..{len(built) - 1}; got {constant}")
-    check_problem(problem)
-    if choice is Backend.AUTO and starts is None and (constant is not None or len(built) == 1):
-        only = built[constant or 0]
-        return _without_padding(problem, only(*problem.inputs(only)))
+    if not isinstance(route, int):
+        problem = RoutedProblem(q, k, v, plain_q, plain_k, route, built, lengths, starts)
+        check_problem(problem)
+        if choice is Backend.AUTO and starts is None and len(built) == 1:
+            return _all_on(built[0], problem)
+        return run_problem(pick_backend(choice, problem), problem)
+    if not 0 <= route < len(built):
+        raise ValueError(f"route: expected values in 0..{len(built) - 1}; got {route}")
+    problem = RoutedProblem(q, k, v, plain_q, plain_k, _NO_ROUTE, built, lengths, starts)
+    check_inputs(problem)
+    if choice is Backend.AUTO and starts is None:
+        return _all_on(built[route], problem)
+    problem = replace(problem, route=torch.full((), route, device=q.device).expand(q.shape[0], q.shape[2]))
     return run_problem(pick_backend(choice, problem), problem)
+
+
+_NO_ROUTE = torch.empty(0, dtype=torch.int64)
+
+
+def _all_on(expert: Expert, problem: RoutedProblem) -> Tensor:
+    """Every token on one expert: its own pass, and no dispatch."""
+    out: Tensor = expert(*problem.inputs(expert))
+    return _without_padding(problem, out)
 
 
 def pick_backend(choice: Backend, problem: RoutedProblem) -> Backend:
@@ -103,10 +120,14 @@ def choose_backend(problem: RoutedProblem) -> Backend:
     """What `auto` takes: never an error, and a function of shapes, dtype and device alone (no synchronisation)."""
     if problem.q.device.type != "cuda":
         return Backend.TORCH
-    for backend in (Backend.TRITON, Backend.DENSE):
-        if unavailable(backend, problem) is None:
-            return backend
-    return Backend.TORCH
+    if is_short(problem):
+        return Backend.SHORT
+    return Backend.TRITON if unavailable(Backend.TRITON, problem) is None else Backend.DENSE
+
+
+def is_short(problem: RoutedProblem) -> bool:
+    """Whether one launch over all tokens is the faster way: few keys, and nothing that `short` cannot compute."""
+    return problem.k.shape[2] <= SHORT_KEYS and unavailable(Backend.SHORT, problem) is None
 
 
 def unavailable(backend: Backend, problem: RoutedProblem) -> str | None:
@@ -115,23 +136,35 @@ def unavailable(backend: Backend, problem: RoutedProblem) -> str | None:
         return None
     if problem.q.device.type != "cuda":
         return f"it needs CUDA tensors; these are on {problem.q.device}"
-    if find_spec("triton") is None:
+    if not has_triton():
         return "the package triton is not installed"
     if problem.q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it computes float32, bfloat16 and float16; these are {problem.q.dtype}"
-    if problem.q.shape[3] > 256:
-        return f"it holds head sizes up to 256; this is {problem.q.shape[3]}"
+    most = 128 if backend is Backend.SHORT else 256
+    if problem.q.shape[3] > most:
+        return f"it holds head sizes up to {most}; this is {problem.q.shape[3]}"
+    if backend is Backend.SHORT:
+        kinds = [type(expert) for _, expert in problem.computed()]
+        if len(set(kinds)) < len(kinds) or not set(kinds).issubset(BUILT_IN):
+            return "it computes at most one each of the built-in experts full, linear and local"
+        return "it has no backward pass" if problem.needs_grad else None
     if problem.needs_grad and problem.q.shape[2] != problem.k.shape[2]:
         return "its backward pass needs as many queries as keys"
     return None
 
 
+@cache
+def has_triton() -> bool:
+    """Whether the package is installed; looked up once, for it takes longer than a launch."""
+    return find_spec("triton") is not None
+
+
 def available_backends(device: torch.device | str) -> tuple[Backend, ...]:
     """Backends that run on this device with the packages installed."""
     everywhere = (Backend.REFERENCE, Backend.TORCH, Backend.DENSE)
-    if torch.device(device).type != "cuda" or find_spec("triton") is None:
+    if torch.device(device).type != "cuda" or not has_triton():
         return everywhere
-    return (*everywhere, Backend.TRITON)
+    return (*everywhere, Backend.TRITON, Backend.SHORT)
 
 
 def run_problem(backend: Backend, problem: RoutedProblem) -> Tensor:
@@ -142,6 +175,10 @@ def run_problem(backend: Backend, problem: RoutedProblem) -> Tensor:
         if problem.starts is not None:
             return _stack(problem, [_select(one) for one in problem.sequences()])
         return _without_padding(problem, _select(problem))
+    if backend is Backend.SHORT:
+        from bayes_router.attention import short_triton  # only where it can be imported
+
+        return short_triton.attend(problem)
     if backend is Backend.TRITON:
         from bayes_router.attention import backend_triton  # only where it can be imported
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -42,12 +43,15 @@ class RoutedProblem:
     starts: Tensor | None = None
     elsewhere: frozenset[int] = frozenset()
 
-    @property
+    @cached_property
     def needs_grad(self) -> bool:
         """Whether autograd records this call."""
+        if not torch.is_grad_enabled():
+            return False
         inputs = (self.q, self.k, self.v, self.plain_q, self.plain_k)
-        own = any(p.requires_grad for expert in self.experts for p in expert.parameters())
-        return torch.is_grad_enabled() and (own or any(x.requires_grad for x in inputs))
+        return any(x.requires_grad for x in inputs) or any(
+            p.requires_grad for expert in self.experts if type(expert) not in BUILT_IN for p in expert.parameters()
+        )
 
     def computed(self) -> Iterator[tuple[int, Expert]]:
         """The experts that a backend has to compute, with their index."""
@@ -87,20 +91,36 @@ def resolve_experts(experts: Sequence[str | Expert], shape: ExpertShape) -> tupl
     """Names become registered experts of this shape; built ones pass through."""
     if not experts:
         raise ValueError("experts: expected at least one; got none")
-    return tuple(expert_class(e)(shape) if isinstance(e, str) else e for e in experts)
+    return tuple(_build(expert_class(e), shape) if isinstance(e, str) else e for e in experts)
+
+
+def _build(kind: type[Expert], shape: ExpertShape) -> Expert:
+    return _built_in(kind, shape) if kind in BUILT_IN else kind(shape)
+
+
+@lru_cache(256)
+def _built_in(kind: type[Expert], shape: ExpertShape) -> Expert:
+    """One for all calls: the built-in experts own no tensors, and building modules takes longer than checking a call."""
+    return kind(shape)
 
 
 def check_problem(problem: RoutedProblem) -> None:
     """Raise a ValueError for shapes, dtypes, devices or values that do not fit; values are read on the CPU only."""
-    q, route = problem.q, problem.route
+    check_inputs(problem)
+    q = problem.q
+    _check_integers("route", problem.route, (q.shape[0], q.shape[2]), q.device, len(problem.experts) - 1)
+
+
+def check_inputs(problem: RoutedProblem) -> None:
+    """`check_problem` of everything but the route."""
+    q = problem.q
     check_attention_inputs(q, problem.k, problem.v)
     for name, x, like in (("linear_q", problem.plain_q, q), ("linear_k", problem.plain_k, problem.k)):
-        if x.shape != like.shape or x.dtype != like.dtype or x.device != like.device:
+        if x is not like and (x.shape != like.shape or x.dtype != like.dtype or x.device != like.device):
             raise ValueError(
                 f"{name}: expected {tuple(like.shape)}, {like.dtype} on {like.device}; "
                 f"got {tuple(x.shape)}, {x.dtype} on {x.device}"
             )
-    _check_integers("route", route, (q.shape[0], q.shape[2]), q.device, len(problem.experts) - 1)
     if problem.lengths is not None:
         _check_integers("lengths", problem.lengths, (q.shape[0],), q.device, q.shape[2])
     if problem.starts is not None:
@@ -112,5 +132,7 @@ def _check_integers(name: str, x: Tensor, shape: tuple[int, ...], device: torch.
         raise ValueError(f"{name}: expected int64 or int32; got {x.dtype}")
     if tuple(x.shape) != shape or x.device != device:
         raise ValueError(f"{name}: expected shape {shape} on {device}; got {tuple(x.shape)} on {x.device}")
-    if x.device.type == "cpu" and x.numel() and (int(x.min()) < 0 or int(x.max()) > most):
-        raise ValueError(f"{name}: expected values in 0..{most}; got {int(x.min())}..{int(x.max())}")
+    if x.device.type == "cpu" and x.numel():
+        low, high = (int(bound) for bound in x.aminmax())
+        if low < 0 or high > most:
+            raise ValueError(f"{name}: expected values in 0..{most}; got {low}..{high}")

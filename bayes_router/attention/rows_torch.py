@@ -1,237 +1,271 @@
-"""Hard routing in plain torch: the queries of each expert gathered by position, in chunks. Any device; made for the CPU.
+"""Hard routing in plain torch: the queries of each expert gathered by position, in tiles. Any device; made for the CPU.
 
 One sequence at a time, q [H, Tq, Dh], k and v [Hkv, Tk, Dh], the queries the last Tq of Tk positions; `rows` are ascending
-indices of queries, and the result has only those. Queries that share a key head are packed side by side, so that keys are
-never repeated. Nothing is T x T: the widest mask is ROWS x T. It reads counts on the host, which synchronises on CUDA.
+indices of queries. Queries that share a key head are packed side by side, so that keys are never repeated. Nothing is T x T:
+the widest mask is ROWS x T. It reads counts on the host, which synchronises on CUDA.
+
+For the backward pass only the inputs, the output, and softmax normalisers or segment states are kept; it takes the same tiles
+again one by one and adds to one gradient of each input.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from bayes_router.attention.full import FullAttention
-from bayes_router.attention.linear import EPSILON, LinearAttention, feature_map, with_ones
+from bayes_router.attention import rows_linear
+from bayes_router.attention.expert import Expert, widen
+from bayes_router.attention.linear import LinearAttention
 from bayes_router.attention.local import LocalAttention
-from bayes_router.attention.problem import RoutedProblem
+from bayes_router.attention.problem import BUILT_IN, RoutedProblem
+from bayes_router.attention.rows_linear import add_rows, take
 
-ROWS = 128  # packed queries in a chunk of full attention
-FAR_ROWS = 1024  # queries that share one call for the keys that all of them see
-SPAN = 128  # positions in a block of local queries, at least
-CHUNK = 64  # positions between two states of linear attention
-SEGMENT = 1024  # positions of linear attention at a time: what a pass writes stays in the processor's cache
+ROWS = 192  # packed queries in a tile with a mask
+FAR_ROWS = 768  # queries that share one tile, without a mask, over the keys that all of them see
+SPAN = 128  # positions in a tile of local queries, at least
+KEYS = 512  # keys of a tile in the backward pass, at most: their gradients are temporaries
+
+
+class Kept(NamedTuple):
+    """What the backward pass needs of the queries of one expert in one sequence."""
+
+    expert: int  # its index
+    rows: Tensor  # [n]
+    notes: Any  # normalisers [H, n] of softmax, states of linear attention
 
 
 def attend(problem: RoutedProblem) -> Tensor:
     """The backend `torch`: [B, H, Tq, Dh]."""
-    Tq = problem.q.shape[2]
-    rows = [F.pad(_attend_sequence(one), (0, 0, 0, Tq - one.q.shape[2])) for one in problem.sequences()]
-    return torch.stack(rows) if rows else torch.zeros_like(problem.q)
-
-
-def _attend_sequence(one: RoutedProblem) -> Tensor:
-    """[H, Tq, Dh] of a problem with B = 1 and no padding."""
-    route = one.route[0]
-    parts, taken = [], []
-    for index, expert in enumerate(one.experts):
-        rows = (route == index).nonzero()[:, 0]
-        if not rows.numel():
-            continue
-        taken.append(rows)
-        inputs = one.inputs(expert)
-        if index in one.elsewhere:
-            parts.append(torch.zeros_like(one.q[0, :, : rows.numel()]))
-        elif rows.numel() == route.numel():  # nothing to gather
-            return expert(*inputs)[0]
-        else:
-            q, k, v = (x[0] for x in inputs)
-            if type(expert) is FullAttention:
-                parts.append(full_rows(q, k, v, rows))
-            elif type(expert) is LocalAttention:
-                parts.append(local_rows(q, k, v, rows, expert.shape.window))
-            elif type(expert) is LinearAttention:
-                parts.append(linear_rows(q, k, v, rows))
-            else:  # a subclass may compute anything: it answers for its own rows
-                parts.append(expert.attend_rows(*inputs, one.route == index)[0].index_select(1, rows))
-    if not taken:
-        return torch.zeros_like(one.q[0])
-    order = torch.cat(taken)
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    return torch.cat(parts, 1).index_select(1, place)
-
-
-def full_rows(q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
-    """Full attention of the chosen queries, in chunks that see the keys up to their last position: [H, n, Dh]."""
-    size = max(ROWS // (q.shape[0] // k.shape[0]), 1)
-    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if q.device.type == "cpu" and not recorded:
-        return torch.cat([_far_and_near(q, k, v, part, size) for part in rows.split(FAR_ROWS)], 1)
-    sizes = [part.numel() for part in rows.split(size)]
-    out: Tensor = _ChunkedRows.apply(q.index_select(1, rows), k, v, rows + k.shape[1] - q.shape[1], sizes, None)
+    if problem.needs_grad and any(x.requires_grad for x in (problem.q, problem.k, problem.v, problem.plain_q, problem.plain_k)):
+        plain_q = None if problem.plain_q is problem.q else problem.plain_q
+        plain_k = None if problem.plain_k is problem.k else problem.plain_k
+        out: Tensor = _Rows.apply(problem, problem.q, problem.k, problem.v, plain_q, plain_k)
+    else:
+        out = _forward(problem, None)
+    for index, expert in problem.computed():
+        if type(expert) not in BUILT_IN:
+            out = _own_rows(problem, index, expert, out)
     return out
 
 
-def local_rows(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, window: int) -> Tensor:
-    """Windowed attention of the chosen queries, in blocks of neighbouring positions: [H, n, Dh].
+def _own_rows(problem: RoutedProblem, index: int, expert: Expert, out: Tensor) -> Tensor:
+    """`out` with the rows of an expert that is not built in: it may compute anything, and answers for its own rows."""
+    parts = []
+    for b, one in enumerate(problem.sequences()):
+        chosen = one.route == index
+        part = out[b : b + 1]
+        if chosen.any():
+            rows = F.pad(expert.attend_rows(*one.inputs(expert), chosen), (0, 0, 0, part.shape[2] - chosen.shape[1]))
+            part = torch.where(F.pad(chosen, (0, part.shape[2] - chosen.shape[1]))[:, None, :, None], rows, part)
+        parts.append(part)
+    return torch.cat(parts) if parts else out
 
-    A block spans S = max(W, SPAN) positions however many of them are chosen, so it reads at most S + W - 1 keys.
-    """
-    counts = torch.bincount(rows // max(window, SPAN))
-    sizes = counts[counts > 0].tolist()
-    out: Tensor = _ChunkedRows.apply(q.index_select(1, rows), k, v, rows + k.shape[1] - q.shape[1], sizes, window)
-    return out
+
+def _forward(problem: RoutedProblem, kept: list[list[Kept]] | None) -> Tensor:
+    """Rows of the built-in experts, zero elsewhere; what the backward pass needs is appended to `kept`, one list a sequence."""
+    B, H, Tq, Dh = problem.q.shape
+    out = problem.q.new_zeros(B, Tq, H, Dh)
+    for b, one in enumerate(problem.sequences()):
+        route, mine = one.route[0], []
+        for index, expert in one.computed():
+            rows = (route == index).nonzero()[:, 0] if type(expert) in BUILT_IN else route[:0]
+            if not rows.numel():
+                continue
+            if kept is None and rows.numel() == route.numel():  # nothing to gather
+                out[b, : rows.numel()] = expert(*one.inputs(expert))[0].transpose(0, 1)
+                continue
+            q, k, v = (x[0] for x in one.inputs(expert))
+            positions = rows + k.shape[1] - q.shape[1]
+            notes: Any
+            if type(expert) is LinearAttention:
+                part, notes = rows_linear.attend(take(q, rows), k, v, positions, kept is not None)
+            else:
+                part, notes = softmax_rows(take(q, rows), k, v, positions, _reach(expert))
+            out[b].index_copy_(0, rows, part.transpose(0, 1))
+            mine.append(Kept(index, rows, notes))
+        if kept is not None:
+            kept.append(mine)
+    return out.transpose(1, 2)
 
 
-class _ChunkedRows(torch.autograd.Function):
-    """Softmax attention of queries [H, n, Dh] at ascending positions [n], cut into `sizes`; memory O(n + T).
-
-    The backward pass takes one chunk at a time again: no mask is kept, and gradients of keys are added where they belong.
-    """
+class _Rows(torch.autograd.Function):
+    """`_forward` with its backward pass; plain_q and plain_k are None where they are q and k."""
 
     @staticmethod
     def forward(
-        ctx: Any, queries: Tensor, k: Tensor, v: Tensor, positions: Tensor, sizes: list[int], window: int | None
+        ctx: Any, problem: RoutedProblem, q: Tensor, k: Tensor, v: Tensor, plain_q: Tensor | None, plain_k: Tensor | None
     ) -> Tensor:
-        ctx.save_for_backward(queries, k, v, positions)
-        ctx.sizes, ctx.window = sizes, window
-        parts = []
-        for q, at in zip(queries.split(sizes, 1), positions.split(sizes), strict=True):
-            keys = _hull(at, window)
-            parts.append(_masked(q, k[:, keys], v[:, keys], at, window))
-        return torch.cat(parts, 1)
+        kept: list[list[Kept]] = []
+        out = _forward(problem, kept)
+        ctx.save_for_backward(q, k, v, plain_q, plain_k, out)
+        none = torch.empty(0)  # the tensors are saved apart, once
+        ctx.problem = replace(problem, q=none, k=none, v=none, plain_q=none, plain_k=none)
+        ctx.kept = kept
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        queries, k, v, positions = ctx.saved_tensors
-        dq, dk, dv = torch.empty_like(queries), torch.zeros_like(k), torch.zeros_like(v)
-        chunks = (x.split(ctx.sizes, 1) for x in (queries, dq, gradients[0]))
-        for q, dq_part, gradient, at in zip(*chunks, positions.split(ctx.sizes), strict=True):
-            keys = _hull(at, ctx.window)
-            inputs = [x.detach().requires_grad_() for x in (q, k[:, keys], v[:, keys])]
-            with torch.enable_grad():
-                out = _masked(inputs[0], inputs[1], inputs[2], at, ctx.window)
-            found = torch.autograd.grad(out, inputs, gradient)
-            dq_part.copy_(found[0])
-            dk[:, keys] += found[1]
-            dv[:, keys] += found[2]
-        return dq, dk, dv, None, None, None
+        q, k, v, plain_q, plain_k, out = ctx.saved_tensors
+        problem = replace(
+            ctx.problem, q=q, k=k, v=v, plain_q=q if plain_q is None else plain_q, plain_k=k if plain_k is None else plain_k
+        )
+        dq, dk, dv = (torch.zeros_like(x, dtype=widen(x[:0]).dtype) for x in (q, k, v))
+        dplain_q = dq if plain_q is None else torch.zeros_like(plain_q, dtype=dq.dtype)
+        dplain_k = dk if plain_k is None else torch.zeros_like(plain_k, dtype=dk.dtype)
+        for b, one in enumerate(problem.sequences()):
+            queries, keys = slice(0, one.q.shape[2]), slice(0, one.k.shape[2])
+            for number, rows, notes in ctx.kept[b]:
+                expert = one.experts[number]
+                to_q, to_k = (dq, dk) if expert.rotary else (dplain_q, dplain_k)
+                targets = to_k[b, :, keys], dv[b, :, keys]
+                x, key, value = (x[0] for x in one.inputs(expert))
+                positions, target = rows + key.shape[1] - x.shape[1], to_q[b, :, queries]
+                if type(expert) is LinearAttention:
+                    rows_linear.backward(x, key, value, rows, positions, notes, gradients[0][b], target, *targets)
+                else:
+                    own = (x, key, value, rows, positions, _reach(expert), out[b], notes, gradients[0][b])
+                    _softmax_backward(*own, target, *targets)
+        return (
+            None,
+            dq.to(q.dtype),
+            dk.to(k.dtype),
+            dv.to(v.dtype),
+            None if plain_q is None else dplain_q.to(q.dtype),
+            None if plain_k is None else dplain_k.to(k.dtype),
+        )
 
 
-def _hull(positions: Tensor, window: int | None) -> slice:
-    """The keys that some query at these ascending positions sees."""
-    return slice(0 if window is None else max(int(positions[0]) - window + 1, 0), int(positions[-1]) + 1)
+def _reach(expert: Expert) -> int | None:
+    return expert.shape.window if type(expert) is LocalAttention else None
 
 
-def _masked(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None) -> Tensor:
-    """Attention of queries [H, n, Dh] over the keys of their hull: [H, n, Dh]."""
-    keys = _hull(positions, window)
-    mask = _mask(positions, keys.start, window, q.dtype).repeat(q.shape[0] // k.shape[0], 1)
-    packed = q.reshape(1, k.shape[0], -1, q.shape[2])  # [H, n, Dh] -> [1, Hkv, G * n, Dh]
-    return F.scaled_dot_product_attention(packed, k[None], v[None], attn_mask=mask).reshape(q.shape)
+class Tile(NamedTuple):
+    """Queries and the keys that they are compared with at a time."""
+
+    queries: slice  # of the gathered ones
+    keys: slice
+    masked: bool  # some query does not see some key
+    joins: bool  # the queries had other keys before
 
 
-def _mask(positions: Tensor, first: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """[n, keys from `first` to the last position]: 0 where visible, -inf elsewhere."""
-    key = torch.arange(first, int(positions[-1]) + 1, device=positions.device)
+def tiles(positions: Tensor, window: int | None, groups: int) -> Iterator[Tile]:
+    """Of queries at ascending positions [n].
+
+    Full: for FAR_ROWS queries the keys before the first of them, which all see, then the same for ROWS of them at a time, and
+    what is left with a mask. Local: blocks of S = max(W, SPAN) positions, however many of them are chosen, so that a tile has
+    at most S + W - 1 keys.
+    """
+    if window is not None:
+        counts = torch.bincount(positions // max(window, SPAN))
+        stop = 0
+        for count in counts[counts > 0].tolist():
+            start, stop = stop, stop + count
+            first = max(int(positions[start]) - window + 1, 0)
+            yield Tile(slice(start, stop), slice(first, int(positions[stop - 1]) + 1), True, False)
+        return
+    total, size = len(positions), max(ROWS // groups, 1)
+    for start in range(0, total, FAR_ROWS):
+        stop, first = min(start + FAR_ROWS, total), int(positions[start])
+        if first:
+            yield Tile(slice(start, stop), slice(0, first), False, False)
+        for near in range(start, stop, size):
+            here, own = slice(near, min(near + size, stop)), int(positions[near])
+            if own > first:
+                yield Tile(here, slice(first, own), False, first > 0)
+            yield Tile(here, slice(own, int(positions[here.stop - 1]) + 1), True, own > 0)
+
+
+def _mask(positions: Tensor, keys: slice, window: int | None, groups: int, dtype: torch.dtype) -> Tensor:
+    """[groups * n, keys]: 0 where visible, -inf elsewhere."""
+    key = torch.arange(keys.start, keys.stop, device=positions.device)
     hidden = key > positions[:, None]
     if window is not None:
         hidden |= key <= positions[:, None] - window
-    return torch.zeros(hidden.shape, dtype=dtype, device=key.device).masked_fill_(hidden, -torch.inf)
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=key.device).masked_fill_(hidden, -torch.inf)
+    return mask if groups == 1 else mask.repeat(groups, 1)
 
 
-def _far_and_near(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, size: int) -> Tensor:
-    """Full attention of FAR_ROWS neighbouring queries or fewer, on the CPU without gradients: [H, n, Dh].
+def softmax_rows(queries: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    """Full or windowed attention of gathered queries [H, n, Dh]: (output, log of the softmax normaliser [H, n])."""
+    H, n, Dh = queries.shape
+    groups = H // k.shape[0]
+    out = queries.new_empty(n, H, Dh).transpose(0, 1)
+    normaliser = torch.empty(H, n, device=queries.device, dtype=widen(queries[:0]).dtype)
+    for tile in tiles(positions, window, groups):
+        here, keys = tile.queries, tile.keys
+        mask = _mask(positions[here], keys, window, groups, queries.dtype) if tile.masked else None
+        found, lse = _tile(queries[:, here], k[:, keys], v[:, keys], mask)
+        if tile.joins:
+            before = normaliser[:, here]
+            found = torch.lerp(found, out[:, here], torch.sigmoid(before - lse)[..., None].to(out.dtype))
+            lse = torch.logaddexp(before, lse)
+        out[:, here] = found
+        normaliser[:, here] = lse
+    return out, normaliser
 
-    Keys before the first query are seen by all: one large call without a mask. The rest in chunks of `size` with one. The two
-    are joined by their softmax normalisers, which only torch's own operator returns.
+
+def _softmax_backward(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, positions: Tensor, window: int | None, out: Tensor, lse: Tensor,
+    dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+) -> None:  # fmt: skip
+    """Add the gradients of `softmax_rows` at `rows` of q to dq, dk and dv; out and dout are those of the whole sequence.
+
+    Given the output and normaliser over all keys, a gradient is a sum over keys, taken KEYS at a time: p = exp(s - lse),
+    dv = p^T dout, ds = p * (dout v^T - rowsum(dout * out)).
     """
-    start = k.shape[1] - q.shape[1]
-    first = int(rows[0]) + start
-    near, near_lse = zip(*(_with_normaliser(q, k, v, part, start, first) for part in rows.split(size)), strict=True)
-    if first == 0:
-        return torch.cat(near, 1)
-    far, far_lse = _with_normaliser(q, k[:, :first], v[:, :first], rows, start, None)
-    share = torch.sigmoid(far_lse - torch.cat(near_lse, 1))[..., None].to(q.dtype)
-    return torch.lerp(torch.cat(near, 1), far, share)
+    groups = q.shape[0] // k.shape[0]
+    for tile in tiles(positions, window, groups):
+        here = tile.queries
+        dout_here, q_here, out_here = (take(x, rows[here]) for x in (dout, q, out))
+        found_q = torch.zeros_like(q_here, dtype=dq.dtype)
+        for first in range(tile.keys.start, tile.keys.stop, KEYS):
+            keys = slice(first, min(first + KEYS, tile.keys.stop))
+            mask = _mask(positions[here], keys, window, groups, q.dtype) if tile.masked else None
+            found = _tile_backward(dout_here, q_here, out_here, lse[:, here], k[:, keys], v[:, keys], mask)
+            found_q += found[0]
+            dk[:, keys] += found[1]
+            dv[:, keys] += found[2]
+        add_rows(dq, rows[here], found_q)
 
 
-def _with_normaliser(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, start: int, first: int | None) -> tuple[Tensor, Tensor]:
-    """(output [H, n, Dh], log of the softmax normaliser [H, n]) over keys from `first` on; over all given if None."""
-    H, _, Dh = q.shape
-    packed = q.index_select(1, rows).reshape(1, k.shape[0], -1, Dh)  # [1, Hkv, G * n, Dh]
-    mask = None
-    if first is not None:
-        mask = _mask(rows + start, first, None, q.dtype).repeat(H // k.shape[0], 1)
-        keys = slice(first, int(rows[-1]) + start + 1)
-        k, v = k[:, keys], v[:, keys]
-    attend_part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, lse = attend_part(packed, k[None], v[None], attn_mask=mask)
-    return out.reshape(H, -1, Dh), lse.reshape(H, -1)
+def _fused(x: Tensor) -> bool:
+    """Whether torch has an operator for a tile here; elsewhere its formula is written out."""
+    return x.device.type == "cpu"
 
 
-def linear_rows(q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
-    """Linear attention of the chosen queries, SEGMENT keys at a time: [H, n, Dh].
-
-    Every key enters the state [Hkv, Dh, Dh + 1]; only the chosen queries read it.
-    """
-    past, T = k.shape[1] - q.shape[1], q.shape[1]
-    phi_past = feature_map(k[:, :past].float())
-    state = phi_past.transpose(1, 2) @ with_ones(v[:, :past].float())
-    counts = torch.bincount(rows // SEGMENT, minlength=-(-T // SEGMENT)).tolist()
-    queries = q.index_select(1, rows).split(counts, 1)
-    keys, values = k[:, past:].split(SEGMENT, 1), v[:, past:].split(SEGMENT, 1)
-    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    parts = []
-    for index, (x, key, value, at) in enumerate(zip(queries, keys, values, rows.split(counts), strict=True)):
-        arguments = (x, key, value, at - index * SEGMENT, state)
-        if recorded:  # keep nothing of a segment but its inputs
-            out, state = checkpoint(_linear_segment, *arguments, use_reentrant=False, preserve_rng_state=False)
-        else:
-            out, state = _linear_segment(*arguments)
-        parts.append(out)
-    return torch.cat(parts, 1)
+def _tile(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(softmax(q k^T / sqrt(Dh) + mask) v [H, n, Dh], log of its normaliser [H, n])."""
+    packed = q.reshape(1, k.shape[0], -1, q.shape[2])  # [H, n, Dh] -> [1, Hkv, G * n, Dh]
+    if _fused(q):  # only this operator returns the normaliser
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(packed, k[None], v[None], attn_mask=mask)
+        return out.reshape(q.shape), lse.reshape(q.shape[:2])
+    scores = _scores(packed[0], k, mask)
+    lse = scores.logsumexp(-1)
+    return ((scores - lse[..., None]).exp().to(v.dtype) @ v).reshape(q.shape), lse.reshape(q.shape[:2])
 
 
-def _linear_segment(queries: Tensor, k: Tensor, v: Tensor, rows: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries [H, n, Dh] at `rows` of a segment read; all its keys enter: ([H, n, Dh], the next state).
-
-    States at each chunk's start, and inside a chunk the masked product of its chosen queries with its keys.
-    """
-    T, (H, _, Dh), Hkv = k.shape[1], queries.shape, k.shape[0]
-    chunk = min(CHUNK, T)
-    pad = -T % chunk
-    phi_k = F.pad(feature_map(k.float()), (0, 0, 0, pad)).unflatten(1, (-1, chunk))  # [Hkv, N, C, Dh]
-    value = F.pad(v.float(), (0, 0, 0, pad)).unflatten(1, (-1, chunk))
-    update = phi_k.transpose(-1, -2) @ value, phi_k.sum(2)
-    running = torch.cat([state[:, None, :, :Dh], update[0]], 1).cumsum(1)  # [Hkv, N + 1, Dh, Dh]
-    total = torch.cat([state[:, None, :, Dh], update[1]], 1).cumsum(1)  # [Hkv, N + 1, Dh]
-    after = torch.cat([running[:, -1], total[:, -1, :, None]], -1)
-    if not rows.numel():
-        return queries, after
-
-    table, index, slot = _chunk_table(rows, chunk, phi_k.shape[1])  # [N, M]: which of the queries each chunk has
-    phi_q = feature_map(queries[:, table].float())  # [H, N, M, Dh]
-    phi_q = phi_q.unflatten(0, (Hkv, -1)).transpose(1, 2).flatten(2, 3)  # [Hkv, N, G * M, Dh]
-    hidden = (rows[table] % chunk)[..., None] < torch.arange(chunk, device=k.device)  # [N, M, C]
-    groups = H // Hkv
-    scores = (phi_q @ phi_k.transpose(-1, -2)).masked_fill(hidden.repeat(1, groups, 1), 0.0)
-    summed = phi_q @ running[:, :-1] + scores @ value
-    weight = (phi_q @ total[:, :-1, :, None]).squeeze(-1) + scores.sum(-1)  # [Hkv, N, G * M]
-    out = summed / (weight[..., None] + EPSILON)
-    out = out.unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1)  # [H, N, M, Dh]
-    return out[:, index, slot].to(v.dtype), after
+def _tile_backward(
+    dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v by one tile."""
+    Hkv = k.shape[0]
+    x, dx, y = (a.reshape(1, Hkv, -1, a.shape[2]) for a in (q, dout, out))
+    lse = lse.reshape(1, Hkv, -1)
+    if _fused(q):
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        dq, dk, dv = backward(dx, x, k[None], v[None], y, lse, 0.0, False, attn_mask=mask)
+        return dq.reshape(q.shape), dk[0], dv[0]
+    p = (_scores(x[0], k, mask) - lse[0, ..., None]).exp()
+    dx, y = widen(dx[0]), widen(y[0])
+    ds = p * (dx @ widen(v).transpose(1, 2) - (dx * y).sum(-1, keepdim=True)) / q.shape[2] ** 0.5
+    return (ds @ widen(k)).reshape(q.shape), ds.transpose(1, 2) @ widen(x[0]), p.transpose(1, 2) @ dx
 
 
-def _chunk_table(rows: Tensor, chunk: int, num_chunks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Which entries of `rows` each chunk has, padded to the longest list, [N, M]; and where each entry stands, [n] and [n]."""
-    index = rows // chunk
-    counts = torch.bincount(index, minlength=num_chunks)
-    entries = torch.arange(rows.numel(), device=rows.device)
-    slot = entries - (counts.cumsum(0) - counts)[index]
-    table = torch.zeros(num_chunks, int(counts.max()), dtype=torch.int64, device=rows.device)
-    table[index, slot] = entries
-    return table, index, slot
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    scores = widen(q) @ widen(k).transpose(1, 2) / q.shape[-1] ** 0.5
+    return scores if mask is None else scores + mask

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bayes_router.attention import rows_torch
+from bayes_router.attention import rows_linear, rows_torch
 from bayes_router.attention.dispatch import routed_attention
 from bayes_router.attention.expert import ExpertShape
 from bayes_router.attention.linear import LinearAttention
@@ -60,8 +60,15 @@ def test_window_larger_than_a_block(backend: str) -> None:
 
 
 def test_chunks_segments_and_far_keys_join(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, size in {"ROWS": 24, "FAR_ROWS": 60, "SPAN": 16, "CHUNK": 8, "SEGMENT": 40}.items():
-        monkeypatch.setattr(rows_torch, name, size)
+    for room, name, size in (
+        (rows_torch, "ROWS", 24),
+        (rows_torch, "FAR_ROWS", 60),
+        (rows_torch, "SPAN", 16),
+        (rows_torch, "KEYS", 50),
+        (rows_linear, "CHUNK", 8),
+        (rows_linear, "SEGMENT", 40),
+    ):
+        monkeypatch.setattr(room, name, size)
     q, k, v = draw(2, 4, 2, 330)
     for kind in ("independent", "clustered"):
         route = draw_route(kind, 2, 330)
@@ -73,6 +80,26 @@ def test_chunks_segments_and_far_keys_join(monkeypatch: pytest.MonkeyPatch) -> N
         truth = torch.autograd.grad(routed_attention(*inputs, route, window=WINDOW, backend="dense").sum(), inputs)
         for g, t in zip(torch.autograd.grad(got.sum(), inputs), truth, strict=True):
             assert relative_error(g, t.double()) < 1e-5
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_gradients_of_both_ways_to_compute_a_tile(
+    fused: bool, dtype: torch.dtype, limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_torch, "_fused", lambda x: fused)
+    inputs = [x.to(dtype).requires_grad_() for x in draw(2, 4, 2, 300)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    route, lengths = draw_route("independent", 2, 300), torch.tensor([300, 170])
+    got, want = (
+        routed_attention(*x, route, window=WINDOW, backend=backend, lengths=lengths)
+        for x, backend in ((inputs, "torch"), (exact, "reference"))
+    )
+    assert relative_error(got, want) < limit
+    weight = torch.randn(got.shape)
+    truth = torch.autograd.grad((want * weight.double()).sum(), exact)
+    for g, t in zip(torch.autograd.grad((got * weight.to(dtype)).sum(), inputs), truth, strict=True):
+        assert relative_error(g, t) < 2 * limit
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -181,7 +208,7 @@ def test_no_tokens_and_no_rows() -> None:
         ({"linear_q": torch.zeros(2, 4, 8, 4)}, "linear_q: expected"),
         ({"lengths": torch.tensor([9, 1])}, "lengths: expected values in 0..8"),
         ({"starts": torch.tensor([1, 0])}, "starts: expected values in 0..0"),
-        ({"backend": "cuda"}, "backend: expected one of auto, dense, reference, torch, triton; got 'cuda'"),
+        ({"backend": "cuda"}, "backend: expected one of auto, dense, reference, short, torch, triton; got 'cuda'"),
         ({"experts": ("full", "lineer")}, "expert: expected one of"),
         ({"experts": ()}, "experts: expected at least one"),
     ],

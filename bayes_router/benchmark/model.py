@@ -1,0 +1,281 @@
+"""A fitted model end to end: prefill and decoding on real text by its own hard routes, against every token on full attention.
+
+The model is the same, the variants take turns. Variants:
+
+    routed          the model as it is deployed: HARD, its controllers included
+    force full      the same call with force="full": controllers and the states of other experts are still computed
+    full ...        the network alone, every token on full, no controller, nothing kept for other experts: the leanest rival
+    graph ...       a decoding step replayed from a CUDA graph
+
+Prefill is one pass over the prompt, logits of the last token. Decoding reads STEPS real tokens after it, one at a time.
+"""
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import sdpa_kernel
+
+from bayes_router.attention.cache import RoutedCache
+from bayes_router.attention.cost import cost_ratios
+from bayes_router.attention.full import FullAttention
+from bayes_router.attention.latency import isolated_ms
+from bayes_router.benchmark import memory
+from bayes_router.benchmark.cases import baselines
+from bayes_router.benchmark.clock import Clock, Timing, captured
+from bayes_router.config import Config, require
+from bayes_router.data.tokens import TokenSource
+from bayes_router.transformer.layer import build_experts
+from bayes_router.transformer.model import RoutedLanguageModel, forced_route
+from bayes_router.types import CostModel, RoutingMode
+
+PIECE = 4096  # tokens of a prompt that enter a cache at a time
+STEPS = 16  # tokens decoded in a turn
+TURNS, SECONDS = 5, 6.0  # of decoding: turns at most, and seconds after which no further one begins
+BATCHES = (1, 16)  # of decoding
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a model in evaluation mode on its device, its settings, and text."""
+
+    name: str
+    config: Config
+    model: RoutedLanguageModel
+    text: TokenSource
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def tokens(self, batch: int, length: int) -> Tensor:
+        """Real text, int64 [batch, length], always the same.
+
+        Raises:
+            ValueError: the text is shorter.
+        """
+        return self.text.batch(0, batch, length, seed=0).tokens.to(self.device)
+
+
+@torch.no_grad()
+def measure(subject: Subject, lengths: Sequence[int]) -> Iterator[Row]:
+    """Rows of prefill and decoding at each length."""
+    experts = list(subject.config.model.experts)
+    require("full" in experts, "run", "a model with the expert full", experts, "there is nothing to compare with")
+    for length in lengths:
+        require(length >= 1, "lengths", "at least 1 token", length)
+        yield from _prefill(subject, length)
+        for batch in BATCHES:
+            yield from _decode(subject, batch, length)
+
+
+def note_on_context(subject: Subject, lengths: Sequence[int]) -> str:
+    """What a reader must know about lengths beyond those of training; empty if there are none."""
+    context = subject.config.data.context
+    beyond = [length for length in lengths if length > context]
+    if not beyond:
+        return ""
+    return (
+        f"{subject.name} was made for {context} tokens: at {', '.join(map(str, beyond))} its rotary positions work, but its "
+        "routes and losses there are beyond what it was trained on; times are those of the routes that it takes"
+    )
+
+
+def _prefill(subject: Subject, length: int) -> Iterator[Row]:
+    model, tokens, device = subject.model, subject.tokens(1, length), subject.device
+    calls = {name: partial(prefill, model, tokens, name) for name in ("routed", "force full", *baselines(device))}
+    times = Clock(device, 2.0 if device.type == "cuda" else 4.0)(dict(calls))
+    facts = _routes(subject, model(tokens, RoutingMode.HARD, last_only=True).route, length)
+    for row in _compared(times, what="prefill", B=1, T=length, tokens=length):
+        row["peak_mib"] = _peak(subject, tokens, row["variant"]) / 2**20 if memory.measurable(device) else None
+        yield {**row, **(facts if row["variant"] == "routed" else {})}
+
+
+def prefill(model: RoutedLanguageModel, tokens: Tensor, variant: str) -> Tensor:
+    """One pass over tokens [B, T] by a variant: logits [B, 1, V]."""
+    with torch.no_grad():
+        if variant == "routed":
+            return model(tokens, RoutingMode.HARD, last_only=True).logits
+        if variant == "force full":
+            return model(tokens, RoutingMode.HARD, force="full", last_only=True).logits
+        kernel = baselines(tokens.device)[variant]
+        with sdpa_kernel(kernel) if kernel else nullcontext():
+            logits: Tensor = model.network(tokens, _all_full(model), last_only=True)
+        return logits
+
+
+def _all_full(model: RoutedLanguageModel) -> Any:
+    return forced_route("full", model.config.experts, model.config.num_layers)
+
+
+def _peak(subject: Subject, tokens: Tensor, variant: str) -> int:
+    """Peak bytes of a prefill beyond the model's: on a CPU in a process of its own, code loaded by a short pass."""
+    if subject.device.type == "cuda":
+        return memory.peak_of(partial(prefill, subject.model, tokens, variant), subject.device)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peak_alone, subject.model, tokens, variant).result()
+
+
+def _peak_alone(model: RoutedLanguageModel, tokens: Tensor, variant: str) -> int:
+    prefill(model, tokens[:, : memory.WARM], variant)
+    return memory.peak_of(partial(prefill, model, tokens, variant), tokens.device)
+
+
+def _decode(subject: Subject, batch: int, length: int) -> Iterator[Row]:
+    text = subject.tokens(batch, length + STEPS)
+    prompt, following = text[:, :length], text[:, length:]
+    decoders = {"routed": Decoder(subject.model, prompt, following, None)}
+    decoders["force full"] = Decoder(subject.model, prompt, following, "full")
+    decoders["full"] = Decoder(subject.model, prompt, following, "alone")
+    problems = {}
+    if subject.device.type == "cuda":
+        for name in ("routed", "full"):
+            try:
+                decoders[f"graph {name}"] = decoders[name].as_graph()
+            except (RuntimeError, ValueError) as error:
+                problems[name] = str(error).splitlines()[0]
+    turns = _turns(decoders, subject.device)
+    times = {name: Timing(*(2 * [statistics.median(turn[name] for turn in turns)])) for name in decoders}
+    facts = _routes(subject, decoders["routed"].routes(), length)
+    for row in _compared(times, what="decode", B=batch, T=length, tokens=STEPS * batch):
+        decoder = decoders[row["variant"]]
+        row["cache_mib"] = decoder.cache.bytes / 2**20
+        yield {**row, **(facts if row["variant"] == "routed" else {}), "problem": problems.get(row["variant"])}
+
+
+def _turns(decoders: dict[str, "Decoder"], device: torch.device) -> list[dict[str, float]]:
+    """Milliseconds of each decoder in every turn but the first, which loads and compiles."""
+    for decoder in decoders.values():
+        decoder.turn(device)
+    turns: list[dict[str, float]] = []
+    start = time.perf_counter()
+    while not turns or (len(turns) < TURNS and time.perf_counter() - start < SECONDS):
+        turns.append({name: decoder.turn(device) for name, decoder in decoders.items()})
+    return turns
+
+
+class Decoder:
+    """Decodes the same tokens turn after turn from a cache that holds a prompt.
+
+    Args:
+        model: the model.
+        prompt: int64 [B, T].
+        following: int64 [B, STEPS], read one at a time.
+        way: None for the model's routes, "full" for force="full", "alone" for the network with nothing but full attention.
+    """
+
+    def __init__(self, model: RoutedLanguageModel, prompt: Tensor, following: Tensor, way: str | None):
+        self.model, self.following, self.way = model, following, way
+        self.token = following[:, :1].clone()  # where a captured step reads its input
+        batch, capacity = len(prompt), prompt.shape[1] + following.shape[1]
+        if way == "alone":
+            expert = FullAttention(build_experts(model.config)[0].shape)
+            like = model.network.embed.weight
+            layers, heads = model.config.num_layers, model.config.kv_heads
+            self.cache = RoutedCache.build([[expert]] * layers, batch, capacity, heads, device=like.device, dtype=like.dtype)
+        else:
+            self.cache = model.network.new_cache(batch, capacity)
+        for row in range(0, prompt.shape[1], PIECE):
+            self.read(prompt[:, row : row + PIECE])
+        self.length = prompt.shape[1]
+        self.states = [{i: state.clone() for i, state in layer.states.items()} for layer in self.cache.layers]
+        self.run: Callable[[], object] = self.step
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, T] into the cache: logits [B, 1, V]."""
+        if self.way == "alone":
+            logits: Tensor = self.model.network(tokens, lambda layer, hidden: 0, self.cache, last_only=True)
+            return logits
+        return self.model(tokens, RoutingMode.HARD, force=self.way, cache=self.cache, last_only=True).logits
+
+    def step(self) -> Tensor:
+        """`token` into the cache; states stay in the tensors where they were, so that a graph can be replayed."""
+        held = [dict(layer.states) for layer in self.cache.layers]
+        logits = self.read(self.token)
+        for layer, before in zip(self.cache.layers, held, strict=True):
+            for index, state in before.items():
+                if layer.states[index] is not state:
+                    state.copy_(layer.states[index])
+                    layer.states[index] = state
+        return logits
+
+    def rewind(self) -> None:
+        """Forget all but the prompt."""
+        for layer, states in zip(self.cache.layers, self.states, strict=True):
+            layer.lengths.fill_(self.length)
+            layer.longest = self.length
+            for index, state in states.items():
+                layer.states[index].copy_(state)
+
+    @torch.no_grad()
+    def turn(self, device: torch.device) -> float:
+        """Milliseconds for all of `following`."""
+        self.rewind()
+
+        def steps() -> None:
+            for index in range(self.following.shape[1]):
+                self.token.copy_(self.following[:, index : index + 1])
+                self.run()
+
+        return isolated_ms(steps, device)[1]
+
+    @torch.no_grad()
+    def routes(self) -> Tensor:
+        """What `following` takes, [L, B, STEPS]."""
+        self.rewind()
+        found = [
+            self.model(self.following[:, i : i + 1], RoutingMode.HARD, cache=self.cache).route
+            for i in range(self.following.shape[1])
+        ]
+        return torch.cat(found, -1)
+
+    def as_graph(self) -> "Decoder":
+        """The same decoding, its step recorded in a CUDA graph and found equal to the step that was recorded.
+
+        Raises:
+            RuntimeError: a step waits for the device, and cannot be recorded.
+            ValueError: the replayed step gives other logits.
+        """
+        self.rewind()
+        want = self.step().clone()
+        twin = object.__new__(Decoder)
+        twin.__dict__.update(self.__dict__)
+        self.rewind()
+        replay = captured(self.step)
+        self.rewind()
+        got = replay()
+        assert isinstance(got, Tensor)
+        error = float((got.double() - want.double()).norm() / want.double().norm())
+        require(error < 2e-2, "graph", "the logits of the recorded step", f"others by {error:.1e}")
+        twin.run = replay
+        return twin
+
+
+def _routes(subject: Subject, route: Tensor, length: int) -> Row:
+    """Load of each expert, and cost executed at this length, full = 1: means over layers and tokens; route [L, B, T]."""
+    names = list(subject.config.model.experts)
+    load = torch.bincount(route.flatten().cpu(), minlength=len(names)).double() / route.numel()
+    facts: Row = {f"load_{name}": float(share) for name, share in zip(names, load, strict=True)}
+    for cost in (CostModel.PAPER, CostModel.FLOPS):
+        ratios = cost_ratios(build_experts(subject.config.model), cost, length)
+        facts[f"cost_{cost.value}"] = float(load @ ratios.double())
+    return facts
+
+
+def _compared(times: dict[str, Timing], tokens: int, **facts: Any) -> Iterator[Row]:
+    """One row a variant, with its speed-up over the fastest rival of its kind: graphs over graphs."""
+    for name, (ms, wall_ms) in times.items():
+        graph = name.startswith("graph")
+        rivals = [t for other, t in times.items() if other.startswith("graph") == graph and "full" in other]
+        speedup = min(t.ms for t in rivals) / ms if rivals else None
+        yield {**facts, "variant": name, "ms": ms, "wall_ms": wall_ms, "tokens_per_s": 1e3 * tokens / ms, "speedup": speedup}

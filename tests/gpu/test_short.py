@@ -1,0 +1,89 @@
+"""The one-launch kernel of short texts on a CUDA device: `python -m pytest -m gpu tests/gpu/test_short.py`."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bayes_router.attention.dispatch import SHORT_KEYS, Backend, choose_backend, routed_attention, run_problem, unavailable
+from tests.gpu.test_routed_attention import NAMES, TOLERANCE, compare, draw, draw_route
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("route", ["independent", "clustered", "rows differ", "full", "linear", "local"])
+@pytest.mark.parametrize(("B", "Hkv", "T"), [(1, 4, 1537), (3, 2, 500), (2, 1, 64), (2, 4, 1)])
+def test_agrees_with_the_oracle(route: str, B: int, Hkv: int, T: int) -> None:
+    compare(draw(B, 4, Hkv, T, 64, route), Backend.SHORT, gradients=False)
+
+
+@pytest.mark.parametrize("Dh", [16, 32, 64, 80, 128])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_head_sizes_and_dtypes(Dh: int, dtype: torch.dtype) -> None:
+    compare(draw(2, 2, 1, 700, Dh, "independent", dtype), Backend.SHORT, gradients=False)
+
+
+@pytest.mark.parametrize("window", [1, 64, 5000])
+def test_windows_and_one_tensor_for_both_kinds_of_queries(window: int) -> None:
+    compare(draw(1, 2, 2, 4096, 64, "independent", window=window, shared=True), Backend.SHORT, gradients=False)
+
+
+def test_padding_and_starts() -> None:
+    problem = draw(3, 4, 2, 900, 64, "independent")
+    compare(replace(problem, lengths=torch.tensor([900, 0, 333], device="cuda")), Backend.SHORT, gradients=False)
+    tail = {name: getattr(problem, name)[:, :, -100:] for name in ("q", "plain_q")}
+    chunk = replace(problem, **tail, route=problem.route[:, -100:])
+    compare(chunk, Backend.SHORT, gradients=False)
+    compare(replace(chunk, starts=torch.tensor([0, 800, 123], device="cuda")), Backend.SHORT, gradients=False)
+
+
+def test_auto_takes_it_for_short_texts_without_gradients() -> None:
+    problem = draw(1, 2, 2, 300, 64, "independent")
+    assert choose_backend(problem) is Backend.SHORT
+    assert choose_backend(draw(1, 2, 2, SHORT_KEYS + 1, 64, "independent")) is Backend.TRITON
+    with torch.enable_grad():
+        recorded = replace(problem)
+        assert choose_backend(recorded) is Backend.TRITON
+        assert unavailable(Backend.SHORT, recorded) == "it has no backward pass"
+    want = run_problem(Backend.SHORT, problem)
+    inputs = {"linear_q": problem.plain_q, "linear_k": problem.plain_k}
+    torch.testing.assert_close(routed_attention(problem.q, problem.k, problem.v, problem.route, window=70, **inputs), want)
+
+
+def test_no_future_leak() -> None:
+    problem = draw(1, 4, 4, 2000, 64, "independent")
+    before = run_problem(Backend.SHORT, problem)
+    later = {name: getattr(problem, name).clone() for name in NAMES}
+    for x in later.values():
+        x[:, :, 1000:] += 3.0
+    route = problem.route.clone()
+    route[:, 1000:] = (route[:, 1000:] + 1) % 3
+    after = run_problem(Backend.SHORT, replace(problem, **later, route=route))
+    torch.testing.assert_close(before[:, :, :960], after[:, :, :960], rtol=0, atol=0)  # the blocks that keep their routes
+    torch.testing.assert_close(before[:, :, :1000], after[:, :, :1000], rtol=1e-2, atol=1e-2)
+
+
+def test_new_routes_neither_recompile_nor_synchronise_and_a_graph_replays_them() -> None:
+    problem = draw(2, 4, 4, 1024, 64, "independent")
+    run_problem(Backend.SHORT, problem)
+    route = draw_route("clustered", 2, 1024, 2).cuda()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        want = run_problem(Backend.SHORT, replace(problem, route=route))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    held = problem.route.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run_problem(Backend.SHORT, replace(problem, route=held))
+    held.copy_(route)
+    graph.replay()
+    torch.testing.assert_close(out, want, rtol=0, atol=0)
