@@ -49,7 +49,11 @@ def main() -> None:
     device = pick_device(options.device)
     torch.manual_seed(0)
     subject, lengths = load(options.source, device), options.lengths or LENGTHS[device.type]
-    table = pd.DataFrame(list(measure(subject, lengths)))
+    rows = []
+    for row in measure(subject, lengths):
+        rows.append(row)
+        print(f"{row['what']} {row['variant']}, batch {row['B']}, {row['T']} tokens: {row['ms']:.4g} ms", flush=True)
+    table = pd.DataFrame(rows)
     table["model"], table["trained_at"] = subject.name, subject.config.data.context
     table["device"], table["versions"], table["command"] = device_name(device), versions(device), command_line()
     options.out.mkdir(parents=True, exist_ok=True)

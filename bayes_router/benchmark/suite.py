@@ -51,8 +51,12 @@ class Plan:
             cases.mix_shares(mix)
 
 
-def run_benchmark(device: torch.device, plan: Plan, out: Path | None = None) -> "pd.DataFrame":
+def run_benchmark(
+    device: torch.device, plan: Plan, out: Path | None = None, on_row: Callable[[dict[str, Any]], None] = lambda row: None
+) -> "pd.DataFrame":
     """Verify, measure, and write speed_<device>.csv and .png to `out` if given. One row a measurement.
+
+    Rows measured so far stand in speed_<device>.partial.csv until all are there; `on_row` is called with each.
 
     Raises:
         ValueError: a backend disagrees with the reference on this device, or a package is missing.
@@ -62,16 +66,23 @@ def run_benchmark(device: torch.device, plan: Plan, out: Path | None = None) -> 
         torch.set_num_threads(1)
     torch.manual_seed(0)
     backends = verify(device)
-    table: pd.DataFrame = pandas.DataFrame(list(Suite(device, plan, backends).rows()))
-    table["device"] = f"{device_name(device)}{', processor time' if plan.cpu_time else ''}"
-    table["versions"] = versions(device)
-    table["command"] = command_line()
+    facts = {"device": f"{device_name(device)}{', processor time' if plan.cpu_time else ''}", "versions": versions(device)}
+    facts["command"] = command_line()
+    rows: list[dict[str, Any]] = []
+    path = None if out is None else out / f"speed_{device.type}.csv"
     if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    for row in Suite(device, plan, backends).rows():
+        rows.append({**row, **facts})
+        on_row(row)
+        if path is not None:
+            pandas.DataFrame(rows).to_csv(path.with_suffix(".partial.csv"), index=False, float_format="%.4g")
+    table: pd.DataFrame = pandas.DataFrame(rows)
+    if path is not None:
         from bayes_router.benchmark.figure import draw
 
-        out.mkdir(parents=True, exist_ok=True)
-        table.to_csv(out / f"speed_{device.type}.csv", index=False, float_format="%.4g")
-        draw(table, out / f"speed_{device.type}.png")
+        path.with_suffix(".partial.csv").replace(path)
+        draw(table, path.with_suffix(".png"))
     return table
 
 
@@ -130,7 +141,11 @@ class Suite:
     def rows(self) -> Iterator[dict[str, Any]]:
         """Every measurement."""
         lengths, quick = self.lengths(), self.plan.quick
-        for T in lengths:
+        if self.cuda and not quick and not self.plan.lengths:
+            yield from self.forward(Shape(1, 8, 32768, 128), self.mixes[0], 1)
+            for mix in self.mixes[:2]:
+                yield from self.forward(Shape(2, 16, 8192, 64), mix, 1)
+        for T in reversed(lengths):
             short = T <= 8192 or self.cuda  # a CPU takes half a minute for one longer pass
             shape = Shape(1, self.heads, T, 64)
             for mix in self.mixes if short else self.mixes[:2]:
@@ -139,10 +154,6 @@ class Suite:
             if short:
                 yield from self.forward(shape, self.mixes[0], 1, training=True)
             yield from self.decode(Shape(64 if self.cuda else 10, 8, T, 64), self.mixes[0])
-        if self.cuda and not quick and not self.plan.lengths:
-            yield from self.forward(Shape(1, 8, 32768, 128), self.mixes[0], 1)
-            for mix in self.mixes[:2]:
-                yield from self.forward(Shape(2, 16, 8192, 64), mix, 1)
         for T in lengths if self.plan.lengths or quick else (2048, 4096, 8192, 16384, 32768, 65536):
             yield from self.alone(Shape(1, self.heads, T, 64))
         most = max(lengths) if self.plan.lengths else 1024 if quick else 8192

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import Namespace
 
@@ -41,10 +42,17 @@ def run(options: Namespace) -> None:
     require(not options.out.is_file(), "out", "a folder", str(options.out), "choose another path")
     lengths, mixes = (None if x is None else tuple(dict.fromkeys(x)) for x in (options.lengths, options.mixes))
     plan = suite.Plan(options.quick, lengths, mixes, options.cpu_time)
-    table = suite.run_benchmark(device, plan, options.out)
+    table = suite.run_benchmark(device, plan, options.out, progress)
+    print()
     shown = table[[c for c in (*COLUMNS, "peak_mib") if c in table]]
     print(shown.to_string(index=False, float_format="{:.3g}".format, na_rep=""))
     print("", *suite.break_even(table), sep="\n")
     print(
         f"\n{table['device'].iloc[0]}; {table['versions'].iloc[0]}; written to {options.out}/speed_{device.type}.csv and .png"
     )
+
+
+def progress(row: dict[str, Any]) -> None:
+    """A line a measurement as it comes, for who waits."""
+    parts = [f"{key} {row[key]:.3g}" for key in ("ms", "wall_ms", "speedup", "peak_mib") if row.get(key) is not None]
+    print(f"{row['what']} {row.get('mix', '')} T {row['T']} {row['variant']}: {', '.join(parts)}", flush=True)

@@ -15,7 +15,6 @@ from bayes_router.routing.posterior import dirichlet_kl, posterior_mean
 from bayes_router.routing.schedule import ScheduleState
 from bayes_router.types import LossTerms, route_site
 
-
 UNCHECKED = dict.fromkeys(
     ("validate_poutine", "validate_infer", "validate_distributions_pyro", "validate_distributions_torch"), False
 )

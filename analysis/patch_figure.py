@@ -1,0 +1,65 @@
+"""Perplexity lost against attention cost, of `analysis.patch_smollm`: `python -m analysis.patch_figure [RESULTS.csv]`."""
+
+import argparse
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+
+from bayes_router.diagnostics.plots import PALETTE
+
+RESULTS = Path(__file__).parent / "results" / "patch_smollm.csv"
+MARKERS = {
+    "routed": "o",
+    "static, greedy": "s",
+    "static, one by one": "v",
+    "static, the router's own": "P",
+    "static, every n-th": "X",
+    "one window": "D",
+    "the window alone": "*",
+}
+
+
+def lost(frame: pd.DataFrame) -> pd.DataFrame:
+    """The table with `lost`: perplexity over the original's on the same text and context, minus 1, in percent."""
+    base = frame[frame["contender"] == "original"].set_index(["text", "context"])["perplexity"]
+    keys = pd.MultiIndex.from_frame(frame[["text", "context"]])
+    return frame.assign(lost=100 * (frame["perplexity"].to_numpy() / base.reindex(keys).to_numpy() - 1))
+
+
+def draw(frame: pd.DataFrame, path: Path) -> None:
+    """A panel a text, a marker a contender, a line through the budgets of each."""
+    texts = list(dict.fromkeys(frame["text"]))
+    with sns.axes_style("ticks"), sns.plotting_context("notebook"):
+        figure, axes = plt.subplots(1, len(texts), figsize=(6.5 * len(texts), 5), squeeze=False)
+        for ax, text in zip(axes[0], texts, strict=True):
+            for place, (name, marker) in enumerate(MARKERS.items()):
+                part = frame[(frame["text"] == text) & (frame["contender"] == name)].sort_values("cost")
+                colour = PALETTE[place] if place < len(PALETTE) else "0.5"
+                width = 2.0 if name == "routed" else 0.8
+                ax.plot(part["cost"], part["lost"], marker=marker, color=colour, lw=width, label=name)
+            ax.axhline(1.0, color="0.6", lw=0.8, ls="--")
+            ax.set(title=text, xlabel="attention cost executed (full = 1)", ylabel="perplexity lost (%)")
+        axes[0][0].legend(frameon=False, fontsize=9)
+        sns.despine(figure)
+        figure.savefig(path, dpi=130, bbox_inches="tight")
+        plt.close(figure)
+
+
+def main() -> None:
+    """Draw beside the table, and print it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path, nargs="?", default=RESULTS)
+    parser.add_argument("--context", type=int, default=8192)
+    args = parser.parse_args()
+    frame = lost(pd.read_csv(args.results))
+    frame = frame[frame["context"] == args.context]
+    draw(frame, args.results.with_suffix(".png"))
+    columns = ["text", "budget", "contender", "cost", "perplexity", "lost"]
+    shown = frame[columns].sort_values(["text", "budget", "perplexity"], ascending=[True, False, True])
+    print(shown.to_string(index=False, float_format="{:.3f}".format))
+
+
+if __name__ == "__main__":
+    main()
