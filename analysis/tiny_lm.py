@@ -100,7 +100,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         "data": {"eval_tokens": 262_144, "context": 2048},
         "model": {"d_model": 256, "num_layers": 6, "num_heads": 4, "window": 64},
     },
-    "cpu": {"train": {"steps": 150, "device": "cpu", "warmup": 20}, "data": {"eval_tokens": 16_384, "context": 128}},
+    "cpu": {"train": {"steps": 300, "device": "cpu", "warmup": 20}, "data": {"eval_tokens": 16_384, "context": 128}},
     "toy": {
         "train": {"steps": 4, "device": "cpu", "batch_size": 2},
         "data": {"eval_tokens": 256, "context": 64},
