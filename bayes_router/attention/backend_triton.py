@@ -94,11 +94,11 @@ def _attend_native(problem: RoutedProblem, native: tuple[int, int, int]) -> Tens
     programs = sizes.per_sm * multiprocessors(q.device)
     tile = sizes.full["BM"], sizes.full["BN"]
     schedule = make_schedule(plan, q.shape[1], k.shape[2], problem.starts, tile, programs)
-    window = problem.experts[native[2]].shape.window if native[2] >= 0 else 1
+    window, sinks = problem.experts[native[2]].shape[2:] if native[2] >= 0 else (1, 0)
     true_dim = problem.experts[0].shape.head_dim
     covered = problem.lengths is None and all(index in native for index in range(len(problem.experts)))
     scale, start = LOG2_E / true_dim**0.5, k.shape[2] - q.shape[2]
-    call = Call(plan, schedule, native, window, scale, problem.starts, start, covered, sizes, programs)
+    call = Call(plan, schedule, native, window, sinks, scale, problem.starts, start, covered, sizes, programs)
     if not problem.needs_grad:
         return forward(call, *inputs)[0]
     out: Tensor = _RoutedAttention.apply(call, *inputs)
@@ -132,7 +132,7 @@ def forward(
     starts = plan.before if call.starts is None else call.starts
     fixed: dict[str, Any] = {"D": D, "PRECISION": precision(q)}
     common = (H, H // k.shape[1], T, rows.steps, k.shape[2], call.start)
-    local = {**fixed, "SORTED": True, "STARTS": call.starts is not None, **call.tiles.local}
+    local = {**fixed, "SINKS": call.sinks, "SORTED": True, "STARTS": call.starts is not None, **call.tiles.local}
     state: tuple[Tensor, ...] = ()
     if call.native[0] >= 0:
         _launch_full(call, q, k, v, out, lse, starts, common, fixed)

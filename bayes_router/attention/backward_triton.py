@@ -7,12 +7,22 @@ With p the softmax weights, delta = sum(out * dout): ds = p (dout v^T - delta), 
 import triton
 import triton.language as tl
 
-from bayes_router.attention.forward_triton import count_rows, gather_rows, load_rows, nth_token, rows_before, sees
+from bayes_router.attention.forward_triton import (
+    band_start,
+    band_tile,
+    count_rows,
+    gather_rows,
+    load_rows,
+    nth_token,
+    reach_of,
+    rows_before,
+    sees,
+)
 
 
 @triton.jit
 def _dq_tile(q, do, K, V, n0, num_keys, k_t, v_t, pos, reach, lse, delta, dq, scale, MASKED: tl.constexpr, BN: tl.constexpr,
-             D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+             D: tl.constexpr, PRECISION: tl.constexpr, SINKS: tl.constexpr = 0):  # fmt: skip
     n = n0 + tl.arange(0, BN)
     d = tl.arange(0, D)
     at_k, at_v = n[:, None] * k_t + d[None, :], n[:, None] * v_t + d[None, :]
@@ -25,7 +35,7 @@ def _dq_tile(q, do, K, V, n0, num_keys, k_t, v_t, pos, reach, lse, delta, dq, sc
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     p = tl.exp2(s * scale - lse[:, None])
     if MASKED:
-        p = tl.where(sees(pos[:, None], n[None, :], reach), p, 0.0)
+        p = tl.where(sees(pos[:, None], n[None, :], reach_of(n[None, :], reach, SINKS)), p, 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -76,7 +86,7 @@ def full_dq_kernel(
 def local_dq_kernel(
     Q, K, V, Out, DOut, Lse, Delta, DQ, Order, Before, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
     o_b, o_h, o_t, g_b, g_h, g_t, d_b, d_h, d_t, H, GROUP, T, NB, window, scale,
-    SORTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, SORTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of local attention's queries."""
     h, i, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -92,8 +102,10 @@ def local_dq_kernel(
     K += b * k_b + h // GROUP * k_h
     V += b * v_b + h // GROUP * v_h
     dq = tl.zeros([BM, D], tl.float32)
-    for n in range(tl.maximum(first - window + 1, 0) // BN * BN, last + 1, BN):
-        dq = _dq_tile(q, do, K, V, n, T, k_t, v_t, t, window, lse, delta, dq, scale, True, BN, D, PRECISION)
+    lo, sunk = band_start(first, window, SINKS, BN)
+    for x in range(lo - sunk, last + 1, BN):
+        n = band_tile(x, lo, sunk, SINKS)
+        dq = _dq_tile(q, do, K, V, n, T, k_t, v_t, t, window, lse, delta, dq, scale, True, BN, D, PRECISION, SINKS)
     d = tl.arange(0, D)
     at = DQ + b * d_b + h * d_h + t[:, None].to(tl.int64) * d_t + d[None, :]
     tl.store(at, (dq * (scale * 0.6931471805599453)).to(DQ.dtype.element_ty), mask=real[:, None])
@@ -103,6 +115,7 @@ def local_dq_kernel(
 def _dkv_rows(
     Q, DOut, Lse, Delta, Order, b, kind, T, r0, end, k, v, n, dk, dv, q_t, g_t, scale, reach,
     MASKED: tl.constexpr, SORTED: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    SINKS: tl.constexpr = 0,
 ):  # fmt: skip
     """What a block of softmax queries adds to the gradients of a block of keys; it sees `reach` keys back."""
     r = r0 + tl.arange(0, BM)
@@ -115,7 +128,7 @@ def _dkv_rows(
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BN, BM]
     p = tl.exp2(s * scale - lse[None, :])
     if MASKED:
-        p = tl.where(sees(t[None, :], n[:, None], reach), p, 0.0)
+        p = tl.where(sees(t[None, :], n[:, None], reach_of(n[:, None], reach, SINKS)), p, 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     ds = p * (dp - delta[None, :])
@@ -126,8 +139,8 @@ def _dkv_rows(
 def dkv_kernel(
     Q, K, V, DOut, Lse, Delta, DK, DV, Order, Before, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t,
     dk_b, dk_h, dk_t, dv_b, dv_h, dv_t, H, GROUP, T, NB, window, scale,
-    FULL: tl.constexpr, LOCAL: tl.constexpr, SORTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, FULL: tl.constexpr, LOCAL: tl.constexpr, SORTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys and values from the full and local queries that see it; blocks seen by most go first."""
     hk, j, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -157,9 +170,11 @@ def dkv_kernel(
                 rows_before(Before, b, 2, n0, T, NB, SORTED),
                 rows_before(Before, b, 2, n0 + BN + window + 62, T, NB, SORTED),
             )
+            if SINKS:  # every later query sees them
+                end = tl.where(n0 < SINKS, count_rows(Before, b, 2, T, NB, SORTED), end)
             for r0 in range(lo, end, BM):
                 dk, dv = _dkv_rows(Qh, DOh, Lh, Dh, Order, b, 2, T, r0, end, k, v, n, dk, dv, q_t, g_t, scale,
-                                   window, True, SORTED, BM, D, PRECISION)  # fmt: skip
+                                   window, True, SORTED, BM, D, PRECISION, SINKS)  # fmt: skip
     dk = dk * (scale * 0.6931471805599453)
     at = DK + b * dk_b + hk * dk_h + n[:, None].to(tl.int64) * dk_t + d[None, :]
     tl.store(at, dk.to(DK.dtype.element_ty), mask=inside[:, None])

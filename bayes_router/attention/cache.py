@@ -46,7 +46,10 @@ class LayerCache:
         if capacity < 1:
             raise ValueError(f"capacity: expected at least 1 token; got {capacity}")
         self.experts, self.capacity = tuple(experts), capacity
-        num_heads, head_dim, _ = self.experts[0].shape
+        sinks = max((e.shape.sinks for e in self.experts if type(e) is LocalAttention), default=0)
+        if sinks:  # a ring overwrites the first keys, and no decoding kernel looks for them
+            raise ValueError(f"sinks: expected 0, a cache keeps no first keys for local attention; got {sinks}")
+        num_heads, head_dim = self.experts[0].shape[:2]
         like_q = torch.empty(batch, num_heads, 0, head_dim, device=device, dtype=dtype)
         like_k = torch.empty(batch, num_kv_heads, 0, head_dim, device=device, dtype=dtype)
         stored = [e for e in self.experts if not e.stateful]

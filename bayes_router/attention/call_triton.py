@@ -82,6 +82,7 @@ class Call:
     schedule: Schedule
     native: tuple[int, int, int]
     window: int
+    sinks: int
     scale: float  # 1 / sqrt(Dh) of the unpadded head size, times log2(e)
     starts: Tensor | None
     start: int

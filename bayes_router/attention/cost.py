@@ -75,7 +75,7 @@ def read_bytes(expert: Expert, context: int, num_kv_heads: int, element_size: in
 
     In decoding: the keys and values it sees, or its state read and written once.
     """
-    num_heads, head_dim, _ = expert.shape
+    num_heads, head_dim = expert.shape[:2]
     if mode is Mode.PREFILL:
         return 2 * (num_heads + num_kv_heads) * head_dim * element_size
     if expert.stateful:
@@ -87,7 +87,7 @@ def state_bytes(expert: Expert, num_kv_heads: int) -> int:
     """Size of the state of one sequence; 0 for an expert that keeps none."""
     if not expert.stateful:
         return 0
-    num_heads, head_dim, _ = expert.shape
+    num_heads, head_dim = expert.shape[:2]
     q = torch.empty(1, num_heads, 1, head_dim, device="meta")
     k = torch.empty(1, num_kv_heads, 1, head_dim, device="meta")
     state = expert.init_state(q, k, k)

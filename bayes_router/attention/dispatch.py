@@ -205,7 +205,7 @@ def _reference(one: RoutedProblem) -> Tensor:
         if type(expert) is FullAttention:
             dense = reference.softmax_attention(q, k, v)
         elif type(expert) is LocalAttention:
-            dense = reference.softmax_attention(q, k, v, expert.shape.window)
+            dense = reference.softmax_attention(q, k, v, expert.shape.window, expert.shape.sinks)
         elif type(expert) is LinearAttention:
             dense = reference.linear_attention(q, k, v)
         else:

@@ -18,6 +18,7 @@ class ExpertShape(NamedTuple):
     num_heads: int
     head_dim: int
     window: int
+    sinks: int = 0  # first keys that `local` never loses
 
 
 class Expert(nn.Module):

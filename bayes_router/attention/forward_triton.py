@@ -61,10 +61,29 @@ def sees(pos, n, reach):
 
 
 @triton.jit
-def _soften(s, v, n, pos, reach, m, norm, acc, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+def reach_of(n, window, SINKS: tl.constexpr):
+    """How many keys back key n is still seen by a local query, itself included: a sink from everywhere."""
+    return tl.where(n < SINKS, 2147483647, window) if SINKS else window
+
+
+@triton.jit
+def band_start(first, window, SINKS: tl.constexpr, BN: tl.constexpr):
+    """(start of the tiles of keys in the window of a query at `first`, how many keys of tiles of sinks come before them)."""
+    lo = tl.maximum(first - window + 1, 0) // BN * BN
+    return lo, tl.minimum((SINKS + BN - 1) // BN * BN, lo) if SINKS else 0
+
+
+@triton.jit
+def band_tile(x, lo, sunk, SINKS: tl.constexpr):
+    """First key of the tile at x, lo - sunk and on: first those of the sinks, then from `lo`."""
+    return tl.where(x < lo, x - lo + sunk, x) if SINKS else x
+
+
+@triton.jit
+def _soften(s, v, n, pos, reach, m, norm, acc, scale, MASKED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr):
     """One tile of online softmax: raw scores s of keys n."""
     if MASKED:
-        s = tl.where(sees(pos[:, None], n[None, :], reach), s, -float("inf"))
+        s = tl.where(sees(pos[:, None], n[None, :], reach_of(n[None, :], reach, SINKS)), s, -float("inf"))
     m_new = tl.maximum(m, tl.max(s, 1) * scale)
     p = tl.exp2(s * scale - m_new[:, None])
     alpha = tl.exp2(m - m_new)
@@ -75,7 +94,7 @@ def _soften(s, v, n, pos, reach, m, norm, acc, scale, MASKED: tl.constexpr, PREC
 
 @triton.jit
 def _tile(q, K, V, n0, num_keys, k_t, v_t, pos, reach, m, norm, acc, scale, MASKED: tl.constexpr, BN: tl.constexpr,
-          D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+          D: tl.constexpr, PRECISION: tl.constexpr, SINKS: tl.constexpr = 0):  # fmt: skip
     """Keys n0 .. n0 + BN, loaded by address."""
     n = n0 + tl.arange(0, BN)
     d = tl.arange(0, D)
@@ -87,7 +106,7 @@ def _tile(q, K, V, n0, num_keys, k_t, v_t, pos, reach, m, norm, acc, scale, MASK
         k = tl.load(K + at_k)
         v = tl.load(V + at_v)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    return _soften(s, v, n, pos, reach, m, norm, acc, scale, MASKED, PRECISION)
+    return _soften(s, v, n, pos, reach, m, norm, acc, scale, MASKED, SINKS, PRECISION)
 
 
 @triton.jit
@@ -179,10 +198,10 @@ def combine_kernel(
 @triton.jit
 def local_kernel(
     Q, K, V, Out, Lse, Order, Before, Starts, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
-    H, GROUP, T, NB, num_keys, start, window, scale,
+    H, GROUP, T, NB, num_keys, start, window, scale, SINKS: tl.constexpr,
     SORTED: tl.constexpr, STARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Windowed attention of a block of (sorted) local queries, over the hull of their windows."""
+    """Windowed attention of a block of (sorted) local queries, over the sinks and the hull of their windows."""
     h, i, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     if i * BM >= count_rows(Before, b, 2, T, NB, SORTED):
         return
@@ -197,8 +216,10 @@ def local_kernel(
     m = tl.full([BM], HIDDEN, tl.float32)
     norm = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
-    for n in range(tl.maximum(first + begin - window + 1, 0) // BN * BN, last + begin + 1, BN):
-        m, norm, acc = _tile(q, K, V, n, num_keys, k_t, v_t, pos, window, m, norm, acc, scale, True, BN, D, PRECISION)
+    lo, sunk = band_start(first + begin, window, SINKS, BN)
+    for x in range(lo - sunk, last + begin + 1, BN):
+        n = band_tile(x, lo, sunk, SINKS)
+        m, norm, acc = _tile(q, K, V, n, num_keys, k_t, v_t, pos, window, m, norm, acc, scale, True, BN, D, PRECISION, SINKS)
     at = Out + b * o_b + h * o_h + t[:, None].to(tl.int64) * o_t + d[None, :]
     tl.store(at, (acc / norm[:, None]).to(Out.dtype.element_ty), mask=real[:, None])
     tl.store(Lse + (b * H + h) * T + t, m + tl.log2(norm), mask=real)

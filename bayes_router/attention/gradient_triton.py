@@ -31,7 +31,7 @@ def backward(
         launch(
             kernels.local_dq_kernel, (H, triton.cdiv(T, call.tiles.local_dq["BM"]), B),
             q, k, v, out, dout, lse, delta, dq, rows.order, rows.before, *strides(q, k, v, out, dout, dq), *sizes, call.window,
-            call.scale, SORTED=True, **fixed, **call.tiles.local_dq,
+            call.scale, SINKS=call.sinks, SORTED=True, **fixed, **call.tiles.local_dq,
         )  # fmt: skip
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     softmax = has_full or has_local
@@ -39,7 +39,7 @@ def backward(
         launch(
             kernels.dkv_kernel, (k.shape[1], triton.cdiv(T, call.tiles.dkv["BN"]), B),
             q, k, v, dout, lse, delta, dk, dv, rows.order, rows.before, *strides(q, k, v, dout, dk, dv), *sizes, call.window,
-            call.scale, FULL=has_full, LOCAL=has_local, SORTED=True, **fixed, **call.tiles.dkv,
+            call.scale, SINKS=call.sinks, FULL=has_full, LOCAL=has_local, SORTED=True, **fixed, **call.tiles.dkv,
         )  # fmt: skip
     else:
         dk.zero_()

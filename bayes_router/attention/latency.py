@@ -98,7 +98,7 @@ def median_ms(calls: Sequence[Callable[[], object]], device: torch.device, repea
 
 
 def _measure(experts: Sequence[Expert], context: int, device: torch.device) -> list[float]:
-    num_heads, head_dim, _ = experts[0].shape
+    num_heads, head_dim = experts[0].shape[:2]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     q, k, v = torch.randn(3, 1, num_heads, context, head_dim, device=device, dtype=dtype)
 

@@ -17,7 +17,7 @@ def local_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, win
     launch(
         forward_triton.local_kernel, (H, triton.cdiv(T, sizes.local["BM"]), B),
         q, k, v, out, lse, lse, lse, lse, *strides(q, k, v, out), H, H // k.shape[1], T, 0, T, 0, window, scale,
-        STARTS=False, **fixed, **sizes.local,
+        SINKS=0, STARTS=False, **fixed, **sizes.local,
     )  # fmt: skip
 
 
@@ -30,12 +30,13 @@ def local_backward(
     delta, common = torch.empty_like(lse), (H, H // k.shape[1], T, 0, window, scale)
     launch(
         backward_triton.local_dq_kernel, (H, triton.cdiv(T, sizes.local_dq["BM"]), B),
-        q, k, v, out, dout, lse, delta, dq, lse, lse, *strides(q, k, v, out, dout, dq), *common, **fixed, **sizes.local_dq,
+        q, k, v, out, dout, lse, delta, dq, lse, lse, *strides(q, k, v, out, dout, dq), *common, SINKS=0,
+        **fixed, **sizes.local_dq,
     )  # fmt: skip
     launch(
         backward_triton.dkv_kernel, (k.shape[1], triton.cdiv(T, sizes.dkv["BN"]), B),
-        q, k, v, dout, lse, delta, dk, dv, lse, lse, *strides(q, k, v, dout, dk, dv), *common, FULL=False, LOCAL=True,
-        **fixed, **sizes.dkv,
+        q, k, v, dout, lse, delta, dk, dv, lse, lse, *strides(q, k, v, dout, dk, dv), *common, SINKS=0, FULL=False,
+        LOCAL=True, **fixed, **sizes.dkv,
     )  # fmt: skip
 
 

@@ -7,18 +7,18 @@ from torch.nn import functional as F
 from bayes_router.attention.expert import repeat_heads
 
 
-def visible(num_queries: int, num_keys: int, window: int | None = None) -> Tensor:
-    """[Tq, Tk] bool: key s is visible to query t (the last Tq of Tk positions) if s <= t, and t - s < window."""
+def visible(num_queries: int, num_keys: int, window: int | None = None, sinks: int = 0) -> Tensor:
+    """[Tq, Tk] bool: query t (the last Tq of Tk positions) sees key s if s <= t, and t - s < window or s < sinks."""
     t = torch.arange(num_keys - num_queries, num_keys)[:, None]
     s = torch.arange(num_keys)[None]
-    return (s <= t) & (t - s < (window or num_keys + 1))
+    return (s <= t) & ((t - s < (window or num_keys + 1)) | (s < sinks))
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, sinks: int = 0) -> Tensor:
     """softmax(q k^T / sqrt(Dh)) v over visible keys; q [B, H, Tq, Dh], k and v [B, Hkv, Tk, Dh] -> [B, H, Tq, Dh]."""
     k, v = (repeat_heads(x, q.shape[1]).double() for x in (k, v))
     scores = q.double() @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
-    mask = visible(q.shape[2], k.shape[2], window).to(q.device)
+    mask = visible(q.shape[2], k.shape[2], window, sinks).to(q.device)
     return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
 
 

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from bayes_router.attention import rows_linear
-from bayes_router.attention.expert import Expert, widen
+from bayes_router.attention.expert import Expert, ExpertShape, widen
 from bayes_router.attention.linear import LinearAttention
 from bayes_router.attention.local import LocalAttention
 from bayes_router.attention.problem import BUILT_IN, RoutedProblem
@@ -84,7 +84,7 @@ def _forward(problem: RoutedProblem, kept: list[list[Kept]] | None) -> Tensor:
             if type(expert) is LinearAttention:
                 part, notes = rows_linear.attend(take(q, rows), k, v, positions, kept is not None)
             else:
-                part, notes = softmax_rows(take(q, rows), k, v, positions, _reach(expert))
+                part, notes = softmax_rows(take(q, rows), k, v, positions, _local(expert))
             out[b].index_copy_(0, rows, part.transpose(0, 1))
             mine.append(Kept(index, rows, notes))
         if kept is not None:
@@ -128,7 +128,7 @@ class _Rows(torch.autograd.Function):
                 if type(expert) is LinearAttention:
                     rows_linear.backward(x, key, value, rows, positions, notes, gradients[0][b], target, *targets)
                 else:
-                    own = (x, key, value, rows, positions, _reach(expert), out[b], notes, gradients[0][b])
+                    own = (x, key, value, rows, positions, _local(expert), out[b], notes, gradients[0][b])
                     _softmax_backward(*own, target, *targets)
         return (
             None,
@@ -140,8 +140,9 @@ class _Rows(torch.autograd.Function):
         )
 
 
-def _reach(expert: Expert) -> int | None:
-    return expert.shape.window if type(expert) is LocalAttention else None
+def _local(expert: Expert) -> ExpertShape | None:
+    """The window and sinks of local attention; None for full, which sees every key."""
+    return expert.shape if type(expert) is LocalAttention else None
 
 
 class Tile(NamedTuple):
@@ -153,20 +154,22 @@ class Tile(NamedTuple):
     joins: bool  # the queries had other keys before
 
 
-def tiles(positions: Tensor, window: int | None, groups: int) -> Iterator[Tile]:
+def tiles(positions: Tensor, local: ExpertShape | None, groups: int) -> Iterator[Tile]:
     """Of queries at ascending positions [n].
 
     Full: for FAR_ROWS queries the keys before the first of them, which all see, then the same for ROWS of them at a time, and
     what is left with a mask. Local: blocks of S = max(W, SPAN) positions, however many of them are chosen, so that a tile has
-    at most S + W - 1 keys.
+    at most S + W - 1 keys; then the sinks before these, which all see.
     """
-    if window is not None:
-        counts = torch.bincount(positions // max(window, SPAN))
+    if local is not None:
+        counts = torch.bincount(positions // max(local.window, SPAN))
         stop = 0
         for count in counts[counts > 0].tolist():
             start, stop = stop, stop + count
-            first = max(int(positions[start]) - window + 1, 0)
+            first = max(int(positions[start]) - local.window + 1, 0)
             yield Tile(slice(start, stop), slice(first, int(positions[stop - 1]) + 1), True, False)
+            if before := min(local.sinks, first):
+                yield Tile(slice(start, stop), slice(0, before), False, True)
         return
     total, size = len(positions), max(ROWS // groups, 1)
     for start in range(0, total, FAR_ROWS):
@@ -180,25 +183,25 @@ def tiles(positions: Tensor, window: int | None, groups: int) -> Iterator[Tile]:
             yield Tile(here, slice(own, int(positions[here.stop - 1]) + 1), True, own > 0)
 
 
-def _mask(positions: Tensor, keys: slice, window: int | None, groups: int, dtype: torch.dtype) -> Tensor:
+def _mask(positions: Tensor, keys: slice, local: ExpertShape | None, groups: int, dtype: torch.dtype) -> Tensor:
     """[groups * n, keys]: 0 where visible, -inf elsewhere."""
     key = torch.arange(keys.start, keys.stop, device=positions.device)
     hidden = key > positions[:, None]
-    if window is not None:
-        hidden |= key <= positions[:, None] - window
+    if local is not None:
+        hidden |= (key <= positions[:, None] - local.window) & (key >= local.sinks)
     mask = torch.zeros(hidden.shape, dtype=dtype, device=key.device).masked_fill_(hidden, -torch.inf)
     return mask if groups == 1 else mask.repeat(groups, 1)
 
 
-def softmax_rows(queries: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-    """Full or windowed attention of gathered queries [H, n, Dh]: (output, log of the softmax normaliser [H, n])."""
+def softmax_rows(queries: Tensor, k: Tensor, v: Tensor, positions: Tensor, local: ExpertShape | None) -> tuple[Tensor, Tensor]:
+    """Full or local attention of gathered queries [H, n, Dh]: (output, log of the softmax normaliser [H, n])."""
     H, n, Dh = queries.shape
     groups = H // k.shape[0]
     out = queries.new_empty(n, H, Dh).transpose(0, 1)
     normaliser = torch.empty(H, n, device=queries.device, dtype=widen(queries[:0]).dtype)
-    for tile in tiles(positions, window, groups):
+    for tile in tiles(positions, local, groups):
         here, keys = tile.queries, tile.keys
-        mask = _mask(positions[here], keys, window, groups, queries.dtype) if tile.masked else None
+        mask = _mask(positions[here], keys, local, groups, queries.dtype) if tile.masked else None
         found, lse = _tile(queries[:, here], k[:, keys], v[:, keys], mask)
         if tile.joins:
             before = normaliser[:, here]
@@ -210,7 +213,7 @@ def softmax_rows(queries: Tensor, k: Tensor, v: Tensor, positions: Tensor, windo
 
 
 def _softmax_backward(
-    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, positions: Tensor, window: int | None, out: Tensor, lse: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, positions: Tensor, local: ExpertShape | None, out: Tensor, lse: Tensor,
     dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
     """Add the gradients of `softmax_rows` at `rows` of q to dq, dk and dv; out and dout are those of the whole sequence.
@@ -219,13 +222,13 @@ def _softmax_backward(
     dv = p^T dout, ds = p * (dout v^T - rowsum(dout * out)).
     """
     groups = q.shape[0] // k.shape[0]
-    for tile in tiles(positions, window, groups):
+    for tile in tiles(positions, local, groups):
         here = tile.queries
         dout_here, q_here, out_here = (take(x, rows[here]) for x in (dout, q, out))
         found_q = torch.zeros_like(q_here, dtype=dq.dtype)
         for first in range(tile.keys.start, tile.keys.stop, KEYS):
             keys = slice(first, min(first + KEYS, tile.keys.stop))
-            mask = _mask(positions[here], keys, window, groups, q.dtype) if tile.masked else None
+            mask = _mask(positions[here], keys, local, groups, q.dtype) if tile.masked else None
             found = _tile_backward(dout_here, q_here, out_here, lse[:, here], k[:, keys], v[:, keys], mask)
             found_q += found[0]
             dk[:, keys] += found[1]

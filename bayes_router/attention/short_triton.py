@@ -26,7 +26,8 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit
 def _keys(q, feature, K, PlainK, V, n0, num_keys, k_t, pk_t, v_t, pos, reach, on_linear, m, norm, acc, scale,
-          SOFT: tl.constexpr, LINEAR: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+          SOFT: tl.constexpr, LINEAR: tl.constexpr, SINKS: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+          PRECISION: tl.constexpr):  # fmt: skip
     """Keys n0 .. n0 + BN for rows at `pos`; `reach` is how many keys back a softmax row sees, 0 for a linear one."""
     n, d = n0 + tl.arange(0, BN), tl.arange(0, D)
     inside = (n < num_keys)[:, None]
@@ -36,7 +37,10 @@ def _keys(q, feature, K, PlainK, V, n0, num_keys, k_t, pk_t, v_t, pos, reach, on
         k = tl.load(K + n[:, None] * k_t + d[None, :], mask=inside, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         age = (pos[:, None] - n[None, :]).to(tl.uint32, bitcast=True)  # of a later key, a huge number
-        s = tl.where(age < reach[:, None].to(tl.uint32), s * scale, -float("inf"))
+        back = reach[:, None]
+        if SINKS:
+            back = tl.where((n < SINKS)[None, :] & (back > 0), 2147483647, back)
+        s = tl.where(age < back.to(tl.uint32), s * scale, -float("inf"))
         m_new = tl.maximum(m, tl.max(s, 1))  # of a linear row HIDDEN, for ever: it is never scaled
         weight = tl.exp2(s - m_new[:, None])
         alpha = tl.exp2(m - m_new)
@@ -57,7 +61,8 @@ def short_kernel(
     Q, K, V, PlainQ, PlainK, Out, Route, Starts, Lengths,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, pq_b, pq_h, pq_t, pk_b, pk_h, pk_t, o_b, o_h, o_t, r_b, r_t,
     GROUP, T, num_keys, start, window, full, linear, local, num_experts, scale,
-    STARTS: tl.constexpr, PADDED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, STARTS: tl.constexpr, PADDED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (block, head, row of the batch); the last blocks, which see most keys, start first."""
     i = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -83,7 +88,10 @@ def short_kernel(
     near = tl.maximum(i * BM + begin - window + 1, 0) // BN * BN
     first = tl.where(any_soft, tl.where(any_full, 0, near), (end + BN - 1) // BN * BN)  # of those that a softmax row sees
     linear_from = tl.where(any_linear, 0, first)
-    both_to = tl.where(any_linear, end, first)
+    both_from, both_to = first, tl.where(any_linear, end, first)
+    if SINKS:  # their tiles, before those from `first`, where local rows look no further back
+        sunk = tl.where(any_soft, tl.minimum((SINKS + BN - 1) // BN * BN, first), 0)
+        linear_from, both_from = tl.maximum(linear_from, sunk), first - sunk
 
     inside = (t < T)[:, None]
     row = t[:, None].to(tl.int64)
@@ -98,13 +106,14 @@ def short_kernel(
     acc = tl.zeros([BM, D], tl.float32)
     for n in range(linear_from, first, BN):
         m, norm, acc = _keys(q, feature, K, PlainK, V, n, num_keys, k_t, pk_t, v_t, pos, reach, on_linear, m, norm, acc, scale,
-                             False, True, BN, D, PRECISION)  # fmt: skip
-    for n in range(first, both_to, BN):
+                             False, True, SINKS, BN, D, PRECISION)  # fmt: skip
+    for x in range(both_from, both_to, BN):
+        n = tl.where(x < first, x - both_from, x) if SINKS else x
         m, norm, acc = _keys(q, feature, K, PlainK, V, n, num_keys, k_t, pk_t, v_t, pos, reach, on_linear, m, norm, acc, scale,
-                             True, True, BN, D, PRECISION)  # fmt: skip
+                             True, True, SINKS, BN, D, PRECISION)  # fmt: skip
     for n in range(tl.maximum(both_to, first), end, BN):
         m, norm, acc = _keys(q, feature, K, PlainK, V, n, num_keys, k_t, pk_t, v_t, pos, reach, on_linear, m, norm, acc, scale,
-                             True, False, BN, D, PRECISION)  # fmt: skip
+                             True, False, SINKS, BN, D, PRECISION)  # fmt: skip
     norm = tl.where(on_linear, norm + EPSILON, tl.maximum(norm, 1e-30))
     taken = (on_full | on_linear | on_local)[:, None]
     out = tl.where(taken, acc / norm[:, None], 0.0)
@@ -126,7 +135,7 @@ def attend(problem: RoutedProblem) -> Tensor:
     (B, H, T, D), num_keys = q.shape, k.shape[2]
     kinds = {type(expert): index for index, expert in problem.computed()}
     full, linear, local = (kinds.get(kind, -1) for kind in BUILT_IN)
-    window = problem.experts[local].shape.window if local >= 0 else 1
+    window, sinks = problem.experts[local].shape[2:] if local >= 0 else (1, 0)
     out = torch.empty_like(q)
     route, starts, lengths = problem.route, problem.starts, problem.lengths
     wide = q.dtype == torch.float32
@@ -138,7 +147,7 @@ def attend(problem: RoutedProblem) -> Tensor:
             *(stride for x in (q, k, v, plain_q, plain_k, out) for stride in x.stride()[:3]), *route.stride(),
             H // k.shape[1], T, num_keys, num_keys - T, window, full, linear, local, len(problem.experts),
             LOG2_E / head_dim**0.5,
-            STARTS=starts is not None, PADDED=lengths is not None, BM=block, BN=block, D=D,
+            SINKS=sinks, STARTS=starts is not None, PADDED=lengths is not None, BM=block, BN=block, D=D,
             PRECISION="ieee" if wide else "tf32",
             num_warps=4, num_stages=1 if wide else 2 if D > 64 else 3, sanitize_overflow=False,
         )  # fmt: skip

@@ -9,10 +9,9 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from bayes_router.attention.expert import ExpertShape, repeat_heads
-from bayes_router.attention.local import MIN_BLOCK
+from bayes_router.attention.expert import ExpertShape
+from bayes_router.attention.local import MIN_BLOCK, banded
 from bayes_router.integrations.call import AttentionCall, first_seen, near, restrict
 
 QUERIES = 256  # in one block of masked attention
@@ -156,31 +155,3 @@ class LocalExpert(SoftmaxExpert):
         if not self._by_position(call):
             return super().forward(call)
         return call.kernel(call.q, call.k, call.v, call.mask)
-
-
-def banded(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scaling: float) -> Tensor:
-    """Causal attention over the last W keys and the first `sinks`, [B, H, T, Dv]: O(T W) work, O(T) memory for fixed W.
-
-    Blocks of C = max(W, 64) queries; a block sees the sinks and the keys from W - 1 before it to its own end.
-    """
-    B, H, T, _ = q.shape
-    block = max(window, MIN_BLOCK)
-    back = -T % block
-
-    def bands(x: Tensor) -> Tensor:  # [B, Hkv, T, D] -> [B * N, H, sinks + C + W - 1, D]
-        x = repeat_heads(x, H)
-        padded = F.pad(x, (0, 0, window - 1, back)).unfold(2, block + window - 1, block).permute(0, 2, 1, 4, 3)
-        first = x[:, None, :, :sinks].expand(-1, padded.shape[1], -1, -1, -1)
-        return torch.cat([first, padded], 3).flatten(0, 1)
-
-    queries = F.pad(q, (0, 0, 0, back)).unflatten(2, (-1, block)).transpose(1, 2)  # [B, N, H, C, Dh]
-    N = queries.shape[1]
-    query = torch.arange(N * block, device=q.device).view(N, block, 1)
-    key = torch.arange(block + window - 1, device=q.device) + query[:, :1] - (window - 1)  # [N, 1, C + W - 1]
-    near_keys = (key <= query) & (key > query - window) & (key >= 0)
-    first_keys = torch.arange(sinks, device=q.device) <= query - window  # those in the window are there already
-    mask = torch.cat([first_keys, near_keys], -1)[:, None]  # [N, 1, C, sinks + C + W - 1]
-    out = F.scaled_dot_product_attention(
-        queries.flatten(0, 1), bands(k), bands(v), attn_mask=mask.repeat(B, 1, 1, 1), scale=scaling
-    )
-    return out.unflatten(0, (B, N)).transpose(1, 2).flatten(2, 3)[:, :, :T]

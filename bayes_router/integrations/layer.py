@@ -12,7 +12,7 @@ from bayes_router.attention.local import LocalAttention
 from bayes_router.config import require
 from bayes_router.integrations.call import AttentionCall
 from bayes_router.integrations.decode import attend_one, remember
-from bayes_router.integrations.experts import FullExpert, LocalExpert, PatchedExpert, banded
+from bayes_router.integrations.experts import FullExpert, LocalExpert, PatchedExpert
 from bayes_router.integrations.features import GatedExpert, LinearExpert
 
 EXPERTS: dict[str, type[PatchedExpert]] = {
@@ -117,8 +117,8 @@ class RoutedLayer(nn.Module):
         name = self.names[index]
         if name == "full":
             return FullAttention(self.shape)
-        if name == "local" and not self.sinks:
-            return LocalAttention(self.shape)
+        if name == "local":
+            return LocalAttention(self.shape._replace(sinks=self.sinks))
         return _Adapter(self.expert(index), self.shape, call)
 
 
@@ -175,7 +175,5 @@ class _Adapter(Expert):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Expert.forward`; of one sequence of the batch where the backend works row by row."""
         call = replace(self.call, q=q, k=k, v=v)
-        if isinstance(self.inner, LocalExpert) and q.shape[2] == k.shape[2]:
-            return banded(q, k, v, self.shape.window, self.inner.sinks, call.scaling)
         out: Tensor = self.inner(call)
         return out

@@ -152,6 +152,12 @@ def test_a_cache_of_another_model_or_batch_is_refused(change: str) -> None:
         cache.attend(q, k, v, torch.zeros(q.shape[0], 4, dtype=torch.int64))
 
 
+def test_local_attention_with_sinks_is_refused() -> None:
+    local = expert_class("local")(SHAPE._replace(sinks=4))
+    with pytest.raises(ValueError, match="sinks: expected 0, .* got 4"):
+        LayerCache((*build("full"), local), B, T, HKV)
+
+
 def test_the_whole_cache_moves_on_when_its_last_layer_has() -> None:
     cache, inputs, route = RoutedCache.build([build("full"), build("local")], B, T, HKV), tensors(), draw_route("full", B, T)
     assert len(cache) == 2 and cache.capacity == T

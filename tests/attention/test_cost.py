@@ -37,6 +37,11 @@ def test_flops_agree_with_a_count_of_visible_pairs(T: int) -> None:
     assert flops(full, T) * T == pytest.approx(pairs * int(reference.visible(T, T).sum()))
     assert flops(local, T) * T == pytest.approx(pairs * int(reference.visible(T, T, SHAPE.window).sum()))
     assert flops(linear, T) == 2 * SHAPE.num_heads * 2 * SHAPE.head_dim * (SHAPE.head_dim + 1)
+    for sinks in (1, 3, 9, 20):
+        local = expert_class("local")(SHAPE._replace(sinks=sinks))
+        seen = reference.visible(T, T, SHAPE.window, sinks)
+        assert flops(local, T) * T == pytest.approx(pairs * int(seen.sum()))
+        assert local.keys_read(T) == int(seen[-1].sum())
 
 
 @pytest.mark.parametrize("T", [1, 4, 5, 17])

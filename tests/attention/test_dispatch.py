@@ -10,6 +10,7 @@ from bayes_router.attention import rows_linear, rows_torch
 from bayes_router.attention.dispatch import routed_attention
 from bayes_router.attention.expert import ExpertShape
 from bayes_router.attention.linear import LinearAttention
+from bayes_router.attention.problem import resolve_experts
 from tests.attention.expert_contract import draw, relative_error
 
 WINDOW = 9
@@ -82,17 +83,59 @@ def test_chunks_segments_and_far_keys_join(monkeypatch: pytest.MonkeyPatch) -> N
             assert relative_error(g, t.double()) < 1e-5
 
 
+# (window, sinks): sinks fewer and more than the window and than the text; window shorter and longer than the text
+SINKS = [(WINDOW, 1), (WINDOW, 4), (WINDOW, 30), (WINDOW, 1000), (1, 4), (1000, 4), (150, 200)]
+
+
+@pytest.mark.parametrize(("window", "sinks"), SINKS)
+@pytest.mark.parametrize("kind", ["independent", "clustered", "rows differ", "local"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sinks_agree_with_the_oracle_in_value_and_gradient(backend: str, kind: str, window: int, sinks: int) -> None:
+    B, T = 3, 300
+    experts = resolve_experts(("full", "linear", "local"), ExpertShape(4, 16, window, sinks))
+    route, lengths = draw_route(kind, B, T), torch.tensor([T, 1, 170])
+    inputs = [x.requires_grad_() for x in draw(B, 4, 2, T)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+
+    def run(xs: list[Tensor], backend: str) -> Tensor:
+        q, k, v = xs
+        return routed_attention(q, k, v, route, window=window, backend=backend, lengths=lengths, experts=experts)
+
+    got, want = run(inputs, backend), run(exact, "reference")
+    assert relative_error(got, want) < 1e-5
+    with torch.no_grad():
+        assert relative_error(run(inputs, backend), want) < 1e-5
+    weight = torch.randn(got.shape)
+    gradients = torch.autograd.grad((got * weight).sum(), inputs)
+    truths = torch.autograd.grad((want * weight.double()).sum(), exact)
+    for name, g, t in zip("qkv", gradients, truths, strict=True):
+        assert relative_error(g, t) < 1e-5, name
+
+
+def test_sinks_of_the_oracle_are_its_definition() -> None:
+    window, sinks, T = 3, 2, 9
+    q, k, v = draw(1, 1, 1, T)
+    experts = resolve_experts(("local",), ExpertShape(1, 16, window, sinks))
+    out = routed_attention(q, k, v, 0, window=window, backend="reference", experts=experts)
+    for t in range(T):
+        seen = [n for n in range(t + 1) if t - n < window or n < sinks]
+        weight = (q[0, 0, t] @ k[0, 0, seen].T / 4).softmax(-1)
+        torch.testing.assert_close(out[0, 0, t], weight @ v[0, 0, seen], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("sinks", [0, 70])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_gradients_of_both_ways_to_compute_a_tile(
-    fused: bool, dtype: torch.dtype, limit: float, monkeypatch: pytest.MonkeyPatch
+    fused: bool, sinks: int, dtype: torch.dtype, limit: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rows_torch, "_fused", lambda x: fused)
     inputs = [x.to(dtype).requires_grad_() for x in draw(2, 4, 2, 300)]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     route, lengths = draw_route("independent", 2, 300), torch.tensor([300, 170])
+    experts = resolve_experts(("full", "linear", "local"), ExpertShape(4, 16, WINDOW, sinks))
     got, want = (
-        routed_attention(*x, route, window=WINDOW, backend=backend, lengths=lengths)
+        routed_attention(*x, route, window=WINDOW, backend=backend, lengths=lengths, experts=experts)
         for x, backend in ((inputs, "torch"), (exact, "reference"))
     )
     assert relative_error(got, want) < limit
@@ -124,30 +167,34 @@ def test_padding_is_zero_and_unseen(backend: str) -> None:
         assert not out[b, :, n:].any()
 
 
+@pytest.mark.parametrize("sinks", [0, 4])
 @pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
-def test_queries_at_starts_equal_the_full_pass(backend: str) -> None:
+def test_queries_at_starts_equal_the_full_pass(backend: str, sinks: int) -> None:
+    experts = resolve_experts(("full", "linear", "local"), ExpertShape(4, 16, WINDOW, sinks))
     q, k, v = draw(3, 4, 2, 120)
     route = draw_route("independent", 3, 120)
-    whole = routed_attention(q, k, v, route, window=WINDOW, backend="reference")
+    whole = routed_attention(q, k, v, route, window=WINDOW, experts=experts, backend="reference")
     starts, new = torch.tensor([0, 100, 37]), 20
     rows = starts[:, None] + torch.arange(new)
     picked = torch.stack([q[b, :, rows[b]] for b in range(3)])
-    out = routed_attention(picked, k, v, route.gather(1, rows), window=WINDOW, backend=backend, starts=starts)
+    out = routed_attention(picked, k, v, route.gather(1, rows), window=WINDOW, experts=experts, backend=backend, starts=starts)
     want = torch.stack([whole[b, :, rows[b]] for b in range(3)])
     torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
-    last = routed_attention(q[:, :, -7:], k, v, route[:, -7:], window=WINDOW, backend=backend)
+    last = routed_attention(q[:, :, -7:], k, v, route[:, -7:], window=WINDOW, experts=experts, backend=backend)
     torch.testing.assert_close(last, whole[:, :, -7:], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("sinks", [0, 4, 150])
 @pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
-def test_no_future_leak(backend: str) -> None:
+def test_no_future_leak(backend: str, sinks: int) -> None:
+    experts = resolve_experts(("full", "linear", "local"), ExpertShape(4, 16, WINDOW, sinks))
     q, k, v = draw(1, 4, 2, 200)
     route = draw_route("independent", 1, 200)
-    before = routed_attention(q, k, v, route, window=WINDOW, backend=backend)
+    before = routed_attention(q, k, v, route, window=WINDOW, experts=experts, backend=backend)
     for x in (q, k, v):
         x[:, :, 100:] += 3.0
     route[:, 100:] = (route[:, 100:] + 1) % 3  # later routes may change what is gathered with an earlier token
-    after = routed_attention(q, k, v, route, window=WINDOW, backend=backend)
+    after = routed_attention(q, k, v, route, window=WINDOW, experts=experts, backend=backend)
     torch.testing.assert_close(before[:, :, :100], after[:, :, :100], rtol=1e-5, atol=1e-6)
 
 

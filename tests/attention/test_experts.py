@@ -37,6 +37,41 @@ class TestLocal(ExpertContract):
         torch.testing.assert_close(self.build(window=window)(q, k, v).double(), want, rtol=1e-4, atol=1e-5)
 
 
+class TestLocalWithSinks(TestLocal):
+    sinks = 3
+
+    def build(self, num_heads: int = 4, head_dim: int = 16, window: int = WINDOW) -> Expert:
+        return expert_class("local")(ExpertShape(num_heads, head_dim, window, self.sinks))
+
+    def oracle(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return reference.softmax_attention(q, k, v, WINDOW, self.sinks)
+
+    @pytest.mark.parametrize("window", [1, 2, 64, 70, 199, 500])
+    def test_window_counts_the_token_itself(self, window: int) -> None:
+        q, k, v = draw(1, 4, 4, 200)
+        want = reference.softmax_attention(q, k, v, window, self.sinks)
+        torch.testing.assert_close(self.build(window=window)(q, k, v).double(), want, rtol=1e-4, atol=1e-5)
+
+    def test_changing_a_sink_reaches_the_last_token_and_the_key_after_them_does_not(self) -> None:
+        q, k, v = draw(1, 4, 2, 200)
+        expert = self.build()
+        before = expert(q, k, v)
+        for key, seen in ((self.sinks - 1, True), (self.sinks, False)):
+            other = v.clone()
+            other[:, :, key] += 3.0
+            assert torch.equal(expert(q, k, other)[:, :, -1], before[:, :, -1]) is not seen
+
+
+class TestLocalWithMoreSinksThanWindow(TestLocalWithSinks):
+    sinks = WINDOW + 60
+
+
+def test_as_many_sinks_as_tokens_is_full_attention() -> None:
+    q, k, v = draw(2, 4, 2, 150)
+    local = expert_class("local")(ExpertShape(4, 16, WINDOW, 150))
+    torch.testing.assert_close(local(q, k, v), expert_class("full")(ExpertShape(4, 16, WINDOW))(q, k, v))
+
+
 def test_a_window_of_one_is_the_value_itself() -> None:
     q, k, v = draw(1, 4, 4, 90)
     torch.testing.assert_close(expert_class("local")(ExpertShape(4, 16, 1))(q, k, v), v)
@@ -53,6 +88,11 @@ def test_a_name_is_registered_once() -> None:
         @register_expert("full")
         class Another(Expert):
             pass
+
+
+def test_sinks_below_zero_are_refused() -> None:
+    with pytest.raises(ValueError, match="sinks: expected 0 or more tokens; got -1"):
+        expert_class("local")(ExpertShape(4, 16, 3, -1))
 
 
 def test_window_below_one_is_refused() -> None:

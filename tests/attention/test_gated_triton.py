@@ -78,6 +78,29 @@ def test_routed(names: tuple[str, ...], B: int, Hkv: int, T: int) -> None:
         assert relative_error(g, t) < 2e-5
 
 
+@pytest.mark.parametrize(("window", "sinks"), [(9, 1), (9, 4), (9, 70), (1, 4), (200, 4), (9, 1000)])
+@pytest.mark.parametrize(("kind", "Hkv"), [("independent", 1), ("clustered", 2), ("local", 1)])
+def test_routed_with_sinks(kind: str, Hkv: int, window: int, sinks: int) -> None:
+    B, T = 2, 150
+    experts = tuple(draw_expert(name, ExpertShape(2, 16, window, sinks)) for name in ("full", "linear", "local"))
+    q, k, v = draw_inputs(B, 2, Hkv, T, 16)
+    problem = RoutedProblem(q, k, v, q, k, draw_route(kind, B, T), experts, torch.tensor([T, 100]))
+    eq, ek, ev = (x.detach().double().requires_grad_() for x in (q, k, v))
+    exact = replace(problem, q=eq, k=ek, v=ev, plain_q=eq, plain_k=ek)
+    got, want = backend_triton.attend(problem), run_problem(Backend.REFERENCE, exact)
+    assert relative_error(got, want) < 1e-5
+    weight = torch.randn(got.shape)
+    grads = torch.autograd.grad((got * weight).sum(), (q, k, v))
+    truths = torch.autograd.grad((want * weight.double()).sum(), (eq, ek, ev))
+    for g, t in zip(grads, truths, strict=True):
+        assert relative_error(g, t) < 2e-5
+    tail = {name: getattr(problem, name).detach()[:, :, -40:] for name in ("q", "plain_q")}
+    fixed = replace(problem, k=k.detach(), v=v.detach(), plain_k=k.detach(), lengths=None, **tail)
+    for starts in (None, torch.tensor([0, 73])):
+        chunk = replace(fixed, route=problem.route[:, -40:], starts=starts)
+        assert relative_error(backend_triton.attend(chunk), run_problem(Backend.REFERENCE, chunk).double()) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["gated", "linear", "local"])
 def test_it_compiles_without_a_break(name: str) -> None:
     expert, inputs = draw_expert(name, ExpertShape(2, 16, 9)), draw_inputs(1, 2, 1, 40, 16)

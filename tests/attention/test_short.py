@@ -31,10 +31,11 @@ def problem(
     window: int = 21,
     names: tuple[str, ...] = ("full", "linear", "local"),
     shared: bool = False,
+    sinks: int = 0,
 ) -> RoutedProblem:
     q, k, v = draw(B, 4, Hkv, T, Dh)
     plain_q, plain_k = (q, k) if shared else draw(B, 4, Hkv, T, Dh, seed=1)[:2]
-    experts = resolve_experts(names, ExpertShape(4, Dh, window))
+    experts = resolve_experts(names, ExpertShape(4, Dh, window, sinks))
     return RoutedProblem(q, k, v, plain_q, plain_k, draw_route(route, B, T) % len(names), experts)
 
 
@@ -59,8 +60,16 @@ def test_fewer_experts(names: tuple[str, ...]) -> None:
     compare(problem(names=names, window=9))
 
 
-def test_padding_starts_and_experts_elsewhere() -> None:
-    whole = problem(B=3, T=140)
+@pytest.mark.parametrize("route", ["independent", "clustered", "local"])
+@pytest.mark.parametrize(("window", "sinks"), [(21, 1), (21, 4), (21, 70), (1, 4), (200, 4), (21, 1000)])
+def test_sinks(route: str, window: int, sinks: int) -> None:
+    compare(problem(route=route, window=window, sinks=sinks))
+    compare(problem(names=("full", "local"), route=route, window=window, sinks=sinks))
+
+
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_padding_starts_and_experts_elsewhere(sinks: int) -> None:
+    whole = problem(B=3, T=140, sinks=sinks)
     compare(replace(whole, lengths=torch.tensor([140, 1, 77])))
     tail = replace(whole, q=whole.q[:, :, -40:], plain_q=whole.plain_q[:, :, -40:], route=whole.route[:, -40:])
     compare(tail)

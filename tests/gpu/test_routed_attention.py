@@ -31,6 +31,7 @@ def draw(
     dtype: torch.dtype = torch.bfloat16,
     window: int = 70,
     shared: bool = False,
+    sinks: int = 0,
 ) -> RoutedProblem:
     """Inputs laid out as a model's: [B, T, H, Dh] in memory."""
 
@@ -39,7 +40,7 @@ def draw(
 
     q, k, v = one(H), one(Hkv), one(Hkv)
     plain_q, plain_k = (q, k) if shared else (one(H), one(Hkv))
-    experts = resolve_experts(("full", "linear", "local"), ExpertShape(H, Dh, window))
+    experts = resolve_experts(("full", "linear", "local"), ExpertShape(H, Dh, window, sinks))
     return RoutedProblem(q, k, v, plain_q, plain_k, draw_route(route, B, T).cuda(), experts)
 
 
@@ -89,9 +90,23 @@ def test_split_rows_and_one_tensor_for_both_kinds_of_queries() -> None:
     compare(draw(2, 2, 2, 5000, 64, "rows differ"), Backend.TRITON)
 
 
+@pytest.mark.parametrize("backend", [Backend.TRITON, Backend.DENSE, Backend.TORCH])
+@pytest.mark.parametrize("route", ["independent", "clustered", "local"])
+@pytest.mark.parametrize(("window", "sinks"), [(70, 1), (70, 4), (70, 300), (1, 4), (5000, 4), (70, 5000)])
+def test_sinks(backend: Backend, route: str, window: int, sinks: int) -> None:
+    compare(draw(2, 4, 2, 1537, 64, route, window=window, sinks=sinks), backend)
+
+
+@pytest.mark.parametrize("Dh", [64, 128])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_sinks_by_head_size_and_dtype(Dh: int, dtype: torch.dtype) -> None:
+    compare(draw(2, 6, 2, 700, Dh, "independent", dtype, sinks=4), Backend.TRITON)
+
+
+@pytest.mark.parametrize("sinks", [0, 4])
 @pytest.mark.parametrize("backend", [Backend.TRITON, Backend.DENSE])
-def test_padding_and_starts(backend: Backend) -> None:
-    problem = draw(3, 4, 2, 900, 64, "independent")
+def test_padding_and_starts(backend: Backend, sinks: int) -> None:
+    problem = draw(3, 4, 2, 900, 64, "independent", sinks=sinks)
     compare(replace(problem, lengths=torch.tensor([900, 1, 333], device="cuda")), backend)
     with torch.no_grad():
         tail = {name: getattr(problem, name)[:, :, -100:] for name in ("q", "plain_q")}
@@ -106,8 +121,9 @@ def test_custom_experts_compute_their_own_rows() -> None:
     compare(replace(problem, experts=(problem.experts[0], mine, problem.experts[2])), Backend.TRITON)
 
 
-def test_no_future_leak() -> None:
-    problem = draw(1, 4, 4, 2000, 64, "independent")
+@pytest.mark.parametrize("sinks", [0, 4, 1500])
+def test_no_future_leak(sinks: int) -> None:
+    problem = draw(1, 4, 4, 2000, 64, "independent", sinks=sinks)
     with torch.no_grad():
         before = run_problem(Backend.TRITON, problem)
         later = {name: getattr(problem, name).clone() for name in NAMES}

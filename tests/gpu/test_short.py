@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from bayes_router.attention.dispatch import SHORT_KEYS, Backend, choose_backend, routed_attention, run_problem, unavailable
+from bayes_router.attention.expert import ExpertShape
+from bayes_router.attention.problem import resolve_experts
 from tests.gpu.test_routed_attention import NAMES, TOLERANCE, compare, draw, draw_route
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -35,8 +37,19 @@ def test_windows_and_one_tensor_for_both_kinds_of_queries(window: int) -> None:
     compare(draw(1, 2, 2, 4096, 64, "independent", window=window, shared=True), Backend.SHORT, gradients=False)
 
 
-def test_padding_and_starts() -> None:
-    problem = draw(3, 4, 2, 900, 64, "independent")
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("window", "sinks"), [(70, 1), (70, 4), (70, 300), (1, 4), (5000, 4), (70, 5000)])
+@pytest.mark.parametrize("names", [("full", "linear", "local"), ("full", "local"), ("linear", "local")])
+def test_sinks(names: tuple[str, ...], window: int, sinks: int, dtype: torch.dtype) -> None:
+    for route in ("independent", "clustered", "local"):
+        problem = draw(2, 4, 2, 1100, 64, route, dtype, window=window)
+        experts = resolve_experts(names, ExpertShape(4, 64, window, sinks))
+        compare(replace(problem, experts=experts, route=problem.route % len(names)), Backend.SHORT, gradients=False)
+
+
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_padding_and_starts(sinks: int) -> None:
+    problem = draw(3, 4, 2, 900, 64, "independent", sinks=sinks)
     compare(replace(problem, lengths=torch.tensor([900, 0, 333], device="cuda")), Backend.SHORT, gradients=False)
     tail = {name: getattr(problem, name)[:, :, -100:] for name in ("q", "plain_q")}
     chunk = replace(problem, **tail, route=problem.route[:, -100:])

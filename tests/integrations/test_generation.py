@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from bayes_router.integrations.experts import LocalExpert
+from bayes_router.integrations.layer import RoutedLayer
 from bayes_router.routing.policy import Budget
 from tests.integrations.tiny_models import VOCAB, left_padded, patched, tokens
 
@@ -113,6 +115,25 @@ def test_long_prefill_by_the_dispatcher_equals_the_masked_path() -> None:
     masked = router(ids, attention_mask=causal)
     assert torch.equal(fast.route, masked.route) and fast.logits.shape == (2, 200, VOCAB)
     torch.testing.assert_close(fast.logits, masked.logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_padded_prefill_computes_local_rows_alone_and_equals_the_masked_path(
+    name: str, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, router = patched(name, window=7, sinks=3, experts=("full", "local"))
+    ids, mask = tokens(3, 200), torch.ones(3, 200, dtype=torch.int64)
+    for row, missing in ((1, 50), (2, 191)):
+        mask[row, slice(0, missing) if side == "left" else slice(200 - missing, 200)] = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalExpert, "forward", lambda *_: pytest.fail("every row computed"))
+        fast = router(ids, attention_mask=mask)
+    monkeypatch.setattr(RoutedLayer, "_dispatchable", lambda *_: False)
+    masked, real = router(ids, attention_mask=mask), mask.bool()
+    assert torch.equal(fast.route[:, real], masked.route[:, real])
+    torch.testing.assert_close(fast.logits[real], masked.logits[real], atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
