@@ -183,14 +183,23 @@ def tiles(positions: Tensor, local: ExpertShape | None, groups: int) -> Iterator
             yield Tile(here, slice(own, int(positions[here.stop - 1]) + 1), True, own > 0)
 
 
-def _mask(positions: Tensor, keys: slice, local: ExpertShape | None, groups: int, dtype: torch.dtype) -> Tensor:
-    """[groups * n, keys]: 0 where visible, -inf elsewhere."""
-    key = torch.arange(keys.start, keys.stop, device=positions.device)
-    hidden = key > positions[:, None]
-    if local is not None:
-        hidden |= (key <= positions[:, None] - local.window) & (key >= local.sinks)
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=key.device).masked_fill_(hidden, -torch.inf)
-    return mask if groups == 1 else mask.repeat(groups, 1)
+class _Masks:
+    """Masks of tiles, each written over the one before: fresh pages of memory cost more than filling them."""
+
+    def __init__(self, local: ExpertShape | None, groups: int, like: Tensor):
+        self.local, self.groups, self.like, self.room = local, groups, like, like.new_empty(0)
+
+    def of(self, positions: Tensor, keys: slice) -> Tensor:
+        """[groups * n, keys]: 0 where visible, -inf elsewhere; good until the next."""
+        key = torch.arange(keys.start, keys.stop, device=positions.device)
+        hidden = key > positions[:, None]
+        if self.local is not None:
+            hidden |= (key <= positions[:, None] - self.local.window) & (key >= self.local.sinks)
+        size = self.groups * hidden.numel()
+        if self.room.numel() < size:
+            self.room = self.like.new_empty(size)
+        mask = self.room[:size].view(self.groups, *hidden.shape)
+        return mask.zero_().masked_fill_(hidden, -torch.inf).flatten(0, 1)
 
 
 def softmax_rows(queries: Tensor, k: Tensor, v: Tensor, positions: Tensor, local: ExpertShape | None) -> tuple[Tensor, Tensor]:
@@ -199,9 +208,10 @@ def softmax_rows(queries: Tensor, k: Tensor, v: Tensor, positions: Tensor, local
     groups = H // k.shape[0]
     out = queries.new_empty(n, H, Dh).transpose(0, 1)
     normaliser = torch.empty(H, n, device=queries.device, dtype=widen(queries[:0]).dtype)
+    masks = _Masks(local, groups, queries)
     for tile in tiles(positions, local, groups):
         here, keys = tile.queries, tile.keys
-        mask = _mask(positions[here], keys, local, groups, queries.dtype) if tile.masked else None
+        mask = masks.of(positions[here], keys) if tile.masked else None
         found, lse = _tile(queries[:, here], k[:, keys], v[:, keys], mask)
         if tile.joins:
             before = normaliser[:, here]
@@ -222,13 +232,14 @@ def _softmax_backward(
     dv = p^T dout, ds = p * (dout v^T - rowsum(dout * out)).
     """
     groups = q.shape[0] // k.shape[0]
+    masks = _Masks(local, groups, q)
     for tile in tiles(positions, local, groups):
         here = tile.queries
         dout_here, q_here, out_here = (take(x, rows[here]) for x in (dout, q, out))
         found_q = torch.zeros_like(q_here, dtype=dq.dtype)
         for first in range(tile.keys.start, tile.keys.stop, KEYS):
             keys = slice(first, min(first + KEYS, tile.keys.stop))
-            mask = _mask(positions[here], keys, local, groups, q.dtype) if tile.masked else None
+            mask = masks.of(positions[here], keys) if tile.masked else None
             found = _tile_backward(dout_here, q_here, out_here, lse[:, here], k[:, keys], v[:, keys], mask)
             found_q += found[0]
             dk[:, keys] += found[1]
