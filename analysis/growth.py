@@ -11,8 +11,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from analysis.speed_memory import peak_bytes
 from bayes_router.attention.expert import ExpertShape, expert_class
+from bayes_router.benchmark.memory import peak_bytes
 from bayes_router.training.checkpoint import write_whole
 
 RESULTS = Path(__file__).parent / "results" / "growth.csv"

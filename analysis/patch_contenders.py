@@ -1,16 +1,17 @@
 """What a routed SmolLM2 is compared with: static choices of layers, one window for all; what each costs, in keys and in ms."""
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bayes_router.attention.latency import isolated_ms
 from bayes_router.integrations.experts import LocalExpert
 from bayes_router.integrations.huggingface import RoutedPretrained
 from bayes_router.integrations.texts import TokenStream
@@ -155,16 +156,7 @@ def meet(router: RoutedPretrained, stream: TokenStream, budget: float, context: 
 
 def median_ms(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
     """Median wall time of `run` in ms, the device drained before and after; two runs to warm up."""
-    times = []
-    for i in range(repeats + 2):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - started) if i >= 2 else math.inf)
-    return float(np.median([t for t in times if t < math.inf]))
+    return statistics.median([isolated_ms(run, device)[1] for _ in range(repeats + 2)][2:])
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ turns; medians, ratios to the unpatched model.
 import argparse
 import copy
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bayes_router.attention.latency import device_name
+from bayes_router.attention.latency import device_name, isolated_ms
 from bayes_router.integrations.patching import patch
 from bayes_router.training.distributed import pick_device
 
@@ -38,17 +37,6 @@ def build(layers: int, device: torch.device) -> LlamaForCausalLM:
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).to(device).eval()
     return model.to(torch.bfloat16) if device.type == "cuda" else model
-
-
-def milliseconds(call: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one call."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - started)
 
 
 @torch.no_grad()
@@ -72,7 +60,7 @@ def measure(layers: int, length: int, window: int, share: float, repeats: int, d
         "every token on full": routed(lambda layer, hidden: 0),
         "routed": routed(lambda layer, hidden: drawn[layer]),
     }
-    turns = [{name: milliseconds(call, device) for name, call in calls.items()} for _ in range(repeats + 1)][1:]
+    turns = [{name: isolated_ms(call, device)[1] for name, call in calls.items()} for _ in range(repeats + 1)][1:]
     rows: list[dict[str, object]] = []
     for name in calls:
         ratio = statistics.median(turn[name] / turn["unpatched"] for turn in turns)

@@ -6,13 +6,13 @@ full pass. Rows of a batch may have different lengths: each appends at its own p
 
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from bayes_router.attention.decode import attend_one
+from bayes_router.attention.dense_triton import HAS_TRITON
 from bayes_router.attention.dispatch import Backend, pick_backend, run_problem
 from bayes_router.attention.expert import Expert, widen
 from bayes_router.attention.full import FullAttention
@@ -147,7 +147,7 @@ class LayerCache:
 
     def _fused(self, new: RoutedProblem, route: Tensor) -> bool:
         """Whether this is a decoding step that the Triton kernel does whole."""
-        if not _one_token(new) or self.ring or route.dim() != 2 or new.q.device.type != "cuda" or find_spec("triton") is None:
+        if not _one_token(new) or self.ring or route.dim() != 2 or new.q.device.type != "cuda" or not HAS_TRITON:
             return False
         kinds = [type(expert) for expert in self.experts]
         dim = new.q.shape[3]

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 HAS_TRITON = find_spec("triton") is not None
+"""Whether the package is installed; looked up once, for it takes longer than a launch."""
 LOG2_E = 1.4426950408889634
 
 

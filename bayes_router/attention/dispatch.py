@@ -6,13 +6,12 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from enum import Enum
-from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from bayes_router.attention import reference, rows_torch
+from bayes_router.attention.dense_triton import HAS_TRITON
 from bayes_router.attention.expert import Expert, ExpertShape
 from bayes_router.attention.full import FullAttention
 from bayes_router.attention.linear import LinearAttention
@@ -136,7 +135,7 @@ def unavailable(backend: Backend, problem: RoutedProblem) -> str | None:
         return None
     if problem.q.device.type != "cuda":
         return f"it needs CUDA tensors; these are on {problem.q.device}"
-    if not has_triton():
+    if not HAS_TRITON:
         return "the package triton is not installed"
     if problem.q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it computes float32, bfloat16 and float16; these are {problem.q.dtype}"
@@ -153,16 +152,10 @@ def unavailable(backend: Backend, problem: RoutedProblem) -> str | None:
     return None
 
 
-@cache
-def has_triton() -> bool:
-    """Whether the package is installed; looked up once, for it takes longer than a launch."""
-    return find_spec("triton") is not None
-
-
 def available_backends(device: torch.device | str) -> tuple[Backend, ...]:
     """Backends that run on this device with the packages installed."""
     everywhere = (Backend.REFERENCE, Backend.TORCH, Backend.DENSE)
-    if torch.device(device).type != "cuda" or not has_triton():
+    if torch.device(device).type != "cuda" or not HAS_TRITON:
         return everywhere
     return (*everywhere, Backend.TRITON, Backend.SHORT)
 

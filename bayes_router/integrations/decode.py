@@ -1,12 +1,12 @@
 """One new token for each row of a batch behind a KV cache: only what the rows' own experts read is read."""
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
+from bayes_router.attention.dense_triton import HAS_TRITON
 from bayes_router.integrations.call import AttentionCall
 from bayes_router.integrations.experts import FullExpert, PatchedExpert
 from bayes_router.integrations.features import LinearExpert
@@ -78,7 +78,7 @@ def _fused(experts: nn.ModuleList, call: AttentionCall) -> bool:
         and call.k.stride(3) == call.v.stride(3) == 1
         and call.k.stride() == call.v.stride()
         and any(isinstance(expert, FullExpert) for expert in experts)
-        and find_spec("triton") is not None
+        and HAS_TRITON
     )
 
 

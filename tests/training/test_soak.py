@@ -72,18 +72,3 @@ def test_generation_leaves_nothing_behind() -> None:
 @pytest.mark.slow
 def test_twenty_thousand_tokens_take_no_more_memory_than_a_thousand() -> None:
     assert generate(20_000, batch=4) < 10_000_000
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_device_memory_stays_flat(corpus: str) -> None:
-    config = fit_config(corpus, steps=200, device="cuda")
-    trainer = Trainer(*load_data(config), torch.device("cuda"))
-    for step in range(20):
-        trainer.step(step)
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    for step in range(20, 200):
-        trainer.step(step)
-    torch.cuda.synchronize()
-    assert torch.cuda.memory_allocated() - before < 1_000_000
