@@ -1,12 +1,15 @@
 """Runs many fits side by side and keeps one row for each: `python -m analysis.sweep PLAN.json RESULTS.csv --jobs 8`.
 
 A plan is a list of {"name", "contender": {...}, "common": {...}}: `contender` holds the fields of
-`analysis.contenders.Contender`, `common` settings by section. Rows that RESULTS.csv already has are not run again; jobs are
-spread over all GPUs.
+`analysis.contenders.Contender`, `common` settings by section. Rows that RESULTS.csv already has are not run again, unless
+their settings have changed; jobs are spread over all GPUs.
 """
 
 import argparse
+import gc
+import hashlib
 import json
+import math
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -47,21 +50,22 @@ def run_one(job: dict[str, Any]) -> dict[str, Any]:
         batch_size=batch,
         limit=limit,
     )
-    return {
+    row = {
         "contender": job["name"],
         "corpus": config.data.corpus,
         "context": config.data.context,
         "tokens": config.train.steps * batch * config.data.context,
         "seed": config.train.seed,
         "lr": config.train.lr,
+        "settings": settings(job),
         "nll_mean": result.nll["mean"],
         "nll_sample": result.nll["sample"],
         "nll_hard": result.nll["hard"],
         "cost_paper": result.cost_ratio["paper"],
         "cost_flops": result.cost_ratio["flops"],
         "route_information": float(torch.tensor(result.route_information_per_layer).mean()),
-        "least_kl": min(result.kl_per_layer),
-        "kl": sum(result.kl_per_layer),
+        "least_kl": min(result.kl_per_layer) if contender.kind == "svi" else math.nan,  # others have no posterior
+        "kl": sum(result.kl_per_layer) if contender.kind == "svi" else math.nan,
         "routing_entropy": float(torch.tensor(result.entropy_of_mean_per_layer).mean()),
         "load": json.dumps([[round(x, 3) for x in layer] for layer in result.load_per_layer]),
         "information": json.dumps([round(x, 3) for x in result.route_information_per_layer]),
@@ -69,17 +73,29 @@ def run_one(job: dict[str, Any]) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }
+    del trainer
+    gc.collect()  # a captured step and its trainer hold one another, and device memory with them
+    torch.cuda.empty_cache()
+    return row
 
 
 def identity(row: dict[str, Any]) -> tuple[Any, ...]:
     """What makes a row the same run."""
-    return row["contender"], row["corpus"], row["context"], row["seed"]
+    return row["contender"], row["corpus"], row["context"], row["seed"], row.get("settings")
 
 
 def planned(job: dict[str, Any]) -> tuple[Any, ...]:
     """The identity that a job's row will have."""
     config: Config = config_from_dict(job["common"], preset(job.get("preset", "tiny")))
-    return job["name"], config.data.corpus, config.data.context, config.train.seed
+    return job["name"], config.data.corpus, config.data.context, config.train.seed, settings(job)
+
+
+def settings(job: dict[str, Any]) -> str:
+    """A fingerprint of all that a job sets but its seed and device."""
+    common = {section: dict(table) for section, table in job["common"].items()}
+    common["train"] = {key: value for key, value in common.get("train", {}).items() if key not in ("seed", "device")}
+    told = json.dumps([job["contender"], common, job.get("preset", "tiny")], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:10]
 
 
 def _take_device(counter: Any, devices: int) -> None:

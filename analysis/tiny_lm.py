@@ -1,10 +1,11 @@
 """One harness, every contender: the same backbone, text, tokens and learning rate, each route executed.
 
-`python -m analysis.tiny_lm [--size gpu|long|cpu|toy] [--corpus NAME] [--context T] [--seeds 5] [--jobs 15] [--only NAME ...]`
+`python -m analysis.tiny_lm [--size SIZE] [--corpus NAME] [--context T] [--seeds 5] [--jobs 15] [--only NAME ...] [--out CSV]`
 
 Rows that the results file has already are not run again, so a study that was stopped goes on. Sizes: `gpu` is the preset
-`tiny` with 600 steps, 5 seeds for the headline rows and 2 for the others; `long` the preset `small` with 1000 steps of 16,384
-bytes at the context asked for (2048); `cpu` a smaller one for 2 cores; `toy` for tests.
+`tiny` with 600 steps, 5 seeds for the headline rows and 2 for the others; `recipe` the same with what was tried beside the
+recipe; `long` the preset `small` with 1000 steps of 16,384 bytes at the context asked for (2048); `cpu` a smaller one for 2
+cores; `toy` for tests.
 """
 
 import argparse
@@ -31,19 +32,21 @@ def static(*pattern: str) -> dict[str, Any]:
     return {"contender": {"kind": "static", "pattern": pattern}, "experts": sorted({"full", *pattern})}
 
 
-def softmax(experts: list[str], **weights: float) -> dict[str, Any]:
-    """A prior-free softmax router with penalties."""
-    return {"contender": {"kind": "softmax", "changes": {"prior": {"price": 1.0}}, **weights}, "experts": experts}
+def softmax(experts: list[str], schedule: dict[str, Any] | None = None, **weights: float) -> dict[str, Any]:
+    """A prior-free softmax router with penalties; it starts undecided, or on the layout of its schedule."""
+    changes = {"prior": {"map": "uniform", "price": 1.0}, "schedule": schedule or {}}
+    return {"contender": {"kind": "softmax", "changes": changes, **weights}, "experts": experts}
 
 
-def dirichlet(experts: list[str], prior: dict[str, Any], schedule: dict[str, Any]) -> dict[str, Any]:
+def dirichlet(experts: list[str], prior: dict[str, Any], schedule: dict[str, Any], controller: str = "") -> dict[str, Any]:
     """The Dirichlet router, by SVI."""
-    return {"contender": {"kind": "svi", "changes": {"prior": prior, "schedule": schedule}}, "experts": experts}
+    changes = {"prior": prior, "schedule": schedule}
+    return {"contender": {"kind": "svi", "changes": changes, "controller": controller}, "experts": experts}
 
 
-def started_on(*pattern: str, price: float = 10.0) -> dict[str, Any]:
+def started_on(*pattern: str, price: float = 10.0, **schedule: Any) -> dict[str, Any]:
     """Ours, started on a static hybrid and pressed by a price: the prior favours the pattern, then only cost."""
-    return dirichlet(OURS, {"map": "uniform", "price": price}, {"start_experts": pattern})
+    return dirichlet(OURS, {"map": "uniform", "price": price}, {"start_experts": pattern, **schedule})
 
 
 LITERAL = {"total_concentration": 3.0, "temperature": 1.0, "price": 0.0}
@@ -68,21 +71,53 @@ SHORT: dict[str, dict[str, Any]] = {
     "ours, from the hybrid": started_on(*HYBRID),
 }
 LETTERS = {"f": "full", "g": "gated", "l": "local"}
-PATTERNS = ("f", "g", "l", "gl", "gggggf", "glgglf", "lllllf", "ggfggf", "llfllf", "gfgfgf")
-"""Static layouts of six layers, one letter a layer, repeated: costs 1, .15, .3, .225, .292, .342, .417, .433, .533, .575."""
-STARTS = {"gggggf": (3, 10, 30), "glgglf": (3, 10), "lllllf": (3, 10, 30), "llfllf": (3, 10)}
+PATTERNS = ("f", "g", "l", "gl", "gggggf", "gggglf", "glgglf", "lglglf", "gllllf", "lllllf", "llfllf", "llllff")
+"""Static layouts of six layers, one letter a layer: costs 1, .15, .3, .225, .292, .317, .342, .367, .392, .417, .533, .533."""
+
+
+def layout(letters: str) -> tuple[str, ...]:
+    """Experts of a static layout."""
+    return tuple(LETTERS[letter] for letter in letters)
+
+
+def favouring(*pattern: str) -> list[list[float]]:
+    """A prior mean of each layer: 0.6 for the expert of `pattern`, 0.2 for each of the others."""
+    return [[0.6 if expert == chosen else 0.2 for expert in OURS] for chosen in pattern]
+
+
+LATE = {"start_share": 0.98, "anneal_from": 0.5, "anneal_to": 0.8}
+"""Half of training on the layout, hardly disturbed; the price comes after."""
 LONG: dict[str, dict[str, Any]] = {
-    **{f"static {letters}": static(*(LETTERS[x] for x in letters)) for letters in PATTERNS},
+    **{f"static {letters}": static(*layout(letters)) for letters in PATTERNS},
+    "linear": static("linear"),
     "softmax router": softmax(OURS),
     "softmax router, cost penalty": softmax(OURS, cost=0.03),
+    "softmax router, entropy bonus": softmax(OURS, entropy=0.003),
+    "softmax router, load balancing": softmax(OURS, balance=0.01),
+    "softmax router, from lglglf": softmax(OURS, {"start_experts": layout("lglglf"), **LATE}, cost=0.03),
     "Dirichlet, literal ELBO, paper's experts": dirichlet(PAPER, LITERAL, LITERAL_SCHEDULE),
+    "Dirichlet, literal ELBO": dirichlet(OURS, LITERAL, LITERAL_SCHEDULE),
     "ours": dirichlet(OURS, {}, {}),
-    **{
-        f"ours, from {letters}, price {price}": started_on(*(LETTERS[x] for x in letters), price=price)
-        for letters, prices in STARTS.items()
-        for price in prices
-    },
+    "ours, from glgglf": started_on(*layout("glgglf"), price=20.0, straight_through_from=0.8, **LATE),
+    "ours, from glgglf, price 5": started_on(*layout("glgglf"), price=5.0, **LATE),
+    "ours, from lglglf": started_on(*layout("lglglf"), **LATE),
+    "ours, from gllllf": started_on(*layout("gllllf"), **LATE),
 }
+RECIPE: dict[str, dict[str, Any]] = {
+    "ours": SHORT["ours"],
+    **{f"ours, price {price}": dirichlet(OURS, {"price": float(price)}, {}) for price in (12, 15, 20)},
+    "ours, from full attention, late": started_on("full", **LATE),
+    "ours, from the hybrid": SHORT["ours, from the hybrid"],
+    "ours, from the hybrid, late": started_on(*HYBRID, **LATE),
+    "ours, prior mean by layer": dirichlet(OURS, {"layer_mean": favouring(*HYBRID)}, {}),
+    "ours, learned feature map": dirichlet(["full", "mapped", "local"], {}, {}),
+    "ours, short convolution": dirichlet(["full", "short_convolution", "local"], {}, {}),
+    "ours, short convolution beside gated": dirichlet([*OURS, "short_convolution"], {}, {}),
+    "ours, controller sees four tokens": dirichlet(OURS, {}, {}, "convolved"),
+    "ours, controller sees the layer below": dirichlet(OURS, {}, {}, "chained"),
+    "ours, one route for eight tokens": dirichlet(OURS, {}, {}, "segments"),
+}
+"""What was tried beside the recipe, at the size of the short study."""
 HEADLINE = (
     "full attention",
     "gated linear",
@@ -90,11 +125,15 @@ HEADLINE = (
     "softmax router, cost penalty",
     "ours",
     "ours, from the hybrid",
+    "local",
+    "softmax router",
+    "Dirichlet, literal ELBO, paper's experts",
 )
 TOKENS = 16_384
 """A step of the size `long`."""
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "gpu": {"train": {"steps": 600, "device": "auto"}, "data": {"eval_tokens": 65_536}},
+    "recipe": {"train": {"steps": 600, "device": "auto"}, "data": {"eval_tokens": 65_536}},
     "long": {
         "train": {"steps": 1000, "device": "cuda", "warmup": 100, "precision": "bfloat16"},
         "data": {"eval_tokens": 262_144, "context": 2048},
@@ -111,7 +150,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 
 def contenders(size: str) -> dict[str, dict[str, Any]]:
     """Who takes part in a study of this size."""
-    return LONG if size == "long" else SHORT
+    return {"long": LONG, "recipe": RECIPE, "toy": {**SHORT, **LONG, **RECIPE}}.get(size, SHORT)
 
 
 def plan(size: str, corpus: str, seeds: int, names: list[str], context: int = 0, lr: float = 0.0) -> list[dict[str, Any]]:
@@ -119,7 +158,7 @@ def plan(size: str, corpus: str, seeds: int, names: list[str], context: int = 0,
     jobs = []
     for seed in range(seeds):
         for name in names:
-            if size != "long" and seed >= 2 and name not in HEADLINE:
+            if size not in ("long", "recipe") and seed >= 2 and name not in HEADLINE:
                 continue
             common = {section: dict(table) for section, table in SIZES[size].items()}
             common.setdefault("model", {})["experts"] = contenders(size)[name]["experts"]

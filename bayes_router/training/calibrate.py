@@ -10,7 +10,6 @@ import torch
 from tqdm.auto import tqdm
 
 from bayes_router.config import Config, require, with_changes
-from bayes_router.routing.tilt import tilted_moments
 from bayes_router.training.dial import read_routes
 from bayes_router.training.fit import Data, Trainer, load_data, pick_device
 from bayes_router.transformer.model import RoutedLanguageModel
@@ -125,8 +124,6 @@ def posterior_row(trainer: Trainer) -> dict[str, float]:
         limit=limit,
         mode=RoutingMode.SAMPLE,
     )
-    # KL(q || tilted) = KL(q || Dirichlet) + price E_q[cost] + log Z, layer by layer
-    constant = tilted_moments(prior.concentration, price * prior.cost_ratio).log_normaliser.sum()
     shares = torch.tensor(result.load_per_layer).mean(0)
     row = {
         "prior_cost": prior.prior_predictive(price).cost,
@@ -135,7 +132,7 @@ def posterior_row(trainer: Trainer) -> dict[str, float]:
         **{f"cost_{name}": value for name, value in result.cost_ratio.items()},
         **{f"nll_{name}": value for name, value in result.nll.items()},
         "route_information": sum(result.route_information_per_layer) / prior.num_layers,
-        "kl": sum(result.kl_per_layer) + price * drawn.cost * prior.num_layers + float(constant),
+        "kl": sum(result.kl_per_layer),
     }
     return row | {f"load {name}": share for name, share in zip(result.experts, shares.tolist(), strict=True)}
 

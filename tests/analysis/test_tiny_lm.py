@@ -4,9 +4,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
-from analysis.sweep import run_one, sweep
-from analysis.tiny_lm import HEADLINE, SHORT, markdown, plan, summarise
+from analysis.sweep import identity, planned, run_one, settings, sweep
+from analysis.tiny_lm import HEADLINE, LONG, RECIPE, SHORT, markdown, plan, summarise
+from analysis.variants import ChainedController, ConvolvedController, SegmentController, with_controller
+from bayes_router.attention.expert import ExpertShape, expert_class
+from bayes_router.config import ModelConfig
 
 COLUMNS = {
     "contender",
@@ -44,6 +48,69 @@ def test_static_contenders_cost_what_their_pattern_says(frame: pd.DataFrame) -> 
     static = frame[frame["contender"].isin(["full attention", "local", "linear"])]
     assert (static["nll_mean"] - static["nll_hard"]).abs().max() < 1e-3
     assert static["route_information"].abs().max() < 1e-6
+
+
+def test_contenders_of_the_longer_study_and_of_the_recipe_train(corpus: str) -> None:
+    names = [name for name in (*LONG, *RECIPE) if name not in SHORT]
+    rows = [run_one(job) for job in plan("toy", f"text:{corpus}", 1, names)]
+    assert [row["contender"] for row in rows] == names
+    assert all(row["nll_hard"] < 7 for row in rows)
+    posteriors = [row["kl"] for row in rows if row["contender"].startswith("ours")]
+    assert all(kl == kl for kl in posteriors)
+    assert all(row["kl"] != row["kl"] for row in rows if row["contender"].startswith("static"))
+
+
+@pytest.mark.parametrize("name", ["convolved", "segments", "chained"])
+def test_controllers_that_see_more_see_no_future(name: str) -> None:
+    torch.manual_seed(0)
+    model = with_controller(ModelConfig(d_model=16, num_heads=2, num_layers=3, vocab_size=50), name)
+    for layer in model.controller.layers:
+        torch.nn.init.normal_(layer.out.weight)
+    tokens = torch.randint(50, (2, 30))
+    changed = tokens.clone()
+    changed[:, 17:] = torch.randint(50, (2, 13))
+    before, after = model(tokens).concentration, model(changed).concentration
+    torch.testing.assert_close(before[:, :, :17], after[:, :, :17])
+    assert not torch.allclose(before[:, :, 17:], after[:, :, 17:])
+
+
+def test_controllers_see_what_they_say() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(1, 20, 8)
+    for make, reach in ((SegmentController, 16), (ConvolvedController, 16)):
+        controller = make(8, 3, 0)
+        torch.nn.init.normal_(controller.out.weight)
+        moved = hidden.clone()
+        moved[:, 16] += 1.0
+        changed = (controller(hidden) != controller(moved)).any(-1)[0]
+        assert changed.nonzero().flatten().tolist() == list(range(reach, 20))
+    chained = ChainedController(ModelConfig(d_model=8, num_heads=2, num_layers=2))
+    for layer in chained.layers:
+        torch.nn.init.normal_(layer.out.weight)
+    second = [chained.posterior(1, hidden).concentration for x in (hidden, hidden + 1.0) if chained.posterior(0, x)]
+    assert not torch.allclose(*second)
+
+
+@pytest.mark.parametrize("expert", ["mapped", "short_convolution"])
+def test_cheap_experts_see_no_future(expert: str) -> None:
+    torch.manual_seed(0)
+    made = expert_class(expert)(ExpertShape(4, 8, 16))
+    for weight in made.parameters():
+        torch.nn.init.normal_(weight)
+    q, k, v = torch.randn(3, 2, 4, 70, 8).unbind(0)
+    later = [x.clone() for x in (q, k, v)]
+    for x in later:
+        x[:, :, 40:] = 0.0
+    whole = made(q, k, v)
+    torch.testing.assert_close(whole[:, :, :40], made(*later)[:, :, :40])
+    torch.testing.assert_close(whole[:, :, 60:], made(q[:, :, 60:], k, v))
+
+
+def test_a_run_of_other_settings_is_another_run() -> None:
+    jobs = [plan("toy", "sotu", 1, ["ours"], lr=lr)[0] for lr in (1e-3, 3e-3)]
+    assert planned(jobs[0]) != planned(jobs[1])
+    row = {"contender": "ours", "corpus": "sotu", "context": 64, "seed": 0, "settings": settings(jobs[0])}
+    assert identity(row) == planned(jobs[0])
 
 
 def test_a_finished_row_is_not_run_again(corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,8 +29,11 @@ def torchrun(*arguments: object, processes: int = 2, check: bool = True) -> subp
         port = probe.getsockname()[1]
     launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-addr=127.0.0.1"]
     command = [*launch, f"--master-port={port}", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.run(command, env=environment, check=check, capture_output=True, text=True, timeout=280)
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=280)
+    assert not check or done.returncode == 0, done.stderr[-4000:]
+    return done
 
 
 @pytest.fixture(scope="module")

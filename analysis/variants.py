@@ -1,0 +1,126 @@
+"""What was tried beside the recipe: other cheap experts, and controllers that see more than their token's hidden state."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Dirichlet
+from torch.nn import functional as F
+
+from bayes_router.attention.expert import Expert, ExpertShape, register_expert, repeat_heads
+from bayes_router.attention.gated import GatedLinearAttention
+from bayes_router.config import ModelConfig
+from bayes_router.routing.controller import LayerController, MetaController
+from bayes_router.routing.posterior import posterior
+from bayes_router.transformer.model import RoutedLanguageModel
+
+SEGMENT = 8
+KERNEL = 4
+
+
+@register_expert("mapped")
+class MappedGatedAttention(GatedLinearAttention):
+    """Gated linear attention with a learned feature map, phi(x) = softmax(s_h M_h x), M [Dh, Dh] starting at the identity.
+
+    In the manner of Zhang et al. 2024 (arXiv 2402.04347), one map for queries and keys.
+    """
+
+    def __init__(self, shape: ExpertShape):
+        super().__init__(shape)
+        self.map = nn.Parameter(torch.eye(shape.head_dim).repeat(shape.num_heads, 1, 1))
+
+    def _features(self, x: Tensor) -> Tensor:
+        return super()._features(x.to(self.map.dtype) @ self.map.mT)
+
+    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As in the base class, without its kernel, which knows no map."""
+        k = repeat_heads(k, q.shape[1])
+        return self._features(q).to(q.dtype), self._features(k).to(k.dtype), self._log_gate(k)
+
+
+@register_expert("short_convolution")
+class ShortConvolution(Expert):
+    """out_t = sum_j w_j * v_{t-j} for j < 4, channel by channel: no queries, no keys."""
+
+    cost_ratio = 0.05
+
+    def __init__(self, shape: ExpertShape):
+        super().__init__(shape)
+        weight = torch.zeros(shape.num_heads * shape.head_dim, 1, KERNEL)
+        weight[..., -1] = 1.0
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `Expert.forward`."""
+        v = repeat_heads(v, q.shape[1])
+        flat = F.pad(v.transpose(2, 3).flatten(1, 2), (KERNEL - 1, 0))  # [B, H Dh, 3 + Tk]
+        out = F.conv1d(flat, self.weight.to(v.dtype), groups=len(self.weight))
+        return out.unflatten(1, (v.shape[1], -1)).transpose(2, 3)[:, :, -q.shape[2] :]
+
+    def flops_per_token(self, context: int) -> float:
+        """Multiply-adds counted as two."""
+        return 2 * KERNEL * self.shape.num_heads * self.shape.head_dim
+
+
+class ConvolvedController(LayerController):
+    """Reads the hidden states of the last four tokens, through a causal convolution channel by channel."""
+
+    def __init__(self, d_model: int, num_experts: int, hidden: int):
+        super().__init__(d_model, num_experts, hidden)
+        self.convolution = nn.Conv1d(d_model, d_model, KERNEL, groups=d_model)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, E]."""
+        past = F.pad(hidden.mT, (KERNEL - 1, 0))
+        return super().forward(hidden + self.convolution(past).mT)
+
+
+class SegmentController(LayerController):
+    """Decides once for a segment of eight tokens, by the first of them."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, E]."""
+        first = hidden[:, ::SEGMENT].repeat_interleave(SEGMENT, 1)[:, : hidden.shape[1]]
+        return super().forward(first)
+
+
+class ChainedController(MetaController):
+    """Every layer's controller sees the posterior mean of the layer below too; the first sees zeros."""
+
+    def __init__(self, config: ModelConfig):
+        experts = len(config.experts)
+        super().__init__(config.d_model + experts, config.num_layers, experts, config.controller_hidden)
+        self._below: Tensor | None = None
+
+    def posterior(self, layer: int, hidden: Tensor) -> Dirichlet:
+        """See `MetaController.posterior`."""
+        if layer == 0 or self._below is None:
+            self._below = hidden.new_zeros(*hidden.shape[:-1], self.layers[0].out.out_features)
+        q = posterior(self.layers[layer](torch.cat([hidden, self._below.to(hidden.dtype)], -1)), self.floor)
+        self._below = q.mean
+        return q
+
+
+def _with_layers(make: Callable[[int, int, int], LayerController]) -> Callable[[ModelConfig], MetaController]:
+    def build(config: ModelConfig) -> MetaController:
+        size = config.d_model, len(config.experts), config.controller_hidden
+        controller = MetaController(size[0], config.num_layers, *size[1:], config.concentration_floor)
+        controller.layers = nn.ModuleList(make(*size) for _ in range(config.num_layers))
+        return controller
+
+    return build
+
+
+CONTROLLERS: dict[str, Callable[[ModelConfig], Any]] = {
+    "convolved": _with_layers(ConvolvedController),
+    "segments": _with_layers(SegmentController),
+    "chained": ChainedController,
+}
+
+
+def with_controller(config: ModelConfig, name: str) -> RoutedLanguageModel:
+    """A routed language model whose controller is the one called `name`."""
+    model = RoutedLanguageModel(config)
+    model.controller = CONTROLLERS[name](config)
+    return model
