@@ -49,20 +49,21 @@ from bayes_router.training.checkpoint import write_whole
 from bayes_router.transformer.layer import build_experts
 from bayes_router.types import CostModel, Route
 
-BUDGETS = (0.5, 0.7, 0.3)  # the first is what the target names
-TESTS = ("novels", "wikitext103")
-WINDOW, SINKS = 1024, 4
+BUDGETS = (0.5, 0.3, 0.2)  # the first is what the target names
+TESTS = {"novels": "train", "wikitext103": "wikitext103 valid"}  # and the text on which their prices are set
+WINDOW, SINKS = 256, 4
 KEYS = ("text", "context", "contender", "budget")
-LIMITS = {"train": 2_000_000, "wikitext103": 300_000, "novels": 300_000}  # tokens kept of each text
+LIMITS = {"train": 2_000_000, "wikitext103 valid": 40_000, "wikitext103": 300_000, "novels": 300_000}  # tokens kept
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Write the ids of the three texts, as uint16."""
+    """Write the ids of the texts, as uint16."""
     gguf = next(iter(args.model.glob("*.gguf")), None)
     tokenizer = AutoTokenizer.from_pretrained(args.model, **({} if gguf is None else {"gguf_file": gguf.name}))
     novels = args.corpora / "novels100"
     texts = {
         "train": sorted((novels / "train").iterdir()),
+        "wikitext103 valid": [args.corpora / "wikitext103" / "valid.txt"],
         "wikitext103": [args.corpora / "wikitext103" / "test.txt"],
         "novels": sorted((novels / "valid").iterdir()),
     }
@@ -86,7 +87,7 @@ def load_model(folder: Path, device: torch.device) -> Any:
 
 
 def load_streams(path: Path, vocab_size: int) -> dict[str, TokenStream]:
-    """The three texts by name."""
+    """The texts by name."""
     with np.load(path) as held:
         return {name: TokenStream(torch.from_numpy(held[name].astype(np.int64)), vocab_size, name) for name in held.files}
 
@@ -183,7 +184,10 @@ def table(args: argparse.Namespace) -> None:
     done = {tuple(row[key] for key in KEYS) for row in rows}
     lengths = (256, 512) if args.quick else tuple(map(int, args.lengths.split(",")))
     limit = 512 if args.quick else args.limit
-    calibration = TokenStream(streams["train"].tokens[-4 * max(lengths) - 1 :].long(), model.config.vocab_size, "train")
+    tails = {  # what prices are set on: the end of a text that is not tested
+        text: TokenStream(streams[source].tokens[-4 * max(lengths) - 1 :].long(), model.config.vocab_size, source)
+        for text, source in TESTS.items()
+    }
     full, local = (router.experts.index(name) for name in ("full", "local"))
 
     def late() -> bool:
@@ -198,10 +202,11 @@ def table(args: argparse.Namespace) -> None:
             row: dict[Hashable, Any] = dict(zip(KEYS, (text, context, contender, budget), strict=True))
             cost = share(context, window, SINKS) if window else cost
             row |= {"perplexity": math.exp(nll), "nll": nll, "cost": cost}
-            if text == TESTS[0]:
+            if text == "novels":
                 row |= timings(router, streams[text].tokens[None, :context].long().to(device), route, args.repeats)
         name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-        row |= {"tokens": min(limit, len(streams[text])), "device": name, "seconds": time.perf_counter() - begun}
+        row |= {"tokens": min(limit, len(streams[text])), "window": router.settings.window, "seed": args.seed}
+        row |= {"device": name, "seconds": time.perf_counter() - begun}
         rows.append(row)
         print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
         write_whole(args.results, lambda path: pd.DataFrame(rows).to_csv(path, index=False))
@@ -213,18 +218,22 @@ def table(args: argparse.Namespace) -> None:
         found: dict[str, list[int]] = {}
         for budget in BUDGETS:
             kept, target = layers_within(router, context, budget)  # what a static choice of layers can cost
-            if kept == 0 or late():
+            if late():
+                return summarise(pd.DataFrame(rows))
+            if kept == 0:
+                print(f"budget {budget} at {context} tokens: below the window alone or within one layer of it; left out")
                 continue
-            with phase(f"budget {budget} at {context} tokens"):
-                realised = meet(router, calibration, target, context, 2 * context, device)
-            print(f"aim {target:.4f}, on training text {realised:.4f}: {router.policy}", flush=True)
-            for text in TESTS:
+            for text, tail in tails.items():
+                realised = meet(router, tail, target, context, 2 * context, device)
+                print(f"{text}: aim {target:.4f}, on {TESTS[text]} {realised:.4f}: {router.policy}", flush=True)
                 add(text, context, "routed", budget, None)
+                if text == "novels":
+                    own = loads(router, tail, context, 2 * context, device)
             if not found:  # after the routed row of the first budget, which is the one that counts
                 with phase("static orders"):
-                    tokens = calibration.tokens[None, :context].long().to(device)
+                    tokens = tails["novels"].tokens[None, :context].long().to(device)
                     found = orders(router, tokens, 2.0 if args.quick else args.order_seconds)
-            found["the router's own"] = loads(router, calibration, context, 2 * context, device)
+            found["the router's own"] = own
             sets = {name: set(order[len(order) - kept :]) for name, order in found.items()}
             sets["every n-th"] = {round(i * len(router.layers) / kept) for i in range(kept)}
             for text in TESTS:
@@ -268,7 +277,8 @@ def main() -> None:
     fitted: dict[str, Any] = {"steps": 400, "distil_steps": 100, "context": 8192, "batch_size": 1, "seed": 0}
     fitted |= {"price": 30.0, "temperature": 0.3, "kl_weight": 0.002, "controller_lr": 5e-3, "budget": 0.5}
     fitted |= {"experts": "full,local", "window": WINDOW, "fit_seconds": 240.0, "seconds": 540.0}
-    read_at: dict[str, Any] = {"lengths": "8192,4096", "limit": 65_536, "repeats": 5, "seconds": 540.0, "order_seconds": 60.0}
+    read_at: dict[str, Any] = {"lengths": "8192,4096,2048", "limit": 65_536, "repeats": 5, "seconds": 540.0}
+    read_at |= {"order_seconds": 60.0, "seed": 0}
     options: dict[Callable[[argparse.Namespace], None], tuple[int, dict[str, Any]]] = {
         prepare: (2, {"corpora": Path("corpora")}),
         fit: (3, fitted),
