@@ -17,11 +17,11 @@ def test_toml_round_trip(name: str, tmp_path: Path) -> None:
 
 
 def test_a_file_changes_only_what_it_names(tmp_path: Path) -> None:
-    (tmp_path / "c.toml").write_text("[train]\nsteps = 7\n[model]\nexperts = ['full', 'local']\n")
-    config = load_config(tmp_path / "c.toml", preset("small"))
+    (tmp_path / "c.toml").write_text("[train]\nsteps = 7\n[model]\nexperts = ['full', 'gated', 'local', 'linear']\n")
+    config = load_config(tmp_path / "c.toml", preset("base"))
     assert config.train.steps == 7
-    assert config.model.experts == ("full", "local")
-    assert config.model.d_model == 256
+    assert config.model.experts == ("full", "gated", "local", "linear")
+    assert config.model.d_model == 512
 
 
 @pytest.mark.parametrize(
