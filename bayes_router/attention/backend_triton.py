@@ -41,7 +41,8 @@ KINDS = ((FullAttention,), (LinearAttention, GatedLinearAttention), (LocalAttent
 def attend(problem: RoutedProblem) -> Tensor:
     """[B, H, Tq, Dh] of a checked problem on CUDA."""
     native = native_experts(problem)
-    out = _attend_native(problem, native)[..., : problem.q.shape[3]]
+    with torch.cuda.device_of(problem.q):  # kernels run on the current device, whatever their tensors are on
+        out = _attend_native(problem, native)[..., : problem.q.shape[3]]
     real = problem.real()
     for index, expert in problem.computed():
         if index not in native:
@@ -118,7 +119,8 @@ class _RoutedAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, plain_q, plain_k, out, lse, decay, *state = ctx.saved_tensors
         dout = gradients[0] if gradients[0].stride(3) == 1 else gradients[0].contiguous()
-        return None, *backward(ctx.call, q, k, v, plain_q, plain_k, out, lse, decay, state, dout)
+        with torch.cuda.device_of(q):
+            return None, *backward(ctx.call, q, k, v, plain_q, plain_k, out, lse, decay, state, dout)
 
 
 def forward(

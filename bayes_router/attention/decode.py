@@ -1,4 +1,8 @@
-"""One new token for each row of a batch, each with its own expert and its own length: only what a row sees is read."""
+"""One new token for each row of a batch, each with its own expert and its own length: only what a row sees is read.
+
+On CUDA `decode_triton` does that; this is what serves the CPU, and CUDA where no kernel can: without Triton, in float64, for
+head sizes beyond 256, or with an expert of the user's that looks at keys.
+"""
 
 import torch
 from torch import Tensor
@@ -13,16 +17,16 @@ from bayes_router.attention.problem import RoutedProblem
 def attend_one(held: RoutedProblem, slots: int, ring: bool) -> Tensor:
     """[B, H, 1, Dh]: row b sees keys 0..starts[b], its own included; rows of experts `elsewhere` are zero.
 
-    The first `slots` slots of the store count; in a ring position p is in slot p mod slots.
+    The first `slots` slots of the store count; in a ring position p is in slot p mod slots. On CUDA, full and local experts
+    wait for nothing, but every slot is read; with any other expert the choices and lengths are read on the host.
     """
-    static = ring or held.q.device.type == "cuda"  # a ring is small, and only local experts have one
-    if static and all(_reach(expert) is not None for _, expert in held.computed()):
+    if held.q.device.type == "cuda" and all(_reach(expert) is not None for _, expert in held.computed()):
         return _masked(held, slots, ring)
-    return _grouped(held)
+    return _grouped(held, slots)
 
 
-def _grouped(held: RoutedProblem) -> Tensor:
-    """Rows with the same expert and the same number of keys in one call, on views of the store (no keys copied)."""
+def _grouped(held: RoutedProblem, slots: int) -> Tensor:
+    """Rows with the same expert and the same number of keys in one call, on views of the store (few keys are copied)."""
     assert held.starts is not None
     out = torch.zeros_like(held.q)
     taken, lengths = held.route[:, 0].tolist(), (held.starts + 1).tolist()
@@ -38,9 +42,17 @@ def _grouped(held: RoutedProblem) -> Tensor:
         reach = _reach(expert)
         first = 0 if reach is None else max(length - reach, 0)
         q, k, v = held.inputs(expert)
-        q, k, v = q[row], k[row, :, first:length], v[row, :, first:length]
-        out[row] = expert(q, k, v) if reach is None else _softmax(q, k, v)
+        k, v = (_stored(x[row], first, length, slots) for x in (k, v))
+        out[row] = expert(q[row], k, v) if reach is None else _softmax(q[row], k, v)
     return out
+
+
+def _stored(x: Tensor, first: int, stop: int, slots: int) -> Tensor:
+    """Positions first .. stop - 1 of a store [B, Hkv, S, Dh], in a ring maybe in another order: softmax has none."""
+    start, end = first % slots, (stop - 1) % slots + 1
+    if stop - first >= slots:
+        return x[:, :, :slots]
+    return x[:, :, start:end] if start < end else torch.cat([x[:, :, start:slots], x[:, :, :end]], 2)
 
 
 def _softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -50,7 +62,7 @@ def _softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Ten
 
 
 def _masked(held: RoutedProblem, slots: int, ring: bool) -> Tensor:
-    """Static shapes and no synchronisation, at the price of reading every slot: rings, and CUDA without Triton."""
+    """Static shapes and no synchronisation, at the price of reading every slot."""
     assert held.starts is not None
     last = held.starts[:, None]
     age = last - torch.arange(slots, device=held.q.device)  # [B, S], tokens since the slot's own

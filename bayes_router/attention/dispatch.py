@@ -6,22 +6,29 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from enum import Enum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bayes_router.attention import reference, rows_torch
+from bayes_router.attention import dense_torch, reference, rows_torch
 from bayes_router.attention.dense_triton import HAS_TRITON
 from bayes_router.attention.expert import Expert, ExpertShape
 from bayes_router.attention.full import FullAttention
 from bayes_router.attention.linear import LinearAttention
 from bayes_router.attention.local import LocalAttention
-from bayes_router.attention.problem import BUILT_IN, RoutedProblem, check_inputs, check_problem, resolve_experts
+from bayes_router.attention.problem import (
+    BUILT_IN,
+    RoutedProblem,
+    check_experts,
+    check_inputs,
+    check_problem,
+    check_window,
+    resolve_experts,
+)
 from bayes_router.types import choose
 
 EXPERTS = ("full", "linear", "local")
-SHORT_KEYS = 4096
-"""Keys up to which `auto` takes the one-launch kernel: quadratic, but a launch costs more than it wastes. To be measured."""
 
 
 class Backend(Enum):
@@ -33,6 +40,23 @@ class Backend(Enum):
     SHORT = "short"  # one kernel over unsorted tokens, CUDA, forward, the built-in experts, for short texts
     DENSE = "dense"  # every expert over every token, then selected; any device
     AUTO = "auto"  # by device, length, dtype and gradients, from measured break-even points
+
+
+class BreakEven(NamedTuple):
+    """Two backends, and up to how many keys the first is the faster."""
+
+    keys: int
+    short: Backend
+    long: Backend
+
+
+BREAK_EVEN = {  # by CUDA or not, and whether gradients are needed
+    (False, False): BreakEven(192, Backend.DENSE, Backend.TORCH),
+    (False, True): BreakEven(192, Backend.DENSE, Backend.TORCH),
+    (True, False): BreakEven(2048, Backend.SHORT, Backend.TRITON),
+    (True, True): BreakEven(0, Backend.DENSE, Backend.TRITON),
+}
+"""To be measured."""
 
 
 def routed_attention(
@@ -75,22 +99,28 @@ def routed_attention(
         RuntimeError: the backend asked for cannot run here, with the reason.
     """
     choice = choose("backend", backend, Backend)
-    if window < 1:
-        raise ValueError(f"window: expected at least 1 (a token sees itself); got {window}")
-    shape = ExpertShape(q.shape[1], q.shape[3], window) if q.dim() == 4 else ExpertShape(1, 1, window)
+    four = isinstance(q, Tensor) and q.dim() == 4  # else `check_inputs` says so
+    shape = ExpertShape(q.shape[1], q.shape[3], check_window(window)) if four else ExpertShape(1, 1, check_window(window))
+    if four:
+        check_experts(experts, shape)
     built = tuple(e if type(e) in BUILT_IN else e.to(q.device) for e in resolve_experts(experts, shape))
     plain_q, plain_k = q if linear_q is None else linear_q, k if linear_k is None else linear_k
-    if not isinstance(route, int):
+    if isinstance(route, bool) or not isinstance(route, (int, Tensor)):
+        raise TypeError(f"route: expected an int or a tensor int64 [B, T]; got {type(route).__name__}; use torch.tensor(route)")
+    whole = choice is Backend.AUTO and starts is None  # a route that all take needs no dispatch then
+    if isinstance(route, Tensor):
         problem = RoutedProblem(q, k, v, plain_q, plain_k, route, built, lengths, starts)
-        check_problem(problem)
-        if choice is Backend.AUTO and starts is None and len(built) == 1:
-            return _all_on(built[0], problem)
+        found = check_problem(problem)
+        only = 0 if len(built) == 1 else found[0] if found is not None and found[0] == found[1] else None
+        if whole and only is not None:
+            _assert_route(problem)
+            return _all_on(built[only], problem)
         return run_problem(pick_backend(choice, problem), problem)
     if not 0 <= route < len(built):
         raise ValueError(f"route: expected values in 0..{len(built) - 1}; got {route}")
     problem = RoutedProblem(q, k, v, plain_q, plain_k, _NO_ROUTE, built, lengths, starts)
     check_inputs(problem)
-    if choice is Backend.AUTO and starts is None:
+    if whole:
         return _all_on(built[route], problem)
     problem = replace(problem, route=torch.full((), route, device=q.device).expand(q.shape[0], q.shape[2]))
     return run_problem(pick_backend(choice, problem), problem)
@@ -116,17 +146,14 @@ def pick_backend(choice: Backend, problem: RoutedProblem) -> Backend:
 
 
 def choose_backend(problem: RoutedProblem) -> Backend:
-    """What `auto` takes: never an error, and a function of shapes, dtype and device alone (no synchronisation)."""
-    if problem.q.device.type != "cuda":
-        return Backend.TORCH
-    if is_short(problem):
-        return Backend.SHORT
-    return Backend.TRITON if unavailable(Backend.TRITON, problem) is None else Backend.DENSE
+    """What `auto` takes: never an error, and a function of shapes, dtype and device alone (no synchronisation).
 
-
-def is_short(problem: RoutedProblem) -> bool:
-    """Whether one launch over all tokens is the faster way: few keys, and nothing that `short` cannot compute."""
-    return problem.k.shape[2] <= SHORT_KEYS and unavailable(Backend.SHORT, problem) is None
+    The break-even points are `BREAK_EVEN`'s.
+    """
+    keys, short, long = BREAK_EVEN[problem.q.device.type == "cuda", problem.needs_grad]
+    if problem.k.shape[2] <= keys and unavailable(short, problem) is None:
+        return short
+    return long if unavailable(long, problem) is None else Backend.DENSE
 
 
 def unavailable(backend: Backend, problem: RoutedProblem) -> str | None:
@@ -139,9 +166,9 @@ def unavailable(backend: Backend, problem: RoutedProblem) -> str | None:
         return "the package triton is not installed"
     if problem.q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it computes float32, bfloat16 and float16; these are {problem.q.dtype}"
-    most = 128 if backend is Backend.SHORT else 256
+    most = 128 if backend is Backend.SHORT or problem.q.dtype == torch.float32 else 256  # shared memory ends there
     if problem.q.shape[3] > most:
-        return f"it holds head sizes up to {most}; this is {problem.q.shape[3]}"
+        return f"it holds head sizes up to {most} in {problem.q.dtype}; this is {problem.q.shape[3]}"
     if backend is Backend.SHORT:
         kinds = [type(expert) for _, expert in problem.computed()]
         if len(set(kinds)) < len(kinds) or not set(kinds).issubset(BUILT_IN):
@@ -162,12 +189,14 @@ def available_backends(device: torch.device | str) -> tuple[Backend, ...]:
 
 def run_problem(backend: Backend, problem: RoutedProblem) -> Tensor:
     """Compute a checked problem with a backend that can: [B, H, Tq, Dh]."""
+    if backend in (Backend.REFERENCE, Backend.TORCH, Backend.DENSE):  # the kernels look themselves
+        _assert_route(problem)
     if backend is Backend.REFERENCE:
         return _stack(problem, [_reference(one) for one in problem.sequences()])
     if backend is Backend.DENSE:
         if problem.starts is not None:
-            return _stack(problem, [_select(one) for one in problem.sequences()])
-        return _without_padding(problem, _select(problem))
+            return _stack(problem, [dense_torch.attend(one) for one in problem.sequences()])
+        return _without_padding(problem, dense_torch.attend(problem))
     if backend is Backend.SHORT:
         from bayes_router.attention import short_triton  # only where it can be imported
 
@@ -177,17 +206,6 @@ def run_problem(backend: Backend, problem: RoutedProblem) -> Tensor:
 
         return backend_triton.attend(problem)
     return rows_torch.attend(problem)
-
-
-def _select(problem: RoutedProblem) -> Tensor:
-    """Every expert computed densely, then the row of the one taken."""
-    out = torch.zeros_like(problem.q)
-    for index, expert in problem.computed():
-        taken = problem.route == index  # [B, Tq]
-        if taken.device.type == "cpu" and not taken.any():
-            continue
-        out = torch.where(taken[:, None, :, None], expert(*problem.inputs(expert)), out)
-    return out
 
 
 def _reference(one: RoutedProblem) -> Tensor:
@@ -205,6 +223,14 @@ def _reference(one: RoutedProblem) -> Tensor:
             dense = expert(q, k, v)
         out = torch.where((one.route == index)[:, None, :, None], dense.to(out.dtype), out)
     return out
+
+
+def _assert_route(problem: RoutedProblem) -> None:
+    """On CUDA, where routes were not read, a device-side assertion that those of real tokens are in range."""
+    if problem.q.device.type == "cuda":
+        inside, real = (problem.route >= 0) & (problem.route < len(problem.experts)), problem.real()
+        inside = inside if real is None else inside | ~real
+        torch._assert_async(inside.all(), "route out of range")
 
 
 def _stack(problem: RoutedProblem, rows: list[Tensor]) -> Tensor:

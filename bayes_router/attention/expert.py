@@ -142,9 +142,16 @@ def merge_tokens(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def check_tensor(name: str, x: object) -> None:
+    """Raise a TypeError for anything but a tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor; got {type(x).__name__}; make one with torch.tensor")
+
+
 def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise a ValueError that names the first of q, k, v whose shape, dtype or device does not fit the others."""
     for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x)
         if x.dim() != 4:
             raise ValueError(f"{name}: expected 4 dimensions [B, H, T, Dh]; got shape {tuple(x.shape)}")
         if x.dtype != q.dtype or x.device != q.device:

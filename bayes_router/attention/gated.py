@@ -4,11 +4,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayes_router.attention import dense_triton
+from bayes_router.attention import dense_triton, rows_linear
 from bayes_router.attention.expert import Expert, ExpertShape, register_expert, repeat_heads, widen
 
 CHUNK = 64
 EPSILON = 1e-6
+MOST_ROWS = 0.75  # share of the rows beyond which computing all of them is faster (CPU, T 1024 and 8192, H 8, Dh 64)
 
 
 @register_expert("gated")
@@ -57,6 +58,25 @@ class GatedLinearAttention(Expert):
         none = q[:, :, :1].expand(-1, -1, past, -1)  # the past needs its state alone
         state = self.extend(none, k[:, :, :past], v[:, :, :past], self.init_state(q, k, v))[1]
         return self.extend(q, k[:, :, past:], v[:, :, past:], state)[0]
+
+    def attend_rows(self, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor) -> Tensor:
+        """See `Expert.attend_rows`. On a CPU the state takes the keys up to the last chosen row, and those rows read it."""
+        if q.device.type != "cpu" or int(chosen.sum()) > MOST_ROWS * chosen.numel():  # elsewhere the host counts no rows
+            return super().attend_rows(q, k, v, chosen)
+        return torch.stack([self._rows(q[b], k[b], v[b], taken.nonzero()[:, 0]) for b, taken in enumerate(chosen)])
+
+    def _rows(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
+        """[H, Tq, Dh] of one sequence: the given rows, and zeros."""
+        out = q.new_zeros(q.shape[1], q.shape[0], q.shape[2])
+        if rows.numel():
+            found = [part for _, part in rows_linear.attend(q, k, v, rows, features=self._chunk)]
+            out = out.index_copy(0, rows, torch.cat(found).to(q.dtype))
+        return out.transpose(0, 1)
+
+    def _chunk(self, queries: Tensor, k: Tensor, v: Tensor) -> rows_linear.Features:
+        k, v = (repeat_heads(x[None], len(queries)) for x in (k, v))
+        phi_q, phi_k, values = (x[0].contiguous() for x in (self._features(queries[None]), self._features(k), widen(v)))
+        return rows_linear.Features(phi_q, phi_k, values, self._log_gate(k)[0])
 
     def init_state(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Zeros [B, H, Dh, Dh + 1]: S and, in the last column, z."""

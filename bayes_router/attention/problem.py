@@ -3,11 +3,12 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from bayes_router.attention.expert import Expert, ExpertShape, check_attention_inputs, expert_class
+from bayes_router.attention.expert import Expert, ExpertShape, check_attention_inputs, check_tensor, expert_class
 from bayes_router.attention.full import FullAttention
 from bayes_router.attention.linear import LinearAttention
 from bayes_router.attention.local import LocalAttention
@@ -64,6 +65,9 @@ class RoutedProblem:
     def sequences(self) -> Iterator["RoutedProblem"]:
         """Each row of the batch alone, without padding and without keys that it cannot see. Synchronises on CUDA."""
         B, _, Tq, _ = self.q.shape
+        if B == 1 and self.lengths is None and self.starts is None:
+            yield self
+            return
         lengths = [Tq] * B if self.lengths is None else self.lengths.tolist()
         starts = [self.k.shape[2] - Tq] * B if self.starts is None else self.starts.tolist()
         for b, (length, start) in enumerate(zip(lengths, starts, strict=True)):
@@ -104,11 +108,16 @@ def _built_in(kind: type[Expert], shape: ExpertShape) -> Expert:
     return kind(shape)
 
 
-def check_problem(problem: RoutedProblem) -> None:
-    """Raise a ValueError for shapes, dtypes, devices or values that do not fit; values are read on the CPU only."""
+def check_problem(problem: RoutedProblem) -> tuple[int, int] | None:
+    """The lowest and highest route; None on CUDA, where values are not read, or of no tokens.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or, on a CPU, values that do not fit.
+        TypeError: something other than a tensor.
+    """
     check_inputs(problem)
     q = problem.q
-    _check_integers("route", problem.route, (q.shape[0], q.shape[2]), q.device, len(problem.experts) - 1)
+    return _check_integers("route", problem.route, (q.shape[0], q.shape[2]), q.device, len(problem.experts) - 1)
 
 
 def check_inputs(problem: RoutedProblem) -> None:
@@ -116,7 +125,10 @@ def check_inputs(problem: RoutedProblem) -> None:
     q = problem.q
     check_attention_inputs(q, problem.k, problem.v)
     for name, x, like in (("linear_q", problem.plain_q, q), ("linear_k", problem.plain_k, problem.k)):
-        if x is not like and (x.shape != like.shape or x.dtype != like.dtype or x.device != like.device):
+        if x is like:
+            continue
+        check_tensor(name, x)
+        if x.shape != like.shape or x.dtype != like.dtype or x.device != like.device:
             raise ValueError(
                 f"{name}: expected {tuple(like.shape)}, {like.dtype} on {like.device}; "
                 f"got {tuple(x.shape)}, {x.dtype} on {x.device}"
@@ -127,12 +139,43 @@ def check_inputs(problem: RoutedProblem) -> None:
         _check_integers("starts", problem.starts, (q.shape[0],), q.device, problem.k.shape[2] - q.shape[2])
 
 
-def _check_integers(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device, most: int) -> None:
+def _check_integers(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device, most: int) -> tuple[int, int] | None:
+    check_tensor(name, x)
     if x.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{name}: expected int64 or int32; got {x.dtype}")
     if tuple(x.shape) != shape or x.device != device:
         raise ValueError(f"{name}: expected shape {shape} on {device}; got {tuple(x.shape)} on {x.device}")
-    if x.device.type == "cpu" and x.numel():
-        low, high = (int(bound) for bound in x.aminmax())
-        if low < 0 or high > most:
-            raise ValueError(f"{name}: expected values in 0..{most}; got {low}..{high}")
+    if x.device.type != "cpu" or not x.numel():
+        return None
+    low, high = (int(bound) for bound in x.aminmax())
+    if low < 0 or high > most:
+        raise ValueError(f"{name}: expected values in 0..{most}; got {low}..{high}")
+    return low, high
+
+
+def check_window(window: object) -> int:
+    """The window, if it is a whole number of keys."""
+    if isinstance(window, bool) or not isinstance(window, Integral):  # an int, or numpy's
+        raise TypeError(f"window: expected an int of at least 1, keys seen with the token's own; got {window!r}")
+    if window < 1:
+        raise ValueError(f"window: expected at least 1 (a token sees itself); got {window}")
+    return int(window)
+
+
+def check_experts(experts: Sequence[object], shape: ExpertShape) -> None:
+    """Raise for an expert that is neither a name nor built, or built for other heads or another window than the call's."""
+    for index, expert in enumerate(experts):
+        if isinstance(expert, str):
+            continue
+        if not isinstance(expert, Expert):
+            raise TypeError(f"experts[{index}]: expected a registered name or an Expert; got {type(expert).__name__}")
+        who, own = f"experts[{index}] ({expert.name or type(expert).__name__})", expert.shape
+        if own[:2] != shape[:2]:
+            raise ValueError(
+                f"{who}: expected one built for {shape.num_heads} heads of {shape.head_dim}, as q has; "
+                f"got {own.num_heads} of {own.head_dim}; build it with {shape}"
+            )
+        if isinstance(expert, LocalAttention) and own.window != shape.window:
+            raise ValueError(
+                f"window: expected {own.window}, that of the built {who}; got {shape.window}; pass its window, or build it anew"
+            )

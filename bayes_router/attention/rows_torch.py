@@ -30,11 +30,18 @@ SPAN = 128  # positions in a tile of local queries, at least
 KEYS = 512  # keys of a tile in the backward pass, at most: their gradients are temporaries
 
 
-class Kept(NamedTuple):
-    """What the backward pass needs of the queries of one expert in one sequence."""
+class Group(NamedTuple):
+    """Queries of one sequence that are computed together."""
 
-    expert: int  # its index
+    expert: Expert
+    local: ExpertShape | None  # window and sinks, where they hide something
     rows: Tensor  # [n]
+
+
+class Kept(NamedTuple):
+    """What the backward pass needs of them."""
+
+    group: Group
     notes: Any  # normalisers [H, n] of softmax, states of linear attention
 
 
@@ -65,28 +72,44 @@ def _own_rows(problem: RoutedProblem, index: int, expert: Expert, out: Tensor) -
     return torch.cat(parts) if parts else out
 
 
+def _groups(one: RoutedProblem) -> Iterator[Group]:
+    """The built-in experts that some token took; those that compute the same, as local attention in a short text, are one."""
+    kinds: dict[tuple[bool, ExpertShape | None], list[int]] = {}
+    for index, expert in one.computed():
+        if type(expert) in BUILT_IN:
+            hides = type(expert) is LocalAttention and expert.shape.window < one.k.shape[2]
+            kinds.setdefault((type(expert) is LinearAttention, expert.shape if hides else None), []).append(index)
+    route = one.route[0]
+    for (_, local), (index, *others) in kinds.items():
+        chosen = route == index
+        for other in others:
+            chosen |= route == other
+        rows = chosen.nonzero()[:, 0]
+        if rows.numel():
+            yield Group(one.experts[index], local, rows)
+
+
 def _forward(problem: RoutedProblem, kept: list[list[Kept]] | None) -> Tensor:
     """Rows of the built-in experts, zero elsewhere; what the backward pass needs is appended to `kept`, one list a sequence."""
     B, H, Tq, Dh = problem.q.shape
     out = problem.q.new_zeros(B, Tq, H, Dh)
     for b, one in enumerate(problem.sequences()):
-        route, mine = one.route[0], []
-        for index, expert in one.computed():
-            rows = (route == index).nonzero()[:, 0] if type(expert) in BUILT_IN else route[:0]
-            if not rows.numel():
-                continue
-            if kept is None and rows.numel() == route.numel():  # nothing to gather
+        mine = []
+        for group in _groups(one):
+            expert, local, rows = group
+            if kept is None and rows.numel() == one.route.numel():  # nothing to gather
                 out[b, : rows.numel()] = expert(*one.inputs(expert))[0].transpose(0, 1)
                 continue
             q, k, v = (x[0] for x in one.inputs(expert))
-            positions = rows + k.shape[1] - q.shape[1]
             notes: Any
             if type(expert) is LinearAttention:
-                part, notes = rows_linear.attend(take(q, rows), k, v, positions, kept is not None)
+                notes = None if kept is None else []
+                for here, part in rows_linear.attend(q, k, v, rows, notes):
+                    out[b].index_copy_(0, rows[here], part.to(out.dtype))
             else:
-                part, notes = softmax_rows(take(q, rows), k, v, positions, _local(expert))
-            out[b].index_copy_(0, rows, part.transpose(0, 1))
-            mine.append(Kept(index, rows, notes))
+                part, notes = softmax_rows(take(q, rows), k, v, rows + (k.shape[1] - q.shape[1]), local)
+                out[b].index_copy_(0, rows, part.transpose(0, 1))
+            mine.append(Kept(group, notes))
         if kept is not None:
             kept.append(mine)
     return out.transpose(1, 2)
@@ -119,17 +142,15 @@ class _Rows(torch.autograd.Function):
         dplain_k = dk if plain_k is None else torch.zeros_like(plain_k, dtype=dk.dtype)
         for b, one in enumerate(problem.sequences()):
             queries, keys = slice(0, one.q.shape[2]), slice(0, one.k.shape[2])
-            for number, rows, notes in ctx.kept[b]:
-                expert = one.experts[number]
+            for (expert, local, rows), notes in ctx.kept[b]:
                 to_q, to_k = (dq, dk) if expert.rotary else (dplain_q, dplain_k)
-                targets = to_k[b, :, keys], dv[b, :, keys]
+                targets = to_q[b, :, queries], to_k[b, :, keys], dv[b, :, keys]
                 x, key, value = (x[0] for x in one.inputs(expert))
-                positions, target = rows + key.shape[1] - x.shape[1], to_q[b, :, queries]
+                sides = x, key, value, rows, notes, out[b], gradients[0][b]
                 if type(expert) is LinearAttention:
-                    rows_linear.backward(x, key, value, rows, positions, notes, gradients[0][b], target, *targets)
+                    rows_linear.backward(*sides, *targets)
                 else:
-                    own = (x, key, value, rows, positions, _local(expert), out[b], notes, gradients[0][b])
-                    _softmax_backward(*own, target, *targets)
+                    _softmax_backward(*sides, local, *targets)
         return (
             None,
             dq.to(q.dtype),
@@ -138,11 +159,6 @@ class _Rows(torch.autograd.Function):
             None if plain_q is None else dplain_q.to(q.dtype),
             None if plain_k is None else dplain_k.to(k.dtype),
         )
-
-
-def _local(expert: Expert) -> ExpertShape | None:
-    """The window and sinks of local attention; None for full, which sees every key."""
-    return expert.shape if type(expert) is LocalAttention else None
 
 
 class Tile(NamedTuple):
@@ -174,42 +190,65 @@ def tiles(positions: Tensor, local: ExpertShape | None, groups: int) -> Iterator
     total, size = len(positions), max(ROWS // groups, 1)
     for start in range(0, total, FAR_ROWS):
         stop, first = min(start + FAR_ROWS, total), int(positions[start])
+        first = first if first >= SPAN else 0  # a few keys are not worth a tile of their own
         if first:
             yield Tile(slice(start, stop), slice(0, first), False, False)
         for near in range(start, stop, size):
-            here, own = slice(near, min(near + size, stop)), int(positions[near])
+            here, own = slice(near, min(near + size, stop)), int(positions[near]) if near > start else first
             if own > first:
                 yield Tile(here, slice(first, own), False, first > 0)
             yield Tile(here, slice(own, int(positions[here.stop - 1]) + 1), True, own > 0)
 
 
 class _Masks:
-    """Masks of tiles, each written over the one before: fresh pages of memory cost more than filling them."""
+    """Masks of tiles, each written over the one before: fresh pages of memory cost more than filling them.
 
-    def __init__(self, local: ExpertShape | None, groups: int, like: Tensor):
-        self.local, self.groups, self.like, self.room = local, groups, like, like.new_empty(0)
+    Whether a key is seen depends on its distance alone, but for sinks: a mask is rows of a table that repeats one line, each
+    time a key further on, and copying them takes a tenth of the time of comparing positions.
+    """
+
+    def __init__(self, local: ExpertShape | None, groups: int, like: Tensor, num_keys: int):
+        self.groups, self.num_keys, self.room = groups, num_keys, like.new_empty(0)
+        self.sinks = 0 if local is None else local.sinks
+        self.causal = like.new_zeros(2 * num_keys)  # of the distance from query to key, num_keys at zero
+        self.causal[num_keys + 1 :] = -torch.inf
+        self.line = self.causal
+        if local is not None:
+            self.line = self.causal.clone()
+            self.line[: max(num_keys - local.window + 1, 0)] = -torch.inf
 
     def of(self, positions: Tensor, keys: slice) -> Tensor:
         """[groups * n, keys]: 0 where visible, -inf elsewhere; good until the next."""
-        key = torch.arange(keys.start, keys.stop, device=positions.device)
-        hidden = key > positions[:, None]
-        if self.local is not None:
-            hidden |= (key <= positions[:, None] - self.local.window) & (key >= self.local.sinks)
-        size = self.groups * hidden.numel()
+        width = keys.stop - keys.start
+        size = self.groups * len(positions) * width
         if self.room.numel() < size:
-            self.room = self.like.new_empty(size)
-        mask = self.room[:size].view(self.groups, *hidden.shape)
-        return mask.zero_().masked_fill_(hidden, -torch.inf).flatten(0, 1)
+            self.room = self.causal.new_empty(size)
+        mask = self.room[:size].view(-1, width)
+        places = (self.num_keys + keys.start) - positions
+        places = places.repeat(self.groups) if self.groups > 1 else places
+        torch.index_select(_shifted(self.line, width), 0, places, out=mask)
+        if (sunk := min(self.sinks - keys.start, width)) > 0:
+            mask[:, :sunk] = _shifted(self.causal, sunk).index_select(0, places)
+        return mask
+
+
+def _shifted(line: Tensor, width: int) -> Tensor:
+    """[n, width], row i is line[i : i + width]; a view."""
+    return line.as_strided((line.numel() - width + 1, width), (1, 1))
 
 
 def softmax_rows(queries: Tensor, k: Tensor, v: Tensor, positions: Tensor, local: ExpertShape | None) -> tuple[Tensor, Tensor]:
     """Full or local attention of gathered queries [H, n, Dh]: (output, log of the softmax normaliser [H, n])."""
     H, n, Dh = queries.shape
     groups = H // k.shape[0]
+    masks = _Masks(local, groups, queries, k.shape[1])
+    pieces = list(tiles(positions, local, groups))
+    if len(pieces) == 1:
+        keys = pieces[0].keys
+        return _tile(queries, k[:, keys], v[:, keys], masks.of(positions, keys))
     out = queries.new_empty(n, H, Dh).transpose(0, 1)
     normaliser = torch.empty(H, n, device=queries.device, dtype=widen(queries[:0]).dtype)
-    masks = _Masks(local, groups, queries)
-    for tile in tiles(positions, local, groups):
+    for tile in pieces:
         here, keys = tile.queries, tile.keys
         mask = masks.of(positions[here], keys) if tile.masked else None
         found, lse = _tile(queries[:, here], k[:, keys], v[:, keys], mask)
@@ -223,16 +262,16 @@ def softmax_rows(queries: Tensor, k: Tensor, v: Tensor, positions: Tensor, local
 
 
 def _softmax_backward(
-    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, positions: Tensor, local: ExpertShape | None, out: Tensor, lse: Tensor,
-    dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, lse: Tensor, out: Tensor, dout: Tensor, local: ExpertShape | None,
+    dq: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
-    """Add the gradients of `softmax_rows` at `rows` of q to dq, dk and dv; out and dout are those of the whole sequence.
+    """Add the gradients of `softmax_rows` at `rows` of q to dq, dk and dv. out and dout are those of the whole sequence.
 
     Given the output and normaliser over all keys, a gradient is a sum over keys, taken KEYS at a time: p = exp(s - lse),
     dv = p^T dout, ds = p * (dout v^T - rowsum(dout * out)).
     """
-    groups = q.shape[0] // k.shape[0]
-    masks = _Masks(local, groups, q)
+    groups, positions = q.shape[0] // k.shape[0], rows + (k.shape[1] - q.shape[1])
+    masks = _Masks(local, groups, q, k.shape[1])
     for tile in tiles(positions, local, groups):
         here = tile.queries
         dout_here, q_here, out_here = (take(x, rows[here]) for x in (dout, q, out))

@@ -128,6 +128,11 @@ def _padded(x: Tensor, extra: int, value: float = 0.0) -> Tensor:
 
 def attend(problem: RoutedProblem) -> Tensor:
     """[B, H, Tq, Dh] of a checked problem on CUDA: built-in experts, each at most once, no gradients."""
+    with torch.cuda.device_of(problem.q):  # the kernel runs on the current device, whatever its tensors are on
+        return _attend(problem)
+
+
+def _attend(problem: RoutedProblem) -> Tensor:
     head_dim = problem.q.shape[3]
     extra = max(triton.next_power_of_2(head_dim), 16) - head_dim
     q, k, v = (_padded(x, extra) for x in (problem.q, problem.k, problem.v))

@@ -34,6 +34,11 @@ def build_experts(config: ModelConfig) -> list[Expert]:
     return [expert_class(name)(shape) for name in config.experts]
 
 
+def real_tokens(lengths: Tensor, T: int) -> Tensor:
+    """[B, T] bool, False on the right padding of rows of `lengths` [B]."""
+    return torch.arange(T, device=lengths.device) < lengths[:, None]
+
+
 class AttentionMixture(nn.Module):
     """W_o sum_e route_e Expert_e(q, k, v) with one projection to q, k, v for all experts; the route is given.
 
@@ -48,31 +53,41 @@ class AttentionMixture(nn.Module):
         self.out = nn.Linear(config.d_model, config.d_model, bias=False)
         self.experts = nn.ModuleList(build_experts(config))
 
-    def forward(self, x: Tensor, route: Tensor | int, angles: Angles | None = None, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        route: Tensor | int,
+        angles: Angles | None = None,
+        cache: LayerCache | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
         """Attend.
 
         Args:
             x: [B, T, D], normalised.
             route: weights [B, T, E] (every expert computed), choices int64 [B, T] (only the chosen ones), or one expert.
             angles: rotary angles of the tokens; positions 0 .. T - 1 by default.
-            cache: what came before; the tokens are added to it.
+            cache: what came before, of this layer's own experts; the tokens are added to it.
+            lengths: [B] real tokens of each row; the rest is right padding and comes out as zero.
 
         Returns:
             [B, T, D]
         """
         B, T, _ = x.shape
         config = self.config
+        if cache is not None:
+            cache.check_owner(self.experts)
         if angles is None:
             angles = rotary_angles(torch.arange(T, device=x.device), config.head_dim, config.rope_base)
         heads = self.qkv(x).view(B, T, -1, config.head_dim).transpose(1, 2)  # [B, H + 2 Hkv, T, Dh]
         plain_q, plain_k, v = heads.split(self.head_sizes, 1)
         q, k = rotate(plain_q, angles), rotate(plain_k, angles)
         if cache is not None:
-            if isinstance(route, int):
-                route = torch.full((B, T), route, device=x.device)
-            mixed = cache.attend(q, k, v, route, linear_q=plain_q, linear_k=plain_k)
+            mixed = cache.attend(q, k, v, route, linear_q=plain_q, linear_k=plain_k, lengths=lengths)
         elif isinstance(route, Tensor) and route.is_floating_point():
             mixed = self._soft(q, k, v, plain_q, plain_k, route)
+            if lengths is not None:
+                mixed = torch.where(real_tokens(lengths, T)[:, None, :, None], mixed, 0.0)
         else:
             mixed = routed_attention(
                 q,
@@ -82,6 +97,7 @@ class AttentionMixture(nn.Module):
                 window=config.window,
                 linear_q=plain_q,
                 linear_k=plain_k,
+                lengths=lengths,
                 experts=[e for e in self.experts if isinstance(e, Expert)],
             )
         return self.out(merge_tokens(mixed))

@@ -56,14 +56,31 @@ class RoutedTransformer(nn.Module):
                     std /= (2 * self.config.num_layers) ** 0.5
                 nn.init.normal_(weight, std=std)
 
-    def forward(self, tokens: Tensor, route: Route, cache: RoutedCache | None = None, last_only: bool = False) -> Tensor:
-        """Logits [B, T, V] ([B, 1, V] with `last_only`) for tokens int64 [B, T], which continue `cache` if given."""
-        hidden = self.hidden(tokens, route, cache)
-        return F.linear(self.norm(hidden[:, -1:] if last_only else hidden), self.embed.weight)
+    def forward(
+        self,
+        tokens: Tensor,
+        route: Route,
+        cache: RoutedCache | None = None,
+        last_only: bool = False,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, T, V] for tokens int64 [B, T], which continue `cache` if given.
 
-    def hidden(self, tokens: Tensor, route: Route, cache: RoutedCache | None = None) -> Tensor:
+        With `lengths` [B], the first so many tokens of each row are real, the rest is right padding, whose logits mean nothing.
+        With `last_only` [B, 1, V], of each row's last real token.
+        """
+        hidden = self.hidden(tokens, route, cache, lengths)
+        if last_only:
+            hidden = last_token(hidden, lengths)
+        return F.linear(self.norm(hidden), self.embed.weight)
+
+    def hidden(self, tokens: Tensor, route: Route, cache: RoutedCache | None = None, lengths: Tensor | None = None) -> Tensor:
         """The residual stream after the last block, [B, T, D]."""
-        check_tokens(tokens, self.config.vocab_size)
+        check_tokens(tokens, self.config.vocab_size, self.embed.weight.device)
+        if lengths is not None:
+            check_lengths(lengths, tokens)
+        if cache is not None:
+            self._check_cache(cache, tokens)
         angles = self._angles(tokens, cache)
         # embeddings have norm about 1, the stream's unit is sqrt(D)
         h = self.embed(tokens) * self.config.d_model**0.5
@@ -71,9 +88,19 @@ class RoutedTransformer(nn.Module):
             assert isinstance(block, Block)
             x = block.attention_norm(h)
             layer_cache = None if cache is None else cache[layer]
-            h = h + block.attention(x, route(layer, x), angles, layer_cache)
+            h = h + block.attention(x, route(layer, x), angles, layer_cache, lengths)
             h = h + block.mlp(block.mlp_norm(h))
         return h
+
+    def _check_cache(self, cache: RoutedCache, tokens: Tensor) -> None:
+        """Refuse a cache of another model or batch before anything is written."""
+        fix = "build it with new_cache of this model"
+        require(isinstance(cache, RoutedCache), "cache", "a RoutedCache", type(cache).__name__, fix)
+        require(len(cache) == self.config.num_layers, "cache", f"{self.config.num_layers} layers", len(cache), fix)
+        for layer, experts in enumerate(self.experts()):
+            cache[layer].check_owner(experts, f"cache[{layer}]")
+        rows = len(cache.lengths)
+        require(rows == tokens.shape[0], "cache", f"the batch of tokens, {tokens.shape[0]} rows", rows, fix)
 
     def _angles(self, tokens: Tensor, cache: RoutedCache | None) -> Angles:
         positions = torch.arange(tokens.shape[1], device=tokens.device)  # [T]
@@ -98,13 +125,37 @@ class RoutedTransformer(nn.Module):
         )
 
 
-def check_tokens(tokens: Tensor, vocab_size: int) -> None:
+def check_tokens(tokens: Tensor, vocab_size: int, device: torch.device | None = None, name: str = "tokens") -> None:
     """Refuse what is not a batch of token ids. Values are read on the CPU alone: on a GPU it would wait for the device."""
-    require(tokens.dim() == 2, "tokens", "shape [B, T]", tuple(tokens.shape))
-    require(tokens.dtype == torch.int64, "tokens", "torch.int64", tokens.dtype)
+    require(isinstance(tokens, Tensor), name, "a tensor, int64 [B, T]", type(tokens).__name__)
+    require(tokens.dim() == 2, name, "shape [B, T]", tuple(tokens.shape))
+    require(tokens.dtype == torch.int64, name, "torch.int64", tokens.dtype)
+    if device is not None and tokens.device != device:
+        raise ValueError(f"{name}: expected the device of the model, {device}; got {tokens.device}; move one with .to(device)")
     if tokens.device.type == "cpu" and tokens.numel():
         low, high = (int(x) for x in tokens.aminmax())
-        require(low >= 0 and high < vocab_size, "tokens", f"ids from 0 to {vocab_size - 1}", (low, high), "check the tokeniser")
+        require(low >= 0 and high < vocab_size, name, f"ids from 0 to {vocab_size - 1}", (low, high), "check the tokeniser")
+
+
+def check_lengths(lengths: Tensor, tokens: Tensor, least: int = 0) -> None:
+    """Refuse what does not count the real tokens of the rows of `tokens` [B, T]; values are read on the CPU alone."""
+    (B, T), wanted = tokens.shape, f"int64 or int32 of shape {(tokens.shape[0],)} on {tokens.device}"
+    require(isinstance(lengths, Tensor), "lengths", wanted, type(lengths).__name__)
+    fits = lengths.dtype in (torch.int64, torch.int32) and lengths.shape == (B,) and lengths.device == tokens.device
+    if not fits:
+        raise ValueError(f"lengths: expected {wanted}; got {lengths.dtype} of shape {tuple(lengths.shape)} on {lengths.device}")
+    if lengths.device.type == "cpu" and B:
+        low, high = (int(x) for x in lengths.aminmax())
+        require(low >= least and high <= T, "lengths", f"values in {least}..{T}", (low, high))
+
+
+def last_token(x: Tensor, lengths: Tensor | None, dim: int = 1) -> Tensor:
+    """Of each row its last real token, the first if it has none: 1 along `dim`, the tokens; the batch stands before it."""
+    if lengths is None:
+        return x.narrow(dim, x.shape[dim] - 1, 1)
+    at = (lengths - 1).clamp_min(0).to(torch.int64)  # [B]
+    at = at.view(-1, *[1] * (x.dim() - dim))
+    return x.gather(dim, at.expand(*x.shape[:dim], 1, *x.shape[dim + 1 :]))
 
 
 Force = str | Tensor
@@ -155,15 +206,17 @@ class RoutedLanguageModel(nn.Module):
         force: Force | None = None,
         cache: RoutedCache | None = None,
         last_only: bool = False,
+        lengths: Tensor | None = None,
     ) -> RoutingOutput:
         """Logits and, for every layer, the posterior and the route that was executed.
 
         Args:
-            tokens: int64 [B, T].
+            tokens: int64 [B, T]; padding too must be ids.
             mode: SAMPLE, MEAN or HARD.
             force: send tokens where it says instead: an expert's name, choices [L, B, T] or weights [L, B, T, E].
             cache: what came before; the tokens are added to it.
-            last_only: logits of the last token alone.
+            last_only: logits of each row's last real token alone.
+            lengths: [B] real tokens of each row; what comes out for the rest, right padding, means nothing. Default all.
         """
         chosen = choose("mode", mode, RoutingMode)
         forced = None if force is None else forced_route(force, self.config.experts, self.config.num_layers)
@@ -176,5 +229,5 @@ class RoutedLanguageModel(nn.Module):
             routes.append(executed if isinstance(executed, Tensor) else torch.full_like(tokens, executed))
             return executed
 
-        logits = self.network(tokens, route, cache, last_only)
+        logits = self.network(tokens, route, cache, last_only, lengths)
         return RoutingOutput(logits, torch.stack(concentrations), torch.stack(routes))

@@ -29,14 +29,16 @@ def draw_route(kind: str, B: int, T: int, seed: int = 0) -> Tensor:
 
 
 ROUTES = ("independent", "clustered", "rows differ", "full", "linear", "local")
-SHAPES = [(1, 4, 1, 16), (2, 2, 37, 16), (3, 1, 130, 32), (1, 4, 300, 16)]  # B, Hkv, T, Dh
+SHAPES = [(1, 4, 1, 16), (2, 2, 37, 16), (3, 1, 130, 32), (1, 4, 300, 16), (1, 2, 1100, 16)]  # B, Hkv, T, Dh
 
 
 @pytest.mark.parametrize(("backend", "kind", "shape"), list(itertools.product(BACKENDS, ROUTES, SHAPES)))
-def test_agrees_with_the_oracle_in_value_and_gradient(backend: str, kind: str, shape: tuple[int, int, int, int]) -> None:
+def test_agrees_with_the_oracle_in_value_and_gradient(
+    backend: str, kind: str, shape: tuple[int, int, int, int], seed: int
+) -> None:
     B, Hkv, T, Dh = shape
-    route = draw_route(kind, B, T)
-    inputs = [x.requires_grad_() for x in (*draw(B, 4, Hkv, T, Dh), *draw(B, 4, Hkv, T, Dh, seed=1)[:2])]
+    route = draw_route(kind, B, T, seed)
+    inputs = [x.requires_grad_() for x in (*draw(B, 4, Hkv, T, Dh, seed), *draw(B, 4, Hkv, T, Dh, seed + 1)[:2])]
     exact = [x.detach().double().requires_grad_() for x in inputs]
 
     def run(q: Tensor, k: Tensor, v: Tensor, lq: Tensor, lk: Tensor, backend: str) -> Tensor:
@@ -67,7 +69,7 @@ def test_chunks_segments_and_far_keys_join(monkeypatch: pytest.MonkeyPatch) -> N
         (rows_torch, "SPAN", 16),
         (rows_torch, "KEYS", 50),
         (rows_linear, "CHUNK", 8),
-        (rows_linear, "SEGMENT", 40),
+        (rows_linear, "KEPT", 3),
     ):
         monkeypatch.setattr(room, name, size)
     q, k, v = draw(2, 4, 2, 330)
@@ -240,34 +242,3 @@ def test_no_tokens_and_no_rows() -> None:
         q, k, v = draw(B, 4, 2, T)
         for backend in (*BACKENDS, "auto"):
             assert routed_attention(q, k, v, torch.zeros(B, T, dtype=torch.long), window=3, backend=backend).shape == q.shape
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"route": torch.full((2, 8), 3)}, "route: expected values in 0..2; got 3..3"),
-        ({"route": torch.full((2, 8), -1)}, "route: expected values in 0..2; got -1..-1"),
-        ({"route": 3}, "route: expected values in 0..2; got 3"),
-        ({"route": torch.zeros(2, 7, dtype=torch.long)}, r"route: expected shape \(2, 8\)"),
-        ({"route": torch.zeros(2, 8)}, "route: expected int64 or int32; got torch.float32"),
-        ({"route": torch.zeros(2, 8, dtype=torch.long, device="meta")}, "route: expected shape .* on cpu; got .* on meta"),
-        ({"window": 0}, "window: expected at least 1"),
-        ({"linear_q": torch.zeros(2, 4, 8, 4)}, "linear_q: expected"),
-        ({"lengths": torch.tensor([9, 1])}, "lengths: expected values in 0..8"),
-        ({"starts": torch.tensor([1, 0])}, "starts: expected values in 0..0"),
-        ({"backend": "cuda"}, "backend: expected one of auto, dense, reference, short, torch, triton; got 'cuda'"),
-        ({"experts": ("full", "lineer")}, "expert: expected one of"),
-        ({"experts": ()}, "experts: expected at least one"),
-    ],
-)
-def test_bad_input_is_named(change: dict[str, object], message: str) -> None:
-    q, k, v = draw(2, 4, 2, 8)
-    arguments: dict[str, object] = {"route": torch.zeros(2, 8, dtype=torch.long), "window": 3, **change}
-    with pytest.raises(ValueError, match=message):
-        routed_attention(q, k, v, arguments.pop("route"), **arguments)  # type: ignore[arg-type]
-
-
-def test_a_backend_that_cannot_run_is_an_error() -> None:
-    q, k, v = draw(1, 4, 2, 8)
-    with pytest.raises(RuntimeError, match="backend 'triton' cannot run here: it needs CUDA tensors"):
-        routed_attention(q, k, v, torch.zeros(1, 8, dtype=torch.long), window=3, backend="triton")

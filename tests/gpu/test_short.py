@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bayes_router.attention.dispatch import SHORT_KEYS, Backend, choose_backend, routed_attention, run_problem, unavailable
+from bayes_router.attention.dispatch import BREAK_EVEN, Backend, choose_backend, routed_attention, run_problem, unavailable
 from bayes_router.attention.expert import ExpertShape
 from bayes_router.attention.problem import resolve_experts
 from tests.gpu.test_routed_attention import NAMES, TOLERANCE, compare, draw, draw_route
@@ -60,7 +60,7 @@ def test_padding_and_starts(sinks: int) -> None:
 def test_auto_takes_it_for_short_texts_without_gradients() -> None:
     problem = draw(1, 2, 2, 300, 64, "independent")
     assert choose_backend(problem) is Backend.SHORT
-    assert choose_backend(draw(1, 2, 2, SHORT_KEYS + 1, 64, "independent")) is Backend.TRITON
+    assert choose_backend(draw(1, 2, 2, BREAK_EVEN[True, False].keys + 1, 64, "independent")) is Backend.TRITON
     with torch.enable_grad():
         recorded = replace(problem)
         assert choose_backend(recorded) is Backend.TRITON

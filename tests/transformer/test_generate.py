@@ -67,17 +67,92 @@ def test_the_stream_yields_as_it_goes() -> None:
     assert torch.equal(first.route, routes[:, :, 0])
 
 
+PROMPTS = (9, 1, 14, 6)
+
+
+def unequal(junk: int = 22) -> tuple[Tensor, Tensor]:
+    """Prompts [B, T] of several lengths [B], and what stands on their padding."""
+    tokens, lengths = tiny_batch(B=4, T=max(PROMPTS))[0], torch.tensor(PROMPTS)
+    return torch.where(torch.arange(tokens.shape[1]) < lengths[:, None], tokens, junk), lengths
+
+
+@pytest.mark.parametrize("experts", [EXPERTS, ("full", "gated", "local"), ("local", "gated"), ("local",), ("gated",)])
+def test_rows_of_unequal_length_go_on_as_if_each_were_alone(experts: tuple[str, ...]) -> None:
+    """From its own last token and position, by its own routes, whatever the ids on the padding; as a list, the same."""
+    model, new = tiny_model(experts=experts), 12
+    prompt, lengths = unequal(junk=-7)
+    tokens, routes = generate(model, prompt, new, GREEDY, lengths=lengths)
+    assert tokens.shape == (4, max(PROMPTS) + new) and routes.shape == (3, 4, new)
+    for b, length in enumerate(PROMPTS):
+        alone, route = generate(model, prompt[b : b + 1, :length], new, GREEDY)
+        assert torch.equal(tokens[b : b + 1, : length + new], alone)
+        assert torch.equal(routes[:, b : b + 1], route)
+        assert not tokens[b, length + new :].any()
+    listed = generate(model, [row[:n] for row, n in zip(prompt, PROMPTS, strict=True)], new, GREEDY)
+    assert torch.equal(listed[0], tokens) and torch.equal(listed[1], routes)
+
+
+@pytest.mark.parametrize("force", EXPERTS)
+def test_unequal_rows_on_one_expert(force: str) -> None:
+    model, (prompt, lengths) = tiny_model(), unequal()
+    tokens, _ = generate(model, prompt, 8, GREEDY, lengths=lengths, force=force)
+    for b, length in enumerate(PROMPTS):
+        alone, _ = generate(model, prompt[b : b + 1, :length], 8, GREEDY, force=force)
+        assert torch.equal(tokens[b : b + 1, : length + 8], alone)
+
+
+def test_unequal_rows_stop_each_at_its_own_token() -> None:
+    model, (prompt, lengths) = tiny_model(), unequal()
+    free, _ = generate(model, prompt, 10, GREEDY, lengths=lengths)
+    stops = {int(free[b, length + 2]) for b, length in enumerate(PROMPTS)}
+    steps = torch.stack([step.tokens for step in stream(model, prompt, 10, GREEDY, lengths=lengths, stop_tokens=stops)], 1)
+    assert steps.shape[1] <= 3
+    for b, length in enumerate(PROMPTS):
+        end = next(i for i in range(3) if int(free[b, length + i]) in stops)
+        assert torch.equal(steps[b, : end + 1], free[b, length : length + end + 1])
+        assert bool((steps[b, end:] == steps[b, end]).all())
+
+
+ROW = torch.zeros(1, 3, dtype=torch.int64)
+
+
 @pytest.mark.parametrize(
-    ("prompt", "new", "message"),
+    ("changes", "message"),
     [
-        (torch.zeros(1, 0, dtype=torch.int64), 5, "prompt: expected at least one token"),
-        (torch.zeros(1, 3, dtype=torch.int64), 0, "max_new_tokens: expected at least 1"),
-        (torch.full((1, 3), 99), 5, "tokens: expected ids"),
+        ({"prompt": ROW[:, :0]}, "prompt: expected at least one token"),
+        ({"prompt": ROW[0]}, r"prompt: expected at least one token, shape \[B, T\]; got \(3,\)"),
+        ({"prompt": ROW + 99}, "prompt: expected ids from 0 to 22"),
+        ({"prompt": ROW.float()}, "prompt: expected torch.int64"),
+        ({"prompt": ROW.to("meta")}, r"prompt: expected the device of the model, cpu; got meta; move one with .to\(device\)"),
+        ({"prompt": [[1, 2, 3]]}, "prompt: expected a tensor .* or a list of tensors"),
+        ({"prompt": [ROW[0], ROW[0, :0]]}, "prompt: .* at least one token each"),
+        ({"prompt": [ROW[0].to("meta")]}, "prompt: expected the device of the model"),
+        ({"prompt": []}, "prompt: expected at least one row"),
+        ({"prompt": 5}, "prompt: expected a tensor"),
+        ({"prompt": [ROW[0]], "lengths": torch.tensor([3])}, "lengths: expected None with a list"),
+        ({"lengths": [3]}, "lengths: expected int64 or int32 of shape .1,. on cpu; got 'list'"),
+        ({"lengths": torch.tensor([3, 3])}, "lengths: expected .* got torch.int64 of shape .2,."),
+        ({"lengths": torch.tensor([0])}, r"lengths: expected values in 1..3; got \(0, 0\)"),
+        ({"lengths": torch.tensor([4])}, "lengths: expected values in 1..3"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1"),
+        ({"stop_tokens": [23]}, r"stop_tokens: expected ids from 0 to 22; got \[23\]"),
+        ({"force": "ful"}, "force: expected one of full, gated, linear, local; got 'ful'"),
+        ({"force": torch.zeros(3, 1, 3)}, "force: expected the name of an expert; got 'Tensor'"),
     ],
 )
-def test_bad_prompts_are_refused(prompt: Tensor, new: int, message: str) -> None:
+def test_bad_arguments_are_refused_at_the_call(changes: dict[str, object], message: str) -> None:
+    """Not at the first step, which may be far from the mistake."""
     with pytest.raises(ValueError, match=message):
-        generate(tiny_model(), prompt, new)
+        stream(tiny_model(), **{"prompt": ROW, "max_new_tokens": 5, **changes})  # type: ignore[arg-type]
+
+
+def test_a_stream_that_is_left_gives_the_model_back_as_it_was() -> None:
+    model = tiny_model().train()
+    steps = stream(model, ROW, 5)
+    assert model.training  # nothing has run yet
+    next(steps)
+    steps.close()  # type: ignore[attr-defined]
+    assert model.training
 
 
 @pytest.mark.parametrize("changes", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.distributions import Dirichlet, kl_divergence
 
+from bayes_router.attention.cache import LayerCache
+from bayes_router.attention.expert import Expert
 from bayes_router.config import ModelConfig, PriorConfig
 from bayes_router.inference.elbo import RoutingELBO
 from bayes_router.inference.guide import RoutingGuide
@@ -137,3 +139,27 @@ def test_the_call_runs_no_pyro() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"
+
+
+@pytest.mark.parametrize("soft", [True, False])
+@pytest.mark.parametrize("cached", [True, False])
+def test_padding_comes_out_as_zero_and_matters_to_nobody(soft: bool, cached: bool) -> None:
+    layer, x = layer_and_input()
+    mixture, lengths = layer.attention, torch.tensor([30, 11])
+    route = torch.rand(2, 30, 4).softmax(-1) if soft else torch.randint(4, (2, 30))
+    with torch.no_grad():
+        want = mixture(x, route)
+        x[1, 11:] = 1e6
+        cache = LayerCache([e for e in mixture.experts if isinstance(e, Expert)], 2, 30, 2) if cached else None
+        got = mixture(x, route, cache=cache, lengths=lengths)
+    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got[1, :11], want[1, :11], rtol=1e-5, atol=1e-5)
+    assert not got[1, 11:].any()
+
+
+def test_a_cache_of_another_layer_is_refused() -> None:
+    (layer, x), (other, _) = layer_and_input(), layer_and_input(seed=1)
+    cache = LayerCache([e for e in other.attention.experts if isinstance(e, Expert)], 2, 30, 2)
+    with pytest.raises(ValueError, match="cache.experts: expected this layer's own experts"):
+        layer.attention(x, 0, cache=cache)
+    assert cache.lengths.tolist() == [0, 0]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bayes_router.attention.cache import RoutedCache
 from bayes_router.transformer.model import RoutedLanguageModel, RoutedTransformer
 from bayes_router.types import RoutingMode
 from tests.tiny import EXPERTS, tiny_batch, tiny_config, tiny_model
@@ -107,6 +108,83 @@ def test_cached_decoding_equals_the_full_pass(mode: str, parts: list[int]) -> No
     torch.testing.assert_close(torch.cat(routes, 2), full[2], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["mean", "hard", *EXPERTS])
+@pytest.mark.parametrize("cached", [True, False])
+def test_rows_of_different_lengths_are_each_as_if_alone(mode: str, cached: bool) -> None:
+    """Two right-padded chunks and a step; positions, routes and the last logits are each row's own."""
+    model, (tokens, _) = tiny_model(), tiny_batch(B=3)
+    named = {"force": mode} if mode in EXPERTS else {"mode": mode}
+    cache, start = model.network.new_cache(3, 40) if cached else None, torch.zeros(3, dtype=torch.int64)
+    for sizes in ((20, 3, 11), (4, 13, 1), (1, 1, 1)):
+        lengths = torch.tensor(sizes)
+        index = (start[:, None] + torch.arange(max(sizes))).clamp_max(39)
+        real = None if max(sizes) == 1 else lengths
+        with torch.no_grad():
+            part = tokens.gather(1, index)
+            last = None if cached else model(part, lengths=real, last_only=True, **named).logits
+            out = model(part, cache=cache, lengths=real, **named)
+            for b, size in enumerate(sizes):
+                first = int(start[b]) if cached else 0
+                begin = 0 if cached else int(start[b])
+                alone = model(tokens[b : b + 1, begin : int(start[b]) + size], **named)
+                torch.testing.assert_close(out.logits[b, :size], alone.logits[0, first:], rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(out.route[:, b, :size], alone.route[:, 0, first:], rtol=1e-4, atol=1e-4)
+                if last is not None:
+                    torch.testing.assert_close(last[b, 0], alone.logits[0, -1], rtol=1e-4, atol=1e-4)
+        start += lengths
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"seed": 1}, r"cache\[0\].experts: expected this layer's own experts, .* another layer or model, .* new_cache"),
+        ({"experts": ("full", "gated", "local", "linear")}, r"cache\[0\].experts: expected .*\(full .*\(full "),
+        ({"window": 6}, r"cache\[0\].experts: expected .* 4, 5, 0\).* 4, 6, 0\)"),
+        ({"num_layers": 2}, "cache: expected 3 layers; got 2; build it with new_cache of this model"),
+        ({"num_layers": 4}, "cache: expected 3 layers; got 4"),
+    ],
+)
+def test_a_cache_of_another_model_is_refused(change: dict[str, object], message: str | None) -> None:
+    """Of the same sizes too: what its states mean depends on the weights of its experts. Nothing is written."""
+    model, (tokens, _) = tiny_model(), tiny_batch()
+    cache = (tiny_model(**change) if change else model).network.new_cache(2, 40)  # type: ignore[arg-type]
+    if message is None:
+        model(tokens, cache=cache)
+        return
+    with pytest.raises(ValueError, match=message):
+        model(tokens, cache=cache)
+    assert cache.lengths.tolist() == [0, 0] and not any(state.any() for state in cache[0].states.values())
+
+
+def test_layers_of_a_cache_in_another_order_are_refused() -> None:
+    model = tiny_model()
+    layers = model.network.new_cache(2, 40).layers
+    with pytest.raises(ValueError, match=r"cache\[0\].experts: expected this layer's own"):
+        model(tiny_batch()[0], cache=RoutedCache(layers[::-1]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"cache": 5}, "cache: expected a RoutedCache; got 'int'"),
+        ({"lengths": torch.tensor([41, 1])}, "lengths: expected values in 0..40"),
+        ({"lengths": torch.tensor([-1, 1])}, "lengths: expected values in 0..40"),
+        ({"lengths": torch.tensor([1.0, 1.0])}, "lengths: expected int64 or int32 of shape .2,. on cpu; got torch.float32"),
+        ({"lengths": [1, 1]}, "lengths: expected int64 or int32 .* got 'list'"),
+    ],
+)
+def test_bad_lengths_and_caches_are_refused(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_model()(tiny_batch()[0], **arguments)
+
+
+def test_a_cache_of_another_batch_is_refused() -> None:
+    model = tiny_model()
+    with pytest.raises(ValueError, match="cache: expected the batch of tokens, 2 rows; got 3"):
+        model(tiny_batch()[0], cache=model.network.new_cache(3, 40))
+
+
 def test_a_route_of_any_callable_is_enough() -> None:
     """The transformer knows no posterior: a constant will do."""
     network, (tokens, _) = RoutedTransformer(tiny_config()), tiny_batch()
@@ -129,6 +207,8 @@ def test_a_route_of_any_callable_is_enough() -> None:
         (torch.full((1, 4), -1), "tokens: expected ids from 0 to 22"),
         (torch.zeros(4, dtype=torch.int64), "tokens: expected shape"),
         (torch.zeros(1, 4), "tokens: expected torch.int64"),
+        ([[1, 2]], r"tokens: expected a tensor, int64 \[B, T\]; got 'list'"),
+        (torch.zeros(1, 4, dtype=torch.int64, device="meta"), "tokens: expected the device of the model, cpu; got meta; move"),
     ],
 )
 def test_bad_tokens_are_refused(tokens: Tensor, message: str) -> None:

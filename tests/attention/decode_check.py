@@ -1,0 +1,143 @@
+"""Decoding steps of a cache against the full pass in float64, and against a store poisoned where no row needs it."""
+
+import copy
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bayes_router.attention.cache import LayerCache
+from bayes_router.attention.expert import Expert, ExpertShape
+from bayes_router.attention.local import LocalAttention
+from tests.attention.dense_check import draw_expert
+from tests.attention.expert_contract import relative_error
+
+DECODERS = [
+    ("full", "gated", "local"),
+    ("full", "linear", "local"),
+    ("local", "gated", "linear", "full"),
+    ("full", "local"),
+    ("gated",),
+    ("linear", "local"),
+    ("gated", "full", "gated"),  # the second by its own pass
+]
+
+
+class Inputs(NamedTuple):
+    q: Tensor  # [B, H, T, Dh]
+    k: Tensor  # [B, Hkv, T, Dh]
+    v: Tensor
+    plain_q: Tensor
+    plain_k: Tensor
+
+    def part(self, a: int, b: int) -> "Inputs":
+        return Inputs(*(x[:, :, a:b] for x in self))
+
+
+@dataclass
+class Decoder:
+    names: tuple[str, ...]
+    B: int
+    H: int
+    Hkv: int
+    Dh: int
+    window: int
+    capacity: int
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        shape = ExpertShape(self.H, self.Dh, self.window)
+        self.experts: tuple[Expert, ...] = tuple(draw_expert(name, shape, self.device) for name in self.names)
+        for index, expert in enumerate(self.experts):  # two of a kind are not the same
+            for parameter in expert.parameters():
+                parameter.data += 0.3 * index
+
+    def cache(self) -> LayerCache:
+        return LayerCache(self.experts, self.B, self.capacity, self.Hkv, device=self.device, dtype=self.dtype)
+
+    def draw(self, T: int, seed: int = 0) -> Inputs:
+        """Laid out as a model's: [B, T, H, Dh] in memory."""
+        generator = torch.Generator().manual_seed(seed)
+        heads = (self.H, self.Hkv, self.Hkv, self.H, self.Hkv)
+        drawn = (torch.randn(self.B, T, h, self.Dh, generator=generator) for h in heads)
+        return Inputs(*(x.to(self.device, self.dtype).transpose(1, 2) for x in drawn))
+
+    def routes(self, T: int) -> Tensor:
+        """[B, T]: rows on different experts, another at every token."""
+        rows = torch.arange(self.B)[:, None] + torch.arange(T)
+        return (rows % len(self.experts)).to(self.device)
+
+    def exact(self, inputs: Inputs, route: Tensor, row: int, length: int) -> Tensor:
+        """[H, length, Dh] of one row alone, in float64."""
+        q, k, v, pq, pk = (x[row : row + 1, :, :length].double() for x in inputs)
+        out = torch.zeros_like(q)
+        for index, expert in enumerate(self.experts):
+            rows = copy.deepcopy(expert).double()(*((q, k) if expert.rotary else (pq, pk)), v)
+            out = torch.where((route[row, :length] == index)[None, None, :, None], rows, out)
+        return out[0]
+
+
+def feed(cache: LayerCache, inputs: Inputs, route: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+    q, k, v, pq, pk = inputs
+    route = torch.zeros(len(q), q.shape[2], dtype=torch.int64, device=q.device) if route is None else route
+    return cache.attend(q, k, v, route, linear_q=pq, linear_k=pk, lengths=lengths)
+
+
+def per_row(inputs: Inputs, starts: Tensor, T: int) -> Inputs:
+    """Tokens starts[b] .. starts[b] + T - 1 of each row."""
+    index = (starts[:, None] + torch.arange(T, device=starts.device))[:, None, :, None]
+    return Inputs(*(x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in inputs))
+
+
+def prefilled(decoder: Decoder, inputs: Inputs, route: Tensor, prompts: tuple[int, ...]) -> LayerCache:
+    """Right-padded prompts of these lengths; what stands on the padding is large."""
+    cache, lengths = decoder.cache(), torch.tensor(prompts, device=decoder.device)
+    longest = max(prompts)
+    padding = torch.arange(longest, device=decoder.device) >= lengths[:, None]
+    first = Inputs(*(x.masked_fill(padding[:, None, :, None], 1e4) for x in inputs.part(0, longest)))
+    feed(cache, first, route[:, :longest], lengths)
+    return cache
+
+
+def steps_equal_the_full_pass(decoder: Decoder, prompts: tuple[int, ...], steps: int, tolerance: float) -> None:
+    total = max(prompts) + steps
+    inputs, route = decoder.draw(total), decoder.routes(total)
+    cache, got = prefilled(decoder, inputs, route, prompts), []
+    for _ in range(steps):
+        at = cache.lengths.clone()
+        got.append(feed(cache, per_row(inputs, at, 1), route.gather(1, at[:, None])))
+    assert cache.lengths.tolist() == [n + steps for n in prompts]
+    for b, n in enumerate(prompts):
+        want = decoder.exact(inputs, route, b, n + steps)[:, n:]
+        error = relative_error(torch.cat([x[b] for x in got], 1), want)
+        assert error < tolerance, (b, error)
+
+
+def needed_only(decoder: Decoder, prompts: tuple[int, ...], tolerance: float) -> None:
+    """Keys and values that no row's own expert sees are NaN: each step gives what it gave without."""
+    steps, total = len(decoder.experts), max(prompts) + 1
+    inputs, route = decoder.draw(total), decoder.routes(total)
+    token = decoder.draw(1, seed=5)
+    for step in range(steps):
+        choice = (torch.arange(decoder.B, device=decoder.device)[:, None] + step) % len(decoder.experts)
+        cache, poisoned = (prefilled(decoder, inputs, route, prompts) for _ in range(2))
+        poison(poisoned, choice[:, 0].tolist())
+        want, got = feed(cache, token, choice), feed(poisoned, token, choice)
+        assert got.isfinite().all()
+        assert relative_error(got, want.double()) < tolerance
+
+
+def poison(cache: LayerCache, choices: list[int]) -> None:
+    """NaN in every slot that the next token of its row does not see."""
+    if cache.values is None:
+        return
+    assert cache.keys is not None
+    for b, choice in enumerate(choices):
+        expert, length = cache.experts[choice], int(cache.lengths[b])
+        first = length - expert.shape.window + 1 if type(expert) is LocalAttention else length if expert.stateful else 0
+        seen = torch.zeros(cache.slots + 1, dtype=torch.bool)
+        seen[torch.arange(max(first, 0), length) % cache.slots] = True
+        for store in (cache.keys, cache.values):
+            store[b, :, ~seen] = torch.nan
