@@ -1,26 +1,28 @@
 """A fitted model end to end against every token on full attention: `python -m analysis.speed_model RUN_OR_PRESET`.
 
 Prefill time and decoding rate by the model's own HARD routes on held-out text, peak memory, load, cost executed. A preset gives
-an untrained model, whose routes mean nothing: it serves to see that the command works. Writes one CSV and one figure.
+an untrained model, whose routes mean nothing: it serves to see that the command works. Nothing is timed before every backend
+agrees with the reference on this device. Writes one CSV, row by row (.partial.csv until all are there), and one figure.
 """
 
 import argparse
 from pathlib import Path
 
-import pandas as pd
 import torch
 
 from bayes_router.attention.latency import device_name
 from bayes_router.benchmark.model import Subject, measure, note_on_context
 from bayes_router.benchmark.model_figure import draw
+from bayes_router.benchmark.rows import Rows
 from bayes_router.benchmark.suite import command_line, versions
+from bayes_router.benchmark.verify import verify_model
 from bayes_router.config import PRESETS, preset
-from bayes_router.training.checkpoint import load_run, write_whole
+from bayes_router.training.checkpoint import load_run
 from bayes_router.training.fit import load_data, pick_device
 from bayes_router.transformer.model import RoutedLanguageModel
 
 RESULTS = Path(__file__).parent / "results"
-LENGTHS = {"cpu": [512, 1024, 2048], "cuda": [4096, 16384, 32768]}
+LENGTHS = [4096, 16384, 32768]
 
 
 def load(source: str, device: torch.device) -> Subject:
@@ -41,24 +43,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="RUN_OR_PRESET", help=f"run folder, or one of {', '.join(PRESETS)}")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    parser.add_argument(
-        "--lengths", type=int, nargs="+", help="tokens T (default: 512 to 2048 on a CPU, 4096 to 32768 on CUDA)"
-    )
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens T (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for speed_model_DEVICE.csv and .png")
     options = parser.parse_args()
     device = pick_device(options.device)
     torch.manual_seed(0)
-    subject, lengths = load(options.source, device), options.lengths or LENGTHS[device.type]
-    rows = []
-    for row in measure(subject, lengths):
-        rows.append(row)
-        print(f"{row['what']} {row['variant']}, batch {row['B']}, {row['T']} tokens: {row['ms']:.4g} ms", flush=True)
-    table = pd.DataFrame(rows)
-    table["model"], table["trained_at"] = subject.name, subject.config.data.context
-    table["device"], table["versions"], table["command"] = device_name(device), versions(device), command_line()
-    options.out.mkdir(parents=True, exist_ok=True)
+    subject, lengths = load(options.source, device), options.lengths
+    verify_model(device, subject.config.model)
+    facts = {"model": subject.name, "trained_at": subject.config.data.context}
+    facts |= {"device": device_name(device), "versions": versions(device), "command": command_line()}
     path = options.out / f"speed_model_{device.type}.csv"
-    write_whole(path, lambda p: table.to_csv(p, index=False, float_format="%.4g"))
+    rows = Rows(path, facts)
+    for row in measure(subject, lengths):
+        rows.add(row)
+        print(f"{row['what']} {row['variant']}, batch {row['B']}, {row['T']} tokens: {row['ms']:.4g} ms", flush=True)
+    table = rows.finish()
     draw(table, path.with_suffix(".png"))
     left_out = ("model", "trained_at", "device", "versions", "command", "problem")
     shown = table.drop(columns=[c for c in left_out if c in table]).dropna(axis=1, how="all")

@@ -1,10 +1,13 @@
 """What attention costs: analytic FLOPs and bytes per token by expert, of attention alone and of the whole model.
 
-Multiply-adds count as two. Elementwise work (softmax, feature maps, norms) is left out, as torch's flop counter does.
+Multiply-adds count as two. Elementwise work (softmax, feature maps, decay, norms) is left out, as torch's flop counter does.
 Means over a causal pass are over its tokens; a decoding step is the one token that makes the context `context` long.
+
+The hard costs are the least that hard routing has to do. A backend may do more: work in tiles and chunks, or every row of an
+expert that computes no rows of its own (`Expert.attend_rows`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from bayes_router.attention.expert import Expert
 from bayes_router.attention.full import FullAttention
 from bayes_router.attention.latency import measured_latencies
+from bayes_router.config import ModelConfig
 from bayes_router.types import CostModel, choose
 
 
@@ -24,8 +28,8 @@ class Mode(Enum):
     DECODE = "decode"  # the last token of the context, with the rest cached
 
 
-class AttentionCost(NamedTuple):
-    """Of one layer, per token: what its own expert costs, and what every token pays whatever its route."""
+class Cost(NamedTuple):
+    """Per token: what its own expert costs, and what every token pays whatever its route."""
 
     own: Tensor  # [E] float64
     shared: float
@@ -33,6 +37,13 @@ class AttentionCost(NamedTuple):
     def mean(self, load: Tensor) -> float:
         """Realised cost per token when the fractions `load` [E] of the tokens took each expert."""
         return float(load.double() @ self.own) + self.shared
+
+
+class ModelCost(NamedTuple):
+    """Of a whole model; `own` is that of a token which takes the expert in every layer."""
+
+    flops: Cost
+    bytes: Cost
 
 
 def cost_ratios(
@@ -63,65 +74,156 @@ def cost_ratios(
 
 
 def flops(expert: Expert, context: int, mode: Mode = Mode.PREFILL) -> float:
-    """FLOPs per token of one layer's attention, all heads, without projections."""
+    """FLOPs per token of one layer's attention when every token takes it, all heads with keys of their own, no projections."""
     if mode is Mode.PREFILL:
         return expert.flops_per_token(context)
     before = expert.flops_per_token(context - 1) * (context - 1) if context > 1 else 0.0
     return expert.flops_per_token(context) * context - before  # what the last token added
 
 
-def read_bytes(expert: Expert, context: int, num_kv_heads: int, element_size: int, mode: Mode = Mode.PREFILL) -> float:
-    """Bytes per token that the expert must move at least: q, k, v and out once in a causal pass.
+def hard_flops(experts: Sequence[Expert], context: int, num_kv_heads: int, mode: Mode = Mode.PREFILL) -> Cost:
+    """Of one layer's attention: each token its own expert; every token also enters the state of each stateful expert.
 
-    In decoding: the keys and values it sees, or its state read and written once.
+    A token on a stateful expert reads a state once a query head, 2 FLOPs an element; the rest of the expert's arithmetic is
+    the update, which heads that share a key share too.
     """
-    num_heads, head_dim = expert.shape[:2]
+    own = [_own(expert, context, mode) for expert in experts]
+    shared = 0.0
+    for expert, read in zip(experts, own, strict=True):
+        if expert.stateful:
+            saved = _state(expert, expert.shape.num_heads).numel() - _state(expert, num_kv_heads).numel()
+            shared += max(flops(expert, context, mode) - read - 2 * saved, 0.0)
+    return Cost(torch.tensor(own, dtype=torch.float64), shared)
+
+
+def own_flops(experts: Sequence[Expert], taken: Tensor, start: int = 0) -> float:
+    """Mean `own` FLOPs of the tokens that were routed, exact: `taken` [T, E] of those at position start + t took expert e."""
+    T = len(taken)
+    total = 0.0
+    for expert, count in zip(experts, taken.double().cpu().unbind(1), strict=True):
+        if expert.stateful:
+            total += float(count.sum()) * _own(expert, start + T, Mode.DECODE)
+            continue
+        upto = [expert.flops_per_token(n) * n if n else 0.0 for n in range(start, start + T + 1)]
+        total += float(count @ torch.tensor(upto, dtype=torch.float64).diff())
+    return total / float(taken.sum())
+
+
+def hard_bytes(
+    experts: Sequence[Expert], context: int, num_kv_heads: int, element_size: int, mode: Mode = Mode.PREFILL
+) -> Cost:
+    """Bytes that one layer's attention must move at least.
+
+    In a causal pass q, k, v and the output, once. In decoding each row reads the keys and values that its expert sees; all
+    rows write their own, and read and write every state.
+    """
+    num_heads, head_dim = experts[0].shape[:2]
+    pair = 2 * num_kv_heads * head_dim * element_size  # a token's key and value
     if mode is Mode.PREFILL:
-        return 2 * (num_heads + num_kv_heads) * head_dim * element_size
-    if expert.stateful:
-        return 2 * state_bytes(expert, num_kv_heads)
-    return 2 * num_kv_heads * head_dim * element_size * expert.keys_read(context)
+        return Cost(torch.zeros(len(experts), dtype=torch.float64), 2 * num_heads * head_dim * element_size + pair)
+    own = [float(pair * expert.keys_read(context)) for expert in experts]
+    written = 0 if all(expert.stateful for expert in experts) else pair
+    states = sum(_state(expert, num_kv_heads).nbytes for expert in experts if expert.stateful)
+    return Cost(torch.tensor(own, dtype=torch.float64), written + 2 * states)
 
 
-def state_bytes(expert: Expert, num_kv_heads: int) -> int:
-    """Size of the state of one sequence; 0 for an expert that keeps none."""
-    if not expert.stateful:
-        return 0
+def model_cost(
+    model: nn.Module,
+    context: int,
+    mode: Mode = Mode.PREFILL,
+    *,
+    batch: int = 1,
+    last_only: bool = False,
+    experts: Sequence[Expert] | None = None,
+) -> ModelCost:
+    """FLOPs and bytes per token of a `RoutedLanguageModel`, or of its network alone, without controllers.
+
+    FLOPs: attention, every linear map and the tied head. Bytes: every weight once a pass, and attention's own; the residual
+    stream is left out.
+
+    Args:
+        model: has a `ModelConfig` as `config`.
+        context: tokens of a causal pass, or held in decoding, the new one included.
+        mode: which pass.
+        batch: sequences that share one reading of the weights.
+        last_only: of a causal pass, logits of the last token alone.
+        experts: count as if every layer had these; default its own.
+    """
+    config, made = _config(model), experts or model_experts(model)
+    head = config.vocab_size * config.d_model / (context if last_only and mode is Mode.PREFILL else 1)
+    maps = sum(part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear))
+    passed = batch * (context if mode is Mode.PREFILL else 1)
+    weights = sum(p.nbytes for p in model.parameters()) / passed
+    size = next(model.parameters()).element_size()
+    layers = config.num_layers
+    attention = hard_flops(made, context, config.kv_heads, mode)
+    moved = hard_bytes(made, context, config.kv_heads, size, mode)
+    return ModelCost(
+        Cost(layers * attention.own, layers * attention.shared + 2 * (maps + head)),
+        Cost(layers * moved.own, layers * moved.shared + weights),
+    )
+
+
+def model_experts(model: nn.Module) -> list[Expert]:
+    """Those of a layer."""
+    return next(
+        [e for e in part if isinstance(e, Expert)]
+        for part in model.modules()
+        if isinstance(part, nn.ModuleList) and len(part) and isinstance(part[0], Expert)
+    )
+
+
+def executed_attention(
+    experts: Sequence[Expert],
+    taken: Tensor,
+    num_kv_heads: int,
+    element_size: int,
+    mode: Mode = Mode.PREFILL,
+    start: int = 0,
+) -> dict[str, float]:
+    """`flops` and `bytes` of attention by hard routes over those of every token on full; `taken`, `start` as in `own_flops`."""
+    context, full = start + len(taken), [FullAttention(experts[0].shape)]
+    flops = own_flops(experts, taken, start) + hard_flops(experts, context, num_kv_heads, mode).shared
+    moved, all_moved = (hard_bytes(made, context, num_kv_heads, element_size, mode) for made in (experts, full))
+    return {
+        "flops": flops / own_flops(full, taken.sum(1, keepdim=True), start),
+        "bytes": moved.mean(taken.sum(0) / taken.sum()) / all_moved.mean(torch.ones(1)),
+    }
+
+
+def executed_model(
+    model: nn.Module, taken: Tensor, mode: Mode = Mode.PREFILL, *, start: int = 0, batch: int = 1, last_only: bool = False
+) -> dict[str, float]:
+    """The whole of a `RoutedLanguageModel` by hard routes, `taken` [T, E] of all layers; options as in `model_cost`.
+
+    `mflops` and `mbytes` are 10^6 a token; `flops` and `bytes` relate them to the leanest rival, the network alone with every
+    token on full: no controller, no state.
+    """
+    experts, layers, context = model_experts(model), _config(model).num_layers, start + len(taken)
+    full = [FullAttention(experts[0].shape)]
+    own = model_cost(model, context, mode, batch=batch, last_only=last_only)
+    rival = model_cost(model.get_submodule("network"), context, mode, batch=batch, last_only=last_only, experts=full)
+    flops = layers * own_flops(experts, taken, start) + own.flops.shared
+    full_flops = layers * own_flops(full, taken.sum(1, keepdim=True), start) + rival.flops.shared
+    moved, full_moved = own.bytes.mean(taken.sum(0) / taken.sum()), rival.bytes.mean(torch.ones(1))
+    return {"flops": flops / full_flops, "bytes": moved / full_moved, "mflops": flops / 1e6, "mbytes": moved / 1e6}
+
+
+def _config(model: nn.Module) -> ModelConfig:
+    config = model.config
+    assert isinstance(config, ModelConfig)
+    return config
+
+
+def _own(expert: Expert, context: int, mode: Mode) -> float:
+    """FLOPs of a token's own output."""
+    whole = flops(expert, context, mode)
+    return min(2.0 * _state(expert, expert.shape.num_heads).numel(), whole) if expert.stateful else whole
+
+
+def _state(expert: Expert, num_kv_heads: int) -> Tensor:
+    """What a stateful expert keeps of one sequence, without memory."""
     num_heads, head_dim = expert.shape[:2]
     q = torch.empty(1, num_heads, 1, head_dim, device="meta")
     k = torch.empty(1, num_kv_heads, 1, head_dim, device="meta")
-    state = expert.init_state(q, k, k)
-    return state.numel() * state.element_size()
-
-
-def hard_flops(experts: Sequence[Expert], context: int, num_kv_heads: int, mode: Mode = Mode.PREFILL) -> AttentionCost:
-    """What hard routing executes: each token its own expert; every token also enters the state of each stateful expert.
-
-    The shared part of a stateful expert is 2 FLOPs for each element of its state (an outer product added).
-    """
-    own, shared = [], 0.0
-    for expert in experts:
-        update = 2.0 * state_bytes(expert, num_kv_heads) / 4
-        shared += update
-        own.append(max(flops(expert, context, mode) - update, 0.0))
-    return AttentionCost(torch.tensor(own, dtype=torch.float64), shared)
-
-
-def hard_decode_bytes(experts: Sequence[Expert], context: int, num_kv_heads: int, element_size: int) -> AttentionCost:
-    """The byte floor of a decoding step: each row reads what its expert sees; all rows write k, v and update every state."""
-    head_dim = experts[0].shape.head_dim
-    own = [
-        0.0 if expert.stateful else read_bytes(expert, context, num_kv_heads, element_size, Mode.DECODE) for expert in experts
-    ]
-    shared = 2.0 * num_kv_heads * head_dim * element_size + sum(2.0 * state_bytes(e, num_kv_heads) for e in experts)
-    return AttentionCost(torch.tensor(own, dtype=torch.float64), shared)
-
-
-def matmul_weights(model: nn.Module) -> int:
-    """Weights that multiply every token: those of the model's `nn.Linear` modules, one shared twice counted twice."""
-    return sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-
-
-def model_flops(weights: int, attention: Iterable[float]) -> float:
-    """FLOPs per token of a whole model: 2 for each of `weights`, and the attention of each layer."""
-    return 2.0 * weights + sum(attention)
+    return expert.init_state(q, k, k)

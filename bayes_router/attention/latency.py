@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from bayes_router.attention.expert import Expert
 
+CPUINFO = Path("/proc/cpuinfo")
 REPEATS = 7
 CYCLES_PER_MS = 2_000_000  # of a GPU's clock, at most: at a lower clock the sleep before a reading is longer
 MAX_SLEEP_MS = 50.0
@@ -44,10 +46,20 @@ def cache_path() -> Path:
 
 
 def device_name(device: torch.device) -> str:
-    """The name that a timing belongs to."""
+    """The name that a timing belongs to; of a CPU the processor's, and the threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
+    name = _processor() if device.type == "cpu" else device.type
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    try:
+        lines = CPUINFO.read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(filter(None, models), "") or platform.processor() or platform.machine() or "cpu"
 
 
 class Reading(NamedTuple):

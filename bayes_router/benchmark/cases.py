@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bayes_router.attention.cache import LayerCache
-from bayes_router.attention.cost import Mode, flops, read_bytes, state_bytes
+from bayes_router.attention.cost import Mode, hard_bytes, hard_flops
 from bayes_router.attention.dispatch import EXPERTS
 from bayes_router.attention.expert import Expert, ExpertShape, expert_class
 from bayes_router.benchmark.clock import Call
@@ -22,12 +22,27 @@ MIXES = ("10/60/30", "25/45/30", "50/30/20")
 
 @dataclass(frozen=True)
 class Shape:
-    """Of one call."""
+    """Of one call: B rows, H heads, T tokens (in decoding, keys held), head size Dh."""
 
     B: int
     H: int
     T: int
     Dh: int
+
+    def __str__(self) -> str:
+        return f"B{self.B} H{self.H} T{self.T} Dh{self.Dh}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Shape":
+        """From BxHxTxDh, as 1x16x32768x64.
+
+        Raises:
+            ValueError: it is none.
+        """
+        sizes = [int(part) if part.isdecimal() else 0 for part in text.split("x")]
+        if len(sizes) != 4 or min(sizes) < 1:
+            raise ValueError(f"shapes: expected BxHxTxDh, as 1x16x32768x64; got {text!r}")
+        return cls(*sizes)
 
 
 def mix_shares(mix: str) -> tuple[float, float, float]:
@@ -87,16 +102,17 @@ def baselines(device: torch.device) -> dict[str, SDPBackend | None]:
 
 
 def ideal_flops(shape: Shape, mix: str) -> float:
-    """FLOPs of full attention over those of the mix."""
-    costs = [flops(expert, shape.T) for expert in built(shape)]
-    return costs[0] / sum(share * cost for share, cost in zip(mix_shares(mix), costs, strict=True))
+    """FLOPs of full attention over those that hard routes of the mix have to do, states of every token included."""
+    cost = hard_flops(built(shape), shape.T, shape.H)
+    return float(cost.own[0]) / cost.mean(torch.tensor(mix_shares(mix)))
 
 
-def decode_calls(shape: Shape, mix: str, device: torch.device) -> tuple[dict[str, Call], float]:
+def decode_calls(shape: Shape, mix: str, device: torch.device, run: int = 1) -> tuple[dict[str, Call], float]:
     """One step of a batch in which every row takes its own expert, full attention over the same keys; and the ideal.
 
-    The ideal is the bytes that full attention reads over those that the mix reads and writes. Keys beyond the step's own are
-    never touched, and the cache forgets the step again, so that every turn is the same.
+    With `run` above 1 rows of an expert stand together. The ideal is the bytes that full attention reads over those that the
+    mix reads and writes. Keys beyond the step's own are never touched, and the cache forgets the step again, so that every
+    turn is the same.
     """
     experts = built(shape)
     q, k, v = (x[:, :, :1] for x in draw_inputs(Shape(shape.B, shape.H, 1, shape.Dh), device))
@@ -108,7 +124,8 @@ def decode_calls(shape: Shape, mix: str, device: torch.device) -> tuple[dict[str
     cache.longest = shape.T - 1
     counts = (torch.tensor(mix_shares(mix)) * shape.B).round().long()
     counts[1] += shape.B - counts.sum()
-    route = torch.repeat_interleave(torch.arange(3), counts)[torch.randperm(shape.B)][:, None].to(device)
+    route = torch.repeat_interleave(torch.arange(3), counts)
+    route = (route if run > 1 else route[torch.randperm(shape.B)])[:, None].to(device)
     keys, values = cache.keys[:, :, : shape.T], cache.values[:, :, : shape.T]
 
     def step() -> Tensor:
@@ -121,7 +138,5 @@ def decode_calls(shape: Shape, mix: str, device: torch.device) -> tuple[dict[str
         name: partial(full_attention, q, keys, values, backend, causal=False) for name, backend in baselines(device).items()
     }
     calls["cache"] = step
-    own = [read_bytes(e, shape.T, shape.H, q.element_size(), Mode.DECODE) for e in experts]
-    states = 2 * sum(state_bytes(e, shape.H) for e in experts)
-    taken = counts / shape.B
-    return calls, own[0] / (float(taken[0] * own[0] + taken[2] * own[2]) + states)
+    cost = hard_bytes(experts, shape.T, shape.H, q.element_size(), Mode.DECODE)
+    return calls, float(cost.own[0]) / cost.mean(counts / shape.B)

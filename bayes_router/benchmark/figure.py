@@ -13,19 +13,31 @@ from matplotlib.figure import Figure
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:
-    """Four panels; what was run, where and with which versions stands below them."""
+    """Six panels; what was run, where and with which versions stands below them."""
     sns.set_theme(style="whitegrid", context="paper", font_scale=1.1)
-    figure, axes = plt.subplots(1, 4, figsize=(18, 4.6), layout="constrained")
-    main = table[table["B"].eq(1) & table["Dh"].eq(64) | table["what"].eq("decode")]
-    forward = main[main["what"].eq("forward") & main["variant"].eq("auto")]
-    _speedup(forward.assign(routes=forward["run"].map({1: "token by token", 64: "runs of 64"})), axes[0], "Forward pass", True)
-    both = main[main["what"].isin(["forward+backward", "decode"]) & main["variant"].isin(["auto", "cache"])]
-    _speedup(both.assign(mix=both["what"] + " " + both["mix"], routes=""), axes[1], "Training pass and decoding step", True)
-    _clocks(main, axes[2])
-    _alone(table[table["what"] == "alone"], axes[3])
+    figure, axes = plt.subplots(2, 3, figsize=(15, 9), layout="constrained")
+    routed = table[table["variant"].isin(["auto", "cache"])]
+    for what, title, place in (
+        ("forward", "Forward pass", axes[0, 0]),
+        ("forward+backward", "Forward and backward pass", axes[0, 1]),
+        ("decode", "Decoding step, T keys", axes[0, 2]),
+    ):
+        _speedup(_usual(routed[routed["what"].eq(what)]), place, f"{title} (dotted: ideal)", True)
+    _clocks(table, axes[1, 0])
+    _alone(table[table["what"] == "alone"], axes[1, 1])
+    _memory(table[table["what"] == "training memory"], axes[1, 2])
     note(figure, table)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _usual(rows: pd.DataFrame) -> pd.DataFrame:
+    """Those of the batch, heads and head size that were measured at most lengths."""
+    sizes = ["B", "H", "Dh"]
+    lengths = rows.groupby(sizes)["T"].nunique()
+    if lengths.empty:
+        return rows
+    return rows[(rows[sizes] == pd.Series(lengths.idxmax(), index=sizes)).all(axis=1)]
 
 
 def note(figure: Figure, table: pd.DataFrame) -> None:
@@ -35,29 +47,32 @@ def note(figure: Figure, table: pd.DataFrame) -> None:
 
 
 def _speedup(data: pd.DataFrame, axes: Axes, title: str, ideal: bool) -> None:
+    if data.empty:
+        axes.set(title=f"{title}: not measured")
+        return
+    data = data.assign(routes=data["run"].map(lambda run: "one by one" if run == 1 else f"runs of {run:g}"))
     styled = "routes" if data["routes"].nunique() > 1 else None
     sns.lineplot(data, x="T", y="speedup", hue="mix", style=styled, marker="o", errorbar=None, ax=axes)
     if ideal:
         for index, (_, group) in enumerate(data.groupby("mix", sort=False)):
             group = group.sort_values("T").drop_duplicates("T")
             axes.plot(group["T"], group["ideal"], ":", color=sns.color_palette()[index % 10], linewidth=1)
-    _scales(data, axes, f"{title} (dotted: ideal)" if ideal else title)
+    _scales(data, axes, title)
 
 
-def _clocks(main: pd.DataFrame, axes: Axes) -> None:
+def _clocks(table: pd.DataFrame, axes: Axes) -> None:
     """The forward pass of the first mix by each clock: inside a model, alone, as a CUDA graph."""
-    forward = main[main["what"].eq("forward") & main["run"].eq(1)]
-    forward = forward[forward["mix"].eq(forward["mix"].iloc[0])]
-    auto = forward[forward["variant"].eq("auto")]
-    graph = forward[forward["variant"].eq("graph auto")]
+    forward = table[table["what"].eq("forward") & table["run"].eq(1)]
+    auto, graph = (_usual(forward[forward["variant"].eq(name)]) for name in ("auto", "graph auto"))
+    mix = auto["mix"].iloc[0] if len(auto) else ""
     data = pd.concat(
         [
-            auto.assign(mix="busy stream"),
-            auto.assign(mix="isolated call", speedup=auto["wall_speedup"]),
-            graph.assign(mix="graph over graph"),
+            auto.assign(clock="busy stream"),
+            auto.assign(clock="isolated call", speedup=auto["wall_speedup"]),
+            graph.assign(clock="graph over graph"),
         ]
     )
-    _speedup(data.assign(routes=""), axes, f"Forward pass {forward['mix'].iloc[0]} by clock", False)
+    _speedup(data[data["mix"].eq(mix)].assign(mix=lambda rows: rows["clock"]), axes, f"Forward pass {mix} by clock", False)
 
 
 def _scales(data: pd.DataFrame, axes: Axes, title: str) -> None:
@@ -71,6 +86,18 @@ def _scales(data: pd.DataFrame, axes: Axes, title: str) -> None:
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.legend(fontsize=8, title="")
+
+
+def _memory(data: pd.DataFrame, axes: Axes) -> None:
+    """Peak memory of training over full attention's."""
+    if data.empty:
+        axes.set(title="Training memory: not measured")
+        return
+    sns.barplot(data, x="variant", y="over_full", errorbar=None, ax=axes)
+    axes.axhline(1, color="0.3", linewidth=1)
+    axes.set(title=f"Training memory at T {data['T'].iloc[0]}", xlabel="", ylabel="times full attention's")
+    for place, peak in enumerate(data["peak_mib"]):
+        axes.annotate(f"{peak:.0f} MiB", (place, 0.02), ha="center", color="white", fontsize=9)
 
 
 def _alone(data: pd.DataFrame, axes: Axes) -> None:

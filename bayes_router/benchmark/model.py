@@ -7,6 +7,9 @@ The model is the same, the variants take turns. Variants:
     full ...        the network alone, every token on full, no controller, nothing kept for other experts: the leanest rival
     graph ...       a decoding step replayed from a CUDA graph
 
+Costs in the rows are those of the routes that were executed, each token at its own position: `cost_flops` and `cost_bytes` of
+attention, `model_flops` and `model_bytes` of the whole model, over the leanest rival's; `model_mflops`, `model_mbytes` a token.
+
 Prefill is one pass over the prompt, logits of the last token. Decoding reads STEPS real tokens after it, one at a time.
 """
 
@@ -16,31 +19,29 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import sdpa_kernel
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bayes_router.attention.cache import RoutedCache
-from bayes_router.attention.cost import cost_ratios
-from bayes_router.attention.full import FullAttention
+from bayes_router.attention.cost import Mode, cost_ratios, executed_attention, executed_model, model_experts
 from bayes_router.attention.latency import isolated_ms
 from bayes_router.benchmark import memory
 from bayes_router.benchmark.cases import baselines
-from bayes_router.benchmark.clock import Clock, Timing, captured
+from bayes_router.benchmark.clock import Call, Clock, Timing, captured
 from bayes_router.config import Config, require
 from bayes_router.data.tokens import TokenSource
-from bayes_router.transformer.layer import build_experts
-from bayes_router.transformer.model import RoutedLanguageModel, forced_route
+from bayes_router.transformer.model import RoutedLanguageModel, RoutedTransformer
 from bayes_router.types import CostModel, RoutingMode
 
-PIECE = 4096  # tokens of a prompt that enter a cache at a time
+PIECE = 4096  # tokens of a prompt that enter a cache at a time on CUDA; elsewhere all do, in one causal pass without a mask
 STEPS = 16  # tokens decoded in a turn
 TURNS, SECONDS = 5, 6.0  # of decoding: turns at most, and seconds after which no further one begins
-BATCHES = (1, 16)  # of decoding
+BATCHES = {"cpu": (1, 4), "cuda": (1, 16)}  # of decoding
 Row = dict[str, Any]
 
 
@@ -75,7 +76,7 @@ def measure(subject: Subject, lengths: Sequence[int]) -> Iterator[Row]:
     for length in lengths:
         require(length >= 1, "lengths", "at least 1 token", length)
         yield from _prefill(subject, length)
-        for batch in BATCHES:
+        for batch in BATCHES["cuda" if subject.device.type == "cuda" else "cpu"]:
             yield from _decode(subject, batch, length)
 
 
@@ -91,44 +92,56 @@ def note_on_context(subject: Subject, lengths: Sequence[int]) -> str:
     )
 
 
+def lean_network(model: RoutedLanguageModel) -> RoutedTransformer:
+    """The network with full attention as its only expert; its weights are the model's own."""
+    with torch.device("meta"):
+        network = RoutedTransformer(replace(model.config, experts=("full",)))
+    weights = model.network.state_dict()
+    network.load_state_dict({name: weights[name] for name in network.state_dict()}, assign=True)
+    return network.eval()
+
+
 def _prefill(subject: Subject, length: int) -> Iterator[Row]:
     model, tokens, device = subject.model, subject.tokens(1, length), subject.device
-    calls = {name: partial(prefill, model, tokens, name) for name in ("routed", "force full", *baselines(device))}
-    times = Clock(device, 2.0 if device.type == "cuda" else 4.0)(dict(calls))
-    facts = _routes(subject, model(tokens, RoutingMode.HARD, last_only=True).route, length)
+    times = Clock(device, 2.0 if device.type == "cuda" else 4.0)(prefills(model, tokens))
+    facts = _routes(subject, model(tokens, RoutingMode.HARD, last_only=True).route, Mode.PREFILL)
     for row in _compared(times, what="prefill", B=1, T=length, tokens=length):
         row["peak_mib"] = _peak(subject, tokens, row["variant"]) / 2**20 if memory.measurable(device) else None
         yield {**row, **(facts if row["variant"] == "routed" else {})}
 
 
-def prefill(model: RoutedLanguageModel, tokens: Tensor, variant: str) -> Tensor:
-    """One pass over tokens [B, T] by a variant: logits [B, 1, V]."""
-    with torch.no_grad():
-        if variant == "routed":
-            return model(tokens, RoutingMode.HARD, last_only=True).logits
-        if variant == "force full":
-            return model(tokens, RoutingMode.HARD, force="full", last_only=True).logits
-        kernel = baselines(tokens.device)[variant]
+def prefills(model: RoutedLanguageModel, tokens: Tensor) -> dict[str, Call]:
+    """One pass over tokens [B, T] by each variant: logits [B, 1, V]."""
+    lean = lean_network(model)
+
+    def alone(kernel: SDPBackend | None) -> Tensor:
         with sdpa_kernel(kernel) if kernel else nullcontext():
-            logits: Tensor = model.network(tokens, _all_full(model), last_only=True)
+            logits: Tensor = lean(tokens, _only, last_only=True)
         return logits
 
+    calls: dict[str, Call] = {
+        "routed": partial(model, tokens, RoutingMode.HARD, last_only=True),
+        "force full": partial(model, tokens, RoutingMode.HARD, force="full", last_only=True),
+    }
+    calls |= {name: partial(alone, kernel) for name, kernel in baselines(tokens.device).items()}
+    return {name: torch.no_grad()(call) for name, call in calls.items()}
 
-def _all_full(model: RoutedLanguageModel) -> Any:
-    return forced_route("full", model.config.experts, model.config.num_layers)
+
+def _only(layer: int, hidden: Tensor) -> int:
+    return 0
 
 
 def _peak(subject: Subject, tokens: Tensor, variant: str) -> int:
     """Peak bytes of a prefill beyond the model's: on a CPU in a process of its own, code loaded by a short pass."""
     if subject.device.type == "cuda":
-        return memory.peak_of(partial(prefill, subject.model, tokens, variant), subject.device)
+        return memory.peak_of(prefills(subject.model, tokens)[variant], subject.device)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_peak_alone, subject.model, tokens, variant).result()
 
 
 def _peak_alone(model: RoutedLanguageModel, tokens: Tensor, variant: str) -> int:
-    prefill(model, tokens[:, : memory.WARM], variant)
-    return memory.peak_of(partial(prefill, model, tokens, variant), tokens.device)
+    prefills(model, tokens[:, : memory.WARM])[variant]()
+    return memory.peak_of(prefills(model, tokens)[variant], tokens.device)
 
 
 def _decode(subject: Subject, batch: int, length: int) -> Iterator[Row]:
@@ -146,7 +159,7 @@ def _decode(subject: Subject, batch: int, length: int) -> Iterator[Row]:
                 problems[name] = str(error).splitlines()[0]
     turns = _turns(decoders, subject.device)
     times = {name: Timing(*(2 * [statistics.median(turn[name] for turn in turns)])) for name in decoders}
-    facts = _routes(subject, decoders["routed"].routes(), length)
+    facts = _routes(subject, decoders["routed"].routes(), Mode.DECODE, length)
     for row in _compared(times, what="decode", B=batch, T=length, tokens=STEPS * batch):
         decoder = decoders[row["variant"]]
         row["cache_mib"] = decoder.cache.bytes / 2**20
@@ -178,15 +191,10 @@ class Decoder:
         self.model, self.following, self.way = model, following, way
         self.token = following[:, :1].clone()  # where a captured step reads its input
         batch, capacity = len(prompt), prompt.shape[1] + following.shape[1]
-        if way == "alone":
-            expert = FullAttention(build_experts(model.config)[0].shape)
-            like = model.network.embed.weight
-            layers, heads = model.config.num_layers, model.config.kv_heads
-            self.cache = RoutedCache.build([[expert]] * layers, batch, capacity, heads, device=like.device, dtype=like.dtype)
-        else:
-            self.cache = model.network.new_cache(batch, capacity)
-        for row in range(0, prompt.shape[1], PIECE):
-            self.read(prompt[:, row : row + PIECE])
+        self.network = lean_network(model) if way == "alone" else model.network
+        self.cache = self.network.new_cache(batch, capacity)
+        for part in prompt.split(PIECE if prompt.device.type == "cuda" else prompt.shape[1], 1):
+            self.read(part)
         self.length = prompt.shape[1]
         self.states = [{i: state.clone() for i, state in layer.states.items()} for layer in self.cache.layers]
         self.run: Callable[[], object] = self.step
@@ -194,20 +202,13 @@ class Decoder:
     def read(self, tokens: Tensor) -> Tensor:
         """Tokens [B, T] into the cache: logits [B, 1, V]."""
         if self.way == "alone":
-            logits: Tensor = self.model.network(tokens, lambda layer, hidden: 0, self.cache, last_only=True)
+            logits: Tensor = self.network(tokens, _only, self.cache, last_only=True)
             return logits
         return self.model(tokens, RoutingMode.HARD, force=self.way, cache=self.cache, last_only=True).logits
 
     def step(self) -> Tensor:
-        """`token` into the cache; states stay in the tensors where they were, so that a graph can be replayed."""
-        held = [dict(layer.states) for layer in self.cache.layers]
-        logits = self.read(self.token)
-        for layer, before in zip(self.cache.layers, held, strict=True):
-            for index, state in before.items():
-                if layer.states[index] is not state:
-                    state.copy_(layer.states[index])
-                    layer.states[index] = state
-        return logits
+        """`token` into the cache."""
+        return self.read(self.token)
 
     def rewind(self) -> None:
         """Forget all but the prompt."""
@@ -261,15 +262,17 @@ class Decoder:
         return twin
 
 
-def _routes(subject: Subject, route: Tensor, length: int) -> Row:
-    """Load of each expert, and cost executed at this length, full = 1: means over layers and tokens; route [L, B, T]."""
-    names = list(subject.config.model.experts)
-    load = torch.bincount(route.flatten().cpu(), minlength=len(names)).double() / route.numel()
+def _routes(subject: Subject, route: Tensor, mode: Mode, start: int = 0) -> Row:
+    """Load of each expert and costs executed, means over layers and tokens; route [L, B, T] of positions start and on."""
+    model, experts = subject.model, model_experts(subject.model)
+    names, (heads, size) = model.config.experts, (model.config.kv_heads, model.network.embed.weight.element_size())
+    taken = F.one_hot(route.cpu(), len(names)).sum((0, 1))  # [T, E]
+    load = taken.sum(0).double() / taken.sum()
     facts: Row = {f"load_{name}": float(share) for name, share in zip(names, load, strict=True)}
-    for cost in (CostModel.PAPER, CostModel.FLOPS):
-        ratios = cost_ratios(build_experts(subject.config.model), cost, length)
-        facts[f"cost_{cost.value}"] = float(load @ ratios.double())
-    return facts
+    facts["cost_paper"] = float(load @ cost_ratios(experts, CostModel.PAPER, 1).double())
+    attention = executed_attention(experts, taken, heads, size, mode, start)
+    whole = executed_model(model, taken, mode, start=start, batch=route.shape[1], last_only=True)
+    return facts | {f"cost_{key}": x for key, x in attention.items()} | {f"model_{key}": x for key, x in whole.items()}
 
 
 def _compared(times: dict[str, Timing], tokens: int, **facts: Any) -> Iterator[Row]:

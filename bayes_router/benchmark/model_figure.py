@@ -8,6 +8,7 @@ import pandas as pd
 matplotlib.use("Agg")
 import seaborn as sns
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, ScalarFormatter
 
 from bayes_router.benchmark.figure import note
 
@@ -20,6 +21,8 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     prefill = table[table["what"] == "prefill"]
     sns.lineplot(prefill, x="T", y="ms", hue="variant", marker="o", ax=axes[0])
     axes[0].set(title="Prefill", xlabel="tokens of the prompt T", ylabel="milliseconds", yscale="log")
+    axes[0].yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes[0].yaxis.set_major_formatter(ScalarFormatter())
     for place, batch in zip(axes[1:-1], batches, strict=True):
         decode = table[(table["what"] == "decode") & (table["B"] == batch)]
         sns.lineplot(decode, x="T", y="tokens_per_s", hue="variant", marker="o", ax=place)

@@ -1,8 +1,17 @@
-"""The benchmark: verify, measure in turn, tell where routing loses, write one CSV and one figure."""
+"""The benchmark: verify, measure in turn, write one CSV and one figure.
 
+The rows that have a target come first, then all other combinations of length, mix, clustering and pass: the first mix before
+the others, single tokens before runs. After SECONDS no further group is begun, and `left_out` names those.
+
+Never measured: heads that share keys, sinks, padding, gated attention, other windows; the backends behind `auto` by name and
+CUDA graphs but for targets and the first mix, token by token; on a CPU the peak memory of a single pass.
+"""
+
+import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +30,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LENGTHS = tuple(2**n for n in range(9, 17))
+ALONE = LENGTHS[2:]
 BIG_MEMORY = 40 * 2**30  # bytes of a GPU that is given the longest text
 GRAPH = "graph "  # before the name of a variant that is replayed from a CUDA graph
-CPU_BUDGET, CUDA_BUDGET, QUICK_BUDGET = 6.0, 1.0, 0.2  # seconds a group
+CPU_BUDGET, CUDA_BUDGET, QUICK_BUDGET = 6.0, 1.0, 0.2  # seconds of a group, at most
+SECONDS = {"cpu": 1800.0, "cuda": 140.0}  # of all, verifying included; none is begun after
+RUNS = (1, 64)  # neighbours that are routed together
 
 
 @dataclass(frozen=True)
@@ -35,12 +47,16 @@ class Plan:
         lengths: tokens; None for what suits the device.
         mixes: percentages full/linear/local; None for three, or one if quick.
         cpu_time: on a CPU, processor time of one thread instead of the clock on the wall.
+        shapes: BxHxTxDh, measured instead of the usual ones (or beside `lengths`).
+        seconds: begin nothing after; None for SECONDS.
     """
 
     quick: bool = False
     lengths: tuple[int, ...] | None = None
     mixes: tuple[str, ...] | None = None
     cpu_time: bool = False
+    shapes: tuple[str, ...] | None = None
+    seconds: float | None = None
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -49,6 +65,71 @@ class Plan:
                 raise ValueError(f"lengths: expected at least 1 token; got {length}")
         for mix in self.mixes or ():
             cases.mix_shares(mix)
+        for shape in self.shapes or ():
+            Shape.parse(shape)
+        if self.seconds is not None and not self.seconds > 0:
+            raise ValueError(f"seconds: expected a positive number; got {self.seconds:g}")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Calls that take turns.
+
+    Attributes:
+        what: forward, forward+backward, decode, alone or training memory.
+        shape: of all of them.
+        mix: of the routed ones.
+        run: neighbours that are routed together.
+        target: it has a target, and is given its whole budget.
+    """
+
+    what: str
+    shape: Shape
+    mix: str = ""
+    run: int = 1
+    target: bool = field(default=False, compare=False)
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.what, self.mix, self.mix and f"runs of {self.run}", str(self.shape))))
+
+
+def plan_groups(plan: Plan, cuda: bool, longest: int = LENGTHS[-1]) -> list[Group]:
+    """What to measure, in order."""
+    mixes = plan.mixes or (MIXES[:1] if plan.quick else MIXES)
+    heads, batch = (16, 64) if cuda else (8, 10)
+    asked = bool(plan.lengths or plan.shapes)
+    usual = (512, 2048) if plan.quick else [T for T in LENGTHS if longest >= T]
+    lengths = plan.lengths or (() if asked else usual)
+    shapes = [Shape.parse(text) for text in plan.shapes or ()]
+    pairs = [(Shape(1, heads, T, 64), Shape(batch, 8, T, 64)) for T in lengths] + [(shape, shape) for shape in shapes]
+    groups = [] if asked or plan.quick else [replace(group, target=True) for group in _targets(mixes, cuda)]
+    for some, run in ((mixes[:1], RUNS[0]), (mixes[1:], RUNS[0]), (mixes, RUNS[1])):
+        for one, batched in pairs:
+            for mix in some:
+                groups += [Group(what, one, mix, run) for what in ("forward", "forward+backward")]
+                groups.append(Group("decode", batched, mix, run))
+    if asked or plan.quick:
+        single = sorted({Shape(1, one.H, one.T, one.Dh) for one, _ in pairs}, key=lambda one: one.T)
+        groups += [Group("alone", one) for one in single]
+        most = [max(lengths) if cuda else min(max(lengths), 8192)] if lengths else []  # a CPU takes minutes for one longer
+        trained = [Shape(1, heads, T, 64) for T in most] + [Shape(1, one.H, one.T, one.Dh) for one in shapes]
+        groups += [Group("training memory", one) for one in trained]
+    return list(dict.fromkeys(groups))
+
+
+def _targets(mixes: Sequence[str], cuda: bool) -> Iterator[Group]:
+    """The rows that have a target, and single experts at every length."""
+    lead, second = mixes[0], mixes[:2]
+    if cuda:
+        yield from (Group("forward", Shape(1, 16, 32768, 64), mix) for mix in second)
+        yield Group("forward", Shape(1, 8, 32768, 128), lead)
+        yield from (Group("forward", Shape(2, 16, 8192, 64), mix) for mix in second)
+        yield Group("forward+backward", Shape(1, 16, 32768, 64), lead)
+        yield Group("decode", Shape(64, 8, 32768, 64), lead)
+    else:
+        yield from (Group("forward", Shape(1, 8, T, 64), lead) for T in (8192, 32768))
+    yield Group("training memory", Shape(1, 16 if cuda else 8, 8192, 64))
+    yield from (Group("alone", Shape(1, 16 if cuda else 8, T, 64)) for T in ALONE)
 
 
 def run_benchmark(
@@ -56,44 +137,42 @@ def run_benchmark(
 ) -> "pd.DataFrame":
     """Verify, measure, and write speed_<device>.csv and .png to `out` if given. One row a measurement.
 
-    Rows measured so far stand in speed_<device>.partial.csv until all are there; `on_row` is called with each.
+    What was left out for want of time stands in `attrs["left_out"]`. Rows measured so far stand in speed_<device>.partial.csv
+    until all are there; `on_row` is called with each.
 
     Raises:
         ValueError: a backend disagrees with the reference on this device, or a package is missing.
     """
-    pandas = drawing_packages()
+    drawing_packages()
+    from bayes_router.benchmark.figure import draw
+    from bayes_router.benchmark.rows import Rows
+
+    started = time.perf_counter()
     if plan.cpu_time:
         torch.set_num_threads(1)
     torch.manual_seed(0)
-    backends = verify(device)
+    suite = Suite(device, plan, verify(device), started)
     facts = {"device": f"{device_name(device)}{', processor time' if plan.cpu_time else ''}", "versions": versions(device)}
     facts["command"] = command_line()
-    rows: list[dict[str, Any]] = []
     path = None if out is None else out / f"speed_{device.type}.csv"
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-    for row in Suite(device, plan, backends).rows():
-        rows.append({**row, **facts})
+    rows = Rows(path, facts)
+    for row in suite.rows():
+        rows.add(row)
         on_row(row)
-        if path is not None:
-            pandas.DataFrame(rows).to_csv(path.with_suffix(".partial.csv"), index=False, float_format="%.4g")
-    table: pd.DataFrame = pandas.DataFrame(rows)
+    table = rows.finish()
+    table.attrs["left_out"] = [str(group) for group in suite.left_out]
     if path is not None:
-        from bayes_router.benchmark.figure import draw
-
-        path.with_suffix(".partial.csv").replace(path)
         draw(table, path.with_suffix(".png"))
     return table
 
 
-def drawing_packages() -> Any:
-    """The module pandas; a ValueError with the fix where it or seaborn is missing."""
+def drawing_packages() -> None:
+    """Raise a ValueError with the fix where pandas or seaborn is missing."""
     try:
-        import pandas
+        import pandas  # noqa: F401
         import seaborn  # noqa: F401
     except ImportError as error:
         raise ValueError(f"bench: expected the packages pandas and seaborn; got: {error}; run: pip install seaborn") from None
-    return pandas
 
 
 def command_line() -> str:
@@ -118,50 +197,45 @@ def versions(device: torch.device) -> str:
 
 
 class Suite:
-    """All measurements of a device, as rows of a table."""
+    """All measurements of a device, as rows of a table; `left_out` is what there was no time for."""
 
-    def __init__(self, device: torch.device, plan: Plan, backends: Sequence[Backend]):
+    def __init__(self, device: torch.device, plan: Plan, backends: Sequence[Backend], started: float | None = None):
         self.device, self.plan, self.cuda = device, plan, device.type == "cuda"
-        budget = QUICK_BUDGET if plan.quick else CUDA_BUDGET if self.cuda else CPU_BUDGET
-        self.clock = Clock(device, budget, plan.cpu_time)
-        self.heads = 16 if self.cuda else 8
-        self.mixes = plan.mixes or (MIXES[:1] if plan.quick else MIXES)
-        own = [b for b in backends if b in (Backend.TRITON, Backend.SHORT)]
-        self.backends = [*own, Backend.AUTO]  # on a CPU `auto` is `torch`
+        self.budget = QUICK_BUDGET if plan.quick else CUDA_BUDGET if self.cuda else CPU_BUDGET
+        self.clock = Clock(device, self.budget, plan.cpu_time)
+        self.groups = plan_groups(plan, self.cuda, self._longest())
+        self.own = [b for b in backends if b in (Backend.TRITON, Backend.SHORT)]
+        started = time.perf_counter() if started is None else started
+        self.end = started + (plan.seconds or SECONDS["cuda" if self.cuda else "cpu"])
+        self.left_out: list[Group] = []
+        self.before: dict[str, dict[str, Any]] = {}  # the last row of each expert alone
 
-    def lengths(self) -> tuple[int, ...]:
-        """The lengths asked for, or those that suit the device."""
-        if self.plan.lengths:
-            return self.plan.lengths
-        if self.plan.quick:
-            return (512, 2048)
+    def _longest(self) -> int:
+        """Tokens of the longest usual text."""
         large = self.cuda and torch.cuda.get_device_properties(self.device).total_memory >= BIG_MEMORY
-        return LENGTHS if large else LENGTHS[:-1]
+        return LENGTHS[-1] if large else LENGTHS[-2]
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Every measurement."""
-        lengths, quick = self.lengths(), self.plan.quick
-        if self.cuda and not quick and not self.plan.lengths:
-            yield from self.forward(Shape(1, 8, 32768, 128), self.mixes[0], 1)
-            for mix in self.mixes[:2]:
-                yield from self.forward(Shape(2, 16, 8192, 64), mix, 1)
-        for T in reversed(lengths):
-            short = T <= 8192 or self.cuda  # a CPU takes half a minute for one longer pass
-            shape = Shape(1, self.heads, T, 64)
-            for mix in self.mixes if short else self.mixes[:2]:
-                for run in (1, 64) if short else (1,):
-                    yield from self.forward(shape, mix, run)
-            if short:
-                yield from self.forward(shape, self.mixes[0], 1, training=True)
-            yield from self.decode(Shape(64 if self.cuda else 10, 8, T, 64), self.mixes[0])
-        for T in lengths if self.plan.lengths or quick else (2048, 4096, 8192, 16384, 32768, 65536):
-            yield from self.alone(Shape(1, self.heads, T, 64))
-        most = max(lengths) if self.plan.lengths else 1024 if quick else 8192
-        yield from self.training_memory(Shape(1, self.heads, most if self.cuda else min(most, 8192), 64))
+        """Every measurement, as long as there is time."""
+        measures = {"decode": self.decode, "alone": self.alone, "training memory": self.training_memory}
+        for number, group in enumerate(self.groups):
+            left = self.end - time.perf_counter()
+            if left <= 0:
+                self.left_out = self.groups[number:]
+                return
+            share = left / (len(self.groups) - number)  # half of it for drawing, compiling and warming up
+            self.clock.budget = self.budget if group.target else min(self.budget, share / 2)
+            yield from measures.get(group.what, self.causal)(group)
 
-    def forward(self, shape: Shape, mix: str, run: int, training: bool = False) -> Iterator[dict[str, Any]]:
-        """A causal pass, planning included, with its backward pass if `training`."""
-        inputs, route = draw_inputs(shape, self.device, training), draw_route(mix, shape.B, shape.T, run).to(self.device)
+    def _leads(self, group: Group) -> bool:
+        """Whether this group is measured with every backend and as CUDA graphs."""
+        return group.target or (group.run == 1 and group.mix == self.groups[0].mix)
+
+    def causal(self, group: Group) -> Iterator[dict[str, Any]]:
+        """A causal pass, planning included, with its backward pass if the group has it."""
+        shape, training, leads = group.shape, group.what != "forward", self._leads(group)
+        inputs = draw_inputs(shape, self.device, training)
+        route = draw_route(group.mix, shape.B, shape.T, group.run).to(self.device)
         gradient = torch.randn_like(inputs[0])
 
         def whole(call: Callable[[], Tensor]) -> Call:
@@ -170,27 +244,29 @@ class Suite:
             return torch.no_grad()(call)
 
         calls = {name: whole(partial(full_attention, *inputs, backend)) for name, backend in baselines(self.device).items()}
-        for backend in self.backends:
+        for backend in (*(self.own if leads else ()), Backend.AUTO):
             if backend is Backend.SHORT and (training or shape.T > 16384):  # quadratic, and it has no backward pass
                 continue
             calls[backend.value] = whole(partial(routed_attention, *inputs, route, window=WINDOW, backend=backend))
         peaks = {name: memory.peak_of(call, self.device) / 2**20 for name, call in calls.items()} if self.cuda else {}
-        if Backend.TRITON in self.backends and not training:
+        if self.own and leads and not training:
             calls.update({GRAPH + name: captured(calls[name]) for name in calls if name.startswith("full") or name == "auto"})
-        facts = {"what": "forward+backward" if training else "forward", "mix": mix, "run": run, **vars(shape)}
-        yield from compared(self.clock(calls), peaks, **facts, ideal=cases.ideal_flops(shape, mix))
+        facts = {"what": group.what, "mix": group.mix, "run": group.run, **vars(shape)}
+        yield from compared(self.clock(calls), peaks, **facts, ideal=cases.ideal_flops(shape, group.mix))
 
-    def decode(self, shape: Shape, mix: str) -> Iterator[dict[str, Any]]:
+    def decode(self, group: Group) -> Iterator[dict[str, Any]]:
         """One decoding step of a batch."""
-        calls, ideal = cases.decode_calls(shape, mix, self.device)
+        calls, ideal = cases.decode_calls(group.shape, group.mix, self.device, group.run)
         calls = {name: torch.no_grad()(call) for name, call in calls.items()}
-        if Backend.TRITON in self.backends:
+        if self.own and self._leads(group):
             calls.update({GRAPH + name: captured(calls[name]) for name in tuple(calls)})
-        yield from compared(self.clock(calls), {}, what="decode", mix=mix, run=1, **vars(shape), ideal=ideal)
+        yield from compared(
+            self.clock(calls), {}, what="decode", mix=group.mix, run=group.run, **vars(group.shape), ideal=ideal
+        )
 
-    def alone(self, shape: Shape) -> Iterator[dict[str, Any]]:
+    def alone(self, group: Group) -> Iterator[dict[str, Any]]:
         """Linear and local attention of every token, to see them grow with T."""
-        inputs = draw_inputs(shape, self.device)
+        shape, inputs = group.shape, draw_inputs(group.shape, self.device)
         calls: dict[str, Call] = {
             name: torch.no_grad()(partial(routed_attention, *inputs, EXPERTS.index(name), window=WINDOW))
             for name in ("linear", "local")
@@ -199,20 +275,31 @@ class Suite:
             row = {"what": "alone", "variant": name, **vars(shape), "ms": ms, "wall_ms": wall_ms}
             if memory.measurable(self.device) and (self.cuda or not self.plan.quick):
                 row["peak_mib"] = self._peak(name, shape, training=False)
-            yield row
+            yield row | doubling(self.before.get(name), row)
+            self.before[name] = row
 
-    def training_memory(self, shape: Shape) -> Iterator[dict[str, Any]]:
+    def training_memory(self, group: Group) -> Iterator[dict[str, Any]]:
         """Peak memory of a forward and backward pass, inputs not counted."""
         if not memory.measurable(self.device):
             return
-        for variant in ("full", *self.mixes):
-            kind = "full" if variant == "full" else cases.mix_shares(variant)
-            row = {"what": "training memory", "variant": variant, **vars(shape)}
-            yield {**row, "peak_mib": self._peak(kind, shape, training=True)}
+        full = self._peak("full", group.shape, training=True)
+        mixes = dict.fromkeys(group.mix for group in self.groups if group.mix)
+        for variant in ("full", *mixes):
+            peak = full if variant == "full" else self._peak(cases.mix_shares(variant), group.shape, training=True)
+            yield {"what": group.what, "variant": variant, **vars(group.shape), "peak_mib": peak, "over_full": peak / full}
 
     def _peak(self, kind: str | Sequence[float], shape: Shape, training: bool) -> float:
         found = memory.peak_bytes(kind, shape.T, shape.H, shape.Dh, WINDOW, training=training, device=self.device)
         return found / 2**20
+
+
+def doubling(before: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, float]:
+    """Growth of time and memory since a shorter text of the same heads, for twice the tokens: 2 is linear."""
+    if before is None or before["T"] >= row["T"] or any(before[key] != row[key] for key in ("B", "H", "Dh")):
+        return {}
+    power = 1 / math.log2(row["T"] / before["T"])
+    pairs = {"time_growth": "ms", "memory_growth": "peak_mib"}
+    return {name: (row[key] / before[key]) ** power for name, key in pairs.items() if row.get(key) and before.get(key)}
 
 
 def compared(times: dict[str, Timing], peaks: dict[str, float], **facts: Any) -> Iterator[dict[str, Any]]:
@@ -226,20 +313,3 @@ def compared(times: dict[str, Timing], peaks: dict[str, float], **facts: Any) ->
         routed = not name.startswith(f"{prefix}full")
         row |= {"ideal": facts["ideal"] if routed else None, "share": speedup / facts["ideal"] if routed else None}
         yield {**row, "peak_mib": peaks.get(name)}
-
-
-def break_even(table: "pd.DataFrame") -> list[str]:
-    """Where routing loses, a line for each pass and mix: the shortest text from which it stays ahead of full attention."""
-    lines = []
-    routed = table[table["variant"].isin(["auto", "cache"]) & (table["run"] == 1)]
-    for (what, mix), group in routed.groupby(["what", "mix"], sort=False):
-        first = group.drop_duplicates("T").sort_values("T")
-        lost = first[first["speedup"] < 1]
-        if lost.empty:
-            lines.append(f"{what} {mix}: ahead of full attention at every length measured")
-            continue
-        worst, last = lost.loc[lost["speedup"].idxmin()], int(lost["T"].max())
-        won = first[first["T"] > last]["T"]
-        where = f"ahead from {int(won.min())} tokens" if len(won) else "ahead nowhere"
-        lines.append(f"{what} {mix}: {where}; loses up to {last} ({worst['speedup']:.2f}x at {int(worst['T'])})")
-    return lines

@@ -1,53 +1,163 @@
 """No speed-up before the results are right: every backend against the float64 reference on the device that is timed."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from bayes_router.attention.cache import LayerCache
-from bayes_router.attention.dispatch import Backend, available_backends, routed_attention
-from bayes_router.benchmark.cases import WINDOW, Shape, built, draw_inputs, draw_route
+from bayes_router.attention.dispatch import EXPERTS, Backend, available_backends, routed_attention
+from bayes_router.attention.expert import Expert, ExpertShape, expert_class
+from bayes_router.benchmark.cases import WINDOW, Shape, draw_inputs
+from bayes_router.config import ModelConfig
 
-SHAPE = Shape(2, 4, 777, 64)
-MIX = "25/45/30"
+LONG = 4500  # tokens: rows on full are split over their keys, and joined
+ROWS = 96  # queries of a stretch that is compared, where comparing all would take minutes
+STEPS = 3  # tokens decoded
 
 
-def verify(device: torch.device) -> list[Backend]:
+class Case(NamedTuple):
+    """One call that is compared.
+
+    Attributes:
+        shape: of the queries.
+        kv_heads: of keys and values.
+        run: tokens that take the same expert together; 0: all take `expert`.
+        grad: compare gradients too.
+        lengths: real tokens of each row.
+        expert: index of the only expert.
+    """
+
+    shape: Shape
+    kv_heads: int
+    run: int = 1
+    grad: bool = True
+    lengths: tuple[int, ...] | None = None
+    expert: int = 0
+
+
+CASES = (
+    Case(Shape(2, 4, 777, 64), 4),
+    Case(Shape(1, 4, 777, 64), 2, run=50),
+    Case(Shape(3, 4, 900, 64), 2, grad=False, lengths=(900, 1, 333)),
+    Case(Shape(1, 4, LONG, 64), 2),
+    Case(Shape(1, 2, LONG, 128), 1, run=50, grad=False),
+)
+
+
+def verify(device: torch.device, experts: Sequence[str] = EXPERTS) -> list[Backend]:
     """The backends of this device, each compared in values and gradients; decoding from a cache in values.
+
+    Mixed routes and every token on one expert; short, long enough to be split over keys, padded; heads that share keys, two
+    head sizes. `experts` are registered names.
 
     Raises:
         ValueError: one disagrees; no speed-up may be reported then.
     """
-    backends: list[Backend] = [b for b in available_backends(device) if b is not Backend.REFERENCE]
-    for run in (1, 50):
-        inputs = draw_inputs(SHAPE, device, grad=True)
-        q, k, v = (x.detach().double().requires_grad_() for x in inputs)
-        route = draw_route(MIX, SHAPE.B, SHAPE.T, run).to(device)
-        want = routed_attention(q, k, v, route, window=WINDOW, backend="reference")
-        weight = torch.randn_like(inputs[0])
-        true = dict(zip(("dq", "dk", "dv"), torch.autograd.grad((want * weight.double()).sum(), (q, k, v)), strict=True))
-        for backend in backends:
-            with torch.no_grad():
-                _compare(backend, device, "out", routed_attention(*inputs, route, window=WINDOW, backend=backend), want)
-            if backend is not Backend.SHORT:  # which computes no gradients
-                out = routed_attention(*inputs, route, window=WINDOW, backend=backend)
-                _compare(backend, device, "out", out, want)
-                for name, found in zip(true, torch.autograd.grad((out * weight).sum(), inputs), strict=True):
-                    _compare(backend, device, name, found, true[name])
-        _compare("the cache", device, "out", _decoded(inputs, route), want[:, :, -2:])
+    left_out = {Backend.REFERENCE} if set(experts) <= set(EXPERTS) else {Backend.REFERENCE, Backend.SHORT}  # knows those alone
+    backends: list[Backend] = [b for b in available_backends(device) if b not in left_out]
+    alone = [Case(Shape(1, 2, LONG, 64), 1, run=0, grad=False, expert=i) for i in range(len(experts))]
+    for case in (*CASES, *alone):
+        _verify(case, _built(experts, case.shape, device), device, backends)
+    batch = max(3, len(experts))
+    _verify_cache(Case(Shape(batch, 4, LONG, 64), 2, grad=False), _built(experts, Shape(batch, 4, LONG, 64), device), device)
     return backends
 
 
-@torch.no_grad()
-def _decoded(inputs: tuple[Tensor, Tensor, Tensor], route: Tensor, steps: int = 2) -> Tensor:
-    """The last `steps` tokens, one at a time after all others: [B, H, steps, Dh]."""
+def verify_model(device: torch.device, model: ModelConfig) -> None:
+    """`verify` with the experts of a model, then long texts and decoding at its own heads, head size and window.
+
+    Raises:
+        ValueError: as `verify`.
+    """
+    backends = verify(device, model.experts)
+    case = Case(Shape(1, model.num_heads, LONG, model.head_dim), model.kv_heads, grad=False)
+    experts = _built(model.experts, case.shape, device, model.window)
+    _verify(case, experts, device, backends)
+    _verify_cache(case, experts, device)
+
+
+def _built(experts: Sequence[str], shape: Shape, device: torch.device, window: int = WINDOW) -> list[Expert]:
+    return [expert_class(name)(ExpertShape(shape.H, shape.Dh, window)).to(device) for name in experts]
+
+
+def _draw(case: Case, device: torch.device, experts: int) -> tuple[list[Tensor], Tensor]:
+    """q, k, v as slices of one projection, and the route."""
+    B, T, run = case.shape.B, case.shape.T, case.run
+    q, k, v = draw_inputs(case.shape, device)
+    inputs = [x.detach().requires_grad_(case.grad) for x in (q, k[:, : case.kv_heads], v[:, : case.kv_heads])]
+    route = torch.randint(experts, (B, -(-T // (run or T)))) if run else torch.full((B, 1), case.expert)
+    return inputs, route.repeat_interleave(run or T, 1)[:, :T].to(device)
+
+
+def _verify(case: Case, experts: list[Expert], device: torch.device, backends: Sequence[Backend]) -> None:
+    inputs, route = _draw(case, device, len(experts))
     q, k, v = inputs
-    cache = LayerCache(built(SHAPE), SHAPE.B, SHAPE.T, SHAPE.H, device=q.device, dtype=q.dtype)
-    bounds = [0, *range(SHAPE.T - steps, SHAPE.T + 1)]
+    exact = [x.detach().double().requires_grad_(case.grad) for x in inputs]
+    T, window = case.shape.T, experts[0].shape.window
+    lengths = None if case.lengths is None else torch.tensor(case.lengths, device=device)
+    stretches = [(0, T)] if T < LONG else [(a, a + ROWS) for a in (0, T // 2, T - ROWS)]
+
+    def compared(out: Tensor) -> Tensor:
+        return torch.cat([out[:, :, a:b] for a, b in stretches], 2)
+
+    def call(backend: Backend | str, taken: Tensor | int) -> Tensor:
+        return routed_attention(q, k, v, taken, window=window, backend=backend, experts=experts, lengths=lengths)
+
+    want = _reference(exact, route, experts, lengths, stretches)
+    weight = torch.randn_like(want)
+    true = torch.autograd.grad((want * weight).sum(), exact) if case.grad else ()
+    for backend in backends:
+        with torch.no_grad():
+            _compare(backend, device, "out", compared(call(backend, route)), want)
+        lean = T < LONG or backend is not Backend.DENSE  # whose gradients are those of the experts' own passes
+        if case.grad and lean and backend is not Backend.SHORT:  # which computes no gradients
+            out = compared(call(backend, route))
+            _compare(backend, device, "out", out, want)
+            found = torch.autograd.grad((out * weight.to(out.dtype)).sum(), inputs)
+            for name, got, right in zip(("dq", "dk", "dv"), found, true, strict=True):
+                _compare(backend, device, name, got, right)
+    if not case.run:  # an int is a route, too
+        _compare(f"{experts[case.expert].name} alone", device, "out", compared(call("auto", case.expert)), want)
+
+
+def _reference(
+    exact: Sequence[Tensor], route: Tensor, experts: list[Expert], lengths: Tensor | None, stretches: list[tuple[int, int]]
+) -> Tensor:
+    """Queries of each stretch over the keys up to its end; `lengths` where one stretch is all there is."""
+    q, k, v = exact
+    parts = [
+        routed_attention(
+            q[:, :, a:b],
+            k[:, :, :b],
+            v[:, :, :b],
+            route[:, a:b],
+            window=experts[0].shape.window,
+            backend="reference",
+            experts=experts,
+            lengths=lengths,
+        )
+        for a, b in stretches
+    ]
+    return torch.cat(parts, 2)
+
+
+@torch.no_grad()
+def _verify_cache(case: Case, experts: list[Expert], device: torch.device) -> None:
+    """The last tokens one at a time after all others, every row on another expert at each."""
+    (q, k, v), route = _draw(case, device, len(experts))
+    B, T = route.shape
+    turn = torch.arange(STEPS) + torch.arange(B)[:, None]
+    route[:, -STEPS:] = (turn % len(experts)).to(device)
+    cache = LayerCache(experts, B, T, case.kv_heads, device=device, dtype=q.dtype)
+    bounds = [0, *range(T - STEPS, T + 1)]
     parts = [
         cache.attend(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], route[:, a:b])
         for a, b in zip(bounds[:-1], bounds[1:], strict=True)
     ]
-    return torch.cat(parts[1:], 2)
+    want = _reference([q.double(), k.double(), v.double()], route, experts, None, [(T - STEPS, T)])
+    _compare("the cache", device, "out", torch.cat(parts[1:], 2), want)
 
 
 def _compare(who: Backend | str, device: torch.device, what: str, got: Tensor, want: Tensor) -> None:

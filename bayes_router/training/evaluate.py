@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bayes_router.attention.cost import cost_ratios
+from bayes_router.attention.cost import Mode, cost_ratios, executed_attention, executed_model
 from bayes_router.config import require
 from bayes_router.data.tokens import Batch, TokenSource
 from bayes_router.routing.policy import Policy
@@ -22,7 +22,13 @@ from bayes_router.types import IGNORED, CostModel, RoutingMode
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a fitted model does on held-out text. Losses, entropies and information in nats; lists are per layer."""
+    """What a fitted model does on held-out text. Losses, entropies and information in nats; lists are per layer.
+
+    `cost_ratio` weighs the ratios of single experts by their load, whatever the cost model; studies compare by it. `executed`
+    counts the FLOPs and bytes of the same routes, every token on full = 1: each token at its own position, every token entering
+    every linear state. Its keys: `attention_prefill`, of a causal pass; `attention_decode`, of a step with this load that
+    completes the context; `model_prefill` and `model_decode`, of the whole model, with `mflops` and `mbytes`, 10^6 a token.
+    """
 
     tokens: int  # scored
     experts: list[str]
@@ -30,7 +36,8 @@ class Evaluation:
     accuracy: float  # share of scored tokens that HARD predicts
     elbo: float  # -(nll sample + KL), KL at weight 1
     gap: float  # nll hard - nll mean
-    cost_ratio: dict[str, float]  # of the routes executed under HARD, by cost model, mean over layers
+    cost_ratio: dict[str, float]  # of the routes executed under HARD, by cost model: load times each expert's own ratio
+    executed: dict[str, dict[str, float]]  # the same routes counted, see the class
     load_per_layer: list[list[float]]  # HARD
     kl_per_layer: list[float]
     route_information_per_layer: list[float]
@@ -61,8 +68,21 @@ class Evaluation:
             f"held-out nll, nats per token ({self.tokens:,} tokens): "
             f"MEAN {nll['mean']:.4f}  SAMPLE {nll['sample']:.4f}  HARD {nll['hard']:.4f}  (gap {self.gap:+.4f})\n"
             f"ELBO {self.elbo:.4f}   attention cost of the executed route, full = 1: {costs}\n"
+            f"{self._counted()}\n"
             f"{self.layers().to_string(float_format=lambda x: f'{x:.3f}')}"
         )
+
+    def _counted(self) -> str:
+        """`executed` as a line."""
+        words = []
+        for what in ("attention", "model"):
+            if f"{what}_prefill" in self.executed:
+                whole, step = self.executed[f"{what}_prefill"], self.executed[f"{what}_decode"]
+                amount = f" ({whole['mflops']:.3g} MFLOP a token)" if "mflops" in whole else ""
+                words.append(
+                    f"{what} FLOPs {whole['flops']:.3f}{amount}, decoding {step['flops']:.3f}, bytes {step['bytes']:.3f}"
+                )
+        return f"counted with every state, full = 1: {'; '.join(words)}"
 
 
 class _Prior:
@@ -94,7 +114,7 @@ class _Sums:
     seen: int = 0
     correct: int = 0
     nll: dict[str, float] = field(default_factory=lambda: {mode.value: 0.0 for mode in RoutingMode})
-    load: Tensor | float = 0.0  # [L, E]
+    taken: Tensor | float = 0.0  # [L, T, E], tokens at each position
     mean: Tensor | float = 0.0  # [L, E]
     entropy_of_mean: Tensor | float = 0.0  # [L]
     expected_entropy: Tensor | float = 0.0  # [L]
@@ -105,7 +125,7 @@ class _Sums:
         """Concentration [L, B, T, E] and the choices executed [L, B, T]."""
         flat = concentration.flatten(1, 2).double()  # [L, N, E]
         mean = posterior_mean(flat)
-        self.load = self.load + F.one_hot(hard_choice.flatten(1), flat.shape[-1]).double().sum(1)
+        self.taken = self.taken + F.one_hot(hard_choice, flat.shape[-1]).double().sum(1)
         self.mean = self.mean + mean.sum(1)
         self.entropy_of_mean = self.entropy_of_mean + categorical_entropy(mean).sum(1)
         self.expected_entropy = self.expected_entropy + expected_entropy(flat).sum(1)
@@ -174,10 +194,10 @@ def _read(model: RoutedLanguageModel, batch: Batch, prior: "_Prior", sums: _Sums
 
 def _finish(model: RoutedLanguageModel, sums: _Sums, context: int, costs: Sequence[CostModel]) -> Evaluation:
     n = sums.seen
-    assert isinstance(sums.load, Tensor) and isinstance(sums.mean, Tensor) and isinstance(sums.kl, Tensor)
+    assert isinstance(sums.taken, Tensor) and isinstance(sums.mean, Tensor) and isinstance(sums.kl, Tensor)
     assert isinstance(sums.entropy_of_mean, Tensor)
     experts = build_experts(model.config)
-    load, mean, kl = (x.cpu() / n for x in (sums.load, sums.mean, sums.kl))
+    load, mean, kl = (x.cpu() / n for x in (sums.taken.sum(1), sums.mean, sums.kl))
     nll = {mode: total / sums.scored for mode, total in sums.nll.items()}
     return Evaluation(
         tokens=sums.scored,
@@ -187,6 +207,7 @@ def _finish(model: RoutedLanguageModel, sums: _Sums, context: int, costs: Sequen
         elbo=-(nll["sample"] + float(kl.sum())),
         gap=nll["hard"] - nll["mean"],
         cost_ratio={c.value: float((load @ cost_ratios(experts, c, context).double()).mean()) for c in costs},
+        executed=_executed(model, sums.taken.sum(0).cpu()),
         load_per_layer=load.tolist(),
         kl_per_layer=kl.tolist(),
         route_information_per_layer=(categorical_entropy(mean) - sums.entropy_of_mean.cpu() / n).tolist(),
@@ -194,6 +215,18 @@ def _finish(model: RoutedLanguageModel, sums: _Sums, context: int, costs: Sequen
         expected_entropy_per_layer=(sums.expected_entropy / n).tolist(),  # type: ignore[union-attr]
         total_concentration_per_layer=(sums.total / n).tolist(),  # type: ignore[union-attr]
     )
+
+
+def _executed(model: RoutedLanguageModel, taken: Tensor) -> dict[str, dict[str, float]]:
+    """Of hard routes, [T, E] tokens of all layers at each position on each expert; see `Evaluation.executed`."""
+    experts, heads, size = build_experts(model.config), model.config.kv_heads, next(model.parameters()).element_size()
+    step = taken.sum(0, keepdim=True)
+    found = {}
+    for mode, routes, start in ((Mode.PREFILL, taken, 0), (Mode.DECODE, step, len(taken) - 1)):
+        found[f"attention_{mode.value}"] = executed_attention(experts, routes, heads, size, mode, start)
+        if isinstance(model, RoutedLanguageModel):  # of a patched model only the attention is known
+            found[f"model_{mode.value}"] = executed_model(model, routes, mode, start=start)
+    return found
 
 
 @torch.no_grad()

@@ -1,17 +1,31 @@
 """The benchmark behind `python -m analysis.speed`: what it refuses, how it compares, where it says that routing loses."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
-from bayes_router.attention.dispatch import Backend
-from bayes_router.benchmark import cases, clock, suite, verify
+from bayes_router.attention.dispatch import EXPERTS, Backend
+from bayes_router.attention.expert import Expert
+from bayes_router.benchmark import cases, clock, memory, suite, summary, verify
+from bayes_router.benchmark.cases import Shape
 from bayes_router.benchmark.clock import Clock, Timing
-from bayes_router.benchmark.suite import Plan, break_even, compared, run_benchmark
+from bayes_router.benchmark.figure import draw
+from bayes_router.benchmark.suite import Group, Plan, Suite, compared, doubling, plan_groups, run_benchmark
+from bayes_router.config import ModelConfig
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads that wait for each other take minutes on a machine that is shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_nothing_is_reported_while_a_backend_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -27,8 +41,85 @@ def test_nothing_is_reported_while_a_backend_is_wrong(monkeypatch: pytest.Monkey
     assert not list(tmp_path.iterdir())
 
 
-def test_every_backend_of_this_device_is_verified() -> None:
+def test_every_backend_is_verified_where_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Split rows, both head sizes, shared key heads, padding, one expert, and a cache of as many keys."""
+    seen, right = set(), verify.routed_attention
+
+    def watched(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, route: torch.Tensor | int, **options: object
+    ) -> torch.Tensor:
+        kinds = 1 if isinstance(route, int) else len(route.unique())
+        facts = (q.shape[2] > 4000, q.shape[3], q.shape[1] > k.shape[1], options.get("lengths") is not None, kinds == 1)
+        seen.add((options["backend"], q.requires_grad and torch.is_grad_enabled(), *facts))
+        return right(q, k, v, route, **options)  # type: ignore[arg-type]
+
+    held = []
+    cache = verify.LayerCache
+    monkeypatch.setattr(verify, "routed_attention", watched)
+    monkeypatch.setattr(verify, "LayerCache", lambda *a, **o: held.append(cache(*a, **o)) or held[-1])
     assert verify.verify(CPU) == [Backend.TORCH, Backend.DENSE]
+    for backend in (Backend.TORCH, Backend.DENSE):
+        assert {(backend, False, True, 64, True, False, False), (backend, False, True, 128, True, False, False)} <= seen
+        assert {(backend, False, False, 64, True, True, False), (backend, False, True, 64, True, False, True)} <= seen
+        assert (backend, True, False, 64, True, False, False) in seen and (
+            backend,
+            True,
+            False,
+            64,
+            False,
+            False,
+            False,
+        ) in seen
+    assert (Backend.TORCH, True, True, 64, True, False, False) in seen and ("auto", False, True, 64, True, False, True) in seen
+    assert held[0].slots >= 4000 and held[0].lengths.tolist() == [held[0].slots] * 3
+
+
+def test_what_is_wrong_only_in_long_texts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = verify.routed_attention
+
+    def wrong(q: torch.Tensor, *inputs: object, backend: Backend | str, **options: object) -> torch.Tensor:
+        out = right(q, *inputs, backend=backend, **options)  # type: ignore[arg-type]
+        late = torch.arange(out.shape[2]) > 4000
+        return out * (1 + 0.1 * late[:, None]) if backend is Backend.TORCH else out
+
+    monkeypatch.setattr(verify, "CASES", verify.CASES[3:])
+    monkeypatch.setattr(verify, "routed_attention", wrong)
+    with pytest.raises(ValueError, match="torch on cpu: out is off by .*; no speed-up is reported"):
+        verify.verify(CPU)
+
+
+def test_a_cache_that_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = verify.LayerCache.attend
+
+    def wrong(self: verify.LayerCache, q: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        return right(self, q, *inputs) * (1.01 if q.shape[2] == 1 else 1.0)
+
+    monkeypatch.setattr(verify.LayerCache, "attend", wrong)
+    with pytest.raises(ValueError, match="the cache on cpu: out is off by 1.0e-02; no speed-up is reported"):
+        case = verify.Case(Shape(3, 2, 700, 32), 1, grad=False)
+        verify._verify_cache(case, verify._built(EXPERTS, case.shape, CPU), CPU)
+
+
+@pytest.mark.parametrize("experts", [("full", "gated", "local"), ("gated",)])
+def test_other_experts_are_verified_too(experts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "CASES", (verify.Case(Shape(2, 2, 300, 32), 1),))
+    monkeypatch.setattr(verify, "LONG", 700)
+    assert verify.verify(CPU, experts) == [Backend.TORCH, Backend.DENSE]
+
+
+def test_a_model_is_verified_at_its_own_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[verify.Case, list[Expert]]] = []
+    monkeypatch.setattr(verify, "LONG", 700)
+    monkeypatch.setattr(verify, "verify", lambda device, experts: [Backend.TORCH])
+    right = verify._verify
+    monkeypatch.setattr(
+        verify, "_verify", lambda case, experts, *rest: seen.append((case, experts)) or right(case, experts, *rest)
+    )
+    config = ModelConfig(d_model=32, num_heads=4, num_kv_heads=2, experts=("gated", "local"), window=9)
+    verify.verify_model(CPU, config)
+    (case, experts), *none = seen
+    assert not none and case.shape == Shape(1, 4, 700, 8) and case.kv_heads == 2
+    assert [(expert.name, *expert.shape[:3]) for expert in experts] == [("gated", 4, 8, 9), ("local", 4, 8, 9)]
 
 
 def test_calls_take_turns_and_medians_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,15 +138,144 @@ def test_graphs_are_compared_with_graphs() -> None:
     assert rows["full flash"]["share"] is None and rows["auto"]["peak_mib"] == 7.0
 
 
-def test_the_losing_region_is_said() -> None:
-    facts = {"what": "forward", "variant": "auto", "run": 1}
-    rows = [{**facts, "mix": "a", "T": T, "speedup": s} for T, s in ((512, 0.5), (1024, 1.1), (2048, 0.9), (4096, 2.0))]
-    rows += [{**facts, "mix": "b", "T": 512, "speedup": 0.2}, {**facts, "mix": "c", "T": 512, "speedup": 1.2}]
-    assert break_even(pd.DataFrame(rows)) == [
-        "forward a: ahead from 4096 tokens; loses up to 2048 (0.50x at 512)",
-        "forward b: ahead nowhere; loses up to 512 (0.20x at 512)",
-        "forward c: ahead of full attention at every length measured",
+FACTS = {"what": "forward", "variant": "auto", "run": 1, "B": 1, "H": 16, "Dh": 64, "mix": "a"}
+
+
+def table(*points: tuple[int, float, float], **changes: object) -> pd.DataFrame:
+    return pd.DataFrame([{**FACTS, "T": T, "speedup": s, "wall_speedup": w, **changes} for T, s, w in points])
+
+
+def test_the_losing_region_is_said_for_each_shape_and_clock() -> None:
+    rows = pd.concat(
+        [
+            table((512, 0.5, 0.5), (1024, 1.1, 1.1), (2048, 0.97, 0.97), (4096, 2.0, 2.0)),
+            table((4096, 0.6, 0.6), Dh=128),  # not mixed with the same length of another head size
+            table((4096, 0.2, 0.2), run=64),
+            table((512, 1.2, 0.3), (1024, 1.3, 1.4), mix="b"),
+            table((512, 0.1, 0.1), variant="full"),
+            table((512, 1.2, 1.2), what="decode", variant="cache", B=64, H=8),
+        ]
+    )
+    assert summary.break_even(rows) == [
+        "forward a, runs of 1, B1 H16 Dh64: ahead from 4096 tokens, loses up to 2048 (0.50x at 512), "
+        "slower than 1.05x full at 512",
+        "forward a, runs of 1, B1 H16 Dh128: ahead nowhere, loses up to 4096 (0.60x at 4096), slower than 1.05x full at 4096",
+        "forward a, runs of 64, B1 H16 Dh64: ahead nowhere, loses up to 4096 (0.20x at 4096), slower than 1.05x full at 4096",
+        "forward b, runs of 1, B1 H16 Dh64: busy stream: ahead at every length measured; isolated calls: ahead from 1024 "
+        "tokens, loses up to 512 (0.30x at 512), slower than 1.05x full at 512",
+        "decode a, runs of 1, B64 H8 Dh64: ahead at every length measured",
     ]
+    where = "full attention's time (forward a, runs of 64, B1 H16 T4096 Dh64); at most 1.05x is the aim"
+    assert summary.worst(rows) == [f"worst auto, busy stream, isolated calls: 5.00x {where}"]
+    other = pd.concat([rows, table((512, 1.0, 0.1), run=64)])
+    assert summary.worst(other)[0] == f"worst auto, busy stream: 5.00x {where}"
+    assert summary.worst(other)[1].startswith(
+        "worst auto, isolated calls: 10.00x full attention's time (forward a, runs of 64, "
+    )
+
+
+def test_memory_and_growth_are_said() -> None:
+    size = {"B": 1, "H": 16, "Dh": 64}
+    alone: list[dict[str, object]] = []
+    for T, ms, mib in ((2048, 1.0, 10.0), (4096, 2.2, 20.0), (16384, 8.8, 80.0)):
+        row = {"what": "alone", "variant": "linear", "T": T, "ms": ms, "peak_mib": mib, **size}
+        alone.append(row | doubling(alone[-1] if alone else None, row))
+    assert "time_growth" not in alone[0] and alone[1]["time_growth"] == pytest.approx(2.2)
+    assert alone[2]["time_growth"] == pytest.approx(2.0) and alone[2]["memory_growth"] == pytest.approx(2.0)
+    assert not doubling({**alone[0], "H": 8}, alone[1])
+    trained = {"what": "training memory", "variant": "10/60/30", "T": 8192, "peak_mib": 126.0, "over_full": 1.26, **size}
+    whole = pd.DataFrame([*alone, trained, {**trained, "variant": "full", "over_full": 1.0}])
+    whole.attrs["left_out"] = ["decode b", "decode c"]
+    assert summary.closing(whole) == [
+        "training memory 10/60/30, B1 H16 T8192 Dh64: 1.26x full attention's (126 MiB)",
+        "linear alone, H16 Dh64, a doubling from T 2048 to 16384: time 2.10x (at most 2.20x), memory 2.00x (at most 2.00x)",
+        "left out for want of time, 2 groups: decode b; decode c",
+    ]
+
+
+def test_targets_come_first_and_nothing_is_measured_twice() -> None:
+    groups = plan_groups(Plan(), cuda=True)
+    first = [str(group) for group in groups if group.target]
+    assert first[:8] == [
+        "forward 10/60/30 runs of 1 B1 H16 T32768 Dh64",
+        "forward 25/45/30 runs of 1 B1 H16 T32768 Dh64",
+        "forward 10/60/30 runs of 1 B1 H8 T32768 Dh128",
+        "forward 10/60/30 runs of 1 B2 H16 T8192 Dh64",
+        "forward 25/45/30 runs of 1 B2 H16 T8192 Dh64",
+        "forward+backward 10/60/30 runs of 1 B1 H16 T32768 Dh64",
+        "decode 10/60/30 runs of 1 B64 H8 T32768 Dh64",
+        "training memory B1 H16 T8192 Dh64",
+    ]
+    assert [str(group) for group in groups[: len(first)]] == first and first[-1] == "alone B1 H16 T65536 Dh64"
+    assert len(set(groups)) == len(groups)
+    for cuda, most in ((True, 65536), (False, 32768)):
+        combined = {(g.what, g.mix, g.run, g.shape.T) for g in plan_groups(Plan(), cuda, most)}
+        for what in ("forward", "forward+backward", "decode"):
+            for mix in cases.MIXES:
+                assert {(what, mix, run, T) for run in (1, 64) for T in suite.LENGTHS if most >= T} <= combined
+
+
+def test_one_shape_is_measured_alone() -> None:
+    groups = plan_groups(Plan(shapes=("2x4x300x32",), mixes=("10/60/30",)), cuda=False)
+    assert {group.shape for group in groups if group.mix} == {Shape(2, 4, 300, 32)}
+    assert {group.what for group in groups} == {"forward", "forward+backward", "decode", "alone", "training memory"}
+    assert {group.shape for group in groups if not group.mix} == {Shape(1, 4, 300, 32)}  # one sequence
+    both = plan_groups(Plan(shapes=("2x4x300x32",), lengths=(64,)), cuda=False)
+    assert {group.shape.T for group in both} == {300, 64}
+    longest = [g.shape.T for g in plan_groups(Plan(lengths=(32768, 512)), cuda=False) if g.what == "training memory"]
+    assert longest == [8192]
+    assert [g.shape.T for g in plan_groups(Plan(lengths=(600, 512)), cuda=False) if g.what == "alone"] == [512, 600]
+
+
+@pytest.mark.parametrize("shape", ["1x2x3", "0x1x2x3", "1x2x3xa", "1x2x3x-4", ""])
+def test_a_shape_that_is_none_is_refused(shape: str) -> None:
+    with pytest.raises(ValueError, match="shapes: expected BxHxTxDh, as 1x16x32768x64; got"):
+        Plan(shapes=(shape,))
+
+
+def test_what_there_is_no_time_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(suite.time, "perf_counter", lambda: now[0])
+    timed = Suite(CPU, Plan(lengths=(64,), mixes=("10/60/30",), seconds=10.0), [])
+
+    def measured(group: Group) -> list[dict[str, object]]:
+        now[0] += 4.0
+        return [{"what": group.what}]
+
+    for name in ("causal", "decode", "alone", "training_memory"):
+        monkeypatch.setattr(timed, name, measured)
+    assert [row["what"] for row in timed.rows()] == ["forward", "forward+backward", "decode"]
+    assert [group.what for group in timed.left_out][:3] == ["forward", "forward+backward", "decode"]
+    assert timed.clock.budget == pytest.approx((10 - 8) / (len(timed.groups) - 2) / 2)
+    with pytest.raises(ValueError, match="seconds: expected a positive number; got 0"):
+        Plan(seconds=0.0)
+
+
+def test_the_ideal_counts_the_state_of_every_token() -> None:
+    H, T, Dh, W = 8, 4096, 64, cases.WINDOW
+    full = H * 4 * Dh * (T + 1) / 2
+    local = H * 4 * Dh * (W * (T - (W - 1) / 2)) / T
+    state = 2 * H * Dh * (Dh + 1)
+    assert cases.ideal_flops(Shape(1, H, T, Dh), "10/60/30") == pytest.approx(
+        full / (0.1 * full + 0.3 * local + 0.6 * state + state)
+    )
+
+
+def test_rows_of_every_kind_have_their_columns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(suite, "verify", lambda device: [Backend.TORCH])
+    monkeypatch.setattr(memory, "peak_bytes", lambda kind, T, *_, **__: T * (1 if kind == "full" else 2))
+    monkeypatch.setattr(suite, "CPU_BUDGET", 0.0)
+    rows = run_benchmark(CPU, Plan(shapes=("1x2x64x16", "1x2x128x16")), tmp_path)
+    for what in ("forward", "forward+backward", "decode"):
+        found = rows[rows["what"] == what]
+        assert set(zip(found["mix"], found["run"], strict=True)) == {(mix, run) for mix in cases.MIXES for run in (1, 64)}
+    alone = rows[(rows["what"] == "alone") & (rows["T"] == 128)]
+    assert (alone["memory_growth"] == 2).all() and (alone["time_growth"] > 0).all()
+    assert rows.loc[rows["what"] == "training memory", "over_full"].tolist() == [1.0, 2.0, 2.0, 2.0] * 2
+    assert not rows.attrs["left_out"] and len(pd.read_csv(tmp_path / "speed_cpu.csv")) == len(rows)
+    assert not (tmp_path / "speed_cpu.partial.csv").exists()
+    draw(rows[rows["what"] == "decode"], tmp_path / "part.png")  # whatever was cut off
+    assert (tmp_path / "part.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("mix", ["10/60", "10/60/40", "a/b/c", "-10/60/50"])

@@ -1,19 +1,95 @@
 """A model end to end at toy size: both ways are timed on the same tokens, and decoding forgets what it read."""
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
+from analysis import speed_model
 from analysis.speed_model import load
-from bayes_router.benchmark import memory, model
-from bayes_router.benchmark.model import Decoder, measure, note_on_context
+from bayes_router.attention.cost import Mode, hard_flops, model_cost
+from bayes_router.attention.dispatch import Backend
+from bayes_router.benchmark import memory, model, verify
+from bayes_router.benchmark.cases import Shape
+from bayes_router.benchmark.model import Decoder, lean_network, measure, note_on_context
 
 
-def test_rows_of_a_fitted_run(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "measurable", lambda device: False)  # a process for each variant takes seconds
-    monkeypatch.setattr(model, "BATCHES", (2,))
+    monkeypatch.setattr(model, "BATCHES", {"cpu": (2,)})
     monkeypatch.setattr(model, "SECONDS", 0.0)
+
+
+def command(run: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ["speed_model.py", str(run), "--device", "cpu", "--lengths", "40", "60", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", argv)
+    speed_model.main()
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_command_prints_and_writes(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(speed_model, "verify_model", lambda device, config: asked.append(config.experts))
+    command(finished_run, tmp_path, monkeypatch)
+    assert asked == [("full", "gated", "local")]
+    table = pd.read_csv(tmp_path / "speed_model_cpu.csv")
+    assert set(table["T"]) == {40, 60} and table["trained_at"].eq(32).all()
+    assert table["command"].str.startswith("python -m analysis.speed_model").all()
+    assert (tmp_path / "speed_model_cpu.png").stat().st_size > 1000
+    assert "prefill routed, batch 1, 40 tokens: " in capsys.readouterr().out
+    assert not (tmp_path / "speed_model_cpu.partial.csv").exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_nothing_is_printed_while_a_backend_is_wrong(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = verify.routed_attention
+
+    def wrong(*inputs: object, backend: Backend | str, **options: object) -> torch.Tensor:
+        out = right(*inputs, backend=backend, **options)  # type: ignore[arg-type]
+        return out * 1.01 if backend is Backend.DENSE else out
+
+    monkeypatch.setattr(verify, "CASES", (verify.Case(Shape(1, 2, 100, 16), 1),))
+    monkeypatch.setattr(verify, "routed_attention", wrong)
+    with pytest.raises(ValueError, match="dense on cpu: out is off by 1.0e-02; no speed-up is reported"):
+        command(finished_run, tmp_path, monkeypatch)
+    assert not capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_that_is_cut_off_keeps_its_rows(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(subject: model.Subject, lengths: list[int]) -> Iterator[model.Row]:
+        for number, row in enumerate(measure(subject, lengths)):
+            if number == 4:
+                raise KeyboardInterrupt
+            yield row
+
+    monkeypatch.setattr(speed_model, "verify_model", lambda *arguments: None)
+    monkeypatch.setattr(speed_model, "measure", cut)
+    with pytest.raises(KeyboardInterrupt):
+        command(finished_run, tmp_path, monkeypatch)
+    kept = pd.read_csv(tmp_path / "speed_model_cpu.partial.csv")
+    assert len(kept) == 4 and kept["ms"].gt(0).all() and kept["versions"].str.contains("torch").all()
+
+
+@torch.no_grad()
+def test_the_lean_network_is_the_model_on_full(finished_run: Path) -> None:
+    subject = load(str(finished_run), torch.device("cpu"))
+    lean, text = lean_network(subject.model), subject.tokens(2, 30)
+    assert lean.embed.weight.data_ptr() == subject.model.network.embed.weight.data_ptr()
+    want = subject.model(text, force="full").logits
+    torch.testing.assert_close(lean(text, lambda layer, hidden: 0), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("quick")
+def test_rows_of_a_fitted_run(finished_run: Path) -> None:
     subject = load(str(finished_run), torch.device("cpu"))
     rows = list(measure(subject, [40]))
     names = ["routed", "force full", "full"]
@@ -27,9 +103,28 @@ def test_rows_of_a_fitted_run(finished_run: Path, monkeypatch: pytest.MonkeyPatc
         if row["variant"] == "routed":
             assert sum(row[f"load_{name}"] for name in subject.config.model.experts) == pytest.approx(1)
             assert 0 < row["cost_paper"] <= 1
+            assert row["cost_flops"] > 0 and row["model_flops"] > 0 and row["model_mbytes"] > 0
     context = subject.config.data.context
     assert not note_on_context(subject, [context])
     assert f"made for {context} tokens: at {2 * context}" in note_on_context(subject, [context, 2 * context])
+
+
+def test_costs_are_those_of_the_routes_at_their_positions(finished_run: Path) -> None:
+    subject = load(str(finished_run), torch.device("cpu"))
+    network, (L, B, T, start) = subject.model.network, (2, 3, 5, 30)
+    route, experts, heads = torch.randint(3, (L, B, T)), network.experts()[0], network.config.kv_heads
+    row = model._routes(subject, route, Mode.DECODE, start)
+    at = [hard_flops(experts, start + t + 1, heads, Mode.DECODE) for t in range(T)]
+    own = sum(float(at[t].own[e]) for rows in route.tolist() for some in rows for t, e in enumerate(some)) / route.numel()
+    full = sum(float(cost.own[0]) for cost in at) / T
+    assert row["cost_flops"] == pytest.approx((own + at[0].shared) / full)
+    whole = model_cost(subject.model, start + T, Mode.DECODE, batch=B)
+    assert row["model_mflops"] == pytest.approx((L * own + whole.flops.shared) / 1e6)
+    share = torch.bincount(route.flatten(), minlength=3) / route.numel()
+    assert row["model_mbytes"] == pytest.approx(whole.bytes.mean(share) / 1e6)
+    assert [row["load_full"], row["load_gated"], row["load_local"]] == pytest.approx(share.tolist())
+    prefill = model._routes(subject, torch.zeros(L, 1, 40, dtype=torch.int64), Mode.PREFILL)
+    assert prefill["cost_paper"] == 1 and prefill["cost_flops"] > 1  # full, and the states beside
 
 
 @torch.no_grad()

@@ -45,6 +45,36 @@ def test_every_figure_by_hand() -> None:
     torch.testing.assert_close(torch.tensor(result.total_concentration_per_layer), total, rtol=1e-3, atol=1e-3)
 
 
+def test_executed_costs_are_counted_token_by_token() -> None:
+    """Each token at its own position, each state of every token, of the whole model too."""
+    model, T = tiny_model(), 40
+    result = evaluate(model, source(), tiny_concentration(model.config), context=T, batch_size=5, limit=400)
+    L, H, Dh, Hkv = 3, 4, 4, 2
+    tokens, _ = next(source().windows(T, 10, 400))
+    with torch.no_grad():
+        route = model(tokens, "hard").route  # [L, B, T]
+    pair, state = 4 * H * Dh, Dh * (Dh + 1)
+    at = [[pair * (t + 1), 2 * H * state, pair * min(t + 1, 5), 2 * H * state] for t in range(T)]  # full, linear, local, gated
+    shared = 2 * Hkv * state + 2 * H * state + 2 * H * Dh
+    own = sum(at[t][e] for rows in route.tolist() for row in rows for t, e in enumerate(row)) / (10 * T)
+    full = L * sum(row[0] for row in at) / T
+    prefill, step = result.executed["attention_prefill"], result.executed["attention_decode"]
+    assert prefill["flops"] == pytest.approx((own + L * shared) / full, rel=1e-3)
+    load = F.one_hot(route, 4).double().mean((0, 1, 2))
+    last = float(load @ torch.tensor(at[-1]).double())
+    assert step["flops"] == pytest.approx((last + shared) / at[-1][0], rel=1e-3)
+    kept = 2 * 4 * (Hkv + H) * state  # states read and written
+    token = 2 * 4 * Hkv * Dh
+    read = float(load[0] * T + load[2] * 5) * token
+    assert step["bytes"] == pytest.approx((read + token + kept) / ((T + 1) * token), rel=1e-3)
+    rest = 2 * sum(p.numel() for n, p in model.network.named_parameters() if p.dim() == 2 and "experts" not in n)
+    controllers = 2 * sum(p.numel() for p in model.controller.parameters() if p.dim() == 2)
+    whole = result.executed["model_prefill"]
+    assert whole["mflops"] == pytest.approx((own + L * shared + rest + controllers) / 1e6, rel=1e-3)
+    assert whole["flops"] == pytest.approx((own + L * shared + rest + controllers) / (full + rest), rel=1e-3)
+    assert f"attention FLOPs {prefill['flops']:.3f}, decoding {step['flops']:.3f}" in result.table()
+
+
 def test_the_elbo_carries_the_kl_at_weight_one() -> None:
     model = tiny_model()
     prior = tiny_concentration(model.config)
