@@ -51,7 +51,7 @@ from bayes_router.types import CostModel, Route
 
 BUDGETS = (0.5, 0.3, 0.2)  # the first is what the target names
 TESTS = {"novels": "train", "wikitext103": "wikitext103 valid"}  # and the text on which their prices are set
-WINDOW, SINKS = 256, 4
+WINDOW, SINKS = 1024, 4
 KEYS = ("text", "context", "contender", "budget")
 LIMITS = {"train": 2_000_000, "wikitext103 valid": 40_000, "wikitext103": 300_000, "novels": 300_000}  # tokens kept
 

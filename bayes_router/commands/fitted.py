@@ -1,7 +1,8 @@
 """What `inspect` and `report` open: a run folder, or the folder of a saved patch with the model that it belongs to."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 import torch
 from jsonargparse import Namespace
@@ -13,7 +14,11 @@ from bayes_router.data.tokens import TokenDataset, TokenSource
 from bayes_router.diagnostics.fitted import FittedRun, fitted_patch, load_fitted
 from bayes_router.integrations.patching import load_patch
 from bayes_router.integrations.saving import is_patch, read_origin
+from bayes_router.integrations.texts import MaskedStream
 from bayes_router.training.fit import load_data, pick_device
+
+if TYPE_CHECKING:
+    from bayes_router.integrations.pretrained import PretrainedTokeniser
 
 CONTEXT = 512  # tokens of a window of a patched model, at most, unless asked for
 LEAST_WINDOWS = 4  # of a short text
@@ -62,8 +67,16 @@ def open_fitted(options: Namespace, text: Optional[bytes] = None) -> FittedRun:
 def _open_patch(options: Namespace, text: Optional[bytes]) -> FittedRun:
     from bayes_router.integrations.pretrained import load_base, load_tokeniser_of  # transformers, where it is needed
 
-    kind, name = read_origin(options.run)
+    origin = read_origin(options.run)
+    kind, name = origin.model, origin.base
     made_for = f"{kind or 'model'}{f' ({name})' if name else ''}"
+    require(
+        origin.router != "RoutedTorch",
+        "run",
+        "the patch of a language model, whose tokens can be shown and scored",
+        f"{options.run}, the patch of a torch module {kind}",
+        "it reads tensors, not tokens: see statistics() and kl() of what load_patch returns, after a pass",
+    )
     require(
         options.base is not None,
         "base",
@@ -72,7 +85,7 @@ def _open_patch(options: Namespace, text: Optional[bytes]) -> FittedRun:
         f"give --base {name or 'FOLDER, or its Hugging Face name'}",
     )
     device = torch.device(pick_device(options.device))
-    model = load_base(options.base, options.gguf_file, device)
+    model = load_base(options.base, options.gguf_file, device, kind)
     router = load_patch(model, options.run)
     tokeniser = load_tokeniser_of(options.base, options.gguf_file, router.config.vocab_size)
     shown, source = "the fit", router.held_out
@@ -80,18 +93,28 @@ def _open_patch(options: Namespace, text: Optional[bytes]) -> FittedRun:
         require(tokeniser is not None, "corpus", "a base model with a tokenizer, to read text", options.base, _NO_TOKENIZER)
         assert tokeniser is not None
         documents = split_documents(load_corpus(options.corpus))[1]
-        shown, source = options.corpus, TokenDataset(documents, tokeniser, options.corpus)
+        shown, source = options.corpus, _stream(documents, tokeniser, options.corpus, router.causal)
     elif text is not None and source is None:
         require(tokeniser is not None, "text", "a base model with a tokenizer, to read text", options.base, _NO_TOKENIZER)
         assert tokeniser is not None
         require(len(text) > 0, "text", "at least one token", "an empty text", "name a file with text in it")
-        shown, source = options.text.name, TokenDataset([text], tokeniser, options.text.name)
+        shown, source = options.text.name, _stream([text], tokeniser, options.text.name, router.causal)
     if source is None:
         raise ValueError(
             f"text: expected held-out text; the patch {options.run} was saved without any; give --corpus NAME or --text FILE"
         )
     context = _context(options.context, router.fitted, model, source)
     return fitted_patch(router, source, context=context, tokeniser=tokeniser, path=options.run, name=shown)
+
+
+def _stream(documents: Sequence[bytes], tokeniser: "PretrainedTokeniser", name: str, causal: bool) -> TokenDataset:
+    """Next tokens to predict, or for an encoder hidden ones."""
+    text = TokenDataset(documents, tokeniser, name)
+    if causal:
+        return text
+    require(tokeniser.mask_token is not None, "tokenizer", "one with a mask token, for an encoder", tokeniser.name)
+    assert tokeniser.mask_token is not None
+    return MaskedStream(text.tokens.long(), tokeniser.vocab_size, tokeniser.mask_token, name)
 
 
 _NO_TOKENIZER = "put its tokenizer files beside the model"

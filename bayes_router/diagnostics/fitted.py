@@ -40,6 +40,7 @@ class FittedRun:
     own_tokeniser: Tokeniser | None = None  # of a patched model
     held_out: TokenSource | None = None  # of a patched model: what diagnostics read
     patched: bool = False
+    causal: bool = True  # predicts next tokens; an encoder predicts hidden ones, in their place
 
     @property
     def device(self) -> torch.device:
@@ -102,8 +103,9 @@ def fitted_patch(
     """A patched language model as diagnostics read it.
 
     Args:
-        router: what `bayes_router.patch` or `load_patch` returned, of a decoder with a language-modelling head.
-        held_out: text that `fit` did not read.
+        router: what `bayes_router.patch` or `load_patch` returned, of a model with a language-modelling head, a masked one
+            for an encoder.
+        held_out: text that `fit` did not read; for an encoder with tokens hidden, as `fit` holds it out.
         context: tokens of a window of it.
         tokeniser: the model's; without one, token ids are shown and diagnostics that need text are left out.
         path: folder of the patch, for the heading.
@@ -111,15 +113,20 @@ def fitted_patch(
         tokens: read at most.
 
     Raises:
-        ValueError: a model that does not predict next tokens.
+        ValueError: a model that does not predict tokens, or text for an encoder with none hidden.
     """
-    predicts = getattr(router, "causal", False) and hasattr(router, "logits")
     require(
-        predicts,
+        getattr(router, "predicts", False),
         "model",
-        "a patched decoder with a language-modelling head: diagnostics read how routes change its next tokens",
+        "a patched language model with its head: diagnostics read how routes change the tokens that it predicts",
         type(router.model).__name__,
-        "read statistics() after a pass of the model instead",
+        "of torch modules and models without a head read statistics() and kl() after a pass",
+    )
+    require(
+        router.causal or hasattr(held_out, "mask_token"),
+        "held_out",
+        "text with hidden tokens (MaskedStream, what fit() of an encoder holds out)",
+        type(held_out).__name__,
     )
     program, guide = router.program()
     config = Config(
@@ -128,7 +135,7 @@ def fitted_patch(
         data=DataConfig(corpus=name, context=context, eval_tokens=tokens),
         train=TrainConfig(batch_size=1),
     )
-    return FittedRun(Path(path), config, router, router.prior, program, guide, tokeniser, held_out, patched=True)
+    return FittedRun(Path(path), config, router, router.prior, program, guide, tokeniser, held_out, True, router.causal)
 
 
 class Reading(NamedTuple):
@@ -136,9 +143,14 @@ class Reading(NamedTuple):
 
     tokens: Tensor  # int64 [B, T]
     targets: Tensor  # int64 [B, T], -100 is not scored
-    nll: Tensor  # [B, T], nats; 0 where not scored
+    nll: Tensor  # [B, T], nats of the targets; 0 where not scored
     concentration: Tensor  # float32 [L, B, T, E]
     hard_choice: Tensor  # int64 [L, B, T], what the model's policy takes given that path
+
+    def own_nll(self, causal: bool = True) -> Tensor:
+        """[B, T], nats of each token itself, nan where it was not predicted: said a token before, or where it was hidden."""
+        nll = self.nll.masked_fill(self.targets == IGNORED, torch.nan)
+        return torch.cat([torch.full_like(nll[:, :1], torch.nan), nll[:, :-1]], 1) if causal else nll
 
 
 @torch.no_grad()
@@ -153,7 +165,8 @@ def read(model: RoutedLanguageModel, batches: Iterator[Batch], mode: RoutingMode
         tokens, targets = (x.to(device) for x in batch)
         out = model(tokens, mode)
         nll = F.cross_entropy(out.logits.transpose(1, 2).float(), targets, reduction="none", ignore_index=IGNORED)
-        yield Reading(tokens, targets, nll, out.concentration, model.policy(out.concentration))
+        choice = out.route if mode is RoutingMode.HARD else model.policy(out.concentration)
+        yield Reading(tokens, targets, nll, out.concentration, choice)
 
 
 def windows(source: TokenSource, config: Config, limit: int | None = None) -> Iterator[Batch]:
@@ -162,10 +175,13 @@ def windows(source: TokenSource, config: Config, limit: int | None = None) -> It
     return source.windows(context, config.train.batch_size, max(limit or config.data.eval_tokens, context))
 
 
-def text_windows(text: bytes, tokeniser: Tokeniser, context: int, limit: int | None = None) -> Iterator[Batch]:
+def text_windows(
+    text: bytes, tokeniser: Tokeniser, context: int, limit: int | None = None, causal: bool = True
+) -> Iterator[Batch]:
     """All of a text, window by window, the last one as short as it comes; every token is in exactly one.
 
-    The last token of all has nothing to predict, so its target is not scored.
+    The last token of all has nothing to predict, so its target is not scored; for an encoder, from which nothing is hidden
+    here, none is.
 
     Raises:
         ValueError: an empty text, or one that is not UTF-8.
@@ -176,7 +192,7 @@ def text_windows(text: bytes, tokeniser: Tokeniser, context: int, limit: int | N
         raise ValueError(f"text: expected UTF-8; got an invalid byte at {error.start}; convert the file") from error
     ids = torch.from_numpy(tokeniser.encode(text).astype("int64"))[:limit]
     require(len(ids) > 0, "text", "at least one token", "an empty text", "name a file with text in it")
-    targets = torch.cat([ids[1:], ids.new_tensor([IGNORED])])
+    targets = torch.cat([ids[1:], ids.new_tensor([IGNORED])]) if causal else torch.full_like(ids, IGNORED)
     pairs = zip(ids.split(context), targets.split(context), strict=True)
     return (Batch(part[None], target[None]) for part, target in pairs)
 

@@ -9,32 +9,31 @@ from bayes_router.integrations.huggingface import RoutedPretrained
 from bayes_router.routing.policy import Budget
 from bayes_router.types import RoutingMode
 
-STEPEST = 1e4  # nats per unit of cost: at this price every token takes the cheapest expert
-ROUNDS = 6
-TOLERANCE = 0.01
+STEEPEST = 1e4  # nats per unit of cost: at this price every token takes the cheapest expert, at minus this the costliest
+TOLERANCE = 0.005
+RESOLUTION = 1e-6  # prices closer than this, relative to theirs where that is above 1, count as one
 
 
 @torch.no_grad()
 def routed_posteriors(router: RoutedPretrained, source: TokenSource, context: int, limit: int) -> tuple[Tensor, float]:
     """Concentrations [L, N, E] of held-out tokens and the realised cost, routes executed under the present policy."""
     device, concentrations, costs = next(router.model.parameters()).device, [], []
-    ratio = router.cost_ratio.to(device)
+    cost = router.layer_cost.to(device)
     for batch in source.windows(context, 1, limit):
-        out = router(batch.tokens.to(device), RoutingMode.HARD)
+        out = router(batch.tokens.to(device), RoutingMode.HARD, **({"use_cache": False} if router.causal else {}))
         concentrations.append(out.concentration.flatten(1, 2))
-        costs.append(ratio[out.route].mean())
+        costs.append(cost.gather(1, out.route.flatten(1)).double().mean())
     return torch.cat(concentrations, 1), float(torch.stack(costs).mean())
 
 
-def price_for(concentration: Tensor, cost_ratio: Tensor, budget: float) -> float:
-    """The lowest price at which `Budget` spends at most `budget` on these posteriors, by bisection."""
+def price_for(concentration: Tensor, layer_cost: Tensor, budget: float) -> float:
+    """The lowest price at which `Budget` spends at most `budget` on these posteriors [L, N, E], by bisection."""
 
     def spent(price: float) -> float:
-        return float(cost_ratio[Budget(tuple(cost_ratio.tolist()), price)(concentration)].mean())
+        choices = [Budget(tuple(cost.tolist()), price)(q) for cost, q in zip(layer_cost, concentration, strict=True)]
+        return float(layer_cost.gather(1, torch.stack(choices)).double().mean())
 
-    low, high = -STEPEST, STEPEST
-    if spent(low) <= budget:
-        return low
+    low, high = -STEEPEST, STEEPEST
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if spent(middle) > budget else (low, middle)
@@ -42,35 +41,53 @@ def price_for(concentration: Tensor, cost_ratio: Tensor, budget: float) -> float
 
 
 def solve(router: RoutedPretrained, source: TokenSource, budget: float, context: int, limit: int) -> float:
-    """Set the router's policy to the price that meets `budget`, and return the realised cost.
+    """Set the router's policy to the price at which executed routes cost `budget` within 0.005; what they cost.
 
-    Routes of early layers change what later controllers read, so the price is solved and the routes are executed in turn,
-    until they agree within 0.01 or for six rounds; the closest round that does not overspend by more is kept.
+    Routes of early layers change what later controllers read, so every cost is that of a pass that was executed. Between a
+    price that costs more and one that costs less, the next is in turn the one that would do were the posteriors those of the
+    last pass, the one just below (a jump is found at once), and the middle.
 
     Raises:
-        ValueError: the budget is below the cheapest expert's cost, or not positive.
+        ValueError: no price does: out of the range of costs, or in a jump, for many tokens share one posterior. The policy is
+            then what it was.
     """
-    ratio = router.cost_ratio
-    least, most = float(ratio.min()), float(ratio.max())
-    require(budget >= least, "budget", f"a cost ratio from {least:.3f} (the cheapest expert) to {most:.3f}", budget)
-    costs, price = tuple(ratio.tolist()), 0.0
-    best: tuple[float, float, float] | None = None  # (distance, price, realised)
-    was_training = router.training
+    costs = tuple(router.cost_ratio.tolist())
+    least, most = (float(ends.double().mean()) for ends in (router.layer_cost.amin(1), router.layer_cost.amax(1)))
+    require(
+        least - TOLERANCE <= budget <= most + TOLERANCE,
+        "budget",
+        f"a cost from {least:.3f} (every token on its layer's cheapest expert) to {most:.3f} (on the costliest)",
+        budget,
+    )
+    (low, dear), (high, cheap) = (-STEEPEST, most), (STEEPEST, least)  # prices, and what they cost
+    price, passes, usual = 0.0, 0, router.policy
+    was_training, before = router.training, router._force
     router.train(False)
-    before, router._force = router._force, None
+    router._force = None
     try:
-        for _ in range(ROUNDS):
+        if most - budget <= TOLERANCE or budget - least <= TOLERANCE:
+            price = low if most - budget <= budget - least else high
+        while True:
             router.policy = Budget(costs, price)
             concentration, realised = routed_posteriors(router, source, context, limit)
-            distance = abs(realised - min(budget, most)) + max(realised - budget - TOLERANCE, 0.0)
-            if best is None or distance < best[0]:
-                best = (distance, price, realised)
-            if distance <= TOLERANCE:
+            if abs(realised - budget) <= TOLERANCE:
+                usual = router.policy
+                return realised
+            if realised > budget:
+                low, dear = price, realised
+            else:
+                high, cheap = price, realised
+            near = RESOLUTION * max(1.0, abs(low))
+            if high - low <= near:
                 break
-            price = price_for(concentration, ratio.to(concentration.device), min(budget, most))
+            guess = price_for(concentration, router.layer_cost.to(concentration.device), budget)
+            tried = (guess, guess - 0.9 * near, torch.inf)[passes % 3]
+            price, passes = tried if low < tried < high else (low + high) / 2, passes + 1
     finally:
         router.train(was_training)
-        router._force = before
-    assert best is not None
-    router.policy = Budget(costs, best[1])
-    return best[2]
+        router._force, router.policy = before, usual
+    raise ValueError(
+        f"budget: expected a cost that some price realises within {TOLERANCE:g}; got {budget:g}; at price {low:.4g} the "
+        f"executed cost jumps from {dear:.3f} to {cheap:.3f}, for many tokens share one posterior: fit longer, or choose one "
+        "of these two"
+    )

@@ -36,11 +36,10 @@ def some(expert: PatchedExpert, call: AttentionCall, rows: Sequence[int]) -> Ten
     if isinstance(expert, LinearExpert) and call.memory is not None:  # a state is of all rows
         whole: Tensor = expert(call)
         return whole[list(rows)]
-    call = expert.narrowed(call)
-    if not isinstance(expert, FullExpert):
-        return expert.read(call.batch(torch.tensor(rows, device=call.q.device)))
+    if not expert.in_place(call):
+        return expert.read(expert.narrowed(call).batch(torch.tensor(rows, device=call.q.device)))
     neighbours = [[b for _, b in group] for _, group in groupby(enumerate(rows), key=lambda pair: pair[1] - pair[0])]
-    return torch.cat([expert.read(call.part(slice(part[0], part[-1] + 1))) for part in neighbours])  # no keys are copied
+    return torch.cat([expert(call.part(slice(part[0], part[-1] + 1))) for part in neighbours])  # no keys are copied
 
 
 def remember(experts: nn.ModuleList, call: AttentionCall, route: Tensor | int) -> None:

@@ -1,5 +1,7 @@
-"""Which attention layers a Hugging Face model has, and whether it can be routed at all."""
+"""Which attention layers a Hugging Face model has, which are left out, and whether it can be routed at all."""
 
+import warnings
+from collections import Counter
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ def check_model(model: PreTrainedModel) -> str:
     method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
     quantised = getattr(model, "is_quantized", False) and method != "gguf"  # GGUF weights are floats once loaded
     require(
-        all(p.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16) for p in parameters) and not quantised,
+        not quantised,
         "model",
         "weights in float32, float64, bfloat16 or float16",
         f"{name} with quantised weights",
@@ -63,10 +65,13 @@ def find_layers(model: PreTrainedModel, settings: PatchSettings) -> list[Found]:
     names = {module: name for name, module in model.named_modules()}
     widths: dict[nn.Module, int] = {}
     calls: dict[nn.Module, Found] = {}
+    times: Counter[nn.Module] = Counter()
 
-    def observe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
+    def observe(module: nn.Module, q: Tensor, k: Tensor, causal: bool, window: int | None) -> None:
         shape = ExpertShape(q.shape[1], q.shape[3], settings.window)
-        calls[module] = Found(module, names[module], shape, k.shape[1], widths.get(module, 0), causal)
+        own = window if window is None or causal else 2 * window - 1  # on both sides
+        calls[module] = Found(module, names[module], shape, k.shape[1], widths.get(module, 0), causal, own)
+        times[module] += 1
 
     def width(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs.get("hidden_states")
@@ -82,7 +87,19 @@ def find_layers(model: PreTrainedModel, settings: PatchSettings) -> list[Found]:
         for handle in handles:
             handle.remove()
     found = list(calls.values())
-    require(bool(found), "model", "attention that the attention interface serves", type(model).__name__, "none ran: not served")
+    kind = type(model).__name__
+    require(bool(found), "model", "attention that the attention interface serves", kind, "none ran: not served")
+    for one in found:
+        got = f"{kind}, whose {one.name} runs {times[one.module]} times"
+        require(times[one.module] == 1, "model", "attention layers that run once a pass", got, "shared layers are not served")
+    left = left_out(model, found)
+    if left:
+        shown = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
+        warnings.warn(
+            f"{kind}: attention in {shown} ({len(left)} modules) did not run through the attention interface on token ids "
+            "alone: it is not routed and stays as it was",
+            stacklevel=5,
+        )
     chosen = range(len(found)) if settings.layers is None else settings.layers
     require(
         all(0 <= i < len(found) for i in chosen), "layers", f"indices of the {len(found)} attention layers", settings.layers
@@ -91,6 +108,17 @@ def find_layers(model: PreTrainedModel, settings: PatchSettings) -> list[Found]:
     for one in found:
         require(one.width == found[0].width, "model", f"one width of hidden states, {found[0].width}", one.width, one.name)
     return found
+
+
+def left_out(model: PreTrainedModel, found: list[Found]) -> list[str]:
+    """Names of the attention modules that did not run there on a few tokens: a vision tower's, cross-attention, linear ones."""
+    ran = {inner for one in found for inner in one.module.modules()}
+    names: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in names)
+        if type(module).__name__.endswith("Attention") and not inside and not any(inner in ran for inner in module.modules()):
+            names.append(name)
+    return names
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bayes_router.attention.expert import ExpertShape
 from bayes_router.attention.local import MIN_BLOCK, banded
+from bayes_router.attention.rows_torch import softmax_rows
 from bayes_router.integrations.call import AttentionCall, first_seen, near, restrict
 
 QUERIES = 256  # in one block of masked attention
@@ -28,6 +29,10 @@ class PatchedExpert(nn.Module):
         """Every query of the call: [B, H, Tq, Dv]."""
         raise NotImplementedError
 
+    def in_place(self, call: AttentionCall) -> bool:
+        """Whether one new token reads its keys where they lie, so that a part of the batch is attended without copies."""
+        return False
+
     def narrowed(self, call: AttentionCall) -> AttentionCall:
         """The call of one new token with the keys alone that this expert may read; `read` attends over it."""
         return call
@@ -39,7 +44,8 @@ class PatchedExpert(nn.Module):
 
     def rows(self, call: AttentionCall, rows: Tensor) -> Tensor:
         """The queries `rows` [n], ascending, of a call of one sequence: [1, H, n, Dv]."""
-        return self(call)[:, :, rows]
+        out: Tensor = self(call)
+        return out[:, :, rows]
 
 
 class SoftmaxExpert(PatchedExpert):
@@ -59,7 +65,7 @@ class SoftmaxExpert(PatchedExpert):
         call = call.explicit()
         query, key = call.positions()
         blocks = []
-        for part in rows.split(QUERIES):
+        for part in torch.split(rows, QUERIES):
             mask = None if call.mask is None else call.mask[:, :, part]
             visible = replace(call, mask=mask, q=call.q[:, :, part]).visible
             blocks.append(self._attend(call, call.q[:, :, part], mask, visible, query[part], key, prune=True))
@@ -91,6 +97,10 @@ class SoftmaxExpert(PatchedExpert):
 class FullExpert(SoftmaxExpert):
     """The layer's own attention, untouched: bit for bit the original."""
 
+    def in_place(self, call: AttentionCall) -> bool:
+        """See `PatchedExpert.in_place`."""
+        return True
+
     def forward(self, call: AttentionCall) -> Tensor:
         """See `PatchedExpert.forward`."""
         return call.kernel(call.q, call.k, call.v, call.mask)
@@ -117,8 +127,10 @@ class LocalExpert(SoftmaxExpert):
         if call.dense and Tk <= (window if call.causal else (window + 1) // 2):
             return call.kernel(call.q, call.k, call.v, call.mask)  # the window hides nothing
         if Tq == 1 and call.causal and self._by_position(call):
-            return self.read(self.narrowed(call))
+            return self._joined(call) if self.in_place(call) else self.read(self.narrowed(call))
         if call.dense and call.causal and call.plain and Tq > max(window, MIN_BLOCK):
+            if call.q.device.type == "cpu" and not torch.is_grad_enabled() and call.q.shape[3] == call.v.shape[3]:
+                return self._by_tiles(call)
             return banded(call.q, call.k, call.v, window, self.sinks, call.scaling)
         return super().forward(call)
 
@@ -126,32 +138,67 @@ class LocalExpert(SoftmaxExpert):
         """Whether the first keys that a query sees are the same for all heads."""
         return not self.sinks or call.mask is None or call.mask.shape[1] == 1
 
+    def in_place(self, call: AttentionCall) -> bool:
+        """See `PatchedExpert.in_place`: where attention is plain and matrix products keep its precision, on a CPU."""
+        plain = call.plain and call.causal and (call.mask is None or call.mask.shape[1] == 1)
+        return plain and call.q.device.type == "cpu" and call.q.dtype in (torch.float32, torch.float64)
+
     def narrowed(self, call: AttentionCall) -> AttentionCall:
-        """See `PatchedExpert.narrowed`: the sinks and the window, slices of the cached keys; padding moves the sinks."""
-        window, before = self.shape.window, call.k.shape[2] - self.shape.window
-        if before <= 0 or not call.causal or not self._by_position(call):
+        """See `PatchedExpert.narrowed`: the sinks and the window."""
+        if call.k.shape[2] <= self.shape.window or not call.causal or not self._by_position(call):
             return call
-        k, v = call.k[:, :, -window:], call.v[:, :, -window:]
-        mask = None if call.mask is None else call.mask[..., -window:]
-        if not self.sinks:
-            return replace(call, k=k, v=v, mask=mask, padding=None, memory=None)
+        *front, (k, v, mask) = self._pieces(call)
+        for first_k, first_v, first_mask in front:
+            k, v = torch.cat([first_k, k], 2), torch.cat([first_v, v], 2)
+            mask = None if mask is None or first_mask is None else torch.cat([first_mask, mask], 3)
+        return replace(call, k=k, v=v, mask=mask, padding=None, memory=None)
+
+    def _pieces(self, call: AttentionCall) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """(keys, values, mask) of the sinks before the window and of the window, slices of the cached; padding moves sinks."""
+        window = min(self.shape.window, call.k.shape[2])
+        before, sinks = call.k.shape[2] - window, min(self.sinks, call.k.shape[2] - window)
+        mask = None if call.mask is None else call.mask[..., before:]
+        last = (call.k[:, :, before:], call.v[:, :, before:], mask)
+        if not sinks:
+            return [last]
         if call.mask is None:
-            first = slice(0, min(self.sinks, before))
-            k, v = torch.cat([call.k[:, :, first], k], 2), torch.cat([call.v[:, :, first], v], 2)
-            return replace(call, k=k, v=v, padding=None, memory=None)
-        assert mask is not None
+            return [(call.k[:, :, :sinks], call.v[:, :, :sinks], None), last]
         order = call.visible()[:, 0, 0].int().cumsum(-1)  # [B or 1, Tk], the how-manieth key that is seen
         place = torch.arange(1, self.sinks + 1, device=order.device)
         at = (order[:, None] == place[:, None]).int().argmax(-1)  # [B or 1, sinks]
         there = (order[:, -1:] >= place) & (at < before)  # those in the window are there already
         index = at.expand(len(call.q), -1)[:, None, :, None]
-        firsts = [x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (call.k, call.v)]
+        k, v = (x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (call.k, call.v))
         shown = restrict(call.mask.gather(3, at[:, None, None]), there[:, None, None])  # [B or 1, 1, 1, sinks]
-        k, v = torch.cat([firsts[0], k], 2), torch.cat([firsts[1], v], 2)
-        return replace(call, k=k, v=v, mask=torch.cat([shown, mask], 3), padding=None, memory=None)
+        return [(k, v, shown), last]
+
+    def _joined(self, call: AttentionCall) -> Tensor:
+        """One new token: one softmax over the sinks and the window, whose keys are not copied."""
+        pieces = self._pieces(call)
+        q = call.q.reshape(len(call.q), call.k.shape[1], -1, call.q.shape[3]) * call.scaling  # [B, Hkv, G, Dh]
+        weights = torch.cat([_masked(q @ k.mT, mask) for k, _, mask in pieces], 3).softmax(3)
+        (_, v, _), past = pieces[-1], weights.shape[3] - pieces[-1][0].shape[2]
+        out = weights[..., past:] @ v
+        if past:
+            out = out + weights[..., :past] @ pieces[0][1]
+        return out.reshape(*call.q.shape[:3], -1)
+
+    def _by_tiles(self, call: AttentionCall) -> Tensor:
+        """Every query of whole texts, in the dispatcher's tiles."""
+        shape, positions = self.shape._replace(sinks=self.sinks), torch.arange(call.q.shape[2])
+        q = call.q * (call.scaling * call.q.shape[3] ** 0.5)  # tiles divide by sqrt(Dh)
+        rows = [softmax_rows(*one, positions, shape)[0] for one in zip(q, call.k, call.v, strict=True)]
+        return torch.stack(rows) if len(rows) > 1 else rows[0][None]
 
     def read(self, call: AttentionCall) -> Tensor:
         """See `PatchedExpert.read`."""
         if not self._by_position(call):
             return super().forward(call)
         return call.kernel(call.q, call.k, call.v, call.mask)
+
+
+def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Scores of one token with its mask, bool or additive."""
+    if mask is None:
+        return scores
+    return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask

@@ -14,6 +14,7 @@ from transformers.models.falcon.modeling_falcon import FalconAttention, apply_ro
 
 from bayes_router.config import require
 from bayes_router.integrations.interface import attend
+from bayes_router.integrations.routed import BINDING, Binding
 
 OWN = "falcon"
 """What `check_model` answers for a model that this file serves."""
@@ -51,10 +52,15 @@ def forward(
     output_attentions: bool = False,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """[B, T, D] -> [B, T, D]; ALiBi comes inside the mask. Falcon drops attention weights only with ALiBi."""
     if output_attentions:
-        raise ValueError("output_attentions: expected False; got True; routed Falcon gives no weights: unpatch() first")
+        binding = getattr(self, BINDING, None)
+        if isinstance(binding, Binding) and binding.hidden is not None:
+            binding.require_full("output_attentions")
+        rest = (position_ids, layer_past, use_cache, True, position_embeddings)
+        original: tuple[Tensor, Tensor | None] = FalconAttention.forward(self, hidden_states, alibi, attention_mask, *rest)
+        return original
     B, T, _ = hidden_states.shape
     heads = (x.transpose(1, 2) for x in self._split_heads(self.query_key_value(hidden_states)))
     q, k, v = (x.reshape(B, -1, T, self.head_dim) for x in heads)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayes_router.attention.expert import ExpertShape, repeat_heads
+from bayes_router.attention.expert import ExpertShape, repeat_heads, widen
 from bayes_router.integrations.call import AttentionCall
 from bayes_router.integrations.experts import QUERIES, PatchedExpert
 from bayes_router.integrations.memory import Running
@@ -20,7 +20,7 @@ class LinearExpert(PatchedExpert):
 
     phi(x) = softmax(M x) with one learned M [F, Dh] a head, F = Dh, in the manner of Zhang et al. 2024 (arXiv 2402.04347);
     M starts at the identity, scaled so that phi_q . phi_k grows with the layer's own scores. It takes the queries and keys
-    as the layer hands them over, rotary positions included. Computed in float32.
+    as the layer hands them over, rotary positions included. Computed in float32 at least.
 
     A causal pass without other masks than padding costs O(T): a running state between chunks. One new token behind a KV cache
     reads a state that is kept beside it (`LayerMemory`) and costs the same at any length. With any other mask, for several
@@ -41,7 +41,7 @@ class LinearExpert(PatchedExpert):
             return (summed[..., :-1] / (summed[..., -1:] + EPSILON)).to(call.v.dtype)
         phi_q = self._phi(call.q, self.query_map, call)  # [B, H, Tq, F]
         phi_k = self._phi(call.k, self.key_map, call)  # [B, Hkv, Tk, F]
-        value = F.pad(call.v.float(), (0, 1), value=1.0)  # [B, Hkv, Tk, Dv + 1]
+        value = F.pad(widen(call.v), (0, 1), value=1.0)  # [B, Hkv, Tk, Dv + 1]
         decay = self._log_decay(call)  # [B, Hkv, Tk], 0 or less; None: nothing is forgotten
         real = self._real(call)
         if real is not None:  # padding adds nothing to the state and keeps it
@@ -60,7 +60,7 @@ class LinearExpert(PatchedExpert):
 
     @staticmethod
     def _phi(x: Tensor, weight: Tensor, call: AttentionCall) -> Tensor:
-        return (x.float() * call.scaling**0.5 @ weight.mT).softmax(-1)
+        return (widen(x) * call.scaling**0.5 @ weight.mT).softmax(-1)
 
     def needs_grad(self, call: AttentionCall) -> bool:
         """Whether autograd records this call: no state is kept then."""
@@ -75,7 +75,7 @@ class LinearExpert(PatchedExpert):
         if before is not None and start == call.k.shape[2]:
             return before.state
         late = replace(call, k=call.k[:, :, start:], v=call.v[:, :, start:])
-        phi_k, value = self._phi(late.k, self.key_map, call), F.pad(late.v.float(), (0, 1), value=1.0)
+        phi_k, value = self._phi(late.k, self.key_map, call), F.pad(widen(late.v), (0, 1), value=1.0)
         decay = self._log_decay(late)  # [B, Hkv, n]
         if memory.real is not None:
             real = memory.real[:, None, start:]
@@ -127,7 +127,7 @@ class GatedExpert(LinearExpert):
         self.gate_bias = nn.Parameter(torch.logspace(3, 10, kv_heads, base=2.0).log())
 
     def _log_decay(self, call: AttentionCall) -> Tensor:
-        return F.logsigmoid((call.k.float() * self.gate[:, None]).sum(-1) + self.gate_bias[:, None])
+        return F.logsigmoid((widen(call.k) * self.gate[:, None]).sum(-1) + self.gate_bias[:, None])
 
 
 def causal_sum(phi_q: Tensor, phi_k: Tensor, value: Tensor, log_decay: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bayes_router.config import ScheduleConfig
+from bayes_router.config import ScheduleConfig, require
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel
 from bayes_router.integrations import falcon
@@ -21,7 +21,6 @@ from bayes_router.integrations.discovery import check_model, find_layers, probe
 from bayes_router.integrations.interface import install, keep_hidden
 from bayes_router.integrations.routed import BINDING, Binding, PatchSettings, RoutedModel, model_config
 from bayes_router.integrations.texts import stream_of
-from bayes_router.routing.policy import execute
 from bayes_router.transformer.model import Force, forced_route
 from bayes_router.types import Route, RoutingMode, RoutingOutput, choose
 
@@ -54,7 +53,7 @@ class RoutedPretrained(RoutedModel):
 
         def route(layer: int, hidden: Tensor) -> Tensor | int:
             q = self.controller.posterior(layer, hidden)
-            executed = execute(q, chosen, self.policy) if answer is None else answer(layer, hidden)
+            executed = self.decide(layer, q, chosen) if answer is None else answer(layer, hidden)
             concentrations.append(q.concentration)
             routes.append(executed if isinstance(executed, Tensor) else torch.full_like(tokens, executed))
             self._concentration[layer], self._executed[layer] = concentrations[-1], routes[-1]
@@ -70,14 +69,21 @@ class RoutedPretrained(RoutedModel):
         Raises:
             ValueError: the model has no language-modelling head.
         """
-        out = self.model(input_ids=tokens, **inputs)
-        if not hasattr(out, "logits"):
-            raise ValueError(
-                f"model: expected one with a language-modelling head; got {type(self.model).__name__}, which gives hidden "
-                "states alone; load it by AutoModelForCausalLM or AutoModelForMaskedLM"
-            )
-        logits: Tensor = out.logits
+        require(
+            self.predicts,
+            "model",
+            "one with a language-modelling head",
+            type(self.model).__name__,
+            "load it by AutoModelForCausalLM or AutoModelForMaskedLM",
+        )
+        logits: Tensor = self.model(input_ids=tokens, **inputs).logits
         return logits
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the model has a head that speaks of tokens."""
+        model = self.model
+        return isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None
 
     @property
     def network(self) -> "Network":
@@ -114,7 +120,7 @@ class RoutedPretrained(RoutedModel):
             valid_fraction: the end of the text, held out for `set_budget`.
             progress: show bars.
             settings: of `FitSettings`: steps, distil_steps, context, batch_size, lr, controller_lr, weights_lr, likelihood,
-                budget, seconds, seed, ...
+                budget, seconds, seed, ... With weights_lr above 0 the model moves: save it beside the patch.
 
         Returns:
             One row a step: nll, kl, elbo in nats per token, the executed cost and the price; with the unpatched model as
@@ -122,6 +128,7 @@ class RoutedPretrained(RoutedModel):
         """
         from bayes_router.integrations import tuning
 
+        self.require_patched()
         chosen = tuning.FitSettings(**settings)
         stream = stream_of(texts, tokenizer, self.config.vocab_size, self.causal)
         source, self.held_out = stream.split(valid_fraction)
@@ -131,6 +138,7 @@ class RoutedPretrained(RoutedModel):
             errors = tuning.distil(self, source, chosen, progress)
             steps = schedule or tuning.default_schedule(len(self.layers))
             frame = tuning.fit_routes(self, source, chosen, steps, progress)
+            self.made_for = "" if chosen.weights_lr > 0 else self.made_for
             self.fitted = tuning.record(self, chosen, steps, frame, len(source), getattr(tokenizer, "name_or_path", None))
         frame.attrs["distillation"] = errors
         return frame
@@ -149,16 +157,18 @@ class RoutedPretrained(RoutedModel):
     def set_budget(
         self, budget: float, texts: Any = None, *, tokenizer: Any = None, context: int = 512, limit: int = 8192
     ) -> float:
-        """Let executed attention cost at most `budget` of full attention, on text held out by `fit` or on `texts`.
+        """Let executed attention cost `budget` of attention over all keys, on text held out by `fit` or on `texts`.
 
         Costs are those of the prior's cost model. Afterwards `policy` is a `Budget` at the price that was found.
 
         Returns:
-            The realised cost on that text, which can miss the budget where many tokens have the same posterior.
+            The realised cost on that text, within 0.005 of the budget.
 
         Raises:
-            ValueError: no text, or a budget below the cheapest expert.
+            ValueError: no text, or a budget that no price realises: out of range, or in a jump because many tokens have one
+                posterior; the message names what is within reach.
         """
+        self.require_patched()
         from bayes_router.integrations.budget import solve
 
         source = self.held_out if texts is None else stream_of(texts, tokenizer, self.config.vocab_size, self.causal)
@@ -192,6 +202,7 @@ def patch_pretrained(model: PreTrainedModel, settings: PatchSettings) -> RoutedP
     """Route the attention layers of `model`; see `bayes_router.patch`."""
     base = check_model(model)
     restore = falcon.install(model) if base == falcon.OWN else install(model, base)
+    router = None
     try:
         found = find_layers(model, settings)
         router = RoutedPretrained(model, found, settings)
@@ -204,17 +215,17 @@ def patch_pretrained(model: PreTrainedModel, settings: PatchSettings) -> RoutedP
             router._restore.append(handle.remove)
         verify(router)
     except BaseException:
-        for undo in restore:
+        for undo in restore if router is None else [router.unpatch]:
             undo()
         raise
     return router
 
 
 def verify(router: RoutedPretrained) -> None:
-    """Compare the patched model, every token on full attention, with the original on a few tokens.
+    """Compare the patched model, every token on full attention, with the original on a few tokens; try a mixed route too.
 
     Raises:
-        ValueError: they differ, or a layer was not routed; the patch is undone then.
+        ValueError: they differ, a layer was not routed, or the mixed route cannot be executed.
     """
     model = router.model
     assert isinstance(model, PreTrainedModel)
@@ -224,6 +235,17 @@ def verify(router: RoutedPretrained) -> None:
         seen.add(layer)
         return router.experts.index("full")
 
+    def mixed(layer: int, hidden: Tensor) -> Tensor:
+        return (torch.arange(hidden.shape[1], device=hidden.device) % len(router.experts)).expand(hidden.shape[:2])
+
+    try:
+        with router.routed_by(mixed):
+            probe(model)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"model: expected attention that can be cut by query and key; {type(model).__name__} fails when its tokens are "
+            f"routed differently: {error}; this architecture is not served"
+        ) from error
     with router.routed_by(full):
         routed = probe(model)
     bindings = [(one.module, one.module.__dict__.pop(BINDING)) for one in router.found]
@@ -231,7 +253,6 @@ def verify(router: RoutedPretrained) -> None:
     for module, binding in bindings:
         setattr(module, BINDING, binding)
     if len(seen) != len(router.found) or not torch.equal(routed, original):
-        router.unpatch()
         raise ValueError(
             f"model: expected outputs of {type(model).__name__} unchanged by a patch with every token on full attention; "
             f"they differ, or a layer was not reached ({len(seen)} of {len(router.found)}); this architecture is not served"

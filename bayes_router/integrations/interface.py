@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import output_capturing
 
 from bayes_router.integrations.call import AttentionCall, padding_of
 from bayes_router.integrations.memory import held_keys
@@ -19,7 +20,8 @@ from bayes_router.integrations.routed import BINDING, Binding
 MASKS = {"sdpa": sdpa_mask, "eager": eager_mask}
 NAME = "bayes_router_{}"
 
-Observer = Callable[[nn.Module, Tensor, Tensor, Tensor, bool], None]
+Observer = Callable[[nn.Module, Tensor, Tensor, bool, "int | None"], None]
+"""(module, q, k, causal, window of the layer's own) of every call."""
 observers: list[Observer] = []
 
 
@@ -40,10 +42,14 @@ def attend(
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     for observe in observers:
-        observe(module, query, key, value, bool(causal))
+        observe(module, query, key, bool(causal), kwargs.get("sliding_window"))
     binding = getattr(module, BINDING, None)
     if not isinstance(binding, Binding) or binding.hidden is None:
         return original(module, query, key, value, attention_mask, **kwargs)
+    if weights_wanted(module, kwargs):
+        binding.require_full("output_attentions")
+        return original(module, query, key, value, attention_mask, **kwargs)
+    attention_mask, kwargs = folded(attention_mask, kwargs, query, key, bool(causal))
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         if base == "eager" and mask is not None and mask.dtype == torch.bool:
@@ -52,7 +58,7 @@ def attend(
         return out.transpose(1, 2)  # [B, Tq, H, Dv] -> [B, H, Tq, Dv]
 
     scaling = kwargs.get("scaling")
-    plain = base == "sdpa" and not kwargs.get("dropout") and all(kwargs.get(x) is None for x in ("s_aux", "position_bias"))
+    plain = base == "sdpa" and not kwargs.get("dropout") and kwargs.get("s_aux") is None
     call = AttentionCall(
         query,
         key,
@@ -65,6 +71,29 @@ def attend(
         _padding(attention_mask, query.shape[2], bool(causal)),
     )
     return binding.attend(call).transpose(1, 2).contiguous(), None
+
+
+def weights_wanted(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether the caller asks for attention weights, which a mixture of experts has not."""
+    collector = getattr(output_capturing, "_active_collector", None)  # some architectures pass the argument no further
+    collected = None if collector is None else collector.get()
+    configured = getattr(getattr(module, "config", None), "output_attentions", False)
+    return bool(kwargs.get("output_attentions") or configured or (collected and "attentions" in collected))
+
+
+def folded(
+    mask: Tensor | None, kwargs: dict[str, Any], query: Tensor, key: Tensor, causal: bool
+) -> tuple[Tensor | None, dict[str, Any]]:
+    """Mask and arguments with a bias of positions (T5) in the mask, which experts cut by query and key; both are added."""
+    bias = kwargs.get("position_bias")
+    if bias is None:
+        return mask, kwargs
+    Tq, Tk, hidden = query.shape[2], key.shape[2], torch.finfo(key.dtype).min
+    if mask is None and causal:
+        mask = torch.ones(Tq, Tk, dtype=torch.bool, device=key.device).tril(Tk - Tq)
+    if mask is not None:  # a new tensor: what is shared between layers is not written to
+        bias = torch.where(mask, bias, hidden) if mask.dtype == torch.bool else bias + mask
+    return bias.contiguous(), {name: value for name, value in kwargs.items() if name != "position_bias"}
 
 
 _last_mask: tuple[Callable[[], Tensor | None], bool, Tensor | None] = (lambda: None, True, None)
@@ -100,8 +129,14 @@ def keep_hidden(binding: Binding, module: nn.Module, args: tuple[Any, ...], kwar
 
 
 def install(model: PreTrainedModel, base: str) -> list[Callable[[], None]]:
-    """Switch the model to the registered attention function; what undoes it."""
+    """Switch the model to the registered attention function; what undoes it.
+
+    Each part keeps its own kernel: the language model may run sdpa and a vision tower eager.
+    """
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     before = [(config, config._attn_implementation) for config in configs.values()]
     model.set_attn_implementation(NAME.format(base))
+    for config, name in before:
+        if config._attn_implementation == NAME.format(base) != NAME.format(name):
+            config._attn_implementation_internal = NAME.format(name) if name in MASKS else name
     return [partial(setattr, config, "_attn_implementation_internal", name) for config, name in before]

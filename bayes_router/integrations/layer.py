@@ -40,7 +40,7 @@ def patched_expert(name: str, shape: ExpertShape, kv_heads: int, sinks: int, cau
 
 
 class RoutedLayer(nn.Module):
-    """The experts of one layer; all take the layer's own q, k, v. Parameters stay float32 whatever the model's dtype."""
+    """The experts of one layer; all take the layer's own q, k, v. Parameters are float32 where the model's are narrower."""
 
     def __init__(self, names: tuple[str, ...], shape: ExpertShape, kv_heads: int, sinks: int, causal: bool):
         super().__init__()

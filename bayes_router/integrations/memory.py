@@ -1,4 +1,6 @@
-"""What decoding a patched model remembers beside the Hugging Face cache: the state of each linear expert, where it is valid.
+"""What decoding a patched model remembers beside the Hugging Face cache, and how that grows without being copied.
+
+The state of each linear expert is remembered, where it is valid.
 
 A state summarises the first n cached keys. It is used only while the cache still holds the very tensor of keys that the last
 call left there, grown by the new tokens alone, with the same keys hidden. A cropped, reordered, copied or fresh cache, or one
@@ -6,8 +8,10 @@ that hands out other tensors than it keeps, gives an empty memory, and the state
 correctness never depends on it.
 """
 
+import sys
 import weakref
 from dataclasses import dataclass
+from functools import cache as remembered
 from typing import Any
 
 import torch
@@ -58,19 +62,96 @@ class Memories:
 
     def of(self, cache: Any, index: int) -> LayerMemory:
         """The memory of a layer."""
-        return self._by_cache.setdefault(cache, {}).setdefault(index, LayerMemory())
+        layers = self._by_cache.setdefault(cache, {})
+        if index not in layers:
+            layers[index] = LayerMemory()
+        return layers[index]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Memories":
         return Memories()  # a copied model has caches of its own
 
 
 def held_keys(cache: Any, layer: Any) -> Tensor | None:
-    """The keys [B, Hkv, T, Dh] that a cache of transformers keeps for a layer; None where it keeps them otherwise."""
+    """The keys [B, Hkv, T, Dh] that a cache of transformers keeps for a layer; None where it keeps them otherwise.
+
+    The layer's next keys are appended in place, where it concatenates: see `growing`.
+    """
     layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
     if layers is None or not isinstance(layer, int) or not 0 <= layer < len(layers):
         return None
-    keys = getattr(layers[layer], "keys", None)
+    one, plain = layers[layer], getattr(sys.modules.get("transformers.cache_utils"), "DynamicLayer", None)
+    if plain is not None and one.__class__ is plain:
+        one.__class__ = growing(plain)
+    keys = getattr(one, "keys", None)
     return keys if isinstance(keys, Tensor) else None
+
+
+SPARE = 8  # a store has room for another eighth of what it holds, and for
+LEAST = 64  # tokens at least
+
+
+@remembered
+def growing(kind: Any) -> Any:
+    """`kind` of a cache's layer, made to append in place where it concatenates: a step copies its own keys and no others.
+
+    `keys` and `values` become views of a store that is longer. What they show never changes: tokens are only written behind
+    it, and only behind the very tensors that the last step left. After anything else (a crop, a reordering, a copy) and
+    where autograd looks on, the layer concatenates as before.
+    """
+    own = {"update": _append, "__reduce__": _reduced, "_left": None, "_store": None}
+    return type(f"Growing{kind.__name__}", (kind,), own | {"_layer_type": None})  # in no register of transformers
+
+
+def _append(layer: Any, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """`DynamicLayer.update`."""
+    left: tuple[Tensor, Tensor]
+    kind: Any = type(layer).__base__
+    if not _untouched(layer, key_states, value_states):
+        layer._store, left = None, kind.update(layer, key_states, value_states, *args, **kwargs)
+    else:
+        start = layer.keys.shape[2]
+        stop = start + key_states.shape[2]
+        if layer._store is None or layer._store[0].shape[2] < stop:
+            length = stop + max(stop // SPARE, LEAST)
+            layer._store = _longer(layer.keys, length), _longer(layer.values, length)
+        for store, new in zip(layer._store, (key_states, value_states), strict=True):
+            store.data[:, :, start:stop] = new  # `data`: earlier views show what they showed, and keep their version
+        left = layer._store[0][:, :, :stop], layer._store[1][:, :, :stop]
+    layer._left = layer.keys, layer.values = left
+    return left
+
+
+def _untouched(layer: Any, *new: Tensor) -> bool:
+    """Whether a layer holds what its last step left, and the new tokens are of that kind."""
+    if layer._left is None or layer.keys is not layer._left[0] or layer.values is not layer._left[1]:
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*layer._left, *new)):
+        return False
+    return all(
+        x.shape[:2] == y.shape[:2] and x.shape[3:] == y.shape[3:] and x.dtype == y.dtype and x.device == y.device
+        for x, y in zip(layer._left, new, strict=True)
+    )
+
+
+def _longer(x: Tensor, length: int) -> Tensor:
+    """A store [B, H, length, D] that begins with x; a usual tensor, though inference mode makes it."""
+    with torch.inference_mode(False):
+        store = x.new_empty(*x.shape[:2], length, x.shape[3])
+    store.data[:, :, : x.shape[2]] = x
+    return store
+
+
+def _reduced(layer: Any) -> Any:
+    """Copied and pickled as the kind that it was, its keys and values without room behind them."""
+    state = {name: value for name, value in layer.__dict__.items() if name not in ("_left", "_store")}
+    state |= {name: state[name].clone() for name in ("keys", "values") if isinstance(state.get(name), Tensor)}
+    return _plain, (type(layer).__base__, state)
+
+
+def _plain(kind: Any, state: dict[str, Any]) -> Any:
+    layer = kind.__new__(kind)
+    layer.__dict__.update(state)
+    return layer
 
 
 def version(x: Tensor) -> int:

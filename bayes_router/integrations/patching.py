@@ -1,10 +1,12 @@
 """`patch` and `load_patch`: one door for every kind of model; what a model needs is imported when it comes."""
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from bayes_router.config import PriorConfig, require
@@ -28,19 +30,22 @@ def patch(
 ) -> Any:
     """Route the attention of a pretrained model in place, its weights kept; `unpatch()` of the result takes it back.
 
-    Unfitted, every token takes `full` attention and the outputs are the original's. Patching twice alike gives the same
-    object.
+    Unfitted, in evaluation mode, every token takes `full` attention and the outputs are the original's; training mode draws
+    routes. Patching twice alike gives the same object. Attention weights (`output_attentions`, or `need_weights`, the default
+    of a bare `nn.MultiheadAttention`) are the original's where every token is on `full`, and refused elsewhere.
 
     Args:
         model: a Hugging Face model of the attention interface (transformers 5) or Falcon; or `nn.TransformerEncoder`,
-            `nn.TransformerDecoder`, one of their layers, or `nn.MultiheadAttention` (self-attention alone is routed).
+            `nn.TransformerDecoder`, one of their layers, or `nn.MultiheadAttention` (self-attention alone is routed, what is
+            not is named in a warning).
         window: keys that `local` sees, the token itself included.
         experts: of full, linear, local, gated; `full` must be among them.
         layers: indices of the attention layers to route, in the order in which the model runs them; None: all.
         sinks: first tokens that `local` sees beside its window; about 4 for decoders, which park attention there.
         prior: of `fit`.
         policy: from posterior to route under HARD; the largest posterior mean by default.
-        context: tokens at which costs are compared, where the prior's cost model asks.
+        context: tokens at which costs are compared, where the prior's cost model asks; a layer whose own window is shorter
+            pays for that window.
         controller_hidden: hidden width of each layer's controller; 0 for a linear one.
         concentration_floor: least concentration of the posterior.
 
@@ -49,7 +54,11 @@ def patch(
 
     Raises:
         ValueError: settings or a model that cannot be routed, named, with the reason.
+
+    Warns:
+        UserWarning: some attention is not routed: a vision tower's, cross-attention.
     """
+    check_weights(model)
     settings = PatchSettings(
         window=window,
         experts=tuple(experts),
@@ -74,6 +83,7 @@ def load_patch(model: nn.Module, folder: Path | str) -> Any:
     Raises:
         ValueError: the folder is no saved patch or is damaged, or was made for another model.
     """
+    check_weights(model)
     settings, policy = read_settings(model, folder)
     known = existing(model, settings)
     router = known or _patch(model, settings)
@@ -86,6 +96,38 @@ def load_patch(model: nn.Module, folder: Path | str) -> Any:
         raise
     router.policy = policy
     return router
+
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+QUANTISED = re.compile(
+    r"^(torch(\.ao)?\.nn\.(\w+\.)*quantized|torchao|bitsandbytes|auto_gptq|gptqmodel|awq|hqq|(optimum\.)?quanto)\b"
+)
+"""Where modules and tensors live that keep integers behind the name, or the dtype, of floats."""
+
+
+def check_weights(model: nn.Module) -> None:
+    """See that `model` is a torch module whose weights are floating-point numbers.
+
+    Raises:
+        ValueError: it is none, or has quantised weights, also packed ones, which are no parameters.
+    """
+    require(
+        isinstance(model, nn.Module),
+        "model",
+        "a torch module",
+        model,
+        "load it first: transformers.AutoModelForCausalLM.from_pretrained(...)",
+    )
+    kinds = [(name, type(part)) for name, part in (*model.named_modules(), *model.named_parameters())]
+    packed = [f"{name} ({kind.__module__}.{kind.__qualname__})" for name, kind in kinds if QUANTISED.match(kind.__module__)]
+    packed += [f"{name} ({p.dtype})" for name, p in model.named_parameters() if p.dtype not in FLOATS]
+    require(
+        not packed,
+        "model",
+        "weights in float32, float64, bfloat16 or float16",
+        f"{type(model).__name__} with quantised weights, {', '.join(packed[:1])}",
+        "load it without quantization_config, or dequantise it first",
+    )
 
 
 def _patch(model: nn.Module, settings: PatchSettings) -> RoutedModel:

@@ -22,6 +22,7 @@ class PretrainedTokeniser:
 
     def __init__(self, tokenizer: Any, vocab_size: int):
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
+        self.mask_token: int | None = getattr(tokenizer, "mask_token_id", None)
         self.name = str(getattr(tokenizer, "name_or_path", "") or "pretrained")
         self._known = len(tokenizer)
 
@@ -40,19 +41,22 @@ class PretrainedTokeniser:
         return f" {text.lstrip(' ')}" if first and str(first[0]).startswith("\u2581") and not text.startswith(" ") else text
 
 
-def load_base(base: str, gguf_file: str | None, device: torch.device) -> Any:
+def load_base(base: str, gguf_file: str | None, device: torch.device, kind: str = "") -> Any:
     """The language model in a folder or of a name, in evaluation mode: its own dtype on a GPU, float32 on a CPU.
+
+    `kind` is the class that the patch was made for: with a masked head, or with a causal one.
 
     Raises:
         ValueError: transformers is not installed, or there is no such model.
     """
     try:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
     except ImportError as error:
         raise ValueError("base: expected the package transformers; got none; run: pip install 'bayes-router[hf]'") from error
     dtype = "auto" if device.type == "cuda" else torch.float32
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **_gguf(base, gguf_file))
+        auto = AutoModelForMaskedLM if kind.endswith("ForMaskedLM") else AutoModelForCausalLM
+        model: Any = auto.from_pretrained(base, dtype=dtype, **_gguf(base, gguf_file))
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(

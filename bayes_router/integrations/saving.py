@@ -1,13 +1,13 @@
 """A patch on disk: router.safetensors (what was added), router.json (settings, policy, the fit, the model it belongs to).
 
-And held_out.safetensors, text that the fit did not read, as token ids.
+And, where asked for, held_out.safetensors: text that the fit did not read, as token ids.
 """
 
-import hashlib
 import json
+import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -15,34 +15,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bayes_router.config import PriorConfig, require
+from bayes_router.integrations.identity import fingerprint
 from bayes_router.integrations.routed import FitRecord, PatchSettings, RoutedModel
-from bayes_router.integrations.texts import TokenStream
+from bayes_router.integrations.texts import MaskedStream, TokenStream
 from bayes_router.routing.policy import Argmax, Budget, Conservative, Policy
 from bayes_router.training.checkpoint import write_json, write_whole
 
 WEIGHTS, SETTINGS, HELD_OUT, FORMAT = "router.safetensors", "router.json", "held_out.safetensors", 1
 HELD_OUT_TOKENS = 32_768
-SAMPLES = 64  # numbers of each tensor that enter the fingerprint
 POLICIES: dict[str, type[Any]] = {policy.__name__: policy for policy in (Argmax, Budget, Conservative)}
 
 
-@torch.no_grad()
-def fingerprint(model: nn.Module) -> str:
-    """sha256 of the model's class, of its parameters' names and shapes, and of 64 numbers of each as bfloat16.
-
-    The same for a copy in another precision that holds the same bfloat16 values, and on another device.
-    """
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        index = torch.linspace(0, max(flat.numel() - 1, 0), min(SAMPLES, flat.numel()), dtype=torch.float64).long()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(flat[index.to(flat.device)].to("cpu", torch.bfloat16).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def save_router(router: RoutedModel, folder: Path | str, held_out: bool = True) -> None:
-    """Write the files of a patch.
+def save_router(router: RoutedModel, folder: Path | str, held_out: bool = False) -> None:
+    """Write the files of a patch; see `RoutedModel.save`.
 
     Raises:
         ValueError: the policy is not one of the project's own.
@@ -51,6 +36,13 @@ def save_router(router: RoutedModel, folder: Path | str, held_out: bool = True) 
     name = type(router.policy).__name__
     require(name in POLICIES, "policy", f"one of {', '.join(POLICIES)}, which can be saved", name, "set another before saving")
     folder.mkdir(parents=True, exist_ok=True)
+    now = fingerprint(router.model)
+    if now != router.made_for:
+        warnings.warn(
+            f"{type(router.model).__name__}: its own weights moved since it was patched, and the patch fits them as they are: "
+            "save the model too (save_pretrained), or load_patch will find no model that the patch was made for",
+            stacklevel=3,
+        )
     weights = {key: value.detach().cpu().contiguous() for key, value in router.state_dict().items()}
     write_whole(folder / WEIGHTS, lambda path: save_file(weights, path))
     write_json(
@@ -58,7 +50,9 @@ def save_router(router: RoutedModel, folder: Path | str, held_out: bool = True) 
         {
             "format": FORMAT,
             "model": type(router.model).__name__,
-            "fingerprint": fingerprint(router.model),
+            "router": type(router).__name__,
+            "fingerprint": now,
+            "moved": now != router.made_for,
             "settings": router.settings.to_dict(),
             "policy": {"name": name, **asdict(router.policy)},  # type: ignore[call-overload]
             "fit": None if router.fitted is None else asdict(router.fitted),
@@ -66,9 +60,11 @@ def save_router(router: RoutedModel, folder: Path | str, held_out: bool = True) 
         },
     )
     text = router.held_out if held_out else None
-    if type(text) is TokenStream:  # the masks of a MaskedStream are no text
-        tokens = text.tokens[:HELD_OUT_TOKENS].contiguous()
-        write_whole(folder / HELD_OUT, lambda path: save_file({"tokens": tokens}, path))
+    if text is not None:
+        kept = {"tokens": text.tokens[:HELD_OUT_TOKENS].contiguous()}
+        if isinstance(text, MaskedStream):
+            kept["mask_token"] = torch.tensor(text.mask_token)
+        write_whole(folder / HELD_OUT, lambda path: save_file(kept, path))
     else:
         (folder / HELD_OUT).unlink(missing_ok=True)
 
@@ -91,12 +87,15 @@ def read_settings(model: nn.Module, folder: Path | str) -> tuple[PatchSettings, 
         chosen: Policy = POLICIES[policy.pop("name")](**{key: _tuple(value) for key, value in policy.items()})
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected the settings of a patch; damaged or of another version: {error!r}") from error
+    moved = "its own weights had moved when it was saved: load the model that was saved with it"
     require(
         saved.get("fingerprint") == fingerprint(model),
         "model",
         f"the {saved.get('model')} that {folder} was made for",
         type(model).__name__,
-        "weights or architecture differ: load the model that was patched, or patch and fit this one",
+        moved
+        if saved.get("moved")
+        else "weights or architecture differ: load the model that was patched, or patch and fit this one",
     )
     return made, chosen
 
@@ -106,8 +105,16 @@ def is_patch(folder: Path | str) -> bool:
     return (Path(folder) / SETTINGS).is_file()
 
 
-def read_origin(folder: Path | str) -> tuple[str, str]:
-    """(class, name or path) of the model that a patch was made for, as its folder names them; empty where it does not.
+class Origin(NamedTuple):
+    """What a patch was made for, as its folder names it; empty where it does not."""
+
+    model: str  # class
+    base: str  # name or path
+    router: str  # class of what `patch` returned
+
+
+def read_origin(folder: Path | str) -> Origin:
+    """The model that a patch was made for.
 
     Raises:
         ValueError: router.json is damaged.
@@ -115,7 +122,7 @@ def read_origin(folder: Path | str) -> tuple[str, str]:
     path = Path(folder) / SETTINGS
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        return str(saved.get("model") or ""), str(saved.get("base") or "")
+        return Origin(*(str(saved.get(name) or "") for name in Origin._fields))
     except (json.JSONDecodeError, AttributeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected the settings of a patch; damaged or of another version: {error!r}") from error
 
@@ -135,10 +142,16 @@ def load_fit(router: RoutedModel, folder: Path | str) -> None:
     if not text.is_file():
         return
     try:
-        tokens = load_file(text)["tokens"].long()
+        kept = load_file(text)
+        tokens, mask_token = kept["tokens"].long(), kept.get("mask_token")
     except (SafetensorError, KeyError, OSError) as error:
         raise ValueError(f"{text}: expected token ids of held-out text; damaged: {error}; delete it to go without") from error
-    router.held_out = TokenStream(tokens, router.config.vocab_size, "held out")
+    vocab_size = router.config.vocab_size
+    router.held_out = (
+        TokenStream(tokens, vocab_size, "held out")
+        if mask_token is None
+        else MaskedStream(tokens, vocab_size, int(mask_token), "held out")
+    )
 
 
 def load_weights(router: RoutedModel, folder: Path | str) -> None:

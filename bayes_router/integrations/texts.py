@@ -39,9 +39,15 @@ class TokenStream(TokenDataset):
 
 
 class MaskedStream(TokenStream):
-    """For an encoder with a masked-language-modelling head: 15% of the tokens hidden, and they alone are scored."""
+    """For an encoder with a masked-language-modelling head: 15% of the tokens hidden, and they alone are scored.
 
-    mask_token: int
+    A target is the hidden token itself, at its own place.
+    """
+
+    def __init__(self, tokens: Tensor, vocab_size: int, mask_token: int, name: str = "text"):
+        """Take `tokens` int64 [N] as they are; a hidden one is read as `mask_token`."""
+        super().__init__(tokens, vocab_size, name)
+        self.mask_token = mask_token
 
     def batch(self, step: int, batch_size: int, context: int, seed: int, rank: int = 0, world_size: int = 1) -> Batch:
         """See `TokenSource.batch`."""
@@ -81,6 +87,5 @@ def stream_of(texts: Any, tokenizer: Callable[..., Any] | None, vocab_size: int,
         return TokenStream(flat, vocab_size)
     mask_token = getattr(tokenizer, "mask_token_id", None)
     require(mask_token is not None, "tokenizer", "one with a mask token, to fit an encoder", tokenizer)
-    stream = MaskedStream(flat, vocab_size)
-    stream.mask_token = int(mask_token)  # type: ignore[arg-type]
-    return stream
+    assert mask_token is not None
+    return MaskedStream(flat, vocab_size, int(mask_token))

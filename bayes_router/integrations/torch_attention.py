@@ -1,7 +1,8 @@
 """Patch PyTorch's own attention: nn.MultiheadAttention, alone or inside nn.TransformerEncoder and nn.TransformerDecoder.
 
-Weights stay where they are. Self-attention is routed; a call whose query, key and value are not one tensor (cross-attention)
-runs as before. A token on `full` sees what it saw; where all tokens are, the module's own forward pass is run.
+Weights stay where they are. Self-attention is routed, also where values are another tensor than queries and keys (DETR adds
+positions to these alone); a call whose query and key are not one tensor is cross-attention, runs as before, and is named in a
+warning. A token on `full` sees what it saw; where all tokens are, the module's own forward pass is run.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ from bayes_router.config import require
 from bayes_router.integrations.call import AttentionCall, padding_of, seen
 from bayes_router.integrations.features import LinearExpert
 from bayes_router.integrations.layer import RoutedLayer
-from bayes_router.integrations.routed import BINDING, Binding, Found, PatchSettings, RoutedModel
+from bayes_router.integrations.routed import BINDING, Binding, Found, PatchSettings, RoutedModel, all_on
 from bayes_router.types import RoutingMode
 
 Loss = Callable[[Any], Tensor]
@@ -27,14 +28,17 @@ Loss = Callable[[Any], Tensor]
 class RoutedTorch(RoutedModel):
     """A patched PyTorch module; see `RoutedModel`. Calling it calls the module.
 
-    In training mode draws carry gradients to the controllers, so that task loss + weight * `kl()` is a negative ELBO.
+    In training mode draws carry gradients to the controllers, so that task loss + weight * `kl()` is a negative ELBO. A mixture
+    of experts has no attention weights: where tokens are routed, in training mode hence always, a bare `nn.MultiheadAttention`
+    is called with need_weights=False (its own default is True).
     """
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """The module itself."""
+        self.require_patched()
         return self.model(*inputs, **named)
 
-    def distil(self, inputs: Iterable[Tensor], lr: float = 1e-3) -> list[float]:
+    def distil(self, inputs: Iterable[Any], lr: float = 1e-3) -> list[float]:
         """Teach each linear expert its own layer's attention, one step an input; relative squared errors, mean over layers."""
         parameters = [p for layer in self.layers for p in layer.parameters()]
         if not parameters:
@@ -50,15 +54,16 @@ class RoutedTorch(RoutedModel):
                     if isinstance(expert, LinearExpert):
                         errors.append((expert(call) - target).square().mean() / target.square().mean())
 
-        for x in inputs:
-            errors: list[Tensor] = []
-            with torch.no_grad(), self.observed_by(compare):
-                self.model(x)
-            loss = torch.stack(errors).mean()
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            losses.append(float(loss.detach()))
+        with self.only_this():
+            for x in inputs:
+                errors: list[Tensor] = []
+                with torch.no_grad(), self.observed_by(compare):
+                    self.model(*_arguments(x))
+                loss = torch.stack(errors).mean()
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                losses.append(float(loss.detach()))
         return losses
 
     def fit(self, inputs: Sequence[Any], loss: Loss | None = None, *, kl_weight: float = 3e-3, lr: float = 3e-3) -> list[float]:
@@ -70,35 +75,30 @@ class RoutedTorch(RoutedModel):
             kl_weight: of the KL, nats per token.
             lr: learning rate of Adam.
         """
+        self.require_patched()
         optimiser, losses = torch.optim.Adam(self.parameters(), lr=lr), []
-        mine, theirs = (
-            [(p, p.requires_grad) for p in self.parameters()],
-            [(p, p.requires_grad) for p in self.model.parameters()],
-        )
         mode, before = self.mode, self._force
-        for p, _ in mine:
-            p.requires_grad_(True)
-        for p, _ in theirs:
-            p.requires_grad_(False)
         try:
-            for x in inputs:
-                arguments = x if isinstance(x, tuple) else (x,)
-                with torch.no_grad():
-                    self.force("full")
-                    target = self.model(*arguments)
-                self.force(None)
-                self.mode = RoutingMode.SAMPLE
-                out = self.model(*arguments)
-                task = loss(out) if loss is not None else (out - target).square().mean()
-                optimiser.zero_grad()
-                (task + kl_weight * self.kl()).backward()
-                optimiser.step()
-                losses.append(float(task.detach()))
+            with self.only_this():
+                for x in inputs:
+                    with torch.no_grad():
+                        self.force("full")
+                        target = self.model(*_arguments(x))
+                    self.force(None)
+                    self.mode = RoutingMode.SAMPLE
+                    out = self.model(*_arguments(x))
+                    task = loss(out) if loss is not None else (out - target).square().mean()
+                    optimiser.zero_grad()
+                    (task + kl_weight * self.kl()).backward()
+                    optimiser.step()
+                    losses.append(float(task.detach()))
         finally:
             self.mode, self._force = mode, before
-            for p, flag in (*mine, *theirs):
-                p.requires_grad_(flag)
         return losses
+
+
+def _arguments(x: Any) -> tuple[Any, ...]:
+    return x if isinstance(x, tuple) else (x,)
 
 
 def patch_torch(model: nn.Module, settings: PatchSettings) -> RoutedTorch:
@@ -149,11 +149,7 @@ def _attention(model: nn.Module) -> list[tuple[str, nn.MultiheadAttention]]:
         )
         require(m._qkv_same_embed_dim, where, "one size of query, key and value", (m.embed_dim, m.kdim, m.vdim), "not served")
         require(m.bias_k is None and not m.add_zero_attn, where, "no bias_k and no add_zero_attn", "one of them", "not served")
-        weight = m.in_proj_weight
-        require(not weight.is_meta, where, "weights in memory", "the meta device", "load them first")
-        require(
-            weight.is_floating_point(), where, "weights in floating point", weight.dtype, "quantised weights are not served"
-        )
+        require(not m.in_proj_weight.is_meta, where, "weights in memory", "the meta device", "load them first")
     return found
 
 
@@ -181,34 +177,31 @@ def forward(
             self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
 
-    if not (query is key and key is value):
+    if query is not key:
+        binding.name_crossing()
         return original()
-    x = query[None] if query.dim() == 2 else query if self.batch_first else query.transpose(0, 1)  # [B, T, D]
+    x, values = (y[None] if y.dim() == 2 else y if self.batch_first else y.transpose(0, 1) for y in (query, value))  # [B, T, D]
     route = router.route(binding.index, x)
-    if router._observe is None and _all_on(route, router.experts.index("full")):
+    if router._observe is None and all_on(route, router.experts.index("full")):
         return original()
     require(
         not need_weights or router._observe is not None,
         "need_weights",
         "False where tokens are routed (a mixture of experts has no attention weights)",
         True,
-        "pass need_weights=False, or force('full')",
+        f"{'training mode draws routes: ' if self.training else ''}pass need_weights=False, or force('full')",
     )
-    call = _call(self, x, _merge(key_padding_mask, attn_mask, x, self.num_heads), is_causal)
+    call = _call(self, x, values, _merge(key_padding_mask, attn_mask, x, self.num_heads), is_causal)
     out = self.out_proj(merge_tokens(router.execute(binding.index, route, call, x)))  # [B, T, D]
     return (out[0] if query.dim() == 2 else out if self.batch_first else out.transpose(0, 1)), None
 
 
-def _all_on(route: Tensor | int, expert: int) -> bool:
-    if isinstance(route, int):
-        return route == expert
-    return not route.is_floating_point() and bool((route == expert).all())
-
-
-def _call(module: nn.MultiheadAttention, x: Tensor, mask: Tensor | None, is_causal: bool) -> AttentionCall:
-    """The attention of x [B, T, D] under a mask as `AttentionCall` has it; a causal mask is recognised."""
-    qkv = F.linear(x, module.in_proj_weight, module.in_proj_bias).unflatten(2, (3, module.num_heads, -1))
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, T, Dh] each
+def _call(module: nn.MultiheadAttention, x: Tensor, values: Tensor, mask: Tensor | None, is_causal: bool) -> AttentionCall:
+    """The attention of x [B, T, D] over itself under a mask as `AttentionCall` has it; a causal mask is recognised."""
+    D, weight, bias = module.embed_dim, module.in_proj_weight, module.in_proj_bias
+    first, last = (None, None) if bias is None else (bias[: 2 * D], bias[2 * D :])
+    heads = torch.cat([F.linear(x, weight[: 2 * D], first), F.linear(values, weight[2 * D :], last)], 2)
+    q, k, v = heads.unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, T, Dh] each
     T, dropout = x.shape[1], module.dropout if module.training else 0.0
     causal, padding = False, None
     if mask is not None:

@@ -137,8 +137,6 @@ def default_schedule(num_layers: int) -> ScheduleConfig:
 def fitting(router: RoutedPretrained, weights: bool) -> Iterator[None]:
     """Gradients for what is fitted alone, dropout only where the model's own weights are; all flags restored."""
     model = router.model
-    mine, theirs = list(router.parameters()), list(model.parameters())
-    before = [(p, p.requires_grad) for p in (*mine, *theirs)]
     modes = [(module, module.training) for module in model.modules()]
     require(
         not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
@@ -148,15 +146,11 @@ def fitting(router: RoutedPretrained, weights: bool) -> Iterator[None]:
         "call model.gradient_checkpointing_disable() first",
     )
     model.train(weights)
-    for p in theirs:
-        p.requires_grad_(weights)
-    for p in mine:
-        p.requires_grad_(True)
     try:
-        yield
+        with router.only_this(weights):
+            yield
     finally:
-        for p, flag in before:
-            p.requires_grad_(flag)
+        for p in (*router.parameters(), *model.parameters()):
             p.grad = None
         for module, mode in modes:
             module.training = mode
@@ -246,19 +240,20 @@ def fit_routes(
         ValueError: the loss became infinite or no number.
     """
     spent: list[Tensor] = []
-    ratio = router.cost_ratio.to(next(router.model.parameters()).device)
+    device = next(router.model.parameters()).device
+    cost = router.layer_cost.to(device)
 
     def network(tokens: Tensor, route: Route) -> Tensor:
         def counted(layer: int, hidden: Tensor) -> Tensor | int:
             weights = route(layer, hidden)
             assert isinstance(weights, Tensor)
-            spent.append((weights.detach() @ ratio).mean())
+            spent.append((weights.detach() @ cost[layer].to(weights)).mean())
             return weights
 
         return router.network(tokens, counted)
 
     schedule = Schedule(schedule_config, router.prior, settings.steps, router.experts, router.settings.prior.price)
-    objective, device = NegativeELBO(*program(router, schedule.at(0), network)), ratio.device
+    objective = NegativeELBO(*program(router, schedule.at(0), network))
     elbo = TeacherELBO()
     objective.elbo = elbo
     pressure = None if settings.budget is None else Pressure(settings.budget, router.settings.prior.price)

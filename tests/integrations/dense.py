@@ -14,11 +14,13 @@ def dense_attention(
     attn_mask: Tensor | None,
     key_padding_mask: Tensor | None,
     window: int,
+    value: Tensor | None = None,
 ) -> Tensor:
-    """x [B, T, D], route int64 [B, T] over full, linear, local."""
+    """x [B, T, D], route int64 [B, T] over full, linear, local; `value` [B, T, D] where it is not projected from x."""
     B, T, D = x.shape
     H = module.num_heads
     q, k, v = (x @ module.in_proj_weight.T + module.in_proj_bias).view(B, T, 3, H, D // H).permute(2, 0, 3, 1, 4)
+    v = v if value is None else value.view(B, T, H, D // H).transpose(1, 2)
     added = torch.zeros(B, H, T, T)
     for mask, shape in ((attn_mask, None), (key_padding_mask, (B, 1, 1, T))):
         if mask is None:

@@ -1,12 +1,14 @@
 """One new token behind a cache: it reads what its route needs and no more, and equals the pass without a cache."""
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from bayes_router.integrations import memory
 from bayes_router.integrations.features import LinearExpert
 from tests.integrations.tiny_models import patched, tokens
 
@@ -167,3 +169,77 @@ def test_several_rows_on_cuda_equal_the_pass_without_a_cache(sinks: int) -> None
         _, got = behind(model, ids, 6)
         expected = model(ids, use_cache=False).logits[:, -6:]
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
+
+
+def stores(cache: Any) -> list[int]:
+    return [x.untyped_storage().data_ptr() for layer in cache.layers for x in (layer.keys, layer.values)]
+
+
+@torch.no_grad()
+def test_a_step_copies_no_cached_key_and_what_a_cache_showed_stays(monkeypatch: Any) -> None:
+    monkeypatch.setattr(memory, "LEAST", 4)
+    model, router = patched("llama", window=WINDOW, sinks=SINKS)
+    ids = tokens(3, T + 40)
+    moved, shown = 0, []
+    with router.routed_by(choices(3, "full", "local", "linear")):
+        cache, _ = behind(model, ids[:, :T], 3)
+        for i in range(T, T + 40):
+            before = stores(cache)
+            shown.append([(x, x.clone()) for layer in cache.layers for x in (layer.keys, layer.values)])
+            got = model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits
+            moved += before != stores(cache)
+        expected = model(ids, use_cache=False).logits[:, -1:]
+    assert moved <= 8  # room for four tokens more, or an eighth of what there is
+    assert all(torch.equal(x, y) for pairs in shown for x, y in pairs)
+    assert all(layer.keys.shape[2] == layer.values.shape[2] == T + 40 for layer in cache.layers)
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("change", [copy.copy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+@torch.no_grad()
+def test_two_ends_of_one_text_do_not_write_over_each_other(change: Any) -> None:
+    model, router = patched("llama", window=WINDOW, sinks=SINKS)
+    ids, ends = tokens(2, T), [tokens(2, 6, seed) for seed in (5, 6)]
+    with router.routed_by(choices(2, "full", "local")):
+        first, _ = behind(model, ids, 5)
+        second = copy.copy(first) if change is copy.copy else change(first)
+        if change is copy.copy:  # the same tensors in other layers
+            second.layers = [copy.copy(layer) for layer in first.layers]
+        for i in range(6):
+            got = [
+                model(end[:, i : i + 1], past_key_values=cache, use_cache=True).logits[:, -1]
+                for cache, end in zip((first, second), ends, strict=True)
+            ]
+        for end, logits in zip(ends, got, strict=True):
+            expected = model(torch.cat([ids, end], 1), use_cache=False).logits[:, -1]
+            torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_a_cache_of_inference_mode_is_carried_on_outside_of_it_and_gradients_are_kept() -> None:
+    model, router = patched("llama", window=WINDOW, sinks=SINKS)
+    ids = tokens(2, T)
+    with router.routed_by(choices(2, "full", "local")):
+        with torch.inference_mode():
+            cache, _ = behind(model, ids[:, :-4], 5)
+        with torch.no_grad():
+            for i in range(T - 4, T - 1):
+                model(ids[:, i : i + 1], past_key_values=cache, use_cache=True)
+        got = model(ids[:, -1:], past_key_values=cache, use_cache=True).logits
+        torch.testing.assert_close(got, model(ids, use_cache=False).logits[:, -1:], atol=2e-5, rtol=1e-4)
+        weight = model.model.layers[0].self_attn.k_proj.weight
+        cache, steps = behind(model, ids, 4)
+        (cached,) = torch.autograd.grad(steps.square().sum(), weight)
+        (whole,) = torch.autograd.grad(model(ids, use_cache=False).logits[:, -4:].square().sum(), weight)
+    torch.testing.assert_close(cached, whole, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@torch.no_grad()
+def test_long_local_prefill_by_tiles_equals_the_masked_pass(name: str) -> None:
+    model, router = patched(name, window=20, sinks=3)
+    ids, position = tokens(2, 200), torch.arange(200)
+    router.force("local")
+    masked = model(ids, attention_mask=(position <= position[:, None]).expand(2, 1, -1, -1)).logits
+    torch.testing.assert_close(model(ids).logits, masked, atol=1e-5, rtol=1e-4)
+    with torch.enable_grad():
+        torch.testing.assert_close(model(ids).logits, masked, atol=1e-5, rtol=1e-4)

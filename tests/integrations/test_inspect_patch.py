@@ -10,11 +10,13 @@ import torch
 
 from bayes_router.cli import main
 from bayes_router.diagnostics.examine import Effort, Examination
-from bayes_router.diagnostics.fitted import fitted_patch
+from bayes_router.diagnostics.fitted import fitted_patch, read, windows
 from bayes_router.diagnostics.report import write_report
 from bayes_router.integrations.patching import load_patch, patch
 from bayes_router.integrations.saving import HELD_OUT, SETTINGS
-from tests.integrations.tiny_models import VOCAB, scatter_routes, tiny
+from bayes_router.integrations.texts import MaskedStream, TokenStream
+from bayes_router.types import IGNORED
+from tests.integrations.tiny_models import GENERAL, VOCAB, scatter_routes, tiny, transformers
 
 TEXT = torch.randint(3, VOCAB, (400,), generator=torch.Generator().manual_seed(0)).repeat(4)
 EFFORT = Effort(None, 3, 2, 1, 100, (1, 4), 1, 8, 2, 1)
@@ -65,7 +67,7 @@ def folders(request: Any, tmp_path_factory: Any) -> tuple[Path, Path, Path]:
     router = patch(model, window=6, sinks=2, experts=("full", "local"))
     router.fit(TEXT, steps=2, context=24, batch_size=2, budget=0.6)
     scatter_routes(router)
-    router.save(root / "patch")
+    router.save(root / "patch", held_out=True)
     return root / "base", root / "worded", root / "patch"
 
 
@@ -132,7 +134,7 @@ def test_what_is_missing_is_named_with_the_fix(case: str, folders: Any, tmp_path
 
 def test_a_patch_without_text_asks_for_one(folders: Any, tmp_path: Path, capsys: Any) -> None:
     router = load_patch(tiny("llama" if "llama" in str(folders[0]) else "gpt2"), folders[2])
-    router.save(tmp_path, held_out=False)
+    router.save(tmp_path)
     assert not (tmp_path / HELD_OUT).exists() and (tmp_path / SETTINGS).exists()
     assert main(["inspect", str(tmp_path), "--base", str(folders[0]), "--device", "cpu"]) == 2
     assert "give --corpus NAME or --text FILE" in capsys.readouterr().err
@@ -143,7 +145,89 @@ def test_a_run_takes_no_base(finished_run: Path, capsys: Any) -> None:
     assert "base: expected none for a run" in capsys.readouterr().err
 
 
-def test_encoders_are_refused_with_the_reason() -> None:
-    router = patch(tiny("bert"), window=6)
-    with pytest.raises(ValueError, match="a patched decoder with a language-modelling head"):
+class Masks:
+    """As much of a tokenizer as a fit on ids asks for."""
+
+    mask_token_id = 3
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: Any) -> tuple[Path, Path]:
+    """(base with a tokenizer, patch) of a tiny BERT on disk."""
+    model, root = tiny("bert"), tmp_path_factory.mktemp("bert")
+    model.save_pretrained(root / "base")
+    words = tokenizer()
+    words.mask_token = "the"
+    words.save_pretrained(root / "base")
+    router = patch(model, window=6)
+    router.fit(TEXT, tokenizer=Masks(), steps=2, context=24, batch_size=2, distil_steps=2)
+    scatter_routes(router)
+    router.save(root / "patch", held_out=True)
+    return root / "base", root / "patch"
+
+
+def test_encoders_are_inspected_and_reported(encoder: tuple[Path, Path], tmp_path: Path, capsys: Any) -> None:
+    base, saved = encoder
+    given = [str(saved), "--base", str(base), "--device", "cpu"]
+    assert main(["inspect", *given, "--layer", "1", "--tokens", "48", "--colour", "never"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("layer 1: f:") and "linear" in shown
+    text = tmp_path / "text.txt"
+    text.write_text("the river came over the old stone house and the wind went under the road " * 60)
+    assert main(["inspect", *given, "--text", str(text), "--colour", "never"]) == 0
+    assert "river" in capsys.readouterr().out
+    assert main(["inspect", *given, "--corpus", f"text:{text}", "--colour", "never"]) == 0
+    assert main(["report", *given, "--quick", "--tokens", "60", "--out", str(tmp_path / "report.html")]) == 0
+    assert "Load by layer" in (tmp_path / "report.html").read_text()
+
+
+def test_diagnostics_of_an_encoder_read_hidden_tokens(encoder: tuple[Path, Path]) -> None:
+    router = load_patch(tiny("bert"), encoder[1])
+    assert isinstance(router.held_out, MaskedStream) and router.held_out.mask_token == 3
+    run = fitted_patch(router, router.held_out, context=24)
+    assert not run.causal
+    reading = next(read(run.model, windows(run.held_out, run.config)))
+    hidden = reading.targets != IGNORED
+    assert 0 < hidden.float().mean() < 0.2 and (reading.tokens[hidden] == 3).all()
+    own = reading.own_nll(run.causal)
+    assert torch.equal(own.isnan(), ~hidden) and torch.equal(own[hidden], reading.nll[hidden])
+    examined = Examination(run, effort=EFFORT)
+    assert len(examined.uncertainty.layers()) == 2 and len(examined.collapse.layers()) == 2
+    assert len(examined.verdicts(quick=True))
+    with pytest.raises(ValueError, match="held_out: expected text with hidden tokens"):
+        fitted_patch(router, TokenStream(TEXT, VOCAB), context=24)
+
+
+def test_own_nll_of_a_decoder_is_said_a_token_before(folders: Any) -> None:
+    router = load_patch(tiny("llama" if "llama" in str(folders[0]) else "gpt2"), folders[2])
+    run = fitted_patch(router, router.held_out, context=24)
+    reading = next(read(run.model, windows(run.held_out, run.config)))
+    own = reading.own_nll()
+    assert own[:, 0].isnan().all() and torch.equal(own[:, 1:], reading.nll[:, :-1])
+    assert torch.equal(reading.hard_choice, run.model.policy(reading.concentration))
+
+
+def test_torch_modules_state_the_limit(tmp_path: Path, capsys: Any) -> None:
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)
+    router = patch(torch.nn.TransformerEncoder(layer, 1), window=6)
+    with pytest.raises(ValueError, match=r"model: expected a patched language model.*statistics\(\) and kl\(\)"):
         fitted_patch(router, None, context=8)  # type: ignore[arg-type]
+    router.save(tmp_path)
+    assert main(["inspect", str(tmp_path), "--device", "cpu"]) == 2
+    assert "run: expected the patch of a language model" in capsys.readouterr().err
+
+
+def test_a_model_without_a_head_states_the_limit() -> None:
+    model = transformers.BertModel(transformers.BertConfig(**GENERAL)).eval()
+    with pytest.raises(ValueError, match="with its head"):
+        fitted_patch(patch(model, window=6), MaskedStream(TEXT, VOCAB, 3), context=8)
+
+
+def test_held_out_text_is_written_only_where_asked_for(folders: Any, tmp_path: Path) -> None:
+    router = load_patch(tiny("llama" if "llama" in str(folders[0]) else "gpt2"), folders[2])
+    router.save(tmp_path)
+    assert router.held_out is not None and not (tmp_path / HELD_OUT).exists()
+    router.save(tmp_path, held_out=True)
+    assert (tmp_path / HELD_OUT).is_file()
+    router.save(tmp_path)
+    assert not (tmp_path / HELD_OUT).exists()  # nor is what was there left behind
