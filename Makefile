@@ -4,13 +4,18 @@ VENV ?= .venv
 RUN ?= runs/tiny
 PIP := $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: fit test check clean
+.PHONY: fit test check kernels clean
 
 fit: $(VENV)/.ready
 	$(VENV)/bin/bayes-router fit --out $(RUN) --overwrite
 
 test: check
 	$(VENV)/bin/python -m pytest
+
+# The Triton kernels on the CPU, in Triton's interpreter; on a GPU: python -m pytest -m gpu -n 12
+kernels: $(VENV)/.ready-dev
+	@$(VENV)/bin/python -c "import triton" 2>/dev/null || { echo "make kernels: needs triton; run: $(PIP) triton==3.6.0"; exit 1; }
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest $(wildcard tests/attention/test_*triton.py) tests/attention/test_short.py
 
 check: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff check .

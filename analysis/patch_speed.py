@@ -12,6 +12,7 @@ token to a cache of that many and grows it. float32 on a CPU, bfloat16 on a GPU.
 import argparse
 import copy
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -96,7 +97,13 @@ class Bench:
     device: torch.device
     turns: int
     path: Path
+    now: Callable[[], float]
     rows: list[dict[str, object]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Of the device, and of the clock where it is not the one on the wall."""
+        return device_name(self.device) + (", CPU time" if self.now is time.thread_time else "")
 
     def add(self, what: str, context: int, batch: int, turns: list[dict[str, float]], costs: list[float]) -> None:
         """The rows of one group, written and printed."""
@@ -105,14 +112,14 @@ class Bench:
             ratio = statistics.median(turn[name] / turn["unpatched"] for turn in turns)
             row = {"what": what, "context": context, "batch": batch, "contender": name}
             row |= {"ms": statistics.median(turn[name] for turn in turns), "ratio": ratio, "cost": cost}
-            self.rows.append(row | {"turns": len(turns), "device": device_name(self.device)})
+            self.rows.append(row | {"turns": len(turns), "device": self.name})
             numbers = f"{row['ms']:10.1f} ms  ratio {ratio:.3f}  cost {cost:.3f}"
             print(f"{what:8}{context:6}{batch:4}  {name:14}{numbers}", flush=True)
         write_whole(self.path, lambda path: pd.DataFrame(self.rows).to_csv(path, index=False, float_format="%.4g"))
 
     def turn(self, tokens: Tensor, caches: dict[str, Any]) -> dict[str, float]:
         """Milliseconds of each contender, behind its cache if there is one."""
-        return {c.name: isolated_ms(partial(c, tokens, caches.get(c.name)), self.device)[1] for c in self.contenders}
+        return {c.name: isolated_ms(partial(c, tokens, caches.get(c.name)), self.device, self.now)[1] for c in self.contenders}
 
     def prefill(self, context: int, batch: int) -> None:
         """The first turn warms up."""
@@ -121,7 +128,10 @@ class Bench:
 
     def decode(self, contexts: list[int], batch: int) -> None:
         """The longest context first: its cache is cut to the others."""
-        caches = {c.name: c(self.texts[:batch, : max(contexts)]) for c in self.contenders}
+        caches: dict[str, Any] = {}
+        for c in self.contenders:  # without routes a cache holds what the original's does, bit for bit
+            chooses = c.policy is not None or not caches
+            caches[c.name] = c(self.texts[:batch, : max(contexts)]) if chooses else copy.deepcopy(caches["unpatched"])
         for context in sorted(contexts, reverse=True):
             for contender in self.contenders:
                 caches[contender.name].crop(context - caches[contender.name].get_seq_length())
@@ -212,14 +222,18 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5, help=f"of prefill; {STEPS} times as many of decoding")
     parser.add_argument("--what", nargs="+", default=["prefill", "decode"], choices=["prefill", "decode"])
     parser.add_argument("--results", type=Path)
+    parser.add_argument("--cpu-time", action="store_true", help="of one thread: for a CPU that others use too")
     args = parser.parse_args()
+    if args.cpu_time:
+        torch.set_num_threads(1)
     contenders, text = random(args) if args.patch is None else fitted(args)
     most = max(max(sizes) for sizes in BATCHES[args.device.type].values())
     texts = text[: len(text) // most * most].view(most, -1)[:, : max(args.lengths)].to(args.device)
     if texts.shape[1] < max(args.lengths):
         parser.error(f"--lengths: {most} texts of {max(args.lengths)} tokens are needed; TOKENS has {len(text)} tokens")
     path = args.results or RESULTS / f"patch_speed_{args.device.type}.csv"
-    bench = Bench(contenders, texts, args.device, args.turns, path)
+    now = time.thread_time if args.cpu_time else time.perf_counter
+    bench = Bench(contenders, texts, args.device, args.turns, path, now)
     for what, measure in groups(args, bench):
         try:
             measure()

@@ -1,7 +1,8 @@
 """The benchmark: verify, measure in turn, write one CSV and one figure.
 
-The rows that have a target come first, then all other combinations of length, mix, clustering and pass: the first mix before
-the others, single tokens before runs. After SECONDS no further group is begun, and `left_out` names those.
+The rows that have a target come first, then all other combinations of length, mix, clustering and pass: on a GPU those of the
+lengths that were compiled for the targets, then the first mix before the others and single tokens before runs. After SECONDS no
+further group is begun, and `left_out` names those: on a GPU with nothing compiled yet, mixes but the first at other lengths.
 
 Never measured: heads that share keys, sinks, padding, gated attention, other windows; the backends behind `auto` by name and
 CUDA graphs but for targets and the first mix, token by token; on a CPU the peak memory of a single pass.
@@ -89,8 +90,10 @@ class Group:
     run: int = 1
     target: bool = field(default=False, compare=False)
 
-    def __str__(self) -> str:
-        return " ".join(filter(None, (self.what, self.mix, self.mix and f"runs of {self.run}", str(self.shape))))
+    @property
+    def kind(self) -> str:
+        """All but the shape."""
+        return f"{self.what} {self.mix}, runs of {self.run}" if self.mix else self.what
 
 
 def plan_groups(plan: Plan, cuda: bool, longest: int = LENGTHS[-1]) -> list[Group]:
@@ -103,14 +106,22 @@ def plan_groups(plan: Plan, cuda: bool, longest: int = LENGTHS[-1]) -> list[Grou
     shapes = [Shape.parse(text) for text in plan.shapes or ()]
     pairs = [(Shape(1, heads, T, 64), Shape(batch, 8, T, 64)) for T in lengths] + [(shape, shape) for shape in shapes]
     groups = [] if asked or plan.quick else [replace(group, target=True) for group in _targets(mixes, cuda)]
-    for some, run in ((mixes[:1], RUNS[0]), (mixes[1:], RUNS[0]), (mixes, RUNS[1])):
-        for one, batched in pairs:
-            for mix in some:
+    compiled = {group.shape.T for group in groups if group.mix} if cuda else set()  # a GPU takes seconds for a new length
+    ready, others = ([pair for pair in pairs if (pair[0].T in compiled) is known] for known in (True, False))
+    single, runs = RUNS
+    for some, of, run in (
+        *((ready, mixes, run) for run in RUNS),
+        (others, mixes[:1], single),
+        (others, mixes[1:], single),
+        (others, mixes, runs),
+    ):
+        for one, batched in some:
+            for mix in of:
                 groups += [Group(what, one, mix, run) for what in ("forward", "forward+backward")]
                 groups.append(Group("decode", batched, mix, run))
     if asked or plan.quick:
-        single = sorted({Shape(1, one.H, one.T, one.Dh) for one, _ in pairs}, key=lambda one: one.T)
-        groups += [Group("alone", one) for one in single]
+        alone = sorted({Shape(1, one.H, one.T, one.Dh) for one, _ in pairs}, key=lambda one: one.T)
+        groups += [Group("alone", one) for one in alone]
         most = [max(lengths) if cuda else min(max(lengths), 8192)] if lengths else []  # a CPU takes minutes for one longer
         trained = [Shape(1, heads, T, 64) for T in most] + [Shape(1, one.H, one.T, one.Dh) for one in shapes]
         groups += [Group("training memory", one) for one in trained]
@@ -160,10 +171,17 @@ def run_benchmark(
         rows.add(row)
         on_row(row)
     table = rows.finish()
-    table.attrs["left_out"] = [str(group) for group in suite.left_out]
+    table.attrs["left_out"] = _named(suite.left_out)
     if path is not None:
         draw(table, path.with_suffix(".png"))
     return table
+
+
+def _named(groups: Sequence[Group]) -> list[str]:
+    lengths: dict[str, list[str]] = {}
+    for group in groups:
+        lengths.setdefault(group.kind, []).append(str(group.shape.T))
+    return [f"{kind}: T {', '.join(found)}" for kind, found in lengths.items()]
 
 
 def drawing_packages() -> None:

@@ -85,5 +85,4 @@ def _doublings(group: "pd.DataFrame") -> Iterator[str]:
 
 
 def _left_out(table: "pd.DataFrame") -> list[str]:
-    left = table.attrs.get("left_out", [])
-    return [f"left out for want of time, {len(left)} groups: {'; '.join(left)}"] if left else []
+    return [f"left out for want of time: {text}" for text in table.attrs.get("left_out", [])]

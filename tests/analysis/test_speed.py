@@ -189,24 +189,28 @@ def test_memory_and_growth_are_said() -> None:
     assert summary.closing(whole) == [
         "training memory 10/60/30, B1 H16 T8192 Dh64: 1.26x full attention's (126 MiB)",
         "linear alone, H16 Dh64, a doubling from T 2048 to 16384: time 2.10x (at most 2.20x), memory 2.00x (at most 2.00x)",
-        "left out for want of time, 2 groups: decode b; decode c",
+        "left out for want of time: decode b",
+        "left out for want of time: decode c",
     ]
 
 
 def test_targets_come_first_and_nothing_is_measured_twice() -> None:
     groups = plan_groups(Plan(), cuda=True)
-    first = [str(group) for group in groups if group.target]
+    first = [f"{group.kind} {group.shape}" for group in groups if group.target]
     assert first[:8] == [
-        "forward 10/60/30 runs of 1 B1 H16 T32768 Dh64",
-        "forward 25/45/30 runs of 1 B1 H16 T32768 Dh64",
-        "forward 10/60/30 runs of 1 B1 H8 T32768 Dh128",
-        "forward 10/60/30 runs of 1 B2 H16 T8192 Dh64",
-        "forward 25/45/30 runs of 1 B2 H16 T8192 Dh64",
-        "forward+backward 10/60/30 runs of 1 B1 H16 T32768 Dh64",
-        "decode 10/60/30 runs of 1 B64 H8 T32768 Dh64",
+        "forward 10/60/30, runs of 1 B1 H16 T32768 Dh64",
+        "forward 25/45/30, runs of 1 B1 H16 T32768 Dh64",
+        "forward 10/60/30, runs of 1 B1 H8 T32768 Dh128",
+        "forward 10/60/30, runs of 1 B2 H16 T8192 Dh64",
+        "forward 25/45/30, runs of 1 B2 H16 T8192 Dh64",
+        "forward+backward 10/60/30, runs of 1 B1 H16 T32768 Dh64",
+        "decode 10/60/30, runs of 1 B64 H8 T32768 Dh64",
         "training memory B1 H16 T8192 Dh64",
     ]
-    assert [str(group) for group in groups[: len(first)]] == first and first[-1] == "alone B1 H16 T65536 Dh64"
+    assert all(group.target for group in groups[: len(first)]) and first[-1] == "alone B1 H16 T65536 Dh64"
+    ready = groups[len(first) :][: 2 * 2 * 9 - 4]  # lengths x runs x mixes and passes, less those measured already
+    assert {group.shape.T for group in ready} == {8192, 32768} and {group.mix for group in ready} == {*cases.MIXES}
+    assert groups[len(first) + len(ready)].shape.T == 512 and {group.run for group in ready} == {1, 64}
     assert len(set(groups)) == len(groups)
     for cuda, most in ((True, 65536), (False, 32768)):
         combined = {(g.what, g.mix, g.run, g.shape.T) for g in plan_groups(Plan(), cuda, most)}
@@ -246,6 +250,8 @@ def test_what_there_is_no_time_for_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(timed, name, measured)
     assert [row["what"] for row in timed.rows()] == ["forward", "forward+backward", "decode"]
     assert [group.what for group in timed.left_out][:3] == ["forward", "forward+backward", "decode"]
+    named = suite._named(timed.left_out)
+    assert named[0] == "forward 10/60/30, runs of 64: T 64" and named[-2:] == ["alone: T 64", "training memory: T 64"]
     assert timed.clock.budget == pytest.approx((10 - 8) / (len(timed.groups) - 2) / 2)
     with pytest.raises(ValueError, match="seconds: expected a positive number; got 0"):
         Plan(seconds=0.0)

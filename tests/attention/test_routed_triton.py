@@ -1,4 +1,4 @@
-"""The routed kernels in Triton's interpreter (`make kernels`): rows split over keys, batches, padding, what a launch is told."""
+"""The routed kernels in Triton's interpreter (`make kernels`): rows split over keys, batches, padding, what launches get."""
 
 import os
 import sys
@@ -29,7 +29,7 @@ NAMES = ("q", "k", "v", "plain_q", "plain_k")
 def problem(B: int, Hkv: int, T: int, route: str, seed: int = 0, gradients: bool = True) -> RoutedProblem:
     inputs = (*draw(B, 2, Hkv, T, seed=seed), *draw(B, 2, Hkv, T, seed=seed + 1)[:2])
     experts = resolve_experts(("full", "linear", "local"), ExpertShape(2, 16, 21))
-    return RoutedProblem(*(x.requires_grad_(gradients) for x in inputs), draw_route(route, B, T, seed), experts)
+    return RoutedProblem(*(x.requires_grad_(gradients) for x in inputs), draw_route(route, B, T, seed).contiguous(), experts)
 
 
 def compare(one: RoutedProblem) -> None:
