@@ -12,9 +12,14 @@ fit: $(VENV)/.ready
 test: check
 	$(VENV)/bin/python -m pytest
 
-# The Triton kernels on the CPU, in Triton's interpreter; on a GPU: python -m pytest -m gpu -n 12
+# The Triton kernels on the CPU, in Triton's interpreter, in about eight minutes; on a GPU: python -m pytest -m gpu -n 12
+# The interpreter fails with numpy 2.4, so it may have packages of its own in $(KERNELS).
+KERNELS ?= build/kernels
+kernels: export PYTHONPATH := $(KERNELS):$(PYTHONPATH)
 kernels: $(VENV)/.ready-dev
-	@$(VENV)/bin/python -c "import triton" 2>/dev/null || { echo "make kernels: needs triton; run: $(PIP) triton==3.6.0"; exit 1; }
+	@$(VENV)/bin/python -c "import triton, numpy; assert tuple(map(int, numpy.__version__.split('.')[:2])) < (2, 4)" 2>/dev/null || { echo \
+	"make kernels: needs triton, and numpy before 2.4; run:" \
+	"$(VENV)/bin/python -m pip install --no-deps --target $(KERNELS) triton==3.6.0 numpy==2.3.5"; exit 1; }
 	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest $(wildcard tests/attention/test_*triton.py) tests/attention/test_short.py
 
 check: $(VENV)/.ready-dev

@@ -108,7 +108,7 @@ def _take_device(counter: Any, devices: int) -> None:
 
 def sweep(plan: list[dict[str, Any]], results: Path, jobs: int) -> pd.DataFrame:
     """Run what is missing, `jobs` at a time; results are written after every run."""
-    rows = pd.read_csv(results).to_dict("records") if results.exists() else []
+    rows = pd.read_csv(results, dtype={"settings": str}).to_dict("records") if results.exists() else []
     done = {identity(row) for row in rows}
     missing = [job for job in plan if planned(job) not in done]
     context = get_context("spawn")

@@ -1,12 +1,8 @@
-"""Seeds of randomised tests: one that never changes, and one drawn for this run, which a failure prints."""
-
-import os
-import secrets
+"""Seeds of randomised tests: one that never changes, and one drawn for this run."""
 
 import pytest
-import torch
 
-DRAWN = int(os.environ.get("BAYES_ROUTER_SEED", secrets.randbits(31)))
+from tests.attention.seeds import DRAWN, seeded
 
 
 @pytest.fixture(params=["fixed", "fresh"])
@@ -19,10 +15,3 @@ def seed(request: pytest.FixtureRequest) -> int:
 def fresh_seed() -> int:
     """The one of this run."""
     return seeded(DRAWN)
-
-
-def seeded(number: int) -> int:
-    """Start torch's generator; what is printed here is shown where a test fails."""
-    print(f"seed {number}; BAYES_ROUTER_SEED={number} repeats it")
-    torch.manual_seed(number)
-    return number

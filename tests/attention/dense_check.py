@@ -20,10 +20,10 @@ def draw_expert(name: str, shape: ExpertShape, device: str = "cpu") -> Expert:
 
 
 def draw_inputs(
-    B: int, H: int, Hkv: int, T: int, Dh: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    B: int, H: int, Hkv: int, T: int, Dh: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 2
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Laid out as a model's: [B, T, H, Dh] in memory."""
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(seed)
     drawn = (torch.randn(B, T, heads, Dh, generator=generator).to(device, dtype) for heads in (H, Hkv, Hkv))
     q, k, v = (x.transpose(1, 2).requires_grad_() for x in drawn)
     return q, k, v

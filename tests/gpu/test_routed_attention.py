@@ -3,7 +3,10 @@
 Tolerances are relative errors of whole tensors: 1e-2 for bfloat16 and float16 (rounding of operands is 4e-3), 1e-5 for float32.
 """
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +17,17 @@ from bayes_router.attention.dispatch import Backend, routed_attention, run_probl
 from bayes_router.attention.expert import ExpertShape, expert_class
 from bayes_router.attention.problem import RoutedProblem, resolve_experts
 from tests.attention.expert_contract import relative_error
+from tests.attention.seeds import DRAWN, seeded
 from tests.attention.test_dispatch import ROUTES, Squared, draw_route
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float32: 1e-5}
 NAMES = ("q", "k", "v", "plain_q", "plain_k")
+
+
+@pytest.fixture(autouse=True)
+def _other_numbers_every_run() -> None:
+    seeded(DRAWN)
 
 
 def draw(
@@ -41,7 +50,8 @@ def draw(
     q, k, v = one(H), one(Hkv), one(Hkv)
     plain_q, plain_k = (q, k) if shared else (one(H), one(Hkv))
     experts = resolve_experts(("full", "linear", "local"), ExpertShape(H, Dh, window, sinks))
-    return RoutedProblem(q, k, v, plain_q, plain_k, draw_route(route, B, T).cuda(), experts)
+    seed = int(torch.randint(2**31, ()))
+    return RoutedProblem(q, k, v, plain_q, plain_k, draw_route(route, B, T, seed).cuda(), experts)
 
 
 def exact(problem: RoutedProblem) -> RoutedProblem:
@@ -135,17 +145,69 @@ def test_no_future_leak(sinks: int) -> None:
     assert relative_error(after[:, :, :1000], before[:, :, :1000].double()) < 5e-3
 
 
-def test_new_routes_neither_recompile_nor_synchronise() -> None:
+def test_new_routes_neither_recompile_nor_synchronise(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    from bayes_router.attention import launch_triton  # only where it can be imported
+
     problem = draw(2, 4, 4, 1024, 64, "independent")
-    for kind in ("independent", "clustered"):
-        run_problem(Backend.TRITON, replace(problem, route=draw_route(kind, 2, 1024, 1).cuda())).sum().backward()
-    route = draw_route("independent", 2, 1024, 2).cuda()
+    run_problem(Backend.TRITON, problem).sum().backward()
+    compiled, known = [], set(launch_triton._COMPILED)
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **facts: compiled.append(facts))
+    routes = [draw_route(kind, 2, 1024, 2).cuda().contiguous() for kind in ROUTES]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run_problem(Backend.TRITON, replace(problem, route=route)).sum().backward()
+        for route in routes:
+            run_problem(Backend.TRITON, replace(problem, route=route)).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert not compiled and set(launch_triton._COMPILED) == known
+
+
+BAD_ROUTE = """
+import sys, torch
+from bayes_router import routed_attention
+backend, value, recorded = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "recorded"
+q, k, v = (torch.randn(2, 4, 200, 64, device="cuda", dtype=torch.bfloat16, requires_grad=recorded) for _ in range(3))
+route = torch.zeros(2, 200, dtype=torch.long, device="cuda")
+lengths = torch.tensor([200, 150], device="cuda")
+route[1, 150:] = value  # padding is not looked at
+routed_attention(q, k, v, route, window=9, backend=backend, lengths=lengths)
+torch.cuda.synchronize()
+print("padding passed", flush=True)
+route[1, 149] = value
+routed_attention(q, k, v, route, window=9, backend=backend, lengths=lengths)
+torch.cuda.synchronize()
+print("nobody noticed")
+"""
+
+
+@pytest.mark.parametrize(
+    ("backend", "value", "recorded"),
+    [("triton", 3, "recorded"), ("short", -1, ""), ("dense", 3, ""), ("dense", -1, "recorded"), ("torch", 7, "")],
+)
+def test_a_route_out_of_range_is_an_assertion_on_the_device(backend: str, value: int, recorded: str) -> None:
+    """In a process of its own: after the assertion the device is lost to it."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", BAD_ROUTE, backend, str(value), recorded]
+    ended = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    assert ended.stdout == "padding passed\n", ended.stderr
+    assert ended.returncode != 0 and "assert" in ended.stderr.lower()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("backend", ["triton", "short", "dense"])
+def test_tensors_of_another_device_than_the_current_one(backend: str) -> None:
+    problem = draw(2, 4, 2, 500, 64, "independent")
+    inputs = [getattr(problem, name).detach().to("cuda:1").requires_grad_(backend != "short") for name in NAMES]
+    q, k, v, linear_q, linear_k = inputs
+    arguments = {"window": 70, "linear_q": linear_q, "linear_k": linear_k}
+    out = routed_attention(q, k, v, problem.route.to("cuda:1"), backend=backend, **arguments)
+    if backend != "short":
+        out.sum().backward()
+    want = run_problem(Backend.REFERENCE, exact(problem))
+    assert out.device == torch.device("cuda:1") and relative_error(out.cuda(0), want) < TOLERANCE[q.dtype]
 
 
 @pytest.mark.parametrize("names", [("full", "linear", "local"), ("full", "local"), ("linear",), ("local",), ("full",)])

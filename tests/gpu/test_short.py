@@ -70,6 +70,24 @@ def test_auto_takes_it_for_short_texts_without_gradients() -> None:
     torch.testing.assert_close(routed_attention(problem.q, problem.k, problem.v, problem.route, window=70, **inputs), want)
 
 
+def test_by_name_where_it_cannot_run_it_says_why() -> None:
+    problem = draw(1, 2, 2, 300, 64, "independent")
+    inputs = problem.q, problem.k, problem.v
+    with (
+        torch.enable_grad(),
+        pytest.raises(RuntimeError, match="'short' cannot run here: it has no backward pass; backend='auto'"),
+    ):
+        routed_attention(*inputs, problem.route, window=70, backend="short")
+    for experts in (("full", "gated", "local"), ("full", "full", "local")):
+        with pytest.raises(RuntimeError, match="it computes at most one each of the built-in experts full, linear and local"):
+            routed_attention(*inputs, problem.route, window=70, backend="short", experts=experts)
+    wide = draw(1, 2, 2, 300, 160, "independent")
+    with pytest.raises(RuntimeError, match="it holds head sizes up to 128; this is 160"):
+        routed_attention(wide.q, wide.k, wide.v, wide.route, window=70, backend="short")
+    with pytest.raises(RuntimeError, match="it computes float32, bfloat16 and float16; these are torch.float64"):
+        routed_attention(*(x.double() for x in inputs), problem.route, window=70, backend="short")
+
+
 def test_no_future_leak() -> None:
     problem = draw(1, 4, 4, 2000, 64, "independent")
     before = run_problem(Backend.SHORT, problem)
