@@ -42,6 +42,7 @@ def test_a_wider_window_is_taken_back_and_greedy_begins_with_the_harmless() -> N
     assert all(sorted(order) == [0, 1] for order in found.values()) and found["greedy"][0] == found["one by one"][0]
 
 
+@pytest.mark.slow
 def test_the_study_runs_and_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     from analysis import patch_smollm
 
