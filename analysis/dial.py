@@ -1,14 +1,13 @@
-"""Does uncertainty buy anything on the dial? `python -m analysis.dial RUN [--cost flops] [--tokens 16384] [--out FOLDER]`.
+"""Does uncertainty buy anything on the dial? `python -m analysis.dial RUN ... [--cost flops] [--tokens 16384] [--out FOLDER]`.
 
-Held-out nll against executed cost of one fitted run under two policies: argmax with a price, and conservative (unsure tokens
-take the stronger expert) with a price, at several thresholds. Each conservative point is compared with argmax at the same
-executed cost, on the same windows, so the difference is paired. Writes dial.csv (argmax), dial_conservative.csv, dial.png,
-dial.json (what made them, and the verdict).
+Held-out nll against executed cost of fitted runs (one setting, several seeds) under two policies: argmax with a price, and
+conservative (unsure tokens take the stronger expert) with a price, at several thresholds. Each conservative point is compared
+with argmax at the same executed cost, on the same windows, so the difference is paired. Writes dial.csv (argmax) and
+dial_conservative.csv (a row a seed and budget), dial.png (means over seeds), dial.json (what made them, and the verdict).
 """
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,11 +19,13 @@ import pandas as pd
 import seaborn as sns
 from tqdm.auto import tqdm
 
+from analysis.sweep import commit
 from bayes_router.attention.cost import cost_ratios
+from bayes_router.config import load_config
 from bayes_router.diagnostics.plots import PALETTE
 from bayes_router.routing.policy import PolicyName
-from bayes_router.training.checkpoint import load_run
-from bayes_router.training.dial import BudgetUnreachable, Dial, Reading
+from bayes_router.training.checkpoint import CONFIG, SUMMARY, load_run, require_file
+from bayes_router.training.dial import GRID, BudgetUnreachable, Dial, Reading
 from bayes_router.training.fit import load_data, pick_device
 from bayes_router.transformer.layer import build_experts
 from bayes_router.types import CostModel, choose
@@ -84,26 +85,40 @@ def compare(argmax: Dial, conservative: dict[float, Dial], budgets: Sequence[flo
     return pd.DataFrame(rows)
 
 
+def pooled(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row a threshold and budget: means over seeds, and the standard error of the mean difference.
+
+    That between seeds where there are several, else the one over windows of the only run.
+    """
+    groups = frame.groupby(["threshold", "budget"], dropna=False)
+    table = groups[["cost", "nll_conservative", "nll_argmax", "difference", "standard_error"]].mean()
+    between = groups["difference"].sem()
+    table["standard_error"] = between.where(between.notna(), table["standard_error"])
+    return table.join(groups.size().rename("n")).reset_index()
+
+
 def verdict(frame: pd.DataFrame, curve: pd.DataFrame) -> str:
     """In words: at how many costs each policy is ahead by more than two standard errors, and the lowest loss of each.
 
     A lead at a cost where both lose to a cheaper setting buys nothing: the lowest losses tell.
     """
+    frame, curve = pooled(frame), curve.groupby("budget")[["cost", "nll_hard"]].mean()
     clear = frame["difference"].abs() > 2 * frame["standard_error"]
     better, worse = int((clear & (frame["difference"] < 0)).sum()), int((clear & (frame["difference"] > 0)).sum())
     best = frame.sort_values("difference").iloc[0]
     plain, cautious = curve.sort_values("nll_hard").iloc[0], frame.sort_values("nll_conservative").iloc[0]
     return (
-        f"at equal cost, conservative is ahead of argmax by more than two standard errors at {better} of {len(frame)} points, "
-        f"behind at {worse}, undecided at {len(frame) - better - worse}; mean difference {frame['difference'].mean():+.4f} "
-        f"nats per token, best {best['difference']:+.4f} +- {best['standard_error']:.4f} at threshold {best['threshold']:g}, "
-        f"cost {best['cost']:.3f}; lowest nll: argmax {plain['nll_hard']:.4f} at cost {plain['cost']:.3f}, conservative "
-        f"{cautious['nll_conservative']:.4f} at cost {cautious['cost']:.3f}"
+        f"{frame['n'].max()} seeds; at equal cost, conservative is ahead of argmax by more than two standard errors at "
+        f"{better} of {len(frame)} points, behind at {worse}, undecided at {len(frame) - better - worse}; mean difference "
+        f"{frame['difference'].mean():+.4f} nats per token, best {best['difference']:+.4f} +- {best['standard_error']:.4f} at "
+        f"threshold {best['threshold']:g}, cost {best['cost']:.3f}; lowest nll: argmax {plain['nll_hard']:.4f} at cost "
+        f"{plain['cost']:.3f}, conservative {cautious['nll_conservative']:.4f} at cost {cautious['cost']:.3f}"
     )
 
 
 def draw(curve: pd.DataFrame, frame: pd.DataFrame, cost: str, path: Path) -> None:
-    """Loss against cost of both policies, and their difference with two standard errors."""
+    """Loss against cost of both policies, and their difference with two standard errors; means over seeds."""
+    frame, curve = pooled(frame), curve.groupby("budget")[["cost", "nll_hard"]].mean()
     with sns.axes_style("ticks"), sns.plotting_context("notebook"):
         figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
         left.plot(curve["cost"], curve["nll_hard"], "o-", color=PALETTE[0], label="argmax")
@@ -124,7 +139,7 @@ def draw(curve: pd.DataFrame, frame: pd.DataFrame, cost: str, path: Path) -> Non
 
 
 def study(
-    run: Path, cost: CostModel, tokens: int, thresholds: Sequence[float], device: str
+    run: Path, cost: CostModel, tokens: int, thresholds: Sequence[float], budgets: Sequence[float], device: str
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The curve of argmax, and the comparison."""
     config, model = load_run(run, str(pick_device(device)))
@@ -143,38 +158,39 @@ def study(
         )
 
     argmax = dial(PolicyName.ARGMAX)
-    curve = argmax.curve()
+    curve = argmax.curve(budgets)
     budgets = curve.loc[curve["budget"] < float(ratios.max()), "budget"].tolist()  # at the end there is one route for all
     return curve, compare(argmax, {t: dial(PolicyName.CONSERVATIVE, t) for t in thresholds}, budgets)
-
-
-def commit() -> str:
-    """Of the working tree, marked where it was changed since."""
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return described.stdout.strip()
 
 
 def main() -> None:
     """Parse, compare, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--cost", default="paper", help="paper, flops or latency")
     parser.add_argument("--tokens", type=int, default=16_384, help="held-out tokens of each pass")
     parser.add_argument("--thresholds", type=float, nargs="+", default=THRESHOLDS)
+    parser.add_argument("--budgets", type=float, nargs="+", default=GRID)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     cost = choose("cost", options.cost, CostModel)
-    curve, frame = study(options.run, cost, options.tokens, options.thresholds, options.device)
+    curves, frames = {}, {}
+    for run in options.runs:
+        seed = load_config(require_file(run, CONFIG)).train.seed
+        if seed in curves:
+            parser.error(f"runs: expected one run a seed; got two of seed {seed}, the second {run}; leave one out")
+        curves[seed], frames[seed] = study(run, cost, options.tokens, options.thresholds, options.budgets, options.device)
+    curve, frame = (pd.concat(tables, names=["seed"]).reset_index("seed") for tables in (curves, frames))
     options.out.mkdir(parents=True, exist_ok=True)
-    curve.to_csv(options.out / "dial.csv", index=False)
-    frame.to_csv(options.out / "dial_conservative.csv", index=False)
+    curve.to_csv(options.out / "dial.csv", index=False, float_format="%.6g")
+    frame.to_csv(options.out / "dial_conservative.csv", index=False, float_format="%.6g")
     draw(curve, frame, cost.value, options.out / "dial.png")
     made: dict[str, Any] = {
         "command": " ".join(["python -m analysis.dial", *sys.argv[1:]]),
         "commit": commit(),
         "device": str(pick_device(options.device)),
-        "run": json.loads((options.run / "summary.json").read_text()) if (options.run / "summary.json").exists() else None,
+        "runs": [json.loads((run / SUMMARY).read_text()) for run in options.runs],
         "verdict": verdict(frame, curve),
     }
     (options.out / "dial.json").write_text(json.dumps(made, indent=2) + "\n")

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import subprocess
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -25,6 +26,8 @@ from bayes_router.config import Config, config_from_dict, preset
 from bayes_router.training.checkpoint import write_whole
 from bayes_router.training.evaluate import evaluate
 from bayes_router.training.fit import Trainer, count_parameters, load_data, pick_device
+
+ROOT = Path(__file__).parent.parent
 
 
 def run_one(job: dict[str, Any]) -> dict[str, Any]:
@@ -72,11 +75,18 @@ def run_one(job: dict[str, Any]) -> dict[str, Any]:
         "parameters": count_parameters(trainer.model),
         "seconds": round(seconds, 1),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "commit": commit(),
     }
     del trainer
     gc.collect()  # a captured step and its trainer hold one another, and device memory with them
     torch.cuda.empty_cache()
     return row
+
+
+def commit() -> str:
+    """Of the working tree, marked where it was changed since."""
+    told = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False, cwd=ROOT)
+    return told.stdout.strip()
 
 
 def identity(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -52,11 +52,22 @@ class BreakEven(NamedTuple):
 
 BREAK_EVEN = {  # by CUDA or not, and whether gradients are needed
     (False, False): BreakEven(192, Backend.DENSE, Backend.TORCH),
-    (False, True): BreakEven(192, Backend.DENSE, Backend.TORCH),
+    (False, True): BreakEven(160, Backend.DENSE, Backend.TORCH),
     (True, False): BreakEven(2048, Backend.SHORT, Backend.TRITON),
     (True, True): BreakEven(0, Backend.DENSE, Backend.TRITON),
 }
-"""To be measured."""
+"""On a CPU what `python -m analysis.break_even` printed, on one core of an AMD EPYC (AVX-512) with torch 2.13; on CUDA an
+H100's (analysis/SPEED.md); with gradients there, nothing else was measured.
+
+No backend computes two experts for the time of one, so that a mixed route through a short text is slower than full attention
+alone. On that core, B1 H8 Dh64 W256, 10/60/30 full/linear/local, `auto` took, in times of full attention:
+
+    T                   16    64   128   256   512  1024  2048
+    forward            6.4   3.5   2.6   1.6   1.1  0.83  0.62
+    and backward       4.7   3.5   2.9   1.6   1.0  0.83  0.60
+
+A route that all tokens share costs what its expert costs, where the host may look (on a CPU).
+"""
 
 
 def routed_attention(
@@ -81,7 +92,7 @@ def routed_attention(
         v: as k.
         route: int64 or int32 [B, Tq], indices into `experts`; or one int for all tokens, which then costs what that expert
             costs and no more, on any device.
-        window: W >= 1, visible keys of the local expert, self included (of experts given by name).
+        window: W >= 1, visible keys of the local expert, self included; that of a built one, if there is one.
         linear_q: queries for experts that take no rotary positions; default q.
         linear_k: keys for them; default k.
         backend: a `Backend` or its value.
@@ -96,6 +107,7 @@ def routed_attention(
     Raises:
         ValueError: an argument that does not fit, named, with what was expected. On CUDA the values of route are not read
             (that would synchronise): one out of range is a device-side assertion.
+        TypeError: an argument of another kind, as a list for a tensor.
         RuntimeError: the backend asked for cannot run here, with the reason.
     """
     choice = choose("backend", backend, Backend)

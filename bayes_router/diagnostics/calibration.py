@@ -48,7 +48,9 @@ class CalibrationThresholds:
 
 
 @torch.no_grad()
-def routing_regret(model: RoutedLanguageModel, batches: Iterable[Batch], per_sequence: int = 8, seed: int = 0) -> pd.DataFrame:
+def routing_regret(
+    model: RoutedLanguageModel, batches: Iterable[Batch], per_sequence: int = 8, seed: int = 0, causal: bool = True
+) -> pd.DataFrame:
     """Loss of sampled tokens under each route that a layer could have given them.
 
     One token's route in one layer is changed, everything else stays on the HARD path: the layers above do not decide again.
@@ -60,6 +62,7 @@ def routing_regret(model: RoutedLanguageModel, batches: Iterable[Batch], per_seq
         batches: windows of text.
         per_sequence: pairs of (token, layer) to sample from each window, without repetition.
         seed: of the sample.
+        causal: nothing looks ahead, so what comes after a token need not be computed; of an encoder it is read.
 
     Returns:
         One row a pair: sequence, position, layer, choice, loss_<expert> (nats), largest_<expert> (posterior probability
@@ -71,7 +74,7 @@ def routing_regret(model: RoutedLanguageModel, batches: Iterable[Batch], per_seq
     experts, rows, sequence = list(model.config.experts), [], 0
     for batch in batches:
         for tokens, targets in zip(batch.tokens.to(device), batch.targets.to(device), strict=True):
-            rows += _regret_rows(model, tokens, targets, per_sequence, random, sequence)
+            rows += _regret_rows(model, tokens, targets, per_sequence, random, sequence, causal)
             sequence += 1
     require(len(rows) > 0, "text", "at least one scored token", "none", "read a longer text")
     frame = pd.DataFrame(rows)
@@ -82,7 +85,13 @@ def routing_regret(model: RoutedLanguageModel, batches: Iterable[Batch], per_seq
 
 
 def _regret_rows(
-    model: RoutedLanguageModel, tokens: Tensor, targets: Tensor, count: int, random: np.random.Generator, sequence: int
+    model: RoutedLanguageModel,
+    tokens: Tensor,
+    targets: Tensor,
+    count: int,
+    random: np.random.Generator,
+    sequence: int,
+    causal: bool,
 ) -> list[dict[str, object]]:
     """The pairs of one sequence; tokens and targets [T]."""
     out = model(tokens[None], RoutingMode.HARD)
@@ -94,7 +103,10 @@ def _regret_rows(
     if not pairs:
         return []
     pairs.sort(key=lambda pair: pair[1])  # so that what goes through the network together ends at a like position
-    loss = torch.cat([_forced_losses(model, tokens, targets, choice, pairs[i : i + ROWS]) for i in range(0, len(pairs), ROWS)])
+    parts = [pairs[i : i + ROWS] for i in range(0, len(pairs), ROWS)]
+    ends = [part[-1][1] + 1 if causal else len(tokens) for part in parts]
+    losses = [_forced_losses(model, tokens[:end], targets, choice, part) for part, end in zip(parts, ends, strict=True)]
+    loss = torch.cat(losses)
     rows: list[dict[str, object]] = []
     for i, (layer, at_position) in enumerate(pairs):
         q = out.concentration[layer, 0, at_position].double().cpu()
@@ -111,13 +123,13 @@ def _regret_rows(
 def _forced_losses(
     model: RoutedLanguageModel, tokens: Tensor, targets: Tensor, choice: Tensor, pairs: list[tuple[int, int]]
 ) -> Tensor:
-    """Nats at each (layer, position) under each expert, [P, E]; nothing after the last position is computed."""
-    E, end = len(model.config.experts), pairs[-1][1] + 1
+    """Nats at each (layer, position) under each expert, [P, E]."""
+    E, end = len(model.config.experts), len(tokens)
     forced = choice[:, :, :end].repeat(1, len(pairs) * E, 1)  # [L, P E, end]
     for i, (layer, position) in enumerate(pairs):
         forced[layer, i * E : (i + 1) * E, position] = torch.arange(E, device=choice.device)
     where = torch.tensor([position for _, position in pairs], device=tokens.device).repeat_interleave(E)
-    logits = model(tokens[:end].expand(forced.shape[1], -1), force=forced).logits
+    logits = model(tokens.expand(forced.shape[1], -1), force=forced).logits
     at = logits[torch.arange(len(where), device=where.device), where]
     return F.cross_entropy(at.float(), targets[where], reduction="none").view(-1, E)
 

@@ -143,7 +143,7 @@ class Examination:
     def regret(self) -> pd.DataFrame:
         """`routing_regret`."""
         batches = self._rows(self.effort.regret_sequences)
-        return routing_regret(self.run.model, batches, self.effort.regret_per_sequence)
+        return routing_regret(self.run.model, batches, self.effort.regret_per_sequence, causal=self.run.causal)
 
     @cached_property
     def calibration(self) -> Calibration:
@@ -160,7 +160,7 @@ class Examination:
         """`k_hat_frame`."""
         effort, context = self.effort, self.run.config.data.context
         sequences = [(batch.tokens[0], batch.targets[0]) for batch in self._rows(effort.guide_sequences)]
-        lengths = [length for length in effort.guide_lengths if length <= context]
+        lengths = [length for length in effort.guide_lengths if length <= context] if self.run.causal else [context]
         require(len(lengths) > 0, "guide_lengths", f"one of at most {context} tokens", effort.guide_lengths)
         return k_hat_frame(self.run.program, self.run.guide, sequences, lengths, effort.guide_draws)
 
@@ -177,9 +177,9 @@ class Examination:
 
     @cached_property
     def other_text(self) -> pd.DataFrame:
-        """`tell_apart`; empty where tokens are no text."""
+        """`tell_apart`; empty where tokens are no text, or hidden ones alone are predicted."""
         tokeniser = self.run.tokeniser
-        if tokeniser is None:
+        if tokeniser is None or not self.run.causal:
             return pd.DataFrame()
         own = self._own_tokens()
         return tell_apart(self.run.model, own, other_texts(own, tokeniser), self.run.prior.cost_ratio)
@@ -212,6 +212,8 @@ class Examination:
         if self.run.tokeniser is None:
             of = "the patched model came without a tokenizer" if self.run.patched else "the tokens of recall are no text"
             found.append(f"kinds of token{'' if quick else ', other text'}: {of}")
+        if not self.run.causal and not quick:
+            found.append("guide of a prefix, other text: an encoder reads both sides and predicts hidden tokens alone")
         return found
 
     def figures(self) -> pd.Series:

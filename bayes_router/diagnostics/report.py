@@ -63,13 +63,13 @@ def route_text(run: FittedRun, text: bytes | None = None, limit: int = SHOWN_TOK
         of = "a patched model without its tokenizer" if run.patched else "a run on recall, whose tokens are no text"
         require(tokeniser is not None, "text", "a fit on text", of)
         assert tokeniser is not None
-        batches = text_windows(text, tokeniser, context, limit)
+        batches = text_windows(text, tokeniser, context, limit, run.causal)
     ids, concentration, choice, nll = [], [], [], []
     for reading in read(run.model, batches):
         ids += reading.tokens[0].tolist()
         concentration.append(reading.concentration[:, 0].cpu())
         choice.append(reading.hard_choice[:, 0].cpu())
-        nll.append(torch.cat([reading.nll.new_full((1,), torch.nan), reading.nll[0, :-1]]).cpu())
+        nll.append(reading.own_nll(run.causal)[0].cpu())
     parts = (torch.cat(concentration, 1), torch.cat(choice, 1), torch.cat(nll))
     return ShownText(
         pieces(ids[:limit], run.tokeniser), *(part[..., :limit] if part.dim() < 3 else part[:, :limit] for part in parts)

@@ -68,7 +68,8 @@ def _kl(model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
     kl = dirichlet_kl(q, p)  # [L, B, T]
     if isinstance(priors[0], TiltedDirichlet):
         log_z = torch.stack([prior.log_normaliser for prior in priors])  # [L, B, T], the same for all tokens
-        kl = kl + posterior_mean(q) @ priors[0].price.to(q) + log_z
+        price = torch.stack([prior.price for prior in priors])[:, None, None]  # [L, 1, 1, E]
+        kl = kl + (posterior_mean(q) * price.to(q)).sum(-1) + log_z
     scale = guide_trace.nodes[layers[0]]["scale"]  # kl_weight / (B T), []
     per_token = kl.mean((1, 2)).sum()
     return per_token, per_token * (scale * kl[0].numel()).to(per_token)

@@ -50,7 +50,7 @@ class RoutingModel(Named):
     Args:
         network: (tokens, route callback) -> logits [B, T, V]; see `RoutedTransformer`.
         concentration: of the prior, [L, E].
-        cost_ratio: of the experts, [E]; what `price` multiplies.
+        cost_ratio: of the experts, [E], or of the experts in each layer, [L, E]; what `price` multiplies.
         kl_weight: scales the latent sites, hence the KL, and nothing else; 1 is the literal ELBO.
         price: nats per unit of cost by which the prior is tilted, see `TiltedDirichlet`.
 
@@ -63,7 +63,7 @@ class RoutingModel(Named):
     concentration: Tensor
     cost_ratio: Tensor
     log_normaliser: Tensor  # [L], of the tilted prior
-    tilt: Tensor  # [E], price x cost_ratio
+    tilt: Tensor  # price x cost_ratio
     kl_scale: Tensor  # [], kl_weight
 
     def __init__(
@@ -114,7 +114,8 @@ class RoutingModel(Named):
     def prior(self, layer: int) -> dist.TorchDistribution:
         """Of one token's route in a layer."""
         if self.price > 0:
-            return TiltedDirichlet(self.concentration[layer], self.tilt, self.log_normaliser[layer])
+            tilt = self.tilt if self.tilt.dim() == 1 else self.tilt[layer]
+            return TiltedDirichlet(self.concentration[layer], tilt, self.log_normaliser[layer])
         return dist.Dirichlet(self.concentration[layer], validate_args=False)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:

@@ -40,17 +40,21 @@ def price_for(concentration: Tensor, layer_cost: Tensor, budget: float) -> float
     return high
 
 
-def solve(router: RoutedPretrained, source: TokenSource, budget: float, context: int, limit: int) -> float:
+def solve(
+    router: RoutedPretrained, source: TokenSource, budget: float, context: int, limit: int, tolerance: float = TOLERANCE
+) -> float:
     """Set the router's policy to the price at which executed routes cost `budget` within 0.005; what they cost.
+
+    In a jump, where many tokens share one posterior, the nearer end does if it is within `tolerance`.
 
     Routes of early layers change what later controllers read, so every cost is that of a pass that was executed. Between a
     price that costs more and one that costs less, the next is in turn the one that would do were the posteriors those of the
     last pass, the one just below (a jump is found at once), and the middle.
 
     Raises:
-        ValueError: no price does: out of the range of costs, or in a jump, for many tokens share one posterior. The policy is
-            then what it was.
+        ValueError: no price does. The policy is then what it was.
     """
+    require(tolerance >= 0, "tolerance", "0 or more", tolerance)
     costs = tuple(router.cost_ratio.tolist())
     least, most = (float(ends.double().mean()) for ends in (router.layer_cost.amin(1), router.layer_cost.amax(1)))
     require(
@@ -83,11 +87,15 @@ def solve(router: RoutedPretrained, source: TokenSource, budget: float, context:
             guess = price_for(concentration, router.layer_cost.to(concentration.device), budget)
             tried = (guess, guess - 0.9 * near, torch.inf)[passes % 3]
             price, passes = tried if low < tried < high else (low + high) / 2, passes + 1
+        near_price, realised = min((low, dear), (high, cheap), key=lambda end: abs(end[1] - budget))
+        if abs(realised - budget) <= tolerance:
+            usual = Budget(costs, near_price)
+            return realised
     finally:
         router.train(was_training)
         router._force, router.policy = before, usual
     raise ValueError(
-        f"budget: expected a cost that some price realises within {TOLERANCE:g}; got {budget:g}; at price {low:.4g} the "
-        f"executed cost jumps from {dear:.3f} to {cheap:.3f}, for many tokens share one posterior: fit longer, or choose one "
-        "of these two"
+        f"budget: expected a cost that some price realises within {max(tolerance, TOLERANCE):g}; got {budget:g}; at price "
+        f"{low:.4g} the executed cost jumps from {dear:.3f} to {cheap:.3f}, for many tokens share one posterior: fit longer, "
+        "choose one of these two, or give tolerance="
     )

@@ -90,7 +90,7 @@ def _one_fused(experts: nn.ModuleList, call: AttentionCall, route: Tensor) -> Te
     k, v = call.k[:, :, -1:], call.v[:, :, -1:]
     before = torch.full((len(q),), call.k.shape[2] - 1, dtype=torch.int64, device=q.device)
     # the new key and value are in the cache already; the kernel writes them there once more
-    out = decode_step(q, k, v, q, k, call.k, call.v, None, route, before, (full, -1, -1), 1)
+    out = decode_step(q, k, v, q, k, call.k, call.v, None, route, before, (full, -1, -1), 1, num_experts=len(experts))
     for index, expert in enumerate(experts):
         if index != full:
             out = torch.where((route == index)[:, None, :, None], expert(call), out)

@@ -155,18 +155,34 @@ class RoutedPretrained(RoutedModel):
         return tuning.program(self, tuning.final_state(self, schedule))
 
     def set_budget(
-        self, budget: float, texts: Any = None, *, tokenizer: Any = None, context: int = 512, limit: int = 8192
+        self,
+        budget: float,
+        texts: Any = None,
+        *,
+        tokenizer: Any = None,
+        context: int = 512,
+        limit: int = 8192,
+        tolerance: float = 0.005,
     ) -> float:
         """Let executed attention cost `budget` of attention over all keys, on text held out by `fit` or on `texts`.
 
         Costs are those of the prior's cost model. Afterwards `policy` is a `Budget` at the price that was found.
 
+        Args:
+            budget: full attention = 1.
+            texts: text, texts or tokens; default what `fit` held out.
+            tokenizer: of texts.
+            context: tokens of a window.
+            limit: tokens that are read.
+            tolerance: how far from the budget a cost may be where many tokens have one posterior, so that no price comes within
+                0.005 (small models of bytes).
+
         Returns:
-            The realised cost on that text, within 0.005 of the budget.
+            The realised cost on that text, within 0.005 of the budget, or within `tolerance` in such a jump.
 
         Raises:
-            ValueError: no text, or a budget that no price realises: out of range, or in a jump because many tokens have one
-                posterior; the message names what is within reach.
+            ValueError: no text, or a budget that no price realises: out of range, or in a jump; the message names what is
+                within reach.
         """
         self.require_patched()
         from bayes_router.integrations.budget import solve
@@ -175,7 +191,7 @@ class RoutedPretrained(RoutedModel):
         if source is None:
             raise ValueError("texts: expected held-out text, from fit() or given here; got None; pass texts=")
         context = min(context, len(source) - 1)
-        return solve(self, source, budget, context, max(limit, context))
+        return solve(self, source, budget, context, max(limit, context), tolerance)
 
 
 class Network:

@@ -22,7 +22,7 @@ from bayes_router.integrations.call import AttentionCall, seen
 
 @dataclass(frozen=True)
 class Running:
-    """sum_s phi(k_s) (v_s, 1)^T over the first `length` keys: [B, Hkv, F, Dv + 1], float32."""
+    """sum_s phi(k_s) (v_s, 1)^T over the first `length` keys: [B, Hkv, F, Dv + 1], float32 at least."""
 
     state: Tensor
     length: int

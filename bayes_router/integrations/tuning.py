@@ -196,7 +196,7 @@ def program(router: RoutedPretrained, start: ScheduleState, network: Any = None)
     """The project's model and guide around a patched model: routes are latent, the model's logits the likelihood."""
     device = next(router.model.parameters()).device
     chosen = router.network if network is None else network
-    model = RoutingModel(chosen, start.concentration, router.cost_ratio.to(device), start.kl_weight, start.price)
+    model = RoutingModel(chosen, start.concentration, router.layer_cost.to(device), start.kl_weight, start.price)
     model.straight_through = start.straight_through
     return model, RoutingGuide(model, router.controller)
 

@@ -32,7 +32,7 @@ def tilted_moments(concentration: Tensor, price: Tensor) -> TiltedMoments:
 
     Args:
         concentration: [..., E] > 0.
-        price: [E], nats per unit of weight on each expert; of either sign.
+        price: [E], or broadcastable to concentration: nats per unit of weight on each expert; of either sign.
 
     Returns:
         Exact to about 1e-9 for total concentrations from 1e-3 to 1e4.

@@ -9,6 +9,7 @@ import torch
 from bayes_router.attention.dispatch import BREAK_EVEN, Backend, choose_backend, routed_attention, run_problem, unavailable
 from bayes_router.attention.expert import ExpertShape
 from bayes_router.attention.problem import resolve_experts
+from tests.attention.seeds import DRAWN, seeded
 from tests.gpu.test_routed_attention import NAMES, TOLERANCE, compare, draw, draw_route
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -16,6 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.fixture(autouse=True)
 def _no_grad() -> Iterator[None]:
+    seeded(DRAWN)
     with torch.no_grad():
         yield
 

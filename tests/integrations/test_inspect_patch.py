@@ -198,6 +198,24 @@ def test_diagnostics_of_an_encoder_read_hidden_tokens(encoder: tuple[Path, Path]
         fitted_patch(router, TokenStream(TEXT, VOCAB), context=24)
 
 
+def test_the_whole_report_of_an_encoder(encoder: tuple[Path, Path], tmp_path: Path) -> None:
+    router = load_patch(tiny("bert"), encoder[1])
+    run = fitted_patch(router, router.held_out, context=24)
+    examined = Examination(run, effort=EFFORT)
+    assert {verdict.topic for verdict in examined.verdicts()} >= {"guide", "amortisation", "calibration"}
+    assert set(examined.k_hat["length"]) == {24}  # no weight belongs to a prefix of what is read from both sides
+    row = examined.regret.iloc[0]
+    batch = list(run.held_out.windows(24, 1))[int(row["sequence"])]
+    with torch.no_grad():
+        out = router(batch.tokens)
+    nll = torch.nn.functional.cross_entropy(out.logits[0], batch.targets[0], ignore_index=IGNORED, reduction="none")
+    assert row[f"loss_{row['choice']}"] == pytest.approx(float(nll[int(row["position"])]), abs=1e-4)  # all of the text was read
+    html = write_report(examined, limit=48)
+    data = json.loads(html.split('id="data">')[1].split("</script>")[0])
+    assert [value is None for value in data["nll"]] == [position % 24 % 7 != 3 for position in range(48)]
+    assert "an encoder reads both sides" in html and "Reliability" in html
+
+
 def test_own_nll_of_a_decoder_is_said_a_token_before(folders: Any) -> None:
     router = load_patch(tiny("llama" if "llama" in str(folders[0]) else "gpt2"), folders[2])
     run = fitted_patch(router, router.held_out, context=24)

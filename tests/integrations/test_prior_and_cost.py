@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bayes_router.config import PriorConfig
+from bayes_router.inference.elbo import NegativeELBO
 from bayes_router.integrations.patching import patch
 from bayes_router.routing.policy import Budget
 from bayes_router.training.evaluate import _Prior
@@ -86,6 +87,9 @@ def test_budgets_out_of_reach_name_the_range() -> None:
     with pytest.raises(ValueError, match=r"budget: expected .* within 0.005; got 0.5.*from 1.000 to 0.150"):
         alike.set_budget(0.5, TEXT, context=32)
     assert router.policy is usual and alike.set_budget(1.0, TEXT, context=32) == 1.0
+    assert alike.set_budget(0.9, TEXT, context=32, tolerance=0.2) == 1.0  # the nearer end of the jump
+    with pytest.raises(ValueError, match="within 0.05.*tolerance="):
+        alike.set_budget(0.9, TEXT, context=32, tolerance=0.05)
 
 
 def test_a_budget_is_solved_under_evaluation_and_unforced() -> None:
@@ -165,3 +169,18 @@ def test_layers_that_never_routed_are_named() -> None:
     router = patch(model, window=5, layers=(0,))
     model(draw(), draw(seed=2))
     assert router.kl().isfinite()
+
+
+@pytest.mark.parametrize("likelihood", ["model", "text"])
+def test_the_program_tilts_each_layer_by_its_own_costs(likelihood: str) -> None:
+    _, router = patched("gemma3", prior=PriorConfig(price=7.0))
+    program, guide = router.program()
+    program.straight_through = False  # as SAMPLE executes draws
+    torch.manual_seed(0)
+    objective = NegativeELBO(program, guide)
+    _, terms = objective(tokens(), tokens())
+    torch.manual_seed(0)
+    with torch.no_grad():
+        router(tokens(), "sample")
+    torch.testing.assert_close(router.kl(), terms.kl, rtol=1e-4, atol=1e-4)
+    assert router.fit(TEXT, steps=1, distil_steps=0, context=20, batch_size=2, likelihood=likelihood)["kl"].notna().all()
