@@ -84,9 +84,13 @@ def run_one(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Of the working tree, marked where it was changed since."""
-    told = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False, cwd=ROOT)
-    return told.stdout.strip()
+    """Of the code, marked where something other than results was changed since."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=ROOT).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!analysis/results")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
 def identity(row: dict[str, Any]) -> tuple[Any, ...]:

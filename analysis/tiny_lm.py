@@ -173,7 +173,9 @@ def plan(size: str, corpus: str, seeds: int, names: list[str], context: int = 0,
 
 
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
-    """n, mean and standard error of each contender, by corpus and context; best nll first."""
+    """n, mean and standard error of each contender (and learning rate, if there are several), by corpus; best nll first."""
+    if "lr" in frame and frame["lr"].nunique() > 1:
+        frame = frame.assign(contender=frame["contender"] + frame["lr"].map(", rate {:g}".format))
     columns = ["nll_mean", "nll_hard", "cost_paper", "cost_flops", "route_information", "routing_entropy"]
     groups = frame.groupby(["corpus", "context", "contender"])
     table = groups[columns].mean().join(groups["nll_hard"].agg(n="count", se="sem"))

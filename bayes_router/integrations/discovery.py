@@ -12,7 +12,7 @@ from bayes_router.attention.expert import ExpertShape
 from bayes_router.config import require
 from bayes_router.integrations import falcon
 from bayes_router.integrations.interface import MASKS, observers
-from bayes_router.integrations.routed import Found, PatchSettings
+from bayes_router.integrations.settings import Found, PatchSettings
 
 PROBE_TOKENS = 8
 

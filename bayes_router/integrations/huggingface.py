@@ -17,9 +17,11 @@ from bayes_router.config import ScheduleConfig, require
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel
 from bayes_router.integrations import falcon
+from bayes_router.integrations.binding import BINDING, Binding
 from bayes_router.integrations.discovery import check_model, find_layers, probe
 from bayes_router.integrations.interface import install, keep_hidden
-from bayes_router.integrations.routed import BINDING, Binding, PatchSettings, RoutedModel, model_config
+from bayes_router.integrations.routed import RoutedModel
+from bayes_router.integrations.settings import PatchSettings, model_config
 from bayes_router.integrations.texts import stream_of
 from bayes_router.transformer.model import Force, forced_route
 from bayes_router.types import Route, RoutingMode, RoutingOutput, choose

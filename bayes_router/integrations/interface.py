@@ -13,9 +13,9 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import output_capturing
 
+from bayes_router.integrations.binding import BINDING, Binding
 from bayes_router.integrations.call import AttentionCall, padding_of
 from bayes_router.integrations.memory import held_keys
-from bayes_router.integrations.routed import BINDING, Binding
 
 MASKS = {"sdpa": sdpa_mask, "eager": eager_mask}
 NAME = "bayes_router_{}"

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from bayes_router.config import PriorConfig, require
-from bayes_router.integrations.routed import BINDING, PatchSettings, RoutedModel
+from bayes_router.integrations.binding import BINDING
+from bayes_router.integrations.routed import RoutedModel
 from bayes_router.integrations.saving import load_fit, load_weights, read_settings
+from bayes_router.integrations.settings import PatchSettings
 from bayes_router.routing.policy import Policy
 
 

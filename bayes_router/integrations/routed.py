@@ -3,10 +3,9 @@
 What is added lives here and not in the model: its parameters, state dict and `save_pretrained` stay its own.
 """
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,13 +14,15 @@ from torch import Tensor, nn
 from torch.distributions import Dirichlet
 from torch.nn import functional as F
 
-from bayes_router.attention.expert import ExpertShape, widen
-from bayes_router.config import ModelConfig, PriorConfig, require
+from bayes_router.attention.expert import widen
+from bayes_router.config import require
+from bayes_router.integrations.binding import BINDING, Binding
 from bayes_router.integrations.call import AttentionCall
 from bayes_router.integrations.cost import layer_costs, layer_prior
 from bayes_router.integrations.identity import fingerprint
-from bayes_router.integrations.layer import EXPERTS, RoutedLayer
+from bayes_router.integrations.layer import RoutedLayer
 from bayes_router.integrations.memory import Memories
+from bayes_router.integrations.settings import FitRecord, Found, PatchSettings, model_config
 from bayes_router.integrations.texts import TokenStream
 from bayes_router.routing.controller import MetaController
 from bayes_router.routing.policy import Argmax, Policy, execute
@@ -29,139 +30,9 @@ from bayes_router.routing.posterior import dirichlet_kl, posterior_mean
 from bayes_router.routing.tilt import tilted_moments
 from bayes_router.transformer.layer import RoutingStatistics, routing_statistics
 from bayes_router.transformer.model import Force, forced_route
-from bayes_router.types import Route, RoutingMode, unknown
+from bayes_router.types import Route, RoutingMode
 
 START_SHARE = 0.9
-BINDING = "_bayes_router"
-
-
-@dataclass(frozen=True)
-class PatchSettings:
-    """What `patch` was asked for.
-
-    Attributes:
-        window: keys that `local` sees, the token itself included.
-        experts: names, in the order of the routing latent; `full` is always among them.
-        layers: indices of the attention layers to route, in the order in which the model runs them; None: all.
-        sinks: first tokens that `local` sees beside its window.
-        prior: the compute-aware prior of `fit`.
-        context: tokens at which FLOPs and latency are compared, where the prior's cost asks for them; a layer whose own window
-            is shorter pays for that window.
-        controller_hidden: hidden width of each layer's controller; 0 for a linear one.
-        concentration_floor: least concentration of the posterior.
-    """
-
-    window: int = 256
-    experts: tuple[str, ...] = ("full", "linear", "local")
-    layers: tuple[int, ...] | None = None
-    sinks: int = 0
-    prior: PriorConfig = field(default_factory=lambda: PriorConfig(price=2.0))
-    context: int = 1024
-    controller_hidden: int = 64
-    concentration_floor: float = 0.01
-
-    def __post_init__(self) -> None:
-        """Check every field."""
-        require(self.window >= 1, "window", "at least 1 (a token sees itself)", self.window)
-        require(self.sinks >= 0, "sinks", "0 or more tokens", self.sinks)
-        require(self.context >= 1, "context", "at least 1 token", self.context)
-        require("full" in self.experts, "experts", "'full' among them (the model's own attention)", self.experts)
-        for name in self.experts:
-            if name not in EXPERTS:
-                raise unknown("experts", name, EXPERTS)
-        require(len(set(self.experts)) == len(self.experts), "experts", "no name twice", self.experts)
-        require(self.layers is None or len(self.layers) > 0, "layers", "at least one index, or None for all", self.layers)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class FitRecord:
-    """How a patch was fitted, as its folder remembers it: what its Pyro program and its diagnostics need to know.
-
-    Attributes:
-        context: tokens of a sequence.
-        tokens: of text that was read for fitting.
-        kl_weight: of the objective at the end.
-        price: of the prior's tilt at the end, nats per unit of cost.
-        straight_through: whether draws were executed as their argmax at the end.
-        likelihood: model or text, see `FitSettings`.
-        budget: cost at which the fit was held; None: at the prior's own price.
-        tokenizer: the name of the one that made the tokens; None where ids were given.
-    """
-
-    context: int
-    tokens: int
-    kl_weight: float
-    price: float
-    straight_through: bool
-    likelihood: str
-    budget: float | None = None
-    tokenizer: str | None = None
-
-
-@dataclass(frozen=True)
-class Found:
-    """One attention layer of a model: the module that runs it, and its sizes."""
-
-    module: nn.Module
-    name: str
-    shape: ExpertShape
-    kv_heads: int
-    width: int  # of the hidden state
-    causal: bool
-    window: int | None = None  # keys that the layer's own attention sees, where it slides
-
-
-class Binding:
-    """What a patched module holds: its router, its index there, and the hidden state of the call under way."""
-
-    def __init__(self, router: "RoutedModel", index: int):
-        self.router, self.index = router, index
-        self.hidden: Tensor | None = None
-        self.past: tuple[Any, Tensor | None] | None = None  # the KV cache, and what it held of this layer's keys
-        self.crossed = False  # it was called as cross-attention
-
-    def attend(self, call: AttentionCall) -> Tensor:
-        """Route the call's queries and execute it: [B, H, Tq, Dv]."""
-        assert self.hidden is not None
-        hidden, self.hidden = self.hidden, None
-        past, self.past = self.past, None
-        if past is not None:
-            memory = self.router.memories.of(past[0], self.index)
-            memory.follow(past[1], call)
-            call = replace(call, memory=memory)
-        return self.router.attend(self.index, hidden, call)
-
-    def name_crossing(self) -> None:
-        """Warn, once, of a call that is not routed: query and key are two tensors."""
-        if not self.crossed:
-            name = self.router.found[self.index].name or type(self.router.model).__name__
-            warnings.warn(
-                f"{name}: called as cross-attention (its query is not its key): such calls are not routed and run as before; "
-                "pass one tensor as both, or leave the module out by patch(layers=...)",
-                stacklevel=4,
-            )
-        self.crossed = True
-
-    def require_full(self, asked: str) -> None:
-        """Route the call's queries and see that `full` takes them all: the original may answer what no expert can.
-
-        Raises:
-            ValueError: some take another expert; `asked` names the argument.
-        """
-        assert self.hidden is not None
-        hidden, self.hidden, self.past = self.hidden, None, None
-        route = self.router.route(self.index, hidden)
-        require(
-            all_on(route, self.router.experts.index("full")),
-            asked,
-            "False where tokens are routed: a mixture of experts has no attention weights",
-            True,
-            "force('full'), or unpatch() first",
-        )
 
 
 class RoutedModel(nn.Module):
@@ -444,30 +315,6 @@ class RoutedModel(nn.Module):
             self._restore.append(partial(delattr, one.module, BINDING))  # a partial is copied with the model, a closure not
 
 
-def all_on(route: Tensor | int, expert: int) -> bool:
-    """Whether a route sends every token to one expert."""
-    if isinstance(route, int):
-        return route == expert
-    return not route.is_floating_point() and bool((route == expert).all())
-
-
 def normalised(hidden: Tensor) -> Tensor:
     """Scaled to unit root mean square, float32 at least: what a controller reads, on one scale in all layers and models."""
     return F.rms_norm(widen(hidden), hidden.shape[-1:])
-
-
-def model_config(found: Found, settings: PatchSettings, num_layers: int, vocab_size: int = 1) -> ModelConfig:
-    """The routed layers in the terms of the project: what costs, diagnostics and reports read."""
-    heads, dim = found.shape.num_heads, found.shape.head_dim
-    require(dim % 2 == 0, "head_dim", "an even number", dim, "models with odd heads are not served")
-    return ModelConfig(
-        vocab_size=vocab_size,
-        d_model=heads * dim,
-        num_layers=num_layers,
-        num_heads=heads,
-        num_kv_heads=found.kv_heads,
-        experts=settings.experts,
-        window=settings.window + settings.sinks,  # what `local` reads, hence what it costs
-        controller_hidden=settings.controller_hidden,
-        concentration_floor=settings.concentration_floor,
-    )

@@ -16,7 +16,8 @@ from torch import nn
 
 from bayes_router.config import PriorConfig, require
 from bayes_router.integrations.identity import fingerprint
-from bayes_router.integrations.routed import FitRecord, PatchSettings, RoutedModel
+from bayes_router.integrations.routed import RoutedModel
+from bayes_router.integrations.settings import FitRecord, PatchSettings
 from bayes_router.integrations.texts import MaskedStream, TokenStream
 from bayes_router.routing.policy import Argmax, Budget, Conservative, Policy
 from bayes_router.training.checkpoint import write_json, write_whole

@@ -16,10 +16,12 @@ from torch.nn import functional as F
 
 from bayes_router.attention.expert import ExpertShape, merge_tokens
 from bayes_router.config import require
+from bayes_router.integrations.binding import BINDING, Binding, all_on
 from bayes_router.integrations.call import AttentionCall, padding_of, seen
 from bayes_router.integrations.features import LinearExpert
 from bayes_router.integrations.layer import RoutedLayer
-from bayes_router.integrations.routed import BINDING, Binding, Found, PatchSettings, RoutedModel, all_on
+from bayes_router.integrations.routed import RoutedModel
+from bayes_router.integrations.settings import Found, PatchSettings
 from bayes_router.types import RoutingMode
 
 Loss = Callable[[Any], Tensor]

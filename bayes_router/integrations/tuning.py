@@ -22,7 +22,7 @@ from bayes_router.integrations.features import LinearExpert
 from bayes_router.integrations.huggingface import RoutedPretrained
 from bayes_router.integrations.layer import RoutedLayer
 from bayes_router.integrations.likelihood import Likelihood, TeacherELBO, entropy
-from bayes_router.integrations.routed import FitRecord
+from bayes_router.integrations.settings import FitRecord
 from bayes_router.routing.schedule import Schedule, ScheduleState
 from bayes_router.training.optimise import clip_gradient, set_learning_rate
 from bayes_router.types import IGNORED, Route, choose

@@ -1,0 +1,71 @@
+"""What a patched module holds, and by what name: the way from a model's own attention call to its router."""
+
+import warnings
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from bayes_router.config import require
+from bayes_router.integrations.call import AttentionCall
+
+if TYPE_CHECKING:
+    from bayes_router.integrations.routed import RoutedModel
+
+BINDING = "_bayes_router"
+
+
+class Binding:
+    """What a patched module holds: its router, its index there, and the hidden state of the call under way."""
+
+    def __init__(self, router: "RoutedModel", index: int):
+        self.router, self.index = router, index
+        self.hidden: Tensor | None = None
+        self.past: tuple[Any, Tensor | None] | None = None  # the KV cache, and what it held of this layer's keys
+        self.crossed = False  # it was called as cross-attention
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Route the call's queries and execute it: [B, H, Tq, Dv]."""
+        assert self.hidden is not None
+        hidden, self.hidden = self.hidden, None
+        past, self.past = self.past, None
+        if past is not None:
+            memory = self.router.memories.of(past[0], self.index)
+            memory.follow(past[1], call)
+            call = replace(call, memory=memory)
+        return self.router.attend(self.index, hidden, call)
+
+    def name_crossing(self) -> None:
+        """Warn, once, of a call that is not routed: query and key are two tensors."""
+        if not self.crossed:
+            name = self.router.found[self.index].name or type(self.router.model).__name__
+            warnings.warn(
+                f"{name}: called as cross-attention (its query is not its key): such calls are not routed and run as before; "
+                "pass one tensor as both, or leave the module out by patch(layers=...)",
+                stacklevel=4,
+            )
+        self.crossed = True
+
+    def require_full(self, asked: str) -> None:
+        """Route the call's queries and see that `full` takes them all: the original may answer what no expert can.
+
+        Raises:
+            ValueError: some take another expert; `asked` names the argument.
+        """
+        assert self.hidden is not None
+        hidden, self.hidden, self.past = self.hidden, None, None
+        route = self.router.route(self.index, hidden)
+        require(
+            all_on(route, self.router.experts.index("full")),
+            asked,
+            "False where tokens are routed: a mixture of experts has no attention weights",
+            True,
+            "force('full'), or unpatch() first",
+        )
+
+
+def all_on(route: Tensor | int, expert: int) -> bool:
+    """Whether a route sends every token to one expert."""
+    if isinstance(route, int):
+        return route == expert
+    return not route.is_floating_point() and bool((route == expert).all())

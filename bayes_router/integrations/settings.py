@@ -1,0 +1,108 @@
+"""What a patch was asked for, the layers that it found, and how it was fitted."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from bayes_router.attention.expert import ExpertShape
+from bayes_router.config import ModelConfig, PriorConfig, require
+from bayes_router.integrations.layer import EXPERTS
+from bayes_router.types import unknown
+
+
+@dataclass(frozen=True)
+class PatchSettings:
+    """What `patch` was asked for.
+
+    Attributes:
+        window: keys that `local` sees, the token itself included.
+        experts: names, in the order of the routing latent; `full` is always among them.
+        layers: indices of the attention layers to route, in the order in which the model runs them; None: all.
+        sinks: first tokens that `local` sees beside its window.
+        prior: the compute-aware prior of `fit`.
+        context: tokens at which FLOPs and latency are compared, where the prior's cost asks for them; a layer whose own window
+            is shorter pays for that window.
+        controller_hidden: hidden width of each layer's controller; 0 for a linear one.
+        concentration_floor: least concentration of the posterior.
+    """
+
+    window: int = 256
+    experts: tuple[str, ...] = ("full", "linear", "local")
+    layers: tuple[int, ...] | None = None
+    sinks: int = 0
+    prior: PriorConfig = field(default_factory=lambda: PriorConfig(price=2.0))
+    context: int = 1024
+    controller_hidden: int = 64
+    concentration_floor: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        require(self.window >= 1, "window", "at least 1 (a token sees itself)", self.window)
+        require(self.sinks >= 0, "sinks", "0 or more tokens", self.sinks)
+        require(self.context >= 1, "context", "at least 1 token", self.context)
+        require("full" in self.experts, "experts", "'full' among them (the model's own attention)", self.experts)
+        for name in self.experts:
+            if name not in EXPERTS:
+                raise unknown("experts", name, EXPERTS)
+        require(len(set(self.experts)) == len(self.experts), "experts", "no name twice", self.experts)
+        require(self.layers is None or len(self.layers) > 0, "layers", "at least one index, or None for all", self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class FitRecord:
+    """How a patch was fitted, as its folder remembers it: what its Pyro program and its diagnostics need to know.
+
+    Attributes:
+        context: tokens of a sequence.
+        tokens: of text that was read for fitting.
+        kl_weight: of the objective at the end.
+        price: of the prior's tilt at the end, nats per unit of cost.
+        straight_through: whether draws were executed as their argmax at the end.
+        likelihood: model or text, see `FitSettings`.
+        budget: cost at which the fit was held; None: at the prior's own price.
+        tokenizer: the name of the one that made the tokens; None where ids were given.
+    """
+
+    context: int
+    tokens: int
+    kl_weight: float
+    price: float
+    straight_through: bool
+    likelihood: str
+    budget: float | None = None
+    tokenizer: str | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """One attention layer of a model: the module that runs it, and its sizes."""
+
+    module: nn.Module
+    name: str
+    shape: ExpertShape
+    kv_heads: int
+    width: int  # of the hidden state
+    causal: bool
+    window: int | None = None  # keys that the layer's own attention sees, where it slides
+
+
+def model_config(found: Found, settings: PatchSettings, num_layers: int, vocab_size: int = 1) -> ModelConfig:
+    """The routed layers in the terms of the project: what costs, diagnostics and reports read."""
+    heads, dim = found.shape.num_heads, found.shape.head_dim
+    require(dim % 2 == 0, "head_dim", "an even number", dim, "models with odd heads are not served")
+    return ModelConfig(
+        vocab_size=vocab_size,
+        d_model=heads * dim,
+        num_layers=num_layers,
+        num_heads=heads,
+        num_kv_heads=found.kv_heads,
+        experts=settings.experts,
+        window=settings.window + settings.sinks,  # what `local` reads, hence what it costs
+        controller_hidden=settings.controller_hidden,
+        concentration_floor=settings.concentration_floor,
+    )
