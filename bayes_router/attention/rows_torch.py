@@ -27,6 +27,7 @@ from bayes_router.attention.rows_linear import add_rows, take
 ROWS = 192  # packed queries in a tile with a mask
 FAR_ROWS = 768  # queries that share one tile, without a mask, over the keys that all of them see
 SPAN = 128  # positions in a tile of local queries, at least
+LOCAL_ROWS = 384  # packed queries that such a tile is to have, where these do not span more than the window
 KEYS = 512  # keys of a tile in the backward pass, at most: their gradients are temporaries
 
 
@@ -174,11 +175,12 @@ def tiles(positions: Tensor, local: ExpertShape | None, groups: int) -> Iterator
     """Of queries at ascending positions [n].
 
     Full: for FAR_ROWS queries the keys before the first of them, which all see, then the same for ROWS of them at a time, and
-    what is left with a mask. Local: blocks of S = max(W, SPAN) positions, however many of them are chosen, so that a tile has
-    at most S + W - 1 keys; then the sinks before these, which all see.
+    what is left with a mask. Local: blocks of S positions, wherever in them the chosen are, so that a tile has at most
+    S + W - 1 keys, of which a query sees W; then the sinks before these, which all see.
     """
     if local is not None:
-        counts = torch.bincount(positions // max(local.window, SPAN))
+        stretch = int(positions[-1] - positions[0] + 1) // len(positions)  # positions to a chosen one
+        counts = torch.bincount(positions // max(min(LOCAL_ROWS * stretch // groups, local.window), SPAN))
         stop = 0
         for count in counts[counts > 0].tolist():
             start, stop = stop, stop + count

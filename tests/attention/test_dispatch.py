@@ -62,25 +62,27 @@ def test_window_larger_than_a_block(backend: str) -> None:
     assert relative_error(got, want.double()) < 1e-5
 
 
-def test_chunks_segments_and_far_keys_join(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("window", [WINDOW, 60])  # below a block of local queries, and above
+def test_chunks_segments_and_far_keys_join(monkeypatch: pytest.MonkeyPatch, window: int) -> None:
     for room, name, size in (
         (rows_torch, "ROWS", 24),
         (rows_torch, "FAR_ROWS", 60),
         (rows_torch, "SPAN", 16),
+        (rows_torch, "LOCAL_ROWS", 24),
         (rows_torch, "KEYS", 50),
         (rows_linear, "CHUNK", 8),
         (rows_linear, "KEPT", 3),
     ):
         monkeypatch.setattr(room, name, size)
     q, k, v = draw(2, 4, 2, 330)
-    for kind in ("independent", "clustered"):
+    for kind in ("independent", "clustered", "local"):
         route = draw_route(kind, 2, 330)
-        want = routed_attention(q, k, v, route, window=WINDOW, backend="reference")
+        want = routed_attention(q, k, v, route, window=window, backend="reference")
         with torch.no_grad():
-            assert relative_error(routed_attention(q, k, v, route, window=WINDOW, backend="torch"), want.double()) < 1e-5
+            assert relative_error(routed_attention(q, k, v, route, window=window, backend="torch"), want.double()) < 1e-5
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-        got = routed_attention(*inputs, route, window=WINDOW, backend="torch")
-        truth = torch.autograd.grad(routed_attention(*inputs, route, window=WINDOW, backend="dense").sum(), inputs)
+        got = routed_attention(*inputs, route, window=window, backend="torch")
+        truth = torch.autograd.grad(routed_attention(*inputs, route, window=window, backend="dense").sum(), inputs)
         for g, t in zip(torch.autograd.grad(got.sum(), inputs), truth, strict=True):
             assert relative_error(g, t.double()) < 1e-5
 
