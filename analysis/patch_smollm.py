@@ -8,7 +8,8 @@
 MODEL is a folder of a Hugging Face checkpoint or of one GGUF file. DIR holds the unpacked corpora of data/README.md.
 `--quick` does everything at toy size, on a CPU in minutes. Costs are keys read, position by position, over those that full
 attention reads (FLOPs of attention, in other words). Routes are fitted by self-distillation, executed as they are drawn, at
-the cost that they are to have; static choices get the same cost. `--seconds` bounds the whole, `--fit-seconds` the fit.
+the cost that they are to have; static choices get the same cost. `--seconds` bounds the whole, `--fit-seconds` the fit,
+`--order-seconds` the search for static choices of layers (0: only those that need none).
 """
 
 import argparse
@@ -229,7 +230,7 @@ def table(args: argparse.Namespace) -> None:
                 add(text, context, "routed", budget, None)
                 if text == "novels":
                     own = loads(router, tail, context, 2 * context, device)
-            if not found:  # after the routed row of the first budget, which is the one that counts
+            if not found and args.order_seconds:  # after the routed row of the first budget, which is the one that counts
                 with phase("static orders"):
                     tokens = tails["novels"].tokens[None, :context].long().to(device)
                     found = orders(router, tokens, 2.0 if args.quick else args.order_seconds)
