@@ -236,19 +236,36 @@ def panel(ax: Axes, group: pd.DataFrame, title: str) -> None:
         part = group[kind == name]
         if len(part):
             ax.errorbar(part["cost_paper"], part["nll_hard"], part["se"], fmt=marker, color=colour, label=name, capsize=3)
-    low, high_at = group["nll_hard"].min(), group["nll_hard"].max()
-    taken: list[tuple[float, float]] = []  # labels so far, in shares of the panel
-    for row in group.to_dict("records"):
-        label = row["contender"].replace("static ", "").replace("static: ", "").replace("ours, from ", "")
-        at = row["cost_paper"], (row["nll_hard"] - low) / max(high_at - low, 1e-9)
-        crowd = sum(abs(at[0] - x) < 0.12 and abs(at[1] - y) < 0.08 for x, y in taken)
-        offset = (7, (5, -12, 17, -24)[crowd % 4])
-        taken.append(at)
-        ax.annotate(label, (row["cost_paper"], row["nll_hard"]), xytext=offset, textcoords="offset points", fontsize=7)
-    ax.margins(x=0.18)
+    label(ax, group)
+    ax.margins(x=MARGIN, y=MARGIN)
     ax.set(xlabel="attention cost executed (full = 1, paper's ratios)", ylabel="held-out nll, HARD (nats per byte)")
     ax.set_title(title + (f"\nabove: {above}" if above else ""), fontsize=8, wrap=True)
     ax.legend(frameon=False)
+
+
+MARGIN = 0.18
+"""Room beside the points, as a share of their range."""
+
+
+def label(ax: Axes, group: pd.DataFrame) -> None:
+    """Names beside the points, at the first of four corners where no other name or point is, in shares of the panel."""
+    at = group[["cost_paper", "nll_hard"]].to_numpy()
+    span = (at.max(0) - at.min(0)).clip(min=1e-9)
+    places = (at - at.min(0)) / span / (1 + 2 * MARGIN) + MARGIN / (1 + 2 * MARGIN)
+    taken = [(x - 0.008, y - 0.012, x + 0.008, y + 0.012) for x, y in places]
+    for name, (x, y), point in zip(group["contender"], places, at, strict=True):
+        text = name.replace("static ", "").replace("static: ", "").replace("ours, from ", "").replace("ours, ", "")
+        width, found = 0.0095 * len(text), []
+        for right, up in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
+            left, low = (x + 0.012 if right > 0 else x - 0.012 - width), (y + 0.005 if up > 0 else y - 0.035)
+            box = (left, low, left + width, low + 0.03)
+            meets = sum(
+                box[0] < end and box[2] > start and box[1] < top and box[3] > bottom for start, bottom, end, top in taken
+            )
+            found.append((meets, len(found), box, (7 * right, 5 if up > 0 else -12), "left" if right > 0 else "right"))
+        *_, box, offset, side = min(found)
+        taken.append(box)
+        ax.annotate(text, tuple(point), xytext=offset, textcoords="offset points", fontsize=7, ha=side)
 
 
 def main() -> None:
