@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,16 @@ def test_help_explains_every_command(capsys: pytest.CaptureFixture[str]) -> None
         assert stop.value.code == 0
         text = capsys.readouterr().out
         assert "usage" in text and len(text) > 300
+
+
+def test_a_reader_that_stops_is_no_error() -> None:
+    command = [sys.executable, "-m", "bayes_router", "calibrate", "--target-cost", "0.25"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.wait(timeout=120) == 141
+    assert b"Traceback" not in process.stderr.read()
+    process.stderr.close()
 
 
 def test_fit_evaluate_generate(corpus: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
