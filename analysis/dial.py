@@ -175,11 +175,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     cost = choose("cost", options.cost, CostModel)
+    seeds = [load_config(require_file(run, CONFIG)).train.seed for run in options.runs]
+    summaries = [json.loads(require_file(run, SUMMARY).read_text()) for run in options.runs]
+    if len(set(seeds)) < len(seeds):
+        parser.error(f"runs: expected one run a seed; got seeds {seeds}; leave the others out")
     curves, frames = {}, {}
-    for run in options.runs:
-        seed = load_config(require_file(run, CONFIG)).train.seed
-        if seed in curves:
-            parser.error(f"runs: expected one run a seed; got two of seed {seed}, the second {run}; leave one out")
+    for seed, run in zip(seeds, options.runs, strict=True):
         curves[seed], frames[seed] = study(run, cost, options.tokens, options.thresholds, options.budgets, options.device)
     curve, frame = (pd.concat(tables, names=["seed"]).reset_index("seed") for tables in (curves, frames))
     options.out.mkdir(parents=True, exist_ok=True)
@@ -190,7 +191,7 @@ def main() -> None:
         "command": " ".join(["python -m analysis.dial", *sys.argv[1:]]),
         "commit": commit(),
         "device": str(pick_device(options.device)),
-        "runs": [json.loads((run / SUMMARY).read_text()) for run in options.runs],
+        "runs": summaries,
         "verdict": verdict(frame, curve),
     }
     (options.out / "dial.json").write_text(json.dumps(made, indent=2) + "\n")
