@@ -93,6 +93,11 @@ def commit() -> str:
     return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
+def read_rows(results: Path) -> pd.DataFrame:
+    """The rows of a study; a hash made of digits alone stays a word."""
+    return pd.read_csv(results, dtype={"settings": str, "commit": str})
+
+
 def identity(row: dict[str, Any]) -> tuple[Any, ...]:
     """What makes a row the same run."""
     return row["contender"], row["corpus"], row["context"], row["seed"], row.get("settings")
@@ -122,7 +127,7 @@ def _take_device(counter: Any, devices: int) -> None:
 
 def sweep(plan: list[dict[str, Any]], results: Path, jobs: int) -> pd.DataFrame:
     """Run what is missing, `jobs` at a time; results are written after every run."""
-    rows = pd.read_csv(results, dtype={"settings": str}).to_dict("records") if results.exists() else []
+    rows = read_rows(results).to_dict("records") if results.exists() else []
     done = {identity(row) for row in rows}
     missing = [job for job in plan if planned(job) not in done]
     context = get_context("spawn")

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.sweep import identity, planned, run_one, settings, sweep
+from analysis.sweep import identity, planned, read_rows, run_one, settings, sweep
 from analysis.tiny_lm import HEADLINE, LONG, RECIPE, SHORT, markdown, plan, summarise
 from analysis.variants import ChainedController, ConvolvedController, SegmentController, with_controller
 from bayes_router.attention.expert import ExpertShape, expert_class
@@ -118,6 +118,12 @@ def test_a_finished_row_is_not_run_again(corpus: str, tmp_path: Path, monkeypatc
     first = sweep(jobs, tmp_path / "r.csv", 1)
     monkeypatch.setattr("analysis.sweep.run_one", lambda job: pytest.fail("ran again"))
     pd.testing.assert_frame_equal(sweep(jobs, tmp_path / "r.csv", 1), first, check_dtype=False)
+
+
+def test_a_hash_of_digits_alone_is_read_as_it_was_written(tmp_path: Path) -> None:
+    written = pd.DataFrame({"settings": ["0123456789"], "commit": ["7038747"], "nll_hard": [1.5]})
+    written.to_csv(tmp_path / "r.csv", index=False)
+    pd.testing.assert_frame_equal(read_rows(tmp_path / "r.csv"), written)
 
 
 def test_the_table_counts_seeds_and_their_error() -> None:
