@@ -20,6 +20,7 @@ from bayes_router.types import Route
 
 PRICE = 60.0  # nats per unit of cost: no posterior is as sure as that
 HALVINGS = 14
+NEAR = 0.002  # a cost that lies below the budget by no more is met
 
 
 def hybrid(fully: Collection[int], full: int, local: int) -> Route:
@@ -150,7 +151,10 @@ def meet(router: RoutedPretrained, stream: TokenStream, budget: float, context: 
     low, high = -PRICE, PRICE
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if at(middle) > budget else (low, middle)
+        cost = at(middle)
+        if 0 <= budget - cost <= NEAR:
+            return cost
+        low, high = (middle, high) if cost > budget else (low, middle)
     return at(high)
 
 

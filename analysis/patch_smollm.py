@@ -9,7 +9,8 @@ MODEL is a folder of a Hugging Face checkpoint or of one GGUF file. DIR holds th
 `--quick` does everything at toy size, on a CPU in minutes. Costs are keys read, position by position, over those that full
 attention reads (FLOPs of attention, in other words). Routes are fitted by self-distillation, executed as they are drawn, at
 the cost that they are to have; static choices get the same cost. `--seconds` bounds the whole, `--fit-seconds` the fit,
-`--order-seconds` the search for static choices of layers (0: only those that need none).
+`--order-seconds` the search for static choices of layers (0: only those that need none), which reads `--order-tokens` of a
+text (0: as many as the row); `--repeats 0` leaves the times out; `--dtype` is bfloat16 on a GPU and float32 on a CPU.
 """
 
 import argparse
@@ -79,12 +80,12 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 @cache
-def load_model(folder: Path, device: torch.device) -> Any:
-    """The pretrained model in evaluation mode, bfloat16 on a GPU and float32 on a CPU."""
+def load_model(folder: Path, device: torch.device, dtype: str = "auto") -> Any:
+    """The pretrained model in evaluation mode, by default in bfloat16 on a GPU and float32 on a CPU."""
     gguf = next(iter(folder.glob("*.gguf")), None)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    kind = ("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype
     extra = {} if gguf is None else {"gguf_file": gguf.name}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra).to(device).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, kind), **extra).to(device).eval()
 
 
 def load_streams(path: Path, vocab_size: int) -> dict[str, TokenStream]:
@@ -96,7 +97,7 @@ def load_streams(path: Path, vocab_size: int) -> dict[str, TokenStream]:
 def fit(args: argparse.Namespace) -> None:
     """Patch, distil what has parameters, fit, save."""
     with phase("load"):
-        model = load_model(args.model, args.device)
+        model = load_model(args.model, args.device, args.dtype)
         streams = load_streams(args.tokens, model.config.vocab_size)
     context = 128 if args.quick else args.context
     prior = PriorConfig(cost="flops", price=args.price, temperature=args.temperature)
@@ -177,7 +178,7 @@ def table(args: argparse.Namespace) -> None:
     """One row a contender, length and text; each is written as soon as it is known."""
     started, device = time.perf_counter(), args.device
     with phase("load the patch"):
-        model = load_model(args.model, device)
+        model = load_model(args.model, device, args.dtype)
         streams = load_streams(args.tokens, model.config.vocab_size)
         router: RoutedPretrained = load_patch(model, args.patch)
     frame = pd.read_csv(args.results) if args.results.exists() else pd.DataFrame()
@@ -203,20 +204,22 @@ def table(args: argparse.Namespace) -> None:
             row: dict[Hashable, Any] = dict(zip(KEYS, (text, context, contender, budget), strict=True))
             cost = share(context, window, SINKS) if window else cost
             row |= {"perplexity": math.exp(nll), "nll": nll, "cost": cost}
-            if text == "novels":
+            if text == "novels" and args.repeats:
                 row |= timings(router, streams[text].tokens[None, :context].long().to(device), route, args.repeats)
         name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+        row |= {"dtype": str(model.dtype).removeprefix("torch.")}
         row |= {"tokens": min(limit, len(streams[text])), "window": router.settings.window, "seed": args.seed}
         row |= {"device": name, "seconds": time.perf_counter() - begun}
         rows.append(row)
         print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
         write_whole(args.results, lambda path: pd.DataFrame(rows).to_csv(path, index=False))
 
+    ordered: dict[int, dict[str, list[int]]] = {}
     for context in sorted(lengths, reverse=True):  # the longest first: it is what the target names
         router.cost_ratio = cost_ratios(build_experts(router.config), CostModel.FLOPS, context)
         for text in TESTS:
             add(text, context, "original", 1.0, hybrid(range(len(router.layers)), full, local))
-        found: dict[str, list[int]] = {}
+        length = args.order_tokens or context
         for budget in BUDGETS:
             kept, target = layers_within(router, context, budget)  # what a static choice of layers can cost
             if late():
@@ -230,11 +233,11 @@ def table(args: argparse.Namespace) -> None:
                 add(text, context, "routed", budget, None)
                 if text == "novels":
                     own = loads(router, tail, context, 2 * context, device)
-            if not found and args.order_seconds:  # after the routed row of the first budget, which is the one that counts
+            if length not in ordered and args.order_seconds:  # after the first routed row, which is the one that counts
                 with phase("static orders"):
-                    tokens = tails["novels"].tokens[None, :context].long().to(device)
-                    found = orders(router, tokens, 2.0 if args.quick else args.order_seconds)
-            found["the router's own"] = own
+                    tokens = tails["novels"].tokens[None, :length].long().to(device)
+                    ordered[length] = orders(router, tokens, 2.0 if args.quick else args.order_seconds)
+            found = ordered.get(length, {}) | {"the router's own": own}
             sets = {name: set(order[len(order) - kept :]) for name, order in found.items()}
             sets["every n-th"] = {round(i * len(router.layers) / kept) for i in range(kept)}
             for text in TESTS:
@@ -263,7 +266,8 @@ def summarise(frame: pd.DataFrame) -> None:
         p / base.get((t, c), math.nan) for t, c, p in zip(frame["text"], frame["context"], frame["perplexity"], strict=True)
     ]
     columns = ["text", "context", "budget", "contender", "perplexity", "relative", "cost", "prefill_ms", "decode_ms"]
-    shown = frame[columns].sort_values(["text", "context", "budget", "perplexity"], ascending=[True, True, False, True])
+    table = frame.reindex(columns=columns)
+    shown = table.sort_values(["text", "context", "budget", "perplexity"], ascending=[True, True, False, True])
     with pd.option_context("display.width", 200, "display.max_rows", 200):
         print(shown.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
 
@@ -273,13 +277,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="toy size, for a CPU")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of the model")
     commands = parser.add_subparsers(required=True)
     paths = {"model": Path, "tokens": Path, "patch": Path, "results": Path}
     fitted: dict[str, Any] = {"steps": 400, "distil_steps": 100, "context": 8192, "batch_size": 1, "seed": 0}
     fitted |= {"price": 30.0, "temperature": 0.3, "kl_weight": 0.002, "controller_lr": 5e-3, "budget": 0.5}
     fitted |= {"experts": "full,local", "window": WINDOW, "fit_seconds": 240.0, "seconds": 540.0}
     read_at: dict[str, Any] = {"lengths": "8192,4096,2048", "limit": 65_536, "repeats": 5, "seconds": 540.0}
-    read_at |= {"order_seconds": 60.0, "seed": 0}
+    read_at |= {"order_seconds": 60.0, "order_tokens": 0, "seed": 0}
     options: dict[Callable[[argparse.Namespace], None], tuple[int, dict[str, Any]]] = {
         prepare: (2, {"corpora": Path("corpora")}),
         fit: (3, fitted),

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -84,11 +85,13 @@ def run_one(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Of the code, marked where something other than results was changed since."""
+    """Of the code, marked where something other than results was changed since; nothing where there is no repository."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=ROOT).stdout.strip()
 
+    if shutil.which("git") is None:
+        return ""
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!analysis/results")
     return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 

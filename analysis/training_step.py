@@ -13,7 +13,6 @@ the device idle before and after each step.
 """
 
 import argparse
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from analysis.sweep import commit
 from bayes_router.config import Config, preset, with_changes
 from bayes_router.inference.tilted import TiltedDirichlet
 from bayes_router.routing.posterior import dirichlet_kl, posterior_mean
@@ -250,12 +250,6 @@ def report(frame: pd.DataFrame, device: torch.device) -> None:
         goal = goals[device.type]
         verdict = "" if goal is None else f" (goal: at most {goal}; {'met' if costs[name] <= goal else 'MISSED'})"
         print(f"a Bayesian step costs {costs[name]:.3f}x {name}{verdict}")
-
-
-def commit() -> str:
-    """The commit of the working tree, or nothing outside of one."""
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip()
 
 
 if __name__ == "__main__":
