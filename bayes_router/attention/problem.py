@@ -99,11 +99,11 @@ def resolve_experts(experts: Sequence[str | Expert], shape: ExpertShape) -> tupl
 
 
 def _build(kind: type[Expert], shape: ExpertShape) -> Expert:
-    return _built_in(kind, shape) if kind in BUILT_IN else kind(shape)
+    return built_in(kind, shape) if kind in BUILT_IN else kind(shape)
 
 
 @lru_cache(256)
-def _built_in(kind: type[Expert], shape: ExpertShape) -> Expert:
+def built_in(kind: type[Expert], shape: ExpertShape) -> Expert:
     """One for all calls: the built-in experts own no tensors, and building modules takes longer than checking a call."""
     return kind(shape)
 

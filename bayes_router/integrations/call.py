@@ -1,14 +1,17 @@
 """One attention call of a patched model, as its own layer made it: queries, keys, values, mask and kernel."""
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from bayes_router.integrations.memory import LayerMemory
+
+Answer = TypeVar("Answer")
 
 Kernel = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 """(q [B, H, n, Dh], k and v [B, Hkv, m, Dh], mask) -> [B, H, n, Dv], with the layer's own scale, soft cap and sinks."""
@@ -61,6 +64,11 @@ class AttentionCall:
             return (key <= query if self.causal else (key >= 0).expand(self.q.shape[2], -1))[None, None]
         return seen(self.mask)
 
+    def rescaled(self) -> Tensor:
+        """Queries for the kernels of `attention`, which divide scores by sqrt(Dh), whatever the layer's own scale."""
+        factor = self.scaling * self.q.shape[3] ** 0.5
+        return self.q if abs(factor - 1) < 1e-6 else self.q * factor
+
     def batch(self, rows: Tensor) -> "AttentionCall":
         """The sequences `rows` [n] of the batch alone."""
 
@@ -108,6 +116,20 @@ def near(query: Tensor, key: Tensor, window: int, causal: bool) -> Tensor:
 def first_seen(visible: Tensor, count: int) -> Tensor:
     """The first `count` of the keys that each query sees."""
     return visible & (visible.int().cumsum(-1) <= count)
+
+
+class OfLast(Generic[Answer]):
+    """`read(x, ...)`, but once while it is asked about the same tensor: all layers of a pass share one mask."""
+
+    def __init__(self, read: Callable[..., Answer]):
+        self._read = read
+        self._known: tuple[Callable[[], Tensor | None], tuple[Hashable, ...], Answer] | None = None
+
+    def __call__(self, x: Tensor, *more: Hashable) -> Answer:
+        """See the class."""
+        if self._known is None or self._known[0]() is not x or self._known[1] != more:
+            self._known = weakref.ref(x), more, self._read(x, *more)
+        return self._known[2]
 
 
 def padding_of(mask: Tensor, num_queries: int, causal: bool) -> Tensor | None:

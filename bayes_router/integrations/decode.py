@@ -86,7 +86,7 @@ def _one_fused(experts: nn.ModuleList, call: AttentionCall, route: Tensor) -> Te
     from bayes_router.attention.decode_triton import decode_step  # only where it can be imported
 
     full = next(index for index, expert in enumerate(experts) if isinstance(expert, FullExpert))
-    q = call.q * (call.scaling * call.q.shape[3] ** 0.5)  # the kernel divides by sqrt(Dh)
+    q = call.rescaled()
     k, v = call.k[:, :, -1:], call.v[:, :, -1:]
     before = torch.full((len(q),), call.k.shape[2] - 1, dtype=torch.int64, device=q.device)
     # the new key and value are in the cache already; the kernel writes them there once more

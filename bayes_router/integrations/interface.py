@@ -1,7 +1,6 @@
 """The attention function that transformers 5 calls for a patched model, and the hook that hands it hidden states."""
 
 import sys
-import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import output_capturing
 
 from bayes_router.integrations.binding import BINDING, Binding
-from bayes_router.integrations.call import AttentionCall, padding_of
+from bayes_router.integrations.call import AttentionCall, OfLast, padding_of
 from bayes_router.integrations.memory import held_keys
 
 MASKS = {"sdpa": sdpa_mask, "eager": eager_mask}
@@ -68,7 +67,7 @@ def attend(
         kernel,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         plain,
-        _padding(attention_mask, query.shape[2], bool(causal)),
+        None if attention_mask is None or query.shape[2] == 1 else _padding(attention_mask, query.shape[2], bool(causal)),
     )
     return binding.attend(call).transpose(1, 2).contiguous(), None
 
@@ -96,19 +95,7 @@ def folded(
     return bias.contiguous(), {name: value for name, value in kwargs.items() if name != "position_bias"}
 
 
-_last_mask: tuple[Callable[[], Tensor | None], bool, Tensor | None] = (lambda: None, True, None)
-
-
-def _padding(mask: Tensor | None, num_queries: int, causal: bool) -> Tensor | None:
-    """As `padding_of`; all layers of a pass share one mask, which is read once."""
-    global _last_mask
-    if mask is None or num_queries == 1:
-        return None
-    if _last_mask[0]() is not mask or _last_mask[1] != causal:
-        _last_mask = (weakref.ref(mask), causal, padding_of(mask, num_queries, causal))
-    return _last_mask[2]
-
-
+_padding = OfLast(padding_of)
 for _base, _mask in MASKS.items():
     AttentionInterface.register(NAME.format(_base), partial(attend, _base))
     AttentionMaskInterface.register(NAME.format(_base), _mask)

@@ -9,8 +9,9 @@ from bayes_router.attention.dispatch import routed_attention
 from bayes_router.attention.expert import Expert, ExpertShape
 from bayes_router.attention.full import FullAttention
 from bayes_router.attention.local import LocalAttention
+from bayes_router.attention.problem import built_in
 from bayes_router.config import require
-from bayes_router.integrations.call import AttentionCall
+from bayes_router.integrations.call import AttentionCall, OfLast
 from bayes_router.integrations.decode import attend_one, remember
 from bayes_router.integrations.experts import FullExpert, LocalExpert, PatchedExpert
 from bayes_router.integrations.features import GatedExpert, LinearExpert
@@ -71,15 +72,17 @@ class RoutedLayer(nn.Module):
     def _hard(self, call: AttentionCall, route: Tensor) -> Tensor:
         if route.shape[1] == 1 and call.causal:
             return attend_one(self.experts, call, route)
-        taken: list[int] = route.unique().tolist()  # waits for the device: what is not taken is not launched
+        each = (route[..., None] == torch.arange(len(self.names), device=route.device)).flatten(0, 1).any(0)  # [E]
+        taken = [index for index, any_ in enumerate(each.tolist()) if any_]  # waits for the device, once
         if len(taken) == 1:
             return self._attend(call, taken[0])
         if self._dispatchable(call):
+            among = route if len(taken) == len(self.names) else (each.cumsum(0) - 1)[route]  # indices into `taken`
             shift = unpadding(call)
             if shift is not None:
-                return shift.back(self._dispatch(shift.call, shift.route(route), taken, shift.lengths))
+                return shift.back(self._dispatch(shift.call, shift.route(among), taken, shift.lengths))
             if call.mask is None:
-                return self._dispatch(call, route, taken)
+                return self._dispatch(call, among, taken)
         out = call.v.new_zeros(*call.q.shape[:3], call.v.shape[3])
         for index in taken:
             expert = self.expert(index)
@@ -94,17 +97,13 @@ class RoutedLayer(nn.Module):
         return call.plain and call.causal and same and 1 < call.q.shape[2] == call.k.shape[2]
 
     def _dispatch(self, call: AttentionCall, route: Tensor, taken: list[int], lengths: Tensor | None = None) -> Tensor:
-        """By `routed_attention`: only what each token took is computed, in sorted blocks."""
-        lookup = torch.zeros(len(self.names), dtype=torch.int64, device=route.device)
-        lookup[taken] = torch.arange(len(taken), device=route.device)
-        factor = call.scaling * self.shape.head_dim**0.5  # the dispatcher divides by sqrt(Dh)
-        q = call.q if abs(factor - 1) < 1e-6 else call.q * factor
+        """By `routed_attention`: only what each token took is computed, in sorted blocks; route [B, T] into `taken`."""
         experts = [self._native(index, call) for index in taken]
         return routed_attention(
-            q,
+            call.rescaled(),
             call.k,
             call.v,
-            lookup[route],
+            route,
             window=self.shape.window,
             linear_q=call.q,
             linear_k=call.k,
@@ -116,9 +115,9 @@ class RoutedLayer(nn.Module):
         """The dispatcher's own expert where it computes the same, else this layer's behind its contract."""
         name = self.names[index]
         if name == "full":
-            return FullAttention(self.shape)
+            return built_in(FullAttention, self.shape)
         if name == "local":
-            return LocalAttention(self.shape._replace(sinks=self.sinks))
+            return built_in(LocalAttention, self.shape._replace(sinks=self.sinks))
         return _Adapter(self.expert(index), self.shape, call)
 
 
@@ -141,15 +140,24 @@ class Unpadding:
 
 def unpadding(call: AttentionCall) -> Unpadding | None:
     """The call without its padding, left or right; None without padding, or where there is some inside a text."""
-    if call.padding is None:
+    texts = None if call.padding is None else _texts(call.padding)
+    if texts is None:
         return None
-    T, first = call.q.shape[2], call.padding.int().argmax(1, keepdim=True)
-    lengths = call.padding.sum(1)
-    packed = call.padding.gather(1, _rotation(first, T))
-    if not torch.equal(packed, torch.arange(T, device=first.device) < lengths[:, None]):
-        return None
+    lengths, first = texts
     q, k, v = (_move(x, first) for x in (call.q, call.k, call.v))
     return Unpadding(replace(call, q=q, k=k, v=v, mask=None, padding=None), lengths, first)
+
+
+def _find_texts(padding: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(length [B], beginning [B, 1]) of the one text in each row of real tokens [B, T]; None where there are several."""
+    first, lengths = padding.int().argmax(1, keepdim=True), padding.sum(1)
+    T = padding.shape[1]
+    packed = padding.gather(1, _rotation(first, T))
+    one = torch.equal(packed, torch.arange(T, device=first.device) < lengths[:, None])
+    return (lengths, first) if one else None
+
+
+_texts = OfLast(_find_texts)
 
 
 def _rotation(first: Tensor, T: int) -> Tensor:

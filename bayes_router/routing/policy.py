@@ -6,6 +6,7 @@ The hard route is a decision after inference, not a latent.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -34,6 +35,17 @@ class Argmax:
         return concentration.argmax(-1)
 
 
+def like(values: Sequence[float], x: Tensor) -> Tensor:
+    """`values` [E] in the dtype and on the device of x. They are kept there: a copy from the host waits for a GPU."""
+    return _kept(tuple(values), x.dtype, x.device)
+
+
+@lru_cache(maxsize=64)
+def _kept(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # a tensor made there could not be used elsewhere
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
 def priced(concentration: Tensor, cost_ratio: Sequence[float], price: float) -> Tensor:
     """The concentration whose mean is proportional to mean x exp(-price x cost), at the same total; [..., E].
 
@@ -41,10 +53,9 @@ def priced(concentration: Tensor, cost_ratio: Sequence[float], price: float) -> 
     """
     if price == 0:
         return concentration
-    cost = concentration.new_tensor(cost_ratio)
-    log_mean = concentration.log() - price * cost
+    share = (concentration.log() - like([price * cost for cost in cost_ratio], concentration)).softmax(-1)
     least = torch.finfo(concentration.dtype).tiny  # an underflowed concentration is no concentration
-    return (log_mean.softmax(-1) * concentration.sum(-1, keepdim=True)).clamp_min(least)
+    return (share * concentration.sum(-1, keepdim=True)).clamp_min(least)
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,7 @@ class Conservative:
         concentration = priced(concentration, self.cost_ratio, self.price)
         best = concentration.argmax(-1)
         sure = probability_of_largest(concentration, best) >= self.threshold
-        cost = concentration.new_tensor(self.cost_ratio)
+        cost = like(self.cost_ratio, concentration)
         plausible = posterior_mean(concentration) >= self.least_mean
         strongest = torch.where(plausible, cost, -1.0).argmax(-1)
         return torch.where(sure, best, strongest)
@@ -90,9 +101,9 @@ class Budget:
     price: float = 0.0
 
     def __call__(self, concentration: Tensor) -> Tensor:
-        """See `Policy`."""
-        cost = concentration.new_tensor(self.cost_ratio)
-        return (posterior_mean(concentration).log() - self.price * cost).argmax(-1)
+        """See `Policy`. The log of the total concentration is the same for all experts, and left out."""
+        paid = like([self.price * cost for cost in self.cost_ratio], concentration)
+        return (concentration.log() - paid).argmax(-1)
 
 
 class PolicyName(Enum):

@@ -3,6 +3,8 @@
 Every function takes `concentration` [..., E] > 0 in float32 or float64 and reduces the last dimension.
 """
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -102,7 +104,9 @@ def probability_of_largest(concentration: Tensor, expert: Tensor) -> Tensor:
     return (body + torch.where(low > TAIL, 0.0, log_tail.exp())).clamp(0, 1)
 
 
+@lru_cache(maxsize=8)
 def _gauss_legendre(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Nodes and weights on [0, 1]."""
+    """Nodes and weights on [0, 1], kept where they are used: a copy from the host waits for a GPU."""
     node, weight = np.polynomial.legendre.leggauss(NODES)
-    return torch.tensor((node + 1) / 2, device=device), torch.tensor(weight / 2, device=device)
+    with torch.inference_mode(False):
+        return torch.tensor((node + 1) / 2, device=device), torch.tensor(weight / 2, device=device)

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from bayes_router.integrations import layer
 from bayes_router.integrations.patching import load_patch, patch
 from tests.integrations.tiny_models import ALL, DECODERS, ENCODERS, left_padded, patched, tiny, tokens
 
@@ -99,3 +101,19 @@ def test_encoders_route_padded_batches_in_bfloat16(name: str) -> None:
     ids, mask, _ = left_padded()
     out = router(ids.flip(1), attention_mask=mask.flip(1))
     assert out.logits.dtype == torch.bfloat16 and out.logits.isfinite().all() and len(out.route.unique()) == 3
+
+
+@torch.no_grad()
+def test_a_pass_reads_its_padding_once_for_all_layers(monkeypatch: Any) -> None:
+    model, router = patched("llama", experts=("full", "local"))
+    read: list[Tensor] = []
+    find = layer._texts._read
+    monkeypatch.setattr(layer._texts, "_read", lambda padding: (read.append(padding), find(padding))[1])
+    for batch, seed in enumerate((1, 2)):
+        ids, mask, lengths = left_padded(seed=seed)
+        ids, mask = ids[batch:], mask[batch:]
+        padded = model(ids, attention_mask=mask).logits
+        for row, length in zip(range(len(ids)), lengths[batch:], strict=True):
+            alone = model(ids[row : row + 1, -length:]).logits
+            torch.testing.assert_close(padded[row, -length:], alone[0], rtol=1e-4, atol=1e-5)
+        assert len(read) == batch + 1 and len(router.layers) > 1

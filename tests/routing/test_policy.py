@@ -1,9 +1,12 @@
 """Policies: where conservative falls back, how a price moves a token, what execute returns."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.distributions import Dirichlet
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bayes_router.routing.policy import Argmax, Budget, Conservative, Policy, PolicyName, execute, priced
 from bayes_router.routing.posterior import posterior_mean, probability_of_largest
@@ -91,3 +94,34 @@ def test_execute() -> None:
     torch.testing.assert_close(draw.sum(-1), torch.ones(5))
     torch.testing.assert_close(execute(posterior, RoutingMode.MEAN, Argmax()), posterior.mean)
     assert torch.equal(execute(posterior, RoutingMode.HARD, Argmax()), posterior.mean.argmax(-1))
+
+
+class _Operators(TorchDispatchMode):
+    """Names of the operators that run under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("policy", [Argmax(), Budget(COSTS, 1.5), Conservative(COSTS, 0.7, price=1.0)])
+def test_a_policy_brings_its_constants_to_the_device_once(policy: Policy) -> None:
+    """Numbers of the host that become a tensor: on a GPU each such copy waits for all that runs there."""
+    concentration = concentrations()
+    policy(concentration)
+    with _Operators() as seen:
+        policy(concentration)
+    assert "aten.argmax.default" in seen.names and "aten.lift_fresh.default" not in seen.names
+
+
+def test_constants_kept_in_inference_mode_serve_gradients() -> None:
+    costs = (1.0, 0.1234, 0.5678)
+    with torch.inference_mode():
+        priced(concentrations(), costs, 2.0)
+    concentration = concentrations().requires_grad_()
+    priced(concentration, costs, 2.0)[:, 0].sum().backward()
+    assert concentration.grad is not None and bool(concentration.grad.abs().sum() > 0)
