@@ -1,9 +1,9 @@
 """One attention call of a patched model, as its own layer made it: queries, keys, values, mask and kernel."""
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -119,17 +119,25 @@ def first_seen(visible: Tensor, count: int) -> Tensor:
 
 
 class OfLast(Generic[Answer]):
-    """`read(x, ...)`, but once while it is asked about the same tensor: all layers of a pass share one mask."""
+    """`read(...)`, but once while it is asked about the same tensors: all layers of a pass share one mask.
+
+    On a GPU reading waits for the device. Tensors are told by identity and not kept alive.
+    """
 
     def __init__(self, read: Callable[..., Answer]):
         self._read = read
-        self._known: tuple[Callable[[], Tensor | None], tuple[Hashable, ...], Answer] | None = None
+        self._last: tuple[tuple[Any, ...], Answer] | None = None  # one object: threads see a question with its answer
 
-    def __call__(self, x: Tensor, *more: Hashable) -> Answer:
-        """See the class."""
-        if self._known is None or self._known[0]() is not x or self._known[1] != more:
-            self._known = weakref.ref(x), more, self._read(x, *more)
-        return self._known[2]
+    def __call__(self, *asked: Any) -> Answer:
+        """The answer to these arguments, tensors or what compares by value."""
+        last = self._last
+        if last is None or not all(map(_same, last[0], asked)):
+            last = self._last = tuple(weakref.ref(x) if isinstance(x, Tensor) else x for x in asked), self._read(*asked)
+        return last[1]
+
+
+def _same(known: Any, asked: Any) -> bool:
+    return known() is asked if isinstance(known, weakref.ref) else bool(known == asked)
 
 
 def padding_of(mask: Tensor, num_queries: int, causal: bool) -> Tensor | None:
@@ -137,7 +145,7 @@ def padding_of(mask: Tensor, num_queries: int, causal: bool) -> Tensor | None:
     if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] != num_queries:
         return None
     Tk = mask.shape[3]
-    real = mask[:, 0, -1]  # the last query sees all that is real
+    real = mask[:, 0, -1].clone()  # the last query sees all that is real; a view would keep the whole mask
     key = torch.arange(Tk, device=mask.device)
     expected = real[:, None].expand(-1, num_queries, -1)
     if causal:

@@ -148,16 +148,14 @@ def unpadding(call: AttentionCall) -> Unpadding | None:
     return Unpadding(replace(call, q=q, k=k, v=v, mask=None, padding=None), lengths, first)
 
 
-def _find_texts(padding: Tensor) -> tuple[Tensor, Tensor] | None:
+@OfLast
+def _texts(padding: Tensor) -> tuple[Tensor, Tensor] | None:
     """(length [B], beginning [B, 1]) of the one text in each row of real tokens [B, T]; None where there are several."""
     first, lengths = padding.int().argmax(1, keepdim=True), padding.sum(1)
     T = padding.shape[1]
     packed = padding.gather(1, _rotation(first, T))
     one = torch.equal(packed, torch.arange(T, device=first.device) < lengths[:, None])
     return (lengths, first) if one else None
-
-
-_texts = OfLast(_find_texts)
 
 
 def _rotation(first: Tensor, T: int) -> Tensor:

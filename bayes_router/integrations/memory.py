@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayes_router.integrations.call import AttentionCall, seen
+from bayes_router.integrations.call import AttentionCall, OfLast, seen
 
 
 @dataclass(frozen=True)
@@ -159,30 +159,27 @@ def version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-_last_real: tuple[Any, tuple[bool, Tensor | None]] = (lambda: None, (False, None))
-_last_same: tuple[Any, Any, bool] = (lambda: None, lambda: None, False)
-
-
 def real_keys(call: AttentionCall) -> tuple[bool, Tensor | None]:
-    """(known, [B or 1, Tk] or None): see `LayerMemory`. All layers of a pass share one mask, which is read once."""
-    global _last_real
+    """(known, [B or 1, Tk] or None): see `LayerMemory`."""
     if call.mask is None:
         return call.causal, None
     if call.q.shape[2] > 1:
         return call.causal and call.padding is not None, call.padding
-    if _last_real[0]() is not call.mask:
-        usable = call.causal and call.mask.dim() == 4 and call.mask.shape[1] == 1
-        _last_real = (weakref.ref(call.mask), (usable, seen(call.mask)[:, 0, -1] if usable else None))
-    return _last_real[1]
+    return _seen_by_one(call.mask) if call.causal else (False, None)
+
+
+@OfLast
+def _seen_by_one(mask: Tensor) -> tuple[bool, Tensor | None]:
+    usable = mask.dim() == 4 and mask.shape[1] == 1
+    return usable, seen(mask)[:, 0, -1] if usable else None
 
 
 def unchanged(before: Tensor | None, now: Tensor | None) -> bool:
     """Whether the same ones of the keys of before are real now. Waits for the device, once a pass, where there is padding."""
-    global _last_same
-    if before is None or now is None:
-        return before is now
-    if _last_same[0]() is not before or _last_same[1]() is not now:
-        fits = before.shape[0] == now.shape[0] and before.shape[1] <= now.shape[1]
-        same = fits and torch.equal(before, now[:, : before.shape[1]])
-        _last_same = (weakref.ref(before), weakref.ref(now), same)
-    return _last_same[2]
+    return before is now if before is None or now is None else _begins_with(now, before)
+
+
+@OfLast
+def _begins_with(now: Tensor, before: Tensor) -> bool:
+    fits = before.shape[0] == now.shape[0] and before.shape[1] <= now.shape[1]
+    return fits and torch.equal(before, now[:, : before.shape[1]])
