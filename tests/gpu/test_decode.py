@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bayes_router.attention.cache import LayerCache
+from bayes_router.routing.policy import Argmax, Budget, Conservative, Policy
 from tests.attention.decode_check import (
     DECODERS,
     Decoder,
@@ -20,6 +21,7 @@ from tests.attention.decode_check import (
     steps_equal_the_full_pass,
 )
 from tests.attention.expert_contract import relative_error
+from tests.gpu.waiting import waits
 from tests.tiny import EXPERTS, tiny_batch, tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -174,3 +176,21 @@ def test_rows_of_a_model_are_each_as_if_alone(names: tuple[str, ...]) -> None:
         for b, length in enumerate(lengths.tolist()):
             alone = model(tokens[b : b + 1, : length + 4]).logits[0, length - 1 :]
             assert relative_error(torch.stack([x[b] for x in got]), alone.double()) < 1e-3
+
+
+COSTS = (1.0, 0.15, 0.3, 0.15)
+
+
+@pytest.mark.parametrize("policy", [Argmax(), Budget(COSTS, 1.0), Conservative(COSTS, 0.7, price=1.0)])
+@torch.no_grad()
+def test_no_policy_waits_for_the_device(policy: Policy) -> None:
+    """Nor does anything else in a model's pass over a prompt and the step behind it."""
+    model, tokens = tiny_model().cuda().eval(), tiny_batch(B=3)[0].cuda()
+    model.policy = policy
+
+    def run() -> None:
+        cache = model.network.new_cache(3, 60)
+        model(tokens, "hard", cache=cache, last_only=True)
+        model(tokens[:, :1], "hard", cache=cache)
+
+    assert waits(run) == 0

@@ -1,7 +1,5 @@
 """A patched model on a CUDA device: routed passes against the same on the CPU, and how often they wait for the device."""
 
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +8,7 @@ from torch import Tensor
 
 from bayes_router.routing.policy import Budget, Conservative
 from bayes_router.types import Route
+from tests.gpu.waiting import waits
 from tests.integrations.tiny_models import left_padded, patched, tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -52,20 +51,6 @@ def test_a_padded_pass_is_that_of_the_cpu(names: tuple[str, ...]) -> None:
     found, expected = (logits(device, names, 0, ids, attention_mask=mask) for device in ("cuda", "cpu"))
     real = mask.bool()
     torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-4)
-
-
-def waits(run: Callable[[], Any]) -> int:
-    """How often the host waits for the device."""
-    run()  # loads, compiles, keeps constants
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
 @pytest.mark.parametrize("policy", [Budget, Conservative])
