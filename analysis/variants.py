@@ -9,7 +9,6 @@ from torch.distributions import Dirichlet
 from torch.nn import functional as F
 
 from bayes_router.attention.expert import Expert, ExpertShape, register_expert, repeat_heads
-from bayes_router.attention.gated import GatedLinearAttention
 from bayes_router.config import ModelConfig
 from bayes_router.routing.controller import LayerController, MetaController
 from bayes_router.routing.posterior import posterior
@@ -17,26 +16,6 @@ from bayes_router.transformer.model import RoutedLanguageModel
 
 SEGMENT = 8
 KERNEL = 4
-
-
-@register_expert("mapped")
-class MappedGatedAttention(GatedLinearAttention):
-    """Gated linear attention with a learned feature map, phi(x) = softmax(s_h M_h x), M [Dh, Dh] starting at the identity.
-
-    In the manner of Zhang et al. 2024 (arXiv 2402.04347), one map for queries and keys.
-    """
-
-    def __init__(self, shape: ExpertShape):
-        super().__init__(shape)
-        self.map = nn.Parameter(torch.eye(shape.head_dim).repeat(shape.num_heads, 1, 1))
-
-    def _features(self, x: Tensor) -> Tensor:
-        return super()._features(x.to(self.map.dtype) @ self.map.mT)
-
-    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As in the base class, without its kernel, which knows no map."""
-        k = repeat_heads(k, q.shape[1])
-        return self._features(q).to(q.dtype), self._features(k).to(k.dtype), self._log_gate(k)
 
 
 @register_expert("short_convolution")

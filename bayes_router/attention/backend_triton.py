@@ -1,7 +1,7 @@
 """The backend `triton`: launches the kernels of the routed forward and backward pass. Static shapes, no host synchronisation.
 
-The kernels compute the first full, the first local and the first linear or gated expert; any other computes its own rows
-(`Expert.attend_rows`).
+The kernels compute the first full, the first local and the first linear, gated or mapped expert; any other computes its own
+rows (`Expert.attend_rows`).
 """
 
 from typing import Any
@@ -32,10 +32,12 @@ from bayes_router.attention.launch_triton import launch
 from bayes_router.attention.linear import LinearAttention
 from bayes_router.attention.linear_call_triton import decays, linear_forward
 from bayes_router.attention.local import LocalAttention
+from bayes_router.attention.mapped import MappedGatedAttention
 from bayes_router.attention.plan_triton import make_plan, make_schedule
 from bayes_router.attention.problem import RoutedProblem
 
-KINDS = ((FullAttention,), (LinearAttention, GatedLinearAttention), (LocalAttention,))  # in the order of plan_triton
+SUMS = (LinearAttention, GatedLinearAttention, MappedGatedAttention)  # of features: one kernel
+KINDS = ((FullAttention,), SUMS, (LocalAttention,))  # in the order of plan_triton
 
 
 def attend(problem: RoutedProblem) -> Tensor:

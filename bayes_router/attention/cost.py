@@ -84,8 +84,8 @@ def flops(expert: Expert, context: int, mode: Mode = Mode.PREFILL) -> float:
 def hard_flops(experts: Sequence[Expert], context: int, num_kv_heads: int, mode: Mode = Mode.PREFILL) -> Cost:
     """Of one layer's attention: each token its own expert; every token also enters the state of each stateful expert.
 
-    A token on a stateful expert reads a state once a query head, 2 FLOPs an element; the rest of the expert's arithmetic is
-    the update, which heads that share a key share too.
+    A token on a stateful expert reads a state once a query head, 2 FLOPs an element, by what `query_flops` makes of its
+    queries; the rest of the expert's arithmetic is the update, which heads that share a key share too.
     """
     own = [_own(expert, context, mode) for expert in experts]
     shared = 0.0
@@ -218,7 +218,9 @@ def _config(model: nn.Module) -> ModelConfig:
 def _own(expert: Expert, context: int, mode: Mode) -> float:
     """FLOPs of a token's own output."""
     whole = flops(expert, context, mode)
-    return min(2.0 * _state(expert, expert.shape.num_heads).numel(), whole) if expert.stateful else whole
+    if not expert.stateful:
+        return whole
+    return min(2.0 * _state(expert, expert.shape.num_heads).numel() + expert.query_flops(), whole)
 
 
 def _state(expert: Expert, num_kv_heads: int) -> Tensor:

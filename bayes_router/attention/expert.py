@@ -50,6 +50,10 @@ class Expert(nn.Module):
         """Multiply-adds counted as two, averaged over the tokens of a causal pass over `context` tokens, all heads."""
         raise NotImplementedError
 
+    def query_flops(self) -> float:
+        """Of `flops_per_token`, what a stateful expert does to a token's queries before they read its state, all heads."""
+        return 0.0
+
     def keys_read(self, context: int) -> int:
         """Cached keys that a decoding step reads at this context; an expert that keeps a state reads none."""
         return 0 if self.stateful else context

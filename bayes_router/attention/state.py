@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from bayes_router.attention.expert import Expert, repeat_heads, segments, widen
 from bayes_router.attention.gated import GatedLinearAttention
 from bayes_router.attention.linear import LinearAttention, feature_map, with_ones
+from bayes_router.attention.mapped import MappedGatedAttention
 from bayes_router.attention.problem import RoutedProblem
 
 
@@ -18,7 +19,7 @@ def extend(expert: Expert, new: RoutedProblem, state: Tensor, empty: bool) -> tu
     """
     q, k, v = new.inputs(expert)
     real = new.real()
-    built_in = type(expert) in (LinearAttention, GatedLinearAttention)
+    built_in = type(expert) in (LinearAttention, GatedLinearAttention, MappedGatedAttention)
     if built_in and empty:
         return None, _advance(expert, k, v, state, real)
     if real is None or q.shape[2] == 0:

@@ -21,6 +21,7 @@ DECODERS = [
     ("gated",),
     ("linear", "local"),
     ("gated", "full", "gated"),  # the second by its own pass
+    ("full", "mapped", "local"),  # no kernel of its own for a step
 ]
 
 

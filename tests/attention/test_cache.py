@@ -77,6 +77,7 @@ MODELS = [
     ("local",),
     ("linear", "local"),
     ("gated", "local"),
+    ("full", "mapped", "local"),
     ("linear",),
     ("gated", "linear"),
     ("full", "squared", "averaged"),

@@ -20,6 +20,7 @@ from bayes_router.attention.cost import (
 from bayes_router.attention.expert import Expert, ExpertShape, expert_class
 from bayes_router.attention.gated import GatedLinearAttention
 from bayes_router.attention.linear import feature_map
+from bayes_router.attention.mapped import MappedGatedAttention
 from bayes_router.types import CostModel
 from tests.tiny import tiny_batch, tiny_model
 
@@ -28,6 +29,7 @@ MADE = {
     "full": SHAPE,
     "linear": SHAPE,
     "gated": SHAPE,
+    "mapped": SHAPE,
     "local": SHAPE,
     "local, 2 sinks": SHAPE._replace(sinks=2),
     "local, 9 sinks": SHAPE._replace(sinks=9),
@@ -86,16 +88,18 @@ class Loops:
                 k, v = self.k[head, t], torch.cat([self.v[head, t], torch.ones(1)])
                 if isinstance(expert, GatedLinearAttention):
                     state *= torch.sigmoid(self._dot(self.updates, t, expert.gate[own].double(), k) + expert.gate_bias[own])
-                for i, feature in enumerate(self._feature(k, own)):
+                for i, feature in enumerate(self._feature(k, own, self.updates, t)):
                     state[i] += feature * v
                     self.updates[t] += 2 * len(v)
                 for h in mine:
-                    phi = self._feature(self.q[h, t], own)
+                    phi = self._feature(self.q[h, t], own, self.reads, t)
                     summed = torch.stack([self._dot(self.reads, t, phi, column) for column in state.T])
                     self.out[h, t] = summed[:-1] / (summed[-1] + 1e-6)
 
-    def _feature(self, x: Tensor, head: int) -> Tensor:
+    def _feature(self, x: Tensor, head: int, counts: list[int], t: int) -> Tensor:
         expert = self.expert
+        if isinstance(expert, MappedGatedAttention):
+            x = torch.stack([self._dot(counts, t, row.double(), x) for row in expert.map[head]])
         return (x * expert.log_scale[head].exp()).softmax(-1) if isinstance(expert, GatedLinearAttention) else feature_map(x)
 
 

@@ -122,17 +122,29 @@ class TestGated(ExpertContract):
     def oracle(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The recurrence, one token after another."""
         expert = self.build().double()
-        gate, bias, log_scale = expert.gate, expert.gate_bias, expert.log_scale
+        gate, bias, log_scale, features = expert.gate, expert.gate_bias, expert.log_scale, self.features
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         scale = log_scale.exp()[:, None]
         state, total, outputs = 0.0, 0.0, []
         for t in range(q.shape[2]):
             a = torch.sigmoid((k[:, :, t] * gate).sum(-1) + bias)[..., None]  # [B, H, 1]
-            phi_k, phi_q = (k[:, :, t] * scale).softmax(-1), (q[:, :, t] * scale).softmax(-1)
+            phi_k, phi_q = ((features(expert, x[:, :, t]) * scale).softmax(-1) for x in (k, q))
             state = a[..., None] * state + phi_k[..., None] * v[:, :, t, None]
             total = a * total + phi_k
             outputs.append((phi_q[..., None] * state).sum(-2) / ((phi_q * total).sum(-1, keepdim=True) + 1e-6))
         return torch.stack(outputs, 2)
+
+    def features(self, expert: Expert, x: Tensor) -> Tensor:
+        """What the softmax is taken of, but for its scale, of x [B, H, Dh]."""
+        return x
+
+
+class TestMapped(TestGated):
+    name = "mapped"
+
+    def features(self, expert: Expert, x: Tensor) -> Tensor:
+        """See the base class."""
+        return torch.einsum("hij,bhj->bhi", expert.map, x)
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 500, 64 * 64 + 7])

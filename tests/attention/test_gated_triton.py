@@ -33,7 +33,7 @@ def kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dense_triton, "computes", lambda *xs: xs[0].dtype != torch.float64)
 
 
-@pytest.mark.parametrize("name", ["gated", "linear", "local"])
+@pytest.mark.parametrize("name", ["gated", "mapped", "linear", "local"])
 @pytest.mark.parametrize(
     ("B", "H", "Hkv", "T", "Dh", "window"),
     [(1, 2, 1, 1, 16, 1), (2, 2, 1, 70, 16, 1), (1, 2, 2, 150, 24, 9), (1, 4, 2, 64, 8, 63)],
@@ -58,7 +58,7 @@ def test_gates_that_keep_all_or_nothing(log_gate: float) -> None:
     assert gates.grad is not None and gates.grad.isfinite().all() and v.grad is not None and v.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("names", [("full", "gated", "local"), ("gated", "linear", "local")])
+@pytest.mark.parametrize("names", [("full", "gated", "local"), ("gated", "linear", "local"), ("full", "mapped", "local")])
 @pytest.mark.parametrize(("B", "Hkv", "T"), [(2, 1, 130), (1, 2, 1)])
 def test_routed(names: tuple[str, ...], B: int, Hkv: int, T: int, fresh_seed: int) -> None:
     """The first of gated and linear has the kernels, the other computes its own rows; rows of padding are zero."""
@@ -101,7 +101,7 @@ def test_routed_with_sinks(kind: str, Hkv: int, window: int, sinks: int) -> None
         assert relative_error(backend_triton.attend(chunk), run_problem(Backend.REFERENCE, chunk).double()) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["gated", "linear", "local"])
+@pytest.mark.parametrize("name", ["gated", "mapped", "linear", "local"])
 def test_it_compiles_without_a_break(name: str) -> None:
     expert, inputs = draw_expert(name, ExpertShape(2, 16, 9)), draw_inputs(1, 2, 1, 40, 16)
     compiled = torch.compile(expert, backend="aot_eager", fullgraph=True)

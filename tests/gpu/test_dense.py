@@ -22,7 +22,7 @@ from tests.attention.test_dispatch import ROUTES, draw_route
 available = torch.cuda.is_available() and dense_triton.HAS_TRITON
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not available, reason="needs a CUDA device and Triton")]
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float32: 1e-5}
-NAMES = ("gated", "linear", "local")
+NAMES = ("gated", "mapped", "linear", "local")
 EXPERTS = ("full", "gated", "local")
 
 

@@ -9,7 +9,7 @@ from bayes_router.attention.cache import LayerCache
 from bayes_router.attention.dispatch import routed_attention
 from bayes_router.attention.expert import ExpertShape, expert_class
 
-NAMES = ("full", "linear", "local", "gated")
+NAMES = ("full", "linear", "local", "gated", "mapped")
 DTYPES = {torch.float64: 1e-5, torch.float32: 2e-4, torch.bfloat16: 6e-2}  # linear sums are in float32 at most
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 
