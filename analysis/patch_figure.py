@@ -1,6 +1,7 @@
 """Perplexity lost against attention cost, of `analysis.patch_smollm`: `python -m analysis.patch_figure [RESULTS.csv]`."""
 
 import argparse
+from itertools import product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -29,19 +30,21 @@ def lost(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(frame: pd.DataFrame, path: Path) -> None:
-    """A panel a text, a marker a contender, a line through the budgets of each."""
-    texts = list(dict.fromkeys(frame["text"]))
+    """A panel a length and text, a marker a contender, a line through the budgets of each."""
+    texts, lengths = list(dict.fromkeys(frame["text"])), list(dict.fromkeys(frame["context"]))
     with sns.axes_style("ticks"), sns.plotting_context("notebook"):
-        figure, axes = plt.subplots(1, len(texts), figsize=(6.5 * len(texts), 5), squeeze=False)
-        for ax, text in zip(axes[0], texts, strict=True):
+        size = (6.5 * len(texts), 5 * len(lengths))
+        figure, axes = plt.subplots(len(lengths), len(texts), figsize=size, squeeze=False, layout="constrained")
+        for ax, (length, text) in zip(axes.flat, product(lengths, texts), strict=True):
+            shown = frame[(frame["text"] == text) & (frame["context"] == length)]
             for place, (name, marker) in enumerate(MARKERS.items()):
-                part = frame[(frame["text"] == text) & (frame["contender"] == name)].sort_values("cost")
+                part = shown[shown["contender"] == name].sort_values("cost")
                 colour = PALETTE[place] if place < len(PALETTE) else "0.5"
                 width = 2.0 if name == "routed" else 0.8
                 ax.plot(part["cost"], part["lost"], marker=marker, color=colour, lw=width, label=name)
             ax.axhline(1.0, color="0.6", lw=0.8, ls="--")
-            ax.set(title=text, xlabel="attention cost executed (full = 1)", ylabel="perplexity lost (%)")
-        axes[0][0].legend(frameon=False, fontsize=9)
+            ax.set(title=f"{text}, {length} tokens", xlabel="attention cost executed (full = 1)", ylabel="perplexity lost (%)")
+        axes[0][-1].legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         sns.despine(figure)
         figure.savefig(path, dpi=130, bbox_inches="tight")
         plt.close(figure)
@@ -51,13 +54,13 @@ def main() -> None:
     """Draw beside the table, and print it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, nargs="?", default=RESULTS)
-    parser.add_argument("--context", type=int, default=8192)
     args = parser.parse_args()
     frame = lost(pd.read_csv(args.results))
-    frame = frame[frame["context"] == args.context]
+    routed = set(frame.loc[frame["contender"] == "routed", "context"])  # a run that was cut off has more originals
+    frame = frame[frame["context"].isin(routed)].sort_values("context", ascending=False, kind="stable")
     draw(frame, args.results.with_suffix(".png"))
-    columns = ["text", "budget", "contender", "cost", "perplexity", "lost"]
-    shown = frame[columns].sort_values(["text", "budget", "perplexity"], ascending=[True, False, True])
+    columns = ["context", "text", "budget", "contender", "cost", "perplexity", "lost"]
+    shown = frame[columns].sort_values(columns[:3] + ["perplexity"], ascending=[False, True, False, True])
     print(shown.to_string(index=False, float_format="{:.3f}".format))
 
 
