@@ -266,8 +266,8 @@ def summarise(frame: pd.DataFrame) -> None:
         p / base.get((t, c), math.nan) for t, c, p in zip(frame["text"], frame["context"], frame["perplexity"], strict=True)
     ]
     columns = ["text", "context", "budget", "contender", "perplexity", "relative", "cost", "prefill_ms", "decode_ms"]
-    table = frame.reindex(columns=columns)
-    shown = table.sort_values(["text", "context", "budget", "perplexity"], ascending=[True, True, False, True])
+    shown = frame.reindex(columns=columns)
+    shown = shown.sort_values(["text", "context", "budget", "perplexity"], ascending=[True, True, False, True])
     with pd.option_context("display.width", 200, "display.max_rows", 200):
         print(shown.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
 

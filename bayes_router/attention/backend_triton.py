@@ -29,14 +29,12 @@ from bayes_router.attention.full import FullAttention
 from bayes_router.attention.gated import GatedLinearAttention
 from bayes_router.attention.gradient_triton import backward
 from bayes_router.attention.launch_triton import launch
-from bayes_router.attention.linear import LinearAttention
 from bayes_router.attention.linear_call_triton import decays, linear_forward
 from bayes_router.attention.local import LocalAttention
-from bayes_router.attention.mapped import MappedGatedAttention
 from bayes_router.attention.plan_triton import make_plan, make_schedule
 from bayes_router.attention.problem import RoutedProblem
+from bayes_router.attention.state import SUMS
 
-SUMS = (LinearAttention, GatedLinearAttention, MappedGatedAttention)  # of features: one kernel
 KINDS = ((FullAttention,), SUMS, (LocalAttention,))  # in the order of plan_triton
 
 

@@ -10,6 +10,9 @@ from bayes_router.attention.linear import LinearAttention, feature_map, with_one
 from bayes_router.attention.mapped import MappedGatedAttention
 from bayes_router.attention.problem import RoutedProblem
 
+SUMS = (LinearAttention, GatedLinearAttention, MappedGatedAttention)
+"""Experts whose state is a sum of phi(k) v^T, which may fade."""
+
 
 def extend(expert: Expert, new: RoutedProblem, state: Tensor, empty: bool) -> tuple[Tensor | None, Tensor]:
     """(output of every new token, zero on padding; the state after the real ones) of a stateful expert.
@@ -19,7 +22,7 @@ def extend(expert: Expert, new: RoutedProblem, state: Tensor, empty: bool) -> tu
     """
     q, k, v = new.inputs(expert)
     real = new.real()
-    built_in = type(expert) in (LinearAttention, GatedLinearAttention, MappedGatedAttention)
+    built_in = type(expert) in SUMS
     if built_in and empty:
         return None, _advance(expert, k, v, state, real)
     if real is None or q.shape[2] == 0:

@@ -73,7 +73,7 @@ class RoutedLayer(nn.Module):
         if route.shape[1] == 1 and call.causal:
             return attend_one(self.experts, call, route)
         each = (route[..., None] == torch.arange(len(self.names), device=route.device)).flatten(0, 1).any(0)  # [E]
-        taken = [index for index, any_ in enumerate(each.tolist()) if any_]  # waits for the device, once
+        taken = [index for index, some_take in enumerate(each.tolist()) if some_take]  # waits for the device, once
         if len(taken) == 1:
             return self._attend(call, taken[0])
         if self._dispatchable(call):

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.distributions import Dirichlet
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bayes_router.routing.policy import Argmax, Budget, Conservative, Policy, PolicyName, execute, priced
+from bayes_router.routing import posterior
+from bayes_router.routing.policy import Argmax, Budget, Conservative, Policy, PolicyName, execute, like, priced
 from bayes_router.routing.posterior import posterior_mean, probability_of_largest
 from bayes_router.types import RoutingMode
 
@@ -119,9 +120,12 @@ def test_a_policy_brings_its_constants_to_the_device_once(policy: Policy) -> Non
 
 
 def test_constants_kept_in_inference_mode_serve_gradients() -> None:
+    """A tensor made in inference mode cannot be saved for a backward pass."""
     costs = (1.0, 0.1234, 0.5678)
+    posterior._gauss_legendre.cache_clear()
     with torch.inference_mode():
-        priced(concentrations(), costs, 2.0)
+        Conservative(costs)(concentrations())
     concentration = concentrations().requires_grad_()
-    priced(concentration, costs, 2.0)[:, 0].sum().backward()
-    assert concentration.grad is not None and bool(concentration.grad.abs().sum() > 0)
+    (like(costs, concentration) * concentration).sum().backward()
+    assert concentration.grad is not None and bool((concentration.grad == torch.tensor(costs)).all())
+    assert probability_of_largest(concentration, concentration.argmax(-1)).requires_grad
