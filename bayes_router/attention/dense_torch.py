@@ -10,10 +10,10 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from bayes_router.attention.expert import Expert, repeat_heads, widen
 from bayes_router.attention.full import FullAttention
+from bayes_router.attention.fused import fused_attention
 from bayes_router.attention.linear import EPSILON, LinearAttention, feature_map
 from bayes_router.attention.local import LocalAttention
 from bayes_router.attention.problem import RoutedProblem
@@ -71,10 +71,10 @@ def _softmax(problem: RoutedProblem, reaches: dict[int, int]) -> Tensor:
     (_, H, Tq, _), (_, Hkv, Tk, _) = problem.q.shape, problem.k.shape
     inputs, grouped = (problem.q, problem.k, problem.v), Hkv != H
     if Tq == Tk and all(reach == Tk for reach in reaches.values()):
-        return F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=grouped)
+        return fused_attention(*inputs, is_causal=True, enable_gqa=grouped)
     table = torch.tensor([reaches.get(index, Tk) for index in range(len(problem.experts))], dtype=torch.int32)
     seen = _age(Tq, Tk) < table[problem.route][..., None]  # [B, Tq, Tk]
-    return F.scaled_dot_product_attention(*inputs, attn_mask=seen[:, None], enable_gqa=grouped)
+    return fused_attention(*inputs, attn_mask=seen[:, None], enable_gqa=grouped)
 
 
 @lru_cache(16)

@@ -1,9 +1,9 @@
 """Full softmax attention: every token sees all tokens up to itself."""
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from bayes_router.attention.expert import Expert, causal_positions, register_expert
+from bayes_router.attention.fused import fused_attention
 
 
 @register_expert("full")
@@ -16,11 +16,11 @@ class FullAttention(Expert):
         """See `Expert.forward`."""
         grouped = q.shape[1] != k.shape[1]
         if q.shape[2] == k.shape[2]:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+            return fused_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         if q.shape[2] == 1:  # one new token sees everything
-            return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+            return fused_attention(q, k, v, enable_gqa=grouped)
         query, key = causal_positions(q.shape[2], k.shape[2], q.device)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=key <= query, enable_gqa=grouped)
+        return fused_attention(q, k, v, attn_mask=key <= query, enable_gqa=grouped)
 
     def flops_per_token(self, context: int) -> float:
         """For q k^T and p v, 2 Dh multiply-adds a visible key and head; a token sees (T + 1) / 2 keys on average."""

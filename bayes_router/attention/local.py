@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from bayes_router.attention import dense_triton
 from bayes_router.attention.expert import Expert, ExpertShape, causal_positions, register_expert, repeat_heads, segments
+from bayes_router.attention.fused import fused_attention
 
 MIN_BLOCK = 64
 
@@ -47,7 +48,7 @@ class LocalAttention(Expert):
         sinks = min(self.shape.sinks, older)
         k, v, key = (_without(x, sinks, older, dim) for x, dim in ((k, 2), (v, 2), (key, 1)))
         seen = (key <= query) & ((key > query - window) | (key < self.shape.sinks))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1])
+        return fused_attention(q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1])
 
     def keys_read(self, context: int) -> int:
         """The sinks and the window, or all there are."""
@@ -92,5 +93,5 @@ def banded(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int = 0, scale: 
     if sinks:  # those in the window are there already
         mask = torch.cat([torch.arange(sinks, device=q.device) <= query - window, mask], -1)
     mask = mask[:, None].repeat(B, 1, 1, 1)  # [B * N, 1, C, sinks + C + W - 1]
-    out = F.scaled_dot_product_attention(blocks.flatten(0, 1), bands(k), bands(v), attn_mask=mask, scale=scale)
+    out = fused_attention(blocks.flatten(0, 1), bands(k), bands(v), attn_mask=mask, scale=scale)
     return out.unflatten(0, (B, N)).transpose(1, 2).flatten(2, 3)[:, :, :Tq]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayes_router.attention.expert import ExpertShape, merge_tokens
+from bayes_router.attention.fused import fused_attention
 from bayes_router.config import require
 from bayes_router.integrations.binding import BINDING, Binding, all_on
 from bayes_router.integrations.call import AttentionCall, padding_of, seen
@@ -216,7 +217,7 @@ def _call(module: nn.MultiheadAttention, x: Tensor, values: Tensor, mask: Tensor
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         whole = mask is None and causal and q.shape[2] > 1
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=whole)
+        return fused_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=whole)
 
     return AttentionCall(q, k, v, mask, causal, kernel, q.shape[-1] ** -0.5, dropout == 0.0, padding)
 

@@ -94,6 +94,23 @@ def test_head_sizes_and_dtypes(Dh: int, dtype: torch.dtype) -> None:
     compare(draw(2, 2, 1, 700, Dh, "independent", dtype), Backend.TRITON)
 
 
+@pytest.mark.parametrize("name", ["full", "local"])
+@pytest.mark.parametrize("first", ["BTHD", "BHTD"])
+def test_gradients_in_one_layout_after_another(name: str, first: str) -> None:
+    """cuDNN's backward pass reads a gradient by the strides of the first that it saw (`fused`)."""
+    shape = ExpertShape(4, 64, 2000 if name == "local" else 70, sinks=4)
+    problem = draw(2, 4, 2, 1000 + 8 * (first == "BTHD") + 16 * (name == "local"), 64, "full")
+    inputs = problem.q, problem.k, problem.v
+    true = [x.detach().double().requires_grad_() for x in inputs]
+    got, want = (expert_class(name)(shape)(*xs) for xs in (inputs, true))
+    weight = torch.randn_like(got, memory_format=torch.contiguous_format)
+    truths = torch.autograd.grad(want, true, weight.double())
+    strided = weight.transpose(1, 2).contiguous().transpose(1, 2)
+    for one in (strided, weight) if first == "BTHD" else (weight, strided):
+        grads = torch.autograd.grad(got, inputs, one, retain_graph=True)
+        assert all(relative_error(g, t) < 2e-2 for g, t in zip(grads, truths, strict=True))
+
+
 def test_split_rows_and_one_tensor_for_both_kinds_of_queries() -> None:
     compare(draw(1, 2, 2, 6000, 64, "independent", window=256, shared=True), Backend.TRITON)
     compare(draw(1, 2, 2, 6000, 64, "full", shared=True), Backend.TRITON)
