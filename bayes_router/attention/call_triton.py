@@ -43,6 +43,10 @@ def tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
         small = _sizes(32, 32, 4, 1)
         return Tiles(small, small, small, small, small, small, small, small, small, 2, 2)
     deep, shallow = _sizes(64, 64, 4, 3), _sizes(64, 64, 4, 2)
+    if head_dim > 128:  # shared memory ends here: one stage, and a state's rows over twice the threads
+        tile = _sizes(64, 32, 8, 1)
+        low = _sizes(32, 32, 8, 1)
+        return Tiles(_sizes(64, 64, 8, 2), tile, tile, tile, tile, tile, tile, low, low, 1, 1)
     if head_dim > 64:
         pair = _sizes(32, 64, 4, 2)
         return Tiles(deep, deep, shallow, shallow, shallow, shallow, shallow, pair, pair, 2, 2)

@@ -29,6 +29,11 @@ def available(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return computes(q, k, v) and 0 < q.shape[2] == k.shape[2] and q.shape[3] <= most
 
 
+def feature_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of features and of their gradients: a denominator that is nearly nothing sends these past what float16 holds."""
+    return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
 def features(q: Tensor, k: Tensor, gate: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `GatedLinearAttention.features`, padded with zeros to the head size of the kernels."""
     phi_q, phi_k, log_gate = _features(q, k, gate, bias, log_scale)
@@ -62,17 +67,18 @@ def _unit(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory for out, laid out as [B, T, H, D], and for one float32 a row."""
+def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for out, laid out as [B, T, H, D], in v's dtype, and for one float32 a row."""
     B, H, T, D = q.shape
-    out = torch.empty(B, T, H, D, device=q.device, dtype=q.dtype).transpose(1, 2)
+    out = torch.empty(B, T, H, D, device=q.device, dtype=v.dtype).transpose(1, 2)
     return out, torch.empty(B, H, T, device=q.device, dtype=torch.float32)
 
 
 def _states(k: Tensor) -> tuple[Tensor, Tensor]:
+    from bayes_router.attention.call_triton import chunk_size
     from bayes_router.attention.linear_call_triton import empty_states
 
-    return empty_states(k)
+    return empty_states(k, chunk_size(k.shape[2]))
 
 
 @torch.library.custom_op("bayes_router::linear_attention", mutates_args=())
@@ -82,7 +88,7 @@ def _linear(q: Tensor, k: Tensor, v: Tensor, log_gate: Optional[Tensor]) -> tupl
     from bayes_router.attention.linear_call_triton import decays, linear_forward
 
     q, k, v = _unit(q), _unit(k), _unit(v)
-    out, lse = _outputs(q)
+    out, lse = _outputs(q, v)
     with torch.cuda.device_of(q):
         decay = decays(log_gate)
         rows = Rows(lse, lse, sorted=False)
@@ -92,7 +98,7 @@ def _linear(q: Tensor, k: Tensor, v: Tensor, log_gate: Optional[Tensor]) -> tupl
 
 @_linear.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, log_gate: Optional[Tensor]) -> tuple[Tensor, ...]:
-    out, lse = _outputs(q)
+    out, lse = _outputs(q, v)
     shape = (0,) if log_gate is None else log_gate.shape
     return out, lse, *_states(k), torch.empty(shape, device=q.device, dtype=torch.float64)
 
@@ -148,7 +154,7 @@ def _local(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tuple[
     from bayes_router.attention.local_call_triton import local_forward
 
     q, k, v = _unit(q), _unit(k), _unit(v)
-    out, lse = _outputs(q)
+    out, lse = _outputs(q, v)
     with torch.cuda.device_of(q):
         local_forward(q, k, v, out, lse, window, scale)
     return out, lse
@@ -156,7 +162,7 @@ def _local(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tuple[
 
 @_local.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
-    return _outputs(q)
+    return _outputs(q, v)
 
 
 @torch.library.custom_op("bayes_router::local_attention_backward", mutates_args=())
@@ -198,7 +204,7 @@ _local.register_autograd(_differentiate_local, setup_context=_save_local)
 
 def _feature_outputs(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     (B, H, Tq, _), Tk, D = q.shape, k.shape[2], _head_size(q)
-    phi_q, phi_k = (torch.empty(B, H, T, D, device=q.device, dtype=q.dtype) for T in (Tq, Tk))
+    phi_q, phi_k = (torch.empty(B, H, T, D, device=q.device, dtype=feature_dtype(q.dtype)) for T in (Tq, Tk))
     return phi_q, phi_k, torch.empty(B, H, Tk, device=q.device, dtype=torch.float32)
 
 

@@ -29,6 +29,8 @@ from bayes_router.attention.problem import (
 from bayes_router.types import choose
 
 EXPERTS = ("full", "linear", "local")
+SHORT_QUERIES = 4096
+"""Queries of a row that one program of the backend `short` sorts."""
 
 
 class Backend(Enum):
@@ -37,7 +39,7 @@ class Backend(Enum):
     REFERENCE = "reference"  # the float64 oracle, any device
     TORCH = "torch"  # gathers in plain torch, any device, made for the CPU; on CUDA it synchronises
     TRITON = "triton"  # own kernels over sorted tokens, CUDA, forward and backward
-    SHORT = "short"  # one kernel over unsorted tokens, CUDA, forward, the built-in experts, for short texts
+    SHORT = "short"  # two launches in all, CUDA, forward, the built-in experts, for short texts
     DENSE = "dense"  # every expert over every token, then selected; any device
     AUTO = "auto"  # by device, length, dtype and gradients, from measured break-even points
 
@@ -53,7 +55,7 @@ class BreakEven(NamedTuple):
 BREAK_EVEN = {  # by CUDA or not, and whether gradients are needed
     (False, False): BreakEven(192, Backend.DENSE, Backend.TORCH),
     (False, True): BreakEven(160, Backend.DENSE, Backend.TORCH),
-    (True, False): BreakEven(2048, Backend.SHORT, Backend.TRITON),
+    (True, False): BreakEven(4096, Backend.SHORT, Backend.TRITON),
     (True, True): BreakEven(0, Backend.DENSE, Backend.TRITON),
 }
 """On a CPU what `python -m analysis.break_even` printed, on one core of an AMD EPYC (AVX-512) with torch 2.13; on CUDA an
@@ -185,6 +187,8 @@ def unavailable(backend: Backend, problem: RoutedProblem) -> str | None:
         kinds = [type(expert) for _, expert in problem.computed()]
         if len(set(kinds)) < len(kinds) or not set(kinds).issubset(BUILT_IN):
             return "it computes at most one each of the built-in experts full, linear and local"
+        if problem.q.shape[2] > SHORT_QUERIES:
+            return f"it sorts up to {SHORT_QUERIES} queries; these are {problem.q.shape[2]}"
         return "it has no backward pass" if problem.needs_grad else None
     if problem.needs_grad and problem.q.shape[2] != problem.k.shape[2]:
         return "its backward pass needs as many queries as keys"

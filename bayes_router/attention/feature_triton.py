@@ -78,8 +78,8 @@ def feature_backward_kernel(
         h = hk * GROUP + g
         scale = tl.exp(tl.load(LogScale + h).to(tl.float32))
         y = softmax_rows(x, scale, real)
-        at = DPhi + b * g_b + h * g_h + t[:, None].to(tl.int64) * g_t + d[None, :]
-        dphi = tl.load(at, mask=both, other=0.0).to(tl.float32)
+        from_h = DPhi + b * g_b + h * g_h + t[:, None].to(tl.int64) * g_t + d[None, :]
+        dphi = tl.load(from_h, mask=both, other=0.0).to(tl.float32)
         dy = y * (dphi - tl.sum(y * dphi, 1)[:, None]) * scale
         dx += dy
         part = Sums + ((b * tl.num_programs(0) + i) * H + h) * (DIM + 2 if GATED else 1)

@@ -41,11 +41,14 @@ class GatedLinearAttention(Expert):
         return F.logsigmoid((widen(k) * self.gate[:, None]).sum(-1) + self.gate_bias[:, None])
 
     def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """phi(q) [B, H, Tq, Dh] and phi(k) [B, H, Tk, Dh] in their dtype, and log a [B, H, Tk]: what the kernels take."""
+        """phi(q) [B, H, Tq, Dh], phi(k) [B, H, Tk, Dh] and log a [B, H, Tk]: what the kernels take.
+
+        Features in the dtype of q, or bfloat16 for float16 (`dense_triton.feature_dtype`).
+        """
         if dense_triton.computes(q, k):
             return dense_triton.features(q, k, self.gate, self.gate_bias, self.log_scale)
-        k = repeat_heads(k, q.shape[1])
-        return self._features(q).to(q.dtype), self._features(k).to(k.dtype), self._log_gate(k)
+        k, kind = repeat_heads(k, q.shape[1]), dense_triton.feature_dtype(q.dtype)
+        return self._features(q).to(kind), self._features(k).to(kind), self._log_gate(k)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Expert.forward`."""

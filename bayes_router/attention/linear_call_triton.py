@@ -19,10 +19,10 @@ def decays(log_gate: Tensor | None) -> Tensor | None:
     return None if log_gate is None else log_gate.detach().cumsum(-1, dtype=torch.float64)
 
 
-def empty_states(k: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory for S [B, HK, NC, D, D] and z [B, HK, NC, D]."""
+def empty_states(k: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """Memory for S [B, HK, NC, D, D] and z [B, HK, NC, D], one for each chunk of keys."""
     B, H, T, D = k.shape
-    count = (T + chunk_size(T) - 1) // chunk_size(T)
+    count = (T + chunk - 1) // chunk
     wide = torch.float32 if k.dtype == torch.float32 else torch.bfloat16
     s = torch.empty(B, H, count, D, D, device=k.device, dtype=wide)
     return s, torch.empty(B, H, count, D, device=k.device, dtype=torch.float32)
@@ -35,14 +35,14 @@ def linear_forward(
     """Writes the rows of out and their denominators to lse; returns the state before each chunk of keys."""
     (B, H, Tq, _), (_, HK, T, _) = q.shape, k.shape
     vgroup, chunk, fixed = HK // v.shape[1], chunk_size(T), _fixed(q, decay)
-    s, z = empty_states(k)
+    s, z = empty_states(k, chunk)
     count, gates = s.shape[2], lse if decay is None else decay
     sizes = {**tiles.chunk, "BN": min(chunk, tiles.chunk["BN"])}
     launch(
         kernels.chunk_kernel, (count, HK, B),
         k, v, s, z, gates, *strides(k, v), HK, vgroup, T, count, CHUNK=chunk, **fixed, **_without(sizes, "BM"),
     )  # fmt: skip
-    _prefix(s, z, gates, decay is not None, T)
+    prefix(s, z, T, chunk, decay)
     read = {**fixed, "SORTED": rows.sorted, "STARTS": starts is not None, "CHUNK": chunk, **tiles.linear}
     if decay is not None:
         read.pop("maxnreg", None)  # the weights of a tile want registers of their own
@@ -74,7 +74,7 @@ def linear_backward(
         q, dout, lse, delta, r, rz, gates, *tables, *strides(q, dout), H, group, T, rows.steps, count, **fixed,
         **_without(tiles.linear_dkv, "BN"),
     )  # fmt: skip
-    cross = _prefix(r, rz, gates, decay is not None, T, state)
+    cross = prefix(r, rz, T, chunk, decay, state)
     dk = torch.empty_like(k)
     own = dv if vgroup == 1 else torch.empty_like(k)  # one a key head, then added up
     launch(
@@ -95,16 +95,18 @@ def linear_backward(
     return dk, dgate
 
 
-def _prefix(s: Tensor, z: Tensor, gates: Tensor, decay: bool, num_keys: int, others: list[Tensor] | None = None) -> Tensor:
+def prefix(
+    s: Tensor, z: Tensor, num_keys: int, chunk: int, decay: Tensor | None = None, others: list[Tensor] | None = None
+) -> Tensor:
     """In place: what stands before each chunk or, given the states that do, after it; then their products [B HK, parts, NC]."""
     B, H, count, D = z.shape
     block, reverse = min(64, D), others is not None
     parts = D * D // block + triton.cdiv(D, block)
-    cross = torch.empty(B * H, parts, count, device=z.device, dtype=torch.float32) if reverse and decay else z
+    cross = torch.empty(B * H, parts, count, device=z.device, dtype=torch.float32) if reverse and decay is not None else z
     launch(
         kernels.prefix_kernel, (parts, B * H),
-        s, z, *(others or (s, z)), gates, cross, count, num_keys, DECAY=decay, REVERSE=reverse, CHUNK=chunk_size(num_keys),
-        D=D, N=CHUNKS, BLOCK=block, num_warps=4,
+        s, z, *(others or (s, z)), z if decay is None else decay, cross, count, num_keys, DECAY=decay is not None,
+        REVERSE=reverse, CHUNK=chunk, D=D, N=CHUNKS, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return cross
 

@@ -47,12 +47,11 @@ def fade(later, earlier):
 
 
 @triton.jit
-def chunk_kernel(
-    K, V, S, Z, Decay, k_b, k_h, k_t, v_b, v_h, v_t, HK, VGROUP, num_keys, NC,
+def add_chunk(
+    K, V, S, Z, Decay, k_b, k_h, k_t, v_b, v_h, v_t, HK, VGROUP, num_keys, NC, c, h, b,
     DECAY: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What one chunk of keys adds to the state: sum phi(k) v^T and sum phi(k)."""
-    c, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     K += b * k_b + h * k_h
     V += b * v_b + h // VGROUP * v_h
     Decay += (b * HK + h) * num_keys
@@ -76,6 +75,18 @@ def chunk_kernel(
     row = (b * HK + h) * NC + c
     tl.store(S + row * D * D + d[:, None] * D + d[None, :], s.to(S.dtype.element_ty))
     tl.store(Z + row * D + d, z)
+
+
+@triton.jit
+def chunk_kernel(
+    K, V, S, Z, Decay, k_b, k_h, k_t, v_b, v_h, v_t, HK, VGROUP, num_keys, NC,
+    DECAY: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (chunk, head of K, row of the batch)."""
+    add_chunk(
+        K, V, S, Z, Decay, k_b, k_h, k_t, v_b, v_h, v_t, HK, VGROUP, num_keys, NC,
+        tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64), DECAY, CHUNK, BN, D, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -51,12 +51,12 @@ class Schedule(NamedTuple):
     slots: int
 
 
-@triton.jit(debug=True)  # keeps the assertion: a route out of range must not pass silently
-def _plan_kernel(
-    Route, Lengths, Order, Before, T, NB, stride_b, stride_t, full, linear, local, num_experts,
+@triton.jit
+def sort_tokens(
+    Route, Lengths, Order, Before, T, NB, stride_b, stride_t, full, linear, local, num_experts, part, last_part, kind, b,
     PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    part, kind, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """The entries of both tables that BLOCK tokens of a row have in one kind."""
     wanted = tl.where(kind == 0, full, tl.where(kind == 1, linear, local))
     length = T
     if PADDED:
@@ -77,8 +77,20 @@ def _plan_kernel(
     row = b * 3 + kind
     tl.store(Order + row * T + upto - 1, t, mask=chosen > 0)
     tl.store(Before + row * (NB + 1) + t // 64, upto - chosen, mask=(t % 64 == 0) & (t < T))
-    if part == tl.num_programs(0) - 1:
+    if part == last_part:
         tl.store(Before + row * (NB + 1) + NB, count + tl.sum(chosen, 0))
+
+
+@triton.jit(debug=True)  # keeps the assertion: a route out of range must not pass silently
+def _plan_kernel(
+    Route, Lengths, Order, Before, T, NB, stride_b, stride_t, full, linear, local, num_experts,
+    PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (block of tokens, kind, row of the batch)."""
+    sort_tokens(
+        Route, Lengths, Order, Before, T, NB, stride_b, stride_t, full, linear, local, num_experts,
+        tl.program_id(0), tl.num_programs(0) - 1, tl.program_id(1), tl.program_id(2).to(tl.int64), PADDED, BLOCK,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -168,12 +180,17 @@ def _schedule_kernel(
         tl.store(Counters + 1, 0)
 
 
+def empty_plan(route: Tensor) -> Plan:
+    """Memory for the tables of route [B, T]."""
+    B, T = route.shape
+    order = torch.empty(B, KINDS, T, dtype=torch.int32, device=route.device)
+    return Plan(order, torch.empty(B, KINDS, triton.cdiv(T, STEP) + 1, dtype=torch.int32, device=route.device))
+
+
 def make_plan(route: Tensor, indices: tuple[int, int, int], num_experts: int, lengths: Tensor | None) -> Plan:
     """Sort the tokens; `indices` are those of full, linear and local among the experts, -1 where absent."""
-    B, T = route.shape
-    blocks = triton.cdiv(T, STEP)
-    order = torch.empty(B, KINDS, T, dtype=torch.int32, device=route.device)
-    before = torch.empty(B, KINDS, blocks + 1, dtype=torch.int32, device=route.device)
+    (B, T), (order, before) = route.shape, empty_plan(route)
+    blocks = before.shape[2] - 1
     block = min(PLAN_BLOCK, triton.next_power_of_2(T))
     launch(
         _plan_kernel, (triton.cdiv(T, block), KINDS, B),

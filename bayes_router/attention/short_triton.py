@@ -1,15 +1,18 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
-"""Hard routing of short texts on the GPU in one launch: no plan, no sorting, no state.
+"""Hard routing of short texts on the GPU in two launches, where `backend_triton` has eight.
 
-A program takes BM consecutive queries of one head and runs over their keys once. Each row has weights of its own kind: the
-exponentials of online softmax for `full` and `local` (which see all keys, or the window), phi(q) phi(k)^T for `linear`; so one
-accumulator and one normaliser serve all rows:
+The first sorts the tokens by route and sums up each chunk of keys for linear attention. In the second, programs stay resident
+and take items off a list that they all know, heaviest kind first:
 
-    out[t] = sum_s weight[t, s] v[s] / (sum_s weight[t, s] + (EPSILON where linear))
+    full    a block of queries against a segment of the keys; who finishes a block last joins its segments
+    linear  a block of queries: the sums of the chunks before it are added up on the way, its last keys follow one by one
+    local   a block of queries against the hull of their windows
 
-Work is quadratic also for linear and local rows, unless no row of a block needs the keys: below a few thousand tokens it takes
-less time than the launches of the sorted kernels. Forward only.
+Adding up the chunks anew for every block is quadratic in the length, which a longer text would feel; the state of a large head
+does not fit into registers meanwhile, so that a launch between the two adds up there. Forward only.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,107 +20,195 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from bayes_router.attention.forward_triton import EPSILON, HIDDEN, phi
+from bayes_router.attention.call_triton import LOG2_E, empty, head_size, multiprocessors, precision, strides
+from bayes_router.attention.forward_triton import EPSILON, HIDDEN, _tile, band_start, band_tile, gather_rows, load_rows, phi
 from bayes_router.attention.launch_triton import launch
+from bayes_router.attention.linear_call_triton import empty_states, prefix
+from bayes_router.attention.linear_triton import add_chunk
+from bayes_router.attention.plan_triton import empty_plan, sort_tokens
 from bayes_router.attention.problem import BUILT_IN, RoutedProblem
-
-LOG2_E = 1.4426950408889634
-
-
-@triton.jit
-def _keys(q, feature, K, PlainK, V, n0, num_keys, k_t, pk_t, v_t, pos, reach, on_linear, m, norm, acc, scale,
-          SOFT: tl.constexpr, LINEAR: tl.constexpr, SINKS: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
-          PRECISION: tl.constexpr):  # fmt: skip
-    """Keys n0 .. n0 + BN for rows at `pos`; `reach` is how many keys back a softmax row sees, 0 for a linear one."""
-    n, d = n0 + tl.arange(0, BN), tl.arange(0, D)
-    inside = (n < num_keys)[:, None]
-    v = tl.load(V + n[:, None] * v_t + d[None, :], mask=inside, other=0.0)
-    weight = tl.zeros([q.shape[0], BN], tl.float32)
-    if SOFT:
-        k = tl.load(K + n[:, None] * k_t + d[None, :], mask=inside, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        age = (pos[:, None] - n[None, :]).to(tl.uint32, bitcast=True)  # of a later key, a huge number
-        back = reach[:, None]
-        if SINKS:
-            back = tl.where((n < SINKS)[None, :] & (back > 0), 2147483647, back)
-        s = tl.where(age < back.to(tl.uint32), s * scale, -float("inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))  # of a linear row HIDDEN, for ever: it is never scaled
-        weight = tl.exp2(s - m_new[:, None])
-        alpha = tl.exp2(m - m_new)
-        norm = norm * alpha
-        acc = acc * alpha[:, None]
-        m = m_new
-    if LINEAR:
-        plain = tl.load(PlainK + n[:, None] * pk_t + d[None, :], mask=inside, other=0.0)
-        a = tl.dot(feature, tl.trans(phi(plain.to(tl.float32)).to(feature.dtype)), input_precision=PRECISION)
-        weight = tl.where(on_linear[:, None] & (n[None, :] <= pos[:, None]), a, weight)
-    norm += tl.sum(weight, 1)
-    acc = tl.dot(weight.to(v.dtype), v, acc, input_precision=PRECISION)
-    return m, norm, acc
 
 
 @triton.jit(debug=True)  # keeps the assertion: a route out of range must not pass silently
-def short_kernel(
-    Q, K, V, PlainQ, PlainK, Out, Route, Starts, Lengths,
-    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, pq_b, pq_h, pq_t, pk_b, pk_h, pk_t, o_b, o_h, o_t, r_b, r_t,
-    GROUP, T, num_keys, start, window, full, linear, local, num_experts, scale,
-    SINKS: tl.constexpr, STARTS: tl.constexpr, PADDED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
-    PRECISION: tl.constexpr,
+def prepare_kernel(
+    Route, Lengths, Order, Before, PlainK, V, S, Z, Arrived, r_b, r_t, k_b, k_h, k_t, v_b, v_h, v_t,
+    full, linear, local, num_experts, B, HK, T, NB, num_keys, NC, blocks,
+    PADDED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (block, head, row of the batch); the last blocks, which see most keys, start first."""
-    i = tl.num_programs(0) - 1 - tl.program_id(0)
-    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    t, d = i * BM + tl.arange(0, BM), tl.arange(0, D)
-    begin = start
-    if STARTS:
-        begin = tl.load(Starts + b).to(tl.int32)
-    length = T
-    if PADDED:
-        length = tl.load(Lengths + b).to(tl.int32)
-    real = t < length
-    route = tl.load(Route + b * r_b + t.to(tl.int64) * r_t, mask=real, other=-2).to(tl.int32)
-    wrong = real & ((route < 0) | (route >= num_experts))
-    tl.device_assert(tl.sum(wrong.to(tl.int32), 0) == 0, "route out of range")
-    on_full, on_linear, on_local = (route == full) & real, (route == linear) & real, (route == local) & real
-    reach = tl.where(on_full, 2147483647, tl.where(on_local, window, 0))
-    pos = t + begin
+    """The tables of `plan_triton`, a program for each kind of a row; then each chunk's sums, a program for each head of K."""
+    x = tl.program_id(0)
+    if x < 3 * B:
+        b = (x // 3).to(tl.int64)
+        sort_tokens(
+            Route, Lengths, Order, Before, T, NB, r_b, r_t, full, linear, local, num_experts, 0, 0, x % 3, b, PADDED, BLOCK,
+        )  # fmt: skip
+        for i in range(x % 3 * BLOCK, blocks, 3 * BLOCK):  # blocks of full attention: none of their segments is there yet
+            at = i + tl.arange(0, BLOCK)
+            tl.store(Arrived + b * blocks + at, 0, mask=at < blocks)
+    else:
+        x -= 3 * B
+        h, b = (x // NC % HK).to(tl.int64), (x // NC // HK).to(tl.int64)
+        add_chunk(PlainK, V, S, Z, Z, k_b, k_h, k_t, v_b, v_h, v_t, HK, 1, num_keys, NC, x % NC, h, b, False, CHUNK, BN, D,
+                  PRECISION)  # fmt: skip
 
-    any_full, any_linear = tl.max(on_full.to(tl.int32), 0) > 0, tl.max(on_linear.to(tl.int32), 0) > 0
-    any_soft = tl.max(reach, 0) > 0
-    end = begin + tl.minimum(i * BM + BM, length)  # keys that some row sees end here
-    near = tl.maximum(i * BM + begin - window + 1, 0) // BN * BN
-    first = tl.where(any_soft, tl.where(any_full, 0, near), (end + BN - 1) // BN * BN)  # of those that a softmax row sees
-    linear_from = tl.where(any_linear, 0, first)
-    both_from, both_to = first, tl.where(any_linear, end, first)
-    if SINKS:  # their tiles, before those from `first`, where local rows look no further back
-        sunk = tl.where(any_soft, tl.minimum((SINKS + BN - 1) // BN * BN, first), 0)
-        linear_from, both_from = tl.maximum(linear_from, sunk), first - sunk
 
-    inside = (t < T)[:, None]
-    row = t[:, None].to(tl.int64)
-    q = tl.load(Q + b * q_b + h * q_h + row * q_t + d[None, :], mask=inside, other=0.0)
-    plain = tl.load(PlainQ + b * pq_b + h * pq_h + row * pq_t + d[None, :], mask=inside, other=0.0)
-    feature = phi(plain.to(tl.float32)).to(q.dtype)
-    K += b * k_b + h // GROUP * k_h
-    V += b * v_b + h // GROUP * v_h
-    PlainK += b * pk_b + h // GROUP * pk_h
+@triton.jit
+def _full(
+    q, Kh, Vh, Out, Partial, PartialLse, Arrived, t, real, begin, first, last, s, segment, num_keys, k_t, v_t, o_t, scale,
+    SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A block of full queries against segment s of the keys, and the joining of all its segments if this was the last."""
+    d, r, pos = tl.arange(0, D), tl.arange(0, BM), t + begin
+    lo, hi = s * segment, tl.minimum(s * segment + segment, last + begin + 1)
+    if lo < hi:
+        seen = tl.maximum(tl.minimum((first + begin + 1) // BN * BN, hi // BN * BN), lo)  # end of the keys that all rows see
+        m = tl.full([BM], HIDDEN, tl.float32)
+        norm = tl.zeros([BM], tl.float32)
+        acc = tl.zeros([BM, D], tl.float32)
+        for n in range(lo, seen, BN):
+            m, norm, acc = _tile(q, Kh, Vh, n, num_keys, k_t, v_t, pos, num_keys, m, norm, acc, scale, False, BN, D, PRECISION)
+        for n in range(seen, hi, BN):
+            m, norm, acc = _tile(q, Kh, Vh, n, num_keys, k_t, v_t, pos, num_keys, m, norm, acc, scale, True, BN, D, PRECISION)
+        acc = acc / tl.maximum(norm, 1e-30)[:, None]
+        at = Out + t[:, None].to(tl.int64) * o_t + d[None, :]
+        parts = (last + begin) // segment + 1
+        if parts == 1:
+            tl.store(at, acc.to(Out.dtype.element_ty), mask=real[:, None])
+        else:
+            one = r[:, None] * D + d[None, :]
+            tl.store(Partial + s * BM * D + one, acc.to(Partial.dtype.element_ty))
+            tl.store(PartialLse + s * BM + r, m + tl.log2(norm))  # -inf of a row that sees none of these keys
+            tl.debug_barrier()  # every thread has stored before one of them says so
+            if tl.atomic_add(Arrived, 1) == parts - 1:
+                m = tl.full([BM], HIDDEN, tl.float32)
+                norm = tl.zeros([BM], tl.float32)
+                acc = tl.zeros([BM, D], tl.float32)
+                for p in range(parts):
+                    value = tl.load(Partial + p * BM * D + one, cache_modifier=".cg").to(tl.float32)
+                    lse = tl.load(PartialLse + p * BM + r, cache_modifier=".cg")
+                    m_new = tl.maximum(m, lse)
+                    old, new = tl.exp2(m - m_new), tl.exp2(lse - m_new)
+                    acc = acc * old[:, None] + value * new[:, None]
+                    norm = norm * old + new
+                    m = m_new
+                tl.store(at, (acc / norm[:, None]).to(Out.dtype.element_ty), mask=real[:, None])
+
+
+@triton.jit
+def _linear(
+    q, Kh, Vh, S, Z, Out, t, real, begin, first, last, num_keys, k_t, v_t, o_t,
+    SUMMED: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A block of linear queries: the chunks before that of the first (SUMMED: their sum), and the keys from there on."""
+    d, pos = tl.arange(0, D), t + begin
+    feature = phi(q.to(tl.float32)).to(q.dtype)
+    chunks = (first + begin) // CHUNK
+    at = d[:, None] * D + d[None, :]
+    if SUMMED:
+        s = tl.load(S + chunks * D * D + at)
+        z = tl.load(Z + chunks * D + d)
+    else:
+        s = tl.zeros([D, D], tl.float32)
+        z = tl.zeros([D], tl.float32)
+        for c in range(0, chunks, 2):
+            more = c + 1 < chunks
+            s += tl.load(S + c * D * D + at).to(tl.float32)
+            s += tl.load(S + (c + 1) * D * D + at, mask=more, other=0.0).to(tl.float32)
+            z += tl.load(Z + c * D + d) + tl.load(Z + (c + 1) * D + d, mask=more, other=0.0)
+    acc = tl.dot(feature.to(S.dtype.element_ty), s.to(S.dtype.element_ty), input_precision=PRECISION)
+    den = tl.sum(feature.to(tl.float32) * z[None, :], 1) + EPSILON
+    for n0 in range(chunks * CHUNK, last + begin + 1, BN):
+        n = n0 + tl.arange(0, BN)
+        k, v = load_rows(Kh, n, n < num_keys, k_t, D), load_rows(Vh, n, n < num_keys, v_t, D)
+        a = tl.dot(feature, tl.trans(phi(k.to(tl.float32)).to(q.dtype)), input_precision=PRECISION)
+        a = tl.where(n[None, :] <= pos[:, None], a, 0.0)
+        den += tl.sum(a, 1)
+        acc = tl.dot(a.to(v.dtype), v, acc, input_precision=PRECISION)
+    at_out = Out + t[:, None].to(tl.int64) * o_t + d[None, :]
+    tl.store(at_out, (acc / den[:, None]).to(Out.dtype.element_ty), mask=real[:, None])
+
+
+@triton.jit
+def _local(
+    q, Kh, Vh, Out, t, real, begin, first, last, num_keys, k_t, v_t, o_t, window, scale,
+    SINKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A block of local queries, over the sinks and the hull of their windows."""
+    d, pos = tl.arange(0, D), t + begin
     m = tl.full([BM], HIDDEN, tl.float32)
     norm = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
-    for n in range(linear_from, first, BN):
-        m, norm, acc = _keys(q, feature, K, PlainK, V, n, num_keys, k_t, pk_t, v_t, pos, reach, on_linear, m, norm, acc, scale,
-                             False, True, SINKS, BN, D, PRECISION)  # fmt: skip
-    for x in range(both_from, both_to, BN):
-        n = tl.where(x < first, x - both_from, x) if SINKS else x
-        m, norm, acc = _keys(q, feature, K, PlainK, V, n, num_keys, k_t, pk_t, v_t, pos, reach, on_linear, m, norm, acc, scale,
-                             True, True, SINKS, BN, D, PRECISION)  # fmt: skip
-    for n in range(tl.maximum(both_to, first), end, BN):
-        m, norm, acc = _keys(q, feature, K, PlainK, V, n, num_keys, k_t, pk_t, v_t, pos, reach, on_linear, m, norm, acc, scale,
-                             True, False, SINKS, BN, D, PRECISION)  # fmt: skip
-    norm = tl.where(on_linear, norm + EPSILON, tl.maximum(norm, 1e-30))
-    taken = (on_full | on_linear | on_local)[:, None]
-    out = tl.where(taken, acc / norm[:, None], 0.0)
-    tl.store(Out + b * o_b + h * o_h + row * o_t + d[None, :], out.to(Out.dtype.element_ty), mask=inside)
+    lo, sunk = band_start(first + begin, window, SINKS, BN)
+    for y in range(lo - sunk, last + begin + 1, BN):
+        n = band_tile(y, lo, sunk, SINKS)
+        m, norm, acc = _tile(q, Kh, Vh, n, num_keys, k_t, v_t, pos, window, m, norm, acc, scale, True, BN, D, PRECISION, SINKS)
+    at = Out + t[:, None].to(tl.int64) * o_t + d[None, :]
+    tl.store(at, (acc / norm[:, None]).to(Out.dtype.element_ty), mask=real[:, None])
+
+
+@triton.jit
+def work_kernel(
+    Q, K, V, PlainQ, PlainK, Out, S, Z, Partial, PartialLse, Arrived, Order, Before, Starts,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, pq_b, pq_h, pq_t, pk_b, pk_h, pk_t, o_b, o_h, o_t,
+    H, GROUP, T, NB, num_keys, NC, start, window, scale, segment, blocks,
+    SINKS: tl.constexpr, STARTS: tl.constexpr, SPLIT: tl.constexpr, SUMMED: tl.constexpr, CHUNK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (number, row of the batch): every so many-th item of the row's list, on which heads come fastest."""
+    b = tl.program_id(1).to(tl.int64)
+    begin = start
+    if STARTS:
+        begin = tl.load(Starts + b).to(tl.int32)
+    counts = Before + b * 3 * (NB + 1) + NB
+    num_full = (tl.load(counts) + BM - 1) // BM * SPLIT
+    num_linear = (tl.load(counts + NB + 1) + BM - 1) // BM
+    num_local = (tl.load(counts + 2 * (NB + 1)) + BM - 1) // BM
+    for item in range(tl.program_id(0), (num_full + num_linear + num_local) * H, tl.num_programs(0)):
+        h, x = (item % H).to(tl.int64), item // H
+        hk = h // GROUP
+        Vh, Oh = V + b * v_b + hk * v_h, Out + b * o_b + h * o_h
+        if x < num_full:  # the last block first: it sees most keys
+            i, s = num_full // SPLIT - 1 - x // SPLIT, x % SPLIT
+            t, real, first, last = gather_rows(Order, Before, b, 0, i, T, NB, True, BM)
+            q = load_rows(Q + b * q_b + h * q_h, t, real, q_t, D)
+            block = (b * H + h) * blocks + i
+            _full(q, K + b * k_b + hk * k_h, Vh, Oh, Partial + block * SPLIT * BM * D, PartialLse + block * SPLIT * BM,
+                  Arrived + block, t, real, begin, first, last, s, segment, num_keys, k_t, v_t, o_t, scale, SPLIT, BM, BN, D,
+                  PRECISION)  # fmt: skip
+        elif x < num_full + num_linear:
+            i = num_linear - 1 - (x - num_full)
+            t, real, first, last = gather_rows(Order, Before, b, 1, i, T, NB, True, BM)
+            q = load_rows(PlainQ + b * pq_b + h * pq_h, t, real, pq_t, D)
+            head = b * (H // GROUP) + hk
+            _linear(q, PlainK + b * pk_b + hk * pk_h, Vh, S + head * NC * D * D, Z + head * NC * D, Oh, t, real, begin, first,
+                    last, num_keys, pk_t, v_t, o_t, SUMMED, CHUNK, BM, BN, D, PRECISION)  # fmt: skip
+        else:
+            t, real, first, last = gather_rows(Order, Before, b, 2, x - num_full - num_linear, T, NB, True, BM)
+            q = load_rows(Q + b * q_b + h * q_h, t, real, q_t, D)
+            _local(q, K + b * k_b + hk * k_h, Vh, Oh, t, real, begin, first, last, num_keys, k_t, v_t, o_t, window, scale,
+                   SINKS, BM, BN, D, PRECISION)  # fmt: skip
+
+
+class Cut(NamedTuple):
+    """How the work is cut for the device."""
+
+    segment: int  # keys that a block of full queries sees in one item
+    chunk: int  # keys whose sums are taken together
+    block: int  # queries of a block, and keys of a tile
+    warps: int
+    stages: int
+    per_sm: int  # programs on a multiprocessor; more than it holds take their turn
+    registers: int | None  # of a thread, at most
+
+
+def cut(num_keys: int, head_dim: int, dtype: torch.dtype) -> Cut:
+    """What measured fastest on an H100."""
+    segment, chunk = (256, 64) if num_keys <= 1024 else (512, 128) if num_keys <= 2048 else (2048, 256)
+    if dtype == torch.float32:  # its products are not tensor-core ones: small tiles
+        return Cut(segment, chunk, 32, 8 if head_dim > 32 else 4, 1, 2, None)
+    if head_dim > 64:
+        return Cut(min(segment, 1024), chunk, 64, 4, 1, 4, None)
+    return Cut(segment, chunk, 64, 4, 3, 6, 168)
 
 
 def _padded(x: Tensor, extra: int, value: float = 0.0) -> Tensor:
@@ -127,33 +218,50 @@ def _padded(x: Tensor, extra: int, value: float = 0.0) -> Tensor:
 
 
 def attend(problem: RoutedProblem) -> Tensor:
-    """[B, H, Tq, Dh] of a checked problem on CUDA: built-in experts, each at most once, no gradients."""
-    with torch.cuda.device_of(problem.q):  # the kernel runs on the current device, whatever its tensors are on
+    """[B, H, Tq, Dh] of a checked problem on CUDA: built-in experts, each at most once, few queries, no gradients."""
+    with torch.cuda.device_of(problem.q):  # kernels run on the current device, whatever their tensors are on
         return _attend(problem)
 
 
 def _attend(problem: RoutedProblem) -> Tensor:
     head_dim = problem.q.shape[3]
-    extra = max(triton.next_power_of_2(head_dim), 16) - head_dim
+    extra = head_size(head_dim) - head_dim
     q, k, v = (_padded(x, extra) for x in (problem.q, problem.k, problem.v))
     plain_q, plain_k = (_padded(x, extra, -torch.inf) for x in (problem.plain_q, problem.plain_k))  # phi(-inf) = 0
-    (B, H, T, D), num_keys = q.shape, k.shape[2]
+    (B, H, T, D), (_, HK, num_keys, _), device = q.shape, k.shape, q.device
     kinds = {type(expert): index for index, expert in problem.computed()}
     full, linear, local = (kinds.get(kind, -1) for kind in BUILT_IN)
     window, sinks = problem.experts[local].shape[2:] if local >= 0 else (1, 0)
-    out = torch.empty_like(q)
     route, starts, lengths = problem.route, problem.starts, problem.lengths
-    wide = q.dtype == torch.float32
-    block = 32 if wide else 64  # float32 is not for tensor cores here: smaller tiles
-    if out.numel():
-        launch(
-            short_kernel, (triton.cdiv(T, block), H, B),
-            q, k, v, plain_q, plain_k, out, route, route if starts is None else starts, route if lengths is None else lengths,
-            *(stride for x in (q, k, v, plain_q, plain_k, out) for stride in x.stride()[:3]), *route.stride(),
-            H // k.shape[1], T, num_keys, num_keys - T, window, full, linear, local, len(problem.experts),
-            LOG2_E / head_dim**0.5,
-            SINKS=sinks, STARTS=starts is not None, PADDED=lengths is not None, BM=block, BN=block, D=D,
-            PRECISION="ieee" if wide else "tf32",
-            num_warps=4, num_stages=1 if wide else 2 if D > 64 else 3, sanitize_overflow=False,
-        )  # fmt: skip
+    out = empty(q, lengths is None and len(kinds) == len(problem.experts))
+    if not out.numel():
+        return out[..., :head_dim]
+    segment, chunk, block, warps, stages, per_sm, registers = cut(num_keys, D, q.dtype)
+    split, blocks, chunks = triton.cdiv(num_keys, segment), triton.cdiv(T, block), triton.cdiv(num_keys, chunk)
+    order, before = empty_plan(route)
+    s, z = empty_states(plain_k, chunk)
+    slots = B * H * blocks if split > 1 else 0
+    partial = torch.empty(slots * split, block, D, device=device, dtype=q.dtype)
+    partial_lse = torch.empty(slots * split, block, device=device, dtype=torch.float32)
+    arrived = torch.empty(slots, device=device, dtype=torch.int32)
+    fixed: dict[str, Any] = {"CHUNK": chunk, "BN": min(block, chunk), "D": D, "PRECISION": precision(q)}
+    fixed |= {"num_warps": warps, "num_stages": stages}
+    launch(
+        prepare_kernel, (3 * B + (B * HK * chunks if linear >= 0 else 0),),
+        route, route if lengths is None else lengths, order, before, plain_k, v, s, z, arrived,
+        *route.stride(), *strides(plain_k, v), full, linear, local, len(problem.experts), B, HK, T, before.shape[2] - 1,
+        num_keys, chunks, slots // B, PADDED=lengths is not None, BLOCK=triton.next_power_of_2(T), **fixed,
+        sanitize_overflow=False,
+    )  # fmt: skip
+    if D > 64:
+        prefix(s, z, num_keys, chunk)
+    launch(
+        work_kernel, (max(1, min(per_sm * multiprocessors(device) // B, (blocks * split + 2) * H)), B),
+        q, k, v, plain_q, plain_k, out, s, z, partial, partial_lse, arrived, order, before,
+        before if starts is None else starts,
+        *strides(q, k, v, plain_q, plain_k, out), H, H // HK, T, before.shape[2] - 1, num_keys, chunks, num_keys - T,
+        window, LOG2_E / head_dim**0.5, segment, blocks, SINKS=sinks, STARTS=starts is not None, SPLIT=split, SUMMED=D > 64,
+        BM=block, **fixed,
+        **({} if registers is None else {"maxnreg": registers}),
+    )  # fmt: skip
     return out[..., :head_dim]

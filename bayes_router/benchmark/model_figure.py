@@ -29,7 +29,8 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         place.set(title=f"Decoding, batch {batch}", xlabel="tokens held T", ylabel="tokens / s")
         place.set_ylim(bottom=0)
     routed = table[table["variant"].isin(["routed", "graph routed"])]
-    routed = routed.assign(kind=routed["what"] + ", batch " + routed["B"].astype(str) + routed["variant"].str[:-6])
+    graphed = routed["variant"].map({"routed": "", "graph routed": ", as a graph"})
+    routed = routed.assign(kind=routed["what"] + ", batch " + routed["B"].astype(str) + graphed)
     sns.lineplot(routed, x="T", y="speedup", hue="kind", marker="o", ax=axes[-1])
     axes[-1].axhline(1, color="0.3", linewidth=1)
     axes[-1].set(title="Routed over the fastest full", xlabel="tokens T", ylabel="times faster")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bayes_router.attention.dispatch import EXPERTS, Backend, routed_attention
+from bayes_router.attention.dispatch import EXPERTS, SHORT_QUERIES, Backend, routed_attention
 from bayes_router.attention.latency import device_name
 from bayes_router.benchmark import cases, memory
 from bayes_router.benchmark.cases import MIXES, WINDOW, Shape, baselines, draw_inputs, draw_route, full_attention
@@ -263,7 +263,7 @@ class Suite:
 
         calls = {name: whole(partial(full_attention, *inputs, backend)) for name, backend in baselines(self.device).items()}
         for backend in (*(self.own if leads else ()), Backend.AUTO):
-            if backend is Backend.SHORT and (training or shape.T > 16384):  # quadratic, and it has no backward pass
+            if backend is Backend.SHORT and (training or shape.T > SHORT_QUERIES):
                 continue
             calls[backend.value] = whole(partial(routed_attention, *inputs, route, window=WINDOW, backend=backend))
         peaks = {name: memory.peak_of(call, self.device) / 2**20 for name, call in calls.items()} if self.cuda else {}

@@ -94,7 +94,14 @@ class ExpertContract:
         assert 0 < expert.cost_ratio <= 1
 
 
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """Of the whole tensor; where the truth is zero (one token's softmax has no gradient), absolute."""
+def relative_error(got: Tensor, want: Tensor, beside: Tensor | None = None, share: float = 0.05) -> float:
+    """Of the whole tensor; where the truth is next to nothing, absolute, or, below a share of `beside`, relative to that.
+
+    Attention to one key has no gradient by its query (linear attention: but for EPSILON). What is found there is the rounding
+    of terms that cancel, and these are of the size of the gradient by the value.
+    """
     got, want = got.detach().double(), want.detach()
-    return float((got - want).norm() / want.norm().clamp_min(1.0))
+    scale = want.norm().clamp_min(1.0)
+    if beside is not None and want.norm() < share * beside.norm():
+        scale = beside.detach().norm().clamp_min(1.0)
+    return float((got - want).norm() / scale)

@@ -1,4 +1,4 @@
-"""The one-launch kernel in the interpreter, on a CPU: `TRITON_INTERPRET=1 python -m pytest tests/attention/test_short.py`.
+"""The two launches of short texts in the interpreter: `TRITON_INTERPRET=1 python -m pytest tests/attention/test_short.py`.
 
 On a GPU, compiled: tests/gpu/test_short.py.
 """
@@ -77,6 +77,17 @@ def test_padding_starts_and_experts_elsewhere(sinks: int) -> None:
     compare(replace(tail, starts=torch.tensor([0, 100, 33])))
     compare(replace(tail, starts=torch.tensor([0, 100, 33]), lengths=torch.tensor([40, 0, 7])))
     compare(replace(whole, elsewhere=frozenset({1})))
+
+
+@pytest.mark.parametrize(("segment", "chunk"), [(64, 32), (128, 64), (512, 128)])
+@pytest.mark.parametrize("route", ["independent", "clustered", "full"])
+def test_however_the_keys_are_cut(segment: int, chunk: int, route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(short_triton, "cut", lambda *_: short_triton.Cut(segment, chunk, 32, 4, 1, 2, None))
+    compare(problem(B=1, T=300, route=route))
+
+
+def test_a_state_summed_up_before() -> None:
+    compare(problem(B=1, T=130, Dh=128))
 
 
 def test_layout_of_a_model() -> None:
