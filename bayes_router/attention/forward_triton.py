@@ -110,6 +110,34 @@ def _tile(q, K, V, n0, num_keys, k_t, v_t, pos, reach, m, norm, acc, scale, MASK
 
 
 @triton.jit
+def attend_keys(q, K, V, lo, seen, hi, num_keys, k_t, v_t, pos, scale, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+                PRECISION: tl.constexpr):  # fmt: skip
+    """Softmax over keys lo .. hi, of which every row sees those before `seen`: (maxima, normalisers, weighted sums)."""
+    m = tl.full([BM], HIDDEN, tl.float32)
+    norm = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, D], tl.float32)
+    for n in range(lo, seen, BN):
+        m, norm, acc = _tile(q, K, V, n, num_keys, k_t, v_t, pos, num_keys, m, norm, acc, scale, False, BN, D, PRECISION)
+    for n in range(seen, hi, BN):
+        m, norm, acc = _tile(q, K, V, n, num_keys, k_t, v_t, pos, num_keys, m, norm, acc, scale, True, BN, D, PRECISION)
+    return m, norm, acc
+
+
+@triton.jit
+def attend_band(q, K, V, first, last, num_keys, k_t, v_t, pos, window, scale, SINKS: tl.constexpr, BM: tl.constexpr,
+                BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Softmax over the sinks and the hull of the windows of queries at positions first .. last: as `attend_keys`."""
+    m = tl.full([BM], HIDDEN, tl.float32)
+    norm = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, D], tl.float32)
+    lo, sunk = band_start(first, window, SINKS, BN)
+    for x in range(lo - sunk, last + 1, BN):
+        n = band_tile(x, lo, sunk, SINKS)
+        m, norm, acc = _tile(q, K, V, n, num_keys, k_t, v_t, pos, window, m, norm, acc, scale, True, BN, D, PRECISION, SINKS)
+    return m, norm, acc
+
+
+@triton.jit
 def full_kernel(
     Q, K, V, Out, Lse, Partial, PartialLse, Order, Before, Starts, Items, Counters,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, H, GROUP, T, NB, num_keys, start, scale, programs,
@@ -136,13 +164,7 @@ def full_kernel(
         q = tl.load(Q + row * q_b + head * q_h + t[:, None].to(tl.int64) * q_t + d[None, :])
         Kh = K + row * k_b + head // GROUP * k_h
         Vh = V + row * v_b + head // GROUP * v_h
-        m = tl.full([BM], HIDDEN, tl.float32)
-        norm = tl.zeros([BM], tl.float32)
-        acc = tl.zeros([BM, D], tl.float32)
-        for n in range(lo, seen, BN):
-            m, norm, acc = _tile(q, Kh, Vh, n, num_keys, k_t, v_t, pos, num_keys, m, norm, acc, scale, False, BN, D, PRECISION)
-        for n in range(seen, hi, BN):
-            m, norm, acc = _tile(q, Kh, Vh, n, num_keys, k_t, v_t, pos, num_keys, m, norm, acc, scale, True, BN, D, PRECISION)
+        m, norm, acc = attend_keys(q, Kh, Vh, lo, seen, hi, num_keys, k_t, v_t, pos, scale, BM, BN, D, PRECISION)
         acc = acc / tl.maximum(norm, 1e-30)[:, None]
         lse = m + tl.log2(norm)
         if part < 0:
@@ -213,13 +235,8 @@ def local_kernel(
     q = tl.load(Q + b * q_b + h * q_h + t[:, None].to(tl.int64) * q_t + d[None, :])
     K += b * k_b + h // GROUP * k_h
     V += b * v_b + h // GROUP * v_h
-    m = tl.full([BM], HIDDEN, tl.float32)
-    norm = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, D], tl.float32)
-    lo, sunk = band_start(first + begin, window, SINKS, BN)
-    for x in range(lo - sunk, last + begin + 1, BN):
-        n = band_tile(x, lo, sunk, SINKS)
-        m, norm, acc = _tile(q, K, V, n, num_keys, k_t, v_t, pos, window, m, norm, acc, scale, True, BN, D, PRECISION, SINKS)
+    m, norm, acc = attend_band(q, K, V, first + begin, last + begin, num_keys, k_t, v_t, pos, window, scale, SINKS, BM, BN, D,
+                               PRECISION)  # fmt: skip
     at = Out + b * o_b + h * o_h + t[:, None].to(tl.int64) * o_t + d[None, :]
     tl.store(at, (acc / norm[:, None]).to(Out.dtype.element_ty), mask=real[:, None])
     tl.store(Lse + (b * H + h) * T + t, m + tl.log2(norm), mask=real)

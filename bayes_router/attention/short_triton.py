@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bayes_router.attention.call_triton import LOG2_E, empty, head_size, multiprocessors, precision, strides
-from bayes_router.attention.forward_triton import EPSILON, HIDDEN, _tile, band_start, band_tile, gather_rows, load_rows, phi
+from bayes_router.attention.forward_triton import EPSILON, HIDDEN, attend_band, attend_keys, gather_rows, load_rows, phi
 from bayes_router.attention.launch_triton import launch
 from bayes_router.attention.linear_call_triton import empty_states, prefix
 from bayes_router.attention.linear_triton import add_chunk
@@ -62,13 +62,7 @@ def _full(
     lo, hi = s * segment, tl.minimum(s * segment + segment, last + begin + 1)
     if lo < hi:
         seen = tl.maximum(tl.minimum((first + begin + 1) // BN * BN, hi // BN * BN), lo)  # end of the keys that all rows see
-        m = tl.full([BM], HIDDEN, tl.float32)
-        norm = tl.zeros([BM], tl.float32)
-        acc = tl.zeros([BM, D], tl.float32)
-        for n in range(lo, seen, BN):
-            m, norm, acc = _tile(q, Kh, Vh, n, num_keys, k_t, v_t, pos, num_keys, m, norm, acc, scale, False, BN, D, PRECISION)
-        for n in range(seen, hi, BN):
-            m, norm, acc = _tile(q, Kh, Vh, n, num_keys, k_t, v_t, pos, num_keys, m, norm, acc, scale, True, BN, D, PRECISION)
+        m, norm, acc = attend_keys(q, Kh, Vh, lo, seen, hi, num_keys, k_t, v_t, pos, scale, BM, BN, D, PRECISION)
         acc = acc / tl.maximum(norm, 1e-30)[:, None]
         at = Out + t[:, None].to(tl.int64) * o_t + d[None, :]
         parts = (last + begin) // segment + 1
@@ -129,24 +123,6 @@ def _linear(
 
 
 @triton.jit
-def _local(
-    q, Kh, Vh, Out, t, real, begin, first, last, num_keys, k_t, v_t, o_t, window, scale,
-    SINKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A block of local queries, over the sinks and the hull of their windows."""
-    d, pos = tl.arange(0, D), t + begin
-    m = tl.full([BM], HIDDEN, tl.float32)
-    norm = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, D], tl.float32)
-    lo, sunk = band_start(first + begin, window, SINKS, BN)
-    for y in range(lo - sunk, last + begin + 1, BN):
-        n = band_tile(y, lo, sunk, SINKS)
-        m, norm, acc = _tile(q, Kh, Vh, n, num_keys, k_t, v_t, pos, window, m, norm, acc, scale, True, BN, D, PRECISION, SINKS)
-    at = Out + t[:, None].to(tl.int64) * o_t + d[None, :]
-    tl.store(at, (acc / norm[:, None]).to(Out.dtype.element_ty), mask=real[:, None])
-
-
-@triton.jit
 def work_kernel(
     Q, K, V, PlainQ, PlainK, Out, S, Z, Partial, PartialLse, Arrived, Order, Before, Starts,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, pq_b, pq_h, pq_t, pk_b, pk_h, pk_t, o_b, o_h, o_t,
@@ -185,8 +161,11 @@ def work_kernel(
         else:
             t, real, first, last = gather_rows(Order, Before, b, 2, x - num_full - num_linear, T, NB, True, BM)
             q = load_rows(Q + b * q_b + h * q_h, t, real, q_t, D)
-            _local(q, K + b * k_b + hk * k_h, Vh, Oh, t, real, begin, first, last, num_keys, k_t, v_t, o_t, window, scale,
-                   SINKS, BM, BN, D, PRECISION)  # fmt: skip
+            Kh = K + b * k_b + hk * k_h
+            _, norm, acc = attend_band(q, Kh, Vh, first + begin, last + begin, num_keys, k_t, v_t, t + begin, window, scale,
+                                       SINKS, BM, BN, D, PRECISION)  # fmt: skip
+            at = Oh + t[:, None].to(tl.int64) * o_t + tl.arange(0, D)[None, :]
+            tl.store(at, (acc / norm[:, None]).to(Out.dtype.element_ty), mask=real[:, None])
 
 
 class Cut(NamedTuple):
@@ -253,7 +232,7 @@ def _attend(problem: RoutedProblem) -> Tensor:
         num_keys, chunks, slots // B, PADDED=lengths is not None, BLOCK=triton.next_power_of_2(T), **fixed,
         sanitize_overflow=False,
     )  # fmt: skip
-    if D > 64:
+    if D > 64 and linear >= 0:
         prefix(s, z, num_keys, chunk)
     launch(
         work_kernel, (max(1, min(per_sm * multiprocessors(device) // B, (blocks * split + 2) * H)), B),
@@ -261,7 +240,6 @@ def _attend(problem: RoutedProblem) -> Tensor:
         before if starts is None else starts,
         *strides(q, k, v, plain_q, plain_k, out), H, H // HK, T, before.shape[2] - 1, num_keys, chunks, num_keys - T,
         window, LOG2_E / head_dim**0.5, segment, blocks, SINKS=sinks, STARTS=starts is not None, SPLIT=split, SUMMED=D > 64,
-        BM=block, **fixed,
-        **({} if registers is None else {"maxnreg": registers}),
+        BM=block, **fixed, **({} if registers is None else {"maxnreg": registers}),
     )  # fmt: skip
     return out[..., :head_dim]

@@ -74,7 +74,8 @@ def test_routed(names: tuple[str, ...], B: int, Hkv: int, T: int, fresh_seed: in
     weight, parameters = torch.randn(got.shape), [p for expert in experts for p in expert.parameters()]
     grads = torch.autograd.grad((got * weight).sum(), [q, k, v, *parameters])
     truths = torch.autograd.grad((want * weight.double()).sum(), [eq, ek, ev, *parameters])
-    for g, t in zip(grads, truths, strict=True):
+    both = [[*found[:3], torch.cat([x.flatten() for x in found[3:]])] for found in (grads, truths)]  # all parameters as one
+    for g, t in zip(*both, strict=True):
         assert relative_error(g, t) < 2e-5
 
 
