@@ -1,4 +1,4 @@
-"""torch's fused softmax attention, as this package calls it."""
+"""torch's fused softmax attention, with right gradients."""
 
 from typing import Any
 
@@ -8,13 +8,17 @@ from torch.nn import functional as F
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """`F.scaled_dot_product_attention`, whose backward pass on CUDA gets its gradient in the layout of the output.
+    """`F.scaled_dot_product_attention` with `keep_layout`."""
+    return keep_layout(F.scaled_dot_product_attention(q, k, v, **options))
 
-    cuDNN's keeps the graph that it built for the first gradient, by the shapes and strides of queries, keys and values alone:
+
+def keep_layout(out: Tensor) -> Tensor:
+    """What fused attention gave, whose backward pass on CUDA then gets its gradient in the layout of this output.
+
+    That of cuDNN keeps the graph it built for the first gradient, by the shapes and strides of queries, keys and values alone:
     a later gradient in another layout is read by the strides of the first (torch 2.11, cuDNN 9.19, H100: gradients off by
     140%, without a word).
     """
-    out = F.scaled_dot_product_attention(q, k, v, **options)
     return _KeepLayout.apply(out) if out.is_cuda and out.requires_grad else out
 
 

@@ -12,6 +12,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import output_capturing
 
+from bayes_router.attention.fused import keep_layout
 from bayes_router.integrations.binding import BINDING, Binding
 from bayes_router.integrations.call import AttentionCall, OfLast, padding_of
 from bayes_router.integrations.memory import held_keys
@@ -54,7 +55,7 @@ def attend(
         if base == "eager" and mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
         out: Tensor = original(module, q, k, v, mask, **kwargs)[0]
-        return out.transpose(1, 2)  # [B, Tq, H, Dv] -> [B, H, Tq, Dv]
+        return keep_layout(out).transpose(1, 2)  # [B, Tq, H, Dv] -> [B, H, Tq, Dv]
 
     scaling = kwargs.get("scaling")
     plain = base == "sdpa" and not kwargs.get("dropout") and kwargs.get("s_aux") is None
