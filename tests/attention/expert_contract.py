@@ -1,5 +1,7 @@
 """What every attention expert must satisfy. Inherit `ExpertContract`, set `name`, and give the oracle."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -92,6 +94,12 @@ class ExpertContract:
         expert = self.build()
         assert expert.flops_per_token(128) > 0
         assert 0 < expert.cost_ratio <= 1
+
+
+def gradient_errors(got: Sequence[Tensor], want: Sequence[Tensor]) -> list[float]:
+    """Relative errors by q, k, v, and by all parameters as one vector: a gate's bias alone is a sum of terms that cancel."""
+    both = [(*grads[:3], *([torch.cat([x.flatten() for x in grads[3:]])] if grads[3:] else [])) for grads in (got, want)]
+    return [relative_error(g, t) for g, t in zip(*both, strict=True)]
 
 
 def relative_error(got: Tensor, want: Tensor, beside: Tensor | None = None, share: float = 0.05) -> float:
