@@ -47,6 +47,10 @@ class GatedLinearAttention(Expert):
         """
         if dense_triton.computes(q, k):
             return dense_triton.features(q, k, self.gate, self.gate_bias, self.log_scale)
+        return self._plain_features(q, k)
+
+    def _plain_features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`features` without their kernel."""
         k, kind = repeat_heads(k, q.shape[1]), dense_triton.feature_dtype(q.dtype)
         return self._features(q).to(kind), self._features(k).to(kind), self._log_gate(k)
 

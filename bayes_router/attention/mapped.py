@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from bayes_router.attention import dense_triton
-from bayes_router.attention.expert import ExpertShape, register_expert, repeat_heads, widen
+from bayes_router.attention.expert import ExpertShape, register_expert, widen
 from bayes_router.attention.gated import GatedLinearAttention
 
 
@@ -25,8 +24,7 @@ class MappedGatedAttention(GatedLinearAttention):
 
     def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As in the base class, without its kernel, which knows no map."""
-        k, kind = repeat_heads(k, q.shape[1]), dense_triton.feature_dtype(q.dtype)
-        return self._features(q).to(kind), self._features(k).to(kind), self._log_gate(k)
+        return self._plain_features(q, k)
 
     def flops_per_token(self, context: int) -> float:
         """As gated attention, and the map of a query and of a key for each head."""

@@ -14,3 +14,11 @@ def test_a_gradient_comes_in_the_layout_of_the_output() -> None:
         (found,) = torch.autograd.grad(_KeepLayout.apply(probe), x, grad, retain_graph=True)
         assert seen[-1].stride() == x.stride()
         torch.testing.assert_close(found, grad, rtol=0, atol=0)
+
+
+def test_it_compiles_without_a_break() -> None:
+    x = torch.randn(2, 5, 3, 4).transpose(1, 2).requires_grad_()
+    grad = torch.randn(2, 3, 5, 4)
+    compiled = torch.compile(lambda y: _KeepLayout.apply(y * 2), backend="aot_eager", fullgraph=True)
+    (found,) = torch.autograd.grad(compiled(x), x, grad)
+    torch.testing.assert_close(found, 2 * grad, rtol=0, atol=0)
