@@ -12,9 +12,9 @@ from functools import partial
 import torch
 
 from bayes_router.attention.dispatch import BREAK_EVEN, routed_attention
-from bayes_router.attention.latency import device_name
 from bayes_router.benchmark.cases import WINDOW, Shape, baselines, draw_inputs, draw_route, full_attention
 from bayes_router.benchmark.clock import Call, Clock
+from bayes_router.timing import device_name
 
 MIXES = ("10/60/30", "50/30/20")
 SHAPES = ((1, 8, 64), (8, 4, 32))  # B, H, Dh

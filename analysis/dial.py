@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from analysis.sweep import commit
 from bayes_router.attention.cost import cost_ratios
+from bayes_router.checks import choose
 from bayes_router.config import load_config
 from bayes_router.diagnostics.plots import PALETTE
 from bayes_router.routing.policy import PolicyName
@@ -28,7 +29,7 @@ from bayes_router.training.checkpoint import CONFIG, SUMMARY, load_run, require_
 from bayes_router.training.dial import GRID, BudgetUnreachable, Dial, Reading
 from bayes_router.training.fit import load_data, pick_device
 from bayes_router.transformer.layer import build_experts
-from bayes_router.types import CostModel, choose
+from bayes_router.types import CostModel
 
 THRESHOLDS = (0.6, 0.75, 0.9)
 NEAR = 0.01

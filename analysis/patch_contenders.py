@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bayes_router.attention.latency import isolated_ms
 from bayes_router.integrations.experts import LocalExpert
 from bayes_router.integrations.huggingface import RoutedPretrained
 from bayes_router.integrations.texts import TokenStream
 from bayes_router.routing.policy import Budget
+from bayes_router.timing import isolated_ms
 from bayes_router.types import Route
 
 PRICE = 60.0  # nats per unit of cost: no posterior is as sure as that

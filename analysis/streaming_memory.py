@@ -14,7 +14,8 @@ import pandas as pd
 import psutil
 import torch
 
-from bayes_router.config import Config, preset, with_changes
+from bayes_router.config import Config, with_changes
+from bayes_router.presets import preset
 from bayes_router.training.sources import load_data
 from bayes_router.training.trainer import Trainer
 

@@ -23,7 +23,8 @@ import pandas as pd
 import torch
 
 from analysis.contenders import Contender
-from bayes_router.config import Config, config_from_dict, preset
+from bayes_router.config import Config, config_from_dict
+from bayes_router.presets import preset
 from bayes_router.training.checkpoint import write_whole
 from bayes_router.training.evaluate import evaluate
 from bayes_router.training.fit import Trainer, count_parameters, load_data, pick_device

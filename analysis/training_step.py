@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from analysis.sweep import commit
-from bayes_router.config import Config, preset, with_changes
+from bayes_router.config import Config, with_changes
 from bayes_router.inference.tilted import TiltedDirichlet
+from bayes_router.presets import preset
 from bayes_router.routing.posterior import dirichlet_kl, posterior_mean
 from bayes_router.routing.schedule import ScheduleState
 from bayes_router.training.distributed import pick_device

@@ -6,11 +6,12 @@ diagnostics, integrations; commands, cli. DESIGN.md says what lives where.
 
 from bayes_router.attention.dispatch import Backend, routed_attention
 from bayes_router.attention.expert import Expert, ExpertShape, expert_names, register_expert
-from bayes_router.config import Config, ModelConfig, PriorConfig, load_config, preset
+from bayes_router.config import Config, ModelConfig, PriorConfig, load_config
 from bayes_router.inference.elbo import NegativeELBO, RoutingELBO
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel
 from bayes_router.integrations.patching import load_patch, patch
+from bayes_router.presets import preset
 from bayes_router.routing.controller import MetaController
 from bayes_router.routing.policy import Argmax, Budget, Conservative
 from bayes_router.routing.prior import ComputeAwarePrior

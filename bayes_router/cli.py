@@ -8,9 +8,9 @@ from typing import Optional
 from jsonargparse import ArgumentError
 
 from bayes_router import __version__
+from bayes_router.checks import one_line
 from bayes_router.commands import bench, calibrate, evaluate, fit, generate, inspect, report
 from bayes_router.commands.options import Parser
-from bayes_router.config import one_line
 from bayes_router.training.fit import TrainingDiverged
 
 COMMANDS = {

@@ -13,20 +13,14 @@ from typing import Any, Optional
 import tomli_w
 from jsonargparse import ArgumentError, ArgumentParser
 
-from bayes_router.types import CostModel, choose, unknown
+from bayes_router.checks import choose, one_line, require, unknown
+from bayes_router.types import CostModel
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib  # type: ignore[import-not-found]
-
 CORPUS_DEFAULT = "sotu"
-
-
-def require(ok: bool, name: str, expected: str, got: object, fix: str = "") -> None:
-    """Raise a ValueError that names the field, what was expected, what came and the fix, unless `ok`."""
-    if not ok:
-        raise ValueError(f"{name}: expected {expected}; got {got!r}" + (f"; {fix}" if fix else ""))
 
 
 @dataclass(frozen=True)
@@ -361,11 +355,6 @@ def _finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def one_line(error: BaseException) -> str:
-    """The parser's message for a wrong value, on one line."""
-    return " ".join(str(error).replace("Parser key ", "").split())
-
-
 def load_config(path: Path, base: Optional[Config] = None) -> Config:
     """Settings from a TOML file, over `base`.
 
@@ -391,39 +380,3 @@ def with_changes(config: Config, changes: Mapping[str, Any]) -> Config:
         section, key = dotted.split(".")
         tables.setdefault(section, {})[key] = value
     return config_from_dict(tables, config)
-
-
-def _from_layout(*experts: str) -> ScheduleConfig:
-    """Half of training on a static layout, hardly disturbed; then the price comes."""
-    return ScheduleConfig(start_experts=experts, start_share=0.98, anneal_from=0.5, anneal_to=0.8)
-
-
-PRESETS: dict[str, Config] = {
-    "tiny": Config(),
-    "small": Config(
-        model=ModelConfig(d_model=256, num_layers=6, num_heads=4, window=32),
-        prior=PriorConfig(map="uniform"),
-        schedule=_from_layout("gated", *4 * ("local",), "full"),
-        data=DataConfig(context=512),
-        train=TrainConfig(steps=5000, batch_size=16, lr=2e-3, controller_lr=2e-3, warmup=200, precision="bfloat16"),
-    ),
-    "base": Config(
-        model=ModelConfig(d_model=512, num_layers=8, num_heads=8, window=128),
-        prior=PriorConfig(map="uniform"),
-        schedule=_from_layout("gated", *6 * ("local",), "full"),
-        data=DataConfig(context=2048),
-        train=TrainConfig(steps=20_000, batch_size=16, lr=1e-3, controller_lr=1e-3, warmup=500, precision="bfloat16"),
-    ),
-}
-"""`tiny` learns its routes from scratch; the larger ones start on a static layout and let a price move tokens off it."""
-
-
-def preset(name: str) -> Config:
-    """The settings called `name`.
-
-    Raises:
-        ValueError: no such preset; the message lists those there are.
-    """
-    if name not in PRESETS:
-        raise unknown("preset", name, PRESETS)
-    return PRESETS[name]

@@ -4,17 +4,14 @@ Letters, here and everywhere: B batch, T tokens, L layers, D d_model, H query he
 E experts, V vocabulary, W window (visible keys, self included).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from enum import Enum
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from torch import Tensor
 
-Choice = TypeVar("Choice", bound=Enum)
-
 IGNORED = -100
 """A target that is not scored."""
-
 Route = Callable[[int, Tensor], "Tensor | int"]
 """(layer, hidden [B, T, D]) -> weights [B, T, E], hard choices int64 [B, T], or the one expert that all tokens take."""
 
@@ -49,21 +46,6 @@ class RoutingOutput(NamedTuple):
     logits: Tensor  # [B, T, V]
     concentration: Tensor  # [L, B, T, E] of the posterior, float32
     route: Tensor  # as executed: weights [L, B, T, E] or choices int64 [L, B, T]
-
-
-def choose(field: str, value: object, options: type[Choice]) -> Choice:
-    """The member of the enum `options` that `value` names; a ValueError that lists the valid ones otherwise."""
-    if isinstance(value, options):
-        return value
-    for member in options:
-        if member.value == value:
-            return member
-    raise unknown(field, value, (member.value for member in options))
-
-
-def unknown(field: str, value: object, options: Iterable[object]) -> ValueError:
-    """The error for a name that is not among `options`."""
-    return ValueError(f"{field}: expected one of {', '.join(sorted(map(str, options)))}; got {value!r}")
 
 
 def route_site(layer: int) -> str:

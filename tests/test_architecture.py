@@ -12,7 +12,10 @@ import bayes_router
 ROOT = Path(bayes_router.__file__).parent
 FLOORS = {
     "types": 0,
+    "checks": 0,
     "config": 0,
+    "presets": 0,
+    "timing": 0,
     "data": 0,
     "attention": 1,
     "routing": 1,

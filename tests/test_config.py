@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from bayes_router.config import PRESETS, Config, config_from_dict, load_config, preset, with_changes
+from bayes_router.config import Config, config_from_dict, load_config, with_changes
+from bayes_router.presets import PRESETS, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)

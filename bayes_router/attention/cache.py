@@ -25,7 +25,7 @@ from bayes_router.attention.linear import LinearAttention
 from bayes_router.attention.local import LocalAttention
 from bayes_router.attention.problem import RoutedProblem, check_problem
 from bayes_router.attention.state import extend
-from bayes_router.types import choose
+from bayes_router.checks import choose
 
 NATIVE = (FullAttention, LinearAttention, LocalAttention, GatedLinearAttention)  # as the decoding kernel takes them
 

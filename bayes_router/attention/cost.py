@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from bayes_router.attention.expert import Expert
 from bayes_router.attention.full import FullAttention
 from bayes_router.attention.latency import measured_latencies
+from bayes_router.checks import choose
 from bayes_router.config import ModelConfig
-from bayes_router.types import CostModel, choose
+from bayes_router.types import CostModel
 
 
 class Mode(Enum):

@@ -26,7 +26,7 @@ from bayes_router.attention.problem import (
     check_window,
     resolve_experts,
 )
-from bayes_router.types import choose
+from bayes_router.checks import choose
 
 EXPERTS = ("full", "linear", "local")
 SHORT_QUERIES = 4096

@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bayes_router.types import unknown
+from bayes_router.checks import unknown
 
 
 class ExpertShape(NamedTuple):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from bayes_router.attention.latency import read_call
+from bayes_router.timing import read_call
 
 Call = Callable[[], object]
 MOST = 15  # turns of a call

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from bayes_router.attention.dispatch import EXPERTS, SHORT_QUERIES, Backend, routed_attention
-from bayes_router.attention.latency import device_name
 from bayes_router.benchmark import cases, memory
 from bayes_router.benchmark.cases import MIXES, WINDOW, Shape, baselines, draw_inputs, draw_route, full_attention
 from bayes_router.benchmark.clock import Call, Clock, Timing, captured
 from bayes_router.benchmark.verify import verify
+from bayes_router.timing import device_name
 
 if TYPE_CHECKING:
     import pandas as pd

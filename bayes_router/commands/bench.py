@@ -6,8 +6,8 @@ from typing import Any, Optional
 
 from jsonargparse import Namespace
 
+from bayes_router.checks import require
 from bayes_router.commands.options import Parser
-from bayes_router.config import require
 from bayes_router.training.distributed import pick_device
 
 HELP = "measure hard routing against the fastest full attention of this device"

@@ -8,8 +8,9 @@ import pandas as pd
 from jsonargparse import Namespace
 
 from bayes_router.attention.cost import cost_ratios
+from bayes_router.checks import choose, require
 from bayes_router.commands.options import Parser, add_run
-from bayes_router.config import Config, config_from_dict, require
+from bayes_router.config import Config, config_from_dict
 from bayes_router.routing.policy import PolicyName
 from bayes_router.training.checkpoint import load_run, write_json, write_text
 from bayes_router.training.dial import TOLERANCE, Dial
@@ -17,7 +18,7 @@ from bayes_router.training.evaluate import evaluate
 from bayes_router.training.fit import Data, load_data, pick_device
 from bayes_router.transformer.layer import build_experts, build_prior
 from bayes_router.transformer.model import RoutedLanguageModel
-from bayes_router.types import CostModel, choose
+from bayes_router.types import CostModel
 
 HELP = "read a run on held-out text: losses, costs, loads, information; at a budget"
 THRESHOLD = 0.7

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Optional
 import torch
 from jsonargparse import Namespace
 
+from bayes_router.checks import require
 from bayes_router.commands.options import Parser, add_run
-from bayes_router.config import config_from_dict, require
+from bayes_router.config import config_from_dict
 from bayes_router.data.text import load_corpus, split_documents
 from bayes_router.data.tokens import TokenDataset, TokenSource
 from bayes_router.diagnostics.fitted import FittedRun, fitted_patch, load_fitted

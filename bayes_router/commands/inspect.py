@@ -8,14 +8,13 @@ from itertools import groupby
 import torch
 from jsonargparse import Namespace
 
+from bayes_router.checks import require, unknown
 from bayes_router.commands.fitted import add_fitted, open_fitted, read_text
 from bayes_router.commands.options import Parser
-from bayes_router.config import require
 from bayes_router.diagnostics.fitted import FittedRun
 from bayes_router.diagnostics.report import ShownText, route_text
 from bayes_router.diagnostics.uncertainty import probability_right
 from bayes_router.training.fit import load_data
-from bayes_router.types import unknown
 
 HELP = "print a text coloured by route, the uncertain tokens marked"
 COLOURS = (25, 172, 72, 133, 185)  # of the 256 of a terminal: dark blue, orange, green, purple, yellow, as in the figures

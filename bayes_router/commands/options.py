@@ -5,7 +5,7 @@ from typing import Any, NoReturn, Optional
 
 from jsonargparse import ArgumentParser
 
-from bayes_router.config import one_line
+from bayes_router.checks import one_line
 
 
 class Parser(ArgumentParser):

@@ -1,6 +1,6 @@
 """Data: corpora, tokenisers and token streams, and associative recall with a known best route."""
 
-from bayes_router.data.recall import IGNORE, RecallBatch, RecallData
+from bayes_router.data.recall import RecallBatch, RecallData
 from bayes_router.data.text import Corpus, load_corpus, split_documents
 from bayes_router.data.tokens import (
     Batch,
@@ -15,7 +15,6 @@ from bayes_router.data.tokens import (
 )
 
 __all__ = [
-    "IGNORE",
     "Batch",
     "ByteTokeniser",
     "Corpus",

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from bayes_router.checks import unknown
 from bayes_router.data.text import Texts
-from bayes_router.types import unknown
 
 HUB = "hf:"
 HELD_OUT = ("validation", "test")

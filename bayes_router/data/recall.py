@@ -11,7 +11,7 @@ a small linear state keeps apart: query tokens need `full`. No key is asked twic
 nearby. Filler alternates between two random tokens, so the next one is the previous one: `local` suffices.
 
 Scored are what can be known: the answer to each query, and the filler once its two tokens were seen. All other targets are
-IGNORE (-100): the pairs, the mark, the queried key and the start of a filler run are random.
+IGNORED (-100): the pairs, the mark, the queried key and the start of a filler run are random.
 """
 
 from collections.abc import Iterator
@@ -22,9 +22,7 @@ import torch
 from torch import Tensor
 
 from bayes_router.data.tokens import Batch, check_batch, step_rng, window_count
-
-IGNORE = -100
-"""The target of a position that is not scored: what `torch.nn.functional.cross_entropy` ignores."""
+from bayes_router.types import IGNORED
 
 MARK = 0
 """The token that announces a query."""
@@ -145,7 +143,7 @@ class RecallData:
         filler = sequence > self.num_keys + self.num_values  # [B, T + 1]
         known = batch.is_query.clone()
         known[:, 1:] |= filler[:, :-2] & filler[:, 1:-1] & filler[:, 2:]
-        return batch._replace(targets=batch.targets.masked_fill(~known, IGNORE))
+        return batch._replace(targets=batch.targets.masked_fill(~known, IGNORED))
 
 
 def _distinct(rng: np.random.Generator, rows: int, options: int, count: int) -> Tensor:

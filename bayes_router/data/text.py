@@ -11,7 +11,7 @@ from mmap import mmap
 from pathlib import Path
 from typing import NamedTuple
 
-from bayes_router.types import unknown
+from bayes_router.checks import unknown
 
 SEPARATOR = b"\n\n"
 """Stands between two documents, in the fingerprint and in a token stream."""

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from bayes_router.checks import unknown
 from bayes_router.data.text import SEPARATOR, load_corpus, split_documents
-from bayes_router.types import unknown
 
 Ids: TypeAlias = "Sequence[int] | npt.NDArray[Any] | Tensor"
 

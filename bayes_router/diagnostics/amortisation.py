@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Dirichlet
 from torch.nn import functional as F
 
-from bayes_router.config import require
+from bayes_router.checks import require
 from bayes_router.diagnostics.collapse import kl_to_prior
 from bayes_router.diagnostics.fit_quality import FitThresholds
 from bayes_router.diagnostics.verdict import Severity, Verdict

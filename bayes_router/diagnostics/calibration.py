@@ -12,7 +12,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.nn import functional as F
 
-from bayes_router.config import require
+from bayes_router.checks import require
 from bayes_router.data.tokens import Batch
 from bayes_router.diagnostics.verdict import Severity, Verdict
 from bayes_router.routing.posterior import entropy_of_mean, mutual_information, probability_of_largest

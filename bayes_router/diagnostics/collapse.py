@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Dirichlet, kl_divergence
 from torch.nn import functional as F
 
-from bayes_router.config import require
+from bayes_router.checks import require
 from bayes_router.diagnostics.fitted import Reading
 from bayes_router.diagnostics.uncertainty import SURE_WEIGHT
 from bayes_router.diagnostics.verdict import Severity, Verdict, merged

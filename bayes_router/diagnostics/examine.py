@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from bayes_router.config import require
+from bayes_router.checks import require
 from bayes_router.data.tokens import Batch, TokenSource
 from bayes_router.diagnostics.amortisation import AmortisationGap, amortisation_gap, gap_verdict
 from bayes_router.diagnostics.calibration import (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bayes_router.config import require
+from bayes_router.checks import require
 from bayes_router.diagnostics.verdict import Severity, Verdict
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel, harden

@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from bayes_router.config import Config, DataConfig, TrainConfig, require
+from bayes_router.checks import require
+from bayes_router.config import Config, DataConfig, TrainConfig
 from bayes_router.data.tokens import Batch, Tokeniser, TokenSource, load_tokeniser
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel

@@ -9,7 +9,7 @@ import torch
 from pyro.infer import Predictive
 from torch import Tensor
 
-from bayes_router.config import require
+from bayes_router.checks import require
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel, harden
 from bayes_router.types import route_site

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from bayes_router.config import require
+from bayes_router.checks import require
 from bayes_router.data.tokens import Batch, Tokeniser
 from bayes_router.diagnostics.calibration import CalibrationThresholds, auroc
 from bayes_router.diagnostics.fitted import read

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from bayes_router.config import require
+from bayes_router.checks import require
 from bayes_router.diagnostics.plots import PALETTE, expert_palette
 from bayes_router.routing.posterior import categorical_entropy
 

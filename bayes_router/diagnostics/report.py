@@ -14,7 +14,7 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from bayes_router.config import require
+from bayes_router.checks import require
 from bayes_router.data.tokens import Batch
 from bayes_router.diagnostics import plots, posterior_plots
 from bayes_router.diagnostics.collapse import kl_to_prior

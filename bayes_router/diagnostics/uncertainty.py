@@ -10,7 +10,7 @@ import torch
 from scipy.special import betaincinv
 from torch import Tensor
 
-from bayes_router.config import require
+from bayes_router.checks import require
 from bayes_router.data.tokens import Tokeniser
 from bayes_router.diagnostics.fitted import Reading
 from bayes_router.routing.posterior import (

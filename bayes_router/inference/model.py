@@ -15,7 +15,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from bayes_router.config import require
+from bayes_router.checks import require
 from bayes_router.inference.tilted import TiltedDirichlet
 from bayes_router.routing.tilt import tilted_moments
 from bayes_router.types import IGNORED, Route, hidden_site, route_site

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from bayes_router.config import require
+from bayes_router.checks import require
 from bayes_router.integrations.call import AttentionCall
 
 if TYPE_CHECKING:

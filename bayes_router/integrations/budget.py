@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from bayes_router.config import require
+from bayes_router.checks import require
 from bayes_router.data.tokens import TokenSource
 from bayes_router.integrations.huggingface import RoutedPretrained
 from bayes_router.routing.policy import Budget

@@ -9,10 +9,11 @@ from torch import Tensor
 from bayes_router.attention.cost import cost_ratios
 from bayes_router.attention.expert import ExpertShape
 from bayes_router.attention.local import LocalAttention
+from bayes_router.checks import choose
 from bayes_router.config import ModelConfig, PriorConfig
 from bayes_router.routing.prior import PRIOR_MAPS, ComputeAwarePrior
 from bayes_router.transformer.layer import build_experts
-from bayes_router.types import CostModel, choose
+from bayes_router.types import CostModel
 
 
 def layer_costs(prior: PriorConfig, config: ModelConfig, context: int, windows: Sequence[int | None]) -> tuple[Tensor, Tensor]:

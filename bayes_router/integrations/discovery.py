@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bayes_router.attention.expert import ExpertShape
-from bayes_router.config import require
+from bayes_router.checks import require
 from bayes_router.integrations import falcon
 from bayes_router.integrations.interface import MASKS, observers
 from bayes_router.integrations.settings import Found, PatchSettings

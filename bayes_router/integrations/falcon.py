@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.falcon.modeling_falcon import FalconAttention, apply_rotary_pos_emb
 
-from bayes_router.config import require
+from bayes_router.checks import require
 from bayes_router.integrations.binding import BINDING, Binding
 from bayes_router.integrations.interface import attend
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bayes_router.config import ScheduleConfig, require
+from bayes_router.checks import choose, require
+from bayes_router.config import ScheduleConfig
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel
 from bayes_router.integrations import falcon
@@ -24,7 +25,7 @@ from bayes_router.integrations.routed import RoutedModel
 from bayes_router.integrations.settings import PatchSettings, model_config
 from bayes_router.integrations.texts import stream_of
 from bayes_router.transformer.model import Force, forced_route
-from bayes_router.types import Route, RoutingMode, RoutingOutput, choose
+from bayes_router.types import Route, RoutingMode, RoutingOutput
 
 
 class RoutedPretrained(RoutedModel):

@@ -10,7 +10,7 @@ from bayes_router.attention.expert import Expert, ExpertShape
 from bayes_router.attention.full import FullAttention
 from bayes_router.attention.local import LocalAttention
 from bayes_router.attention.problem import built_in
-from bayes_router.config import require
+from bayes_router.checks import require
 from bayes_router.integrations.call import AttentionCall, OfLast
 from bayes_router.integrations.decode import attend_one, remember
 from bayes_router.integrations.experts import FullExpert, LocalExpert, PatchedExpert

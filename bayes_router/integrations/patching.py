@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from bayes_router.config import PriorConfig, require
+from bayes_router.checks import require
+from bayes_router.config import PriorConfig
 from bayes_router.integrations.binding import BINDING
 from bayes_router.integrations.routed import RoutedModel
 from bayes_router.integrations.saving import load_fit, load_weights, read_settings

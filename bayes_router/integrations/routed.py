@@ -15,7 +15,7 @@ from torch.distributions import Dirichlet
 from torch.nn import functional as F
 
 from bayes_router.attention.expert import widen
-from bayes_router.config import require
+from bayes_router.checks import require
 from bayes_router.integrations.binding import BINDING, Binding
 from bayes_router.integrations.call import AttentionCall
 from bayes_router.integrations.cost import layer_costs, layer_prior

@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bayes_router.config import PriorConfig, require
+from bayes_router.checks import require
+from bayes_router.config import PriorConfig
 from bayes_router.integrations.identity import fingerprint
 from bayes_router.integrations.routed import RoutedModel
 from bayes_router.integrations.settings import FitRecord, PatchSettings

@@ -6,9 +6,9 @@ from typing import Any
 from torch import nn
 
 from bayes_router.attention.expert import ExpertShape
-from bayes_router.config import ModelConfig, PriorConfig, require
+from bayes_router.checks import require, unknown
+from bayes_router.config import ModelConfig, PriorConfig
 from bayes_router.integrations.layer import EXPERTS
-from bayes_router.types import unknown
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayes_router.config import require
+from bayes_router.checks import require
 from bayes_router.data.tokens import Batch, TokenDataset, step_rng
 from bayes_router.types import IGNORED
 

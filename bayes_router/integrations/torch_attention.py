@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from bayes_router.attention.expert import ExpertShape, merge_tokens
 from bayes_router.attention.fused import fused_attention
-from bayes_router.config import require
+from bayes_router.checks import require
 from bayes_router.integrations.binding import BINDING, Binding, all_on
 from bayes_router.integrations.call import AttentionCall, padding_of, seen
 from bayes_router.integrations.features import LinearExpert

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bayes_router.config import ScheduleConfig, TrainConfig, require
+from bayes_router.checks import choose, require
+from bayes_router.config import ScheduleConfig, TrainConfig
 from bayes_router.data.tokens import TokenSource
 from bayes_router.inference.elbo import NegativeELBO
 from bayes_router.inference.guide import RoutingGuide
@@ -25,7 +26,7 @@ from bayes_router.integrations.likelihood import Likelihood, TeacherELBO, entrop
 from bayes_router.integrations.settings import FitRecord
 from bayes_router.routing.schedule import Schedule, ScheduleState
 from bayes_router.training.optimise import clip_gradient, set_learning_rate
-from bayes_router.types import IGNORED, Route, choose
+from bayes_router.types import IGNORED, Route
 
 KL_WEIGHT = 0.02  # over the number of layers: the sum over layers of the KL has this weight
 

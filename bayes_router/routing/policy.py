@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Dirichlet
 
-from bayes_router.config import require
+from bayes_router.checks import require
 from bayes_router.routing.posterior import posterior_mean, probability_of_largest
 from bayes_router.types import RoutingMode
 

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Dirichlet
 
-from bayes_router.config import require
+from bayes_router.checks import require, unknown
 from bayes_router.routing.posterior import categorical_entropy, expected_entropy
 from bayes_router.routing.tilt import sample_tilted, tilted_moments
-from bayes_router.types import unknown
 
 PriorMap = Callable[[Tensor, float], Tensor]
 

@@ -9,11 +9,12 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from bayes_router.config import Config, require, with_changes
+from bayes_router.checks import choose, require
+from bayes_router.config import Config, with_changes
 from bayes_router.training.dial import read_routes
 from bayes_router.training.fit import Data, Trainer, load_data, pick_device
 from bayes_router.transformer.model import RoutedLanguageModel
-from bayes_router.types import RoutingMode, choose
+from bayes_router.types import RoutingMode
 
 KNOBS = ("prior.total_concentration", "schedule.kl_weight", "prior.temperature")
 """What a sweep moves by default, and reports always."""

@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bayes_router.config import Config, load_config, require
+from bayes_router.checks import require
+from bayes_router.config import Config, load_config
 from bayes_router.training.faults import sole_user
 from bayes_router.transformer.model import RoutedLanguageModel
 

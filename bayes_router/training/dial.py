@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bayes_router.config import require
+from bayes_router.checks import require
 from bayes_router.data.tokens import TokenSource
 from bayes_router.routing.policy import Argmax, Policy, PolicyName
 from bayes_router.transformer.model import RoutedLanguageModel

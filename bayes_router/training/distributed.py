@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from bayes_router.config import require
+from bayes_router.checks import require
 
 PATIENCE = timedelta(hours=2)
 """How long a rank waits for the others: they wait while rank 0 prepares a corpus, evaluates and writes."""

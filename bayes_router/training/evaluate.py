@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bayes_router.attention.cost import Mode, cost_ratios, executed_attention, executed_model
-from bayes_router.config import require
+from bayes_router.checks import require
 from bayes_router.data.tokens import Batch, TokenSource
 from bayes_router.routing.policy import Policy
 from bayes_router.routing.posterior import categorical_entropy, dirichlet_kl, expected_entropy, posterior_mean

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from bayes_router.config import Config, require, with_changes
+from bayes_router.checks import require
+from bayes_router.config import Config, with_changes
 from bayes_router.data.recall import RecallData
 from bayes_router.data.tokens import TokenSource, text_data
 

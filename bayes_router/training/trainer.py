@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from bayes_router.config import Config, ModelConfig, require
+from bayes_router.checks import require
+from bayes_router.config import Config, ModelConfig
 from bayes_router.inference.draws import RowDraws
 from bayes_router.inference.elbo import NegativeELBO
 from bayes_router.inference.guide import RoutingGuide

@@ -10,7 +10,9 @@ from bayes_router.attention.cache import LayerCache
 from bayes_router.attention.cost import cost_ratios
 from bayes_router.attention.dispatch import routed_attention
 from bayes_router.attention.expert import Expert, ExpertShape, expert_class, merge_tokens
-from bayes_router.config import ModelConfig, PriorConfig, preset, require
+from bayes_router.checks import choose, require
+from bayes_router.config import ModelConfig, PriorConfig
+from bayes_router.presets import preset
 from bayes_router.routing.controller import LayerController
 from bayes_router.routing.policy import Argmax, Policy, execute
 from bayes_router.routing.posterior import (
@@ -23,7 +25,7 @@ from bayes_router.routing.posterior import (
 )
 from bayes_router.routing.prior import ComputeAwarePrior
 from bayes_router.transformer.rotary import rotary_angles, rotate
-from bayes_router.types import CostModel, RoutingMode, choose
+from bayes_router.types import CostModel, RoutingMode
 
 Angles = tuple[Tensor, Tensor]
 

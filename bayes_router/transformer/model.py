@@ -8,12 +8,13 @@ from torch.nn import functional as F
 
 from bayes_router.attention.cache import RoutedCache
 from bayes_router.attention.expert import Expert
-from bayes_router.config import Config, ModelConfig, require
+from bayes_router.checks import choose, require, unknown
+from bayes_router.config import Config, ModelConfig
 from bayes_router.routing.controller import MetaController
 from bayes_router.routing.policy import Argmax, Policy, execute
 from bayes_router.transformer.layer import Angles, AttentionMixture
 from bayes_router.transformer.rotary import rotary_angles
-from bayes_router.types import Route, RoutingMode, RoutingOutput, choose, unknown
+from bayes_router.types import Route, RoutingMode, RoutingOutput
 
 
 class Block(nn.Module):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bayes_router import timing
 from bayes_router.attention import latency
 from bayes_router.attention.cost import cost_ratios
 from bayes_router.attention.expert import Expert, ExpertShape, expert_class
@@ -22,7 +23,7 @@ def experts() -> list[Expert]:
 @pytest.fixture
 def cpuinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "cpuinfo"
-    monkeypatch.setattr(latency, "CPUINFO", path)
+    monkeypatch.setattr(timing, "CPUINFO", path)
     return path
 
 
@@ -32,7 +33,7 @@ def test_latency_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert first[0] > 0 and (first > 0).all()
     monkeypatch.setattr(latency, "_measure", lambda *_: pytest.fail("measured again"))
     torch.testing.assert_close(cost_ratios(experts(), CostModel.LATENCY, 64, device="cpu"), first)
-    assert all(key.startswith(f"{latency.device_name(CPU)} | 2.") for key in json.loads(latency.cache_path().read_text()))
+    assert all(key.startswith(f"{timing.device_name(CPU)} | 2.") for key in json.loads(latency.cache_path().read_text()))
 
 
 def test_a_damaged_cache_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +45,7 @@ def test_a_damaged_cache_is_measured_again(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_processor_has_its_name(cpuinfo: Path) -> None:
     cpuinfo.write_text("processor\t: 0\nmodel name\t: Some CPU: 3.0 GHz\nflags\t: fpu\n\nprocessor\t: 1\nmodel name\t: other\n")
-    assert latency.device_name(CPU) == f"Some CPU: 3.0 GHz, {torch.get_num_threads()} threads"
+    assert timing.device_name(CPU) == f"Some CPU: 3.0 GHz, {torch.get_num_threads()} threads"
 
 
 @pytest.mark.parametrize("content", [None, "", "CPU implementer\t: 0x41\n", "model name\t:  \n"])
@@ -52,10 +53,10 @@ def test_a_processor_without_a_name_there(cpuinfo: Path, monkeypatch: pytest.Mon
     if content is not None:
         cpuinfo.write_text(content)
     monkeypatch.setattr(platform, "processor", lambda: "arm")
-    assert latency.device_name(CPU).startswith("arm, ")
+    assert timing.device_name(CPU).startswith("arm, ")
     monkeypatch.setattr(platform, "processor", lambda: "")
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    assert latency.device_name(CPU).startswith("aarch64, ")
+    assert timing.device_name(CPU).startswith("aarch64, ")
 
 
 def test_another_processor_is_measured_anew(cpuinfo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from bayes_router.data import IGNORE, RecallBatch, RecallData
+from bayes_router.data import RecallBatch, RecallData
+from bayes_router.types import IGNORED
 
 SETTINGS = [
     (RecallData(), 128),
@@ -35,7 +36,7 @@ def read(data: RecallData, tokens: list[int], last_target: int) -> tuple[list[in
         in_pairs = place < 2 * data.num_pairs
         queried = is_key[place] and not in_pairs
         queries.append(queried)
-        target = IGNORE
+        target = IGNORED
         if queried:
             assert after[place - 1] == 0, "a query is announced by the mark"
             target, value_place = written.pop(after[place])  # KeyError: asked twice, or never written
@@ -60,7 +61,7 @@ def test_sequences_are_what_the_task_says(data: RecallData, context: int) -> Non
         for tokens, targets, is_query in zip(
             batch.tokens.tolist(), batch.targets.tolist(), batch.is_query.tolist(), strict=True
         ):
-            last = targets[-1] if targets[-1] != IGNORE else data.vocab_size - 1  # an unscored end tells nothing: any filler
+            last = targets[-1] if targets[-1] != IGNORED else data.vocab_size - 1  # an unscored end tells nothing: any filler
             expected, queries, distances = read(data, tokens, last)
             assert targets[:-1] == expected[:-1]
             assert is_query == queries
@@ -90,7 +91,7 @@ def test_batch_unpacks_as_tokens_and_targets() -> None:
     batch = RecallData().batch(0, 2, 128, seed=0)
     tokens, targets = batch
     assert isinstance(batch, RecallBatch) and tokens is batch.tokens and targets is batch.targets
-    assert (targets[batch.is_query] != IGNORE).all()
+    assert (targets[batch.is_query] != IGNORED).all()
 
 
 def test_batch_is_a_function_of_seed_and_step() -> None:
