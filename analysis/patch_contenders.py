@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bayes_router.data.stream import TokenStream
 from bayes_router.integrations.experts import LocalExpert
 from bayes_router.integrations.huggingface import RoutedPretrained
-from bayes_router.integrations.texts import TokenStream
 from bayes_router.routing.policy import Budget
 from bayes_router.timing import isolated_ms
 from bayes_router.types import Route

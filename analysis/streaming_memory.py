@@ -15,8 +15,8 @@ import psutil
 import torch
 
 from bayes_router.config import Config, with_changes
+from bayes_router.data.load import load_data
 from bayes_router.presets import preset
-from bayes_router.training.sources import load_data
 from bayes_router.training.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results" / "streaming_memory.csv"

@@ -26,12 +26,12 @@ from torch.nn import functional as F
 
 from analysis.sweep import commit
 from bayes_router.config import Config, with_changes
+from bayes_router.data.load import load_data
 from bayes_router.inference.tilted import TiltedDirichlet
 from bayes_router.presets import preset
 from bayes_router.routing.posterior import dirichlet_kl, posterior_mean
 from bayes_router.routing.schedule import ScheduleState
 from bayes_router.training.distributed import pick_device
-from bayes_router.training.sources import load_data
 from bayes_router.training.trainer import Objective, Trainer, svi_objective
 from bayes_router.transformer.model import RoutedLanguageModel
 from bayes_router.types import LossTerms

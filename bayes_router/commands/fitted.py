@@ -10,12 +10,12 @@ from jsonargparse import Namespace
 from bayes_router.checks import require
 from bayes_router.commands.options import Parser, add_run
 from bayes_router.config import config_from_dict
+from bayes_router.data.stream import MaskedStream
 from bayes_router.data.text import load_corpus, split_documents
 from bayes_router.data.tokens import TokenDataset, TokenSource
 from bayes_router.diagnostics.fitted import FittedRun, fitted_patch, load_fitted
 from bayes_router.integrations.patching import load_patch
 from bayes_router.integrations.saving import is_patch, read_origin
-from bayes_router.integrations.texts import MaskedStream
 from bayes_router.training.fit import load_data, pick_device
 
 if TYPE_CHECKING:

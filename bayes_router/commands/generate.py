@@ -6,7 +6,7 @@ import torch
 from jsonargparse import Namespace
 
 from bayes_router.commands.options import Parser, add_run
-from bayes_router.data.tokens import Tokeniser, load_tokeniser
+from bayes_router.data.tokenisers import Tokeniser, load_tokeniser
 from bayes_router.training.checkpoint import load_run
 from bayes_router.training.fit import pick_device
 from bayes_router.transformer.generate import Sampling, stream

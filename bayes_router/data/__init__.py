@@ -1,18 +1,10 @@
 """Data: corpora, tokenisers and token streams, and associative recall with a known best route."""
 
+from bayes_router.data.load import text_data
 from bayes_router.data.recall import RecallBatch, RecallData
 from bayes_router.data.text import Corpus, load_corpus, split_documents
-from bayes_router.data.tokens import (
-    Batch,
-    ByteTokeniser,
-    GPT2Tokeniser,
-    TextData,
-    TokenDataset,
-    Tokeniser,
-    TokenSource,
-    load_tokeniser,
-    text_data,
-)
+from bayes_router.data.tokenisers import ByteTokeniser, GPT2Tokeniser, Tokeniser, load_tokeniser
+from bayes_router.data.tokens import Batch, TextData, TokenDataset, TokenSource
 
 __all__ = [
     "Batch",

@@ -34,7 +34,8 @@ from bayes_router.data.text import (
     document_rank,
     no_text,
 )
-from bayes_router.data.tokens import Batch, TextData, TokenDataset, Tokeniser, load_tokeniser, token_dtype
+from bayes_router.data.tokenisers import Tokeniser, load_tokeniser, token_dtype
+from bayes_router.data.tokens import Batch, TextData, TokenDataset
 
 BLOCK = 1 << 22
 """Bytes that are tokenised at a time."""

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from bayes_router.checks import require
 from bayes_router.config import Config, DataConfig, TrainConfig
-from bayes_router.data.tokens import Batch, Tokeniser, TokenSource, load_tokeniser
+from bayes_router.data.tokenisers import Tokeniser, load_tokeniser
+from bayes_router.data.tokens import Batch, TokenSource
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel
 from bayes_router.routing.prior import ComputeAwarePrior

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from bayes_router.checks import require
-from bayes_router.data.tokens import Batch, Tokeniser
+from bayes_router.data.tokenisers import Tokeniser
+from bayes_router.data.tokens import Batch
 from bayes_router.diagnostics.calibration import CalibrationThresholds, auroc
 from bayes_router.diagnostics.fitted import read
 from bayes_router.diagnostics.uncertainty import Measure, measures

@@ -11,7 +11,7 @@ from scipy.special import betaincinv
 from torch import Tensor
 
 from bayes_router.checks import require
-from bayes_router.data.tokens import Tokeniser
+from bayes_router.data.tokenisers import Tokeniser
 from bayes_router.diagnostics.fitted import Reading
 from bayes_router.routing.posterior import (
     entropy_of_mean,

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from bayes_router.checks import choose, require
 from bayes_router.config import ScheduleConfig
+from bayes_router.data.stream import stream_of
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel
 from bayes_router.integrations import falcon
@@ -23,7 +24,6 @@ from bayes_router.integrations.discovery import check_model, find_layers, probe
 from bayes_router.integrations.interface import install, keep_hidden
 from bayes_router.integrations.routed import RoutedModel
 from bayes_router.integrations.settings import PatchSettings, model_config
-from bayes_router.integrations.texts import stream_of
 from bayes_router.transformer.model import Force, forced_route
 from bayes_router.types import Route, RoutingMode, RoutingOutput
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from bayes_router.attention.expert import widen
 from bayes_router.checks import require
+from bayes_router.data.stream import TokenStream
 from bayes_router.integrations.binding import BINDING, Binding
 from bayes_router.integrations.call import AttentionCall
 from bayes_router.integrations.cost import layer_costs, layer_prior
@@ -23,7 +24,6 @@ from bayes_router.integrations.identity import fingerprint
 from bayes_router.integrations.layer import RoutedLayer
 from bayes_router.integrations.memory import Memories
 from bayes_router.integrations.settings import FitRecord, Found, PatchSettings, model_config
-from bayes_router.integrations.texts import TokenStream
 from bayes_router.routing.controller import MetaController
 from bayes_router.routing.policy import Argmax, Policy, execute
 from bayes_router.routing.posterior import dirichlet_kl, posterior_mean

@@ -16,10 +16,10 @@ from torch import nn
 
 from bayes_router.checks import require
 from bayes_router.config import PriorConfig
+from bayes_router.data.stream import MaskedStream, TokenStream
 from bayes_router.integrations.identity import fingerprint
 from bayes_router.integrations.routed import RoutedModel
 from bayes_router.integrations.settings import FitRecord, PatchSettings
-from bayes_router.integrations.texts import MaskedStream, TokenStream
 from bayes_router.routing.policy import Argmax, Budget, Conservative, Policy
 from bayes_router.training.checkpoint import write_json, write_whole
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from bayes_router.config import Config
+from bayes_router.data.load import Data, load_data
 from bayes_router.training.checkpoint import SUMMARY, load_checkpoint, prepare_run, save_checkpoint, write_json
 from bayes_router.training.distributed import World, connected, pick_device
 from bayes_router.training.evaluate import Evaluation
 from bayes_router.training.faults import Interrupted, StopRequest, TrainingDiverged, sole_user
 from bayes_router.training.metrics import MetricsLog, Reporter, evaluation_row, summarise, tensorboard_writer
-from bayes_router.training.sources import Data, load_data
 from bayes_router.training.trainer import (
     CHECK_EVERY,
     ONE_AT_A_TIME,

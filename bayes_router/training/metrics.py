@@ -8,9 +8,9 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from bayes_router.config import Config
+from bayes_router.data.load import Data
 from bayes_router.training.checkpoint import METRICS, write_whole
 from bayes_router.training.evaluate import Evaluation
-from bayes_router.training.sources import Data
 
 EVENTS = "tensorboard"
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bayes_router.checks import require
 from bayes_router.config import Config, ModelConfig
+from bayes_router.data.load import Data
 from bayes_router.inference.draws import RowDraws
 from bayes_router.inference.elbo import NegativeELBO
 from bayes_router.inference.guide import RoutingGuide
@@ -21,7 +22,6 @@ from bayes_router.training.execution import Execution
 from bayes_router.training.faults import StepGuard
 from bayes_router.training.graph import GraphedGradient, wants_graph
 from bayes_router.training.optimise import build_optimiser, clip_gradient, set_learning_rate
-from bayes_router.training.sources import Data
 from bayes_router.transformer.layer import build_prior
 from bayes_router.transformer.model import RoutedLanguageModel
 from bayes_router.types import LossTerms

@@ -10,8 +10,9 @@ import torch
 
 from bayes_router.config import with_changes
 from bayes_router.data import prepared as prepared_module
+from bayes_router.data.load import text_data
 from bayes_router.data.prepared import BLOCK, MappedTokens, _blocks, prepared_data
-from bayes_router.data.tokens import ByteTokeniser, text_data
+from bayes_router.data.tokenisers import ByteTokeniser
 from bayes_router.training.fit import Trainer, fit, load_data
 from tests.tiny import fit_config
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bayes_router.data.tokens import Batch, ByteTokeniser
+from bayes_router.data.tokenisers import ByteTokeniser
+from bayes_router.data.tokens import Batch
 from bayes_router.diagnostics.calibration import (
     CalibrationThresholds,
     auroc,

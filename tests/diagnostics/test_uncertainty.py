@@ -5,7 +5,7 @@ import torch
 from scipy import stats
 from torch.distributions import Dirichlet
 
-from bayes_router.data.tokens import ByteTokeniser
+from bayes_router.data.tokenisers import ByteTokeniser
 from bayes_router.diagnostics.fitted import pieces, text_windows
 from bayes_router.diagnostics.uncertainty import (
     Measure,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bayes_router.config import with_changes
-from bayes_router.training.sources import load_data
+from bayes_router.data.load import load_data
 from bayes_router.training.trainer import Trainer
 from tests.tiny import fit_config
 

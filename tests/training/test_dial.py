@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bayes_router.data.recall import RecallData
-from bayes_router.data.tokens import ByteTokeniser, TokenDataset
+from bayes_router.data.tokenisers import ByteTokeniser
+from bayes_router.data.tokens import TokenDataset
 from bayes_router.routing.policy import Argmax, Budget, Conservative, PolicyName
 from bayes_router.training.dial import BudgetUnreachable, Dial, Reading, read_routes, solve_price
 from bayes_router.transformer.model import RoutedLanguageModel

@@ -5,7 +5,8 @@ import torch
 from torch.distributions import Categorical, Dirichlet, kl_divergence
 from torch.nn import functional as F
 
-from bayes_router.data.tokens import ByteTokeniser, TokenDataset
+from bayes_router.data.tokenisers import ByteTokeniser
+from bayes_router.data.tokens import TokenDataset
 from bayes_router.inference.tilted import TiltedDirichlet
 from bayes_router.routing.policy import Budget
 from bayes_router.training.evaluate import evaluate, forced_nll

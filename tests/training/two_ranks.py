@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from bayes_router.config import Config, load_config, with_changes
+from bayes_router.data.load import load_data
 from bayes_router.training.distributed import World, connected
-from bayes_router.training.sources import load_data
 from bayes_router.training.trainer import Trainer
 from bayes_router.transformer.model import RoutedLanguageModel
 

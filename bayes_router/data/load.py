@@ -4,8 +4,29 @@ from dataclasses import dataclass
 
 from bayes_router.checks import require
 from bayes_router.config import Config, with_changes
+from bayes_router.data.prepared import prepared_data
 from bayes_router.data.recall import RecallData
-from bayes_router.data.tokens import TokenSource, text_data
+from bayes_router.data.text import load_corpus, split_documents
+from bayes_router.data.tokenisers import load_tokeniser
+from bayes_router.data.tokens import TextData, TokenDataset, TokenSource
+
+
+def text_data(name: str, tokeniser: str = "bytes", valid_fraction: float = 0.1, seed: int = 0, prepared: str = "") -> TextData:
+    """Load the corpus `name`, split it by document, and encode both parts; errors as in the functions that do each.
+
+    With `prepared`, a folder, or for a corpus `hf:NAME`, the tokens are kept in files and mapped, see `data.prepared`.
+    """
+    if prepared or name.startswith("hf:"):
+        return prepared_data(name, tokeniser, valid_fraction, seed, prepared)
+    corpus, encoder = load_corpus(name), load_tokeniser(tokeniser)
+    train, valid = split_documents(corpus, valid_fraction, seed)
+    return TextData(
+        train=TokenDataset(train, encoder, f"{name} train"),
+        valid=TokenDataset(valid, encoder, f"{name} valid"),
+        corpus=name,
+        sha256=corpus.sha256,
+        tokeniser=encoder,
+    )
 
 
 @dataclass(frozen=True)
