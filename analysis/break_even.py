@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from bayes_router.attention.dispatch import BREAK_EVEN, routed_attention
+from bayes_router.attention.hard.dispatch import BREAK_EVEN, routed_attention
 from bayes_router.benchmark.cases import WINDOW, Shape, baselines, draw_inputs, draw_route, full_attention
 from bayes_router.benchmark.clock import Call, Clock
 from bayes_router.timing import device_name

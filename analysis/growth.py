@@ -11,7 +11,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from bayes_router.attention.expert import ExpertShape, expert_class
+from bayes_router.attention.experts.contract import expert_class
+from bayes_router.attention.shapes import ExpertShape
 from bayes_router.benchmark.memory import peak_bytes
 from bayes_router.training.checkpoint import write_whole
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.distributions import Dirichlet
 from torch.nn import functional as F
 
-from bayes_router.attention.expert import Expert, ExpertShape, register_expert, repeat_heads
+from bayes_router.attention.experts.contract import Expert, register_expert
+from bayes_router.attention.shapes import ExpertShape, repeat_heads
 from bayes_router.config import ModelConfig
 from bayes_router.routing.controller import LayerController, MetaController
 from bayes_router.routing.posterior import posterior

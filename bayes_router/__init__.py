@@ -4,8 +4,9 @@ The floors of the house, arrows downwards only: types, config, data; attention, 
 diagnostics, integrations; commands, cli. DESIGN.md says what lives where.
 """
 
-from bayes_router.attention.dispatch import Backend, routed_attention
-from bayes_router.attention.expert import Expert, ExpertShape, expert_names, register_expert
+from bayes_router.attention.experts.contract import Expert, expert_names, register_expert
+from bayes_router.attention.hard.dispatch import Backend, routed_attention
+from bayes_router.attention.shapes import ExpertShape
 from bayes_router.config import Config, ModelConfig, PriorConfig, load_config
 from bayes_router.inference.elbo import NegativeELBO, RoutingELBO
 from bayes_router.inference.guide import RoutingGuide

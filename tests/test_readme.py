@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bayes_router.attention.expert import _REGISTRY
+from bayes_router.attention.experts.contract import _REGISTRY
 from bayes_router.cli import COMMANDS
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")

@@ -1,3 +1,3 @@
 """What a mechanism computes and what it costs; no probability here. Importing it registers the built-in experts."""
 
-from bayes_router.attention import full, gated, linear, local, mapped  # noqa: F401  (registers them)
+from bayes_router.attention import experts  # noqa: F401  (registers them)

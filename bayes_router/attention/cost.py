@@ -12,13 +12,12 @@ from enum import Enum
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bayes_router.attention.expert import Expert
-from bayes_router.attention.full import FullAttention
+from bayes_router.attention.experts.contract import Expert
+from bayes_router.attention.experts.full import FullAttention
 from bayes_router.attention.latency import measured_latencies
 from bayes_router.checks import choose
-from bayes_router.config import ModelConfig
 from bayes_router.types import CostModel
 
 
@@ -38,13 +37,6 @@ class Cost(NamedTuple):
     def mean(self, load: Tensor) -> float:
         """Realised cost per token when the fractions `load` [E] of the tokens took each expert."""
         return float(load.double() @ self.own) + self.shared
-
-
-class ModelCost(NamedTuple):
-    """Of a whole model; `own` is that of a token which takes the expert in every layer."""
-
-    flops: Cost
-    bytes: Cost
 
 
 def cost_ratios(
@@ -128,52 +120,6 @@ def hard_bytes(
     return Cost(torch.tensor(own, dtype=torch.float64), written + 2 * states)
 
 
-def model_cost(
-    model: nn.Module,
-    context: int,
-    mode: Mode = Mode.PREFILL,
-    *,
-    batch: int = 1,
-    last_only: bool = False,
-    experts: Sequence[Expert] | None = None,
-) -> ModelCost:
-    """FLOPs and bytes per token of a `RoutedLanguageModel`, or of its network alone, without controllers.
-
-    FLOPs: attention, every linear map and the tied head. Bytes: every weight once a pass, and attention's own; the residual
-    stream is left out.
-
-    Args:
-        model: has a `ModelConfig` as `config`.
-        context: tokens of a causal pass, or held in decoding, the new one included.
-        mode: which pass.
-        batch: sequences that share one reading of the weights.
-        last_only: of a causal pass, logits of the last token alone.
-        experts: count as if every layer had these; default its own.
-    """
-    config, made = _config(model), experts or model_experts(model)
-    head = config.vocab_size * config.d_model / (context if last_only and mode is Mode.PREFILL else 1)
-    maps = sum(part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear))
-    passed = batch * (context if mode is Mode.PREFILL else 1)
-    weights = sum(p.nbytes for p in model.parameters()) / passed
-    size = next(model.parameters()).element_size()
-    layers = config.num_layers
-    attention = hard_flops(made, context, config.kv_heads, mode)
-    moved = hard_bytes(made, context, config.kv_heads, size, mode)
-    return ModelCost(
-        Cost(layers * attention.own, layers * attention.shared + 2 * (maps + head)),
-        Cost(layers * moved.own, layers * moved.shared + weights),
-    )
-
-
-def model_experts(model: nn.Module) -> list[Expert]:
-    """Those of a layer."""
-    return next(
-        [e for e in part if isinstance(e, Expert)]
-        for part in model.modules()
-        if isinstance(part, nn.ModuleList) and len(part) and isinstance(part[0], Expert)
-    )
-
-
 def executed_attention(
     experts: Sequence[Expert],
     taken: Tensor,
@@ -190,30 +136,6 @@ def executed_attention(
         "flops": flops / own_flops(full, taken.sum(1, keepdim=True), start),
         "bytes": moved.mean(taken.sum(0) / taken.sum()) / all_moved.mean(torch.ones(1)),
     }
-
-
-def executed_model(
-    model: nn.Module, taken: Tensor, mode: Mode = Mode.PREFILL, *, start: int = 0, batch: int = 1, last_only: bool = False
-) -> dict[str, float]:
-    """The whole of a `RoutedLanguageModel` by hard routes, `taken` [T, E] of all layers; options as in `model_cost`.
-
-    `mflops` and `mbytes` are 10^6 a token; `flops` and `bytes` relate them to the leanest rival, the network alone with every
-    token on full: no controller, no state.
-    """
-    experts, layers, context = model_experts(model), _config(model).num_layers, start + len(taken)
-    full = [FullAttention(experts[0].shape)]
-    own = model_cost(model, context, mode, batch=batch, last_only=last_only)
-    rival = model_cost(model.get_submodule("network"), context, mode, batch=batch, last_only=last_only, experts=full)
-    flops = layers * own_flops(experts, taken, start) + own.flops.shared
-    full_flops = layers * own_flops(full, taken.sum(1, keepdim=True), start) + rival.flops.shared
-    moved, full_moved = own.bytes.mean(taken.sum(0) / taken.sum()), rival.bytes.mean(torch.ones(1))
-    return {"flops": flops / full_flops, "bytes": moved / full_moved, "mflops": flops / 1e6, "mbytes": moved / 1e6}
-
-
-def _config(model: nn.Module) -> ModelConfig:
-    config = model.config
-    assert isinstance(config, ModelConfig)
-    return config
 
 
 def _own(expert: Expert, context: int, mode: Mode) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bayes_router.attention.expert import Expert
+from bayes_router.attention.experts.contract import Expert
 from bayes_router.timing import device_name, median_ms
 
 

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bayes_router.attention.cache import LayerCache
 from bayes_router.attention.cost import Mode, hard_bytes, hard_flops
-from bayes_router.attention.dispatch import EXPERTS
-from bayes_router.attention.expert import Expert, ExpertShape, expert_class
+from bayes_router.attention.decoding.cache import LayerCache
+from bayes_router.attention.experts.contract import Expert, expert_class
+from bayes_router.attention.hard.dispatch import EXPERTS
+from bayes_router.attention.shapes import ExpertShape
 from bayes_router.benchmark.clock import Call
 
 WINDOW = 256

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from bayes_router.attention.dispatch import EXPERTS, routed_attention
+from bayes_router.attention.hard.dispatch import EXPERTS, routed_attention
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bayes_router.attention.dispatch import EXPERTS, SHORT_QUERIES, Backend, routed_attention
+from bayes_router.attention.hard.dispatch import EXPERTS, SHORT_QUERIES, Backend, routed_attention
 from bayes_router.benchmark import cases, memory
 from bayes_router.benchmark.cases import MIXES, WINDOW, Shape, baselines, draw_inputs, draw_route, full_attention
 from bayes_router.benchmark.clock import Call, Clock, Timing, captured

@@ -6,9 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bayes_router.attention.cache import LayerCache
-from bayes_router.attention.dispatch import EXPERTS, SHORT_QUERIES, Backend, available_backends, routed_attention
-from bayes_router.attention.expert import Expert, ExpertShape, expert_class
+from bayes_router.attention.decoding.cache import LayerCache
+from bayes_router.attention.experts.contract import Expert, expert_class
+from bayes_router.attention.hard.dispatch import EXPERTS, SHORT_QUERIES, Backend, available_backends, routed_attention
+from bayes_router.attention.shapes import ExpertShape
 from bayes_router.benchmark.cases import WINDOW, Shape, draw_inputs
 from bayes_router.config import ModelConfig
 

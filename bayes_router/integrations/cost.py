@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from bayes_router.attention.cost import cost_ratios
-from bayes_router.attention.expert import ExpertShape
-from bayes_router.attention.local import LocalAttention
+from bayes_router.attention.experts.local import LocalAttention
+from bayes_router.attention.shapes import ExpertShape
 from bayes_router.checks import choose
 from bayes_router.config import ModelConfig, PriorConfig
 from bayes_router.routing.prior import PRIOR_MAPS, ComputeAwarePrior

@@ -6,7 +6,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from bayes_router.attention.dense_triton import HAS_TRITON
+from bayes_router.attention.kernels.capability import HAS_TRITON
 from bayes_router.integrations.call import AttentionCall
 from bayes_router.integrations.experts import FullExpert, PatchedExpert
 from bayes_router.integrations.features import LinearExpert
@@ -83,7 +83,7 @@ def _fused(experts: nn.ModuleList, call: AttentionCall) -> bool:
 
 def _one_fused(experts: nn.ModuleList, call: AttentionCall, route: Tensor) -> Tensor:
     """Rows on `full` by the kernel, which lets the others read nothing; the other experts read little and do all rows."""
-    from bayes_router.attention.decode_triton import decode_step  # only where it can be imported
+    from bayes_router.attention.kernels.triton.decode import decode_step  # only where it can be imported
 
     full = next(index for index, expert in enumerate(experts) if isinstance(expert, FullExpert))
     q = call.rescaled()

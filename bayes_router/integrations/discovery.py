@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bayes_router.attention.expert import ExpertShape
+from bayes_router.attention.shapes import ExpertShape
 from bayes_router.checks import require
 from bayes_router.integrations import falcon
 from bayes_router.integrations.interface import MASKS, observers

@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from bayes_router.attention.expert import ExpertShape
-from bayes_router.attention.local import MIN_BLOCK, banded
-from bayes_router.attention.rows_torch import softmax_rows
+from bayes_router.attention.kernels.eager.band import MIN_BLOCK, banded
+from bayes_router.attention.kernels.eager.rows_softmax import softmax_rows
+from bayes_router.attention.shapes import ExpertShape
 from bayes_router.integrations.call import AttentionCall, first_seen, near, restrict
 
 QUERIES = 256  # in one block of masked attention

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayes_router.attention.expert import ExpertShape, repeat_heads, widen
+from bayes_router.attention.shapes import ExpertShape, repeat_heads, widen
 from bayes_router.integrations.call import AttentionCall
 from bayes_router.integrations.experts import QUERIES, PatchedExpert
 from bayes_router.integrations.memory import Running

@@ -12,7 +12,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import output_capturing
 
-from bayes_router.attention.fused import keep_layout
+from bayes_router.attention.kernels.eager.fused import keep_layout
 from bayes_router.integrations.binding import BINDING, Binding
 from bayes_router.integrations.call import AttentionCall, OfLast, padding_of
 from bayes_router.integrations.memory import held_keys

@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from bayes_router.attention.dispatch import routed_attention
-from bayes_router.attention.expert import Expert, ExpertShape
-from bayes_router.attention.full import FullAttention
-from bayes_router.attention.local import LocalAttention
-from bayes_router.attention.problem import built_in
+from bayes_router.attention.experts.contract import Expert
+from bayes_router.attention.experts.full import FullAttention
+from bayes_router.attention.experts.local import LocalAttention
+from bayes_router.attention.hard.dispatch import routed_attention
+from bayes_router.attention.hard.problem import built_in
+from bayes_router.attention.shapes import ExpertShape
 from bayes_router.checks import require
 from bayes_router.integrations.call import AttentionCall, OfLast
 from bayes_router.integrations.decode import attend_one, remember

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Dirichlet
 from torch.nn import functional as F
 
-from bayes_router.attention.expert import widen
+from bayes_router.attention.shapes import widen
 from bayes_router.checks import require
 from bayes_router.data.stream import TokenStream
 from bayes_router.integrations.binding import BINDING, Binding

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from bayes_router.attention.expert import ExpertShape
+from bayes_router.attention.shapes import ExpertShape
 from bayes_router.checks import require, unknown
 from bayes_router.config import ModelConfig, PriorConfig
 from bayes_router.integrations.layer import EXPERTS

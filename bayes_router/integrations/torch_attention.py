@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayes_router.attention.expert import ExpertShape, merge_tokens
-from bayes_router.attention.fused import fused_attention
+from bayes_router.attention.kernels.eager.fused import fused_attention
+from bayes_router.attention.shapes import ExpertShape, merge_tokens
 from bayes_router.checks import require
 from bayes_router.integrations.binding import BINDING, Binding, all_on
 from bayes_router.integrations.call import AttentionCall, padding_of, seen

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bayes_router.attention.expert import expert_class
+from bayes_router.attention.experts.contract import expert_class
 from bayes_router.checks import require
 from bayes_router.config import Config
 from bayes_router.types import LossTerms

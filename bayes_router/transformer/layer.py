@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bayes_router.attention.cache import LayerCache
 from bayes_router.attention.cost import cost_ratios
-from bayes_router.attention.dispatch import routed_attention
-from bayes_router.attention.expert import Expert, ExpertShape, expert_class, merge_tokens
+from bayes_router.attention.decoding.cache import LayerCache
+from bayes_router.attention.experts.contract import Expert, expert_class
+from bayes_router.attention.hard.dispatch import routed_attention
+from bayes_router.attention.shapes import ExpertShape, merge_tokens
 from bayes_router.checks import choose, require
 from bayes_router.config import ModelConfig, PriorConfig
 from bayes_router.presets import preset

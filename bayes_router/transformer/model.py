@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayes_router.attention.cache import RoutedCache
-from bayes_router.attention.expert import Expert
+from bayes_router.attention.decoding.cache import RoutedCache
+from bayes_router.attention.experts.contract import Expert
 from bayes_router.checks import choose, require, unknown
 from bayes_router.config import Config, ModelConfig
 from bayes_router.routing.controller import MetaController

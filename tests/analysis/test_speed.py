@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from bayes_router.attention.dispatch import EXPERTS, Backend
-from bayes_router.attention.expert import Expert
+from bayes_router.attention.experts.contract import Expert
+from bayes_router.attention.hard.dispatch import EXPERTS, Backend
 from bayes_router.benchmark import cases, clock, memory, suite, summary, verify
 from bayes_router.benchmark.cases import Shape
 from bayes_router.benchmark.clock import Clock, Timing

@@ -10,11 +10,12 @@ import torch
 
 from analysis import speed_model
 from analysis.speed_model import load
-from bayes_router.attention.cost import Mode, hard_flops, model_cost
-from bayes_router.attention.dispatch import Backend
+from bayes_router.attention.cost import Mode, hard_flops
+from bayes_router.attention.hard.dispatch import Backend
 from bayes_router.benchmark import memory, model, verify
 from bayes_router.benchmark.cases import Shape
 from bayes_router.benchmark.model import Decoder, lean_network, measure, note_on_context
+from bayes_router.transformer.cost import model_cost
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import torch
 from analysis.sweep import identity, planned, read_rows, run_one, settings, sweep
 from analysis.tiny_lm import HEADLINE, LONG, RECIPE, SHORT, markdown, plan, summarise
 from analysis.variants import ChainedController, ConvolvedController, SegmentController, with_controller
-from bayes_router.attention.expert import ExpertShape, expert_class
+from bayes_router.attention.experts.contract import expert_class
+from bayes_router.attention.shapes import ExpertShape
 from bayes_router.config import ModelConfig
 
 COLUMNS = {

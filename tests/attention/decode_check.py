@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bayes_router.attention.cache import LayerCache
-from bayes_router.attention.expert import Expert, ExpertShape
-from bayes_router.attention.local import LocalAttention
+from bayes_router.attention.decoding.cache import LayerCache
+from bayes_router.attention.experts.contract import Expert
+from bayes_router.attention.experts.local import LocalAttention
+from bayes_router.attention.shapes import ExpertShape
 from tests.attention.dense_check import draw_expert
 from tests.attention.expert_contract import relative_error
 

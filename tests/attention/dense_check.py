@@ -6,7 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bayes_router.attention.expert import Expert, ExpertShape, expert_class
+from bayes_router.attention.experts.contract import Expert, expert_class
+from bayes_router.attention.shapes import ExpertShape
 from tests.attention.expert_contract import relative_error
 
 

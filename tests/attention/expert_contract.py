@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bayes_router.attention.expert import Expert, ExpertShape, expert_class
+from bayes_router.attention.experts.contract import Expert, expert_class
+from bayes_router.attention.shapes import ExpertShape
 
 WINDOW = 7
 
@@ -71,7 +72,7 @@ class ExpertContract:
         expert, weight = self.build(), torch.randn(2, 4, 150, 16)
         results = []
         for size in (10_000, 48, 1):
-            monkeypatch.setattr("bayes_router.attention.expert.SEGMENT", size)
+            monkeypatch.setattr("bayes_router.attention.shapes.SEGMENT", size)
             out = expert(*inputs)
             results.append((out, *torch.autograd.grad((out * weight).sum(), inputs)))
         for whole, *pieces in zip(*results, strict=True):

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bayes_router.attention import cache as cache_module
-from bayes_router.attention.cache import LayerCache, RoutedCache
-from bayes_router.attention.dispatch import routed_attention
-from bayes_router.attention.expert import Expert, ExpertShape, expert_class, repeat_heads
-from bayes_router.attention.linear import with_ones
+from bayes_router.attention.decoding import cache as cache_module
+from bayes_router.attention.decoding.cache import LayerCache, RoutedCache
+from bayes_router.attention.experts.contract import Expert, expert_class
+from bayes_router.attention.hard.dispatch import routed_attention
+from bayes_router.attention.kernels.eager.chunks import with_ones
+from bayes_router.attention.shapes import ExpertShape, repeat_heads
 from tests.attention.decode_check import DECODERS, Decoder, needed_only, steps_equal_the_full_pass
 from tests.attention.dense_check import draw_expert
 from tests.attention.expert_contract import draw, relative_error

@@ -6,21 +6,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bayes_router.attention import linear as linear_module
-from bayes_router.attention.cache import LayerCache
-from bayes_router.attention.cost import (
-    Mode,
-    cost_ratios,
-    flops,
-    hard_bytes,
-    hard_flops,
-    model_cost,
-    own_flops,
-)
-from bayes_router.attention.expert import Expert, ExpertShape, expert_class
-from bayes_router.attention.gated import GatedLinearAttention
-from bayes_router.attention.linear import feature_map
-from bayes_router.attention.mapped import MappedGatedAttention
+from bayes_router.attention.cost import Mode, cost_ratios, flops, hard_bytes, hard_flops, own_flops
+from bayes_router.attention.decoding.cache import LayerCache
+from bayes_router.attention.experts import linear as linear_module
+from bayes_router.attention.experts.contract import Expert, expert_class
+from bayes_router.attention.experts.gated import GatedLinearAttention
+from bayes_router.attention.experts.mapped import MappedGatedAttention
+from bayes_router.attention.kernels.eager.chunks import feature_map
+from bayes_router.attention.shapes import ExpertShape
+from bayes_router.transformer.cost import model_cost
 from bayes_router.types import CostModel
 from tests.tiny import tiny_batch, tiny_model
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bayes_router.attention import rows_linear, rows_torch
-from bayes_router.attention.dispatch import routed_attention
-from bayes_router.attention.expert import ExpertShape
-from bayes_router.attention.linear import LinearAttention
-from bayes_router.attention.problem import resolve_experts
+from bayes_router.attention.experts.linear import LinearAttention
+from bayes_router.attention.hard.dispatch import routed_attention
+from bayes_router.attention.hard.problem import resolve_experts
+from bayes_router.attention.kernels.eager import rows_linear, rows_softmax
+from bayes_router.attention.shapes import ExpertShape
 from tests.attention.expert_contract import draw, relative_error
 
 WINDOW = 9
@@ -65,11 +65,11 @@ def test_window_larger_than_a_block(backend: str) -> None:
 @pytest.mark.parametrize("window", [WINDOW, 60])  # below a block of local queries, and above
 def test_chunks_segments_and_far_keys_join(monkeypatch: pytest.MonkeyPatch, window: int) -> None:
     for room, name, size in (
-        (rows_torch, "ROWS", 24),
-        (rows_torch, "FAR_ROWS", 60),
-        (rows_torch, "SPAN", 16),
-        (rows_torch, "LOCAL_ROWS", 24),
-        (rows_torch, "KEYS", 50),
+        (rows_softmax, "ROWS", 24),
+        (rows_softmax, "FAR_ROWS", 60),
+        (rows_softmax, "SPAN", 16),
+        (rows_softmax, "LOCAL_ROWS", 24),
+        (rows_softmax, "KEYS", 50),
         (rows_linear, "CHUNK", 8),
         (rows_linear, "KEPT", 3),
     ):
@@ -133,7 +133,7 @@ def test_sinks_of_the_oracle_are_its_definition() -> None:
 def test_gradients_of_both_ways_to_compute_a_tile(
     fused: bool, sinks: int, dtype: torch.dtype, limit: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows_torch, "_fused", lambda x: fused)
+    monkeypatch.setattr(rows_softmax, "_fused", lambda x: fused)
     inputs = [x.to(dtype).requires_grad_() for x in draw(2, 4, 2, 300)]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     route, lengths = draw_route("independent", 2, 300), torch.tensor([300, 170])

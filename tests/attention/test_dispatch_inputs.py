@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bayes_router.attention.dispatch import routed_attention
-from bayes_router.attention.expert import ExpertShape, expert_class
+from bayes_router.attention.experts.contract import expert_class
+from bayes_router.attention.hard.dispatch import routed_attention
+from bayes_router.attention.shapes import ExpertShape
 from tests.attention.expert_contract import draw, relative_error
 from tests.attention.test_dispatch import draw_route
 

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from bayes_router.attention import dispatch
-from bayes_router.attention.dispatch import BREAK_EVEN, Backend, choose_backend, routed_attention
-from bayes_router.attention.expert import Expert, ExpertShape, expert_class
-from bayes_router.attention.problem import RoutedProblem, resolve_experts
+from bayes_router.attention.experts.contract import Expert, expert_class
+from bayes_router.attention.hard import dispatch
+from bayes_router.attention.hard.dispatch import BREAK_EVEN, Backend, choose_backend, routed_attention
+from bayes_router.attention.hard.problem import RoutedProblem, resolve_experts
+from bayes_router.attention.shapes import ExpertShape
 from tests.attention.expert_contract import draw, gradient_errors, relative_error
 from tests.attention.test_dispatch import draw_route
 

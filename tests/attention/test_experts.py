@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bayes_router.attention import reference
-from bayes_router.attention.expert import Expert, ExpertShape, check_attention_inputs, expert_class, register_expert
-from bayes_router.attention.gated import decayed_prefix
+from bayes_router.attention.experts.contract import Expert, expert_class, register_expert
+from bayes_router.attention.hard import reference
+from bayes_router.attention.hard.problem import check_attention_inputs
+from bayes_router.attention.kernels.eager.chunks import decayed_prefix
+from bayes_router.attention.shapes import ExpertShape
 from tests.attention.expert_contract import WINDOW, ExpertContract, draw
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from bayes_router.attention.fused import _KeepLayout
+from bayes_router.attention.kernels.eager.fused import _KeepLayout
 
 
 def test_a_gradient_comes_in_the_layout_of_the_output() -> None:

@@ -10,7 +10,8 @@ import torch
 from bayes_router import timing
 from bayes_router.attention import latency
 from bayes_router.attention.cost import cost_ratios
-from bayes_router.attention.expert import Expert, ExpertShape, expert_class
+from bayes_router.attention.experts.contract import Expert, expert_class
+from bayes_router.attention.shapes import ExpertShape
 from bayes_router.types import CostModel
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from analysis import speed_model
-from bayes_router.attention.dispatch import Backend
+from bayes_router.attention.hard.dispatch import Backend
 from bayes_router.benchmark import model, verify
 from bayes_router.benchmark.suite import Plan, run_benchmark
 from bayes_router.cli import main

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bayes_router.attention.cache import LayerCache
+from bayes_router.attention.decoding.cache import LayerCache
 from bayes_router.routing.policy import Argmax, Budget, Conservative, Policy
 from tests.attention.decode_check import (
     DECODERS,
@@ -37,15 +37,15 @@ def decoder(names: tuple[str, ...] = ("full", "gated", "local"), **changes: obje
 
 @pytest.fixture
 def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    from bayes_router.attention import decode_triton  # only where Triton is
+    from bayes_router.attention.kernels.triton import decode  # only where Triton is
 
-    calls, step = [], decode_triton.decode_step
+    calls, step = [], decode.decode_step
 
     def counted(*args: object, **named: object) -> Tensor:
         calls.append(1)
         return step(*args, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(decode_triton, "decode_step", counted)
+    monkeypatch.setattr(decode, "decode_step", counted)
     return calls
 
 

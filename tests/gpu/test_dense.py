@@ -11,15 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from bayes_router.attention import dense_triton
-from bayes_router.attention.dispatch import Backend, run_problem
-from bayes_router.attention.expert import ExpertShape
-from bayes_router.attention.problem import RoutedProblem
+from bayes_router.attention.hard.dispatch import Backend, run_problem
+from bayes_router.attention.hard.problem import RoutedProblem
+from bayes_router.attention.kernels import capability
+from bayes_router.attention.kernels.triton import operators
+from bayes_router.attention.shapes import ExpertShape
 from tests.attention.dense_check import draw_expert, draw_inputs, errors
 from tests.attention.expert_contract import relative_error
 from tests.attention.test_dispatch import ROUTES, draw_route
 
-available = torch.cuda.is_available() and dense_triton.HAS_TRITON
+available = torch.cuda.is_available() and capability.HAS_TRITON
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not available, reason="needs a CUDA device and Triton")]
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float32: 1e-5}
 NAMES = ("gated", "mapped", "linear", "local")
@@ -33,7 +34,7 @@ def check(found: dict[str, float], dtype: torch.dtype) -> None:
 
 def compare(name: str, B: int, H: int, Hkv: int, T: int, Dh: int, dtype: torch.dtype, window: int = 70) -> None:
     expert, inputs = draw_expert(name, ExpertShape(H, Dh, window), "cuda"), draw_inputs(B, H, Hkv, T, Dh, dtype, "cuda")
-    assert dense_triton.available(*inputs) is (dtype != torch.float32 or Dh <= 64)
+    assert capability.available(*inputs) is (dtype != torch.float32 or Dh <= 64)
     check(errors(expert, inputs), dtype)
 
 
@@ -97,7 +98,7 @@ def draw_problem(
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(("B", "Hkv", "T"), [(1, 4, 1537), (3, 2, 500), (2, 1, 64), (2, 4, 1)])
 def test_gated_among_routed_experts(route: str, dtype: torch.dtype, B: int, Hkv: int, T: int) -> None:
-    from bayes_router.attention.backend_triton import native_experts  # only where it can be imported
+    from bayes_router.attention.hard.sorted import native_experts  # only where it can be imported
 
     problem = draw_problem(B, Hkv, T, 64, route, dtype)
     assert native_experts(problem) == (0, 1, 2)
@@ -141,7 +142,7 @@ def test_gates_that_keep_all_or_nothing() -> None:
     phi_q, phi_k = q.softmax(-1), k.softmax(-1)
     for gate in (-0.12, 0.0, -80.0):
         log_gate = torch.full((1, 1, 32768), gate, device="cuda", requires_grad=True)
-        out = dense_triton.linear_attention(phi_q, phi_k, v, log_gate)
+        out = operators.linear_attention(phi_q, phi_k, v, log_gate)
         last = torch.arange(32768, device="cuda").double().flip(0)  # tokens since each key, at the end of the text
         weight = (phi_q[0, 0, -1].double() @ phi_k[0, 0].double().T) * (last * gate).exp()
         want = weight @ v[0, 0].double() / (weight.sum() + 1e-6)

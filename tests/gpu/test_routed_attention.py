@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bayes_router.attention.cache import LayerCache
-from bayes_router.attention.dispatch import Backend, routed_attention, run_problem, unavailable
-from bayes_router.attention.expert import ExpertShape, expert_class
-from bayes_router.attention.problem import RoutedProblem, resolve_experts
+from bayes_router.attention.decoding.cache import LayerCache
+from bayes_router.attention.experts.contract import expert_class
+from bayes_router.attention.hard.dispatch import Backend, routed_attention, run_problem, unavailable
+from bayes_router.attention.hard.problem import RoutedProblem, resolve_experts
+from bayes_router.attention.shapes import ExpertShape
 from tests.attention.expert_contract import relative_error
 from tests.attention.seeds import DRAWN, seeded
 from tests.attention.test_dispatch import ROUTES, Squared, draw_route
@@ -165,11 +166,11 @@ def test_no_future_leak(sinks: int) -> None:
 def test_new_routes_neither_recompile_nor_synchronise(monkeypatch: pytest.MonkeyPatch) -> None:
     import triton
 
-    from bayes_router.attention import launch_triton  # only where it can be imported
+    from bayes_router.attention.kernels.triton import launch  # only where it can be imported
 
     problem = draw(2, 4, 4, 1024, 64, "independent")
     run_problem(Backend.TRITON, problem).sum().backward()
-    compiled, known = [], set(launch_triton._COMPILED)
+    compiled, known = [], set(launch._COMPILED)
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **facts: compiled.append(facts))
     routes = [draw_route(kind, 2, 1024, 2).cuda().contiguous() for kind in ROUTES]
     torch.cuda.synchronize()
@@ -179,7 +180,7 @@ def test_new_routes_neither_recompile_nor_synchronise(monkeypatch: pytest.Monkey
             run_problem(Backend.TRITON, replace(problem, route=route)).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert not compiled and set(launch_triton._COMPILED) == known
+    assert not compiled and set(launch._COMPILED) == known
 
 
 BAD_ROUTE = """

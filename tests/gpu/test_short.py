@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bayes_router.attention.dispatch import BREAK_EVEN, Backend, choose_backend, routed_attention, run_problem, unavailable
-from bayes_router.attention.expert import ExpertShape
-from bayes_router.attention.problem import resolve_experts
+from bayes_router.attention.hard.dispatch import BREAK_EVEN, Backend, choose_backend, routed_attention, run_problem, unavailable
+from bayes_router.attention.hard.problem import resolve_experts
+from bayes_router.attention.shapes import ExpertShape
 from tests.attention.expert_contract import relative_error
 from tests.attention.seeds import DRAWN, seeded
 from tests.gpu.test_routed_attention import NAMES, TOLERANCE, compare, draw, draw_route, exact

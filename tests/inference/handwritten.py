@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Dirichlet, kl_divergence
 
-from bayes_router.attention.reference import linear_attention, softmax_attention
+from bayes_router.attention.hard.reference import linear_attention, softmax_attention
 from bayes_router.transformer.model import RoutedLanguageModel
 
 

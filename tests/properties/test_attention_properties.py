@@ -5,9 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bayes_router.attention.cache import LayerCache
-from bayes_router.attention.dispatch import routed_attention
-from bayes_router.attention.expert import ExpertShape, expert_class
+from bayes_router.attention.decoding.cache import LayerCache
+from bayes_router.attention.experts.contract import expert_class
+from bayes_router.attention.hard.dispatch import routed_attention
+from bayes_router.attention.shapes import ExpertShape
 
 NAMES = ("full", "linear", "local", "gated", "mapped")
 DTYPES = {torch.float64: 1e-5, torch.float32: 2e-4, torch.bfloat16: 6e-2}  # linear sums are in float32 at most

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.distributions import Dirichlet, kl_divergence
 
-from bayes_router.attention.cache import LayerCache
-from bayes_router.attention.expert import Expert
+from bayes_router.attention.decoding.cache import LayerCache
+from bayes_router.attention.experts.contract import Expert
 from bayes_router.config import ModelConfig, PriorConfig
 from bayes_router.inference.elbo import RoutingELBO
 from bayes_router.inference.guide import RoutingGuide

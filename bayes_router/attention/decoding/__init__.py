@@ -1,0 +1,1 @@
+"""Decoding: what generation remembers, and one new token a row."""

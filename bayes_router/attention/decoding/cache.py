@@ -1,0 +1,402 @@
+"""What decoding remembers: one store of keys and values for all experts, and the state of each expert that keeps one.
+
+Every token enters both, whatever its own route, so a later token may take any expert and decoding step by step equals the
+full pass. Rows of a batch may have different lengths: each appends at its own position.
+
+On CUDA nothing waits for the device, but for: a pass that might overflow the capacity, an expert of the user's (with padding,
+or where it looks at keys), the backends `torch`, `dense` and `reference`, and chunks in float64. A decoding step may be
+captured in a CUDA graph: what it remembers stays in the tensors where it was. A replay does not move `longest`, so whoever
+replays must see to the room; a row without any is a device-side assertion.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bayes_router.attention.decoding.state import extend
+from bayes_router.attention.decoding.step import attend_one
+from bayes_router.attention.experts.contract import Expert
+from bayes_router.attention.experts.full import FullAttention
+from bayes_router.attention.experts.gated import GatedLinearAttention
+from bayes_router.attention.experts.linear import LinearAttention
+from bayes_router.attention.experts.local import LocalAttention
+from bayes_router.attention.hard.dispatch import Backend, pick_backend, run_problem
+from bayes_router.attention.hard.problem import RoutedProblem, check_problem
+from bayes_router.attention.kernels import capability
+from bayes_router.checks import choose
+
+NATIVE = (FullAttention, LinearAttention, LocalAttention, GatedLinearAttention)  # as the decoding kernel takes them
+
+
+class LayerCache:
+    """The past of one layer.
+
+    Attributes:
+        experts: those of the layer; their states and keys are what is held.
+        lengths: [B] int64, tokens held of each row.
+        keys: [B, Hkv, S + 1, Dh], rotated; slot S takes what padding would write. S is the capacity, or the widest window
+            where no expert looks further (then a ring: position p is in slot p mod S). None where all experts keep a state.
+        values: as keys.
+        plain_keys: as keys, without rotary positions; kept only for an expert that wants them and keeps no state.
+        states: by expert index, what each stateful expert keeps, changed in place.
+        longest: an upper bound of lengths that the host knows.
+    """
+
+    def __init__(
+        self,
+        experts: Sequence[Expert],
+        batch: int,
+        capacity: int,
+        num_kv_heads: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        if capacity < 1:
+            raise ValueError(f"capacity: expected at least 1 token; got {capacity}")
+        self.experts, self.capacity = tuple(experts), capacity
+        sinks = max((e.shape.sinks for e in self.experts if type(e) is LocalAttention), default=0)
+        if sinks:  # a ring overwrites the first keys, and no decoding kernel looks for them
+            raise ValueError(f"sinks: expected 0, a cache keeps no first keys for local attention; got {sinks}")
+        num_heads, head_dim = self.experts[0].shape[:2]
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads: expected a number that divides the {num_heads} query heads; got {num_kv_heads}")
+        like_q = torch.empty(batch, num_heads, 0, head_dim, device=device, dtype=dtype)
+        like_k = torch.empty(batch, num_kv_heads, 0, head_dim, device=device, dtype=dtype)
+        stored = [e for e in self.experts if not e.stateful]
+        self.ring = bool(stored) and all(type(e) is LocalAttention for e in stored)
+        self.slots = min(capacity, max(e.shape.window for e in stored)) if self.ring else capacity if stored else 0
+        self.ring = self.ring and self.slots < capacity
+
+        def store(wanted: bool) -> Tensor | None:
+            return like_k.new_zeros(batch, num_kv_heads, self.slots + 1, head_dim) if wanted else None
+
+        self.keys = store(any(e.rotary for e in stored))
+        self.plain_keys = store(any(not e.rotary for e in stored))
+        self.values = store(bool(stored))
+        self.states = {i: e.init_state(like_q, like_k, like_k) for i, e in enumerate(self.experts) if e.stateful}
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=like_k.device)
+        self.longest = 0
+        self._like = like_k
+        kinds = [type(expert) for expert in self.experts]
+        self._native = tuple(kinds.index(kind) if kind in kinds else -1 for kind in NATIVE)
+
+    @property
+    def bytes(self) -> int:
+        """Size of everything held."""
+        held = (self.keys, self.plain_keys, self.values, *self.states.values())
+        return sum(x.numel() * x.element_size() for x in held if x is not None)
+
+    def reset(self) -> None:
+        """Forget every token."""
+        self.lengths.zero_()
+        for state in self.states.values():
+            state.zero_()
+        self.longest = 0
+
+    def reorder(self, index: Tensor) -> None:
+        """Row b becomes what row index[b] was (beam search); index int64 [B]."""
+        batch, device = len(self.lengths), self.lengths.device
+        _check_tensor("index", index)
+        if index.shape != self.lengths.shape or index.device != device or index.dtype != torch.int64:
+            raise ValueError(
+                f"index: expected int64 of shape {(batch,)} on {device}; "
+                f"got {index.dtype} of shape {tuple(index.shape)} on {index.device}"
+            )
+        if device.type == "cpu" and batch and not 0 <= int(index.min()) <= int(index.max()) < batch:
+            raise ValueError(f"index: expected rows 0..{batch - 1}; got {index.tolist()}")
+        for x in (self.keys, self.plain_keys, self.values, *self.states.values(), self.lengths):
+            if x is not None:
+                x.copy_(x.index_select(0, index))
+
+    def check_owner(self, experts: Iterable[object], name: str = "cache") -> None:
+        """Raise a ValueError unless this cache was built for these very experts; `name` it in the message.
+
+        Sizes do not tell models apart: another model's gates would read a state that other gates wrote.
+        """
+        own = tuple(experts)
+        if len(own) == len(self.experts) and all(a is b for a, b in zip(own, self.experts, strict=True)):
+            return
+        raise ValueError(
+            f"{name}.experts: expected this layer's own experts, {_describe(own)}; "
+            f"got those of another layer or model, {_describe(self.experts)}; build it with new_cache of this model"
+        )
+
+    @torch.no_grad()
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        route: Tensor | int,
+        *,
+        linear_q: Tensor | None = None,
+        linear_k: Tensor | None = None,
+        lengths: Tensor | None = None,
+        backend: Backend | str = Backend.AUTO,
+    ) -> Tensor:
+        """Append T tokens to each row and attend over all that it then holds: [B, H, T, Dh].
+
+        Prefill, chunked prefill and decoding alike. No gradients.
+
+        Args:
+            q: [B, H, T, Dh], rotated by each row's own positions (`lengths` of this cache and on).
+            k: [B, Hkv, T, Dh], likewise.
+            v: as k.
+            route: int64 or int32 [B, T], hard; or floating [B, T, E], every expert weighed; or one int for all tokens.
+            linear_q: plain queries for experts without rotary positions; default q.
+            linear_k: plain keys for them; default k.
+            lengths: [B] how many of the T tokens are real, the rest is right padding, finite; default all.
+            backend: as in `routed_attention`. Under `auto` and `triton` a decoding step of one token has its own path.
+
+        Raises:
+            ValueError: an argument that does not fit; a cache that is too small, or of another model or batch.
+            RuntimeError: the backend asked for cannot run here, with the reason. Nothing is written then.
+        """
+        choice = choose("backend", backend, Backend)
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            _check_tensor(name, x, 4)
+        for name, optional in (("linear_q", linear_q), ("linear_k", linear_k), ("lengths", lengths)):
+            if optional is not None:
+                _check_tensor(name, optional)
+        plain_q, plain_k = q if linear_q is None else linear_q, k if linear_k is None else linear_k
+        new = RoutedProblem(q, k, v, plain_q, plain_k, self._choices(q, route), self.experts, lengths)
+        self._check(new)
+        pick_backend(choice, new if self.longest == 0 else replace(new, elsewhere=frozenset(self.states)))
+        self._make_room(new)
+        weights = route if isinstance(route, Tensor) and route.dim() == 3 else None
+        if weights is None and choice in (Backend.AUTO, Backend.TRITON) and self._fused(new):
+            out = self._decode_fused(new)
+        else:
+            out = self._attend(new, weights, choice)
+        self.lengths += new.q.shape[2] if lengths is None else lengths
+        self.longest += new.q.shape[2]
+        return out
+
+    def _attend(self, new: RoutedProblem, weights: Tensor | None, choice: Backend) -> Tensor:
+        """Attend and remember; with `weights` [B, T, E] every expert is weighed, else `new.route` counts."""
+        if new.q.device.type == "cuda":
+            self._assert_on_device(new)
+        extended = {i: extend(self.experts[i], new, state, self.longest == 0) for i, state in self.states.items()}
+        dense = {i: out for i, (out, _) in extended.items() if out is not None}
+        late = self.ring and not _own_path(new, choice)  # a chunk may overwrite what its first queries see
+        if not late:
+            self._write(new)
+        if weights is None:
+            out = self._hard(new, dense, choice)
+        else:
+            out = torch.zeros_like(new.q)
+            for index in range(len(self.experts)):
+                one = replace(new, route=torch.full_like(new.route, index))
+                rows = dense[index] if index in dense else self._hard(one, {}, choice)
+                out = out + weights[..., index].to(out.dtype)[:, None, :, None] * rows
+        if late:
+            self._write(new)
+        for index, (_, state) in extended.items():
+            self.states[index].copy_(state)
+        return out
+
+    def _fused(self, new: RoutedProblem) -> bool:
+        """Whether the Triton kernel takes this decoding step: all experts that look at keys are its own."""
+        native = all(e.stateful or i in self._native for i, e in enumerate(self.experts))
+        return native and _one_token(new) and capability.computes(new.q)
+
+    def _decode_fused(self, new: RoutedProblem) -> Tensor:
+        """Full, local, linear and gated experts by the kernel; any other that keeps a state by its own pass."""
+        from bayes_router.attention.kernels.triton.decode import GatedStep, decode_step  # only where it can be imported
+
+        full, linear, local, gated = self._native
+        expert = self.experts[gated] if gated >= 0 else None
+        step = None
+        if isinstance(expert, GatedLinearAttention):
+            step = GatedStep(gated, self.states[gated], expert.gate, expert.gate_bias, expert.log_scale)
+        inputs = (new.q, new.k, new.v, new.plain_q, new.plain_k)
+        q, k, v, plain_q, plain_k = (x if x.stride(3) == 1 else x.contiguous() for x in inputs)
+        window = self.experts[local].shape.window if local >= 0 else 1
+        with torch.cuda.device_of(q):
+            out = decode_step(
+                q, k, v, plain_q, plain_k, self.keys, self.values, self.states.get(linear), new.route, self.lengths,
+                (full, linear, local), window, gated=step, num_experts=len(self.experts), slots=self.slots, ring=self.ring,
+            )  # fmt: skip
+        for index, state in self.states.items():
+            if index not in self._native:
+                rows, after = self.experts[index].extend(*new.inputs(self.experts[index]), state)
+                out = torch.where((new.route == index)[:, None, :, None], rows, out)
+                state.copy_(after)
+        return out
+
+    def _choices(self, q: Tensor, route: Tensor | int) -> Tensor:
+        """[B, T] hard choices; zeros for a soft route of the right shape."""
+        experts, (B, _, T, _) = len(self.experts), q.shape
+        if isinstance(route, int):
+            if not 0 <= route < experts:
+                raise ValueError(f"route: expected values in 0..{experts - 1}; got {route}")
+            return torch.full((B, T), route, device=q.device)
+        _check_tensor("route", route)
+        if route.dim() == 2:
+            return route
+        if tuple(route.shape) != (B, T, experts):
+            raise ValueError(f"route: expected [B, T] or [B, T, {experts}]; got shape {tuple(route.shape)}")
+        return torch.zeros(route.shape[:2], dtype=torch.int64, device=route.device)
+
+    def _check(self, new: RoutedProblem) -> None:
+        check_problem(new)
+        q, k, like, shape = new.q, new.k, self._like, self.experts[0].shape
+        got = (k.shape[0], q.shape[1], k.shape[1], k.shape[3], k.dtype, k.device)
+        expected = (like.shape[0], shape.num_heads, like.shape[1], like.shape[3], like.dtype, like.device)
+        if got != expected:
+            raise ValueError(
+                f"cache: built for (batch, heads, key heads, head_dim, dtype, device) = {expected}; got {got}; "
+                "build one for this model and batch with RoutedCache.build"
+            )
+
+    def _make_room(self, new: RoutedProblem) -> None:
+        """Check the capacity; true lengths are read only where the bound that the host knows would overflow."""
+        added = new.q.shape[2]
+        if self.longest + added <= self.capacity:
+            return
+        self.longest = int(self.lengths.max())
+        needed = int((self.lengths + (added if new.lengths is None else new.lengths)).max())
+        if needed > self.capacity:
+            raise ValueError(f"cache: capacity is {self.capacity} tokens, {needed} are needed; build it with capacity={needed}")
+
+    def _assert_on_device(self, new: RoutedProblem) -> None:
+        """What `_check` and `_make_room` do not read on CUDA: a route out of range or a row without room ends the program."""
+        fits = (new.route >= 0) & (new.route < len(self.experts))  # [B, T]
+        real = new.real()
+        torch._assert_async((fits if real is None else fits | ~real).all(), "route out of range")
+        after = self.lengths + (new.q.shape[2] if new.lengths is None else new.lengths)
+        torch._assert_async((after <= self.capacity).all(), "the cache is full")
+
+    def _hard(self, new: RoutedProblem, dense: dict[int, Tensor], choice: Backend) -> Tensor:
+        """The output of one hard route, those in `dense` known; nothing is remembered here."""
+        elsewhere = dense if self.longest == 0 else self.states
+        out = self._looked_up(replace(new, elsewhere=frozenset(elsewhere)), choice)
+        for index, rows in dense.items():
+            out = torch.where((new.route == index)[:, None, :, None], rows, out)
+        return out
+
+    def _looked_up(self, new: RoutedProblem, choice: Backend) -> Tensor:
+        """The rows of all experts that are not elsewhere; zero there."""
+        if self.longest == 0:  # the tokens see only each other
+            return run_problem(pick_backend(choice, new), new)
+        if self.values is None:
+            return torch.zeros_like(new.q)
+        own = _own_path(new, choice)
+        if self.ring and not own:
+            held = self._unrolled(new)
+        else:
+            keys = self.values if self.keys is None else self.keys
+            plain_keys = keys if self.plain_keys is None else self.plain_keys
+            held = replace(new, k=keys, v=self.values, plain_k=plain_keys, starts=self.lengths)
+        return attend_one(held, self.slots, self.ring) if own else run_problem(pick_backend(choice, held), held)
+
+    def _unrolled(self, new: RoutedProblem) -> RoutedProblem:
+        """A chunk behind a ring: of each row what the ring holds, in order, then its new tokens, then what nothing sees."""
+        assert self.keys is not None and self.values is not None  # a ring is kept for local experts, which are rotary
+        T = new.q.shape[2]
+        held = self.lengths.clamp_max(self.slots)[:, None]  # [B, 1]
+        entry = torch.arange(self.slots + T, device=new.q.device)
+        old = (self.lengths[:, None] - held + entry) % self.slots
+        fresh = (self.slots + 1 + entry - held).clamp_max(self.slots + T)
+        place = torch.where(entry < held, old, fresh)[:, None, :, None]  # [B, 1, S + T, 1] among slots and new tokens
+        k, v = (
+            torch.cat(pair, 2).gather(2, place.expand(-1, pair[1].shape[1], -1, pair[1].shape[3]))
+            for pair in ((self.keys, new.k), (self.values, new.v))
+        )
+        return replace(new, k=k, v=v, plain_q=new.q, plain_k=k, starts=held[:, 0])
+
+    def _write(self, new: RoutedProblem) -> None:
+        """Store keys and values at each row's own positions."""
+        if self.values is None:
+            return
+        T = new.q.shape[2]
+        pairs = [(x, y) for x, y in ((self.keys, new.k), (self.plain_keys, new.plain_k), (self.values, new.v)) if x is not None]
+        if self.longest == 0 and not self.ring and self.slots >= T:  # what padding writes is overwritten before it is seen
+            for store, x in pairs:
+                store[:, :, :T] = x
+            return
+        step = torch.arange(T, device=new.q.device)
+        added = T if new.lengths is None else new.lengths[:, None]
+        positions = self.lengths[:, None] + step  # [B, T]
+        kept = (step < added) & (step >= added - self.slots)
+        slot = torch.where(kept, positions % self.slots, self.slots)
+        row = torch.arange(slot.shape[0], device=slot.device)[:, None]
+        for store, x in pairs:
+            store[row, :, slot] = x.transpose(1, 2)  # [B, T, Hkv, Dh]
+
+
+def _one_token(new: RoutedProblem) -> bool:
+    return new.q.shape[2] == 1 and new.lengths is None
+
+
+def _own_path(new: RoutedProblem, choice: Backend) -> bool:
+    """Whether `attend_one` computes it, and not a backend."""
+    return _one_token(new) and choice is Backend.AUTO
+
+
+def _check_tensor(name: str, x: object, dims: int | None = None) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name}: expected a tensor; got {type(x).__name__}")
+    if dims is not None and x.dim() != dims:
+        raise ValueError(f"{name}: expected {dims} dimensions [B, H, T, Dh]; got shape {tuple(x.shape)}")
+
+
+def _describe(experts: Iterable[object]) -> str:
+    return "(" + ", ".join(f"{e.name} {tuple(e.shape)}" if isinstance(e, Expert) else repr(e) for e in experts) + ")"
+
+
+class RoutedCache:
+    """The caches of all layers, which hold the same tokens."""
+
+    def __init__(self, layers: Sequence[LayerCache]):
+        if not layers:
+            raise ValueError("layers: expected at least one; got none")
+        self.layers = tuple(layers)
+
+    @classmethod
+    def build(
+        cls,
+        experts: Sequence[Sequence[Expert]],
+        batch: int,
+        capacity: int,
+        num_kv_heads: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "RoutedCache":
+        """An empty cache for `batch` sequences of at most `capacity` tokens; `experts` are those of each layer."""
+        return cls([LayerCache(e, batch, capacity, num_kv_heads, device=device, dtype=dtype) for e in experts])
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, layer: int) -> LayerCache:
+        return self.layers[layer]
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] tokens that every layer holds: the position of each row's next token, also while a pass is under way."""
+        return self.layers[-1].lengths
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row may hold."""
+        return self.layers[0].capacity
+
+    @property
+    def bytes(self) -> int:
+        """Size of everything held."""
+        return sum(layer.bytes for layer in self.layers)
+
+    def reset(self) -> None:
+        """Forget every token."""
+        for layer in self.layers:
+            layer.reset()
+
+    def reorder(self, index: Tensor) -> None:
+        """Row b becomes what row index[b] was (beam search); index int64 [B]."""
+        for layer in self.layers:
+            layer.reorder(index)

@@ -1,0 +1,83 @@
+"""One new token for each row of a batch, each with its own expert and its own length: only what a row sees is read.
+
+On CUDA `decode` does that; this is what serves the CPU, and CUDA where no kernel can: without Triton, in float64, for
+head sizes beyond 256, or with an expert of the user's that looks at keys.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bayes_router.attention.experts.contract import Expert
+from bayes_router.attention.experts.full import FullAttention
+from bayes_router.attention.experts.local import LocalAttention
+from bayes_router.attention.hard.problem import RoutedProblem
+
+
+def attend_one(held: RoutedProblem, slots: int, ring: bool) -> Tensor:
+    """[B, H, 1, Dh]: row b sees keys 0..starts[b], its own included; rows of experts `elsewhere` are zero.
+
+    The first `slots` slots of the store count; in a ring position p is in slot p mod slots. On CUDA, full and local experts
+    wait for nothing, but every slot is read; with any other expert the choices and lengths are read on the host.
+    """
+    if held.q.device.type == "cuda" and all(_reach(expert) is not None for _, expert in held.computed()):
+        return _masked(held, slots, ring)
+    return _grouped(held, slots)
+
+
+def _grouped(held: RoutedProblem, slots: int) -> Tensor:
+    """Rows with the same expert and the same number of keys in one call, on views of the store (few keys are copied)."""
+    assert held.starts is not None
+    out = torch.zeros_like(held.q)
+    taken, lengths = held.route[:, 0].tolist(), (held.starts + 1).tolist()
+    if len(set(taken)) == 1 and len(set(lengths)) == 1:
+        rows = [slice(0, len(taken))]
+    else:
+        rows = [slice(b, b + 1) for b in range(len(taken))]
+    for row in rows:
+        index, length = taken[row.start], lengths[row.start]
+        if index in held.elsewhere:
+            continue
+        expert = held.experts[index]
+        reach = _reach(expert)
+        first = 0 if reach is None else max(length - reach, 0)
+        q, k, v = held.inputs(expert)
+        k, v = (_stored(x[row], first, length, slots) for x in (k, v))
+        out[row] = expert(q[row], k, v) if reach is None else _softmax(q[row], k, v)
+    return out
+
+
+def _stored(x: Tensor, first: int, stop: int, slots: int) -> Tensor:
+    """Positions first .. stop - 1 of a store [B, Hkv, S, Dh], in a ring maybe in another order: softmax has none."""
+    start, end = first % slots, (stop - 1) % slots + 1
+    if stop - first >= slots:
+        return x[:, :, :slots]
+    return x[:, :, start:end] if start < end else torch.cat([x[:, :, start:slots], x[:, :, :end]], 2)
+
+
+def _softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """One query over all the keys given; queries that share a key head packed, [B, H, 1, Dh] -> [B, Hkv, G, Dh]."""
+    packed = q.unflatten(1, (k.shape[1], -1)).squeeze(3)
+    return F.scaled_dot_product_attention(packed, k, v, attn_mask=mask).flatten(1, 2).unsqueeze(2)
+
+
+def _masked(held: RoutedProblem, slots: int, ring: bool) -> Tensor:
+    """Static shapes and no synchronisation, at the price of reading every slot."""
+    assert held.starts is not None
+    last = held.starts[:, None]
+    age = last - torch.arange(slots, device=held.q.device)  # [B, S], tokens since the slot's own
+    age = torch.where(last < age % slots, -1, age % slots) if ring else age
+    seen = torch.zeros_like(age, dtype=torch.bool)
+    for index, expert in held.computed():
+        seen = seen | ((held.route == index) & (age >= 0) & (age < (_reach(expert) or 0)))  # [B, S]
+    computed = seen.any(-1, keepdim=True)
+    mask = (seen | ~computed)[:, None, None]  # [B, 1, 1, S]; a row that sees nothing would divide by zero
+    out = _softmax(held.q, held.k[:, :, :slots], held.v[:, :, :slots], mask)
+    return torch.where(computed[:, :, None, None], out, 0.0)
+
+
+def _reach(expert: Expert) -> int | None:
+    """How many keys back a softmax expert sees, itself included; None where only the expert itself knows."""
+    if type(expert) is FullAttention:
+        return 1 << 40
+    return expert.shape.window if type(expert) is LocalAttention else None

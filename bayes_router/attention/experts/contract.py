@@ -1,0 +1,112 @@
+"""What an attention expert is, and the registry by which a configuration names one.
+
+All experts of a layer share queries, keys, values and the output projection; an expert owns only what is its own.
+"""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from bayes_router.attention.shapes import ExpertShape, segments
+from bayes_router.checks import unknown
+
+
+class Expert(nn.Module):
+    """A causal attention mechanism over shared queries, keys and values.
+
+    A subclass defines `forward` and is registered by `@register_expert("name")`. Two class attributes describe it:
+
+    rotary: it takes queries and keys with rotary positions applied (else the plain ones).
+    stateful: it summarises its past in a state of constant size, and defines `init_state` and `extend_segment`. Otherwise
+        decoding calls `forward` with the new queries and all cached keys.
+
+    `cost_ratio` is its cost relative to full attention in the paper's units, and `flops_per_token` its arithmetic.
+    """
+
+    name: ClassVar[str] = ""
+    rotary: ClassVar[bool] = True
+    stateful: ClassVar[bool] = False
+    cost_ratio: ClassVar[float] = 1.0
+
+    def __init__(self, shape: ExpertShape):
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend: q [B, H, Tq, Dh], k, v [B, Hkv, Tk, Dh] -> [B, H, Tq, Dh]; the queries are the last Tq of Tk positions."""
+        raise NotImplementedError
+
+    def flops_per_token(self, context: int) -> float:
+        """Multiply-adds counted as two, averaged over the tokens of a causal pass over `context` tokens, all heads."""
+        raise NotImplementedError
+
+    def query_flops(self) -> float:
+        """Of `flops_per_token`, what a stateful expert does to a token's queries before they read its state, all heads."""
+        return 0.0
+
+    def keys_read(self, context: int) -> int:
+        """Cached keys that a decoding step reads at this context; an expert that keeps a state reads none."""
+        return 0 if self.stateful else context
+
+    def attend_rows(self, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor) -> Tensor:
+        """As `forward`, but only rows with `chosen` [B, Tq] bool need be right. Override it to offer a kernel of your own.
+
+        The dispatcher calls it for experts other than the built-in ones; the default computes every row.
+        """
+        out: Tensor = self(q, k, v)
+        return out
+
+    def init_state(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The state before the first token, for inputs of these shapes."""
+        raise NotImplementedError(f"expert {self.name!r} keeps no state")
+
+    def extend(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Attend over what `state` holds and then the new tokens; q, k, v of the new tokens only -> (output, new state)."""
+        parts = []
+        for a, b in segments(q.shape[2], q.device):
+            out, state = self.extend_segment(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], state)
+            parts.append(out)
+        return (torch.cat(parts, 2) if parts else torch.zeros_like(q)), state
+
+    def extend_segment(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """`extend` for at least one new token, and on a CPU for at most `SEGMENT`: what a stateful expert defines."""
+        raise NotImplementedError(f"expert {self.name!r} keeps no state")
+
+
+_REGISTRY: dict[str, type[Expert]] = {}
+
+
+def register_expert(name: str) -> Callable[[type[Expert]], type[Expert]]:
+    """Class decorator: configurations may name this expert from now on.
+
+    Raises:
+        ValueError: the name is taken by another class.
+    """
+
+    def register(cls: type[Expert]) -> type[Expert]:
+        known = _REGISTRY.get(name)
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            raise ValueError(f"register_expert: {name!r} is already {known.__module__}.{known.__qualname__}; take another name")
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return register
+
+
+def expert_class(name: str) -> type[Expert]:
+    """The class registered under `name`.
+
+    Raises:
+        ValueError: no such expert; the message lists those there are.
+    """
+    if name not in _REGISTRY:
+        raise unknown("expert", name, _REGISTRY)
+    return _REGISTRY[name]
+
+
+def expert_names() -> tuple[str, ...]:
+    """Every registered expert."""
+    return tuple(sorted(_REGISTRY))

@@ -1,0 +1,125 @@
+"""Gated linear attention: linear attention that forgets, at a rate that each key decides."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bayes_router.attention.experts.contract import Expert, register_expert
+from bayes_router.attention.kernels import capability
+from bayes_router.attention.kernels.eager import rows_linear
+from bayes_router.attention.kernels.eager.chunks import CHUNK, EPSILON, decayed_prefix
+from bayes_router.attention.kernels.triton import operators
+from bayes_router.attention.shapes import ExpertShape, repeat_heads, widen
+
+MOST_ROWS = 0.75  # share of the rows beyond which computing all of them is faster (CPU, T 1024 and 8192, H 8, Dh 64)
+
+
+@register_expert("gated")
+class GatedLinearAttention(Expert):
+    """phi(q_t) S_t / (phi(q_t) z_t) with S_t = a_t S_{t-1} + phi(k_t) v_t^T, z_t = a_t z_{t-1} + phi(k_t).
+
+    The gate a_t = sigmoid(w_h . k_t + b_h) in (0, 1) is one number a head, as in Mamba-2 (Dao and Gu 2024, arXiv 2405.21060)
+    and, per channel, in Yang et al. 2023 (arXiv 2312.06635); here it reads the shared key. phi(x) = softmax(s_h x), a
+    sharper map than elu + 1. Half of the heads start with memories of about 8 to 64 tokens, half of 128 to 1024.
+    """
+
+    rotary = False
+    stateful = True
+    cost_ratio = 0.15
+
+    def __init__(self, shape: ExpertShape):
+        super().__init__(shape)
+        heads, dim = shape.num_heads, shape.head_dim
+        self.gate = nn.Parameter(torch.zeros(heads, dim))
+        memory = torch.logspace(3, 10, heads, base=2.0)  # tokens
+        self.gate_bias = nn.Parameter(torch.log(memory))  # sigmoid(log m) = 1 - 1 / (m + 1)
+        self.log_scale = nn.Parameter(torch.zeros(heads))
+
+    def _features(self, x: Tensor) -> Tensor:
+        return (widen(x) * self.log_scale.exp()[:, None, None]).softmax(-1)
+
+    def _log_gate(self, k: Tensor) -> Tensor:
+        """The logarithms of the gates [B, H, T], of keys one a query head."""
+        return F.logsigmoid((widen(k) * self.gate[:, None]).sum(-1) + self.gate_bias[:, None])
+
+    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """phi(q) [B, H, Tq, Dh], phi(k) [B, H, Tk, Dh] and log a [B, H, Tk]: what the kernels take.
+
+        Features in the dtype of q, or bfloat16 for float16 (`kernels.capability.feature_dtype`).
+        """
+        if capability.computes(q, k):
+            return operators.features(q, k, self.gate, self.gate_bias, self.log_scale)
+        return self._plain_features(q, k)
+
+    def _plain_features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`features` without their kernel."""
+        k, kind = repeat_heads(k, q.shape[1]), capability.feature_dtype(q.dtype)
+        return self._features(q).to(kind), self._features(k).to(kind), self._log_gate(k)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `Expert.forward`."""
+        if capability.available(q, k, v):
+            phi_q, phi_k, log_gate = self.features(q, k)
+            return operators.linear_attention(phi_q, phi_k, v, log_gate)
+        past = k.shape[2] - q.shape[2]
+        if past == 0 or q.shape[2] == 0:
+            return self.extend(q, k[:, :, past:], v[:, :, past:], self.init_state(q, k, v))[0]
+        none = q[:, :, :1].expand(-1, -1, past, -1)  # the past needs its state alone
+        state = self.extend(none, k[:, :, :past], v[:, :, :past], self.init_state(q, k, v))[1]
+        return self.extend(q, k[:, :, past:], v[:, :, past:], state)[0]
+
+    def attend_rows(self, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor) -> Tensor:
+        """See `Expert.attend_rows`. On a CPU the state takes the keys up to the last chosen row, and those rows read it."""
+        if q.device.type != "cpu" or int(chosen.sum()) > MOST_ROWS * chosen.numel():  # elsewhere the host counts no rows
+            return super().attend_rows(q, k, v, chosen)
+        return torch.stack([self._rows(q[b], k[b], v[b], taken.nonzero()[:, 0]) for b, taken in enumerate(chosen)])
+
+    def _rows(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
+        """[H, Tq, Dh] of one sequence: the given rows, and zeros."""
+        out = q.new_zeros(q.shape[1], q.shape[0], q.shape[2])
+        if rows.numel():
+            found = [part for _, part in rows_linear.attend(q, k, v, rows, features=self._chunk)]
+            out = out.index_copy(0, rows, torch.cat(found).to(q.dtype))
+        return out.transpose(0, 1)
+
+    def _chunk(self, queries: Tensor, k: Tensor, v: Tensor) -> rows_linear.Features:
+        k, v = (repeat_heads(x[None], len(queries)) for x in (k, v))
+        phi_q, phi_k, values = (x[0].contiguous() for x in (self._features(queries[None]), self._features(k), widen(v)))
+        return rows_linear.Features(phi_q, phi_k, values, self._log_gate(k)[0])
+
+    def init_state(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Zeros [B, H, Dh, Dh + 1]: S and, in the last column, z."""
+        return torch.zeros(*q.shape[:2], k.shape[3], v.shape[3] + 1, device=k.device, dtype=widen(v[:, :, :0]).dtype)
+
+    def extend_segment(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Expert.extend_segment`."""
+        H, T = q.shape[1:3]
+        k, v = repeat_heads(k, H), repeat_heads(v, H)
+        chunk = min(CHUNK, T)
+        pad = -T % chunk
+        log_gate = self._log_gate(k)
+        phi_q, phi_k = self._features(q), self._features(k)
+        value = F.pad(widen(v), (0, 1), value=1.0)  # [B, H, T, Dh + 1]
+        if pad:  # padding keeps the state: gate 1, key 0
+            log_gate = F.pad(log_gate, (0, pad))
+            phi_q, phi_k, value = (F.pad(x, (0, 0, 0, pad)) for x in (phi_q, phi_k, value))
+        phi_q, phi_k, value = (x.unflatten(2, (-1, chunk)) for x in (phi_q, phi_k, value))  # [B, H, N, C, .]
+        decay = log_gate.unflatten(2, (-1, chunk)).cumsum(-1)  # [B, H, N, C], from the start of the chunk
+        before, after = self._states(phi_k, value, decay, state)
+        within = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).tril().exp().tril()  # [B, H, N, C, C], s <= t
+        summed = (phi_q * decay.exp().unsqueeze(-1)) @ before + (phi_q @ phi_k.transpose(-1, -2) * within) @ value
+        out = summed[..., :-1] / (summed[..., -1:] + EPSILON)
+        return out.flatten(2, 3)[:, :, :T].to(v.dtype), after
+
+    def _states(self, phi_k: Tensor, value: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """State before each chunk [B, H, N, Dh, Dh + 1], and after the last."""
+        total = decay[..., -1]  # [B, H, N]
+        update = (phi_k * (total.unsqueeze(-1) - decay).exp().unsqueeze(-1)).transpose(-1, -2) @ value
+        entries = torch.cat([state.unsqueeze(2), update], 2).flatten(-2)  # [B, H, N + 1, Dh (Dh + 1)], the past first
+        states = decayed_prefix(entries, F.pad(total, (1, 0))).unflatten(-1, state.shape[-2:])
+        return states[:, :, :-1], states[:, :, -1]
+
+    def flops_per_token(self, context: int) -> float:
+        """As linear attention, and 2 Dh for the gate of each head."""
+        dim = self.shape.head_dim
+        return self.shape.num_heads * (4 * dim * (dim + 1) + 2 * dim)

@@ -1,0 +1,78 @@
+"""Linear (kernel) attention: the past is a sum of outer products, so a token costs the same at any position."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bayes_router.attention.experts.contract import Expert, register_expert
+from bayes_router.attention.kernels import capability
+from bayes_router.attention.kernels.eager.chunks import CHUNK, EPSILON, feature_map, in_chunks, with_ones
+from bayes_router.attention.kernels.triton import operators
+from bayes_router.attention.shapes import repeat_heads, widen
+
+
+@register_expert("linear")
+class LinearAttention(Expert):
+    """phi(q_t) S_t / (phi(q_t) z_t), S_t = sum_{s<=t} phi(k_s) v_s^T, z_t = sum_{s<=t} phi(k_s); phi = elu + 1.
+
+    Work and memory O(T): inside a chunk the masked product, between chunks the running state. Katharopoulos et al. 2020
+    (arXiv 2006.16236), eqs. 8-12. It takes plain queries and keys: phi of rotated ones no longer depends on their distance
+    alone. The state [B, Hkv, Dh, Dh + 1] is float32 and holds S and, in its last column, z.
+    """
+
+    rotary = False
+    stateful = True
+    cost_ratio = 0.15
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `Expert.forward`."""
+        if capability.available(q, k, v):
+            return operators.linear_attention(q, k, v)
+        past = k.shape[2] - q.shape[2]
+        state = self.init_state(q, k, v)
+        if past:
+            phi_past = feature_map(widen(k[:, :, :past]))
+            state = state + phi_past.transpose(-1, -2) @ with_ones(widen(v[:, :, :past]))
+        return self.extend(q, k[:, :, past:], v[:, :, past:], state)[0]
+
+    def init_state(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Zeros [B, Hkv, Dh, Dh + 1]."""
+        return torch.zeros(*k.shape[:2], k.shape[3], v.shape[3] + 1, device=k.device, dtype=widen(v[:, :, :0]).dtype)
+
+    def extend_segment(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Expert.extend_segment`."""
+        H, T = q.shape[1:3]
+        if T == 1:
+            return _step(q, k, v, state)
+        chunk = min(CHUNK, T)
+        pad = -T % chunk
+        q, k, v = (F.pad(x, (0, 0, 0, pad)) if pad else x for x in (q, k, v))
+        phi_q = in_chunks(feature_map(widen(q)), chunk)  # [B, H, N, C, Dh]
+        phi_k = in_chunks(feature_map(widen(k)), chunk)  # [B, Hkv, N, C, Dh]
+        if pad:  # padding must not enter the state
+            phi_k = phi_k * (torch.arange(T + pad, device=q.device) < T).view(-1, chunk, 1)
+        value = in_chunks(with_ones(widen(v)), chunk)  # [B, Hkv, N, C, Dh + 1]
+
+        update = phi_k.transpose(-1, -2) @ value  # [B, Hkv, N, Dh, Dh + 1], what each chunk adds
+        running = torch.cat([state.unsqueeze(2), update], 2).cumsum(2)
+        before, after = running[:, :, :-1], running[:, :, -1]
+
+        phi_k, value, before = (repeat_heads(x, H) for x in (phi_k, value, before))
+        scores = (phi_q @ phi_k.transpose(-1, -2)).tril()  # [B, H, N, C, C]
+        summed = phi_q @ before + scores @ value  # [B, H, N, C, Dh + 1]
+        out = summed[..., :-1] / (summed[..., -1:] + EPSILON)
+        return out.flatten(2, 3)[:, :, :T].to(v.dtype), after
+
+    def flops_per_token(self, context: int) -> float:
+        """Update and read of the state [Dh, Dh + 1] of each head: 2 Dh (Dh + 1) multiply-adds."""
+        dim = self.shape.head_dim
+        return 4 * self.shape.num_heads * dim * (dim + 1)
+
+
+def _step(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One token: the state with its outer product added, then read."""
+    state = state + feature_map(widen(k)).transpose(-1, -2) * with_ones(widen(v))  # [B, Hkv, Dh, Dh + 1]
+    phi_q = feature_map(widen(q)).unflatten(1, (k.shape[1], -1)).squeeze(3)  # [B, Hkv, G, Dh]
+    summed = phi_q @ state  # [B, Hkv, G, Dh + 1]
+    out = summed[..., :-1] / (summed[..., -1:] + EPSILON)
+    return out.flatten(1, 2).unsqueeze(2).to(v.dtype), state

@@ -1,0 +1,1 @@
+"""Hard routing: one expert a token, computed by a backend."""

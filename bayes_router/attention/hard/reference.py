@@ -1,0 +1,30 @@
+"""The oracle: each expert as its formula, token by token, in float64. Slow on purpose; tests compare everything with it."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bayes_router.attention.shapes import repeat_heads
+
+
+def visible(num_queries: int, num_keys: int, window: int | None = None, sinks: int = 0) -> Tensor:
+    """[Tq, Tk] bool: query t (the last Tq of Tk positions) sees key s if s <= t, and t - s < window or s < sinks."""
+    t = torch.arange(num_keys - num_queries, num_keys)[:, None]
+    s = torch.arange(num_keys)[None]
+    return (s <= t) & ((t - s < (window or num_keys + 1)) | (s < sinks))
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, sinks: int = 0) -> Tensor:
+    """softmax(q k^T / sqrt(Dh)) v over visible keys; q [B, H, Tq, Dh], k and v [B, Hkv, Tk, Dh] -> [B, H, Tq, Dh]."""
+    k, v = (repeat_heads(x, q.shape[1]).double() for x in (k, v))
+    scores = q.double() @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    mask = visible(q.shape[2], k.shape[2], window, sinks).to(q.device)
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, epsilon: float = 1e-6) -> Tensor:
+    """sum_s phi(q_t) phi(k_s) v_s / (sum_s phi(q_t) phi(k_s) + epsilon) over s <= t, phi = elu + 1; shapes as above."""
+    k, v = (repeat_heads(x, q.shape[1]).double() for x in (k, v))
+    phi_q, phi_k = F.elu(q.double()) + 1, F.elu(k) + 1
+    weights = (phi_q @ phi_k.transpose(-1, -2)).masked_fill(~visible(q.shape[2], k.shape[2]).to(q.device), 0.0)
+    return weights @ v / (weights.sum(-1, keepdim=True) + epsilon)

@@ -1,0 +1,158 @@
+"""Hard routing in plain torch: the queries of each expert gathered by position, in tiles. Any device; made for the CPU.
+
+One sequence at a time, q [H, Tq, Dh], k and v [Hkv, Tk, Dh], the queries the last Tq of Tk positions; `rows` are ascending
+indices of queries. Queries that share a key head are packed side by side, so that keys are never repeated. Nothing is T x T:
+the widest mask is ROWS x T. It reads counts on the host, which synchronises on CUDA.
+
+For the backward pass only the inputs, the output, and softmax normalisers or segment states are kept; it takes the same tiles
+again one by one and adds to one gradient of each input.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from bayes_router.attention.experts.contract import Expert
+from bayes_router.attention.experts.linear import LinearAttention
+from bayes_router.attention.experts.local import LocalAttention
+from bayes_router.attention.hard.problem import BUILT_IN, RoutedProblem
+from bayes_router.attention.kernels.eager import rows_linear
+from bayes_router.attention.kernels.eager.rows_linear import take
+from bayes_router.attention.kernels.eager.rows_softmax import softmax_rows, softmax_rows_backward
+from bayes_router.attention.shapes import ExpertShape, widen
+
+
+class Group(NamedTuple):
+    """Queries of one sequence that are computed together."""
+
+    expert: Expert
+    local: ExpertShape | None  # window and sinks, where they hide something
+    rows: Tensor  # [n]
+
+
+class Kept(NamedTuple):
+    """What the backward pass needs of them."""
+
+    group: Group
+    notes: Any  # normalisers [H, n] of softmax, states of linear attention
+
+
+def attend(problem: RoutedProblem) -> Tensor:
+    """The backend `torch`: [B, H, Tq, Dh]."""
+    if problem.needs_grad and any(x.requires_grad for x in (problem.q, problem.k, problem.v, problem.plain_q, problem.plain_k)):
+        plain_q = None if problem.plain_q is problem.q else problem.plain_q
+        plain_k = None if problem.plain_k is problem.k else problem.plain_k
+        out: Tensor = _Rows.apply(problem, problem.q, problem.k, problem.v, plain_q, plain_k)
+    else:
+        out = _forward(problem, None)
+    for index, expert in problem.computed():
+        if type(expert) not in BUILT_IN:
+            out = _own_rows(problem, index, expert, out)
+    return out
+
+
+def _own_rows(problem: RoutedProblem, index: int, expert: Expert, out: Tensor) -> Tensor:
+    """`out` with the rows of an expert that is not built in: it may compute anything, and answers for its own rows."""
+    parts = []
+    for b, one in enumerate(problem.sequences()):
+        chosen = one.route == index
+        part = out[b : b + 1]
+        if chosen.any():
+            rows = F.pad(expert.attend_rows(*one.inputs(expert), chosen), (0, 0, 0, part.shape[2] - chosen.shape[1]))
+            part = torch.where(F.pad(chosen, (0, part.shape[2] - chosen.shape[1]))[:, None, :, None], rows, part)
+        parts.append(part)
+    return torch.cat(parts) if parts else out
+
+
+def _groups(one: RoutedProblem) -> Iterator[Group]:
+    """The built-in experts that some token took; those that compute the same, as local attention in a short text, are one."""
+    kinds: dict[tuple[bool, ExpertShape | None], list[int]] = {}
+    for index, expert in one.computed():
+        if type(expert) in BUILT_IN:
+            hides = type(expert) is LocalAttention and expert.shape.window < one.k.shape[2]
+            kinds.setdefault((type(expert) is LinearAttention, expert.shape if hides else None), []).append(index)
+    route = one.route[0]
+    for (_, local), (index, *others) in kinds.items():
+        chosen = route == index
+        for other in others:
+            chosen |= route == other
+        rows = chosen.nonzero()[:, 0]
+        if rows.numel():
+            yield Group(one.experts[index], local, rows)
+
+
+def _forward(problem: RoutedProblem, kept: list[list[Kept]] | None) -> Tensor:
+    """Rows of the built-in experts, zero elsewhere; what the backward pass needs is appended to `kept`, one list a sequence."""
+    B, H, Tq, Dh = problem.q.shape
+    out = problem.q.new_zeros(B, Tq, H, Dh)
+    for b, one in enumerate(problem.sequences()):
+        mine = []
+        for group in _groups(one):
+            expert, local, rows = group
+            if kept is None and rows.numel() == one.route.numel():  # nothing to gather
+                out[b, : rows.numel()] = expert(*one.inputs(expert))[0].transpose(0, 1)
+                continue
+            q, k, v = (x[0] for x in one.inputs(expert))
+            notes: Any
+            if type(expert) is LinearAttention:
+                notes = None if kept is None else []
+                for here, part in rows_linear.attend(q, k, v, rows, notes):
+                    out[b].index_copy_(0, rows[here], part.to(out.dtype))
+            else:
+                part, notes = softmax_rows(take(q, rows), k, v, rows + (k.shape[1] - q.shape[1]), local)
+                out[b].index_copy_(0, rows, part.transpose(0, 1))
+            mine.append(Kept(group, notes))
+        if kept is not None:
+            kept.append(mine)
+    return out.transpose(1, 2)
+
+
+class _Rows(torch.autograd.Function):
+    """`_forward` with its backward pass; plain_q and plain_k are None where they are q and k."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, problem: RoutedProblem, q: Tensor, k: Tensor, v: Tensor, plain_q: Tensor | None, plain_k: Tensor | None
+    ) -> Tensor:
+        kept: list[list[Kept]] = []
+        out = _forward(problem, kept)
+        ctx.save_for_backward(q, k, v, plain_q, plain_k, out)
+        none = torch.empty(0)  # the tensors are saved apart, once
+        ctx.problem = replace(problem, q=none, k=none, v=none, plain_q=none, plain_k=none)
+        ctx.kept = kept
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, plain_q, plain_k, out = ctx.saved_tensors
+        problem = replace(
+            ctx.problem, q=q, k=k, v=v, plain_q=q if plain_q is None else plain_q, plain_k=k if plain_k is None else plain_k
+        )
+        dq, dk, dv = (torch.zeros_like(x, dtype=widen(x[:0]).dtype) for x in (q, k, v))
+        dplain_q = dq if plain_q is None else torch.zeros_like(plain_q, dtype=dq.dtype)
+        dplain_k = dk if plain_k is None else torch.zeros_like(plain_k, dtype=dk.dtype)
+        for b, one in enumerate(problem.sequences()):
+            queries, keys = slice(0, one.q.shape[2]), slice(0, one.k.shape[2])
+            for (expert, local, rows), notes in ctx.kept[b]:
+                to_q, to_k = (dq, dk) if expert.rotary else (dplain_q, dplain_k)
+                targets = to_q[b, :, queries], to_k[b, :, keys], dv[b, :, keys]
+                x, key, value = (x[0] for x in one.inputs(expert))
+                sides = x, key, value, rows, notes, out[b], gradients[0][b]
+                if type(expert) is LinearAttention:
+                    rows_linear.backward(*sides, *targets)
+                else:
+                    softmax_rows_backward(*sides, local, *targets)
+        return (
+            None,
+            dq.to(q.dtype),
+            dk.to(k.dtype),
+            dv.to(v.dtype),
+            None if plain_q is None else dplain_q.to(q.dtype),
+            None if plain_k is None else dplain_k.to(k.dtype),
+        )

@@ -1,0 +1,1 @@
+"""Kernels: functions of tensors, eager and Triton; they know no expert."""

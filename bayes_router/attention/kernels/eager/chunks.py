@@ -1,0 +1,41 @@
+"""Linear attention in chunks: feature map, values with their normaliser, and states under decay."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+CHUNK = 64
+EPSILON = 1e-6
+
+
+def feature_map(x: Tensor) -> Tensor:
+    """elu(x) + 1 > 0 (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 7)."""
+    return F.elu(x).add_(1)  # in place: a pass over memory less
+
+
+def with_ones(v: Tensor) -> Tensor:
+    """[..., Dh] -> [..., Dh + 1]: with a column of ones, numerator and normaliser are one product."""
+    return F.pad(v, (0, 1), value=1.0)
+
+
+def in_chunks(x: Tensor, chunk: int) -> Tensor:
+    """[B, H, N * C, D] -> [B, H, N, C, D]."""
+    return x.unflatten(2, (-1, chunk))
+
+
+def decayed_prefix(entries: Tensor, log_decay: Tensor) -> Tensor:
+    """P_n = exp(log_decay_n) P_{n-1} + entries_n, for entries [..., N, M] and log_decay [..., N] <= 0; O(N) work.
+
+    A short run is one product with a triangle of decays; a longer one is cut into blocks, whose ends are such a run again.
+    """
+    length = log_decay.shape[-1]
+    if length <= CHUNK:
+        elapsed = log_decay.cumsum(-1)
+        return (elapsed.unsqueeze(-1) - elapsed.unsqueeze(-2)).tril().exp().tril() @ entries
+    pad = -length % CHUNK
+    blocks = F.pad(entries, (0, 0, 0, pad)).unflatten(-2, (-1, CHUNK))  # [..., K, C, M]
+    decays = F.pad(log_decay, (0, pad)).unflatten(-1, (-1, CHUNK))  # [..., K, C]
+    inner = decayed_prefix(blocks, decays)
+    ends = decayed_prefix(inner[..., -1, :], decays.sum(-1))  # [..., K, M], after each block
+    carried = F.pad(ends[..., :-1, :], (0, 0, 1, 0)).unsqueeze(-2)  # before each block
+    out = inner + decays.cumsum(-1).exp().unsqueeze(-1) * carried
+    return out.flatten(-3, -2)[..., :length, :]

@@ -1,0 +1,149 @@
+"""What the launches of a forward and backward pass share: tile sizes, the call's facts, scratch, joining kernels."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from bayes_router.attention.kernels.triton import forward
+from bayes_router.attention.kernels.triton.launch import launch
+from bayes_router.attention.kernels.triton.plan import Plan, Schedule
+
+LOG2_E = 1.4426950408889634
+Sizes = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tile sizes, warps and pipeline stages of each kernel; `full_dq` shares the work items, hence BM, of `full`."""
+
+    full: Sizes
+    local: Sizes
+    linear: Sizes
+    chunk: Sizes
+    full_dq: Sizes
+    local_dq: Sizes
+    linear_dq: Sizes
+    dkv: Sizes
+    linear_dkv: Sizes
+    per_sm: int  # resident programs of the full kernel on a multiprocessor
+    per_sm_dq: int
+
+
+def _sizes(rows: int, keys: int, warps: int, stages: int, registers: int | None = None) -> Sizes:
+    sizes = {"BM": rows, "BN": keys, "num_warps": warps, "num_stages": stages}
+    return sizes if registers is None else {**sizes, "maxnreg": registers}  # fewer registers, more resident programs
+
+
+def tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
+    """What measured fastest on an H100; float32 takes small tiles, its products are not tensor-core ones."""
+    if dtype == torch.float32:
+        small = _sizes(32, 32, 4, 1)
+        return Tiles(small, small, small, small, small, small, small, small, small, 2, 2)
+    deep, shallow = _sizes(64, 64, 4, 3), _sizes(64, 64, 4, 2)
+    if head_dim > 128:  # shared memory ends here: one stage, and a state's rows over twice the threads
+        tile = _sizes(64, 32, 8, 1)
+        low = _sizes(32, 32, 8, 1)
+        return Tiles(_sizes(64, 64, 8, 2), tile, tile, tile, tile, tile, tile, low, low, 1, 1)
+    if head_dim > 64:
+        pair = _sizes(32, 64, 4, 2)
+        return Tiles(deep, deep, shallow, shallow, shallow, shallow, shallow, pair, pair, 2, 2)
+    return Tiles(
+        full=_sizes(64, 64, 4, 3, 168),
+        local=deep,
+        linear=_sizes(64, 64, 4, 2, 128),
+        chunk=deep,
+        full_dq=deep,
+        local_dq=deep,
+        linear_dq=deep,
+        dkv=_sizes(32, 128, 4, 2),
+        linear_dkv=_sizes(32, 64, 4, 1),
+        per_sm=3,
+        per_sm_dq=2,
+    )
+
+
+class Rows(NamedTuple):
+    """The queries that a kernel takes: those of its kind in a plan, or every one (`sorted` False: the tables are not read)."""
+
+    order: Tensor
+    before: Tensor
+    sorted: bool = True
+
+    @property
+    def steps(self) -> int:
+        """Entries of `before` up to its last."""
+        return self.before.shape[2] - 1
+
+
+@dataclass(frozen=True)
+class Call:
+    """What every launch of one pass needs beside the tensors."""
+
+    plan: Plan
+    schedule: Schedule
+    native: tuple[int, int, int]
+    window: int
+    sinks: int
+    scale: float  # 1 / sqrt(Dh) of the unpadded head size, times log2(e)
+    starts: Tensor | None
+    start: int
+    covered: bool  # every row is written by one of the kernels
+    tiles: Tiles
+    programs: int
+
+    @property
+    def rows(self) -> Rows:
+        """The plan as kernels take it."""
+        return Rows(self.plan.order, self.plan.before)
+
+
+def combine(call: Call, partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor, block: int, add: bool) -> None:
+    """Join the partial results of split blocks of full attention, or sum them if `add`."""
+    (B, H, T, D), (plan, schedule) = out.shape, (call.plan, call.schedule)
+    if schedule.slots:
+        rows = 32
+        launch(
+            forward.combine_kernel, (H, min(triton.cdiv(T, rows), 64), B),
+            partial, partial_lse, out, lse, plan.order, plan.before, schedule.parts, *strides(out), H, T,
+            plan.before.shape[2] - 1, schedule.parts.shape[1], S=schedule.parts.shape[2] - 1, BM=block, ROWS=rows, D=D, SUM=add,
+        )  # fmt: skip
+
+
+def partials(schedule: Schedule, block: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Scratch for the results of split blocks: values and normalisers."""
+    slots = max(schedule.slots * like.shape[1], 1)
+    values = torch.empty(slots, block, like.shape[3], device=like.device, dtype=like.dtype)
+    return values, torch.empty(slots, block, device=like.device, dtype=torch.float32)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has; 1 for tensors that the interpreter runs on the CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def empty(like: Tensor, covered: bool) -> Tensor:
+    """Memory for rows that the kernels will all write, or else zeros."""
+    return torch.empty_like(like) if covered else torch.zeros_like(like)
+
+
+def precision(x: Tensor) -> str:
+    """Of products of float32; halves ignore it."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+def strides(*xs: Tensor) -> list[int]:
+    """Of batch, head and token of each; the last dimension is contiguous."""
+    return [stride for x in xs for stride in x.stride()[:3]]
+
+
+def head_size(dim: int) -> int:
+    """The head size that the kernels take: a power of two, at least 16."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def chunk_size(num_keys: int) -> int:
+    """Tokens between two kept states: short enough for the reads, long enough that states take less memory than keys."""
+    return 64 if num_keys <= 1024 else 128 if num_keys <= 8192 else 256

@@ -1,0 +1,251 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+"""One decoding step of a batch on the GPU in two launches, with static shapes and no host synchronisation.
+
+Each row reads only what its own expert sees: the keys of a row on `full` or `local` are cut into SPLITS stretches, one program
+each, whose partial results a second kernel joins. One more program a key head adds the new token to the linear state and, on
+`linear`, reads it; one more a query head does so with the gated state. The new key and value are stored on the way.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bayes_router.attention.kernels.triton.call import LOG2_E, head_size, precision
+from bayes_router.attention.kernels.triton.forward import EPSILON, HIDDEN, phi
+from bayes_router.attention.kernels.triton.launch import launch
+
+MIN_KEYS = 512  # in a stretch, at least
+PROGRAMS = 16384  # about as many as are launched
+STATE_ENTRIES = 4096  # of a state that a program holds at a time: more would cost the other programs their registers
+
+
+class GatedStep(NamedTuple):
+    """The gated expert of a decoding step.
+
+    Attributes:
+        number: its own among the experts.
+        state: [B, H, Dh, Dh + 1] float32, advanced in place.
+        gate: [H, Dh] and bias, log_scale [H]: the parameters of `GatedLinearAttention`.
+        bias: see gate.
+        log_scale: see gate.
+    """
+
+    number: int
+    state: Tensor
+    gate: Tensor
+    bias: Tensor
+    log_scale: Tensor
+
+
+@triton.jit
+def _visible(route, length, full, local, window):
+    """First stored key that the row sees, and whether it sees any: keys first .. length - 1, besides the new one."""
+    on_local = route == local
+    return tl.where(on_local, tl.maximum(length - window + 1, 0), 0), on_local | (route == full)
+
+
+@triton.jit
+def _softmax(x, scale):
+    """softmax(scale x) of a vector; -inf past its end."""
+    y = tl.exp((x - tl.max(x, 0)) * scale)
+    return y / tl.sum(y, 0)
+
+
+@triton.jit
+def _step_state(
+    State, Value, PlainQ, Out, feature, keep, scale, q_h, heads, taken,
+    GATED: tl.constexpr, DIM: tl.constexpr, BC: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """State <- keep State + feature [value, 1]^T, BC columns at a time; where `taken`, what `heads` queries read of it."""
+    d = tl.arange(0, D)
+    real = d < DIM
+    rows = State + d * (DIM + 1)
+    z = tl.load(rows + DIM, mask=real, other=0.0) * keep + feature
+    tl.store(rows + DIM, z, mask=real)
+    for first in range(0, D, BC):
+        c = first + tl.arange(0, BC)
+        inside = c < DIM
+        both = real[:, None] & inside[None, :]
+        value = tl.load(Value + c, mask=inside, other=0.0).to(tl.float32)
+        s = tl.load(rows[:, None] + c[None, :], mask=both, other=0.0) * keep + feature[:, None] * value[None, :]
+        tl.store(rows[:, None] + c[None, :], s, mask=both)
+        if taken:
+            for j in range(heads):
+                x = tl.load(PlainQ + j * q_h + d, mask=real, other=-float("inf")).to(tl.float32)
+                query = _softmax(x, scale) if GATED else phi(x)
+                out = tl.sum(query[:, None] * s, 0) / (tl.sum(query * z, 0) + EPSILON)
+                tl.store(Out + j * DIM + c, out.to(Out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def decode_kernel(
+    Q, NewK, NewV, PlainQ, PlainK, Keys, Values, LinearState, GatedState, Gate, Bias, LogScale, Route, Lengths, Out,
+    Partial, PartialLse,
+    q_b, q_h, k_b, k_h, v_b, v_h, pq_b, pq_h, pk_b, pk_h, s_b, s_h, s_t, r_b,
+    H, GROUP, slots, full, linear, local, gated, window, scale,
+    SPLITS: tl.constexpr, LINEAR: tl.constexpr, GATED: tl.constexpr, STORE: tl.constexpr, RING: tl.constexpr,
+    ROWS: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (part, key head, row of the batch): the parts are SPLITS stretches, the linear state, GROUP gated states."""
+    part, hk, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    route = tl.load(Route + b * r_b)
+    d, g = tl.arange(0, D), tl.arange(0, ROWS)
+    real = d < DIM
+    if part < SPLITS:
+        length = tl.load(Lengths + b).to(tl.int32)
+        first, any_key = _visible(route, length, full, local, window)
+        v_new = tl.load(NewV + b * v_b + hk * v_h + d, mask=real, other=0.0)
+        k_new = tl.load(NewK + b * k_b + hk * k_h + d, mask=real, other=0.0)
+        row_k, row_v = Keys + b * s_b + hk * s_h, Values + b * s_b + hk * s_h
+        if STORE and part == 0:
+            slot = length % slots if RING else length
+            tl.store(row_k + slot.to(tl.int64) * s_t + d, k_new, mask=real)
+            tl.store(row_v + slot.to(tl.int64) * s_t + d, v_new, mask=real)
+        h = hk * GROUP + g
+        mine = g < GROUP
+        span = ((length - first + SPLITS - 1) // SPLITS + BN - 1) // BN * BN
+        lo = first + part * span
+        hi = tl.minimum(lo + span, length)
+        if any_key & ((lo < hi) | (part == 0)):
+            q = tl.load(Q + b * q_b + h[:, None] * q_h + d[None, :], mask=mine[:, None] & real[None, :], other=0.0)
+            m = tl.full([ROWS], HIDDEN, tl.float32)
+            norm = tl.zeros([ROWS], tl.float32)
+            acc = tl.zeros([ROWS, D], tl.float32)
+            if part == 0:  # the new token sees itself
+                m = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * scale
+                norm += 1.0
+                acc += v_new.to(tl.float32)[None, :]
+            for n0 in range(lo, hi, BN):
+                n = n0 + tl.arange(0, BN)
+                inside = n < hi
+                there = inside[:, None] & real[None, :]
+                at = (n % slots if RING else n)[:, None].to(tl.int64) * s_t + d[None, :]
+                k = tl.load(row_k + at, mask=there, other=0.0)
+                v = tl.load(row_v + at, mask=there, other=0.0)
+                x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+                x = tl.where(inside[None, :], x, -float("inf"))
+                m_new = tl.maximum(m, tl.max(x, 1))
+                p = tl.exp2(x - m_new[:, None])
+                alpha = tl.exp2(m - m_new)
+                norm = norm * alpha + tl.sum(p, 1)
+                acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+                m = m_new
+            at_part = (b * H + h) * SPLITS + part
+            tl.store(Partial + at_part[:, None] * D + d[None, :], acc / norm[:, None], mask=mine[:, None])
+            tl.store(PartialLse + at_part, m + tl.log2(norm), mask=mine)
+    else:
+        k_plain = tl.load(PlainK + b * pk_b + hk * pk_h + d, mask=real, other=-float("inf")).to(tl.float32)
+        Value = NewV + b * v_b + hk * v_h
+        if LINEAR and part == SPLITS:
+            h = hk * GROUP
+            _step_state(
+                LinearState + (b * (H // GROUP) + hk) * DIM * (DIM + 1), Value, PlainQ + b * pq_b + h * pq_h,
+                Out + (b * H + h) * DIM, phi(k_plain), 1.0, 1.0, pq_h, GROUP, route == linear, False, DIM, BC, D,
+            )  # fmt: skip
+        if GATED and part >= SPLITS + LINEAR:
+            h = hk * GROUP + part - SPLITS - LINEAR
+            sharpness = tl.exp(tl.load(LogScale + h).to(tl.float32))
+            gate = tl.load(Gate + h * DIM + d, mask=real, other=0.0).to(tl.float32)
+            logit = tl.sum(tl.where(real, k_plain, 0.0) * gate, 0) + tl.load(Bias + h).to(tl.float32)
+            _step_state(
+                GatedState + (b * H + h) * DIM * (DIM + 1), Value, PlainQ + b * pq_b + h * pq_h,
+                Out + (b * H + h) * DIM, _softmax(k_plain, sharpness), 1.0 / (1.0 + tl.exp(-logit)), sharpness, pq_h, 1,
+                route == gated, True, DIM, BC, D,
+            )  # fmt: skip
+
+
+@triton.jit(debug=True)  # keeps the assertions, which stand here as debugging would slow the loop over keys
+def join_kernel(
+    Partial, PartialLse, Route, Lengths, Out, r_b, H, room, num_experts, full, local, window,
+    SPLITS: tl.constexpr, BN: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Join the stretches of one row and head. A route out of range or a row without room must not pass silently."""
+    h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    length, route = tl.load(Lengths + b).to(tl.int32), tl.load(Route + b * r_b)
+    tl.device_assert((route >= 0) & (route < num_experts), "route out of range")
+    tl.device_assert(length < room, "the cache is full")
+    first, any_key = _visible(route, length, full, local, window)
+    if any_key:
+        span = ((length - first + SPLITS - 1) // SPLITS + BN - 1) // BN * BN
+        split, d = tl.arange(0, SPLITS), tl.arange(0, D)
+        used = (split == 0) | (first + split * span < length)
+        at = (b * H + h) * SPLITS + split
+        lse = tl.load(PartialLse + at, mask=used, other=-float("inf"))
+        value = tl.load(Partial + at[:, None] * D + d[None, :], mask=used[:, None], other=0.0)
+        weight = tl.exp2(lse - tl.max(lse, 0))
+        out = tl.sum(value * weight[:, None], 0) / tl.sum(weight, 0)
+        tl.store(Out + (b * H + h) * DIM + d, out.to(Out.dtype.element_ty), mask=d < DIM)
+
+
+def decode_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plain_q: Tensor,
+    plain_k: Tensor,
+    keys: Tensor | None,
+    values: Tensor | None,
+    state: Tensor | None,
+    route: Tensor,
+    lengths: Tensor,
+    native: tuple[int, int, int],
+    window: int,
+    *,
+    gated: GatedStep | None = None,
+    num_experts: int = 2**31 - 1,
+    slots: int | None = None,
+    ring: bool = False,
+) -> Tensor:
+    """Append one token to each row and attend: [B, H, 1, Dh]. Rows of experts that are not named here are not written.
+
+    Args:
+        q: [B, H, 1, Dh]; k, v, plain_q and plain_k likewise, of the new token; the last dimension contiguous.
+        k: see q.
+        v: see q.
+        plain_q: see q.
+        plain_k: see q.
+        keys: the store [B, Hkv, S, Dh], written at `lengths`; None where no expert looks at keys.
+        values: as keys, with its strides.
+        state: the linear state [B, Hkv, Dh, Dh + 1] float32, advanced in place; None where no expert is linear.
+        route: [B, 1]; one that is not in 0 .. num_experts - 1 is a device-side assertion.
+        lengths: [B] tokens stored.
+        native: indices of full, linear and local among the experts, -1 where absent.
+        window: of the local expert.
+        gated: the gated expert, if there is one.
+        num_experts: how many a route chooses from.
+        slots: of the store, those in use: a row that is longer is a device-side assertion; default S.
+        ring: position p is in slot p mod slots, and no expert looks further back than that.
+    """
+    (B, H, _, dim), Hkv = q.shape, k.shape[1]
+    stored = keys if keys is not None and values is not None else k
+    slots = stored.shape[2] if slots is None else slots
+    splits = 1
+    while splits * 2 <= min(64, stored.shape[2] // MIN_KEYS, max(PROGRAMS // max(B * Hkv, 1), 1)):
+        splits *= 2
+    D, group = head_size(dim), H // Hkv
+    out = torch.empty(B, H, 1, dim, device=q.device, dtype=q.dtype)
+    partial = torch.empty(B, H, splits, D, device=q.device, dtype=torch.float32)
+    partial_lse = torch.empty(B, H, splits, device=q.device, dtype=torch.float32)
+    none = GatedStep(-1, partial, partial, partial, partial)  # never read
+    number, gated_state, gate, bias, log_scale = none if gated is None else gated
+    full, linear, local = native
+    strides = [s for x in (q, k, v, plain_q, plain_k) for s in x.stride()[:2]]
+    fixed = {"SPLITS": splits, "BN": 64 if D <= 64 else 32, "DIM": dim, "D": D}
+    launch(
+        decode_kernel, (splits + (state is not None) + group * (gated is not None), Hkv, B),
+        q, k, v, plain_q, plain_k, stored, stored if values is None else values, partial if state is None else state,
+        gated_state, gate, bias, log_scale, route, lengths, out, partial, partial_lse, *strides, *stored.stride()[:3],
+        route.stride(0), H, group, slots, full, linear, local, number, window, LOG2_E / dim**0.5,
+        LINEAR=state is not None, GATED=gated is not None, STORE=keys is not None, RING=ring,
+        ROWS=max(16, triton.next_power_of_2(group)), BC=min(D, STATE_ENTRIES // D), PRECISION=precision(q),
+        num_warps=4, num_stages=3, **fixed,
+    )  # fmt: skip
+    launch(
+        join_kernel, (H, B),
+        partial, partial_lse, route, lengths, out, route.stride(0), H, slots if keys is not None and not ring else 2**31 - 1,
+        num_experts, full, local, window, num_warps=4, **fixed,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,69 @@
+"""The routed backward pass: launches the kernels of `backward`."""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from bayes_router.attention.kernels.triton import backward as kernels
+from bayes_router.attention.kernels.triton.call import Call, combine, empty, multiprocessors, partials, precision, strides
+from bayes_router.attention.kernels.triton.launch import launch
+from bayes_router.attention.kernels.triton.launch_linear import linear_backward
+
+
+def backward(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, plain_q: Tensor, plain_k: Tensor, out: Tensor, lse: Tensor,
+    decay: Tensor | None, state: list[Tensor], dout: Tensor,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of (q, k, v, plain_q, plain_k, log_gate)."""
+    B, H, T, D = q.shape
+    shared_q = plain_q.data_ptr() == q.data_ptr()
+    rows, group = call.rows, H // k.shape[1]
+    has_full, has_linear, has_local = (index >= 0 for index in call.native)
+    fixed: dict[str, Any] = {"D": D, "PRECISION": precision(q)}
+    delta = torch.empty_like(lse)
+    dq = empty(q, call.covered and (shared_q or not has_linear))
+    sizes = (H, group, T, rows.steps)
+    if has_full:
+        _launch_full_dq(call, q, k, v, out, dout, lse, delta, dq, fixed)
+    if has_local:
+        launch(
+            kernels.local_dq_kernel, (H, triton.cdiv(T, call.tiles.local_dq["BM"]), B),
+            q, k, v, out, dout, lse, delta, dq, rows.order, rows.before, *strides(q, k, v, out, dout, dq), *sizes, call.window,
+            call.scale, SINKS=call.sinks, SORTED=True, **fixed, **call.tiles.local_dq,
+        )  # fmt: skip
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    softmax = has_full or has_local
+    if softmax:
+        launch(
+            kernels.dkv_kernel, (k.shape[1], triton.cdiv(T, call.tiles.dkv["BN"]), B),
+            q, k, v, dout, lse, delta, dk, dv, rows.order, rows.before, *strides(q, k, v, dout, dk, dv), *sizes, call.window,
+            call.scale, SINKS=call.sinks, FULL=has_full, LOCAL=has_local, SORTED=True, **fixed, **call.tiles.dkv,
+        )  # fmt: skip
+    else:
+        dk.zero_()
+    if not has_linear:
+        return dq, dk, dv if softmax else dv.zero_(), None, None, None
+    dplain_q = dq if shared_q else torch.zeros_like(plain_q)
+    dplain_k, dlog_gate = linear_backward(
+        plain_q, plain_k, v, decay, out, dout, lse, delta, state, dplain_q, dv, softmax, rows, call.tiles
+    )
+    return dq, dk, dv, None if shared_q else dplain_q, dplain_k, dlog_gate
+
+
+def _launch_full_dq(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, dq: Tensor,
+    fixed: dict[str, Any],
+) -> None:  # fmt: skip
+    (_, H, T, _), schedule, plan, blocks = q.shape, call.schedule, call.plan, call.plan.before.shape[2] - 1
+    sizes = {**call.tiles.full_dq, "BM": call.tiles.full["BM"]}
+    programs = multiprocessors(q.device) * call.tiles.per_sm_dq
+    schedule.counters[1:].zero_()  # the next item to take
+    partial, _ = partials(schedule, sizes["BM"], q)
+    launch(
+        kernels.full_dq_kernel, (programs,),
+        q, k, v, out, dout, lse, delta, dq, partial, plan.order, plan.before, schedule.items, schedule.counters,
+        *strides(q, k, v, out, dout, dq), H, H // k.shape[1], T, blocks, call.scale, programs, **fixed, **sizes,
+    )  # fmt: skip
+    combine(call, partial, partial, dq, lse, sizes["BM"], add=True)

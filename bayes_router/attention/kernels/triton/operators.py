@@ -1,0 +1,243 @@
+"""Linear, gated and local attention of every token by the Triton kernels, as operators that torch.compile takes whole.
+
+Triton is imported only where an operator runs. Static shapes, no host synchronisation, memory from torch alone: an operator
+may be captured into a CUDA graph.
+"""
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bayes_router.attention.kernels.capability import feature_dtype
+
+LOG2_E = 1.4426950408889634
+
+
+def features(q: Tensor, k: Tensor, gate: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `GatedLinearAttention.features`, padded with zeros to the head size of the kernels."""
+    phi_q, phi_k, log_gate = _features(q, k, gate, bias, log_scale)
+    return phi_q, phi_k, log_gate
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor | None = None) -> Tensor:
+    """[B, H, T, Dh]; with log gates [B, H, T] q and k are features, keys one a query head (formulas: `linear`)."""
+    nothing = -torch.inf if log_gate is None else 0.0  # the feature map sends -inf to 0
+    out: Tensor = _linear(_pad(q, nothing), _pad(k, nothing), _pad(v), log_gate)[0]
+    return out[..., : v.shape[3]]
+
+
+def local_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """[B, H, T, Dh]: softmax attention over the last `window` keys."""
+    out: Tensor = _local(_pad(q), _pad(k), _pad(v), window, LOG2_E / q.shape[3] ** 0.5)[0]
+    return out[..., : q.shape[3]]
+
+
+def _head_size(x: Tensor) -> int:
+    """A power of two, at least 16."""
+    return max(16, 1 << (x.shape[3] - 1).bit_length())
+
+
+def _pad(x: Tensor, value: float = 0.0) -> Tensor:
+    extra = _head_size(x) - x.shape[3]
+    return F.pad(x, (0, extra), value=value) if extra else x
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for out, laid out as [B, T, H, D], in v's dtype, and for one float32 a row."""
+    B, H, T, D = q.shape
+    out = torch.empty(B, T, H, D, device=q.device, dtype=v.dtype).transpose(1, 2)
+    return out, torch.empty(B, H, T, device=q.device, dtype=torch.float32)
+
+
+def _states(k: Tensor) -> tuple[Tensor, Tensor]:
+    from bayes_router.attention.kernels.triton.call import chunk_size
+    from bayes_router.attention.kernels.triton.launch_linear import empty_states
+
+    return empty_states(k, chunk_size(k.shape[2]))
+
+
+@torch.library.custom_op("bayes_router::linear_attention", mutates_args=())
+def _linear(q: Tensor, k: Tensor, v: Tensor, log_gate: Optional[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(out, denominators, S, z, sums of the log gates)."""
+    from bayes_router.attention.kernels.triton.call import Rows, tiles
+    from bayes_router.attention.kernels.triton.launch_linear import decays, linear_forward
+
+    q, k, v = _unit(q), _unit(k), _unit(v)
+    out, lse = _outputs(q, v)
+    with torch.cuda.device_of(q):
+        decay = decays(log_gate)
+        rows = Rows(lse, lse, sorted=False)
+        s, z = linear_forward(q, k, v, decay, out, lse, rows, tiles(q.shape[3], q.dtype))
+    return out, lse, s, z, lse.new_empty(0, dtype=torch.float64) if decay is None else decay
+
+
+@_linear.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, log_gate: Optional[Tensor]) -> tuple[Tensor, ...]:
+    out, lse = _outputs(q, v)
+    shape = (0,) if log_gate is None else log_gate.shape
+    return out, lse, *_states(k), torch.empty(shape, device=q.device, dtype=torch.float64)
+
+
+@torch.library.custom_op("bayes_router::linear_attention_backward", mutates_args=())
+def _linear_backward(
+    q: Tensor, k: Tensor, v: Tensor, gated: bool, out: Tensor, lse: Tensor, s: Tensor, z: Tensor, decay: Tensor, dout: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and the log gates (empty if not gated)."""
+    from bayes_router.attention.kernels.triton.call import Rows, tiles
+    from bayes_router.attention.kernels.triton.launch_linear import linear_backward
+
+    q, k, v, dout = _unit(q), _unit(k), _unit(v), _unit(dout)
+    dq, dv, delta = torch.empty_like(q), torch.empty_like(v), torch.empty_like(lse)
+    with torch.cuda.device_of(q):
+        dk, dlog_gate = linear_backward(
+            q, k, v, decay if gated else None, out, dout, lse, delta, [s, z], dq, dv, False, Rows(lse, lse, sorted=False),
+            tiles(q.shape[3], q.dtype),
+        )  # fmt: skip
+    return dq, dk, dv, lse.new_empty(0) if dlog_gate is None else dlog_gate
+
+
+@_linear_backward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, gated: bool, out: Tensor, lse: Tensor, s: Tensor, z: Tensor, decay: Tensor, dout: Tensor
+) -> tuple[Tensor, ...]:
+    dgate = torch.empty_like(lse) if gated else lse.new_empty(0)
+    return torch.empty_like(_unit(q)), torch.empty_like(_unit(k)), torch.empty_like(_unit(v)), dgate
+
+
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, log_gate = inputs
+    ctx.gated = log_gate is not None
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_linear(ctx: Any, dout: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return None, None, None, None
+    q, k, v, *saved = ctx.saved_tensors
+    dq, dk, dv, dlog_gate = _linear_backward(q, k, v, ctx.gated, *saved, dout)
+    return dq, dk, dv, dlog_gate if ctx.gated else None
+
+
+_linear.register_autograd(_differentiate_linear, setup_context=_save_linear)
+
+
+@torch.library.custom_op("bayes_router::local_attention", mutates_args=())
+def _local(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
+    """(out, log2 of the softmax normalisers)."""
+    from bayes_router.attention.kernels.triton.launch_local import local_forward
+
+    q, k, v = _unit(q), _unit(k), _unit(v)
+    out, lse = _outputs(q, v)
+    with torch.cuda.device_of(q):
+        local_forward(q, k, v, out, lse, window, scale)
+    return out, lse
+
+
+@_local.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
+    return _outputs(q, v)
+
+
+@torch.library.custom_op("bayes_router::local_attention_backward", mutates_args=())
+def _local_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, window: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    from bayes_router.attention.kernels.triton.launch_local import local_backward
+
+    q, k, v, dout = _unit(q), _unit(k), _unit(v), _unit(dout)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    with torch.cuda.device_of(q):
+        local_backward(q, k, v, out, lse, dout, dq, dk, dv, window, scale)
+    return dq, dk, dv
+
+
+@_local_backward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, window: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(_unit(q)), torch.empty_like(_unit(k)), torch.empty_like(_unit(v))
+
+
+def _save_local(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, ctx.window, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_local(ctx: Any, dout: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return None, None, None, None, None
+    return *_local_backward(*ctx.saved_tensors, dout, ctx.window, ctx.scale), None, None
+
+
+_local.register_autograd(_differentiate_local, setup_context=_save_local)
+
+
+def _feature_outputs(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    (B, H, Tq, _), Tk, D = q.shape, k.shape[2], _head_size(q)
+    phi_q, phi_k = (torch.empty(B, H, T, D, device=q.device, dtype=feature_dtype(q.dtype)) for T in (Tq, Tk))
+    return phi_q, phi_k, torch.empty(B, H, Tk, device=q.device, dtype=torch.float32)
+
+
+@torch.library.custom_op("bayes_router::gated_features", mutates_args=())
+def _features(q: Tensor, k: Tensor, gate: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(phi(q), phi(k), log gates)."""
+    from bayes_router.attention.kernels.triton.features import features_forward
+
+    found = _feature_outputs(q, k)
+    with torch.cuda.device_of(q):
+        features_forward(_unit(q), _unit(k), gate.contiguous(), bias.contiguous(), log_scale.contiguous(), *found)
+    return found
+
+
+@_features.register_fake
+def _(q: Tensor, k: Tensor, gate: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _feature_outputs(q, k)
+
+
+@torch.library.custom_op("bayes_router::gated_features_backward", mutates_args=())
+def _features_backward(
+    q: Tensor, k: Tensor, gate: Tensor, bias: Tensor, log_scale: Tensor, dphi_q: Tensor, dphi_k: Tensor, dlog_gate: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, gate, bias and log_scale."""
+    from bayes_router.attention.kernels.triton.features import features_backward
+
+    q, k = _unit(q), _unit(k)
+    dq, dk, own = torch.empty_like(q), torch.empty_like(k), (gate, bias, log_scale)
+    gate, bias, log_scale = (x.contiguous() for x in own)
+    with torch.cuda.device_of(q):
+        found = features_backward(
+            q, k, gate, bias, log_scale, _unit(dphi_q), _unit(dphi_k), dlog_gate.contiguous(), dq, dk
+        )  # fmt: skip
+    dgate, dbias, dscale = (g.to(x.dtype) for g, x in zip(found, own, strict=True))
+    return dq, dk, dgate, dbias, dscale
+
+
+@_features_backward.register_fake
+def _(
+    q: Tensor, k: Tensor, gate: Tensor, bias: Tensor, log_scale: Tensor, dphi_q: Tensor, dphi_k: Tensor, dlog_gate: Tensor
+) -> tuple[Tensor, ...]:
+    parameters = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (gate, bias, log_scale))
+    return torch.empty_like(_unit(q)), torch.empty_like(_unit(k)), *parameters
+
+
+def _save_features(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate_features(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...] = _features_backward(*ctx.saved_tensors, *gradients)
+    return found
+
+
+_features.register_autograd(_differentiate_features, setup_context=_save_features)

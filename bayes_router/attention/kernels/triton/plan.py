@@ -1,0 +1,223 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+"""Sorting the tokens by route on the GPU, with static shapes and without the host: the tables that every kernel reads.
+
+For each row of the batch and each kind of expert (0 full, 1 linear, 2 local):
+
+    order  int32 [B, 3, T]       its tokens, ascending; only the first `count` entries are written
+    before int32 [B, 3, NB + 1]  how many of them stand before token 64 * j; the last entry is their count
+
+Full attention is further cut into work items, so that a long row of blocks does not hold up the device: block i of BM sorted
+queries against keys [s * L, (s + 1) * L). L is chosen on the device from the work that there is. The list puts items that use
+all L keys first, then those cut short by causality, and among these the unsplit blocks (s = 0) last.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bayes_router.attention.kernels.triton.launch import launch
+
+KINDS = 3
+FULL, LINEAR, LOCAL = 0, 1, 2
+STEP = 64  # tokens between two entries of `before`
+PLAN_BLOCK = 4096
+ROUNDS = 12  # work items for each resident program, about
+MIN_KEYS = 1024  # keys in an item, at least
+MAX_SEGMENTS = 16  # items that a block is split into, at most
+
+
+class Plan(NamedTuple):
+    """Where the tokens of each kind are. Shapes as in this module's docstring."""
+
+    order: Tensor
+    before: Tensor
+
+
+class Schedule(NamedTuple):
+    """The work items of full attention, of one head; every head has the same.
+
+    items: int32 [N, 8]: row of the batch, block, first key, end of its keys, end of those that the whole block sees, and the
+        number under which its partial result is kept (-1: the block is not split).
+    parts: int32 [B, blocks, S + 1]: how many items a block was split into, and their numbers.
+    counters: int32 [2]: the number of items times heads; the next one to take.
+    """
+
+    items: Tensor
+    parts: Tensor
+    counters: Tensor
+    slots: int
+
+
+@triton.jit
+def sort_tokens(
+    Route, Lengths, Order, Before, T, NB, stride_b, stride_t, full, linear, local, num_experts, part, last_part, kind, b,
+    PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The entries of both tables that BLOCK tokens of a row have in one kind."""
+    wanted = tl.where(kind == 0, full, tl.where(kind == 1, linear, local))
+    length = T
+    if PADDED:
+        length = tl.load(Lengths + b).to(tl.int32)
+    Route += b * stride_b
+    earlier = tl.zeros([BLOCK], tl.int32)
+    for p in range(part):
+        t = p * BLOCK + tl.arange(0, BLOCK)
+        earlier += (tl.load(Route + t.to(tl.int64) * stride_t, mask=t < length, other=-2) == wanted).to(tl.int32)
+    count = tl.sum(earlier, 0)
+
+    t = part * BLOCK + tl.arange(0, BLOCK)
+    choice = tl.load(Route + t.to(tl.int64) * stride_t, mask=t < length, other=-2)
+    wrong = (t < length) & ((choice < 0) | (choice >= num_experts))
+    tl.device_assert(tl.sum(wrong.to(tl.int32), 0) == 0, "route out of range")
+    chosen = (choice == wanted).to(tl.int32)
+    upto = count + tl.cumsum(chosen, 0)
+    row = b * 3 + kind
+    tl.store(Order + row * T + upto - 1, t, mask=chosen > 0)
+    tl.store(Before + row * (NB + 1) + t // 64, upto - chosen, mask=(t % 64 == 0) & (t < T))
+    if part == last_part:
+        tl.store(Before + row * (NB + 1) + NB, count + tl.sum(chosen, 0))
+
+
+@triton.jit(debug=True)  # keeps the assertion: a route out of range must not pass silently
+def _plan_kernel(
+    Route, Lengths, Order, Before, T, NB, stride_b, stride_t, full, linear, local, num_experts,
+    PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (block of tokens, kind, row of the batch)."""
+    sort_tokens(
+        Route, Lengths, Order, Before, T, NB, stride_b, stride_t, full, linear, local, num_experts,
+        tl.program_id(0), tl.num_programs(0) - 1, tl.program_id(1), tl.program_id(2).to(tl.int64), PADDED, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def _blocks_before(Row, key, begin, NB, BM: tl.constexpr):
+    """Blocks of sorted full queries that stand before `key`; it may tell fewer, as `before` knows every 64th token."""
+    return tl.load(Row + tl.minimum(tl.maximum(key - begin, 0) // 64, NB)) // BM
+
+
+@triton.jit
+def _work(Before, Starts, B, NB, start, STARTS: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr):
+    """Blocks of full queries times the keys that they see, of one head."""
+    work = 0.0
+    for first in range(0, B * NB, BLOCK):
+        x = first + tl.arange(0, BLOCK)
+        b, j = x // NB, x % NB
+        inside = b < B
+        begin = start
+        if STARTS:
+            begin = tl.load(Starts + b, mask=inside, other=0).to(tl.int32)
+        row = Before + b * 3 * (NB + 1)
+        left = tl.load(row + NB, mask=inside, other=0) - tl.load(row + j, mask=inside, other=0)
+        seen = tl.where(inside, tl.where(j == 0, begin + 64, 64), 0)
+        work += tl.sum(((left + BM - 1) // BM).to(tl.float32) * seen.to(tl.float32), 0)
+    return work
+
+
+@triton.jit
+def _schedule_kernel(
+    Order, Before, Starts, Items, Parts, Counters, B, H, T, NB, num_keys, start, programs, max_blocks,
+    STARTS: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ROUNDS: tl.constexpr, MIN_KEYS: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Each program writes the items of one group (b, s); all agree on the groups' sizes."""
+    work = _work(Before, Starts, B, NB, start, STARTS, BM, BLOCK)
+    keys = tl.maximum(work * H / (programs * ROUNDS), (num_keys + S - 1) // S)
+    L = (tl.maximum(keys, MIN_KEYS).to(tl.int32) + 127) // 128 * 128
+
+    g = tl.arange(0, GROUPS)  # first the groups with all L keys, b outer; then those cut short, s descending, b inner
+    short = g >= B * S
+    x = tl.where(short, g - B * S, g)
+    inside = g < 2 * B * S
+    b = tl.where(inside, tl.where(short, x % B, x // S), 0)
+    s = tl.where(short, S - 1 - x // B, x % S)
+    begin = tl.zeros([GROUPS], tl.int32) + start
+    if STARTS:
+        begin = tl.load(Starts + b).to(tl.int32)
+    row = Before + b * 3 * (NB + 1)
+    blocks = (tl.load(row + NB) + BM - 1) // BM
+    hi = tl.where(s == S - 1, blocks, tl.minimum(_blocks_before(row, (s + 1) * L, begin, NB, BM), blocks))
+    lo = tl.minimum(_blocks_before(row, s * L, begin, NB, BM), hi)
+    size = tl.where(inside, tl.where(short, hi - lo, blocks - hi), 0)
+    ends = tl.cumsum(size, 0)
+
+    mine = g == tl.program_id(0)  # now the one group of this program
+    mb, ms = tl.sum(tl.where(mine, b, 0), 0), tl.sum(tl.where(mine, s, 0), 0)
+    msize = tl.sum(tl.where(mine, size, 0), 0)
+    moffset = tl.sum(tl.where(mine, ends - size, 0), 0)
+    mfirst = tl.sum(tl.where(mine, tl.where(short, lo, hi), 0), 0)
+    mbegin = tl.sum(tl.where(mine, begin, 0), 0)
+    last_part = tl.program_id(0) >= B * S
+    mrow = Before + mb * 3 * (NB + 1)
+    count = tl.load(mrow + NB)
+    one = tl.where(S == 1, max_blocks, _blocks_before(mrow, L, mbegin, NB, BM))  # earlier blocks are not split
+    for first in range(0, msize, WIDTH):
+        n = first + tl.arange(0, WIDTH)
+        real = n < msize
+        i, u = mfirst + n, moffset + n
+        line = Order + mb * 3 * T
+        begins = tl.load(line + i * BM, mask=real, other=0) + mbegin
+        ends_at = tl.load(line + tl.minimum((i + 1) * BM, count) - 1, mask=real, other=0) + mbegin
+        first_key = ms * L
+        end = tl.maximum(tl.minimum((ms + 1) * L, ends_at + 1), first_key)
+        seen = tl.maximum(tl.minimum((begins + 1) // BN * BN, end // BN * BN), first_key)
+        split = i >= one
+        item = Items + u * 8
+        tl.store(item, mb + tl.zeros([WIDTH], tl.int32), mask=real)
+        tl.store(item + 1, i, mask=real)
+        tl.store(item + 2, first_key + tl.zeros([WIDTH], tl.int32), mask=real)
+        tl.store(item + 3, end, mask=real)
+        tl.store(item + 4, seen, mask=real)
+        tl.store(item + 5, tl.where(split, u, -1), mask=real)
+        part = Parts + (mb * max_blocks + i) * (S + 1)
+        tl.store(part + 1 + ms, u, mask=real)
+        tl.store(part, tl.where(split, ms + 1, 1), mask=real & last_part)
+    if tl.program_id(0) == 0:
+        tl.store(Counters, tl.sum(size, 0) * H)
+        tl.store(Counters + 1, 0)
+
+
+def empty_plan(route: Tensor) -> Plan:
+    """Memory for the tables of route [B, T]."""
+    B, T = route.shape
+    order = torch.empty(B, KINDS, T, dtype=torch.int32, device=route.device)
+    return Plan(order, torch.empty(B, KINDS, triton.cdiv(T, STEP) + 1, dtype=torch.int32, device=route.device))
+
+
+def make_plan(route: Tensor, indices: tuple[int, int, int], num_experts: int, lengths: Tensor | None) -> Plan:
+    """Sort the tokens; `indices` are those of full, linear and local among the experts, -1 where absent."""
+    (B, T), (order, before) = route.shape, empty_plan(route)
+    blocks = before.shape[2] - 1
+    block = min(PLAN_BLOCK, triton.next_power_of_2(T))
+    launch(
+        _plan_kernel, (triton.cdiv(T, block), KINDS, B),
+        route, route if lengths is None else lengths, order, before, T, blocks, route.stride(0), route.stride(1),
+        *indices, num_experts, PADDED=lengths is not None, BLOCK=block,
+        num_warps=8 if block > 1024 else 4, sanitize_overflow=False,
+    )  # fmt: skip
+    return Plan(order, before)
+
+
+def make_schedule(
+    plan: Plan, num_heads: int, num_keys: int, starts: Tensor | None, tile: tuple[int, int], programs: int
+) -> Schedule:
+    """Cut full attention into items for `programs` resident programs; `tile` is (queries, keys) of their tiles."""
+    B, _, T = plan.order.shape
+    segments = max(1, min(MAX_SEGMENTS, 128 // triton.next_power_of_2(B)))
+    blocks, max_blocks = plan.before.shape[2] - 1, triton.cdiv(T, tile[0])
+    split = programs * ROUNDS // num_heads + B * segments  # at most, of one head: items with all their keys
+    items = torch.empty(split + B * max_blocks, 8, dtype=torch.int32, device=plan.order.device)
+    parts = torch.empty(B, max_blocks, segments + 1, dtype=torch.int32, device=plan.order.device)
+    counters = torch.empty(2, dtype=torch.int32, device=plan.order.device)
+    launch(
+        _schedule_kernel, (2 * B * segments,),
+        plan.order, plan.before, plan.before if starts is None else starts, items, parts, counters,
+        B, num_heads, T, blocks, num_keys, num_keys - T, programs, max_blocks,
+        STARTS=starts is not None, S=segments, BM=tile[0], BN=tile[1], ROUNDS=ROUNDS, MIN_KEYS=MIN_KEYS,
+        GROUPS=triton.next_power_of_2(2 * B * segments), BLOCK=min(2048, triton.next_power_of_2(B * blocks)), WIDTH=64,
+        num_warps=4,
+    )  # fmt: skip
+    return Schedule(items, parts, counters, 2 * split if segments > 1 else 0)

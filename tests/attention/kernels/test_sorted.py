@@ -1,0 +1,144 @@
+"""The routed kernels in Triton's interpreter (`make kernels`): rows split over keys, batches, padding, what launches get."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") != "1" or torch.cuda.is_available():
+    pytest.skip("runs in the interpreter: TRITON_INTERPRET=1, no CUDA device", allow_module_level=True)
+
+from bayes_router.attention.hard import short
+from bayes_router.attention.hard import sorted as backend
+from bayes_router.attention.hard.dispatch import Backend, run_problem
+from bayes_router.attention.hard.problem import RoutedProblem, resolve_experts
+from bayes_router.attention.kernels.triton import plan
+from bayes_router.attention.kernels.triton.plan import Schedule
+from bayes_router.attention.shapes import ExpertShape
+from tests.attention.expert_contract import draw, relative_error
+from tests.attention.test_dispatch import draw_route
+
+NAMES = ("q", "k", "v", "plain_q", "plain_k")
+
+
+def problem(B: int, Hkv: int, T: int, route: str, seed: int = 0, gradients: bool = True) -> RoutedProblem:
+    inputs = (*draw(B, 2, Hkv, T, seed=seed), *draw(B, 2, Hkv, T, seed=seed + 1)[:2])
+    experts = resolve_experts(("full", "linear", "local"), ExpertShape(2, 16, 21))
+    return RoutedProblem(*(x.requires_grad_(gradients) for x in inputs), draw_route(route, B, T, seed).contiguous(), experts)
+
+
+def compare(one: RoutedProblem) -> None:
+    exact = replace(one, **{name: getattr(one, name).detach().double().requires_grad_() for name in NAMES})
+    got, want = backend.attend(one), run_problem(Backend.REFERENCE, exact)
+    assert relative_error(got, want) < 1e-5
+    if not one.needs_grad:
+        return
+    weight, leaves = torch.randn(got.shape), [[getattr(x, name) for name in NAMES] for x in (one, exact)]
+    grads = torch.autograd.grad((got * weight).sum(), leaves[0], allow_unused=True, materialize_grads=True)
+    truths = torch.autograd.grad((want * weight.double()).sum(), leaves[1], allow_unused=True, materialize_grads=True)
+    for name, g, t in zip(NAMES, grads, truths, strict=True):
+        assert relative_error(g, t) < 2e-5, name
+
+
+@pytest.fixture
+def split(monkeypatch: pytest.MonkeyPatch) -> list[Schedule]:
+    """Work items of 128 keys, the fewest that there can be; the schedules made of them."""
+    monkeypatch.setattr(plan, "MIN_KEYS", 1)
+    monkeypatch.setattr(plan, "ROUNDS", 400)
+    made, make = [], backend.make_schedule
+
+    def remember(*args: Any) -> Schedule:
+        made.append(make(*args))
+        return made[-1]
+
+    monkeypatch.setattr(backend, "make_schedule", remember)
+    return made
+
+
+@pytest.mark.parametrize(("B", "Hkv", "route"), [(2, 1, "independent"), (1, 2, "full"), (3, 2, "rows differ")])
+def test_rows_split_over_keys(B: int, Hkv: int, route: str, split: list[Schedule], fresh_seed: int) -> None:
+    one = problem(B, Hkv, 290, route, fresh_seed)
+    compare(one)
+    blocks = -(-int((one.route[0] == 0).sum()) // 32)
+    assert split[0].parts[0, :blocks, 0].max() > 1
+    compare(replace(one, lengths=torch.tensor([290, 1, 170][:B])))
+
+
+def test_split_rows_that_start_anywhere(split: list[Schedule], fresh_seed: int) -> None:
+    whole = problem(2, 1, 290, "independent", fresh_seed, gradients=False)
+    tail = {name: getattr(whole, name)[:, :, -40:] for name in ("q", "plain_q")}
+    compare(replace(whole, **tail, route=whole.route[:, -40:]))
+    compare(replace(whole, **tail, route=whole.route[:, -40:], starts=torch.tensor([0, 200]), lengths=torch.tensor([40, 33])))
+    assert split[0].parts[0, 0, 0] > 1
+
+
+@pytest.mark.parametrize(("B", "Hkv", "T", "route"), [(3, 1, 100, "independent"), (2, 2, 65, "clustered"), (2, 1, 1, "linear")])
+def test_batches_and_padding(B: int, Hkv: int, T: int, route: str, fresh_seed: int) -> None:
+    one = problem(B, Hkv, T, route, fresh_seed)
+    compare(one)
+    compare(replace(one, lengths=torch.tensor([T // 2, T, 0][:B])))
+
+
+Watcher = Callable[[Callable[..., None]], None]
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watcher:
+    """Calls a function with the arguments of every launch before it."""
+
+    def install(before: Callable[..., None]) -> None:
+        def launch(*args: Any, **constants: Any) -> None:
+            before(*args, **constants)
+            launch.launch(*args, **constants)
+
+        for name, module in list(sys.modules.items()):
+            if name.startswith("bayes_router.attention.") and module is not launch and hasattr(module, "launch"):
+                monkeypatch.setattr(module, "launch", launch)
+
+    return install
+
+
+def test_nothing_that_triton_compiles_for_depends_on_the_route(watch: Watcher) -> None:
+    """Kernels, grids, numbers, constants, and dtypes and shapes of tensors: all that a compiled kernel is chosen by."""
+    told: list[Any] = []
+    watch(lambda *args, **constants: told.append((*map(shown, args), *constants.items())))
+    seen = []
+    for route in ("independent", "clustered", "full", "local"):
+        one = problem(2, 1, 100, route)
+        short.attend(replace(one, **{name: getattr(one, name).detach() for name in NAMES}))
+        backend.attend(one).sum().backward()
+        seen.append(list(told))
+        told.clear()
+    assert len(seen[0]) > 10 and all(other == seen[0] for other in seen)
+
+
+def shown(x: Any) -> Any:
+    return (x.dtype, x.shape) if isinstance(x, Tensor) else x
+
+
+def test_kernels_run_on_the_device_of_their_tensors(watch: Watcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[Tensor] = []
+
+    @contextmanager
+    def device_of(x: Tensor) -> Iterator[None]:
+        current.append(x)
+        yield
+        current.pop()
+
+    def check(*args: Any, **constants: Any) -> None:
+        launches.append(bool(current))
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    watch(check)
+    launches: list[bool] = []
+    one = problem(1, 2, 40, "independent")
+    short.attend(replace(one, **{name: getattr(one, name).detach() for name in NAMES}))
+    backend.attend(one).sum().backward()
+    assert len(launches) > 10 and all(launches)
