@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bayes_router.data.stream import TokenStream
-from bayes_router.integrations.experts import LocalExpert
-from bayes_router.integrations.huggingface import RoutedPretrained
+from bayes_router.integrations.calls.softmax import LocalExpert
+from bayes_router.integrations.huggingface.model import RoutedPretrained
 from bayes_router.routing.policy import Budget
 from bayes_router.timing import isolated_ms
 from bayes_router.types import Route

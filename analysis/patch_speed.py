@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from analysis.patch_contenders import executed_cost, window_keys
 from analysis.patch_smollm import load_model, load_streams
-from bayes_router.integrations.huggingface import RoutedPretrained
+from bayes_router.integrations.huggingface.model import RoutedPretrained
 from bayes_router.integrations.patching import load_patch, patch
 from bayes_router.routing.policy import Policy
 from bayes_router.timing import device_name, isolated_ms

@@ -14,12 +14,12 @@ from bayes_router.data.stream import MaskedStream
 from bayes_router.data.text import load_corpus, split_documents
 from bayes_router.data.tokens import TokenDataset, TokenSource
 from bayes_router.diagnostics.fitted import FittedRun, fitted_patch, load_fitted
+from bayes_router.integrations.patch.saving import is_patch, read_origin
 from bayes_router.integrations.patching import load_patch
-from bayes_router.integrations.saving import is_patch, read_origin
 from bayes_router.training.fit import load_data, pick_device
 
 if TYPE_CHECKING:
-    from bayes_router.integrations.pretrained import PretrainedTokeniser
+    from bayes_router.integrations.huggingface.loading import PretrainedTokeniser
 
 CONTEXT = 512  # tokens of a window of a patched model, at most, unless asked for
 LEAST_WINDOWS = 4  # of a short text
@@ -66,7 +66,7 @@ def open_fitted(options: Namespace, text: Optional[bytes] = None) -> FittedRun:
 
 
 def _open_patch(options: Namespace, text: Optional[bytes]) -> FittedRun:
-    from bayes_router.integrations.pretrained import load_base, load_tokeniser_of  # transformers, where it is needed
+    from bayes_router.integrations.huggingface.loading import load_base, load_tokeniser_of  # transformers, where it is needed
 
     origin = read_origin(options.run)
     kind, name = origin.model, origin.base

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from bayes_router.checks import require
 from bayes_router.data.tokens import TokenSource
-from bayes_router.integrations.huggingface import RoutedPretrained
+from bayes_router.integrations.huggingface.model import RoutedPretrained
 from bayes_router.routing.policy import Budget
 from bayes_router.types import RoutingMode
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from bayes_router.checks import require
 from bayes_router.config import PriorConfig
-from bayes_router.integrations.binding import BINDING
-from bayes_router.integrations.routed import RoutedModel
-from bayes_router.integrations.saving import load_fit, load_weights, read_settings
-from bayes_router.integrations.settings import PatchSettings
+from bayes_router.integrations.patch.binding import BINDING
+from bayes_router.integrations.patch.routed import RoutedModel
+from bayes_router.integrations.patch.saving import load_weights, read_fit, read_settings
+from bayes_router.integrations.patch.settings import PatchSettings
 from bayes_router.routing.policy import Policy
 
 
@@ -92,12 +92,12 @@ def load_patch(model: nn.Module, folder: Path | str) -> Any:
     router = known or _patch(model, settings)
     try:
         load_weights(router, folder)
-        load_fit(router, folder)
+        router.fitted, held_out = read_fit(folder, router.config.vocab_size)
     except ValueError:
         if known is None:
             router.unpatch()
         raise
-    router.policy = policy
+    router.policy, router.held_out = policy, held_out or router.held_out
     return router
 
 
@@ -138,7 +138,7 @@ def _patch(model: nn.Module, settings: PatchSettings) -> RoutedModel:
     if transformers is not None and isinstance(model, transformers.PreTrainedModel):
         version = int(transformers.__version__.split(".")[0])
         require(version >= 5, "transformers", "version 5 or later", transformers.__version__, "pip install 'transformers>=5'")
-        from bayes_router.integrations.huggingface import patch_pretrained
+        from bayes_router.integrations.huggingface.patching import patch_pretrained
 
         return patch_pretrained(model, settings)
     from bayes_router.integrations.torch_attention import patch_torch

@@ -17,12 +17,14 @@ from torch.nn import functional as F
 from bayes_router.attention.kernels.eager.fused import fused_attention
 from bayes_router.attention.shapes import ExpertShape, merge_tokens
 from bayes_router.checks import require
-from bayes_router.integrations.binding import BINDING, Binding, all_on
-from bayes_router.integrations.call import AttentionCall, padding_of, seen
-from bayes_router.integrations.features import LinearExpert
-from bayes_router.integrations.layer import RoutedLayer
-from bayes_router.integrations.routed import RoutedModel
-from bayes_router.integrations.settings import Found, PatchSettings
+from bayes_router.integrations.calls.call import AttentionCall
+from bayes_router.integrations.calls.layer import RoutedLayer
+from bayes_router.integrations.calls.linear import LinearExpert
+from bayes_router.integrations.calls.masks import padding_of, seen
+from bayes_router.integrations.patch.binding import BINDING, Binding, all_on
+from bayes_router.integrations.patch.found import Found
+from bayes_router.integrations.patch.routed import RoutedModel
+from bayes_router.integrations.patch.settings import PatchSettings
 from bayes_router.types import RoutingMode
 
 Loss = Callable[[Any], Tensor]
@@ -185,10 +187,10 @@ def forward(
         return original()
     x, values = (y[None] if y.dim() == 2 else y if self.batch_first else y.transpose(0, 1) for y in (query, value))  # [B, T, D]
     route = router.route(binding.index, x)
-    if router._observe is None and all_on(route, router.experts.index("full")):
+    if not router.observed and all_on(route, router.experts.index("full")):
         return original()
     require(
-        not need_weights or router._observe is not None,
+        not need_weights or router.observed,
         "need_weights",
         "False where tokens are routed (a mixture of experts has no attention weights)",
         True,

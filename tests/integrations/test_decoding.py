@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bayes_router.integrations import memory
-from bayes_router.integrations.features import LinearExpert
+from bayes_router.integrations.calls.linear import LinearExpert
+from bayes_router.integrations.huggingface import growing_cache
 from tests.integrations.tiny_models import patched, tokens
 
 WINDOW, SINKS, T = 6, 2, 30
@@ -177,7 +177,7 @@ def stores(cache: Any) -> list[int]:
 
 @torch.no_grad()
 def test_a_step_copies_no_cached_key_and_what_a_cache_showed_stays(monkeypatch: Any) -> None:
-    monkeypatch.setattr(memory, "LEAST", 4)
+    monkeypatch.setattr(growing_cache, "LEAST", 4)
     model, router = patched("llama", window=WINDOW, sinks=SINKS)
     ids = tokens(3, T + 40)
     moved, shown = 0, []

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bayes_router.integrations.experts import LocalExpert
-from bayes_router.integrations.layer import RoutedLayer
+from bayes_router.integrations.calls.layer import RoutedLayer
+from bayes_router.integrations.calls.softmax import LocalExpert
 from bayes_router.routing.policy import Budget
 from tests.integrations.tiny_models import VOCAB, left_padded, patched, tokens
 

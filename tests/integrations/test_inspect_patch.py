@@ -13,8 +13,8 @@ from bayes_router.data.stream import MaskedStream, TokenStream
 from bayes_router.diagnostics.examine import Effort, Examination
 from bayes_router.diagnostics.fitted import fitted_patch, read, windows
 from bayes_router.diagnostics.report import write_report
+from bayes_router.integrations.patch.saving import HELD_OUT, SETTINGS
 from bayes_router.integrations.patching import load_patch, patch
-from bayes_router.integrations.saving import HELD_OUT, SETTINGS
 from bayes_router.types import IGNORED
 from tests.integrations.tiny_models import GENERAL, VOCAB, scatter_routes, tiny, transformers
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bayes_router.integrations import layer
+from bayes_router.integrations.calls import layer
 from bayes_router.integrations.patching import load_patch, patch
 from tests.integrations.tiny_models import ALL, DECODERS, ENCODERS, left_padded, patched, tiny, tokens
 

@@ -13,8 +13,8 @@ from bayes_router.config import Config, PriorConfig
 from bayes_router.diagnostics.collapse import CollapseSummary
 from bayes_router.diagnostics.fitted import build_program, read
 from bayes_router.diagnostics.uncertainty import UncertaintySummary
+from bayes_router.integrations.patch.saving import SETTINGS, WEIGHTS
 from bayes_router.integrations.patching import load_patch, patch
-from bayes_router.integrations.saving import SETTINGS, WEIGHTS
 from bayes_router.training.evaluate import evaluate
 from tests.integrations.tiny_models import FALCON, GPT2, GROUPED, VOCAB, patched, tiny, tokens, transformers
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bayes_router.integrations import huggingface, interface
+from bayes_router.integrations.huggingface import interface
+from bayes_router.integrations.huggingface import patching as patching_module
 from bayes_router.integrations.patching import patch
 from tests.integrations.dense import dense_attention
 from tests.integrations.test_torch_attention import D, H, draw, encoder, scatter
@@ -54,7 +55,7 @@ def test_what_a_mixed_route_cannot_execute_is_refused_when_it_is_patched(monkeyp
         patch(model, window=6)
     assert model.config._attn_implementation == "sdpa" and not any(m._forward_pre_hooks for m in model.modules())
     monkeypatch.undo()
-    monkeypatch.setattr(huggingface, "probe", lambda model: torch.full((1, 8, 4), torch.nan))
+    monkeypatch.setattr(patching_module, "probe", lambda model: torch.full((1, 8, 4), torch.nan))
     with pytest.raises(ValueError, match="not served"):
         patch(tiny("llama"))
 

@@ -10,7 +10,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
 
-from bayes_router.attention.kernels.triton import decode, operators
+from bayes_router.attention.kernels import capability
+from bayes_router.attention.kernels.triton import decode
 from tests.attention import decode_check
 from tests.attention.decode_check import DECODERS, Decoder, needed_only, steps_equal_the_full_pass
 
@@ -27,7 +28,7 @@ def small_kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(decode, "decode_step", counted)
     monkeypatch.setattr(decode, "MIN_KEYS", 8)
-    monkeypatch.setattr(operators, "computes", lambda *xs: xs[0].dtype == torch.float32)
+    monkeypatch.setattr(capability, "computes", lambda *xs: xs[0].dtype == torch.float32)
     return calls
 
 

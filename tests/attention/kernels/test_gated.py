@@ -18,6 +18,7 @@ from dataclasses import replace
 from bayes_router.attention.hard import sorted as backend
 from bayes_router.attention.hard.dispatch import Backend, run_problem
 from bayes_router.attention.hard.problem import RoutedProblem
+from bayes_router.attention.kernels import capability
 from bayes_router.attention.kernels.triton import operators
 from bayes_router.attention.shapes import ExpertShape
 from tests.attention.dense_check import draw_expert, draw_inputs, errors
@@ -30,8 +31,8 @@ def kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def available(q: Tensor, k: Tensor, v: Tensor) -> bool:
         return q.dtype != torch.float64 and 0 < q.shape[2] == k.shape[2]
 
-    monkeypatch.setattr(operators, "available", available)
-    monkeypatch.setattr(operators, "computes", lambda *xs: xs[0].dtype != torch.float64)
+    monkeypatch.setattr(capability, "available", available)
+    monkeypatch.setattr(capability, "computes", lambda *xs: xs[0].dtype != torch.float64)
 
 
 @pytest.mark.parametrize("name", ["gated", "mapped", "linear", "local"])

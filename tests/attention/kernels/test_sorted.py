@@ -20,6 +20,7 @@ from bayes_router.attention.hard import sorted as backend
 from bayes_router.attention.hard.dispatch import Backend, run_problem
 from bayes_router.attention.hard.problem import RoutedProblem, resolve_experts
 from bayes_router.attention.kernels.triton import plan
+from bayes_router.attention.kernels.triton.launch import launch
 from bayes_router.attention.kernels.triton.plan import Schedule
 from bayes_router.attention.shapes import ExpertShape
 from tests.attention.expert_contract import draw, relative_error
@@ -94,13 +95,13 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watcher:
     """Calls a function with the arguments of every launch before it."""
 
     def install(before: Callable[..., None]) -> None:
-        def launch(*args: Any, **constants: Any) -> None:
+        def watched(*args: Any, **constants: Any) -> None:
             before(*args, **constants)
-            launch.launch(*args, **constants)
+            launch(*args, **constants)
 
         for name, module in list(sys.modules.items()):
-            if name.startswith("bayes_router.attention.") and module is not launch and hasattr(module, "launch"):
-                monkeypatch.setattr(module, "launch", launch)
+            if name.startswith("bayes_router.attention.") and getattr(module, "launch", None) is launch:
+                monkeypatch.setattr(module, "launch", watched)
 
     return install
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from bayes_router.attention.kernels.eager.band import MIN_BLOCK, banded
 from bayes_router.attention.kernels.eager.rows_softmax import softmax_rows
 from bayes_router.attention.shapes import ExpertShape
-from bayes_router.integrations.call import AttentionCall, first_seen, near, restrict
+from bayes_router.integrations.calls.call import AttentionCall
+from bayes_router.integrations.calls.masks import first_seen, near, restrict
 
 QUERIES = 256  # in one block of masked attention
 

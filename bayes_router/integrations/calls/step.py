@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from bayes_router.attention.kernels.capability import HAS_TRITON
-from bayes_router.integrations.call import AttentionCall
-from bayes_router.integrations.experts import FullExpert, PatchedExpert
-from bayes_router.integrations.features import LinearExpert
+from bayes_router.integrations.calls.call import AttentionCall
+from bayes_router.integrations.calls.linear import LinearExpert
+from bayes_router.integrations.calls.softmax import FullExpert, PatchedExpert
 
 
 def attend_one(experts: nn.ModuleList, call: AttentionCall, route: Tensor) -> Tensor:

@@ -17,13 +17,15 @@ from torch.nn import functional as F
 from bayes_router.attention.shapes import widen
 from bayes_router.checks import require
 from bayes_router.data.stream import TokenStream
-from bayes_router.integrations.binding import BINDING, Binding
-from bayes_router.integrations.call import AttentionCall
-from bayes_router.integrations.cost import layer_costs, layer_prior
-from bayes_router.integrations.identity import fingerprint
-from bayes_router.integrations.layer import RoutedLayer
-from bayes_router.integrations.memory import Memories
-from bayes_router.integrations.settings import FitRecord, Found, PatchSettings, model_config
+from bayes_router.integrations.calls.call import AttentionCall
+from bayes_router.integrations.calls.layer import RoutedLayer
+from bayes_router.integrations.calls.memory import Memories
+from bayes_router.integrations.patch.binding import BINDING, Binding
+from bayes_router.integrations.patch.cost import layer_costs, layer_prior
+from bayes_router.integrations.patch.found import Found, model_config
+from bayes_router.integrations.patch.identity import fingerprint
+from bayes_router.integrations.patch.saving import PatchRecord, save_patch
+from bayes_router.integrations.patch.settings import FitRecord, PatchSettings
 from bayes_router.routing.controller import MetaController
 from bayes_router.routing.policy import Argmax, Policy, execute
 from bayes_router.routing.posterior import dirichlet_kl, posterior_mean
@@ -237,6 +239,11 @@ class RoutedModel(nn.Module):
         finally:
             self._observe = None
 
+    @property
+    def observed(self) -> bool:
+        """Whether calls are shown to an observer, every token on full attention."""
+        return self._observe is not None
+
     def kl(self) -> Tensor:
         """KL(posterior || prior) of the last pass, nats per token, summed over layers: task loss + weight * kl is an ELBO.
 
@@ -304,9 +311,11 @@ class RoutedModel(nn.Module):
             UserWarning: the model's own weights moved since the patch (a fit with `weights_lr`, training of your own): the
                 patch then fits that model alone, which has to be saved beside it.
         """
-        from bayes_router.integrations.saving import save_router
-
-        save_router(self, folder, held_out)
+        record = PatchRecord(
+            self.model, type(self).__name__, self.state_dict(), self.settings, self.policy, self.fitted, self.made_for,
+            self.held_out if held_out else None,
+        )  # fmt: skip
+        save_patch(record, folder)
 
     def _bind(self) -> None:
         """Give every found module its binding."""

@@ -6,13 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bayes_router.attention.kernels.eager.chunks import EPSILON, causal_sum
 from bayes_router.attention.shapes import ExpertShape, repeat_heads, widen
-from bayes_router.integrations.call import AttentionCall
-from bayes_router.integrations.experts import QUERIES, PatchedExpert
-from bayes_router.integrations.memory import Running
-
-CHUNK = 64
-EPSILON = 1e-6
+from bayes_router.integrations.calls.call import AttentionCall
+from bayes_router.integrations.calls.memory import Running
+from bayes_router.integrations.calls.softmax import QUERIES, PatchedExpert
 
 
 class LinearExpert(PatchedExpert):
@@ -128,28 +126,3 @@ class GatedExpert(LinearExpert):
 
     def _log_decay(self, call: AttentionCall) -> Tensor:
         return F.logsigmoid((widen(call.k) * self.gate[:, None]).sum(-1) + self.gate_bias[:, None])
-
-
-def causal_sum(phi_q: Tensor, phi_k: Tensor, value: Tensor, log_decay: Tensor | None) -> Tensor:
-    """sum_{s <= t} exp(D_t - D_s) (phi_q,t . phi_k,s) value_s, D the cumulative sum of log_decay (or 0); O(T), in chunks.
-
-    phi_q and phi_k [B, H, T, F], value [B, H, T, D], log_decay [B, H, T] -> [B, H, T, D].
-    """
-    T = phi_q.shape[2]
-    chunk = min(CHUNK, T)
-    pad = -T % chunk
-    phi_q, phi_k, value = (F.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, chunk)) for x in (phi_q, phi_k, value))
-    if log_decay is None:
-        added = phi_k.mT @ value  # [B, H, N, F, D], by each chunk
-        out = phi_q @ (added.cumsum(2) - added) + (phi_q @ phi_k.mT).tril() @ value
-        return out.flatten(2, 3)[:, :, :T]
-    elapsed = F.pad(log_decay, (0, pad)).unflatten(2, (-1, chunk)).cumsum(-1)  # [B, H, N, C]
-    total = elapsed[..., -1]  # [B, H, N]
-    added = (phi_k * (total.unsqueeze(-1) - elapsed).exp().unsqueeze(-1)).mT @ value
-    state, states = torch.zeros_like(added[:, :, 0]), []
-    for n in range(added.shape[2]):
-        states.append(state)
-        state = state * total[:, :, n, None, None].exp() + added[:, :, n]
-    within = (elapsed.unsqueeze(-1) - elapsed.unsqueeze(-2)).tril().exp().tril()  # [B, H, N, C, C]
-    out = (phi_q * elapsed.exp().unsqueeze(-1)) @ torch.stack(states, 2) + (phi_q @ phi_k.mT * within) @ value
-    return out.flatten(2, 3)[:, :, :T]

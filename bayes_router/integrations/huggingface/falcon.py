@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from transformers.models.falcon.modeling_falcon import FalconAttention, apply_rotary_pos_emb
 
 from bayes_router.checks import require
-from bayes_router.integrations.binding import BINDING, Binding
-from bayes_router.integrations.interface import attend
+from bayes_router.integrations.huggingface.interface import attend
+from bayes_router.integrations.patch.binding import BINDING, Binding
 
 OWN = "falcon"
 """What `check_model` answers for a model that this file serves."""

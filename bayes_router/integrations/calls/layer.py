@@ -12,10 +12,11 @@ from bayes_router.attention.hard.dispatch import routed_attention
 from bayes_router.attention.hard.problem import built_in
 from bayes_router.attention.shapes import ExpertShape
 from bayes_router.checks import require
-from bayes_router.integrations.call import AttentionCall, OfLast
-from bayes_router.integrations.decode import attend_one, remember
-from bayes_router.integrations.experts import FullExpert, LocalExpert, PatchedExpert
-from bayes_router.integrations.features import GatedExpert, LinearExpert
+from bayes_router.integrations.calls.call import AttentionCall
+from bayes_router.integrations.calls.linear import GatedExpert, LinearExpert
+from bayes_router.integrations.calls.masks import OfLast
+from bayes_router.integrations.calls.softmax import FullExpert, LocalExpert, PatchedExpert
+from bayes_router.integrations.calls.step import attend_one, remember
 
 EXPERTS: dict[str, type[PatchedExpert]] = {
     "full": FullExpert,

@@ -1,24 +1,52 @@
 """What a patched module holds, and by what name: the way from a model's own attention call to its router."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bayes_router.checks import require
-from bayes_router.integrations.call import AttentionCall
-
-if TYPE_CHECKING:
-    from bayes_router.integrations.routed import RoutedModel
+from bayes_router.integrations.calls.call import AttentionCall
+from bayes_router.integrations.calls.memory import Memories
+from bayes_router.integrations.patch.found import Found
 
 BINDING = "_bayes_router"
+
+
+class Router(Protocol):
+    """What a binding asks of the router that it belongs to."""
+
+    @property
+    def experts(self) -> Sequence[str]:
+        """Names, in the order of the routing latent."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The patched model."""
+
+    found: tuple[Found, ...]
+    memories: Memories
+
+    def attend(self, index: int, hidden: Tensor, call: AttentionCall) -> Tensor:
+        """Route and execute the call of a layer."""
+
+    def route(self, index: int, hidden: Tensor) -> Tensor | int:
+        """Where the tokens of a layer go."""
+
+    def execute(self, index: int, route: Tensor | int, call: AttentionCall, hidden: Tensor) -> Tensor:
+        """The output of a layer's call under a route."""
+
+    @property
+    def observed(self) -> bool:
+        """Whether calls are shown to an observer, every token on full attention."""
 
 
 class Binding:
     """What a patched module holds: its router, its index there, and the hidden state of the call under way."""
 
-    def __init__(self, router: "RoutedModel", index: int):
+    def __init__(self, router: Router, index: int):
         self.router, self.index = router, index
         self.hidden: Tensor | None = None
         self.past: tuple[Any, Tensor | None] | None = None  # the KV cache, and what it held of this layer's keys
@@ -31,7 +59,7 @@ class Binding:
         past, self.past = self.past, None
         if past is not None:
             memory = self.router.memories.of(past[0], self.index)
-            memory.follow(past[1], call)
+            memory.follow(past[1], call.k, call.q.shape[2], *call.real_keys())
             call = replace(call, memory=memory)
         return self.router.attend(self.index, hidden, call)
 

@@ -3,12 +3,9 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import nn
-
-from bayes_router.attention.shapes import ExpertShape
 from bayes_router.checks import require, unknown
-from bayes_router.config import ModelConfig, PriorConfig
-from bayes_router.integrations.layer import EXPERTS
+from bayes_router.config import PriorConfig
+from bayes_router.integrations.calls.layer import EXPERTS
 
 
 @dataclass(frozen=True)
@@ -76,33 +73,3 @@ class FitRecord:
     likelihood: str
     budget: float | None = None
     tokenizer: str | None = None
-
-
-@dataclass(frozen=True)
-class Found:
-    """One attention layer of a model: the module that runs it, and its sizes."""
-
-    module: nn.Module
-    name: str
-    shape: ExpertShape
-    kv_heads: int
-    width: int  # of the hidden state
-    causal: bool
-    window: int | None = None  # keys that the layer's own attention sees, where it slides
-
-
-def model_config(found: Found, settings: PatchSettings, num_layers: int, vocab_size: int = 1) -> ModelConfig:
-    """The routed layers in the terms of the project: what costs, diagnostics and reports read."""
-    heads, dim = found.shape.num_heads, found.shape.head_dim
-    require(dim % 2 == 0, "head_dim", "an even number", dim, "models with odd heads are not served")
-    return ModelConfig(
-        vocab_size=vocab_size,
-        d_model=heads * dim,
-        num_layers=num_layers,
-        num_heads=heads,
-        num_kv_heads=found.kv_heads,
-        experts=settings.experts,
-        window=settings.window + settings.sinks,  # what `local` reads, hence what it costs
-        controller_hidden=settings.controller_hidden,
-        concentration_floor=settings.concentration_floor,
-    )

@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 from bayes_router.attention.shapes import ExpertShape
 from bayes_router.checks import require
-from bayes_router.integrations import falcon
-from bayes_router.integrations.interface import MASKS, observers
-from bayes_router.integrations.settings import Found, PatchSettings
+from bayes_router.integrations.huggingface import falcon
+from bayes_router.integrations.huggingface.interface import MASKS, observers
+from bayes_router.integrations.patch.found import Found
+from bayes_router.integrations.patch.settings import PatchSettings
 
 PROBE_TOKENS = 8
 

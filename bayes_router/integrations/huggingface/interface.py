@@ -13,9 +13,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import output_capturing
 
 from bayes_router.attention.kernels.eager.fused import keep_layout
-from bayes_router.integrations.binding import BINDING, Binding
-from bayes_router.integrations.call import AttentionCall, OfLast, padding_of
-from bayes_router.integrations.memory import held_keys
+from bayes_router.integrations.calls.call import AttentionCall
+from bayes_router.integrations.calls.masks import OfLast, padding_of
+from bayes_router.integrations.huggingface.growing_cache import held_keys
+from bayes_router.integrations.patch.binding import BINDING, Binding
 
 MASKS = {"sdpa": sdpa_mask, "eager": eager_mask}
 NAME = "bayes_router_{}"

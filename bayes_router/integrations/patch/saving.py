@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from bayes_router.checks import require
 from bayes_router.config import PriorConfig
 from bayes_router.data.stream import MaskedStream, TokenStream
-from bayes_router.integrations.identity import fingerprint
-from bayes_router.integrations.routed import RoutedModel
-from bayes_router.integrations.settings import FitRecord, PatchSettings
+from bayes_router.integrations.patch.identity import fingerprint
+from bayes_router.integrations.patch.settings import FitRecord, PatchSettings
 from bayes_router.routing.policy import Argmax, Budget, Conservative, Policy
 from bayes_router.training.checkpoint import write_json, write_whole
 
@@ -28,40 +27,53 @@ HELD_OUT_TOKENS = 32_768
 POLICIES: dict[str, type[Any]] = {policy.__name__: policy for policy in (Argmax, Budget, Conservative)}
 
 
-def save_router(router: RoutedModel, folder: Path | str, held_out: bool = False) -> None:
+class PatchRecord(NamedTuple):
+    """What a patch is on disk, apart from the model that it belongs to."""
+
+    model: nn.Module
+    router: str  # class of what `patch` returned
+    weights: dict[str, Tensor]
+    settings: PatchSettings
+    policy: Policy
+    fitted: FitRecord | None
+    made_for: str  # fingerprint of the model as it was patched; empty once the fit moved its weights
+    held_out: TokenStream | None
+
+
+def save_patch(record: PatchRecord, folder: Path | str) -> None:
     """Write the files of a patch; see `RoutedModel.save`.
 
     Raises:
         ValueError: the policy is not one of the project's own.
     """
     folder = Path(folder)
-    name = type(router.policy).__name__
+    name = type(record.policy).__name__
     require(name in POLICIES, "policy", f"one of {', '.join(POLICIES)}, which can be saved", name, "set another before saving")
     folder.mkdir(parents=True, exist_ok=True)
-    now = fingerprint(router.model)
-    if now != router.made_for:
+    now, kind = fingerprint(record.model), type(record.model).__name__
+    if now != record.made_for:
         warnings.warn(
-            f"{type(router.model).__name__}: its own weights moved since it was patched, and the patch fits them as they are: "
+            f"{kind}: its own weights moved since it was patched, and the patch fits them as they are: "
             "save the model too (save_pretrained), or load_patch will find no model that the patch was made for",
-            stacklevel=3,
+            stacklevel=4,
         )
-    weights = {key: value.detach().cpu().contiguous() for key, value in router.state_dict().items()}
+    weights = {key: value.detach().cpu().contiguous() for key, value in record.weights.items()}
     write_whole(folder / WEIGHTS, lambda path: save_file(weights, path))
     write_json(
         folder / SETTINGS,
         {
             "format": FORMAT,
-            "model": type(router.model).__name__,
-            "router": type(router).__name__,
+            "model": kind,
+            "router": record.router,
             "fingerprint": now,
-            "moved": now != router.made_for,
-            "settings": router.settings.to_dict(),
-            "policy": {"name": name, **asdict(router.policy)},  # type: ignore[call-overload]
-            "fit": None if router.fitted is None else asdict(router.fitted),
-            "base": str(getattr(router.model, "name_or_path", "") or ""),
+            "moved": now != record.made_for,
+            "settings": record.settings.to_dict(),
+            "policy": {"name": name, **asdict(record.policy)},  # type: ignore[call-overload]
+            "fit": None if record.fitted is None else asdict(record.fitted),
+            "base": str(getattr(record.model, "name_or_path", "") or ""),
         },
     )
-    text = router.held_out if held_out else None
+    text = record.held_out
     if text is not None:
         kept = {"tokens": text.tokens[:HELD_OUT_TOKENS].contiguous()}
         if isinstance(text, MaskedStream):
@@ -129,8 +141,8 @@ def read_origin(folder: Path | str) -> Origin:
         raise ValueError(f"{path}: expected the settings of a patch; damaged or of another version: {error!r}") from error
 
 
-def load_fit(router: RoutedModel, folder: Path | str) -> None:
-    """Restore how the patch was fitted, and the text that was held out, where the folder has them.
+def read_fit(folder: Path | str, vocab_size: int) -> tuple[FitRecord | None, TokenStream | None]:
+    """How the patch was fitted, and the text that was held out, where the folder has them.
 
     Raises:
         ValueError: a file is damaged.
@@ -138,25 +150,22 @@ def load_fit(router: RoutedModel, folder: Path | str) -> None:
     path, text = Path(folder) / SETTINGS, Path(folder) / HELD_OUT
     try:
         fit = json.loads(path.read_text(encoding="utf-8")).get("fit")
-        router.fitted = None if fit is None else FitRecord(**fit)
+        fitted = None if fit is None else FitRecord(**fit)
     except TypeError as error:
         raise ValueError(f"{path}: expected how the patch was fitted; damaged or of another version: {error!r}") from error
     if not text.is_file():
-        return
+        return fitted, None
     try:
         kept = load_file(text)
         tokens, mask_token = kept["tokens"].long(), kept.get("mask_token")
     except (SafetensorError, KeyError, OSError) as error:
         raise ValueError(f"{text}: expected token ids of held-out text; damaged: {error}; delete it to go without") from error
-    vocab_size = router.config.vocab_size
-    router.held_out = (
-        TokenStream(tokens, vocab_size, "held out")
-        if mask_token is None
-        else MaskedStream(tokens, vocab_size, int(mask_token), "held out")
-    )
+    if mask_token is None:
+        return fitted, TokenStream(tokens, vocab_size, "held out")
+    return fitted, MaskedStream(tokens, vocab_size, int(mask_token), "held out")
 
 
-def load_weights(router: RoutedModel, folder: Path | str) -> None:
+def load_weights(router: nn.Module, folder: Path | str) -> None:
     """Fill a fresh patch from router.safetensors.
 
     Raises:

@@ -18,12 +18,12 @@ from bayes_router.data.tokens import TokenSource
 from bayes_router.inference.elbo import NegativeELBO
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel
-from bayes_router.integrations.call import AttentionCall
-from bayes_router.integrations.features import LinearExpert
-from bayes_router.integrations.huggingface import RoutedPretrained
-from bayes_router.integrations.layer import RoutedLayer
+from bayes_router.integrations.calls.call import AttentionCall
+from bayes_router.integrations.calls.layer import RoutedLayer
+from bayes_router.integrations.calls.linear import LinearExpert
+from bayes_router.integrations.huggingface.language import RoutedLanguage
 from bayes_router.integrations.likelihood import Likelihood, TeacherELBO, entropy
-from bayes_router.integrations.settings import FitRecord
+from bayes_router.integrations.patch.settings import FitRecord
 from bayes_router.routing.schedule import Schedule, ScheduleState
 from bayes_router.training.optimise import clip_gradient, set_learning_rate
 from bayes_router.types import IGNORED, Route
@@ -88,19 +88,19 @@ class FitSettings:
         return TrainConfig(steps=max(steps, 1), warmup=min(self.warmup, steps), lr=self.lr, controller_lr=self.controller_lr)
 
 
-def final_state(router: RoutedPretrained, schedule: ScheduleConfig | None = None) -> ScheduleState:
+def final_state(router: RoutedLanguage, schedule: ScheduleConfig | None = None) -> ScheduleState:
     """The objective at the end of a fit."""
     chosen = schedule or default_schedule(len(router.layers))
     return Schedule(chosen, router.prior, 1, router.experts, router.settings.prior.price).at(1)
 
 
-def recorded_state(router: RoutedPretrained, fitted: FitRecord) -> ScheduleState:
+def recorded_state(router: RoutedLanguage, fitted: FitRecord) -> ScheduleState:
     """The objective at the end of the fit that was."""
     return ScheduleState(fitted.kl_weight, router.prior.concentration, fitted.price, fitted.straight_through)
 
 
 def record(
-    router: RoutedPretrained,
+    router: RoutedLanguage,
     settings: FitSettings,
     schedule: ScheduleConfig,
     frame: pd.DataFrame,
@@ -135,7 +135,7 @@ def default_schedule(num_layers: int) -> ScheduleConfig:
 
 
 @contextmanager
-def fitting(router: RoutedPretrained, weights: bool) -> Iterator[None]:
+def fitting(router: RoutedLanguage, weights: bool) -> Iterator[None]:
     """Gradients for what is fitted alone, dropout only where the model's own weights are; all flags restored."""
     model = router.model
     modes = [(module, module.training) for module in model.modules()]
@@ -157,7 +157,7 @@ def fitting(router: RoutedPretrained, weights: bool) -> Iterator[None]:
             module.training = mode
 
 
-def distil(router: RoutedPretrained, source: TokenSource, settings: FitSettings, progress: bool = False) -> list[float]:
+def distil(router: RoutedLanguage, source: TokenSource, settings: FitSettings, progress: bool = False) -> list[float]:
     """Teach every linear expert its own layer's full attention; the mean relative squared error of each step.
 
     For layer l and expert e: mean |e(q, k, v) - full(q, k, v)|^2 / mean |full(q, k, v)|^2, the calls being those of the
@@ -193,7 +193,7 @@ def distil(router: RoutedPretrained, source: TokenSource, settings: FitSettings,
     return losses
 
 
-def program(router: RoutedPretrained, start: ScheduleState, network: Any = None) -> tuple[RoutingModel, RoutingGuide]:
+def program(router: RoutedLanguage, start: ScheduleState, network: Any = None) -> tuple[RoutingModel, RoutingGuide]:
     """The project's model and guide around a patched model: routes are latent, the model's logits the likelihood."""
     device = next(router.model.parameters()).device
     chosen = router.network if network is None else network
@@ -229,7 +229,7 @@ class Pressure:
 
 
 def fit_routes(
-    router: RoutedPretrained,
+    router: RoutedLanguage,
     source: TokenSource,
     settings: FitSettings,
     schedule_config: ScheduleConfig,
@@ -289,7 +289,7 @@ def fit_routes(
     return pd.DataFrame(rows)
 
 
-def _groups(router: RoutedPretrained, settings: FitSettings) -> list[dict[str, Any]]:
+def _groups(router: RoutedLanguage, settings: FitSettings) -> list[dict[str, Any]]:
     """Parameters with their peak learning rates: controllers, experts, and the model's own where they move."""
     groups: list[dict[str, Any]] = [{"params": list(router.controller.parameters()), "peak": settings.controller_lr}]
     own = [p for layer in router.layers for p in layer.parameters()]

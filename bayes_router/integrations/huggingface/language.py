@@ -1,0 +1,112 @@
+"""The routed language model, as fitting, evaluation and diagnostics see it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bayes_router.checks import choose, require
+from bayes_router.integrations.patch.routed import RoutedModel
+from bayes_router.transformer.model import Force, forced_route
+from bayes_router.types import Route, RoutingMode, RoutingOutput
+
+
+class RoutedLanguage(RoutedModel):
+    """A patched Hugging Face model that speaks of tokens.
+
+    It answers the calls of `RoutedLanguageModel` that evaluation makes.
+    """
+
+    def forward(
+        self,
+        tokens: Tensor,
+        mode: RoutingMode | str = RoutingMode.HARD,
+        force: Force | None = None,
+        **inputs: Any,
+    ) -> RoutingOutput:
+        """Logits and, for every layer, the posterior and the route that was executed.
+
+        Args:
+            tokens: int64 [B, T].
+            mode: SAMPLE, MEAN or HARD.
+            force: as in `RoutedModel.force`, for this pass alone.
+            inputs: further inputs of the model, `attention_mask` among them.
+
+        Raises:
+            ValueError: the model has no language-modelling head.
+        """
+        chosen = choose("mode", mode, RoutingMode)
+        forced = self._force if force is None else force
+        answer = None if forced is None else forced_route(forced, self.experts, len(self.layers))
+        concentrations, routes = [], []
+
+        def route(layer: int, hidden: Tensor) -> Tensor | int:
+            q = self.controller.posterior(layer, hidden)
+            executed = self.decide(layer, q, chosen) if answer is None else answer(layer, hidden)
+            concentrations.append(q.concentration)
+            routes.append(executed if isinstance(executed, Tensor) else torch.full_like(tokens, executed))
+            self._concentration[layer], self._executed[layer] = concentrations[-1], routes[-1]
+            return executed
+
+        with self.routed_by(route):
+            logits = self.logits(tokens, **inputs)
+        return RoutingOutput(logits, torch.stack(concentrations), torch.stack(routes))
+
+    def logits(self, tokens: Tensor, **inputs: Any) -> Tensor:
+        """What the model says of tokens [B, T]: [B, T, V].
+
+        Raises:
+            ValueError: the model has no language-modelling head.
+        """
+        require(
+            self.predicts,
+            "model",
+            "one with a language-modelling head",
+            type(self.model).__name__,
+            "load it by AutoModelForCausalLM or AutoModelForMaskedLM",
+        )
+        logits: Tensor = self.model(input_ids=tokens, **inputs).logits
+        return logits
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the model has a head that speaks of tokens."""
+        model = self.model
+        return isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None
+
+    @property
+    def network(self) -> "Network":
+        """What `RoutingModel` and the diagnostics want of a network."""
+        return Network(self)
+
+    @torch.no_grad()
+    def unrouted(self, tokens: Tensor) -> Tensor:
+        """Logits [B, T, V] of the model as it was before the patch."""
+        full = self.experts.index("full")
+        return self.network(tokens, lambda layer, hidden: full)
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees only what comes before it."""
+        return all(one.causal for one in self.found)
+
+
+class Network:
+    """(tokens [B, T], route) -> logits [B, T, V] of a patched model, every layer's route answered by `route(layer, hidden)`."""
+
+    def __init__(self, router: RoutedLanguage):
+        self.router = router
+
+    def __call__(self, tokens: Tensor, route: Route) -> Tensor:
+        """See the class."""
+        with self.router.routed_by(route):
+            return self.router.logits(tokens, **({"use_cache": False} if self.router.causal else {}))
+
+    @property
+    def embed(self) -> torch.nn.Module:
+        """Token ids to vectors."""
+        model = self.router.model
+        assert isinstance(model, PreTrainedModel)
+        embedding: torch.nn.Module = model.get_input_embeddings()
+        return embedding

@@ -1,0 +1,105 @@
+"""What `patch` returns for a Hugging Face model: the routed language model, its fit and its budget."""
+
+from typing import Any
+
+import pandas as pd
+import torch
+
+from bayes_router.config import ScheduleConfig
+from bayes_router.data.stream import stream_of
+from bayes_router.inference.guide import RoutingGuide
+from bayes_router.inference.model import RoutingModel
+from bayes_router.integrations.huggingface import fitting
+from bayes_router.integrations.huggingface.language import RoutedLanguage
+
+
+class RoutedPretrained(RoutedLanguage):
+    """A patched Hugging Face model: see `RoutedModel` for how it routes; it is fitted here."""
+
+    def fit(
+        self,
+        texts: Any,
+        *,
+        tokenizer: Any = None,
+        schedule: ScheduleConfig | None = None,
+        valid_fraction: float = 0.1,
+        progress: bool = False,
+        **settings: Any,
+    ) -> pd.DataFrame:
+        """Distil the linear experts from the layers' own attention, then fit controllers and experts by SVI on the ELBO.
+
+        Args:
+            texts: a text, several, or token ids int64 [N].
+            tokenizer: the model's, where texts are text.
+            schedule: of KL weight, prior and concentration; starts on full attention by default.
+            valid_fraction: the end of the text, held out for `set_budget`.
+            progress: show bars.
+            settings: of `FitSettings`: steps, distil_steps, context, batch_size, lr, controller_lr, weights_lr, likelihood,
+                budget, seconds, seed, ... With weights_lr above 0 the model moves: save it beside the patch.
+
+        Returns:
+            One row a step: nll, kl, elbo in nats per token, the executed cost and the price; with the unpatched model as
+            likelihood also the divergence from it. `attrs["distillation"]` has the errors of the first phase.
+        """
+        self.require_patched()
+        chosen = fitting.FitSettings(**settings)
+        stream = stream_of(texts, tokenizer, self.config.vocab_size, self.causal)
+        source, self.held_out = stream.split(valid_fraction)
+        devices = [p.device for p in self.model.parameters() if p.device.type == "cuda"][:1]
+        with torch.random.fork_rng(devices=devices), fitting.fitting(self, chosen.weights_lr > 0):
+            torch.manual_seed(chosen.seed)
+            errors = fitting.distil(self, source, chosen, progress)
+            steps = schedule or fitting.default_schedule(len(self.layers))
+            frame = fitting.fit_routes(self, source, chosen, steps, progress)
+            self.made_for = "" if chosen.weights_lr > 0 else self.made_for
+            self.fitted = fitting.record(self, chosen, steps, frame, len(source), getattr(tokenizer, "name_or_path", None))
+        frame.attrs["distillation"] = errors
+        return frame
+
+    def program(self, schedule: ScheduleConfig | None = None) -> tuple[RoutingModel, RoutingGuide]:
+        """The Pyro model and guide of this patch under the objective at the end of a fit: for SVI of one's own, `Predictive`.
+
+        Their arguments are (tokens int64 [B, T], targets or None).
+        """
+        if schedule is None and self.fitted is not None:
+            return fitting.program(self, fitting.recorded_state(self, self.fitted))
+        return fitting.program(self, fitting.final_state(self, schedule))
+
+    def set_budget(
+        self,
+        budget: float,
+        texts: Any = None,
+        *,
+        tokenizer: Any = None,
+        context: int = 512,
+        limit: int = 8192,
+        tolerance: float = 0.005,
+    ) -> float:
+        """Let executed attention cost `budget` of attention over all keys, on text held out by `fit` or on `texts`.
+
+        Costs are those of the prior's cost model. Afterwards `policy` is a `Budget` at the price that was found.
+
+        Args:
+            budget: full attention = 1.
+            texts: text, texts or tokens; default what `fit` held out.
+            tokenizer: of texts.
+            context: tokens of a window.
+            limit: tokens that are read.
+            tolerance: how far from the budget a cost may be where many tokens have one posterior, so that no price comes within
+                0.005 (small models of bytes).
+
+        Returns:
+            The realised cost on that text, within 0.005 of the budget, or within `tolerance` in such a jump.
+
+        Raises:
+            ValueError: no text, or a budget that no price realises: out of range, or in a jump; the message names what is
+                within reach.
+        """
+        self.require_patched()
+        from bayes_router.integrations.budget import solve
+
+        source = self.held_out if texts is None else stream_of(texts, tokenizer, self.config.vocab_size, self.causal)
+        if source is None:
+            raise ValueError("texts: expected held-out text, from fit() or given here; got None; pass texts=")
+        context = min(context, len(source) - 1)
+        return solve(self, source, budget, context, max(limit, context), tolerance)
