@@ -4,8 +4,8 @@ Tables: load, information and distance from the prior by layer on held-out text;
 """
 
 from analysis.figures import parse, write
-from bayes_router.diagnostics import posterior_plots as draw
 from bayes_router.diagnostics.examine import Effort, Examination
+from bayes_router.diagnostics.figures import posterior as draw
 from bayes_router.diagnostics.fitted import load_fitted
 
 

@@ -11,10 +11,11 @@ import torch
 from matplotlib.axes import Axes
 
 from analysis.figures import parse, write
-from bayes_router.diagnostics import posterior_plots as draw
-from bayes_router.diagnostics.collapse import prior_mean
 from bayes_router.diagnostics.examine import Effort, Examination
-from bayes_router.diagnostics.fitted import FittedRun, load_fitted, read, windows
+from bayes_router.diagnostics.figures import posterior as draw
+from bayes_router.diagnostics.fitted import FittedRun, load_fitted
+from bayes_router.diagnostics.measures.collapse import prior_mean
+from bayes_router.diagnostics.reading import read, windows
 from bayes_router.routing.posterior import categorical_entropy, expected_entropy
 
 DRAWS = 250

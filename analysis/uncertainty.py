@@ -5,8 +5,8 @@ stability; k-hat of the guide; other text; and `figures_to_quote.csv`.
 """
 
 from analysis.figures import parse, write
-from bayes_router.diagnostics import posterior_plots as draw
 from bayes_router.diagnostics.examine import Effort, Examination
+from bayes_router.diagnostics.figures import posterior as draw
 from bayes_router.diagnostics.fitted import load_fitted
 
 

@@ -16,14 +16,15 @@ from bayes_router.presets import preset
 from bayes_router.routing.controller import MetaController
 from bayes_router.routing.policy import Argmax, Budget, Conservative
 from bayes_router.routing.prior import ComputeAwarePrior
-from bayes_router.training.calibrate import sweep_prior
 from bayes_router.training.checkpoint import load_run
 from bayes_router.training.dial import solve_price
 from bayes_router.training.evaluate import Evaluation, evaluate
 from bayes_router.training.fit import TrainingDiverged, fit
+from bayes_router.training.prior_sweep import sweep_prior
+from bayes_router.transformer.build import build_prior
 from bayes_router.transformer.generate import Sampling, generate, stream
-from bayes_router.transformer.layer import RoutedAttention, build_prior
 from bayes_router.transformer.model import RoutedLanguageModel, RoutedTransformer
+from bayes_router.transformer.standalone import RoutedAttention
 from bayes_router.types import CostModel, LossTerms, RoutingMode, RoutingOutput
 
 __version__ = "0.1.0"

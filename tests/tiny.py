@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bayes_router.config import Config, ModelConfig, PriorConfig, config_from_dict
-from bayes_router.transformer.layer import build_prior
+from bayes_router.transformer.build import build_prior
 from bayes_router.transformer.model import RoutedLanguageModel
 
 EXPERTS = ("full", "linear", "local", "gated")

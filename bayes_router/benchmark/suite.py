@@ -196,7 +196,7 @@ def drawing_packages() -> None:
 def command_line() -> str:
     """What was typed, shorter: programs by their names."""
     name = Path(sys.argv[0]).name
-    known = {"speed.py": "python -m analysis.speed", "speed_model.py": "python -m analysis.speed_model"}
+    known = {"kernels.py": "python -m analysis.speed.kernels", "speed_model.py": "python -m analysis.speed.speed_model"}
     return " ".join([known.get(name, "bayes-router"), *sys.argv[1:]])
 
 

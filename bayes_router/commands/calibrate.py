@@ -14,14 +14,14 @@ from torch import Tensor
 from bayes_router.checks import choose, require, unknown
 from bayes_router.commands.options import Parser
 from bayes_router.config import Config, load_config
-from bayes_router.diagnostics.prior_plots import draw_prior, draw_sweep
+from bayes_router.diagnostics.figures.prior import draw_prior, draw_sweep
 from bayes_router.presets import PRESETS, preset
 from bayes_router.routing.posterior import categorical_entropy
 from bayes_router.routing.prior import PRIOR_MAPS, ComputeAwarePrior
-from bayes_router.training.calibrate import Refit, knobs, one_at_a_time, sweep_prior
 from bayes_router.training.checkpoint import CONFIG, load_run, require_file, write_text
 from bayes_router.training.fit import pick_device
-from bayes_router.transformer.layer import build_prior
+from bayes_router.training.prior_sweep import Refit, knobs, one_at_a_time, sweep_prior
+from bayes_router.transformer.build import build_prior
 from bayes_router.types import CostModel
 
 HELP = "solve for the prior that costs a target; with a run, sweep its settings"

@@ -16,7 +16,7 @@ from bayes_router.training.checkpoint import load_run, write_json, write_text
 from bayes_router.training.dial import TOLERANCE, Dial
 from bayes_router.training.evaluate import evaluate
 from bayes_router.training.fit import Data, load_data, pick_device
-from bayes_router.transformer.layer import build_experts, build_prior
+from bayes_router.transformer.build import build_experts, build_prior
 from bayes_router.transformer.model import RoutedLanguageModel
 from bayes_router.types import CostModel
 

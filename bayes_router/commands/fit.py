@@ -10,7 +10,7 @@ from jsonargparse import Namespace
 
 from bayes_router.commands.options import Parser
 from bayes_router.config import Config, config_from_dict, load_config
-from bayes_router.diagnostics.plots import draw_run
+from bayes_router.diagnostics.figures.run import draw_run
 from bayes_router.presets import PRESETS, preset
 from bayes_router.training.checkpoint import CONFIG, require_file
 from bayes_router.training.evaluate import Evaluation

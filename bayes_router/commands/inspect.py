@@ -12,8 +12,8 @@ from bayes_router.checks import require, unknown
 from bayes_router.commands.fitted import add_fitted, open_fitted, read_text
 from bayes_router.commands.options import Parser
 from bayes_router.diagnostics.fitted import FittedRun
+from bayes_router.diagnostics.measures.uncertainty import probability_right
 from bayes_router.diagnostics.report import ShownText, route_text
-from bayes_router.diagnostics.uncertainty import probability_right
 from bayes_router.training.fit import load_data
 
 HELP = "print a text coloured by route, the uncertain tokens marked"

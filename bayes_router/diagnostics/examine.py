@@ -11,8 +11,9 @@ from torch import Tensor
 
 from bayes_router.checks import require
 from bayes_router.data.tokens import Batch, TokenSource
-from bayes_router.diagnostics.amortisation import AmortisationGap, amortisation_gap, gap_verdict
-from bayes_router.diagnostics.calibration import (
+from bayes_router.diagnostics.fitted import FittedRun
+from bayes_router.diagnostics.measures.amortisation import AmortisationGap, amortisation_gap, gap_verdict
+from bayes_router.diagnostics.measures.calibration import (
     Calibration,
     CalibrationThresholds,
     calibrate,
@@ -21,12 +22,12 @@ from bayes_router.diagnostics.calibration import (
     routing_regret,
     stability,
 )
-from bayes_router.diagnostics.collapse import CollapseSummary, CollapseThresholds, collapse_over_training
-from bayes_router.diagnostics.fit_quality import FitThresholds, k_hat_frame, k_hat_verdicts
-from bayes_router.diagnostics.fitted import FittedRun, read, windows
-from bayes_router.diagnostics.other_text import other_text_verdict, other_texts, tell_apart
-from bayes_router.diagnostics.uncertainty import UncertaintySummary, kinds_of_vocabulary
-from bayes_router.diagnostics.verdict import Verdict
+from bayes_router.diagnostics.measures.collapse import CollapseSummary, CollapseThresholds, collapse_over_training
+from bayes_router.diagnostics.measures.importance import FitThresholds, k_hat_frame, k_hat_verdicts
+from bayes_router.diagnostics.measures.other_text import other_text_verdict, other_texts, tell_apart
+from bayes_router.diagnostics.measures.uncertainty import UncertaintySummary, kinds_of_vocabulary
+from bayes_router.diagnostics.measures.verdict import Verdict
+from bayes_router.diagnostics.reading import read, windows
 from bayes_router.training.checkpoint import METRICS
 from bayes_router.training.fit import load_data
 

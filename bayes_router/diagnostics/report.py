@@ -16,12 +16,14 @@ from torch import Tensor
 
 from bayes_router.checks import require
 from bayes_router.data.tokens import Batch
-from bayes_router.diagnostics import plots, posterior_plots
-from bayes_router.diagnostics.collapse import kl_to_prior
 from bayes_router.diagnostics.examine import Examination
-from bayes_router.diagnostics.fitted import FittedRun, pieces, read, text_windows
-from bayes_router.diagnostics.uncertainty import probability_right
-from bayes_router.diagnostics.verdict import Severity
+from bayes_router.diagnostics.figures import posterior as posterior_plots
+from bayes_router.diagnostics.figures import run as plots
+from bayes_router.diagnostics.fitted import FittedRun
+from bayes_router.diagnostics.measures.collapse import kl_to_prior
+from bayes_router.diagnostics.measures.uncertainty import probability_right
+from bayes_router.diagnostics.measures.verdict import Severity
+from bayes_router.diagnostics.reading import pieces, read, text_windows
 from bayes_router.routing.posterior import mutual_information, posterior_mean
 
 SHOWN_TOKENS = 4000

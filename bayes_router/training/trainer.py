@@ -22,7 +22,7 @@ from bayes_router.training.execution import Execution
 from bayes_router.training.faults import StepGuard
 from bayes_router.training.graph import GraphedGradient, wants_graph
 from bayes_router.training.optimise import build_optimiser, clip_gradient, set_learning_rate
-from bayes_router.transformer.layer import build_prior
+from bayes_router.transformer.build import build_prior
 from bayes_router.transformer.model import RoutedLanguageModel
 from bayes_router.types import LossTerms
 

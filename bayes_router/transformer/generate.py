@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from bayes_router.checks import require
-from bayes_router.transformer.layer import real_tokens
-from bayes_router.transformer.model import RoutedLanguageModel, check_lengths, check_tokens, forced_route, last_token
+from bayes_router.routing.force import forced_route
+from bayes_router.transformer.model import RoutedLanguageModel
+from bayes_router.transformer.padding import check_lengths, check_tokens, last_token, real_tokens
 from bayes_router.types import RoutingMode
 
 

@@ -8,11 +8,13 @@ from torch.nn import functional as F
 
 from bayes_router.attention.decoding.cache import RoutedCache
 from bayes_router.attention.experts.contract import Expert
-from bayes_router.checks import choose, require, unknown
+from bayes_router.checks import choose, require
 from bayes_router.config import Config, ModelConfig
 from bayes_router.routing.controller import MetaController
+from bayes_router.routing.force import Force, forced_route
 from bayes_router.routing.policy import Argmax, Policy, execute
 from bayes_router.transformer.layer import Angles, AttentionMixture
+from bayes_router.transformer.padding import check_lengths, check_tokens, last_token
 from bayes_router.transformer.rotary import rotary_angles
 from bayes_router.types import Route, RoutingMode, RoutingOutput
 
@@ -124,60 +126,6 @@ class RoutedTransformer(nn.Module):
             device=weight.device,
             dtype=weight.dtype,
         )
-
-
-def check_tokens(tokens: Tensor, vocab_size: int, device: torch.device | None = None, name: str = "tokens") -> None:
-    """Refuse what is not a batch of token ids. Values are read on the CPU alone: on a GPU it would wait for the device."""
-    require(isinstance(tokens, Tensor), name, "a tensor, int64 [B, T]", type(tokens).__name__)
-    require(tokens.dim() == 2, name, "shape [B, T]", tuple(tokens.shape))
-    require(tokens.dtype == torch.int64, name, "torch.int64", tokens.dtype)
-    if device is not None and tokens.device != device:
-        raise ValueError(f"{name}: expected the device of the model, {device}; got {tokens.device}; move one with .to(device)")
-    if tokens.device.type == "cpu" and tokens.numel():
-        low, high = (int(x) for x in tokens.aminmax())
-        require(low >= 0 and high < vocab_size, name, f"ids from 0 to {vocab_size - 1}", (low, high), "check the tokeniser")
-
-
-def check_lengths(lengths: Tensor, tokens: Tensor, least: int = 0) -> None:
-    """Refuse what does not count the real tokens of the rows of `tokens` [B, T]; values are read on the CPU alone."""
-    (B, T), wanted = tokens.shape, f"int64 or int32 of shape {(tokens.shape[0],)} on {tokens.device}"
-    require(isinstance(lengths, Tensor), "lengths", wanted, type(lengths).__name__)
-    fits = lengths.dtype in (torch.int64, torch.int32) and lengths.shape == (B,) and lengths.device == tokens.device
-    if not fits:
-        raise ValueError(f"lengths: expected {wanted}; got {lengths.dtype} of shape {tuple(lengths.shape)} on {lengths.device}")
-    if lengths.device.type == "cpu" and B:
-        low, high = (int(x) for x in lengths.aminmax())
-        require(low >= least and high <= T, "lengths", f"values in {least}..{T}", (low, high))
-
-
-def last_token(x: Tensor, lengths: Tensor | None, dim: int = 1) -> Tensor:
-    """Of each row its last real token, the first if it has none: 1 along `dim`, the tokens; the batch stands before it."""
-    if lengths is None:
-        return x.narrow(dim, x.shape[dim] - 1, 1)
-    at = (lengths - 1).clamp_min(0).to(torch.int64)  # [B]
-    at = at.view(-1, *[1] * (x.dim() - dim))
-    return x.gather(dim, at.expand(*x.shape[:dim], 1, *x.shape[dim + 1 :]))
-
-
-Force = str | Tensor
-"""The name of an expert, choices int64 [L, B, T], or weights [L, B, T, E]."""
-
-
-def forced_route(force: Force, experts: Sequence[str], num_layers: int) -> Route:
-    """The route that sends every token where `force` says, whatever its hidden state."""
-    if isinstance(force, str):
-        if force not in experts:
-            raise unknown("force", force, experts)
-        index = list(experts).index(force)
-        return lambda layer, hidden: index
-    require(force.shape[0] == num_layers, "force", f"a first dimension of {num_layers} layers", tuple(force.shape))
-
-    def route(layer: int, hidden: Tensor) -> Tensor:
-        choice = force[layer].to(hidden.device)
-        require(choice.shape[:2] == hidden.shape[:2], "force", f"[L, {hidden.shape[0]}, {hidden.shape[1]}]", tuple(force.shape))
-        return choice
-
-    return route
 
 
 class RoutedLanguageModel(nn.Module):

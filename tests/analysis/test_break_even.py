@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from analysis import break_even
+from analysis.speed import break_even
 
 
 def test_it_prints_every_measurement_and_the_break_even_points(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis import dial
+from analysis.routes import dial
 from bayes_router.config import config_from_dict
 from bayes_router.training.fit import fit
 from tests.tiny import fit_config

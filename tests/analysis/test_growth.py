@@ -2,7 +2,7 @@
 
 import pytest
 
-from analysis.growth import measure
+from analysis.speed.growth import measure
 
 
 def test_ratios_are_to_the_length_before() -> None:

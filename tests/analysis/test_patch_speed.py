@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis import patch_speed
+from analysis.pretrained import speed as patch_speed
 from bayes_router.integrations.patching import patch
 
 

@@ -1,4 +1,5 @@
-"""The benchmark behind `python -m analysis.speed`: what it refuses, how it compares, where it says that routing loses."""
+"""The benchmark behind `python -m analysis.speed.kernels`: what it refuses, how it compares, where it says that
+routing loses."""
 
 from collections.abc import Iterator
 from pathlib import Path

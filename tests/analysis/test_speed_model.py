@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis import speed_model
-from analysis.speed_model import load
+from analysis.speed import speed_model
+from analysis.speed.speed_model import load
 from bayes_router.attention.cost import Mode, hard_flops
 from bayes_router.attention.hard.dispatch import Backend
 from bayes_router.benchmark import memory, model, verify
@@ -41,7 +41,7 @@ def test_the_command_prints_and_writes(
     assert asked == [("full", "gated", "local")]
     table = pd.read_csv(tmp_path / "speed_model_cpu.csv")
     assert set(table["T"]) == {40, 60} and table["trained_at"].eq(32).all()
-    assert table["command"].str.startswith("python -m analysis.speed_model").all()
+    assert table["command"].str.startswith("python -m analysis.speed.speed_model").all()
     assert (tmp_path / "speed_model_cpu.png").stat().st_size > 1000
     assert "prefill routed, batch 1, 40 tokens: " in capsys.readouterr().out
     assert not (tmp_path / "speed_model_cpu.partial.csv").exists()

@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.sweep import identity, planned, read_rows, run_one, settings, sweep
-from analysis.tiny_lm import HEADLINE, LONG, RECIPE, SHORT, markdown, plan, summarise
-from analysis.variants import ChainedController, ConvolvedController, SegmentController, with_controller
+from analysis.routes.sweep import identity, planned, read_rows, run_one, settings, sweep
+from analysis.routes.tiny_lm import HEADLINE, LONG, RECIPE, SHORT, markdown, plan, summarise
+from analysis.routes.variants import ChainedController, ConvolvedController, SegmentController, with_controller
 from bayes_router.attention.experts.contract import expert_class
 from bayes_router.attention.shapes import ExpertShape
 from bayes_router.config import ModelConfig
@@ -117,7 +117,7 @@ def test_a_run_of_other_settings_is_another_run() -> None:
 def test_a_finished_row_is_not_run_again(corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = plan("toy", f"text:{corpus}", 1, ["local"])
     first = sweep(jobs, tmp_path / "r.csv", 1)
-    monkeypatch.setattr("analysis.sweep.run_one", lambda job: pytest.fail("ran again"))
+    monkeypatch.setattr("analysis.routes.sweep.run_one", lambda job: pytest.fail("ran again"))
     pd.testing.assert_frame_equal(sweep(jobs, tmp_path / "r.csv", 1), first, check_dtype=False)
 
 

@@ -11,7 +11,7 @@ from bayes_router.cli import main
 from bayes_router.config import load_config
 from bayes_router.training.checkpoint import load_run, save_weights
 from bayes_router.training.fit import fit
-from bayes_router.transformer.layer import build_prior
+from bayes_router.transformer.build import build_prior
 from tests.tiny import fit_config
 
 

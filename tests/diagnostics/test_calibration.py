@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from bayes_router.data.tokenisers import ByteTokeniser
 from bayes_router.data.tokens import Batch
-from bayes_router.diagnostics.calibration import (
+from bayes_router.diagnostics.measures.calibration import (
     CalibrationThresholds,
     auroc,
     calibrate,
@@ -22,8 +22,8 @@ from bayes_router.diagnostics.calibration import (
     stability,
     tempered,
 )
-from bayes_router.diagnostics.other_text import other_text_verdict, other_texts, passage_scores, tell_apart
-from bayes_router.diagnostics.verdict import Severity
+from bayes_router.diagnostics.measures.other_text import other_text_verdict, other_texts, passage_scores, tell_apart
+from bayes_router.diagnostics.measures.verdict import Severity
 from bayes_router.routing.policy import Argmax
 from bayes_router.routing.posterior import probability_of_largest
 from bayes_router.types import RoutingMode, RoutingOutput

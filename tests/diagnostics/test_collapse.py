@@ -2,14 +2,14 @@ import pandas as pd
 import pytest
 import torch
 
-from bayes_router.diagnostics.collapse import (
+from bayes_router.diagnostics.measures.collapse import (
     Collapse,
     CollapseThresholds,
     collapse_over_training,
     kl_to_prior,
     summarise_collapse,
 )
-from bayes_router.diagnostics.verdict import Severity
+from bayes_router.diagnostics.measures.verdict import Severity
 from bayes_router.inference.model import RoutingModel
 from bayes_router.routing.posterior import dirichlet_kl
 from tests.diagnostics.toy import MixtureNetwork, reading

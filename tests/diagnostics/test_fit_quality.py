@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Dirichlet, Gamma
 
-from bayes_router.diagnostics.amortisation import amortisation_gap, gap_verdict, nuts_comparison
-from bayes_router.diagnostics.fit_quality import (
+from bayes_router.diagnostics.measures.amortisation import amortisation_gap, gap_verdict, nuts_comparison
+from bayes_router.diagnostics.measures.importance import (
     FitThresholds,
     draw_log_route,
     effective_sample_size,
@@ -18,7 +18,7 @@ from bayes_router.diagnostics.fit_quality import (
     log_density_ratio,
     pareto_k,
 )
-from bayes_router.diagnostics.verdict import Severity
+from bayes_router.diagnostics.measures.verdict import Severity
 from bayes_router.routing.posterior import dirichlet_kl
 from tests.diagnostics.toy import THETA, BlindNetwork, MixtureNetwork, exact_posterior_mean, toy
 

@@ -3,7 +3,7 @@ import torch
 from pyro.infer import Predictive
 
 from bayes_router.diagnostics.fitted import load_fitted
-from bayes_router.diagnostics.inference_data import draw_groups, to_inference_data
+from bayes_router.diagnostics.measures.inference_data import draw_groups, to_inference_data
 from bayes_router.routing.posterior import posterior_mean
 from tests.diagnostics.toy import THETA, MixtureNetwork, toy
 

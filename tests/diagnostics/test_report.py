@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from bayes_router.cli import main
 from bayes_router.commands.inspect import printable
-from bayes_router.diagnostics import plots, posterior_plots
+from bayes_router.diagnostics import report
 from bayes_router.diagnostics.examine import Effort, Examination
+from bayes_router.diagnostics.figures import posterior as posterior_plots
+from bayes_router.diagnostics.figures import run as plots
 from bayes_router.diagnostics.fitted import load_fitted
 from bayes_router.diagnostics.report import route_text, write_report
 from tests.diagnostics.browser import chromium, find_chromium
@@ -173,4 +175,4 @@ def test_control_characters_do_not_reach_the_terminal():
 
 
 def test_the_template_is_packaged():
-    assert (Path(plots.__file__).parent / "report.html.j2").is_file()
+    assert (Path(report.__file__).parent / "report.html.j2").is_file()

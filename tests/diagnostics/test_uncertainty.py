@@ -6,8 +6,7 @@ from scipy import stats
 from torch.distributions import Dirichlet
 
 from bayes_router.data.tokenisers import ByteTokeniser
-from bayes_router.diagnostics.fitted import pieces, text_windows
-from bayes_router.diagnostics.uncertainty import (
+from bayes_router.diagnostics.measures.uncertainty import (
     Measure,
     TokenKind,
     UncertaintySummary,
@@ -19,6 +18,7 @@ from bayes_router.diagnostics.uncertainty import (
     token_frame,
     token_kind,
 )
+from bayes_router.diagnostics.reading import pieces, text_windows
 from bayes_router.types import IGNORED
 from tests.diagnostics.toy import reading
 

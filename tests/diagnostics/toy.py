@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from bayes_router.diagnostics.fitted import Reading
+from bayes_router.diagnostics.reading import Reading
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel
 from bayes_router.routing.controller import MetaController

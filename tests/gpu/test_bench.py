@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis import speed_model
+from analysis.speed import speed_model
 from bayes_router.attention.hard.dispatch import Backend
 from bayes_router.benchmark import model, verify
 from bayes_router.benchmark.suite import Plan, run_benchmark

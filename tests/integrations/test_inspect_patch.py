@@ -11,7 +11,8 @@ import torch
 from bayes_router.cli import main
 from bayes_router.data.stream import MaskedStream, TokenStream
 from bayes_router.diagnostics.examine import Effort, Examination
-from bayes_router.diagnostics.fitted import fitted_patch, read, windows
+from bayes_router.diagnostics.fitted import fitted_patch
+from bayes_router.diagnostics.reading import read, windows
 from bayes_router.diagnostics.report import write_report
 from bayes_router.integrations.patch.saving import HELD_OUT, SETTINGS
 from bayes_router.integrations.patching import load_patch, patch

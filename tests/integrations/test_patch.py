@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from bayes_router.config import Config, PriorConfig
-from bayes_router.diagnostics.collapse import CollapseSummary
-from bayes_router.diagnostics.fitted import build_program, read
-from bayes_router.diagnostics.uncertainty import UncertaintySummary
+from bayes_router.diagnostics.fitted import build_program
+from bayes_router.diagnostics.measures.collapse import CollapseSummary
+from bayes_router.diagnostics.measures.uncertainty import UncertaintySummary
+from bayes_router.diagnostics.reading import read
 from bayes_router.integrations.patch.saving import SETTINGS, WEIGHTS
 from bayes_router.integrations.patching import load_patch, patch
 from bayes_router.training.evaluate import evaluate

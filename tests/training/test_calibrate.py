@@ -8,9 +8,9 @@ import torch
 
 from bayes_router.config import Config, with_changes
 from bayes_router.routing.tilt import tilted_moments
-from bayes_router.training.calibrate import KNOBS, Refit, knobs, one_at_a_time, posterior_row, refit_model, sweep_prior
 from bayes_router.training.checkpoint import load_run
 from bayes_router.training.fit import fit, load_data
+from bayes_router.training.prior_sweep import KNOBS, Refit, knobs, one_at_a_time, posterior_row, refit_model, sweep_prior
 from bayes_router.transformer.model import RoutedLanguageModel
 from tests.tiny import fit_config
 

@@ -10,7 +10,7 @@ from bayes_router.data.tokens import TokenDataset
 from bayes_router.inference.tilted import TiltedDirichlet
 from bayes_router.routing.policy import Budget
 from bayes_router.training.evaluate import evaluate, forced_nll
-from bayes_router.transformer.layer import build_experts
+from bayes_router.transformer.build import build_experts
 from tests.tiny import EXPERTS, tiny_concentration, tiny_model
 
 COST = torch.tensor([1.0, 0.15, 0.3, 0.15])

@@ -16,7 +16,8 @@ from bayes_router.inference.elbo import RoutingELBO
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel
 from bayes_router.routing.controller import MetaController
-from bayes_router.transformer.layer import RoutedAttention, routing_statistics
+from bayes_router.routing.statistics import routing_statistics
+from bayes_router.transformer.standalone import RoutedAttention
 from tests.tiny import EXPERTS, tiny_config
 
 COST = torch.tensor([1.0, 0.15, 0.3, 0.15])

@@ -59,7 +59,7 @@ BREAK_EVEN = {  # by CUDA or not, and whether gradients are needed
     (True, False): BreakEven(4096, Backend.SHORT, Backend.TRITON),
     (True, True): BreakEven(0, Backend.DENSE, Backend.TRITON),
 }
-"""On a CPU what `python -m analysis.break_even` printed, on one core of an AMD EPYC (AVX-512) with torch 2.13; on CUDA an
+"""On a CPU what `python -m analysis.speed.break_even` printed, on one core of an AMD EPYC (AVX-512) with torch 2.13; on CUDA an
 H100's (analysis/SPEED.md); with gradients there, nothing else was measured.
 
 No backend computes two experts for the time of one, so that a mixed route through a short text is slower than full attention

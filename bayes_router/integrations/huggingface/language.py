@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from bayes_router.checks import choose, require
 from bayes_router.integrations.patch.routed import RoutedModel
-from bayes_router.transformer.model import Force, forced_route
+from bayes_router.routing.force import Force, forced_route
 from bayes_router.types import Route, RoutingMode, RoutingOutput
 
 

@@ -12,7 +12,7 @@ from bayes_router.attention.shapes import ExpertShape
 from bayes_router.checks import choose
 from bayes_router.config import ModelConfig, PriorConfig
 from bayes_router.routing.prior import PRIOR_MAPS, ComputeAwarePrior
-from bayes_router.transformer.layer import build_experts
+from bayes_router.transformer.build import build_experts
 from bayes_router.types import CostModel
 
 

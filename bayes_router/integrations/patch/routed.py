@@ -27,11 +27,11 @@ from bayes_router.integrations.patch.identity import fingerprint
 from bayes_router.integrations.patch.saving import PatchRecord, save_patch
 from bayes_router.integrations.patch.settings import FitRecord, PatchSettings
 from bayes_router.routing.controller import MetaController
+from bayes_router.routing.force import Force, forced_route
 from bayes_router.routing.policy import Argmax, Policy, execute
 from bayes_router.routing.posterior import dirichlet_kl, posterior_mean
+from bayes_router.routing.statistics import RoutingStatistics, routing_statistics
 from bayes_router.routing.tilt import tilted_moments
-from bayes_router.transformer.layer import RoutingStatistics, routing_statistics
-from bayes_router.transformer.model import Force, forced_route
 from bayes_router.types import Route, RoutingMode
 
 START_SHARE = 0.9

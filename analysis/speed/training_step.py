@@ -1,4 +1,4 @@
-"""What a Bayesian training step costs: `python -m analysis.training_step`, on a GPU with `--device cuda`.
+"""What a Bayesian training step costs: `python -m analysis.speed.training_step`, on a GPU with `--device cuda`.
 
 Four ways to train one network, in one process, taking turns step by step; each runs the same Trainer (batch, objective,
 backward pass, clipping, AdamW). Figures are medians over the turns, and ratios are medians of the ratios within a turn:
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from analysis.sweep import commit
+from analysis.routes.sweep import commit
 from bayes_router.config import Config, with_changes
 from bayes_router.data.load import load_data
 from bayes_router.inference.tilted import TiltedDirichlet
@@ -36,7 +36,7 @@ from bayes_router.training.trainer import Objective, Trainer, svi_objective
 from bayes_router.transformer.model import RoutedLanguageModel
 from bayes_router.types import LossTerms
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 GOALS = {"softmax": {"cpu": 1.08, "cuda": 1.10}, "full": {"cpu": None, "cuda": 1.6}}
 """Most that `bayes` may cost, as a multiple of these."""
 

@@ -13,9 +13,9 @@ from torch.distributions import Dirichlet
 from torch.nn import functional as F
 
 from bayes_router.checks import require
-from bayes_router.diagnostics.collapse import kl_to_prior
-from bayes_router.diagnostics.fit_quality import FitThresholds
-from bayes_router.diagnostics.verdict import Severity, Verdict
+from bayes_router.diagnostics.measures.collapse import kl_to_prior
+from bayes_router.diagnostics.measures.importance import FitThresholds
+from bayes_router.diagnostics.measures.verdict import Severity, Verdict
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel, harden
 from bayes_router.routing.posterior import posterior, posterior_mean

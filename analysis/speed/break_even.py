@@ -1,4 +1,6 @@
-"""Up to how many keys is which backend the faster? `python -m analysis.break_even [--device cuda] [--lengths 64 128 ...]`.
+"""Up to how many keys is which backend the faster?
+
+`python -m analysis.speed.break_even [--device cuda] [--lengths 64 128 ...]`.
 
 For each length, with gradients and without: full attention, the backend that `auto` takes for short texts and the one for long
 texts, over two mixes and two shapes, in turn; on a CPU the processor time of one thread. `attention.dispatch.BREAK_EVEN` holds

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Dirichlet
 
 from bayes_router.checks import require
-from bayes_router.diagnostics.plots import PALETTE, expert_palette
+from bayes_router.diagnostics.figures.run import PALETTE, expert_palette
 
 CORNERS = np.array([[0.5, 3**0.5 / 2], [0.0, 0.0], [1.0, 0.0]])  # top, left, right
 STYLES = ("-", "--", "-.", ":")

@@ -1,4 +1,6 @@
-"""Resident memory while training on a corpus larger than memory allows: `python -m analysis.streaming_memory --gigabytes 8`.
+"""Resident memory while training on a corpus larger than memory allows.
+
+`python -m analysis.speed.streaming_memory --gigabytes 8`.
 
 Writes text of that size, prepares it, trains on it, and reads the resident memory of the process all along. The tiny preset
 cut down: what is measured is the data, not the network.
@@ -19,7 +21,7 @@ from bayes_router.data.load import load_data
 from bayes_router.presets import preset
 from bayes_router.training.trainer import Trainer
 
-RESULTS = Path(__file__).parent / "results" / "streaming_memory.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "streaming_memory.csv"
 
 
 def write_text(path: Path, size: int) -> None:

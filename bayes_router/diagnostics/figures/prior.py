@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from bayes_router.checks import require
-from bayes_router.diagnostics.plots import PALETTE, expert_palette
+from bayes_router.diagnostics.figures.run import PALETTE, expert_palette
 from bayes_router.routing.posterior import categorical_entropy
 
 SHOWN = 1500

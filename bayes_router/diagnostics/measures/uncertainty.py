@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bayes_router.checks import require
 from bayes_router.data.tokenisers import Tokeniser
-from bayes_router.diagnostics.fitted import Reading
+from bayes_router.diagnostics.reading import Reading
 from bayes_router.routing.posterior import (
     entropy_of_mean,
     expected_entropy,

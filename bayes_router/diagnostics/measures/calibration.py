@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from bayes_router.checks import require
 from bayes_router.data.tokens import Batch
-from bayes_router.diagnostics.verdict import Severity, Verdict
+from bayes_router.diagnostics.measures.verdict import Severity, Verdict
 from bayes_router.routing.posterior import entropy_of_mean, mutual_information, probability_of_largest
 from bayes_router.transformer.model import RoutedLanguageModel
 from bayes_router.types import IGNORED, RoutingMode

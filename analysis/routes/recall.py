@@ -1,4 +1,4 @@
-"""Does the router find the tokens that need full attention? `python -m analysis.recall [--steps 1500] [--seed 0]`.
+"""Does the router find the tokens that need full attention? `python -m analysis.routes.recall [--steps 1500] [--seed 0]`.
 
 Associative recall, where it is known: a queried key needs `full` in the layer that looks it up, filler does not (see
 `bayes_router.data.recall`). The model starts on full attention; then the compute-aware prior is annealed in. Printed and
@@ -20,7 +20,7 @@ from bayes_router.training.checkpoint import write_whole
 from bayes_router.training.fit import fit
 from bayes_router.transformer.model import RoutedLanguageModel
 
-RESULTS = Path(__file__).parent / "results" / "recall.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "recall.csv"
 
 
 def recall_config(steps: int, seed: int, device: str = "auto") -> Config:

@@ -1,4 +1,4 @@
-"""Do linear and local attention grow linearly? `python -m analysis.growth` (CPU, one thread; B 1, D 256 as 4 x 64, W 32).
+"""Do linear and local attention grow linearly? `python -m analysis.speed.growth` (CPU, one thread; B 1, D 256 as 4 x 64, W 32).
 
 Median processor time and peak memory of a causal pass at T and 2 T, and their ratios; written to analysis/results/growth.csv.
 """
@@ -16,7 +16,7 @@ from bayes_router.attention.shapes import ExpertShape
 from bayes_router.benchmark.memory import peak_bytes
 from bayes_router.training.checkpoint import write_whole
 
-RESULTS = Path(__file__).parent / "results" / "growth.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "growth.csv"
 SHAPE = ExpertShape(num_heads=4, head_dim=64, window=32)
 
 

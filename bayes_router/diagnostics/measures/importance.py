@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bayes_router.checks import require
-from bayes_router.diagnostics.verdict import Severity, Verdict
+from bayes_router.diagnostics.measures.verdict import Severity, Verdict
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel, harden
 from bayes_router.inference.tilted import TiltedDirichlet

@@ -13,10 +13,10 @@ from torch import Tensor
 from bayes_router.checks import require
 from bayes_router.data.tokenisers import Tokeniser
 from bayes_router.data.tokens import Batch
-from bayes_router.diagnostics.calibration import CalibrationThresholds, auroc
-from bayes_router.diagnostics.fitted import read
-from bayes_router.diagnostics.uncertainty import Measure, measures
-from bayes_router.diagnostics.verdict import Severity, Verdict
+from bayes_router.diagnostics.measures.calibration import CalibrationThresholds, auroc
+from bayes_router.diagnostics.measures.uncertainty import Measure, measures
+from bayes_router.diagnostics.measures.verdict import Severity, Verdict
+from bayes_router.diagnostics.reading import read
 from bayes_router.transformer.model import RoutedLanguageModel
 
 PASSAGE = 64  # tokens

@@ -1,4 +1,6 @@
-"""Does uncertainty buy anything on the dial? `python -m analysis.dial RUN ... [--cost flops] [--tokens 16384] [--out FOLDER]`.
+"""Does uncertainty buy anything on the dial?
+
+`python -m analysis.routes.dial RUN ... [--cost flops] [--tokens 16384] [--out FOLDER]`.
 
 Held-out nll against executed cost of fitted runs (one setting, several seeds) under two policies: argmax with a price, and
 conservative (unsure tokens take the stronger expert) with a price, at several thresholds. Each conservative point is compared
@@ -19,16 +21,16 @@ import pandas as pd
 import seaborn as sns
 from tqdm.auto import tqdm
 
-from analysis.sweep import commit
+from analysis.routes.sweep import commit
 from bayes_router.attention.cost import cost_ratios
 from bayes_router.checks import choose
 from bayes_router.config import load_config
-from bayes_router.diagnostics.plots import PALETTE
+from bayes_router.diagnostics.figures.run import PALETTE
 from bayes_router.routing.policy import PolicyName
 from bayes_router.training.checkpoint import CONFIG, SUMMARY, load_run, require_file
 from bayes_router.training.dial import GRID, BudgetUnreachable, Dial, Reading
 from bayes_router.training.fit import load_data, pick_device
-from bayes_router.transformer.layer import build_experts
+from bayes_router.transformer.build import build_experts
 from bayes_router.types import CostModel
 
 THRESHOLDS = (0.6, 0.75, 0.9)
@@ -173,7 +175,7 @@ def main() -> None:
     parser.add_argument("--thresholds", type=float, nargs="+", default=THRESHOLDS)
     parser.add_argument("--budgets", type=float, nargs="+", default=GRID)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
     options = parser.parse_args()
     cost = choose("cost", options.cost, CostModel)
     seeds = [load_config(require_file(run, CONFIG)).train.seed for run in options.runs]
@@ -189,7 +191,7 @@ def main() -> None:
     frame.to_csv(options.out / "dial_conservative.csv", index=False, float_format="%.6g")
     draw(curve, frame, cost.value, options.out / "dial.png")
     made: dict[str, Any] = {
-        "command": " ".join(["python -m analysis.dial", *sys.argv[1:]]),
+        "command": " ".join(["python -m analysis.routes.dial", *sys.argv[1:]]),
         "commit": commit(),
         "device": str(pick_device(options.device)),
         "runs": summaries,

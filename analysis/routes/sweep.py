@@ -1,7 +1,8 @@
-"""Runs many fits side by side and keeps one row for each: `python -m analysis.sweep PLAN.json RESULTS.csv --jobs 8`.
+"""Runs many fits side by side and keeps one row for each: `python -m analysis.routes.sweep PLAN.json RESULTS.csv --jobs 8`.
 
 A plan is a list of {"name", "contender": {...}, "common": {...}}: `contender` holds the fields of
-`analysis.contenders.Contender`, `common` settings by section. Rows that RESULTS.csv already has are not run again, unless
+`analysis.routes.contenders.Contender`, `common` settings by section. Rows that RESULTS.csv already has are not run
+again, unless
 their settings have changed; jobs are spread over all GPUs.
 """
 
@@ -22,14 +23,14 @@ from typing import Any
 import pandas as pd
 import torch
 
-from analysis.contenders import Contender
+from analysis.routes.contenders import Contender
 from bayes_router.config import Config, config_from_dict
 from bayes_router.presets import preset
 from bayes_router.training.checkpoint import write_whole
 from bayes_router.training.evaluate import evaluate
 from bayes_router.training.fit import Trainer, count_parameters, load_data, pick_device
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def run_one(job: dict[str, Any]) -> dict[str, Any]:

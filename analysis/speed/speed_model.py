@@ -1,4 +1,4 @@
-"""A fitted model end to end against every token on full attention: `python -m analysis.speed_model RUN_OR_PRESET`.
+"""A fitted model end to end against every token on full attention: `python -m analysis.speed.speed_model RUN_OR_PRESET`.
 
 Prefill time and decoding rate by the model's own HARD routes on held-out text, peak memory, load, cost executed. A preset gives
 an untrained model, whose routes mean nothing: it serves to see that the command works. Nothing is timed before every backend
@@ -21,7 +21,7 @@ from bayes_router.training.checkpoint import load_run
 from bayes_router.training.fit import load_data, pick_device
 from bayes_router.transformer.model import RoutedLanguageModel
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 LENGTHS = [4096, 16384, 32768]
 
 

@@ -1,6 +1,7 @@
 """One harness, every contender: the same backbone, text, tokens and learning rate, each route executed.
 
-`python -m analysis.tiny_lm [--size SIZE] [--corpus NAME] [--context T] [--seeds 5] [--jobs 15] [--only NAME ...] [--out CSV]`
+`python -m analysis.routes.tiny_lm [--size SIZE] [--corpus NAME] [--context T] [--seeds 5] [--jobs 15] [--only NAME
+...] [--out CSV]`
 
 Rows that the results file has already are not run again, so a study that was stopped goes on. Sizes: `gpu` is the preset
 `tiny` with 600 steps, 5 seeds for the headline rows and 2 for the others; `recipe` the same with what was tried beside the
@@ -17,11 +18,11 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 
-from analysis.sweep import sweep
-from bayes_router.diagnostics.plots import PALETTE
+from analysis.routes.sweep import sweep
+from bayes_router.diagnostics.figures.run import PALETTE
 from bayes_router.training.checkpoint import write_text
 
-RESULTS = Path(__file__).parent / "results" / "tiny_lm.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "tiny_lm.csv"
 PAPER = ["full", "linear", "local"]  # the paper's experts
 OURS = ["full", "gated", "local"]
 HYBRID = ["gated", "local", "gated", "full"]

@@ -13,9 +13,9 @@ from torch.distributions import Dirichlet, kl_divergence
 from torch.nn import functional as F
 
 from bayes_router.checks import require
-from bayes_router.diagnostics.fitted import Reading
-from bayes_router.diagnostics.uncertainty import SURE_WEIGHT
-from bayes_router.diagnostics.verdict import Severity, Verdict, merged
+from bayes_router.diagnostics.measures.uncertainty import SURE_WEIGHT
+from bayes_router.diagnostics.measures.verdict import Severity, Verdict, merged
+from bayes_router.diagnostics.reading import Reading
 from bayes_router.inference.model import RoutingModel
 from bayes_router.routing.posterior import categorical_entropy, posterior_mean
 from bayes_router.routing.tilt import tilted_moments

@@ -1,4 +1,7 @@
-"""Perplexity lost against attention cost, of `analysis.patch_smollm`: `python -m analysis.patch_figure [RESULTS.csv]`."""
+"""Perplexity lost against attention cost, of `analysis.pretrained.smollm`.
+
+`python -m analysis.pretrained.figure [RESULTS.csv]`.
+"""
 
 import argparse
 from itertools import product
@@ -8,9 +11,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from bayes_router.diagnostics.plots import PALETTE
+from bayes_router.diagnostics.figures.run import PALETTE
 
-RESULTS = Path(__file__).parent / "results" / "patch_smollm.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "patch_smollm.csv"
 MARKERS = {
     "routed": "o",
     "static, greedy": "s",

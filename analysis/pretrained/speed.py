@@ -1,7 +1,7 @@
 """Does routing a pretrained model save time? Prefill and decoding of a patched model against the same model unpatched.
 
-    python -m analysis.patch_speed MODEL TOKENS.npz PATCH    # a fitted patch of analysis.patch_smollm at its budgets
-    python -m analysis.patch_speed                           # four layers of that size, random weights, random routes
+    python -m analysis.pretrained.speed MODEL TOKENS.npz PATCH    # a fitted patch of analysis.patch_smollm at its budgets
+    python -m analysis.pretrained.speed                           # four layers of that size, random weights, random routes
 
 The contenders take turns: `unpatched`; `all on full`, which shows what a patch costs before it saves; and the routes executed.
 `ms` are medians over the turns, `ratio` the median of a turn's ratio to unpatched, `cost` the keys that were read over those
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from analysis.patch_contenders import executed_cost, window_keys
-from analysis.patch_smollm import load_model, load_streams
+from analysis.pretrained.contenders import executed_cost, window_keys
+from analysis.pretrained.smollm import load_model, load_streams
 from bayes_router.integrations.huggingface.model import RoutedPretrained
 from bayes_router.integrations.patching import load_patch, patch
 from bayes_router.routing.policy import Policy
@@ -34,7 +34,7 @@ from bayes_router.timing import device_name, isolated_ms
 from bayes_router.training.checkpoint import write_whole
 from bayes_router.training.distributed import pick_device
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 BATCHES = {"cpu": {"prefill": [1], "decode": [1, 4]}, "cuda": {"prefill": [1, 8], "decode": [1, 32]}}
 SHORTER = 192  # tokens that the longest cache of decoding is shorter than the longest text
 WARM_UP, STEPS = 4, 4  # steps of decoding that are not counted; and steps counted, for a turn of prefill

@@ -1,4 +1,4 @@
-"""`python -m analysis.patch_smollm --quick both` from end to end on a tiny model; costs of static choices and windows."""
+"""`python -m analysis.pretrained.smollm --quick both` from end to end on a tiny model; costs of static choices and windows."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 
 from tests.integrations.tiny_models import GROUPED, VOCAB, patched, tokens, transformers
 
-contenders = pytest.importorskip("analysis.patch_contenders")
+contenders = pytest.importorskip("analysis.pretrained.contenders")
 
 
 def test_costs_are_keys_read() -> None:
@@ -44,7 +44,7 @@ def test_a_wider_window_is_taken_back_and_greedy_begins_with_the_harmless() -> N
 
 @pytest.mark.slow
 def test_the_study_runs_and_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    from analysis import patch_smollm
+    from analysis.pretrained import smollm as patch_smollm
 
     torch.manual_seed(0)
     config = {**GROUPED, "max_position_embeddings": 1024, "num_hidden_layers": 4}  # half of the cost keeps one layer on full

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import Dirichlet
 from torch.nn import functional as F
 
-from analysis.variants import with_controller
+from analysis.routes.variants import with_controller
 from bayes_router.config import Config, config_from_dict
 from bayes_router.routing.posterior import categorical_entropy
 from bayes_router.routing.schedule import ScheduleState
@@ -97,7 +97,7 @@ class Contender:
     """A way of deciding where tokens go: changes to the common configuration, and how it is trained."""
 
     kind: str = "svi"  # svi, softmax or static
-    controller: str = ""  # of svi: one of `analysis.variants`; empty is the library's
+    controller: str = ""  # of svi: one of `analysis.routes.variants`; empty is the library's
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
     pattern: tuple[str, ...] = ()
     cost: float = 0.0

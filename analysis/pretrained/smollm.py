@@ -1,9 +1,9 @@
 """Routes SmolLM2-135M: fits a patch on novels, then perplexity, executed cost and time against static choices of layers.
 
-    python -m analysis.patch_smollm prepare MODEL TOKENS.npz --corpora DIR      # text to ids, once, on the CPU
-    python -m analysis.patch_smollm fit MODEL TOKENS.npz PATCH                  # SVI at a budget; writes the patch
-    python -m analysis.patch_smollm table MODEL TOKENS.npz PATCH RESULTS.csv    # rows that RESULTS.csv has are kept
-    python -m analysis.patch_smollm both MODEL TOKENS.npz PATCH RESULTS.csv     # the model loaded once
+    python -m analysis.pretrained.smollm prepare MODEL TOKENS.npz --corpora DIR      # text to ids, once, on the CPU
+    python -m analysis.pretrained.smollm fit MODEL TOKENS.npz PATCH                  # SVI at a budget; writes the patch
+    python -m analysis.pretrained.smollm table MODEL TOKENS.npz PATCH RESULTS.csv    # rows that RESULTS.csv has are kept
+    python -m analysis.pretrained.smollm both MODEL TOKENS.npz PATCH RESULTS.csv     # the model loaded once
 
 MODEL is a folder of a Hugging Face checkpoint or of one GGUF file. DIR holds the unpacked corpora of data/README.md.
 `--quick` does everything at toy size, on a CPU in minutes. Costs are keys read, position by position, over those that full
@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from analysis.patch_contenders import (
+from analysis.pretrained.contenders import (
     executed_cost,
     hybrid,
     layers_within,
@@ -48,7 +48,7 @@ from bayes_router.data.stream import TokenStream
 from bayes_router.integrations.huggingface.model import RoutedPretrained
 from bayes_router.integrations.patching import load_patch, patch
 from bayes_router.training.checkpoint import write_whole
-from bayes_router.transformer.layer import build_experts
+from bayes_router.transformer.build import build_experts
 from bayes_router.types import CostModel, Route
 
 BUDGETS = (0.5, 0.3, 0.2)  # the first is what the target names

@@ -1,0 +1,1 @@
+"""Studies of pretrained models that are routed."""

@@ -1,0 +1,1 @@
+"""Measures: what is computed of a posterior, one question a file."""

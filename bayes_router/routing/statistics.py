@@ -1,0 +1,63 @@
+"""How a layer routed: loads, cost, entropies, information, and whether routing or posterior collapsed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from bayes_router.routing.posterior import (
+    categorical_entropy,
+    expected_entropy,
+    posterior_mean,
+    route_information,
+)
+
+
+@dataclass(frozen=True)
+class RoutingStatistics:
+    """How one layer routed one batch; entropies and information in nats, costs relative to full attention."""
+
+    experts: tuple[str, ...]
+    load: tuple[float, ...]  # share of the tokens on each expert (soft weights: mean weight)
+    cost: float  # cost ratio of the executed route
+    entropy_of_mean: float  # mean over tokens
+    expected_entropy: float  # mean over tokens
+    route_information: float  # between token and route
+    total_concentration: float  # mean over tokens
+    collapse: str  # "none", "routing" (nearly all tokens on one expert) or "posterior" (one route for all tokens)
+
+    def __repr__(self) -> str:
+        load = ", ".join(f"{name} {share:.1%}" for name, share in zip(self.experts, self.load, strict=True))
+        return (
+            f"RoutingStatistics(load: {load}; cost {self.cost:.3f}; information {self.route_information:.3f} nats; "
+            f"entropy {self.entropy_of_mean:.3f}; collapse: {self.collapse})"
+        )
+
+
+ROUTING_COLLAPSE_LOAD = 0.99
+POSTERIOR_COLLAPSE_INFORMATION = 1e-3
+
+
+def routing_statistics(concentration: Tensor, route: Tensor, cost_ratio: Tensor, experts: Sequence[str]) -> RoutingStatistics:
+    """Summarise one layer's posteriors [B, T, E] and executed routes ([B, T, E] or int64 [B, T])."""
+    num_experts = len(experts)
+    concentration = concentration.reshape(-1, num_experts)
+    weights = route if route.is_floating_point() else nn.functional.one_hot(route, num_experts)
+    load = weights.reshape(-1, num_experts).float().mean(0)
+    mean = posterior_mean(concentration)
+    information = float(route_information(mean))
+    collapse = "none"
+    if num_experts > 1 and float(load.max()) > ROUTING_COLLAPSE_LOAD:
+        collapse = "routing"
+    elif num_experts > 1 and information < POSTERIOR_COLLAPSE_INFORMATION:
+        collapse = "posterior"
+    return RoutingStatistics(
+        experts=tuple(experts),
+        load=tuple(map(float, load)),
+        cost=float(load @ cost_ratio),
+        entropy_of_mean=float(categorical_entropy(mean).mean()),
+        expected_entropy=float(expected_entropy(concentration).mean()),
+        route_information=information,
+        total_concentration=float(concentration.sum(-1).mean()),
+        collapse=collapse,
+    )

@@ -1,0 +1,72 @@
+"""The standalone routed layer, for a plain PyTorch loop."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from bayes_router.checks import choose, require
+from bayes_router.config import ModelConfig, PriorConfig
+from bayes_router.presets import preset
+from bayes_router.routing.controller import LayerController
+from bayes_router.routing.policy import Argmax, Policy, execute
+from bayes_router.routing.posterior import (
+    dirichlet_kl,
+    posterior,
+)
+from bayes_router.routing.statistics import RoutingStatistics, routing_statistics
+from bayes_router.transformer.build import build_prior
+from bayes_router.transformer.layer import AttentionMixture
+from bayes_router.types import RoutingMode
+
+
+@dataclass(frozen=True)
+class RoutedAttentionOutput:
+    """What the standalone layer returns."""
+
+    output: Tensor  # [B, T, D]
+    kl: Tensor  # [], KL(posterior || prior), nats per token
+    concentration: Tensor  # [B, T, E]
+    route: Tensor  # as executed: [B, T, E] or int64 [B, T]
+    statistics: RoutingStatistics
+
+
+class RoutedAttention(nn.Module):
+    """The standalone layer: attention routed by its own posterior, for a plain PyTorch loop.
+
+    loss = task_loss + kl_weight * layer(x).kl is the negative ELBO of this layer's routes, with x [B, T, D] normalised.
+    Training mode draws routes (SAMPLE), evaluation mode executes them (HARD); `mode` overrides.
+    """
+
+    def __init__(self, config: ModelConfig | None = None, prior: PriorConfig | None = None, policy: Policy | None = None):
+        super().__init__()
+        self.config = config or ModelConfig()
+        self.attention = AttentionMixture(self.config)
+        self.controller = LayerController(self.config.d_model, len(self.config.experts), self.config.controller_hidden)
+        self.policy = policy or Argmax()
+        prior_ = build_prior(prior or PriorConfig(), self.config, num_layers=1, context=1024)
+        self.register_buffer("prior_concentration", prior_.concentration[0])
+        self.register_buffer("cost_ratio", prior_.cost_ratio)
+
+    @classmethod
+    def from_preset(cls, name: str) -> "RoutedAttention":
+        """A layer of the size of a preset: tiny (d_model 128), small (256), base (512)."""
+        return cls(preset(name).model)
+
+    def forward(self, x: Tensor, mode: RoutingMode | str | None = None) -> RoutedAttentionOutput:
+        """Route and attend; x [B, T, D] normalised."""
+        require(
+            x.dim() == 3 and x.shape[-1] == self.config.d_model,
+            "x",
+            f"shape [B, T, {self.config.d_model}]",
+            tuple(x.shape),
+        )
+        default = RoutingMode.SAMPLE if self.training else RoutingMode.HARD
+        chosen = default if mode is None else choose("mode", mode, RoutingMode)
+        q = posterior(self.controller(x), self.config.concentration_floor)
+        route = execute(q, chosen, self.policy)
+        concentration, prior = q.concentration, self.get_buffer("prior_concentration")
+        cost_ratio = self.get_buffer("cost_ratio")
+        statistics = routing_statistics(concentration.detach(), route.detach(), cost_ratio, self.config.experts)
+        return RoutedAttentionOutput(
+            self.attention(x, route), dirichlet_kl(concentration, prior).mean(), concentration, route, statistics
+        )
