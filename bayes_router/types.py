@@ -2,17 +2,24 @@
 
 Letters, here and everywhere: B batch, T tokens, L layers, D d_model, H query heads, Hkv key and value heads, Dh head_dim,
 E experts, V vocabulary, W window (visible keys, self included).
+
+torch is imported for the type checker alone: settings and the command line read this file before they need it.
 """
 
-from collections.abc import Callable
-from enum import Enum
-from typing import NamedTuple
+from __future__ import annotations
 
-from torch import Tensor
+from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
 
 IGNORED = -100
 """A target that is not scored."""
-Route = Callable[[int, Tensor], "Tensor | int"]
+
+Route: TypeAlias = "Callable[[int, Tensor], Tensor | int]"
 """(layer, hidden [B, T, D]) -> weights [B, T, E], hard choices int64 [B, T], or the one expert that all tokens take."""
 
 
