@@ -9,7 +9,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 
-from bayes_router.training.checkpoint import write_whole
+from bayes_router.files import write_whole
 
 
 def parse(description: str | None) -> argparse.Namespace:

@@ -3,25 +3,16 @@
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from io import TextIOWrapper
 from typing import Optional
 
 from jsonargparse import ArgumentError
 
 from bayes_router import __version__
 from bayes_router.checks import one_line
-from bayes_router.commands import bench, calibrate, evaluate, fit, generate, inspect, report
 from bayes_router.commands.options import Parser
-from bayes_router.training.fit import TrainingDiverged
-
-COMMANDS = {
-    "fit": fit,
-    "evaluate": evaluate,
-    "generate": generate,
-    "calibrate": calibrate,
-    "inspect": inspect,
-    "report": report,
-    "bench": bench,
-}
+from bayes_router.commands.parsers import COMMANDS
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -30,19 +21,33 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     130 where it was interrupted, 141 where nobody reads its output any more.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _show_what_can_be_shown()
     try:
         parsed = build_parser(arguments).parse_args(arguments)
-        COMMANDS[parsed.command].run(parsed[parsed.command])
+        options = parsed[parsed.command]
+        COMMANDS[parsed.command].begin(options)
+        import_module(f"bayes_router.commands.{parsed.command}").run(options)
         sys.stdout.flush()
-    except (ValueError, ArgumentError, TrainingDiverged) as error:
-        print(f"bayes-router: {one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("bayes-router: interrupted; `fit --resume` continues from the last checkpoint", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # who read the output has stopped, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 141
+    except UnicodeEncodeError as error:
+        return _refuse(f"expected text in UTF-8; got {error.object!r}; correct the argument or the name of the file")
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else one_line(error)
+        return _refuse(f"{what}; free or name another path")
+    except (ValueError, ArgumentError) as error:
+        return _refuse(one_line(error))
+    except KeyboardInterrupt:
+        again = "; `fit --resume` continues from the last checkpoint" if arguments[:1] == ["fit"] else ""
+        print(f"bayes-router: interrupted{again}", file=sys.stderr)
+        return 130
+    except RuntimeError as error:
+        from bayes_router.training.faults import TrainingDiverged  # torch is there by now
+
+        if not isinstance(error, TrainingDiverged):
+            raise
+        return _refuse(one_line(error))
     return 0
 
 
@@ -55,5 +60,17 @@ def build_parser(arguments: Sequence[str]) -> Parser:
     )
     commands = parser.add_subcommands(required=True, dest="command")
     for name, command in COMMANDS.items():
-        commands.add_subcommand(name, command.parser(arguments), help=command.HELP)
+        commands.add_subcommand(name, command.parser(arguments), help=command.help)
     return parser
+
+
+def _refuse(what: str) -> int:
+    print(f"bayes-router: {what}", file=sys.stderr)
+    return 2
+
+
+def _show_what_can_be_shown() -> None:
+    """An output that is not UTF-8 gets a question mark for what it cannot show, not an error in the middle of a text."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")

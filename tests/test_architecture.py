@@ -15,6 +15,8 @@ FLOORS = {
     "checks": 0,
     "config": 0,
     "presets": 0,
+    "files": 0,
+    "progress": 0,
     "timing": 0,
     "data": 0,
     "attention": 1,

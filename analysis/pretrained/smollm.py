@@ -45,9 +45,9 @@ from analysis.pretrained.contenders import (
 from bayes_router.attention.cost import cost_ratios
 from bayes_router.config import PriorConfig, ScheduleConfig
 from bayes_router.data.stream import TokenStream
+from bayes_router.files import write_whole
 from bayes_router.integrations.huggingface.model import RoutedPretrained
 from bayes_router.integrations.patching import load_patch, patch
-from bayes_router.training.checkpoint import write_whole
 from bayes_router.transformer.build import build_experts
 from bayes_router.types import CostModel, Route
 

@@ -27,11 +27,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from analysis.pretrained.contenders import executed_cost, window_keys
 from analysis.pretrained.smollm import load_model, load_streams
+from bayes_router.files import write_whole
 from bayes_router.integrations.huggingface.model import RoutedPretrained
 from bayes_router.integrations.patching import load_patch, patch
 from bayes_router.routing.policy import Policy
 from bayes_router.timing import device_name, isolated_ms
-from bayes_router.training.checkpoint import write_whole
 from bayes_router.training.distributed import pick_device
 
 RESULTS = Path(__file__).parents[1] / "results"

@@ -26,8 +26,9 @@ from bayes_router.attention.cost import cost_ratios
 from bayes_router.checks import choose
 from bayes_router.config import load_config
 from bayes_router.diagnostics.figures.run import PALETTE
+from bayes_router.files import CONFIG, SUMMARY, require_file
 from bayes_router.routing.policy import PolicyName
-from bayes_router.training.checkpoint import CONFIG, SUMMARY, load_run, require_file
+from bayes_router.training.checkpoint import load_run
 from bayes_router.training.dial import GRID, BudgetUnreachable, Dial, Reading
 from bayes_router.training.fit import load_data, pick_device
 from bayes_router.transformer.build import build_experts

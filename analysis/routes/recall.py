@@ -16,7 +16,7 @@ import torch
 
 from bayes_router.config import Config, config_from_dict
 from bayes_router.data.recall import RecallBatch, RecallData
-from bayes_router.training.checkpoint import write_whole
+from bayes_router.files import write_whole
 from bayes_router.training.fit import fit
 from bayes_router.transformer.model import RoutedLanguageModel
 

@@ -25,8 +25,8 @@ import torch
 
 from analysis.routes.contenders import Contender
 from bayes_router.config import Config, config_from_dict
+from bayes_router.files import write_whole
 from bayes_router.presets import preset
-from bayes_router.training.checkpoint import write_whole
 from bayes_router.training.evaluate import evaluate
 from bayes_router.training.fit import Trainer, count_parameters, load_data, pick_device
 

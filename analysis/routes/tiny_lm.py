@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 
 from analysis.routes.sweep import sweep
 from bayes_router.diagnostics.figures.run import PALETTE
-from bayes_router.training.checkpoint import write_text
+from bayes_router.files import write_text
 
 RESULTS = Path(__file__).parents[1] / "results" / "tiny_lm.csv"
 PAPER = ["full", "linear", "local"]  # the paper's experts

@@ -14,7 +14,7 @@ import torch
 from bayes_router.attention.experts.contract import expert_class
 from bayes_router.attention.shapes import ExpertShape
 from bayes_router.benchmark.memory import peak_bytes
-from bayes_router.training.checkpoint import write_whole
+from bayes_router.files import write_whole
 
 RESULTS = Path(__file__).parents[1] / "results" / "growth.csv"
 SHAPE = ExpertShape(num_heads=4, head_dim=64, window=32)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from bayes_router.training.checkpoint import write_whole
+from bayes_router.files import write_whole
 
 
 class Rows:

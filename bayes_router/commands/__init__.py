@@ -1,1 +1,1 @@
-"""One file a command: `HELP`, `parser(arguments)` and `run(options)`; `bayes_router.cli` collects them."""
+"""`parsers` has what each command takes, without torch; one file a command has its `run(options)`; `cli` joins them."""

@@ -1,43 +1,16 @@
 """`bayes-router bench`: does hard routing save time and memory on this device?"""
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from jsonargparse import Namespace
 
 from bayes_router.checks import require
-from bayes_router.commands.options import Parser
 from bayes_router.training.distributed import pick_device
 
-HELP = "measure hard routing against the fastest full attention of this device"
 COLUMNS = (
     *("what", "mix", "run", "B", "H", "T", "Dh", "variant", "ms", "wall_ms", "speedup", "wall_speedup", "ideal", "share"),
     *("peak_mib", "over_full", "time_growth", "memory_growth"),
 )
-
-
-def parser(arguments: Sequence[str]) -> Parser:
-    """Options of `bench`."""
-    result = Parser(
-        description="Measure routed attention against the fastest full attention of a device, in turn, planning included: "
-        "forward, forward and backward, decoding, memory. Nothing is timed before every backend agrees with the reference."
-    )
-    result.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda")
-    result.add_argument("--quick", action="store_true", help="short texts and one mix only")
-    result.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for speed_DEVICE.csv and .png")
-    result.add_argument("--lengths", type=int, nargs="+", default=None, help="tokens T (default: 512 to 32768, 65536 on a GPU)")
-    result.add_argument("--mixes", type=str, nargs="+", default=None, help="percentages full/linear/local, as 10/60/30")
-    result.add_argument(
-        "--shapes", type=str, nargs="+", default=None, help="BxHxTxDh, as 1x16x32768x64, instead of the usual ones"
-    )
-    result.add_argument(
-        "--seconds", type=Optional[float], default=None, help="begin nothing after (default: 140 on a GPU, 1800 on a CPU)"
-    )
-    result.add_argument(
-        "--cpu_time", "--cpu-time", action="store_true", help="processor time of one thread, on a machine that is shared"
-    )
-    return result
 
 
 def run(options: Namespace) -> None:
@@ -48,7 +21,6 @@ def run(options: Namespace) -> None:
     require(
         not (options.cpu_time and device.type != "cpu"), "cpu_time", "a CPU", str(device), "leave it out, or give --device cpu"
     )
-    require(not options.out.is_file(), "out", "a folder", str(options.out), "choose another path")
     lengths, mixes, shapes = (
         None if x is None else tuple(dict.fromkeys(x)) for x in (options.lengths, options.mixes, options.shapes)
     )

@@ -1,9 +1,7 @@
 """`bayes-router calibrate`: the prior that costs what a target says, as settings; with a run, what such priors do to it."""
 
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import pandas as pd
 import tomli_w
@@ -12,19 +10,18 @@ from jsonargparse import Namespace
 from torch import Tensor
 
 from bayes_router.checks import choose, require, unknown
-from bayes_router.commands.options import Parser
 from bayes_router.config import Config, load_config
 from bayes_router.diagnostics.figures.prior import draw_prior, draw_sweep
-from bayes_router.presets import PRESETS, preset
+from bayes_router.files import CONFIG, require_file, write_text
+from bayes_router.presets import preset
 from bayes_router.routing.posterior import categorical_entropy
 from bayes_router.routing.prior import PRIOR_MAPS, ComputeAwarePrior
-from bayes_router.training.checkpoint import CONFIG, load_run, require_file, write_text
-from bayes_router.training.fit import pick_device
+from bayes_router.training.checkpoint import load_run
+from bayes_router.training.distributed import pick_device
 from bayes_router.training.prior_sweep import Refit, knobs, one_at_a_time, sweep_prior
 from bayes_router.transformer.build import build_prior
 from bayes_router.types import CostModel
 
-HELP = "solve for the prior that costs a target; with a run, sweep its settings"
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 FACTORS = {
     "prior.total_concentration": (0.2, 4.0, 20.0),
@@ -33,38 +30,6 @@ FACTORS = {
 }
 """What the sweep multiplies each knob by, one at a time."""
 SHOWN = ["prior_cost", "posterior_cost", "executed_cost", "nll_mean", "nll_hard", "route_information", "kl"]
-
-
-def parser(arguments: Sequence[str]) -> Parser:
-    """Options of `calibrate`."""
-    result = Parser(
-        description="Print the settings of a prior whose routes cost a target on average, as TOML for `fit --config`."
-    )
-    result.add_argument("run", type=Optional[Path], nargs="?", default=None, help="run folder to sweep the prior's settings on")
-    result.add_argument("--target_cost", "--target-cost", type=Optional[float], default=None, help="mean cost, full = 1")
-    result.add_argument(
-        "--target_entropy", "--target-entropy", type=Optional[float], default=None, help="expected entropy of a route, nats"
-    )
-    result.add_argument("--preset", type=str, default="tiny", help=f"experts and sizes without a run: {', '.join(PRESETS)}")
-    result.add_argument("--cost", type=Optional[str], default=None, help="unit of cost: paper, flops or latency")
-    result.add_argument("--context", type=Optional[int], default=None, help="tokens at which flops and latency are counted")
-    result.add_argument("--map", type=Optional[str], default=None, help=f"from cost to mean: {', '.join(PRIOR_MAPS)}")
-    result.add_argument(
-        "--total_concentration", "--total-concentration", type=Optional[float], default=None, help="kept unless solved for"
-    )
-    result.add_argument(
-        "--price", type=Optional[float], default=None, help="tilt of the solved prior, nats per unit of cost; 0 by default"
-    )
-    result.add_argument("--samples", type=int, default=20_000, help="draws that check the solution")
-    result.add_argument("--out", type=Optional[Path], default=None, help="folder for prior.toml, the figures and sweep.csv")
-    result.add_argument("--steps", type=int, default=100, help="of each refit of the sweep; 0 for no sweep")
-    result.add_argument("--seeds", type=int, default=1, help="refits of each setting")
-    result.add_argument(
-        "--refit", type=str, default="controllers", help="weights that a refit moves: controllers or everything"
-    )
-    result.add_argument("--tokens", type=int, default=16_384, help="held-out tokens that each refit is read on")
-    result.add_argument("--device", type=str, default="auto", help="of the sweep: auto, cpu, cuda")
-    return result
 
 
 def run(options: Namespace) -> None:

@@ -8,33 +8,21 @@ import torch
 from jsonargparse import Namespace
 
 from bayes_router.checks import require
-from bayes_router.commands.options import Parser, add_run
 from bayes_router.config import config_from_dict
+from bayes_router.data.load import load_data
 from bayes_router.data.stream import MaskedStream
 from bayes_router.data.text import load_corpus, split_documents
 from bayes_router.data.tokens import TokenDataset, TokenSource
 from bayes_router.diagnostics.fitted import FittedRun, fitted_patch, load_fitted
 from bayes_router.integrations.patch.saving import is_patch, read_origin
 from bayes_router.integrations.patching import load_patch
-from bayes_router.training.fit import load_data, pick_device
+from bayes_router.training.distributed import pick_device
 
 if TYPE_CHECKING:
     from bayes_router.integrations.huggingface.loading import PretrainedTokeniser
 
 CONTEXT = 512  # tokens of a window of a patched model, at most, unless asked for
 LEAST_WINDOWS = 4  # of a short text
-
-
-def add_fitted(parser: Parser) -> None:
-    """Options that name what is opened, and the text it is read on."""
-    add_run(parser)
-    parser.add_argument("--text", type=Optional[Path], default=None, help="UTF-8 file to show (default: held-out text)")
-    parser.add_argument("--corpus", type=Optional[str], default=None, help="corpus whose held-out documents are read")
-    parser.add_argument("--base", type=Optional[str], default=None, help="of a patch: the model's folder or Hugging Face name")
-    parser.add_argument(
-        "--gguf_file", "--gguf-file", type=Optional[str], default=None, help="of a patch: GGUF file of the base"
-    )
-    parser.add_argument("--context", type=Optional[int], default=None, help="of a patch: tokens of a window")
 
 
 def read_text(path: Optional[Path]) -> Optional[bytes]:

@@ -9,28 +9,15 @@ import torch
 from jsonargparse import Namespace
 
 from bayes_router.checks import require, unknown
-from bayes_router.commands.fitted import add_fitted, open_fitted, read_text
-from bayes_router.commands.options import Parser
+from bayes_router.commands.fitted import open_fitted, read_text
+from bayes_router.data.load import load_data
 from bayes_router.diagnostics.fitted import FittedRun
 from bayes_router.diagnostics.measures.uncertainty import probability_right
 from bayes_router.diagnostics.report import ShownText, route_text
-from bayes_router.training.fit import load_data
 
-HELP = "print a text coloured by route, the uncertain tokens marked"
 COLOURS = (25, 172, 72, 133, 185)  # of the 256 of a terminal: dark blue, orange, green, purple, yellow, as in the figures
 WHEN = ("auto", "always", "never")
 WIDTH = 80
-
-
-def parser(arguments: Sequence[str]) -> Parser:
-    """Options of `inspect`."""
-    result = Parser(description="Print a text in the terminal, coloured by route, the uncertain tokens marked.")
-    add_fitted(result)
-    result.add_argument("--layer", type=int, default=0, help="layer whose routes are shown")
-    result.add_argument("--tokens", type=int, default=800, help="tokens to show, at most")
-    result.add_argument("--threshold", type=float, default=0.7, help="probability of being right below which a token is marked")
-    result.add_argument("--colour", type=str, default="auto", help="auto, always, never (then letters under the text)")
-    return result
 
 
 def run(options: Namespace) -> None:

@@ -23,3 +23,15 @@ def add_run(parser: Parser) -> None:
     """The run folder and the device, which every command on a fitted model takes."""
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda")
+
+
+def add_fitted(parser: Parser) -> None:
+    """Options that name what is opened, a run or a patch, and the text it is read on."""
+    add_run(parser)
+    parser.add_argument("--text", type=Optional[Path], default=None, help="UTF-8 file to show (default: held-out text)")
+    parser.add_argument("--corpus", type=Optional[str], default=None, help="corpus whose held-out documents are read")
+    parser.add_argument("--base", type=Optional[str], default=None, help="of a patch: the model's folder or Hugging Face name")
+    parser.add_argument(
+        "--gguf_file", "--gguf-file", type=Optional[str], default=None, help="of a patch: GGUF file of the base"
+    )
+    parser.add_argument("--context", type=Optional[int], default=None, help="of a patch: tokens of a window")

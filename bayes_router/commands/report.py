@@ -1,28 +1,11 @@
 """`bayes-router report`: one HTML file that shows the posterior of a run."""
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Optional
-
 from jsonargparse import Namespace
 
-from bayes_router.commands.fitted import add_fitted, open_fitted, read_text
-from bayes_router.commands.options import Parser
+from bayes_router.commands.fitted import open_fitted, read_text
 from bayes_router.diagnostics.examine import Examination
-from bayes_router.diagnostics.report import SHOWN_TOKENS, write_report
-from bayes_router.training.checkpoint import write_text
-
-HELP = "write one HTML file: verdicts, figures, the text coloured by route"
-
-
-def parser(arguments: Sequence[str]) -> Parser:
-    """Options of `report`."""
-    result = Parser(description="Write one self-contained HTML file that shows the posterior of a run.")
-    add_fitted(result)
-    result.add_argument("--out", type=Optional[Path], default=None, help="file to write (default: RUN/report.html)")
-    result.add_argument("--tokens", type=int, default=SHOWN_TOKENS, help="tokens of the text to show, at most")
-    result.add_argument("--quick", action="store_true", help="leave out guide, calibration and other text (minutes)")
-    return result
+from bayes_router.diagnostics.report import write_report
+from bayes_router.files import write_text
 
 
 def run(options: Namespace) -> None:

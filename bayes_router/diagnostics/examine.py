@@ -28,7 +28,7 @@ from bayes_router.diagnostics.measures.other_text import other_text_verdict, oth
 from bayes_router.diagnostics.measures.uncertainty import UncertaintySummary, kinds_of_vocabulary
 from bayes_router.diagnostics.measures.verdict import Verdict
 from bayes_router.diagnostics.reading import read, windows
-from bayes_router.training.checkpoint import METRICS
+from bayes_router.files import METRICS
 from bayes_router.training.fit import load_data
 
 

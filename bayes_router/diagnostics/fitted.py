@@ -14,11 +14,12 @@ from bayes_router.checks import require
 from bayes_router.config import Config, DataConfig, TrainConfig
 from bayes_router.data.tokenisers import Tokeniser, load_tokeniser
 from bayes_router.data.tokens import TokenSource
+from bayes_router.files import WEIGHTS, require_file
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel
 from bayes_router.routing.prior import ComputeAwarePrior
 from bayes_router.routing.schedule import Schedule
-from bayes_router.training.checkpoint import WEIGHTS, load_run, require_file
+from bayes_router.training.checkpoint import load_run
 from bayes_router.transformer.build import build_prior
 from bayes_router.transformer.model import RoutedLanguageModel
 

@@ -7,11 +7,9 @@ SHA-256 of what stands before it, model.safetensors names that of its tensors: a
 
 import hashlib
 import io
-import json
-import os
 import pickle
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,40 +20,11 @@ from torch import Tensor, nn
 
 from bayes_router.checks import require
 from bayes_router.config import Config, load_config
+from bayes_router.files import CONFIG, STATE, WEIGHTS, first_line, require_file, write_text, write_whole
 from bayes_router.training.faults import sole_user
 from bayes_router.transformer.model import RoutedLanguageModel
 
-CONFIG, METRICS, SUMMARY, WEIGHTS, STATE = "config.toml", "metrics.csv", "summary.json", "model.safetensors", "state.pt"
 DIGEST_BYTES = 32
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` a temporary file beside `path`, then rename it: a reader sees the old file or the new, never half of one.
-
-    Raises:
-        OSError: the file cannot be written; the old one is as it was.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            write(temporary)
-        except (RuntimeError, SafetensorError) as error:  # how torch and safetensors report a full disk
-            raise OSError(f"{path}: {_first_line(error)}") from error
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole."""
-    write_whole(path, lambda p: p.write_text(text, encoding="utf-8"))
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file whole."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def prepare_run(out: Path, config: Config, overwrite: bool, resume: bool) -> None:
@@ -96,15 +65,6 @@ def prepare_run(out: Path, config: Config, overwrite: bool, resume: bool) -> Non
         write_text(out / CONFIG, config.to_toml())
     except OSError as error:
         raise ValueError(f"out: expected a folder that can be made; got {out}: {error.strerror}; choose another") from error
-
-
-def require_file(run: Path, name: str) -> Path:
-    """The path of a file of a run, which must be there."""
-    if not run.is_dir():
-        raise ValueError(f"run: expected a run folder; {run} does not exist; make one with `bayes-router fit --out {run}`")
-    if not (run / name).is_file():
-        raise ValueError(f"run: expected {name} in {run}; it is missing: not a run folder, or a run that never got so far")
-    return run / name
 
 
 def save_checkpoint(
@@ -168,7 +128,7 @@ def load_checkpoint(run: Path, model: RoutedLanguageModel, optimiser: torch.opti
         return progress
     except (*DAMAGE, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"{path}: expected a checkpoint of this model; it is damaged or another's: {_first_line(error)}"
+            f"{path}: expected a checkpoint of this model; it is damaged or another's: {first_line(error)}"
         ) from error
 
 
@@ -215,7 +175,7 @@ def load_run(run: Path | str, device: str = "cpu") -> tuple[Config, RoutedLangua
         model.load_state_dict(weights)
     except (*DAMAGE, SafetensorError) as error:
         raise ValueError(
-            f"{path}: expected the weights of the model in {CONFIG}; damaged or another's: {_first_line(error)}"
+            f"{path}: expected the weights of the model in {CONFIG}; damaged or another's: {first_line(error)}"
         ) from error
     return config, model.to(device).eval()
 
@@ -235,7 +195,3 @@ def _check_shapes(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> None
     require(set(wanted) == set(shapes), "names", "those of the model", sorted(set(wanted) ^ set(shapes))[:3])
     for name, tensor in wanted.items():
         require(tuple(tensor.shape) == shapes[name], name, str(tuple(tensor.shape)), shapes[name])
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -7,8 +7,8 @@ cost here is that of a pass that was executed, not one projected from stored pos
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,6 +18,9 @@ from bayes_router.data.tokens import TokenSource
 from bayes_router.routing.policy import Argmax, Policy, PolicyName
 from bayes_router.transformer.model import RoutedLanguageModel
 from bayes_router.types import IGNORED, RoutingMode
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 TOLERANCE = 0.005
 GRID = (0.16, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -218,12 +221,14 @@ class Dial:
             end,
         )
 
-    def curve(self, budgets: Sequence[float] = GRID, tolerance: float = TOLERANCE) -> pd.DataFrame:
+    def curve(self, budgets: Sequence[float] = GRID, tolerance: float = TOLERANCE) -> "pd.DataFrame":
         """Held-out nll against budget: one row for each budget that lies between the cheapest and the costliest expert.
 
         Columns: budget, cost (executed), price, nll_hard (nats per token), `load NAME` (mean over layers), and met: False
         where the budget lies in a jump and the row is the nearest cost that a price realises.
         """
+        import pandas as pd
+
         least, most = float(self.cost_ratio.min()) - tolerance, float(self.cost_ratio.max()) + tolerance
         rows = []
         for budget in budgets:

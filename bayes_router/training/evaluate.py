@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,6 +19,9 @@ from bayes_router.transformer.build import build_experts
 from bayes_router.transformer.cost import executed_model
 from bayes_router.transformer.model import RoutedLanguageModel
 from bayes_router.types import IGNORED, CostModel, RoutingMode
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,10 @@ class Evaluation:
         """Plain values, for JSON."""
         return asdict(self)
 
-    def layers(self) -> pd.DataFrame:
+    def layers(self) -> "pd.DataFrame":
         """One row a layer."""
+        import pandas as pd
+
         frame = pd.DataFrame(self.load_per_layer, columns=[f"load {name}" for name in self.experts])
         frame["route information"] = self.route_information_per_layer
         frame["entropy of mean"] = self.entropy_of_mean_per_layer

@@ -15,7 +15,8 @@ import torch
 
 from bayes_router.config import Config
 from bayes_router.data.load import Data, load_data
-from bayes_router.training.checkpoint import SUMMARY, load_checkpoint, prepare_run, save_checkpoint, write_json
+from bayes_router.files import SUMMARY, write_json
+from bayes_router.training.checkpoint import load_checkpoint, prepare_run, save_checkpoint
 from bayes_router.training.distributed import World, connected, pick_device
 from bayes_router.training.evaluate import Evaluation
 from bayes_router.training.faults import Interrupted, StopRequest, TrainingDiverged, sole_user

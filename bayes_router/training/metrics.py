@@ -1,15 +1,12 @@
 """What a run tells while it goes on: metrics.csv, TensorBoard, a progress bar or one line an evaluation; and its summary."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-from tqdm.auto import tqdm
-
 from bayes_router.config import Config
 from bayes_router.data.load import Data
-from bayes_router.training.checkpoint import METRICS, write_whole
+from bayes_router.files import METRICS, write_whole
+from bayes_router.progress import Progress
 from bayes_router.training.evaluate import Evaluation
 
 EVENTS = "tensorboard"
@@ -27,6 +24,8 @@ class MetricsLog:
         self.rows: list[dict[str, float]] = []
         if step and self.path.exists():
             try:
+                import pandas as pd
+
                 frame = pd.read_csv(self.path).astype(float)
                 self.rows = [{**row, "step": int(row["step"])} for row in frame[frame["step"] <= step].to_dict("records")]
             except (ValueError, KeyError, OSError, OverflowError) as error:
@@ -41,6 +40,8 @@ class MetricsLog:
 
     def write(self) -> None:
         """Write all rows."""
+        import pandas as pd
+
         frame = pd.DataFrame(self.rows)
         write_whole(self.path, lambda p: frame.to_csv(p, index=False))
 
@@ -61,21 +62,19 @@ def tensorboard_writer(out: Path, step: int) -> Any:
 
 
 class Reporter:
-    """Says how a run goes: a bar on a terminal, one line an evaluation elsewhere, nothing if not `shown`."""
+    """Says how a run goes: a bar on a terminal, elsewhere a line an evaluation and one every few seconds; or nothing."""
 
     def __init__(self, steps: int, done: int, shown: bool, events: Any = None):
         self.steps, self.events = steps, events
-        self.lines = shown and not sys.stderr.isatty()
         self.evaluation: Evaluation | None = None
-        self.bar = tqdm(
-            total=steps, initial=done, disable=not shown or self.lines, unit="step", dynamic_ncols=True, file=sys.stderr
-        )
+        self.progress = Progress("fit", steps, done=done, shown=shown)
 
     def __enter__(self) -> "Reporter":
+        self.progress.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
+    def __exit__(self, *error: Any) -> None:
+        self.progress.__exit__(*error)
         if self.events is not None:
             self.events.close()
 
@@ -85,16 +84,16 @@ class Reporter:
         words = f"nll {row['nll']:.3f} kl {row['kl']:.2f}"
         if self.evaluation is not None:
             words += f" hard {self.evaluation.nll['hard']:.3f} at cost {self.evaluation.cost_ratio['paper']:.3f}"
-        self.bar.set_postfix_str(words, refresh=False)
-        if self.lines and evaluation is not None:
-            print(f"step {step}/{self.steps}: {words}", file=sys.stderr, flush=True)
+        self.progress.say(words)
+        if evaluation is not None:
+            self.progress.line(f"step {step}/{self.steps}: {words}")
         if self.events is not None:
             for name, value in row.items():
                 self.events.add_scalar(name, value, step)
 
     def step(self) -> None:
         """One step is done."""
-        self.bar.update()
+        self.progress.step()
 
 
 def evaluation_row(evaluation: Evaluation) -> dict[str, float]:

@@ -3,18 +3,20 @@
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
 from bayes_router.checks import choose, require
 from bayes_router.config import Config, with_changes
+from bayes_router.progress import Progress
 from bayes_router.training.dial import read_routes
 from bayes_router.training.fit import Data, Trainer, load_data, pick_device
 from bayes_router.transformer.model import RoutedLanguageModel
 from bayes_router.types import RoutingMode
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 KNOBS = ("prior.total_concentration", "schedule.kl_weight", "prior.temperature")
 """What a sweep moves by default, and reports always."""
@@ -39,7 +41,7 @@ def sweep_prior(
     refit: Refit | str | None = None,
     eval_tokens: int | None = None,
     progress: bool = False,
-) -> pd.DataFrame:
+) -> "pd.DataFrame":
     """Refit under every setting of `grid` and read each refit on held-out text.
 
     A refit starts at the weights of `model` and runs under its final objective from the first step: no annealing of the
@@ -57,7 +59,7 @@ def sweep_prior(
         model: fitted weights to start from, unchanged afterwards; None starts at the initial weights of each seed.
         refit: controllers or everything; by default controllers where `model` is given, else everything.
         eval_tokens: held-out tokens to read after each refit; by default the run's `data.eval_tokens`.
-        progress: show a bar.
+        progress: show a bar, or without a terminal a line every few seconds.
 
     Returns:
         One row a setting and seed: the settings named in `grid` and those of `KNOBS`, steps, seed; prior_cost (of the prior
@@ -71,14 +73,16 @@ def sweep_prior(
             steps below 1; no seeds; controllers to refit and no model.
         TrainingDiverged: the loss of a refit is not finite.
     """
+    import pandas as pd
+
     mode = choose("refit", refit or (Refit.EVERYTHING if model is None else Refit.CONTROLLERS), Refit)
     require(model is not None or mode is Refit.EVERYTHING, "model", "fitted weights, to refit controllers alone", model)
     require(steps >= 1, "steps", "at least 1", steps)
     require(len(seeds) >= 1, "seeds", "at least one", list(seeds))
     settings = _settings(config, grid)
     config, data = load_data(config)
-    rows = []
-    for setting, seed in tqdm(list(product(settings, seeds)), disable=not progress, unit="refit"):
+    rows, tries = [], list(product(settings, seeds))
+    for setting, seed in Progress("sweep", len(tries), unit="refit", shown=progress).over(tries):
         changed = _refit_config(with_changes(config, setting), steps, seed, eval_tokens)
         trainer = refit_model(changed, data, model, mode)
         rows.append({**setting, **knobs(changed), "steps": steps, "seed": seed, **posterior_row(trainer)})

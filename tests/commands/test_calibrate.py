@@ -89,13 +89,17 @@ def test_with_a_run_it_sweeps_and_draws(run_folder: Path, tmp_path: Path, capsys
         (["--target-cost", 0.25, "--cost", "flops", "--context", 16], "take a longer context"),
         (["--target-cost", 0.25, "--samples", 0], "samples: expected at least 1"),
         (["nowhere"], "does not exist"),
-        (["nowhere", "--price", 1.0], "a target_cost beside it"),
     ],
 )
 def test_wrong_input_ends_in_one_line(arguments: list[object], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("calibrate", *arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_settings_of_a_solution_need_a_target(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("calibrate", run_folder, "--price", 1.0) == 2
+    assert "a target_cost beside it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("policy", [[], ["--policy", "conservative", "--threshold", 0.8]])

@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bayes_router.training.checkpoint import DIGEST_BYTES, METRICS, STATE, WEIGHTS, load_checkpoint, load_run
+from bayes_router.files import METRICS, STATE, WEIGHTS
+from bayes_router.training.checkpoint import DIGEST_BYTES, load_checkpoint, load_run
 from bayes_router.training.fit import fit
 from bayes_router.training.metrics import MetricsLog
 from bayes_router.training.optimise import build_optimiser

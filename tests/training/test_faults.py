@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from bayes_router.config import with_changes
-from bayes_router.training.checkpoint import METRICS, STATE, SUMMARY, WEIGHTS
+from bayes_router.files import METRICS, STATE, SUMMARY, WEIGHTS
 from bayes_router.training.fit import Interrupted, Trainer, fit
 from tests.tiny import fit_config
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bayes_router.files import METRICS, STATE, WEIGHTS
 from bayes_router.routing.posterior import posterior
-from bayes_router.training.checkpoint import METRICS, STATE, WEIGHTS
 from bayes_router.training.faults import find_culprit
 from bayes_router.training.fit import Trainer, TrainingDiverged, fit
 from tests.tiny import fit_config, tiny_batch, tiny_model

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from bayes_router.config import Config, with_changes
+from bayes_router.files import METRICS, WEIGHTS
 from bayes_router.training import checkpoint
-from bayes_router.training.checkpoint import METRICS, WEIGHTS
 from bayes_router.training.faults import sole_user
 from bayes_router.training.fit import Trainer, fit, load_data
 from bayes_router.transformer.model import RoutedTransformer

@@ -14,7 +14,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 
 from bayes_router.config import load_config
-from bayes_router.training.checkpoint import CONFIG, METRICS, require_file
+from bayes_router.files import CONFIG, METRICS, require_file
 
 PALETTE = ("#0b3c5d", "#e08e2b", "#4fae8f", "#9c4f96", "#c9c14a")  # dark blue, orange, green, purple, yellow
 

@@ -5,12 +5,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from bayes_router.checks import choose, require
 from bayes_router.config import ScheduleConfig, TrainConfig
@@ -24,9 +22,13 @@ from bayes_router.integrations.calls.linear import LinearExpert
 from bayes_router.integrations.huggingface.language import RoutedLanguage
 from bayes_router.integrations.likelihood import Likelihood, TeacherELBO, entropy
 from bayes_router.integrations.patch.settings import FitRecord
+from bayes_router.progress import Progress
 from bayes_router.routing.schedule import Schedule, ScheduleState
 from bayes_router.training.optimise import clip_gradient, set_learning_rate
 from bayes_router.types import IGNORED, Route
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 KL_WEIGHT = 0.02  # over the number of layers: the sum over layers of the KL has this weight
 
@@ -103,7 +105,7 @@ def record(
     router: RoutedLanguage,
     settings: FitSettings,
     schedule: ScheduleConfig,
-    frame: pd.DataFrame,
+    frame: "pd.DataFrame",
     tokens: int,
     tokenizer: str | None,
 ) -> FitRecord:
@@ -168,7 +170,7 @@ def distil(router: RoutedLanguage, source: TokenSource, settings: FitSettings, p
         return []
     optimiser = torch.optim.AdamW([{"params": parameters, "peak": settings.lr}], weight_decay=0.0)
     device, losses = next(router.model.parameters()).device, []
-    for step in tqdm(range(settings.distil_steps), disable=not progress, desc="distil", unit="step"):
+    for step in Progress("distil", settings.distil_steps, shown=progress).over(range(settings.distil_steps)):
         set_learning_rate(optimiser, settings.rates(settings.distil_steps), step)
         tokens = source.batch(step, settings.batch_size, settings.context, settings.seed + 7).tokens.to(device)
         errors: list[Tensor] = []
@@ -234,12 +236,14 @@ def fit_routes(
     settings: FitSettings,
     schedule_config: ScheduleConfig,
     progress: bool = False,
-) -> pd.DataFrame:
+) -> "pd.DataFrame":
     """SVI: one row a step, with the loss terms in nats per token, the executed cost and the price.
 
     Raises:
         ValueError: the loss became infinite or no number.
     """
+    import pandas as pd
+
     spent: list[Tensor] = []
     device = next(router.model.parameters()).device
     cost = router.layer_cost.to(device)
@@ -261,7 +265,8 @@ def fit_routes(
     optimiser = torch.optim.AdamW(_groups(router, settings), weight_decay=0.0, betas=(0.9, 0.98))
     trained = nn.ModuleList([router, *([router.model] if settings.weights_lr else [])])
     rows, started = [], time.perf_counter()
-    for step in tqdm(range(settings.steps), disable=not progress, desc="fit", unit="step"):
+    bar = Progress("fit", settings.steps, shown=progress)
+    for step in bar.over(range(settings.steps)):
         late = (time.perf_counter() - started) / settings.seconds
         if late >= 1:
             break
@@ -286,6 +291,7 @@ def fit_routes(
         if pressure is not None:
             pressure.see(row["cost"], done)
         rows.append(row)
+        bar.say(f"nll {row['nll']:.3f} cost {row['cost']:.3f}")
     return pd.DataFrame(rows)
 
 

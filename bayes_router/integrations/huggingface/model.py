@@ -1,8 +1,7 @@
 """What `patch` returns for a Hugging Face model: the routed language model, its fit and its budget."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 
 from bayes_router.config import ScheduleConfig
@@ -11,6 +10,9 @@ from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel
 from bayes_router.integrations.huggingface import fitting
 from bayes_router.integrations.huggingface.language import RoutedLanguage
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class RoutedPretrained(RoutedLanguage):
@@ -23,9 +25,9 @@ class RoutedPretrained(RoutedLanguage):
         tokenizer: Any = None,
         schedule: ScheduleConfig | None = None,
         valid_fraction: float = 0.1,
-        progress: bool = False,
+        progress: bool = True,
         **settings: Any,
-    ) -> pd.DataFrame:
+    ) -> "pd.DataFrame":
         """Distil the linear experts from the layers' own attention, then fit controllers and experts by SVI on the ELBO.
 
         Args:
@@ -33,7 +35,7 @@ class RoutedPretrained(RoutedLanguage):
             tokenizer: the model's, where texts are text.
             schedule: of KL weight, prior and concentration; starts on full attention by default.
             valid_fraction: the end of the text, held out for `set_budget`.
-            progress: show bars.
+            progress: show bars, or without a terminal a line every few seconds.
             settings: of `FitSettings`: steps, distil_steps, context, batch_size, lr, controller_lr, weights_lr, likelihood,
                 budget, seconds, seed, ... With weights_lr above 0 the model moves: save it beside the patch.
 

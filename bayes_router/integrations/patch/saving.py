@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from bayes_router.checks import require
 from bayes_router.config import PriorConfig
 from bayes_router.data.stream import MaskedStream, TokenStream
+from bayes_router.files import write_json, write_whole
 from bayes_router.integrations.patch.identity import fingerprint
 from bayes_router.integrations.patch.settings import FitRecord, PatchSettings
 from bayes_router.routing.policy import Argmax, Budget, Conservative, Policy
-from bayes_router.training.checkpoint import write_json, write_whole
 
 WEIGHTS, SETTINGS, HELD_OUT, FORMAT = "router.safetensors", "router.json", "held_out.safetensors", 1
 HELD_OUT_TOKENS = 32_768

@@ -1,0 +1,88 @@
+"""Files that are whole or absent, and the names of those in a run folder. Read without torch."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+CONFIG, METRICS, SUMMARY, WEIGHTS, STATE = "config.toml", "metrics.csv", "summary.json", "model.safetensors", "state.pt"
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """`write` a temporary file beside `path`, then rename it: a reader sees the old file or the new, never half of one.
+
+    Raises:
+        OSError: the file cannot be written; the old one is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            write(temporary)
+        except (RuntimeError, SafetensorError) as error:  # how torch and safetensors report a full disk
+            raise OSError(f"{path}: {first_line(error)}") from error
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole."""
+    write_whole(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file whole."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def require_file(run: Path, name: str) -> Path:
+    """The path of a file of a run, which must be there."""
+    if not run.is_dir():
+        raise ValueError(f"run: expected a run folder; {run} does not exist; make one with `bayes-router fit --out {run}`")
+    if not (run / name).is_file():
+        raise ValueError(f"run: expected {name} in {run}; it is missing: not a run folder, or a run that never got so far")
+    return run / name
+
+
+def check_folder_for(path: Path, name: str = "out") -> None:
+    """Refuse a folder that cannot be made and written to, before the hours whose results it is to hold. Nothing is left there.
+
+    Raises:
+        ValueError: `path` is a file, lies below one, or may not be written.
+    """
+    nearest = path
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise ValueError(f"{name}: expected a folder; {nearest} is a file; choose another path")
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{name}: expected a folder that can be written; got {path}: {error.strerror}; give --{name} elsewhere"
+        ) from error
+
+
+def check_file_for(path: Path, name: str = "out") -> None:
+    """Refuse a file that cannot be written, before the hours whose results it is to hold.
+
+    Raises:
+        ValueError: `path` is a folder, its folder is not there, or may not be written.
+    """
+    if path.is_dir():
+        raise ValueError(f"{name}: expected a file; {path} is a folder; name a file in it, as {path / 'report.html'}")
+    if not path.parent.is_dir():
+        raise ValueError(f"{name}: expected a file in an existing folder; {path.parent} is none; make it first")
+    check_folder_for(path.parent, name)
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, as one line."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
