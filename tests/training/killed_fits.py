@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from bayes_router.config import Config, load_config
+from bayes_router.files import METRICS, STATE
 from bayes_router.training import checkpoint
 from bayes_router.training.fit import fit
 
@@ -61,7 +62,7 @@ def arm(moment: str, countdown: int) -> None:
         return renaming
 
     def is_state(path: Path) -> bool:
-        return path.name == checkpoint.STATE
+        return path.name == STATE
 
     def no(_path: Path) -> bool:
         return False
@@ -75,7 +76,7 @@ def arm(moment: str, countdown: int) -> None:
     elif moment == "half the weights":
         checkpoint.save_file = half_the_weights  # type: ignore[assignment]
     elif moment == "between two files":
-        os.replace = rename(no, lambda path: path.name == checkpoint.METRICS)  # type: ignore[assignment]
+        os.replace = rename(no, lambda path: path.name == METRICS)  # type: ignore[assignment]
 
 
 def attempt(config: Config, out: Path, moment: str, rng: random.Random) -> bool:
@@ -85,7 +86,7 @@ def attempt(config: Config, out: Path, moment: str, rng: random.Random) -> bool:
     if child == 0:
         arm(moment, countdown)
         try:
-            resumes = (out / checkpoint.STATE).exists()
+            resumes = (out / STATE).exists()
             fit(config, out, resume=resumes, overwrite=out.exists() and not resumes, progress=False)
         except BaseException as error:
             print(f"{type(error).__name__}: {error}", flush=True)
@@ -114,12 +115,12 @@ def main() -> None:
             struck += 1
             print(f"killed: {moment}", flush=True)
         if finished and struck < int(kills):
-            (folder / checkpoint.STATE).unlink()  # too quick for us: another run of the same settings
+            (folder / STATE).unlink()  # too quick for us: another run of the same settings
             print("again", flush=True)
         elif struck >= int(kills):
             break
     if not finished:
-        fit(config, folder, resume=(folder / checkpoint.STATE).exists(), overwrite=not (folder / checkpoint.STATE).exists())
+        fit(config, folder, resume=(folder / STATE).exists(), overwrite=not (folder / STATE).exists())
     print(f"{struck} kills")
 
 
