@@ -79,7 +79,7 @@ def options(folders: tuple[Path, Path, Path], worded: bool = False) -> list[str]
 def test_inspect_shows_held_out_ids_or_a_text(folders: Any, tmp_path: Path, capsys: Any) -> None:
     assert main(["inspect", *options(folders), "--layer", "1", "--tokens", "40", "--colour", "never"]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith("layer 1: f:") and "local" in shown and "no tokenizer" in shown
+    assert "\nlayer 1: f:" in shown and "local" in shown and "no tokenizer" in shown
     held_out = load_patch(tiny("llama" if "llama" in str(folders[0]) else "gpt2"), folders[2]).held_out
     assert f"{int(held_out.tokens[0])} {int(held_out.tokens[1])} " in shown
     text = tmp_path / "text.txt"
@@ -172,7 +172,7 @@ def test_encoders_are_inspected_and_reported(encoder: tuple[Path, Path], tmp_pat
     given = [str(saved), "--base", str(base), "--device", "cpu"]
     assert main(["inspect", *given, "--layer", "1", "--tokens", "48", "--colour", "never"]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith("layer 1: f:") and "linear" in shown
+    assert "\nlayer 1: f:" in shown and "linear" in shown
     text = tmp_path / "text.txt"
     text.write_text("the river came over the old stone house and the wind went under the road " * 60)
     assert main(["inspect", *given, "--text", str(text), "--colour", "never"]) == 0
