@@ -25,6 +25,7 @@ def run(options: Namespace) -> None:
     _, summary = fit(config, out, overwrite=options.overwrite, resume=options.resume, progress=not options.quiet)
     if not summary:  # another rank than 0
         return
+    from bayes_router.diagnostics.figures.run import draw_run  # seaborn, now that there is something to draw
 
     draw_run(out)
     print_summary(summary)
