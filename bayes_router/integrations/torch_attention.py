@@ -116,14 +116,14 @@ def patch_torch(model: nn.Module, settings: PatchSettings) -> RoutedTorch:
         shape = ExpertShape(module.num_heads, module.head_dim, settings.window)
         found.append(Found(module, name, shape, module.num_heads, module.embed_dim, causal=False))
     router = RoutedTorch(model, found, settings)
-    router._bind()
+    router.bind()
     for one in found:
         one.module.forward = MethodType(forward, one.module)
-        router._restore.append(partial(one.module.__dict__.pop, "forward", None))
+        router.undo.append(partial(one.module.__dict__.pop, "forward", None))
         # with a hook below it, an encoder layer takes its written-out path, which calls this module
-        router._restore.append(one.module.register_forward_pre_hook(_no_fast_path).remove)
+        router.undo.append(one.module.register_forward_pre_hook(_no_fast_path).remove)
     for encoder in (m for m in model.modules() if isinstance(m, nn.TransformerEncoder)):
-        router._restore.append(partial(setattr, encoder, "use_nested_tensor", encoder.use_nested_tensor))
+        router.undo.append(partial(setattr, encoder, "use_nested_tensor", encoder.use_nested_tensor))
         encoder.use_nested_tensor = False
     return router
 

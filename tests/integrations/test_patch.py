@@ -48,7 +48,7 @@ def test_fit_learns_and_leaves_the_weights_alone(fitted: Any) -> None:
     assert all(p.grad is None for p in router.model.parameters())
     router.unpatch()
     assert torch.equal(router.model(tokens()).logits, tiny("llama")(tokens()).logits)
-    router._restore.clear()
+    router.undo.clear()
 
 
 def test_fit_moves_the_weights_where_asked() -> None:

@@ -35,10 +35,11 @@ class GatedLinearAttention(Expert):
         self.gate_bias = nn.Parameter(torch.log(memory))  # sigmoid(log m) = 1 - 1 / (m + 1)
         self.log_scale = nn.Parameter(torch.zeros(heads))
 
-    def _features(self, x: Tensor) -> Tensor:
+    def feature(self, x: Tensor) -> Tensor:
+        """phi(x), of the shape of x, one scale a query head; float32 at least."""
         return (widen(x) * self.log_scale.exp()[:, None, None]).softmax(-1)
 
-    def _log_gate(self, k: Tensor) -> Tensor:
+    def log_gate(self, k: Tensor) -> Tensor:
         """The logarithms of the gates [B, H, T], of keys one a query head."""
         return F.logsigmoid((widen(k) * self.gate[:, None]).sum(-1) + self.gate_bias[:, None])
 
@@ -54,7 +55,7 @@ class GatedLinearAttention(Expert):
     def _plain_features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`features` without their kernel."""
         k, kind = repeat_heads(k, q.shape[1]), capability.feature_dtype(q.dtype)
-        return self._features(q).to(kind), self._features(k).to(kind), self._log_gate(k)
+        return self.feature(q).to(kind), self.feature(k).to(kind), self.log_gate(k)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Expert.forward`."""
@@ -84,8 +85,8 @@ class GatedLinearAttention(Expert):
 
     def _chunk(self, queries: Tensor, k: Tensor, v: Tensor) -> rows_linear.Features:
         k, v = (repeat_heads(x[None], len(queries)) for x in (k, v))
-        phi_q, phi_k, values = (x[0].contiguous() for x in (self._features(queries[None]), self._features(k), widen(v)))
-        return rows_linear.Features(phi_q, phi_k, values, self._log_gate(k)[0])
+        phi_q, phi_k, values = (x[0].contiguous() for x in (self.feature(queries[None]), self.feature(k), widen(v)))
+        return rows_linear.Features(phi_q, phi_k, values, self.log_gate(k)[0])
 
     def init_state(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Zeros [B, H, Dh, Dh + 1]: S and, in the last column, z."""
@@ -97,8 +98,8 @@ class GatedLinearAttention(Expert):
         k, v = repeat_heads(k, H), repeat_heads(v, H)
         chunk = min(CHUNK, T)
         pad = -T % chunk
-        log_gate = self._log_gate(k)
-        phi_q, phi_k = self._features(q), self._features(k)
+        log_gate = self.log_gate(k)
+        phi_q, phi_k = self.feature(q), self.feature(k)
         value = F.pad(widen(v), (0, 1), value=1.0)  # [B, H, T, Dh + 1]
         if pad:  # padding keeps the state: gate 1, key 0
             log_gate = F.pad(log_gate, (0, pad))

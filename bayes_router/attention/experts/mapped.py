@@ -19,9 +19,10 @@ class MappedGatedAttention(GatedLinearAttention):
         super().__init__(shape)
         self.map = nn.Parameter(torch.eye(shape.head_dim).repeat(shape.num_heads, 1, 1))
 
-    def _features(self, x: Tensor) -> Tensor:
+    def feature(self, x: Tensor) -> Tensor:
+        """phi(M x), of the shape of x, one map M [Dh, Dh] a query head; float32 at least."""
         x = widen(x)
-        return super()._features(x @ self.map.mT.to(x.dtype))
+        return super().feature(x @ self.map.mT.to(x.dtype))
 
     def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As in the base class, without its kernel, which knows no map."""

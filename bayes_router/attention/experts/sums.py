@@ -35,5 +35,5 @@ def entries(expert: Expert, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
     """Features [B, Hs, T, Dh], values with ones [B, Hs, T, Dh + 1], and log gates, if any; of the state's heads Hs."""
     if isinstance(expert, GatedLinearAttention):
         k, v = (repeat_heads(x, expert.shape.num_heads) for x in (k, v))
-        return expert._features(k), with_ones(widen(v)), expert._log_gate(k)
+        return expert.feature(k), with_ones(widen(v)), expert.log_gate(k)
     return feature_map(widen(k)), with_ones(widen(v)), None

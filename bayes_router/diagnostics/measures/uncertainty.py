@@ -221,26 +221,27 @@ class UncertaintySummary:
 
     def layers(self) -> pd.DataFrame:
         """One row a layer."""
-        self._require_text()
+        self.require_text()
         frame = pd.DataFrame((self._position.sum(1) / self.tokens).numpy(), columns=[m.value for m in Measure])
         frame.index.name = "layer"
         return frame
 
     def positions(self) -> pd.DataFrame:
         """One row a layer and position in the window."""
-        self._require_text()
+        self.require_text()
         return _long(self._position / self._position_count[:, None], "position", list(range(len(self._position_count))))
 
     def kinds_frame(self) -> pd.DataFrame:
         """One row a layer and kind of token that the text has, with the share of tokens; empty where tokens are no text."""
-        self._require_text()
+        self.require_text()
         if self.kinds is None:
             return pd.DataFrame(columns=["layer", "kind", "share", *(m.value for m in Measure)])
         frame = _long(self._kind / self._kind_count[:, None], "kind", [kind.value for kind in TokenKind])
         frame["share"] = np.tile((self._kind_count / self.tokens).numpy(), len(self._kind))
         return frame[frame["share"] > 0].reset_index(drop=True)
 
-    def _require_text(self) -> None:
+    def require_text(self) -> None:
+        """Raise a ValueError unless some text was read."""
         require(self.tokens > 0, "text", "at least one token", "an empty text", "read a text first")
 
 
@@ -260,5 +261,5 @@ def summarise_uncertainty(
     summary = UncertaintySummary(cost_ratio, None if tokeniser is None else kinds_of_vocabulary(tokeniser))
     for reading in readings:
         summary.add(reading)
-    summary._require_text()
+    summary.require_text()
     return summary

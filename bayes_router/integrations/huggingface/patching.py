@@ -29,12 +29,12 @@ def patch_pretrained(model: PreTrainedModel, settings: PatchSettings) -> RoutedP
         found = find_layers(model, settings)
         router = RoutedPretrained(model, found, settings)
         router.config = model_config(found[0], settings, len(found), model.config.get_text_config().vocab_size)
-        router._restore += restore
-        router._bind()
+        router.undo += restore
+        router.bind()
         for one in found:
             binding: Binding = getattr(one.module, BINDING)
             handle = one.module.register_forward_pre_hook(partial(keep_hidden, binding), with_kwargs=True)
-            router._restore.append(handle.remove)
+            router.undo.append(handle.remove)
         verify(router)
     except BaseException:
         for undo in restore if router is None else [router.unpatch]:

@@ -89,7 +89,7 @@ class RoutedModel(nn.Module):
         self._observe: Callable[[int, AttentionCall, Tensor], None] | None = None
         self._concentration: dict[int, Tensor] = {}
         self._executed: dict[int, Tensor] = {}
-        self._restore: list[Callable[[], None]] = []
+        self.undo: list[Callable[[], None]] = []
         self.memories = Memories()
         self.made_for = fingerprint(model)
         self._start_on_full()
@@ -287,14 +287,14 @@ class RoutedModel(nn.Module):
 
     def unpatch(self) -> nn.Module:
         """Take everything off the model again and return it; its outputs are then exactly what they were."""
-        while self._restore:
-            self._restore.pop()()
+        while self.undo:
+            self.undo.pop()()
         return self.model
 
     @property
     def patched(self) -> bool:
         """Whether the model still routes."""
-        return bool(self._restore)
+        return bool(self.undo)
 
     def require_patched(self) -> None:
         """ValueError once `unpatch` was called."""
@@ -317,11 +317,11 @@ class RoutedModel(nn.Module):
         )  # fmt: skip
         save_patch(record, folder)
 
-    def _bind(self) -> None:
+    def bind(self) -> None:
         """Give every found module its binding."""
         for index, one in enumerate(self.found):
             setattr(one.module, BINDING, Binding(self, index))
-            self._restore.append(partial(delattr, one.module, BINDING))  # a partial is copied with the model, a closure not
+            self.undo.append(partial(delattr, one.module, BINDING))  # a partial is copied with the model, a closure not
 
 
 def normalised(hidden: Tensor) -> Tensor:
