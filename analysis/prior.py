@@ -44,7 +44,7 @@ def main() -> None:
         best = int(layers["route_information"].argmax())
         reading = next(read(run.model, windows(examined.source, run.config, options.tokens)))
         torch.manual_seed(0)
-        prior = run.program.prior(best).sample(torch.Size([DRAWS]))
+        prior = run.program.token_prior(best).sample(torch.Size([DRAWS]))
         concentration = reading.concentration[best].flatten(0, 1)
         figures["simplex"] = lambda: draw.plot_simplex_density(concentration, prior, run.experts)
     paths = write(options.out, {"prior_by_layer": table}, figures)

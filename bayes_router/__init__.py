@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from bayes_router.attention.hard.dispatch import Backend, routed_attention
     from bayes_router.attention.shapes import ExpertShape
     from bayes_router.config import Config, ModelConfig, PriorConfig, load_config
-    from bayes_router.inference.elbo import NegativeELBO, RoutingELBO
+    from bayes_router.inference.elbo import NegativeELBO, RoutingELBO, tempered
     from bayes_router.inference.guide import RoutingGuide
     from bayes_router.inference.model import RoutingModel
+    from bayes_router.inference.prior import DirichletPrior
+    from bayes_router.inference.tilted import TiltedDirichlet
     from bayes_router.integrations.patching import load_patch, patch
     from bayes_router.presets import preset
     from bayes_router.routing.controller import MetaController
@@ -43,6 +45,7 @@ __all__ = [
     "Config",
     "Conservative",
     "CostModel",
+    "DirichletPrior",
     "Evaluation",
     "Expert",
     "ExpertShape",
@@ -60,6 +63,7 @@ __all__ = [
     "RoutingModel",
     "RoutingOutput",
     "Sampling",
+    "TiltedDirichlet",
     "TrainingDiverged",
     "build_prior",
     "evaluate",
@@ -76,6 +80,7 @@ __all__ = [
     "solve_price",
     "stream",
     "sweep_prior",
+    "tempered",
 ]
 
 _HOMES = {
@@ -83,9 +88,11 @@ _HOMES = {
     "attention.hard.dispatch": "Backend routed_attention",
     "attention.shapes": "ExpertShape",
     "config": "Config ModelConfig PriorConfig load_config",
-    "inference.elbo": "NegativeELBO RoutingELBO",
+    "inference.elbo": "NegativeELBO RoutingELBO tempered",
     "inference.guide": "RoutingGuide",
     "inference.model": "RoutingModel",
+    "inference.prior": "DirichletPrior",
+    "inference.tilted": "TiltedDirichlet",
     "integrations.patching": "load_patch patch",
     "presets": "preset",
     "routing.controller": "MetaController",

@@ -53,13 +53,3 @@ class RoutingOutput(NamedTuple):
     logits: Tensor  # [B, T, V]
     concentration: Tensor  # [L, B, T, E] of the posterior, float32
     route: Tensor  # as executed: weights [L, B, T, E] or choices int64 [L, B, T]
-
-
-def route_site(layer: int) -> str:
-    """Name of the latent route of a layer in Pyro traces."""
-    return f"route_{layer}"
-
-
-def hidden_site(layer: int) -> str:
-    """Name of the deterministic site that holds what the controller of a layer reads."""
-    return f"hidden_{layer}"

@@ -163,7 +163,9 @@ class Examination:
         sequences = [(batch.tokens[0], batch.targets[0]) for batch in self._rows(effort.guide_sequences)]
         lengths = [length for length in effort.guide_lengths if length <= context] if self.run.causal else [context]
         require(len(lengths) > 0, "guide_lengths", f"one of at most {context} tokens", effort.guide_lengths)
-        return k_hat_frame(self.run.program, self.run.guide, sequences, lengths, effort.guide_draws)
+        return k_hat_frame(
+            self.run.program, self.run.guide, sequences, lengths, effort.guide_draws, kl_weight=self.run.kl_weight
+        )
 
     @cached_property
     def gaps(self) -> Gaps:
@@ -172,7 +174,7 @@ class Examination:
         tokens, targets = (torch.cat(column)[:, : self.effort.gap_length] for column in zip(*rows, strict=True))
         trained, elbo = (
             amortisation_gap(self.run.program, self.run.guide, tokens, targets, kl_weight=weight, steps=self.effort.gap_steps)
-            for weight in (self.run.program.kl_weight, 1.0)
+            for weight in (self.run.kl_weight, 1.0)
         )
         return Gaps(trained, elbo)
 

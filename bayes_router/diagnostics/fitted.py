@@ -34,8 +34,9 @@ class FittedRun:
     config: Config
     model: RoutedLanguageModel
     prior: ComputeAwarePrior
-    program: RoutingModel  # under the objective of the last step
+    program: RoutingModel  # under the prior of the last step
     guide: RoutingGuide
+    kl_weight: float = 1.0  # of the objective of the last step
     own_tokeniser: Tokeniser | None = None  # of a patched model
     held_out: TokenSource | None = None  # of a patched model: what diagnostics read
     patched: bool = False
@@ -74,19 +75,19 @@ def load_fitted(run: Path | str, device: str = "cpu") -> FittedRun:
         raise ValueError(f"{weights}: expected the weights of a run; the file is damaged: {error}") from error
     require(guided, "run", f"a fitted guide (weights controller.* in {WEIGHTS})", str(run), "fit it with `bayes-router fit`")
     config, model = load_run(run, device)
-    program, guide, prior = build_program(config, model)
-    return FittedRun(run, config, model, prior, program, guide)
+    program, guide, prior, kl_weight = build_program(config, model)
+    return FittedRun(run, config, model, prior, program, guide, kl_weight)
 
 
-def build_program(config: Config, model: RoutedLanguageModel) -> tuple[RoutingModel, RoutingGuide, ComputeAwarePrior]:
-    """Program and guide of a model, under the prior and KL weight of the last training step."""
+def build_program(config: Config, model: RoutedLanguageModel) -> tuple[RoutingModel, RoutingGuide, ComputeAwarePrior, float]:
+    """Program and guide under the prior of the last training step, the compute-aware prior, the KL weight there."""
     prior = build_prior(config.prior, config.model, config.model.num_layers, config.data.context)
     schedule = Schedule(config.schedule, prior, config.train.steps, config.model.experts, config.prior.price)
     end = schedule.at(config.train.steps - 1)
     cost_ratio = prior.cost_ratio.to(next(model.parameters()).device)
-    program = RoutingModel(model.network, end.concentration, cost_ratio, end.kl_weight, end.price)
+    program = RoutingModel(model.network, end.concentration, cost_ratio, end.price)
     program.straight_through = end.straight_through
-    return program, RoutingGuide(program, model.controller), prior
+    return program, RoutingGuide(program, model.controller), prior, end.kl_weight
 
 
 def fitted_patch(
@@ -134,4 +135,16 @@ def fitted_patch(
         data=DataConfig(corpus=name, context=context, eval_tokens=tokens),
         train=TrainConfig(batch_size=1),
     )
-    return FittedRun(Path(path), config, router, router.prior, program, guide, tokeniser, held_out, True, router.causal)
+    return FittedRun(
+        Path(path),
+        config,
+        router,
+        router.prior,
+        program,
+        guide,
+        router.kl_weight,
+        own_tokeniser=tokeniser,
+        held_out=held_out,
+        patched=True,
+        causal=router.causal,
+    )

@@ -117,7 +117,7 @@ def figures(examined: Examination, shown: ShownText, quick: bool) -> list[dict[s
         layer = int(layers["route_information"].argmax())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            prior = run.program.prior(layer).sample(torch.Size([250]))
+            prior = run.program.token_prior(layer).sample(torch.Size([250]))
         found.append(
             (f"Posteriors on the simplex, layer {layer}", "Draws from the posteriors of the tokens below, and from the prior.",
              lambda: posterior_plots.plot_simplex_density(shown.concentration[layer], prior, experts))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from pyro.poutine.messenger import Messenger
 
-from bayes_router.types import route_site
+from bayes_router.inference.sites import route_site
 
 
 class RowDraws(Messenger):
@@ -30,13 +30,13 @@ class RowDraws(Messenger):
         return self
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["name"] != route_site(self._layer) or msg["is_observed"]:
+        if msg["name"] != route_site(self._layer) or msg["is_observed"] or msg["done"]:
             return
-        rows = msg["fn"].concentration  # of the posterior, which the guide has put there: [B, T, E]
+        rows = msg["fn"].concentration.unbind(-3)  # of the posterior, as the guide has it: [(R,) B, T, E]
         family = type(msg["fn"])
         draws = []
         for seed, row in zip(self.seeds, rows, strict=True):
             torch.manual_seed((seed + 7_919 * self._layer) % 2**63)
             draws.append(family(row, validate_args=False).rsample())
-        msg["value"], msg["done"] = torch.stack(draws), True
+        msg["value"], msg["done"] = torch.stack(draws, -3), True
         self._layer += 1

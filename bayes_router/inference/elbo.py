@@ -1,19 +1,28 @@
-"""The objective of training: TraceMeanField_ELBO for this model, without work that its value does not need."""
+"""The objective of training: the ELBO of this model per token, its KL weighted, without work that its value does not need."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
+from torch.distributions import Dirichlet
 
+from bayes_router.checks import require
 from bayes_router.inference.guide import RoutingGuide
-from bayes_router.inference.model import RoutingModel
+from bayes_router.inference.model import RoutingModel, refuse_tracing
+from bayes_router.inference.sites import TARGETS, is_route_site
 from bayes_router.inference.tilted import TiltedDirichlet
-from bayes_router.routing.posterior import dirichlet_kl, posterior_mean
+from bayes_router.routing.posterior import dirichlet_kl
 from bayes_router.routing.schedule import ScheduleState
-from bayes_router.types import LossTerms, route_site
+from bayes_router.routing.tilt import tilted_kl
+from bayes_router.types import LossTerms
 
 UNCHECKED = dict.fromkeys(
     ("validate_poutine", "validate_infer", "validate_distributions_pyro", "validate_distributions_torch"), False
@@ -21,74 +30,252 @@ UNCHECKED = dict.fromkeys(
 """Pyro's and torch's checks of values wait for the device, several times a layer; here the program is known to be right."""
 
 
+class Tempered(nn.Module):
+    """p(z) p(targets | z)^(1 / kl_weight): what a KL weight pursues, for Pyro's own estimators and samplers; see `tempered`."""
+
+    def __init__(self, model: Callable[..., Any], kl_weight: float):
+        super().__init__()
+        _check_weight(kl_weight)
+        self.model, self.kl_weight = model, kl_weight
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model, the density of what it observes raised to the power 1 / kl_weight."""
+        with _Tempered(1 / self.kl_weight):
+            return self.model(*args, **kwargs)
+
+
+def tempered(model: Callable[..., Any], kl_weight: float) -> Tempered:
+    """The cold posterior that a KL weight pursues, as a program: p(routes) p(targets | routes)^(1 / kl_weight).
+
+    Maximising E_q[log p(y | z)] - w KL(q || p) and maximising the ELBO of this program are the same, whatever
+    the guide, and the program has a density, so that samplers and importance weights mean something too. Its
+    loss, times w and divided by the number of tokens, is that of `RoutingELBO(kl_weight=w)`.
+
+    Args:
+        model: any Pyro program; what it observes is the likelihood.
+        kl_weight: w, positive; 1 leaves the model as it is.
+
+    Raises:
+        ValueError: a weight that is not positive.
+    """
+    return Tempered(model, kl_weight)
+
+
+class _Tempered(Messenger):
+    """Scales what is observed."""
+
+    def __init__(self, power: float):
+        super().__init__()
+        self.power = power
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["is_observed"]:
+            msg["scale"] = msg["scale"] * self.power
+
+
 class RoutingELBO(TraceMeanField_ELBO):
-    """-ELBO = nll + kl_weight * sum_l KL(q_l || p_l), nats per token; the same value and gradient as TraceMeanField_ELBO.
+    """-(ELBO) per token with a weighted KL: (nll + kl_weight * KL(q || p)) / (B T), nats per token; see `LossTerms`.
 
-    Pyro's estimator evaluates every site's log density, also those of the routes, which the analytic KL replaces; and it
-    computes one KL a site. Here the observed site alone is evaluated, and the KL of all layers is one stacked expression.
-    Pyro reads the loss on the host twice a step; here nobody waits for the device, so that a CUDA graph can hold the step.
+    With kl_weight 1, B T times this is TraceMeanField_ELBO in value and gradient, whatever the model and the guide. For
+    Dirichlet routes under a (tilted) Dirichlet prior, and no other latent, it is computed without what Pyro's estimator does
+    besides: log densities of the routes, which the analytic KL replaces, one KL a site, and waiting for the device twice a
+    step (a CUDA graph can hold the step). Anything else is left to Pyro's estimator, the KL of every latent weighted alike.
 
-    `terms` holds the parts of the last loss, detached: the KL in them carries weight 1.
+    `terms` holds the parts of the last loss, detached means over particles: the KL in them carries weight 1.
+
+    Args:
+        kl_weight: of the KL; 1 is the literal ELBO.
+        settings: of Pyro's estimator: num_particles, vectorize_particles, ...
+
+    Raises:
+        ValueError: a weight that is not positive.
     """
 
-    terms: LossTerms | None = None
+    def __init__(self, kl_weight: float = 1.0, **settings: Any):
+        super().__init__(**settings)
+        self.terms: LossTerms | None = None
+        self.set_kl_weight(kl_weight)
 
-    def _get_trace(
-        self, model: RoutingModel, guide: RoutingGuide, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
-    ) -> tuple[Trace, Trace]:
-        guide(*args, **kwargs)
-        return guide.get_traces()
+    @property
+    def kl_weight(self) -> float:
+        """Of the KL; `set_kl_weight` moves it."""
+        return self._kl_weight
 
-    def differentiable_loss(self, model: RoutingModel, guide: RoutingGuide, *args: Tensor, **kwargs: Tensor) -> Tensor:
+    def set_kl_weight(self, kl_weight: float, on_device: Tensor | None = None) -> None:
+        """Weigh the KL anew, by the same number on the device where a CUDA graph reads it."""
+        _check_weight(kl_weight)
+        self._kl_weight = float(kl_weight)
+        self._weight: float | Tensor = self._kl_weight if on_device is None else on_device
+
+    def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+        """The loss, without its gradient."""
+        with torch.no_grad():
+            return float(self.differentiable_loss(model, guide, *args, **kwargs))
+
+    def differentiable_loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         """The loss, [], with its gradient; the mean over particles."""
-        particles = [self._differentiable_loss_particle(*traces)[1] for traces in self._get_traces(model, guide, args, kwargs)]
-        return torch.stack(particles).mean() if len(particles) > 1 else particles[0]
+        with self._collecting() as terms:
+            losses = [self._particle(p, q, terms) for p, q in self._get_traces(model, guide, args, kwargs)]
+        return losses[0] if self.num_particles == 1 else torch.stack(losses).sum() / self.num_particles
 
-    def _differentiable_loss_particle(self, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
-        observed = model_trace.nodes["targets"]
-        nll = -_scaled(observed, observed["fn"].log_prob(observed["value"]))
-        kl, weighted = _kl(model_trace, guide_trace)
-        loss = nll + weighted
-        self.terms = LossTerms(nll.detach(), kl.detach(), -(nll + kl).detach())
-        return loss.detach(), loss
+    def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+        """The loss; its gradient is added to the parameters, particle by particle."""
+        total = 0.0
+        with self._collecting() as terms:
+            for p, q in self._get_traces(model, guide, args, kwargs):
+                loss = self._particle(p, q, terms) / self.num_particles
+                if loss.requires_grad:
+                    loss.backward(retain_graph=self.retain_graph)
+                total += float(loss.detach())
+        return total
+
+    @contextmanager
+    def _collecting(self) -> Iterator[list[LossTerms]]:
+        """The terms of each particle; their mean is kept in the end."""
+        terms: list[LossTerms] = []
+        yield terms
+        nll, kl = (sum(parts[1:], parts[0]) for parts in zip(*((t.nll, t.kl) for t in terms), strict=True))
+        if self.num_particles > 1:
+            nll, kl = nll / self.num_particles, kl / self.num_particles
+        self.terms = LossTerms(nll, kl, -(nll + kl))
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
+        """As Pyro's, without a log density that may not be needed."""
+        refuse_tracing()
+        effect = poutine.unwrap(guide)
+        if isinstance(effect, Messenger):  # a guide that runs inside the model
+            guide(*args, **kwargs)
+            model_trace, guide_trace = effect.get_traces()
+        else:
+            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        model_trace, guide_trace = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+        _check_sites(model_trace, guide_trace)
+        return model_trace, guide_trace
+
+    def _particle(self, model_trace: Trace, guide_trace: Trace, terms: list[LossTerms]) -> Tensor:
+        """The loss of a pair of traces, particles in a plate summed."""
+        routes = [name for name in guide_trace.nodes if is_route_site(name)]
+        require(len(routes) > 0, "model", "at least one route site", "none", "the number of tokens is read there")
+        tokens = torch.Size(model_trace.nodes[routes[0]]["fn"].batch_shape[-2:]).numel()
+        if _stackable(model_trace, guide_trace, routes):
+            observed = model_trace.nodes[TARGETS]
+            nll = -_unmasked(observed, observed["fn"].log_prob(observed["value"])).sum() * (1 / tokens)
+            kl = _stacked_kl(model_trace, guide_trace, routes)
+        else:
+            nll, kl = self._by_pyro(model_trace, guide_trace, 1 / tokens)
+        weight = self._weight
+        weighted = kl * (weight.to(kl) if isinstance(weight, Tensor) else weight)
+        terms.append(LossTerms(nll.detach(), kl.detach(), -(nll + kl).detach()))
+        return nll + weighted
+
+    def _by_pyro(self, model_trace: Trace, guide_trace: Trace, scale: float) -> tuple[Tensor, Tensor]:
+        """Nll and KL by Pyro's estimator."""
+        model_trace.compute_log_prob()
+        guide_trace.compute_score_parts()
+        nll = torch.zeros(())
+        for site in model_trace.nodes.values():
+            if site["type"] == "sample" and site["is_observed"]:
+                nll = nll - site["log_prob_sum"]
+        _, loss = TraceMeanField_ELBO._differentiable_loss_particle(self, model_trace, guide_trace)
+        return nll * scale, (loss - nll) * scale
 
 
-def _scaled(site: dict[str, Any], density: Tensor) -> Tensor:
-    """Sum of a site's log density over unmasked tokens, times the site's scale."""
+def _check_weight(kl_weight: float) -> None:
+    require(kl_weight > 0, "kl_weight", "a positive number", kl_weight, "a tiny one stands for zero")
+
+
+def _check_sites(model_trace: Trace, guide_trace: Trace) -> None:
+    """Model and guide are over the same latents."""
+    latents = [n for n, s in model_trace.nodes.items() if s["type"] == "sample" and not s["is_observed"]]
+    drawn = {n: s for n, s in guide_trace.nodes.items() if s["type"] == "sample" and not s["is_observed"]}
+    missing = [name for name in latents if name not in drawn]
+    require(not missing, "guide", f"a site for each latent of the model: {', '.join(latents)}", f"none of {', '.join(missing)}")
+    extra = [name for name, site in drawn.items() if name not in latents and not site["infer"].get("is_auxiliary")]
+    require(not extra, "guide", f"sites that the model has: {', '.join(latents)}", ", ".join(extra))
+
+
+def _stackable(model_trace: Trace, guide_trace: Trace, routes: list[str]) -> bool:
+    """Whether nll and KL are what the stacked expression computes: plain Dirichlet routes, one likelihood, no other latent."""
+    kinds = {type(model_trace.nodes[name]["fn"]) for name in routes}
+    plain = kinds in ({pyro.distributions.Dirichlet}, {TiltedDirichlet})
+    sites = [s for trace in (model_trace, guide_trace) for s in trace.nodes.values() if s["type"] == "sample"]
+    known = all(is_route_site(site["name"]) or site["name"] == TARGETS for site in sites)
+    mine = [trace.nodes[name] for trace in (model_trace, guide_trace) for name in routes]
+    unscaled = all(site["scale"] == 1.0 and site["mask"] is None for site in mine)
+    observed = model_trace.nodes.get(TARGETS)
+    literal = observed is not None and observed["is_observed"] and observed["scale"] == 1.0
+    guided = all(isinstance(guide_trace.nodes[name]["fn"], Dirichlet) for name in routes)
+    shapes = {trace.nodes[name]["fn"].shape() for trace in (model_trace, guide_trace) for name in routes}
+    return plain and known and unscaled and literal and guided and len(shapes) == 1
+
+
+def _unmasked(site: dict[str, Any], density: Tensor) -> Tensor:
+    """A site's log density where it counts, 0 elsewhere."""
     mask = site["mask"]
-    return (density if mask is None or mask is True else density.masked_fill(~mask, 0.0)).sum() * site["scale"]
+    return density if mask is None or mask is True else density.masked_fill(~torch.as_tensor(mask), 0.0)
 
 
-def _kl(model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
-    """Sum over layers of KL(q || p) per token: as it is, and times kl_weight."""
-    layers = [route_site(layer) for layer in range(len(guide_trace.nodes)) if route_site(layer) in guide_trace.nodes]
-    q = torch.stack([guide_trace.nodes[name]["fn"].concentration for name in layers])  # [L, B, T, E]
-    priors = [model_trace.nodes[name]["fn"] for name in layers]
-    p = torch.stack([prior.concentration[0, 0] for prior in priors])[:, None, None]  # [L, 1, 1, E], one for all tokens
-    kl = dirichlet_kl(q, p)  # [L, B, T]
+def _shared(value: Tensor, dims: int) -> Tensor:
+    """`value` without its leading dimensions, kept as ones, where all that lies along them is one number."""
+    lead = value.dim() - dims
+    same = all(stride == 0 for stride in value.stride()[:lead])
+    return value[(slice(0, 1),) * lead] if same else value
+
+
+def _stacked_kl(model_trace: Trace, guide_trace: Trace, routes: list[str]) -> Tensor:
+    """Sum over layers and units of KL(q || p), per token: one expression for all."""
+    q = torch.stack([guide_trace.nodes[name]["fn"].concentration for name in routes])  # [L, ..., B, T, E]
+    priors = [model_trace.nodes[name]["fn"] for name in routes]
+    p = _stacked([_shared(prior.concentration, 1) for prior in priors])  # [L, 1, 1, E] of one for all tokens
     if isinstance(priors[0], TiltedDirichlet):
-        log_z = torch.stack([prior.log_normaliser for prior in priors])  # [L, B, T], the same for all tokens
-        price = torch.stack([prior.price for prior in priors])[:, None, None]  # [L, 1, 1, E]
-        kl = kl + (posterior_mean(q) * price.to(q)).sum(-1) + log_z
-    scale = guide_trace.nodes[layers[0]]["scale"]  # kl_weight / (B T), []
-    per_token = kl.mean((1, 2)).sum()
-    return per_token, per_token * (scale * kl[0].numel()).to(per_token)
+        log_z = _stacked([_shared(prior.log_normaliser, 0) for prior in priors])
+        tilt = _stacked([prior.tilt for prior in priors])  # [L, E], or as the concentration
+        tilt = tilt.view(len(routes), *[1] * (q.dim() - 2), -1) if tilt.dim() == 2 else tilt
+        kl = tilted_kl(q, p, tilt, log_z)
+    else:
+        kl = dirichlet_kl(q, p)  # [L, ..., B, T]
+    return kl.mean((-2, -1)).sum()
+
+
+def _stacked(values: list[Tensor]) -> Tensor:
+    """One after the other, [L, ...], of the shape that all fit in."""
+    return torch.stack(list(torch.broadcast_tensors(*values)))
 
 
 class NegativeELBO(nn.Module):
-    """`RoutingELBO()(model, guide)` that leaves Pyro's global parameter store alone: for torch optimisers and DDP."""
+    """`RoutingELBO(kl_weight)(model, guide)` that leaves Pyro's global parameter store alone: for torch optimisers and DDP.
 
-    def __init__(self, model: RoutingModel, guide: RoutingGuide):
+    Args:
+        model: the program.
+        guide: its posterior.
+        kl_weight: of the KL at the start; `follow` moves it.
+    """
+
+    kl_scale: Tensor  # [], kl_weight, where a captured CUDA graph reads it
+
+    def __init__(self, model: RoutingModel, guide: RoutingGuide, kl_weight: float = 1.0):
         super().__init__()
-        self.model, self.guide, self.elbo = model, guide, RoutingELBO()
+        self.model, self.guide, self.elbo = model, guide, RoutingELBO(kl_weight)
+        device = next((b.device for b in model.buffers()), torch.device("cpu"))
+        scale = torch.full((), float(kl_weight), dtype=torch.float64, device=device)
+        self.register_buffer("kl_scale", scale, persistent=False)
+
+    @property
+    def kl_weight(self) -> float:
+        """Of the KL; `follow` moves it."""
+        return self.elbo.kl_weight
 
     def follow(self, state: ScheduleState) -> None:
         """Move the prior and the weight of its KL to what the schedule says."""
-        self.model.set_objective(state.concentration, state.kl_weight, state.price)
+        self.model.set_prior(state.concentration, state.price)
+        self.kl_scale.fill_(state.kl_weight)
+        self.elbo.set_kl_weight(state.kl_weight)
         self.model.straight_through = state.straight_through
 
     def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, LossTerms]:
         """The loss to minimise (KL weighted) and its parts (KL not weighted), nats per token."""
+        self.elbo.set_kl_weight(self.elbo.kl_weight, self.kl_scale)
         with pyro.settings.context(module_local_params=True, **UNCHECKED):
             loss = self.elbo.differentiable_loss(self.model, self.guide, tokens, targets)
         assert self.elbo.terms is not None

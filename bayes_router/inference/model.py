@@ -1,142 +1,220 @@
-"""The generative program: routes under the prior, tokens under the routed network.
+"""The generative program: routes under the prior, targets under the routed network. The literal joint, nothing scaled.
 
-route_l[b, t] ~ Dirichlet(concentration_l)                        l = 0 .. L - 1
-y[b, t]       ~ Categorical(logits[b, t]),  logits = network(tokens, route)
+route_l[b, t] ~ prior_l                      l = 0 .. L - 1; route_l[r, b, t] where a layer has several routing units r
+y[b, t]       ~ likelihood(output[b, t]),    output = network(tokens, route)
 """
 
 from collections.abc import Callable
-from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor, nn
-from torch.distributions import constraints
 
 from bayes_router.checks import require
-from bayes_router.inference.tilted import TiltedDirichlet
-from bayes_router.routing.tilt import tilted_moments
-from bayes_router.types import IGNORED, Route, hidden_site, route_site
+from bayes_router.inference.likelihood import Likelihood, NextToken
+from bayes_router.inference.parameters import Named
+from bayes_router.inference.prior import DirichletPrior
+from bayes_router.inference.sites import TARGETS, Plates, route_site
+from bayes_router.types import IGNORED, Route
 
-_serial = count()
+Prior = Callable[[int, torch.Size], dist.TorchDistribution]
+"""(layer, shape) -> distribution of the routes of a layer, event shape [E]; batch shape `shape` or what
+broadcasts to it: [B, T], and [R, B, T] where a layer has R > 1 routing units."""
 
 
-class Named(nn.Module):
-    """A module that shows its parameters to Pyro under a name of its own.
+class Pass(NamedTuple):
+    """A pass of the network that a guide has made: the model need not repeat it for the same routes."""
 
-    Pyro's parameter store is global: two models under one name would share their weights in silence. So every instance, and
-    every copy of one, gets its own. Under `pyro.settings.context(module_local_params=True)` nothing is registered.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pyro_name = f"{type(self).__name__}_{next(_serial)}"
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.pyro_name = f"{type(self).__name__}_{next(_serial)}"
-
-    def show_parameters(self, module: nn.Module) -> None:
-        """Show the parameters of `module` to Pyro."""
-        if not pyro.settings.get("module_local_params"):
-            pyro.module(self.pyro_name, module)
+    tokens: Tensor
+    routes: list[Tensor]  # as the sites hold them
+    output: Tensor
+    state: tuple[object, ...]
 
 
 class RoutingModel(Named):
-    """p(targets, routes | tokens), in nats per token: all log densities are scaled by 1 / (B T).
+    """p(targets, routes | tokens): what it says is what Pyro's estimators, samplers and handlers get, in nats of the batch.
+
+    What is per token, weighted or annealed belongs to the objective: `RoutingELBO(kl_weight=...)`, or `tempered(model, ...)`
+    for an estimator or sampler of Pyro's own.
 
     Args:
-        network: (tokens, route callback) -> logits [B, T, V]; see `RoutedTransformer`.
-        concentration: of the prior, [L, E].
+        network: (tokens [B, T], route callback) -> output [B, ...]; see `RoutedTransformer`. Weights of it may be random
+            variables (PyroSample): they are drawn once a pass, outside of all plates.
+        prior: concentration [L, E] of a `DirichletPrior`, or any (layer, shape) -> distribution over the E experts.
         cost_ratio: of the experts, [E], or of the experts in each layer, [L, E]; what `price` multiplies.
-        kl_weight: scales the latent sites, hence the KL, and nothing else; 1 is the literal ELBO.
         price: nats per unit of cost by which the prior is tilted, see `TiltedDirichlet`.
+        likelihood: output of the network -> distribution of the targets, one a token (batch shape [B, T]) or one a row
+            ([B, 1]); next tokens by default.
+        name: of the network's parameters in Pyro's store, see `Named`.
 
     With `straight_through` set, the network executes the argmax of each draw, and its gradient is the draw's.
 
     Raises:
-        ValueError: concentration not positive or not [L, E], or a kl_weight not positive.
+        ValueError: concentration not positive or not [L, E]; a price below 0, without costs, or beside a prior of one's own.
     """
-
-    concentration: Tensor
-    cost_ratio: Tensor
-    log_normaliser: Tensor  # [L], of the tilted prior
-    tilt: Tensor  # price x cost_ratio
-    kl_scale: Tensor  # [], kl_weight
 
     def __init__(
         self,
         network: Callable[[Tensor, Route], Tensor],
-        concentration: Tensor,
+        prior: Tensor | Prior,
         cost_ratio: Tensor | None = None,
-        kl_weight: float = 1.0,
         price: float = 0.0,
+        *,
+        likelihood: Likelihood = NextToken,
+        name: str | None = None,
     ):
-        super().__init__()
-        self.network = network
-        self.straight_through = False
-        self.register_buffer("concentration", torch.empty(0), persistent=False)
-        self.register_buffer("cost_ratio", torch.zeros(0) if cost_ratio is None else cost_ratio, persistent=False)
-        for name, value in (
-            ("log_normaliser", torch.zeros(len(concentration)).to(self.cost_ratio)),
-            ("tilt", torch.zeros_like(self.cost_ratio)),
-            ("kl_scale", torch.ones((), dtype=torch.float64, device=self.cost_ratio.device)),
-        ):
-            self.register_buffer(name, value, persistent=False)
-        self._cost, self._given, self.price = self.cost_ratio.tolist(), torch.empty(0), -1.0
-        self.set_objective(concentration, kl_weight, price)
+        super().__init__(name)
+        self.network, self.likelihood, self.straight_through = network, likelihood, False
+        fix = "a prior of one's own holds its costs itself"
+        own = not isinstance(prior, Tensor)
+        require(not own or (price == 0 and cost_ratio is None), "price", "0 beside a callable prior", price, fix)
+        self.prior: Prior = DirichletPrior(prior, cost_ratio, price) if isinstance(prior, Tensor) else prior
+        self._kept: Pass | None = None
+        experts = getattr(network, "num_experts", None)
+        if isinstance(prior, Tensor) and experts is not None:
+            require(prior.shape[-1] == experts, "prior", f"the {experts} experts of the network", prior.shape[-1])
 
-    def set_objective(self, concentration: Tensor, kl_weight: float, price: float = 0.0) -> None:
-        """Move the prior and the weight of its KL; a schedule calls this between steps.
+    @property
+    def dirichlet_prior(self) -> DirichletPrior:
+        """The compute-aware prior.
 
-        The values move inside the same tensors, where a captured CUDA graph reads them.
+        Raises:
+            ValueError: the prior is one of the user's own.
         """
-        require(concentration.dim() == 2, "concentration", "shape [L, E]", tuple(concentration.shape))
-        require(bool((concentration > 0).all()), "concentration", "positive numbers", concentration.tolist())
-        require(kl_weight > 0, "kl_weight", "a positive number", kl_weight, "a tiny one stands for zero")
-        require(price >= 0, "price", "0 or more", price)
-        require(price == 0 or len(self.cost_ratio) > 0, "price", "0 where no cost_ratio was given", price)
-        moved = price != self.price or not torch.equal(concentration, self._given)
-        if moved and price > 0:
-            # log Z of every layer; from values on the CPU, where small float64 work is cheap and no GPU waits for it
-            moments = tilted_moments(concentration.cpu(), price * torch.tensor(self._cost))
-            self.log_normaliser.copy_(moments.log_normaliser, non_blocking=True)
-            torch.mul(self.cost_ratio, price, out=self.tilt)
-        if moved and self.concentration.shape == concentration.shape and self.concentration.dtype == concentration.dtype:
-            self.concentration.copy_(concentration, non_blocking=True)
-        elif moved:
-            self.concentration = concentration.to(self.cost_ratio.device, copy=True)
-        self.kl_scale.fill_(kl_weight)
-        self._given, self.kl_weight, self.price = concentration, kl_weight, price
+        prior = self.prior
+        fix = "pass the concentration to RoutingModel"
+        require(isinstance(prior, DirichletPrior), "prior", "a DirichletPrior", type(prior).__name__, fix)
+        assert isinstance(prior, DirichletPrior)
+        return prior
 
-    def prior(self, layer: int) -> dist.TorchDistribution:
-        """Of one token's route in a layer."""
-        if self.price > 0:
-            tilt = self.tilt if self.tilt.dim() == 1 else self.tilt[layer]
-            return TiltedDirichlet(self.concentration[layer], tilt, self.log_normaliser[layer])
-        return dist.Dirichlet(self.concentration[layer], validate_args=False)
+    @property
+    def concentration(self) -> Tensor:
+        """Of the compute-aware prior, [L, E]."""
+        return self.dirichlet_prior.concentration
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Tokens int64 [B, T] -> targets [B, T], observed where given; -100 is not scored."""
+    @property
+    def cost_ratio(self) -> Tensor:
+        """What the price of the compute-aware prior multiplies, [E] or [L, E]."""
+        return self.dirichlet_prior.cost_ratio
+
+    @property
+    def price(self) -> float:
+        """Of the compute-aware prior, nats per unit of cost; `set_prior` moves it."""
+        return self.dirichlet_prior.price
+
+    def set_prior(self, concentration: Tensor, price: float = 0.0) -> None:
+        """Move the compute-aware prior; a schedule calls this between steps."""
+        self.dirichlet_prior.move(concentration, price)
+
+    def token_prior(self, layer: int) -> dist.TorchDistribution:
+        """The prior of one route of a layer."""
+        return self.prior(layer, torch.Size())
+
+    @property
+    def kl_weight(self) -> float:
+        """Not here: the model is the joint."""
+        raise AttributeError("kl_weight belongs to the objective: RoutingELBO(kl_weight=...), NegativeELBO or tempered(...)")
+
+    @property
+    def num_units(self) -> int:
+        """Routing units of a layer, R: what the network says, or one."""
+        return int(getattr(self.network, "num_units", 1))
+
+    def show_network(self) -> None:
+        """Show the parameters of the network to Pyro."""
         if isinstance(self.network, nn.Module):
             self.show_parameters(self.network)
-        B, T = tokens.shape
 
-        def route(layer: int, hidden: Tensor) -> Tensor:  # [B, T, D] -> [B, T, E]
-            pyro.deterministic(hidden_site(layer), hidden, event_dim=1)  # what the guide may look at
-            with poutine.scale(scale=self.kl_scale):
-                draw = pyro.sample(route_site(layer), self.prior(layer).expand((B, T)))
-            return harden(draw) if self.straight_through else draw
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Tokens int64 [B, T] -> targets, observed where given; a target of -100 is not scored.
 
-        with poutine.scale(scale=1 / (B * T)), pyro.plate("batch", B, dim=-2), pyro.plate("token", T, dim=-1):
-            logits = self.network(tokens, route)
-            logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-            scored = True if targets is None else targets != IGNORED
-            with poutine.mask(mask=scored):
-                observed = None if targets is None else targets.clamp_min(0)
-                return pyro.sample("targets", NextToken(logits), obs=observed)
+        Raises:
+            ValueError: a prior or a likelihood of a shape that does not fit, or a pass under `torch.jit`'s tracer.
+        """
+        refuse_tracing()
+        self.show_network()
+        plates = Plates(tokens, self.num_units)
+        said = self.likelihood(plates.split(self._output(tokens, plates)))
+        per_token = self._check_likelihood(said, plates, targets)
+        scored: Tensor | bool = True
+        observed = targets
+        if targets is not None and not targets.is_floating_point() and said.event_dim == 0:
+            scored, observed = targets != IGNORED, targets.clamp_min(0)
+        with plates.targets(per_token), poutine.mask(mask=scored):
+            value: Tensor = pyro.sample(TARGETS, said, obs=observed)
+        return value
+
+    def _output(self, tokens: Tensor, plates: Plates) -> Tensor:
+        """Of the network on routes drawn under the prior, or, of a replayed guide, as the guide has left it."""
+        kept, self._kept = self._kept, None
+        if kept is None or kept.tokens is not tokens or kept.state != self._state():
+            drawn: dict[int, Tensor] = {}
+        else:
+            drawn = {layer: self._draw(layer, plates) for layer in range(len(kept.routes))}
+            if all(drawn[layer] is route for layer, route in enumerate(kept.routes)):
+                return kept.output
+
+        def route(layer: int, hidden: Tensor) -> Tensor:  # [rows, T, D] -> [rows, T, (R,) E]
+            return self.executed(plates, drawn[layer] if layer in drawn else self._draw(layer, plates))
+
+        return self.network(plates.repeat(tokens), route)
+
+    def _draw(self, layer: int, plates: Plates) -> Tensor:
+        """The site of a layer's routes, [(R,) B, T, E]."""
+        shape, name = plates.route_shape, route_site(layer)
+        fn = self.prior(layer, shape)
+        experts = getattr(self.network, "num_experts", None)
+        E = fn.event_shape[-1] if len(fn.event_shape) == 1 else None
+        wanted = "event shape [E]" if experts is None else f"the {experts} experts of the network"
+        require(E is not None and experts in (None, E), f"prior of {name}", wanted, tuple(fn.event_shape))
+        if fn.batch_shape != shape:
+            fits = _broadcasts(fn.batch_shape, shape)
+            require(fits, f"prior of {name}", f"batch shape {tuple(shape)}, or what broadcasts to it", tuple(fn.batch_shape))
+            fn = fn.expand(shape)
+        with plates.routes():
+            value: Tensor = pyro.sample(name, fn)
+        require(value.shape[-1] == E, f"guide of {name}", f"the {E} experts of the prior", value.shape[-1])
+        return value
+
+    def executed(self, plates: Plates, value: Tensor) -> Tensor:
+        """What the network executes for the value of a route site, [rows, T, E]."""
+        weights = plates.from_site(value)
+        return harden(weights) if self.straight_through else weights
+
+    def keep(self, tokens: Tensor, routes: list[Tensor], output: Tensor) -> None:
+        """Let the next pass use `output`, if its tokens and draws are these very tensors and nothing moved in between."""
+        self._kept = Pass(tokens, routes, output, self._state())
+
+    def _state(self) -> tuple[object, ...]:
+        """What a pass hangs on beside tokens and routes."""
+        network = self.network
+        parameters = network.parameters() if isinstance(network, nn.Module) else ()
+        versions = sum(p._version for p in parameters if not p.is_inference())
+        return (torch.is_grad_enabled(), self.straight_through, id(network), versions)
+
+    def _check_likelihood(self, said: Any, plates: Plates, targets: Tensor | None) -> bool:
+        """Whether there is one target a token; a ValueError where the shapes do not fit."""
+        B, T = plates.B, plates.T
+        shape = tuple(said.batch_shape)[-2:] if len(said.batch_shape) >= 2 else tuple(said.batch_shape)
+        require(
+            shape in ((B, T), (B, 1)),
+            "likelihood",
+            f"batch shape [B, T] = {(B, T)} or [B, 1] = {(B, 1)}",
+            tuple(said.batch_shape),
+            "one target a token, or one a row: give it a last dimension of 1",
+        )
+        if targets is not None:
+            whole = (*shape, *said.event_shape)
+            fix = "targets and likelihood are over the same tokens"
+            require(targets.shape == whole, "targets", f"the shape of the likelihood, {whole}", tuple(targets.shape), fix)
+        return shape == (B, T)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no pass of another's to use."""
+        return {**super().__getstate__(), "_kept": None}
 
 
 def harden(route: Tensor) -> Tensor:
@@ -145,24 +223,18 @@ def harden(route: Tensor) -> Tensor:
     return hard + route - route.detach()
 
 
-class NextToken(dist.TorchDistribution):
-    """Categorical over the vocabulary by logits [B, T, V], with the fused log density of cross-entropy."""
+def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
+    """Whether `shape` broadcasts to `target`."""
+    pairs = zip(reversed(shape), reversed(target), strict=False)
+    return len(shape) <= len(target) and all(have in (1, want) for have, want in pairs)
 
-    arg_constraints = {"logits": constraints.real_vector}
-    support = constraints.nonnegative_integer
 
-    def __init__(self, logits: Tensor):
-        self.logits = logits
-        super().__init__(logits.shape[:-1], validate_args=False)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """[B, T], nats."""
-        return -nn.functional.cross_entropy(self.logits.flatten(0, -2), value.flatten(), reduction="none").view(value.shape)
-
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        """Token ids, int64."""
-        return torch.distributions.Categorical(logits=self.logits, validate_args=False).sample(sample_shape)
-
-    def expand(self, batch_shape: torch.Size, _instance: object = None) -> "NextToken":
-        """Broadcast over outer plates (particles)."""
-        return NextToken(self.logits.expand((*batch_shape, self.logits.shape[-1])))
+def refuse_tracing() -> None:
+    """ValueError under `torch.jit`'s tracer (Pyro's Jit estimators): it would freeze shapes and the price of one pass."""
+    require(
+        not torch._C._get_tracing_state(),
+        "estimator",
+        "one that does not trace by torch.jit",
+        "a Jit estimator",
+        "take the estimator without Jit; on a GPU train.graph replays a whole step",
+    )

@@ -3,49 +3,79 @@
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import Dirichlet, constraints, kl_divergence, register_kl
+from torch.distributions import Dirichlet, constraints, register_kl
 
-from bayes_router.routing.posterior import posterior_mean
-from bayes_router.routing.tilt import sample_tilted, tilted_moments
+from bayes_router.checks import require
+from bayes_router.routing.tilt import TiltedMoments, sample_tilted, tilted_kl, tilted_moments
 
 
 class TiltedDirichlet(dist.TorchDistribution):
-    """p(route) = Dirichlet(route; concentration) exp(-price . route) / Z.
+    """p(route) = Dirichlet(route; concentration) exp(-tilt . route) / Z.
 
     Args:
-        concentration: [..., E].
-        price: [E], nats per unit of weight on each expert (price per cost x cost ratio).
+        concentration: [..., E], positive.
+        tilt: nats per unit of weight on each expert (price times cost ratio), [E] or one that broadcasts to [..., E].
         log_normaliser: log Z [...], if it is known already.
+        validate_args: whether values are checked to lie on the simplex, its faces included.
 
-    KL(Dirichlet(q) || this) = KL(Dirichlet(q) || Dirichlet(concentration)) + price . E_q[route] + log Z, exact.
+    Raises:
+        ValueError: the tilt is not over as many experts as the concentration.
+
+    KL(Dirichlet(q) || this) = KL(Dirichlet(q) || Dirichlet(concentration)) + tilt . E_q[route] + log Z, exact.
     """
 
     arg_constraints = {"concentration": constraints.independent(constraints.positive, 1)}
     support = constraints.simplex
 
-    def __init__(self, concentration: Tensor, price: Tensor, log_normaliser: Tensor | None = None):
-        self.concentration, self.price = concentration, price
+    def __init__(
+        self,
+        concentration: Tensor,
+        tilt: Tensor,
+        log_normaliser: Tensor | None = None,
+        validate_args: bool = False,
+    ):
+        E = concentration.shape[-1:]
+        require(tilt.shape[-1:] == E, "tilt", f"the {E[0]} experts of the concentration", tuple(tilt.shape))
+        self.concentration, self.tilt = concentration, tilt
         self.base = dist.Dirichlet(concentration, validate_args=False)
         if log_normaliser is None:
-            log_normaliser = tilted_moments(concentration, price).log_normaliser.to(concentration.dtype)
+            log_normaliser = tilted_moments(concentration, tilt).log_normaliser.to(concentration.dtype)
         self.log_normaliser = log_normaliser
-        super().__init__(concentration.shape[:-1], concentration.shape[-1:], validate_args=False)
+        super().__init__(concentration.shape[:-1], E, validate_args=validate_args)
 
     def expand(self, batch_shape: torch.Size, _instance: object = None) -> "TiltedDirichlet":
         """The same for every token."""
         shape = (*batch_shape, self.concentration.shape[-1])
-        return TiltedDirichlet(self.concentration.expand(shape), self.price, self.log_normaliser.expand(batch_shape))
+        tilt = self.tilt if self.tilt.dim() == 1 else self.tilt.expand(shape)
+        log_normaliser = self.log_normaliser.expand(batch_shape)
+        return TiltedDirichlet(self.concentration.expand(shape), tilt, log_normaliser, self._validate_args)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Normalised log density, [...]."""
-        return self.base.log_prob(value) - value @ self.price.to(value) - self.log_normaliser
+        """Normalised log density, [...]; infinite, as a Dirichlet's, on a face where its concentration is not 1."""
+        if self._validate_args:
+            self._validate_sample(value)
+        return self.base.log_prob(value) - (value * self.tilt.to(value)).sum(-1) - self.log_normaliser
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        """Exact draws, by rejection."""
-        draws = sample_tilted(self.concentration, self.price, max(1, sample_shape.numel()))
-        return draws.reshape(*sample_shape, *self.batch_shape, *self.event_shape).to(self.concentration.dtype)
+        """Exact draws, by rejection; weights below the least normal number are that number, as torch's Dirichlet has it."""
+        draws = sample_tilted(self.concentration, self.tilt, max(1, sample_shape.numel()))
+        draws = draws.to(self.concentration.dtype).clamp_min(torch.finfo(self.concentration.dtype).tiny)
+        return draws.reshape(*sample_shape, *self.batch_shape, *self.event_shape)
+
+    def _moments(self) -> TiltedMoments:
+        return tilted_moments(self.concentration, self.tilt)
+
+    @property
+    def mean(self) -> Tensor:
+        """E[route], [..., E]."""
+        return self._moments().mean.to(self.concentration.dtype)
+
+    @property
+    def variance(self) -> Tensor:
+        """Var[route], [..., E]."""
+        return self._moments().variance.to(self.concentration.dtype)
 
 
 @register_kl(Dirichlet, TiltedDirichlet)
 def _kl_dirichlet_tilted(q: Dirichlet, p: TiltedDirichlet) -> Tensor:
-    return kl_divergence(q, p.base) + posterior_mean(q.concentration) @ p.price + p.log_normaliser
+    return tilted_kl(q.concentration, p.concentration, p.tilt, p.log_normaliser)

@@ -122,7 +122,7 @@ class ComputeAwarePrior:
         mean, concentration = self.mean, self.concentration
         entropy = expected_entropy(concentration)
         if price != 0:
-            _, mean, entropy = tilted_moments(concentration, price * self.cost_ratio)
+            _, mean, entropy, _ = tilted_moments(concentration, price * self.cost_ratio)
         return PriorPredictive(
             cost=float((mean @ self.cost_ratio.to(mean)).mean()),
             entropy_of_mean=float(categorical_entropy(mean).mean()),

@@ -13,8 +13,8 @@ from bayes_router.checks import require
 from bayes_router.data.tokens import Batch, TokenSource
 from bayes_router.routing.force import Force
 from bayes_router.routing.policy import Policy
-from bayes_router.routing.posterior import categorical_entropy, dirichlet_kl, expected_entropy, posterior_mean
-from bayes_router.routing.tilt import tilted_moments
+from bayes_router.routing.posterior import categorical_entropy, expected_entropy, posterior_mean
+from bayes_router.routing.tilt import tilted_kl, tilted_moments
 from bayes_router.transformer.build import build_experts
 from bayes_router.transformer.cost import executed_model
 from bayes_router.transformer.model import RoutedLanguageModel
@@ -108,8 +108,7 @@ class _Prior:
 
     def kl(self, concentration: Tensor) -> Tensor:
         """KL(Dirichlet(concentration [L, N, E]) || prior), [L, N]."""
-        tilt = posterior_mean(concentration) @ self.price + self.log_normaliser[:, None]
-        return dirichlet_kl(concentration, self.concentration[:, None]) + tilt
+        return tilted_kl(concentration, self.concentration[:, None], self.price, self.log_normaliser[:, None])
 
 
 @dataclass

@@ -48,7 +48,7 @@ class GraphedGradient:
     """Replays `gradient`, whose shapes and control flow must be fixed, from a CUDA graph.
 
     Everything that changes from step to step has to lie in tensors that stay where they are: parameters, the prior's
-    concentration, its price and the KL weight (`RoutingModel.set_objective`). torch's generator is read at every replay, so
+    concentration, its price and the KL weight (`NegativeELBO.follow`). torch's generator is read at every replay, so
     draws are those of the step's seed, the same as without a graph.
 
     Args:

@@ -45,8 +45,8 @@ class Objective(Protocol):
 
 def svi_objective(model: RoutedLanguageModel, start: ScheduleState, cost_ratio: Tensor) -> Objective:
     """The negative ELBO of `model` under the prior of `start`."""
-    program = RoutingModel(model.network, start.concentration, cost_ratio, start.kl_weight, start.price)
-    return NegativeELBO(program, RoutingGuide(program, model.controller))
+    program = RoutingModel(model.network, start.concentration, cost_ratio, start.price)
+    return NegativeELBO(program, RoutingGuide(program, model.controller), start.kl_weight)
 
 
 class Trainer:

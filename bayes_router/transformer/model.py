@@ -111,6 +111,11 @@ class RoutedTransformer(nn.Module):
             positions = cache.lengths[:, None] + positions  # [B, T]
         return rotary_angles(positions, self.config.head_dim, self.config.rope_base)
 
+    @property
+    def num_experts(self) -> int:
+        """E: over how many a route is."""
+        return len(self.config.experts)
+
     def experts(self) -> list[Sequence[Expert]]:
         """The experts of each layer."""
         return [list(block.attention.experts) for block in self.blocks]  # type: ignore[union-attr, arg-type]

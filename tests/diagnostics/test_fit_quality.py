@@ -159,12 +159,11 @@ def test_hindsight_raises_the_bound_of_each_token():
 def test_nuts_finds_the_exact_posterior_and_shows_what_the_guide_misses():
     prior, targets = torch.tensor([[2.0, 3.0]]), torch.tensor([[0, 2]])
     program, guide = toy(MixtureNetwork(), prior, prior)
-    program.kl_weight = 0.01  # of training: NUTS must not see it
     frame = nuts_comparison(program, guide, torch.zeros_like(targets), targets, draws=300, warmup=100, guide_draws=4)
     exact: Tensor = exact_posterior_mean(prior[0], targets)  # [1, 2, 2]
     np.testing.assert_allclose(frame["nuts"], exact.flatten(), atol=0.04)
     np.testing.assert_allclose(frame["guide"], frame["prior"], atol=1e-6)
-    assert frame["difference"].abs().max() > 0.05 and program.kl_weight == 0.01
+    assert frame["difference"].abs().max() > 0.05
 
 
 def test_gamma_draws_by_logs_have_the_right_mean():

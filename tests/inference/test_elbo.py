@@ -5,10 +5,11 @@ import copy
 import pyro
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor
 
-from bayes_router.inference.elbo import NegativeELBO, RoutingELBO
+from bayes_router.inference.elbo import NegativeELBO, RoutingELBO, tempered
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel
 from bayes_router.transformer.model import RoutedLanguageModel
@@ -18,9 +19,15 @@ from tests.tiny import tiny_batch, tiny_concentration, tiny_config, tiny_model
 COST = torch.tensor([1.0, 0.15, 0.3, 0.15])
 
 
-def program(model: RoutedLanguageModel, kl_weight: float = 0.1, price: float = 0.0) -> tuple[RoutingModel, RoutingGuide]:
-    generative = RoutingModel(model.network, tiny_concentration(model.config), COST, kl_weight, price)
+def program(model: RoutedLanguageModel, price: float = 0.0) -> tuple[RoutingModel, RoutingGuide]:
+    generative = RoutingModel(model.network, tiny_concentration(model.config), COST, price)
     return generative, RoutingGuide(generative, model.controller)
+
+
+def posteriors(guide: RoutingGuide, tokens: Tensor, targets: Tensor | None = None) -> list[Tensor]:
+    """Concentrations of each layer along one path of draws."""
+    nodes = poutine.trace(guide).get_trace(tokens, targets).nodes
+    return [nodes[f"route_{layer}"]["fn"].concentration for layer in range(3)]
 
 
 def gradient(loss: Tensor, model: RoutedLanguageModel) -> dict[str, Tensor]:
@@ -35,10 +42,16 @@ def test_the_loss_is_the_handwritten_elbo_in_value_and_gradient(kl_weight: float
     tokens, targets = tiny_batch()
     prior = tiny_concentration(model.config)
     want, nll, kl = negative_elbo(model, prior, kl_weight, tokens, targets, seed=7)
-    generative, guide = program(model, kl_weight)
-    for elbo in (TraceMeanField_ELBO(), RoutingELBO()):
+    generative, guide = program(model)
+    elbo = RoutingELBO(kl_weight)
+    scaled = kl_weight / tokens.numel()  # of the tempered program's loss, nats of the batch over the weight
+    for objective, other, scale in (
+        (elbo, generative, 1.0),
+        (TraceMeanField_ELBO(), tempered(generative, kl_weight), scaled),
+        (RoutingELBO(), tempered(generative, kl_weight), kl_weight),
+    ):
         torch.manual_seed(7)
-        loss = elbo(generative, guide)(tokens, targets)
+        loss = objective(other, guide)(tokens, targets) * scale
         assert float(loss) == pytest.approx(float(want), rel=1e-6)
         true = gradient(negative_elbo(model, prior, kl_weight, tokens, targets, seed=7)[0], model)
         for name, got in gradient(loss, model).items():
@@ -54,7 +67,7 @@ def test_the_kl_weight_scales_the_kl_and_nothing_else() -> None:
     losses = {}
     for weight in (1e-8, 0.5, 1.0):
         torch.manual_seed(0)
-        losses[weight], terms = NegativeELBO(*program(model, weight))(tokens, targets)
+        losses[weight], terms = NegativeELBO(*program(model), weight)(tokens, targets)
     torch.testing.assert_close(losses[1.0] - losses[1e-8], terms.kl, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(losses[0.5] - losses[1e-8], terms.kl / 2, rtol=1e-4, atol=1e-5)
 
@@ -113,8 +126,7 @@ def test_the_guide_never_sees_the_targets() -> None:
     concentrations = []
     for y in (targets, (targets + 5) % 23):
         torch.manual_seed(0)
-        guide(tokens, y)
-        concentrations.append([guide.trace.nodes[f"route_{layer}"]["fn"].concentration for layer in range(3)])
+        concentrations.append(posteriors(guide, tokens, y))
     for a, b in zip(*concentrations, strict=True):
         assert torch.equal(a, b)
 
@@ -127,8 +139,9 @@ def test_concentrations_are_float32_under_autocast_and_the_loss_is_close() -> No
     torch.manual_seed(0)
     with torch.autocast("cpu", torch.bfloat16):
         loss, _ = NegativeELBO(generative, guide)(tokens, targets)
-    assert guide.trace.nodes["route_0"]["fn"].concentration.dtype == torch.float32
-    assert guide.trace.nodes["route_0"]["value"].dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        drawn = poutine.trace(guide).get_trace(tokens).nodes["route_0"]
+    assert drawn["fn"].concentration.dtype == drawn["value"].dtype == torch.float32
     assert float(loss) == pytest.approx(float(exact), rel=0.05)
 
 
@@ -185,10 +198,12 @@ def test_a_price_tilts_the_prior() -> None:
     generative, guide = program(model, price=4.0)
     torch.manual_seed(0)
     loss, tilted = NegativeELBO(generative, guide)(tokens, targets)
-    q = torch.stack([guide.trace.nodes[f"route_{layer}"]["fn"].concentration for layer in range(3)])
+    torch.manual_seed(0)
+    q = torch.stack(posteriors(guide, tokens))
     torch.manual_seed(0)
     with pyro.settings.context(module_local_params=True):
-        torch.testing.assert_close(loss, TraceMeanField_ELBO()(generative, guide)(tokens, targets))
+        by_pyro = TraceMeanField_ELBO()(generative, guide)(tokens, targets)
+    torch.testing.assert_close(loss, by_pyro / tokens.numel())
     torch.manual_seed(0)
     _, plain = NegativeELBO(*program(model))(tokens, targets)
     priors = torch.distributions.Dirichlet(tiny_concentration(model.config).double())
@@ -223,18 +238,30 @@ def test_straight_through_executes_one_expert_with_the_gradient_of_the_draw() ->
 
 
 @pytest.mark.parametrize(
-    ("concentration", "kl_weight", "price", "field"),
+    ("concentration", "price", "field"),
     [
-        (torch.ones(4), 1.0, 0.0, "concentration"),
-        (torch.zeros(3, 4), 1.0, 0.0, "concentration"),
-        (torch.ones(3, 4), 0.0, 0.0, "kl_weight"),
-        (torch.ones(3, 4), 1.0, -1.0, "price"),
-        (torch.ones(3, 4), 1.0, 1.0, "price"),
+        (torch.ones(4), 0.0, "concentration"),
+        (torch.zeros(3, 4), 0.0, "concentration"),
+        (torch.ones(3, 4), -1.0, "price"),
+        (torch.ones(3, 4), 1.0, "price"),
+        (torch.ones(3, 3), 0.0, "prior"),
     ],
 )
-def test_bad_objectives_are_refused_by_name(concentration: Tensor, kl_weight: float, price: float, field: str) -> None:
+def test_bad_priors_are_refused_by_name(concentration: Tensor, price: float, field: str) -> None:
     with pytest.raises(ValueError, match=f"^{field}: expected"):
-        RoutingModel(tiny_model().network, concentration, None, kl_weight, price)
+        RoutingModel(tiny_model().network, concentration, None, price)
+
+
+def test_the_kl_weight_is_positive_and_has_one_setter() -> None:
+    generative, guide = program(tiny_model())
+    for make in (RoutingELBO, lambda w: tempered(generative, w), lambda w: NegativeELBO(generative, guide, w)):
+        with pytest.raises(ValueError, match="^kl_weight: expected a positive number; got 0.0"):
+            make(0.0)
+    for holder in (generative, RoutingELBO(), NegativeELBO(generative, guide)):
+        with pytest.raises(AttributeError):
+            holder.kl_weight = 0.5  # type: ignore[misc]
+    with pytest.raises(AttributeError):
+        generative.price = 1.0  # type: ignore[misc]
 
 
 def test_the_sampled_elbo_of_pyro_has_the_same_mean() -> None:
@@ -242,12 +269,12 @@ def test_the_sampled_elbo_of_pyro_has_the_same_mean() -> None:
     config = tiny_config(concentration_floor=1.0)
     torch.manual_seed(0)
     model = RoutedLanguageModel(config)
-    generative = RoutingModel(model.network, torch.ones(3, 4), COST, 1.0)
+    generative = RoutingModel(model.network, torch.ones(3, 4), COST)
     guide = RoutingGuide(generative, model.controller)
     tokens, targets = tiny_batch(T=20)
     torch.manual_seed(0)
     with torch.no_grad(), pyro.settings.context(module_local_params=True):
-        analytic = torch.stack([RoutingELBO()(generative, guide)(tokens, targets) for _ in range(30)])
+        analytic = torch.stack([RoutingELBO()(generative, guide)(tokens, targets) for _ in range(30)]) * tokens.numel()
         sampled = torch.stack([Trace_ELBO()(generative, guide)(tokens, targets) for _ in range(30)])
     error = (analytic.var() / 30 + sampled.var() / 30).sqrt()
     assert abs(float(analytic.mean() - sampled.mean())) < 4 * float(error)

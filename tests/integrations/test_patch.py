@@ -73,8 +73,9 @@ def test_the_literal_elbo_is_nll_plus_kl() -> None:
     from bayes_router.inference.elbo import NegativeELBO
 
     torch.manual_seed(0)
-    loss, terms = NegativeELBO(model, guide)(tokens(), tokens())
-    torch.testing.assert_close(loss, terms.nll + model.kl_weight * terms.kl, rtol=1e-4, atol=1e-5)
+    loss, terms = NegativeELBO(model, guide, router.kl_weight)(tokens(), tokens())
+    assert 0 < router.kl_weight < 1
+    torch.testing.assert_close(loss, terms.nll + router.kl_weight * terms.kl, rtol=1e-4, atol=1e-5)
 
 
 def test_saved_patch_gives_the_same_outputs_and_holds_nothing_else(tmp_path: Path) -> None:
@@ -202,7 +203,7 @@ def test_evaluation_and_diagnostics_read_a_patched_model() -> None:
 
 def test_a_program_of_ones_own_is_built_as_for_any_routed_model() -> None:
     _, router = patched("gpt2")
-    program, guide, prior = build_program(Config(model=router.config), router)
+    program, guide, prior, _ = build_program(Config(model=router.config), router)
     trace = guide(tokens(), tokens())
     assert trace["route_1"].shape == (2, 40, 4) and len(prior.mean) == 2
     assert not list(program.parameters())  # the model's weights are not the program's to fit

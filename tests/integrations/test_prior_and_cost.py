@@ -41,7 +41,7 @@ def test_after_a_fit_the_kl_has_the_price_of_that_fit() -> None:
     program = router.program()[0]
     assert router.price == program.price != router.settings.prior.price
     out = router(tokens())
-    expected = [program.prior(i) for i in range(2)]
+    expected = [program.token_prior(i) for i in range(2)]
     terms = [
         torch.distributions.kl_divergence(torch.distributions.Dirichlet(q), p).mean()
         for q, p in zip(out.concentration, expected, strict=True)

@@ -24,8 +24,8 @@ weights = st.floats(1e-4, 2.0)
 
 def objective(model: RoutedLanguageModel, prior: torch.Tensor, kl_weight: float = 0.1, price: float = 0.0) -> NegativeELBO:
     cost = torch.linspace(1.0, 0.2, len(model.config.experts))
-    program = RoutingModel(model.network, prior, cost, kl_weight, price)
-    return NegativeELBO(program, RoutingGuide(program, model.controller))
+    program = RoutingModel(model.network, prior, cost, price)
+    return NegativeELBO(program, RoutingGuide(program, model.controller), kl_weight)
 
 
 @quick

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -253,11 +254,13 @@ def test_the_objective_moves_inside_the_same_tensors(corpus: str) -> None:
     """What a CUDA graph has captured must see every later step of the schedule."""
     config, data = load_data(with_changes(fit_config(corpus), {"schedule.start_experts": ("full",)}))
     trainer = Trainer(config, data, torch.device("cpu"))
-    program = trainer.objective.model  # type: ignore[attr-defined]
+    program, scale = trainer.objective.model, trainer.objective.kl_scale  # type: ignore[attr-defined]
     trainer.objective.follow(trainer.schedule.at(5))
-    names = ("concentration", "log_normaliser", "tilt", "kl_scale")
-    places = {name: getattr(program, name).data_ptr() for name in names}
-    before = {name: getattr(program, name).clone() for name in names[:3]}
+    names = ("concentration", "log_normaliser", "tilt")
+    places = {name: getattr(program.prior, name).data_ptr() for name in names}
+    before = {name: getattr(program.prior, name).clone() for name in names}
     trainer.objective.follow(trainer.schedule.at(11))
-    assert {name: getattr(program, name).data_ptr() for name in names} == places
-    assert all(not torch.equal(getattr(program, name), before[name]) for name in before)
+    assert {name: getattr(program.prior, name).data_ptr() for name in names} == places
+    assert all(not torch.equal(getattr(program.prior, name), before[name]) for name in before)
+    trainer.objective.follow(replace(trainer.schedule.at(11), kl_weight=0.5))
+    assert trainer.objective.kl_scale is scale and float(scale) == 0.5 == trainer.objective.kl_weight  # type: ignore

@@ -45,7 +45,7 @@ def test_the_same_numbers_as_the_pyro_path() -> None:
 
     controller = MetaController(16, 1, 4, 8, layer.config.concentration_floor)
     controller.layers[0] = layer.controller
-    model = RoutingModel(OneLayer(), layer.prior_concentration[None], kl_weight=1.0)
+    model = RoutingModel(OneLayer(), layer.prior_concentration[None])
     guide = RoutingGuide(model, controller)
     tokens = torch.randint(16, (2, 30))
     elbo = RoutingELBO()

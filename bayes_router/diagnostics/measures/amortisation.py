@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pyro
 import torch
-from pyro import poutine
 from pyro.infer import MCMC, NUTS
 from torch import Tensor
 from torch.distributions import Dirichlet
@@ -18,8 +17,10 @@ from bayes_router.diagnostics.measures.importance import FitThresholds
 from bayes_router.diagnostics.measures.verdict import Severity, Verdict
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel, harden
+from bayes_router.inference.sites import route_site
+from bayes_router.routing.controller import MetaController
 from bayes_router.routing.posterior import posterior, posterior_mean
-from bayes_router.types import IGNORED, Route, route_site
+from bayes_router.types import IGNORED, Route
 
 DRAWS = 16
 STEPS = 60
@@ -66,7 +67,7 @@ def amortisation_gap(
         guide: holds the controller.
         tokens: int64 [B, T].
         targets: int64 [B, T]; -100 is not scored.
-        kl_weight: of the KL in both bounds; 1 is the ELBO, `program.kl_weight` the objective of training.
+        kl_weight: of the KL in both bounds; 1 is the ELBO.
         steps: of Adam.
         lr: of Adam.
         draws: on which both bounds are read, the same random numbers for both.
@@ -76,7 +77,7 @@ def amortisation_gap(
     concentrations = _mean_path(program, guide, tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        own = _fit(program, guide.controller.floor, concentrations, tokens, targets, kl_weight, steps, lr)
+        own = _fit(program, _floor(guide), concentrations, tokens, targets, kl_weight, steps, lr)
         before = _bound(program, _controlled(guide), tokens, targets, draws, seed + 1)
         after = _bound(program, lambda layer, hidden: own[layer], tokens, targets, draws, seed + 1)
     controller, fitted = (-(nll + kl_weight * kl) for nll, kl in (before, after))
@@ -85,8 +86,21 @@ def amortisation_gap(
     return AmortisationGap(kl_weight, error, *means)
 
 
+def _floor(guide: RoutingGuide) -> float:
+    """The least concentration that the controller answers with."""
+    controller = guide.controller
+    require(isinstance(controller, MetaController), "guide", "a MetaController inside", type(controller).__name__)
+    assert isinstance(controller, MetaController)
+    return controller.floor
+
+
 def _controlled(guide: RoutingGuide) -> Route:
-    return lambda layer, hidden: guide.controller.posterior(layer, hidden).concentration
+
+    def route(layer: int, hidden: Tensor) -> Tensor:
+        concentration: Tensor = guide.controller.posterior(layer, hidden).concentration
+        return concentration
+
+    return route
 
 
 def _executed(program: RoutingModel, route: Tensor) -> Tensor:
@@ -192,22 +206,16 @@ def nuts_comparison(
 ) -> pd.DataFrame:
     """Posterior means of every route by NUTS and by the guide, on a model small enough for sampling.
 
-    NUTS samples the exact joint: the 1 / (B T) of the program is undone and its KL weight set to 1 for the time.
+    NUTS samples the program as it is, the exact joint; wrap it by `tempered` for what a KL weight pursues.
 
     Returns:
         One row a layer, sequence, token and expert: `guide`, `nuts` (posterior means), their `difference`, and `prior`.
     """
     require(guide_draws >= 1 and draws >= 1, "draws", "at least 1", (draws, guide_draws))
-    usual = program.kl_weight
     with torch.random.fork_rng(devices=[]), pyro.settings.context(module_local_params=True):
         pyro.set_rng_seed(seed)
-        program.kl_weight = 1.0
-        try:
-            kernel = NUTS(poutine.scale(program, scale=float(tokens.numel())), jit_compile=False)
-            sampler = MCMC(kernel, num_samples=draws, warmup_steps=warmup, disable_progbar=True)
-            sampler.run(tokens, targets)
-        finally:
-            program.kl_weight = usual
+        sampler = MCMC(NUTS(program), num_samples=draws, warmup_steps=warmup, disable_progbar=True)
+        sampler.run(tokens, targets)
         samples = sampler.get_samples()
         sampled = torch.stack([samples[route_site(layer)].mean(0) for layer in range(len(program.concentration))])
         guided = torch.zeros_like(sampled)

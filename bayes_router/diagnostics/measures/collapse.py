@@ -119,7 +119,7 @@ class CollapseSummary:
 def kl_to_prior(program: RoutingModel, layer: int, concentration: Tensor) -> Tensor:
     """KL(Dirichlet(concentration [..., E]) || prior of the layer), nats; exact, the tilt included."""
     q = Dirichlet(concentration, validate_args=False)
-    return kl_divergence(q, program.prior(layer)).double()
+    return kl_divergence(q, program.token_prior(layer)).double()
 
 
 def prior_mean(program: RoutingModel) -> Tensor:

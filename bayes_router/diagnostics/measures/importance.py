@@ -40,11 +40,11 @@ def log_density_ratio(log_route: Tensor, q: Tensor, program: RoutingModel, layer
     = sum_e (p_e - q_e) log route_e + log B(q) - log B(p)  [ - price . route - log Z where the prior is tilted ]
     Written with the difference of the concentrations, so that the two large terms of tiny weights cancel before they are made.
     """
-    prior = program.prior(layer)
+    prior = program.token_prior(layer)
     p, q = program.concentration[layer].double(), q.double()
     ratio = ((p - q) * log_route).sum(-1) + _log_beta(q) - _log_beta(p)
     if isinstance(prior, TiltedDirichlet):
-        ratio = ratio - log_route.exp() @ prior.price.double() - prior.log_normaliser.double()
+        ratio = ratio - log_route.exp() @ prior.tilt.double() - prior.log_normaliser.double()
     return ratio
 
 
@@ -76,7 +76,7 @@ def importance_weights(
     """Draw the routes of one sequence from the guide and weigh them against the exact joint.
 
     Args:
-        program: the generative program, whose prior counts at weight 1 whatever its kl_weight.
+        program: the generative program.
         guide: what draws.
         tokens: int64 [T], one sequence.
         targets: int64 [T]; -100 is not scored.
@@ -175,6 +175,7 @@ def k_hat_frame(
     draws: int = 400,
     bounds: Sequence[int] = (1, 10, 100),
     seed: int = 0,
+    kl_weight: float = 1.0,
 ) -> pd.DataFrame:
     """k-hat, effective sample size and importance-weighted bounds of prefixes of held-out sequences.
 
@@ -186,17 +187,18 @@ def k_hat_frame(
         draws: of the guide for each sequence.
         bounds: draws inside each bound.
         seed: of the first sequence's draws.
+        kl_weight: of the fit.
 
     Returns:
-        One row a sequence, target and prefix. `target` is "joint" (the exact joint) or "cold" (what training with its KL
-        weight pursues); bounds in nats per token, and for the joint alone.
+        One row a sequence, target and prefix. `target` is "joint" (the exact joint) or "cold" (what training with `kl_weight`
+        pursues, see `tempered`); bounds in nats per token, and for the joint alone.
     """
     require(len(sequences) > 0, "sequences", "at least one", "none", "read a text that is long enough")
     rows = []
     for index, (tokens, targets) in enumerate(sequences):
         require(len(tokens) >= max(lengths), "lengths", f"at most the {len(tokens)} tokens of a sequence", max(lengths))
         weights = importance_weights(program, guide, tokens[: max(lengths)], targets[: max(lengths)], draws, seed + index)
-        for target, power in (("joint", 1.0), ("cold", 1 / program.kl_weight)):
+        for target, power in (("joint", 1.0), ("cold", 1 / kl_weight)):
             for length in lengths:
                 w = weights.log_weight(length, power).cpu()
                 row = {"sequence": index, "target": target, "length": length, "k_hat": pareto_k(w)}

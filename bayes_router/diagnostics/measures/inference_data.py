@@ -12,7 +12,7 @@ from torch import Tensor
 from bayes_router.checks import require
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel, harden
-from bayes_router.types import route_site
+from bayes_router.inference.sites import route_site
 
 Group = dict[str, npt.NDArray[Any]]
 

@@ -15,12 +15,12 @@ from bayes_router.config import ScheduleConfig, TrainConfig
 from bayes_router.data.tokens import TokenSource
 from bayes_router.inference.elbo import NegativeELBO
 from bayes_router.inference.guide import RoutingGuide
+from bayes_router.inference.likelihood import Likelihood, NextToken, Observed, Teacher, entropy
 from bayes_router.inference.model import RoutingModel
 from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.integrations.calls.layer import RoutedLayer
 from bayes_router.integrations.calls.linear import LinearExpert
 from bayes_router.integrations.huggingface.language import RoutedLanguage
-from bayes_router.integrations.likelihood import Likelihood, TeacherELBO, entropy
 from bayes_router.integrations.patch.settings import FitRecord
 from bayes_router.progress import Progress
 from bayes_router.routing.schedule import Schedule, ScheduleState
@@ -71,7 +71,7 @@ class FitSettings:
     def __post_init__(self) -> None:
         """Check every field."""
         if self.likelihood is not None:
-            choose("likelihood", self.likelihood, Likelihood)
+            choose("likelihood", self.likelihood, Observed)
         require(self.budget is None or 0 < self.budget <= 1, "budget", "a cost in (0, 1], full = 1, or None", self.budget)
         for name in ("steps", "distil_steps", "weights_lr", "warmup", "seed"):
             require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
@@ -83,7 +83,7 @@ class FitSettings:
     @property
     def teacher(self) -> bool:
         """Whether the unpatched model is what the fit follows."""
-        return self.likelihood == Likelihood.MODEL.value or (self.likelihood is None and self.weights_lr == 0)
+        return self.likelihood == Observed.MODEL.value or (self.likelihood is None and self.weights_lr == 0)
 
     def rates(self, steps: int) -> TrainConfig:
         """As the shared learning-rate schedule takes it."""
@@ -96,8 +96,11 @@ def final_state(router: RoutedLanguage, schedule: ScheduleConfig | None = None) 
     return Schedule(chosen, router.prior, 1, router.experts, router.settings.prior.price).at(1)
 
 
-def recorded_state(router: RoutedLanguage, fitted: FitRecord) -> ScheduleState:
-    """The objective at the end of the fit that was."""
+def end_state(router: RoutedLanguage, schedule: ScheduleConfig | None = None) -> ScheduleState:
+    """The objective at the end of the fit that was, or of one by `schedule`."""
+    fitted = router.fitted
+    if schedule is not None or fitted is None:
+        return final_state(router, schedule)
     return ScheduleState(fitted.kl_weight, router.prior.concentration, fitted.price, fitted.straight_through)
 
 
@@ -111,7 +114,7 @@ def record(
 ) -> FitRecord:
     """What a patch remembers of its fit."""
     end = final_state(router, schedule)
-    likelihood = Likelihood.MODEL if settings.teacher else Likelihood.TEXT
+    likelihood = Observed.MODEL if settings.teacher else Observed.TEXT
     price = float(frame["price"].iloc[-1]) if len(frame) and settings.budget is not None else end.price
     return FitRecord(
         settings.context,
@@ -195,11 +198,14 @@ def distil(router: RoutedLanguage, source: TokenSource, settings: FitSettings, p
     return losses
 
 
-def program(router: RoutedLanguage, start: ScheduleState, network: Any = None) -> tuple[RoutingModel, RoutingGuide]:
+def program(
+    router: RoutedLanguage, start: ScheduleState, network: Any = None, likelihood: Likelihood = NextToken
+) -> tuple[RoutingModel, RoutingGuide]:
     """The project's model and guide around a patched model: routes are latent, the model's logits the likelihood."""
     device = next(router.model.parameters()).device
     chosen = router.network if network is None else network
-    model = RoutingModel(chosen, start.concentration, router.layer_cost.to(device), start.kl_weight, start.price)
+    costs = router.layer_cost.to(device)
+    model = RoutingModel(chosen, start.concentration, costs, start.price, likelihood=likelihood)
     model.straight_through = start.straight_through
     return model, RoutingGuide(model, router.controller)
 
@@ -258,9 +264,8 @@ def fit_routes(
         return router.network(tokens, counted)
 
     schedule = Schedule(schedule_config, router.prior, settings.steps, router.experts, router.settings.prior.price)
-    objective = NegativeELBO(*program(router, schedule.at(0), network))
-    elbo = TeacherELBO()
-    objective.elbo = elbo
+    teacher = Teacher()
+    objective = NegativeELBO(*program(router, schedule.at(0), network, teacher))
     pressure = None if settings.budget is None else Pressure(settings.budget, router.settings.prior.price)
     optimiser = torch.optim.AdamW(_groups(router, settings), weight_decay=0.0, betas=(0.9, 0.98))
     trained = nn.ModuleList([router, *([router.model] if settings.weights_lr else [])])
@@ -276,7 +281,7 @@ def fit_routes(
         set_learning_rate(optimiser, settings.rates(settings.steps), max(step, int(done * settings.steps)))
         batch = source.batch(step, settings.batch_size, settings.context, settings.seed)
         tokens, targets = batch.tokens.to(device), batch.targets.to(device)
-        elbo.teacher = router.unrouted(tokens) if settings.teacher else None
+        teacher.logits = router.unrouted(tokens) if settings.teacher else None
         loss, terms = objective(tokens, targets)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -284,8 +289,8 @@ def fit_routes(
         optimiser.step()
         row = {"step": step + 1, **{name: float(value) for name, value in terms._asdict().items()}}
         require(torch.isfinite(loss).item() is True, f"step {step}", "a finite loss", float(loss.detach()), "lower the rates")
-        if elbo.teacher is not None:
-            row["divergence"] = row["nll"] - float(entropy(elbo.teacher)[targets != IGNORED].sum() / targets.numel())
+        if teacher.logits is not None:
+            row["divergence"] = row["nll"] - float(entropy(teacher.logits)[targets != IGNORED].sum() / targets.numel())
         row["cost"], row["price"] = float(torch.stack(spent).mean()), objective.model.price
         spent.clear()
         if pressure is not None:

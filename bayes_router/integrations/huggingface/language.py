@@ -104,6 +104,11 @@ class Network:
             return self.router.logits(tokens, **({"use_cache": False} if self.router.causal else {}))
 
     @property
+    def num_experts(self) -> int:
+        """E: over how many a route is."""
+        return len(self.router.experts)
+
+    @property
     def embed(self) -> torch.nn.Module:
         """Token ids to vectors."""
         model = self.router.model

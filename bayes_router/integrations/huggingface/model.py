@@ -59,13 +59,16 @@ class RoutedPretrained(RoutedLanguage):
         return frame
 
     def program(self, schedule: ScheduleConfig | None = None) -> tuple[RoutingModel, RoutingGuide]:
-        """The Pyro model and guide of this patch under the objective at the end of a fit: for SVI of one's own, `Predictive`.
+        """The Pyro model and guide of this patch under the prior at the end of a fit: for SVI of one's own, `Predictive`.
 
         Their arguments are (tokens int64 [B, T], targets or None).
         """
-        if schedule is None and self.fitted is not None:
-            return fitting.program(self, fitting.recorded_state(self, self.fitted))
-        return fitting.program(self, fitting.final_state(self, schedule))
+        return fitting.program(self, fitting.end_state(self, schedule))
+
+    @property
+    def kl_weight(self) -> float:
+        """Of the objective at the end of the fit, or of the schedule that a fit takes by default."""
+        return fitting.end_state(self).kl_weight
 
     def set_budget(
         self,

@@ -29,9 +29,8 @@ from bayes_router.integrations.patch.settings import FitRecord, PatchSettings
 from bayes_router.routing.controller import MetaController
 from bayes_router.routing.force import Force, forced_route
 from bayes_router.routing.policy import Argmax, Policy, execute
-from bayes_router.routing.posterior import dirichlet_kl, posterior_mean
 from bayes_router.routing.statistics import RoutingStatistics, routing_statistics
-from bayes_router.routing.tilt import tilted_moments
+from bayes_router.routing.tilt import tilted_kl, tilted_moments
 from bayes_router.types import Route, RoutingMode
 
 START_SHARE = 0.9
@@ -256,8 +255,7 @@ class RoutedModel(nn.Module):
         log_z = tilted_moments(prior, tilt).log_normaliser  # [L]
         terms = []
         for layer, q in enumerate(self._last()):
-            paid = posterior_mean(q) @ tilt[layer].to(q) + log_z[layer].to(q)
-            terms.append((dirichlet_kl(q, prior[layer].to(q)) + paid).mean())
+            terms.append(tilted_kl(q, prior[layer].to(q), tilt[layer], log_z[layer].to(q)).mean())
         return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
     @property

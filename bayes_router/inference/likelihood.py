@@ -1,0 +1,93 @@
+"""Likelihoods: what the output of a network says of the targets. Any callable from it to a distribution is one."""
+
+from collections.abc import Callable
+from enum import Enum
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+from torch.nn import functional as F
+
+Likelihood = Callable[[Tensor], dist.TorchDistribution]
+"""Output of the network [B, ...] -> a distribution of batch shape [B, T], or [B, 1] for one target a row."""
+
+
+class NextToken(dist.TorchDistribution):
+    """Categorical over the vocabulary by logits [..., V], with the fused log density of cross-entropy; float32 at least."""
+
+    arg_constraints = {"logits": constraints.real_vector}
+    support = constraints.nonnegative_integer
+
+    def __init__(self, logits: Tensor):
+        self.logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        super().__init__(logits.shape[:-1], validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Nats, [...]."""
+        logits, value = self._together(value)
+        return -F.cross_entropy(logits.flatten(0, -2), value.flatten(), reduction="none").view(value.shape)
+
+    def _together(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and value of one shape: particles and draws share what they are compared with."""
+        if value.shape == self.batch_shape:
+            return self.logits, value
+        shape = torch.broadcast_shapes(value.shape, self.batch_shape)
+        return self.logits.expand(*shape, -1), value.expand(shape)
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        """Token ids, int64."""
+        return torch.distributions.Categorical(logits=self.logits, validate_args=False).sample(sample_shape)
+
+    def expand(self, batch_shape: torch.Size, _instance: object = None) -> "NextToken":
+        """Broadcast over outer plates (particles)."""
+        return type(self)(self.logits.expand((*batch_shape, self.logits.shape[-1])))
+
+
+class ExpectedToken(NextToken):
+    """E_{y ~ teacher} log p(y | logits) in place of log p(y): the expected log likelihood of tokens that the teacher writes.
+
+    It is minus the teacher's entropy minus KL(teacher || student); logits and teacher [..., V], the value is not read.
+    """
+
+    def __init__(self, logits: Tensor, teacher: Tensor):
+        super().__init__(logits)
+        self.teacher = teacher
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Nats, [...]."""
+        logits, value = self._together(value)
+        teacher = self.teacher.expand_as(logits).float().softmax(-1)
+        loss = F.cross_entropy(logits.flatten(0, -2), teacher.flatten(0, -2).to(logits), reduction="none")
+        return -loss.view(value.shape)
+
+    def expand(self, batch_shape: torch.Size, _instance: object = None) -> "ExpectedToken":
+        """Broadcast over outer plates (particles)."""
+        shape = (*batch_shape, self.logits.shape[-1])
+        return ExpectedToken(self.logits.expand(shape), self.teacher.expand(shape))
+
+
+class Teacher:
+    """The likelihood of self-distillation.
+
+    `logits` holds what the teacher says of the batch at hand; None: the text's own tokens are scored.
+    """
+
+    logits: Tensor | None = None
+
+    def __call__(self, output: Tensor) -> NextToken:
+        """See `Likelihood`."""
+        return NextToken(output) if self.logits is None else ExpectedToken(output, self.logits)
+
+
+class Observed(Enum):
+    """Whose next tokens a fit of a patch observes."""
+
+    MODEL = "model"  # the unpatched model's, in expectation over its whole distribution: self-distillation
+    TEXT = "text"  # the text's, one draw a token: far noisier
+
+
+def entropy(teacher: Tensor) -> Tensor:
+    """Entropy of the teacher's next token, nats, [B, T]; logits [B, T, V]."""
+    log = teacher.float().log_softmax(-1)
+    return -(log.exp() * log).sum(-1)
