@@ -16,6 +16,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).replace("Parser key ", "").split())
 
 
+def get_extra(extra: str) -> str:
+    """How to get the packages of an extra of this package, which is on no index: from its checkout."""
+    return f"run pip install -e '.[{extra}]' in the checkout of bayes-router"
+
+
 Choice = TypeVar("Choice", bound=Enum)
 
 

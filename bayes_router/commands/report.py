@@ -1,24 +1,38 @@
 """`bayes-router report`: one HTML file that shows the posterior of a run."""
 
+import tempfile
+from pathlib import Path
+
 from jsonargparse import Namespace
 
 from bayes_router.commands.fitted import open_fitted, read_text
-from bayes_router.diagnostics.examine import Examination
+from bayes_router.diagnostics.examine import COSTLY, Examination
 from bayes_router.diagnostics.report import write_report
 from bayes_router.files import write_text
+from bayes_router.progress import Progress
 
 
 def run(options: Namespace) -> None:
-    """Write the report and say where it is."""
-    text, out = read_text(options.text), options.out or options.run / "report.html"
-    fitted = open_fitted(options, text)
-    if not out.parent.is_dir():
-        raise ValueError(f"out: expected a file in an existing folder; {out.parent} does not exist; make it first")
-    examined = Examination(fitted)
-    html = write_report(examined, text, options.tokens, options.quick, "" if options.text is None else options.text.name)
-    write_text(out, html)
+    """Read, print what was found, write the report and say where it is."""
+    text = read_text(options.text)
+    examined = Examination(open_fitted(options, text))
+    with Progress("report", 1 if options.quick else 1 + len(COSTLY), unit="part") as progress:
+        examined.read(options.quick, progress)
+        progress.say("drawing")
+        html = write_report(examined, text, options.tokens, options.quick, "" if options.text is None else options.text.name)
     for verdict in examined.verdicts(options.quick):
         print(verdict)
     for reason in examined.left_out(options.quick):
         print(f"left out: {reason}")
-    print(f"\nreport: {out}")
+    print(f"\nreport: {write_somewhere(options.out or options.run / 'report.html', html)}")
+
+
+def write_somewhere(out: Path, html: str) -> str:
+    """Write the file, or where that cannot be done any more one in the folder for temporary files; where it is, in words."""
+    try:
+        write_text(out, html)
+        return str(out)
+    except OSError as error:
+        with tempfile.NamedTemporaryFile("w", suffix=".html", delete=False, encoding="utf-8") as file:
+            file.write(html)
+        return f"{file.name}, for {out} could not be written: {error.strerror or error}"

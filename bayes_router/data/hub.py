@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bayes_router.checks import unknown
+from bayes_router.checks import get_extra, unknown
 from bayes_router.data.text import Texts
 
 HUB = "hf:"
@@ -44,9 +44,7 @@ def _load(name: str) -> dict[str, Any]:
     try:
         import datasets
     except ImportError as error:
-        raise ValueError(
-            f"corpus {name!r}: expected the package datasets; got: {error}; run: pip install 'bayes-router[hf]'"
-        ) from None
+        raise ValueError(f"corpus {name!r}: expected the package datasets; got: {error}; {get_extra('hf')}") from None
     where = name.removeprefix(HUB)
     folder = Path(where).expanduser()
     try:

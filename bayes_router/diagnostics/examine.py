@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from bayes_router.checks import require
+from bayes_router.checks import one_line, require
+from bayes_router.data.load import load_data
 from bayes_router.data.tokens import Batch, TokenSource
 from bayes_router.diagnostics.fitted import FittedRun
 from bayes_router.diagnostics.measures.amortisation import AmortisationGap, amortisation_gap, gap_verdict
@@ -29,7 +30,7 @@ from bayes_router.diagnostics.measures.uncertainty import UncertaintySummary, ki
 from bayes_router.diagnostics.measures.verdict import Verdict
 from bayes_router.diagnostics.reading import read, windows
 from bayes_router.files import METRICS
-from bayes_router.training.fit import load_data
+from bayes_router.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,16 @@ PATCHED = Effort(
 """Of a pretrained model, whose passes cost far more than those of a small one."""
 
 
+COSTLY = {
+    "k_hat": "guide",
+    "gaps": "amortisation",
+    "calibration": "calibration",
+    "stability": "stability",
+    "other_text": "other text",
+}
+"""What needs more than one reading of the text: attributes of an `Examination`, and what a report calls them."""
+
+
 class Gaps(NamedTuple):
     """The amortisation gap under the objective of training, and under the ELBO."""
 
@@ -85,6 +96,8 @@ class Gaps(NamedTuple):
 
 class Examination:
     """The diagnostics of a run on held-out text, each computed when it is first asked for.
+
+    Verdicts, figures to quote and reports hold what could be computed; `left_out` says what could not, and why.
 
     Args:
         run: the run.
@@ -103,6 +116,37 @@ class Examination:
         self.run, self.thresholds = run, thresholds or Thresholds()
         self.effort = effort or (PATCHED if run.patched else Effort())
         self.source = source or run.held_out or load_data(run.config)[1].valid
+        self._failed: dict[str, str] = {}
+
+    def attempt(self, part: str) -> Any:
+        """The attribute called `part`, or None where it cannot be had: the hours spent on the others are not lost with it."""
+        if part not in self._failed:
+            try:
+                return getattr(self, part)
+            except Exception as error:  # of whatever kind: a package that is missing, memory that ends
+                self.leave_out(part, error)
+        return None
+
+    def leave_out(self, part: str, error: Exception) -> None:
+        """Note that `part`, an attribute or a figure, is not shown for this reason."""
+        self._failed[part] = one_line(error) or type(error).__name__
+
+    def read(self, quick: bool = False, progress: Progress | None = None) -> None:
+        """Compute everything, part after part. Ctrl-C ends it: what was read until then stands, and the rest is left out."""
+        progress = progress or Progress("reading", shown=False)
+        parts = {} if quick else COSTLY
+        progress.say("uncertainty, collapse")
+        _ = self.collapse  # without it there is nothing to show
+        progress.step()
+        for part, name in parts.items():
+            progress.say(name)
+            try:
+                self.attempt(part)
+            except KeyboardInterrupt:
+                started = list(parts).index(part)
+                self._failed.update({late: "interrupted" for late in list(parts)[started:]})
+                return
+            progress.step()
 
     def _rows(self, count: int) -> list[Batch]:
         """The first `count` windows, one a batch, where the model is."""
@@ -138,7 +182,10 @@ class Examination:
         path = self.run.path / METRICS
         if not path.is_file():
             return pd.DataFrame()
-        return collapse_over_training(pd.read_csv(path), self.run.experts, self.thresholds.collapse)
+        try:
+            return collapse_over_training(pd.read_csv(path), self.run.experts, self.thresholds.collapse)
+        except (ValueError, LookupError, TypeError, OSError) as error:  # whatever a damaged table makes pandas say
+            raise ValueError(f"{path}: expected the metrics of this run; it is damaged; {one_line(error)}") from error
 
     @cached_property
     def regret(self) -> pd.DataFrame:
@@ -195,17 +242,22 @@ class Examination:
         found = self.collapse.verdicts(self.thresholds.collapse)
         if quick:
             return found
-        found += k_hat_verdicts(self.k_hat, self.thresholds.fit)
-        found += [gap_verdict(gap, self.thresholds.fit) for gap in self.gaps]
-        found += calibration_verdicts(self.regret, self.calibration, self.thresholds.calibration)
-        if len(self.other_text):
-            found.append(other_text_verdict(self.other_text, self.thresholds.calibration))
+        if (k_hat := self.attempt("k_hat")) is not None:
+            found += k_hat_verdicts(k_hat, self.thresholds.fit)
+        found += [gap_verdict(gap, self.thresholds.fit) for gap in self.attempt("gaps") or ()]
+        if (calibration := self.attempt("calibration")) is not None:
+            found += calibration_verdicts(self.regret, calibration, self.thresholds.calibration)
+        other = self.attempt("other_text")
+        if other is not None and len(other):
+            found.append(other_text_verdict(other, self.thresholds.calibration))
         return found
 
     def left_out(self, quick: bool = False) -> list[str]:
         """What is not said of this fit, and why."""
-        found, experts = [], len(self.run.experts)
-        if not len(self.training):
+        found, experts, training = [], len(self.run.experts), self.attempt("training")
+        if training is None:
+            found.append(f"over training, cost against nll: {self._failed['training']}")
+        elif not len(training):
             kept = "a patch keeps no log of evaluations" if self.run.patched else f"the run has no {METRICS}"
             found.append(f"over training, cost against nll: {kept}")
         if experts != 3:
@@ -217,28 +269,41 @@ class Examination:
             found.append(f"kinds of token{'' if quick else ', other text'}: {of}")
         if not self.run.causal and not quick:
             found.append("guide of a prefix, other text: an encoder reads both sides and predicts hidden tokens alone")
-        return found
+        failed = {COSTLY.get(part, part): reason for part, reason in self._failed.items() if part != "training"}
+        return found + [f"{name}: {reason}" for name, reason in failed.items()]
 
     def figures(self) -> pd.Series:
         """The numbers to quote."""
-        median = self.k_hat.groupby(["target", "length"], as_index=False)["k_hat"].median()
-        values = {f"k-hat, {row.target}, {row.length} tokens (median)": row.k_hat for row in median.itertuples()}
-        last = self.k_hat[self.k_hat["target"] == "joint"].dropna(axis=1).groupby("length").mean(numeric_only=True).iloc[-1]
-        values |= {f"{name} (nats per token)": last[name] for name in last.index if name.startswith("bound_")}
-        for name, gap in self.gaps._asdict().items():
-            values[f"amortisation gap, {name} (KL weight {gap.kl_weight:g})"] = gap.gap
-        c = self.calibration
-        values |= {"stated probability": c.stated, "choices within tolerance": c.right, "ECE": c.ece}
+        values = {**self._guide_figures(), **self._calibration_figures()}
+        if (steady := self.attempt("stability")) is not None:
+            values["routes that flip under noise of 0.1"] = steady["flips"].mean()
+        other = self.attempt("other_text")
+        for _, row in other.iterrows() if other is not None else ():
+            values[f"AUROC of routing entropy, {row['text']}"] = row["entropy_of_mean"]
+            values[f"AUROC of nll, {row['text']}"] = row["nll"]
+        return pd.Series(values, name="value", dtype=float)
+
+    def _guide_figures(self) -> dict[str, float]:
+        values: dict[str, float] = {}
+        if (k_hat := self.attempt("k_hat")) is not None:
+            median = k_hat.groupby(["target", "length"], as_index=False)["k_hat"].median()
+            values |= {f"k-hat, {row.target}, {row.length} tokens (median)": row.k_hat for row in median.itertuples()}
+            last = k_hat[k_hat["target"] == "joint"].dropna(axis=1).groupby("length").mean(numeric_only=True).iloc[-1]
+            values |= {f"{name} (nats per token)": last[name] for name in last.index if name.startswith("bound_")}
+        if (gaps := self.attempt("gaps")) is not None:
+            for name, gap in gaps._asdict().items():
+                values[f"amortisation gap, {name} (KL weight {gap.kl_weight:g})"] = gap.gap
+        return values
+
+    def _calibration_figures(self) -> dict[str, float]:
+        if (c := self.attempt("calibration")) is None:
+            return {}
+        values = {"stated probability": c.stated, "choices within tolerance": c.right, "ECE": c.ece}
         values |= {"ECE, tempered": c.ece_tempered, "temperature": c.temperature}
         losses = self.regret[[f"loss_{name}" for name in self.run.experts]]
         values["mean loss of the forced tokens, as routed (nats)"] = (losses.min(axis=1) + self.regret["regret"]).mean()
         values |= {f"... all on {name}": losses[f"loss_{name}"].mean() for name in self.run.experts}
-        values |= {
+        return values | {
             "mean regret (nats)": self.regret["regret"].mean(),
             "rank correlation of entropy and regret": rank_correlation(self.regret["entropy_of_mean"], self.regret["regret"]),
-            "routes that flip under noise of 0.1": self.stability["flips"].mean(),
         }
-        for _, row in self.other_text.iterrows():
-            values[f"AUROC of routing entropy, {row['text']}"] = row["entropy_of_mean"]
-            values[f"AUROC of nll, {row['text']}"] = row["nll"]
-        return pd.Series(values, name="value", dtype=float)

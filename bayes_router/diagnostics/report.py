@@ -134,21 +134,37 @@ def figures(examined: Examination, shown: ShownText, quick: bool) -> list[dict[s
     if len(kinds):
         caption = f"Mean over held-out text{few}."
         found.append(("Uncertainty by kind of token", caption, lambda: posterior_plots.plot_by_kind(kinds)))
-    if len(examined.training):
+    training = examined.attempt("training")
+    if training is not None and len(training):
         found.append(("Over training", "Filled where a collapse was raised.",
-                      lambda: posterior_plots.plot_collapse_over_training(examined.training)))  # fmt: skip
+                      lambda: posterior_plots.plot_collapse_over_training(training)))  # fmt: skip
         metrics = pd.read_csv(run.path / "metrics.csv")
         found.append(("Cost against nll", "One point an evaluation, joined in time.", lambda: plots.plot_cost(metrics)))
     if not quick:
-        c = examined.calibration
-        found.append(("Reliability", f"ECE {c.ece:.3f}; with temperature {c.temperature:.2f}: {c.ece_tempered:.3f}.",
-                      lambda: posterior_plots.plot_reliability(c.before, c.after)))  # fmt: skip
-        found.append(("Guide against the exact joint", "Below the line its draws can be reweighted to the posterior.",
-                      lambda: posterior_plots.plot_k_hat(examined.k_hat, examined.thresholds.fit.k_hat)))  # fmt: skip
-        if len(examined.other_text):
-            found.append(("Other text", "What the router's entropy tells, and what the nll tells.",
-                          lambda: posterior_plots.plot_other_text(examined.other_text)))  # fmt: skip
-    return [{"title": title, "caption": caption, "image": figure(draw)} for title, caption, draw in found]
+        found += _costly(examined)
+    drawn = []
+    for title, caption, draw in found:
+        try:
+            drawn.append({"title": title, "caption": caption, "image": figure(draw)})
+        except Exception as error:  # of whatever kind: the other figures and the text are worth more than it
+            examined.leave_out(f"figure '{title}'", error)
+    return drawn
+
+
+def _costly(examined: Examination) -> list[tuple[str, str, Callable[[], Axes]]]:
+    """Of what needs more than one reading, where it could be had."""
+    found: list[tuple[str, str, Callable[[], Axes]]] = []
+    if (c := examined.attempt("calibration")) is not None:
+        caption = f"ECE {c.ece:.3f}; with temperature {c.temperature:.2f}: {c.ece_tempered:.3f}."
+        found.append(("Reliability", caption, lambda: posterior_plots.plot_reliability(c.before, c.after)))
+    if (k_hat := examined.attempt("k_hat")) is not None:
+        caption, limit = "Below the line its draws can be reweighted to the posterior.", examined.thresholds.fit.k_hat
+        found.append(("Guide against the exact joint", caption, lambda: posterior_plots.plot_k_hat(k_hat, limit)))
+    other = examined.attempt("other_text")
+    if other is not None and len(other):
+        caption = "What the router's entropy tells, and what the nll tells."
+        found.append(("Other text", caption, lambda: posterior_plots.plot_other_text(other)))
+    return found
 
 
 def tall(num_layers: int) -> Axes:
@@ -195,6 +211,8 @@ def write_report(
     }
     environment = jinja2.Environment(loader=jinja2.PackageLoader("bayes_router.diagnostics", "."), autoescape=True)
     layers = examined.collapse.layers()
+    drawn = figures(examined, shown, quick)
+    numbers = [] if quick else [(str(k), f"{v:.3f}") for k, v in examined.figures().items()]
     summary = layers.join(examined.uncertainty.layers()[["entropy_of_mean", "mutual_information", "probability_right"]])
     return environment.get_template(TEMPLATE).render(
         run=str(run.path),
@@ -203,10 +221,10 @@ def write_report(
         tokens=examined.collapse.tokens,
         verdicts=verdicts,
         left_out=examined.left_out(quick),
-        figures=figures(examined, shown, quick),
+        figures=drawn,
         columns=[str(column).replace("_", " ") for column in summary.columns],
         rows=_rows(summary),
-        numbers=[] if quick else [(str(k), f"{v:.3f}") for k, v in examined.figures().items()],
+        numbers=numbers,
         data=data,
     )
 

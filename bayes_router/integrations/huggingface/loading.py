@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from bayes_router.checks import get_extra
 from bayes_router.data.tokenisers import Ids
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
@@ -52,7 +53,7 @@ def load_base(base: str, gguf_file: str | None, device: torch.device, kind: str 
     try:
         from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
     except ImportError as error:
-        raise ValueError("base: expected the package transformers; got none; run: pip install 'bayes-router[hf]'") from error
+        raise ValueError(f"base: expected the package transformers; got none; {get_extra('hf')}") from error
     dtype = "auto" if device.type == "cuda" else torch.float32
     try:
         auto = AutoModelForMaskedLM if kind.endswith("ForMaskedLM") else AutoModelForCausalLM
