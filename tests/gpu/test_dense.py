@@ -58,6 +58,13 @@ def test_windows(dtype: torch.dtype, B: int, T: int, window: int) -> None:
     compare("local", B, 4, 2, T, 64, dtype, window)
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("T", "window", "sinks"), [(300, 1, 1), (1500, 64, 4), (1000, 100, 200)])
+def test_windows_with_sinks(dtype: torch.dtype, T: int, window: int, sinks: int) -> None:
+    expert = draw_expert("local", ExpertShape(4, 64, window, sinks), "cuda")
+    check(errors(expert, draw_inputs(2, 4, 2, T, 64, dtype, "cuda")), dtype)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_one_token_one_head_one_row(name: str, dtype: torch.dtype) -> None:

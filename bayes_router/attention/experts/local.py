@@ -30,8 +30,8 @@ class LocalAttention(Expert):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Expert.forward`."""
-        if not self.shape.sinks and q.shape[2] > self.shape.window and capability.available(q, k, v):
-            return operators.local_attention(q, k, v, self.shape.window)
+        if q.shape[2] > self.shape.window and capability.available(q, k, v):
+            return operators.local_attention(q, k, v, self.shape.window, self.shape.sinks)
         past = k.shape[2] - q.shape[2]
         pieces = segments(q.shape[2], q.device)
         if len(pieces) > 1:

@@ -10,8 +10,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from bayes_router.attention.kernels import capability
 from bayes_router.attention.kernels.eager.band import MIN_BLOCK, banded
 from bayes_router.attention.kernels.eager.rows_softmax import softmax_rows
+from bayes_router.attention.kernels.triton.operators import local_attention
 from bayes_router.attention.shapes import ExpertShape
 from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.integrations.calls.masks import first_seen, near, restrict
@@ -132,6 +134,8 @@ class LocalExpert(SoftmaxExpert):
         if call.dense and call.causal and call.plain and Tq > max(window, MIN_BLOCK):
             if call.q.device.type == "cpu" and not torch.is_grad_enabled() and call.q.shape[3] == call.v.shape[3]:
                 return self._by_tiles(call)
+            if capability.available(call.q, call.k, call.v):
+                return local_attention(call.rescaled(), call.k, call.v, window, self.sinks)
             return banded(call.q, call.k, call.v, window, self.sinks, call.scaling)
         return super().forward(call)
 
@@ -164,7 +168,7 @@ class LocalExpert(SoftmaxExpert):
             return [last]
         if call.mask is None:
             return [(call.k[:, :, :sinks], call.v[:, :, :sinks], None), last]
-        order = call.visible()[:, 0, 0].int().cumsum(-1)  # [B or 1, Tk], the how-manieth key that is seen
+        order = call.visible()[:, 0, 0].int().cumsum(-1)  # [B or 1, Tk], a key that is seen: its place among those
         place = torch.arange(1, self.sinks + 1, device=order.device)
         at = (order[:, None] == place[:, None]).int().argmax(-1)  # [B or 1, sinks]
         there = (order[:, -1:] >= place) & (at < before)  # those in the window are there already

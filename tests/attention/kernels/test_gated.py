@@ -18,9 +18,13 @@ from dataclasses import replace
 from bayes_router.attention.hard import sorted as backend
 from bayes_router.attention.hard.dispatch import Backend, run_problem
 from bayes_router.attention.hard.problem import RoutedProblem
+from bayes_router.attention.hard.reference import softmax_attention
 from bayes_router.attention.kernels import capability
 from bayes_router.attention.kernels.triton import operators
 from bayes_router.attention.shapes import ExpertShape
+from bayes_router.integrations.calls import softmax
+from bayes_router.integrations.calls.call import AttentionCall
+from bayes_router.integrations.calls.layer import RoutedLayer
 from tests.attention.dense_check import draw_expert, draw_inputs, errors
 from tests.attention.expert_contract import gradient_errors, relative_error
 from tests.attention.test_dispatch import draw_route
@@ -44,6 +48,25 @@ def test_every_token_at_once(name: str, B: int, H: int, Hkv: int, T: int, Dh: in
     expert = draw_expert(name, ExpertShape(H, Dh, window))
     found = errors(expert, draw_inputs(B, H, Hkv, T, Dh, seed=fresh_seed))
     assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.parametrize(("Hkv", "T", "window", "sinks"), [(1, 70, 1, 1), (2, 150, 9, 4), (1, 130, 20, 40), (2, 64, 63, 3)])
+def test_every_token_on_local_with_sinks(Hkv: int, T: int, window: int, sinks: int) -> None:
+    expert = draw_expert("local", ExpertShape(2, 16, window, sinks))
+    found = errors(expert, draw_inputs(2, 2, Hkv, T, 16))
+    assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_a_patched_layer_on_local_alone_takes_the_kernel(sinks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (x.detach() for x in draw_inputs(1, 4, 2, 80, 16))
+    call = AttentionCall(q, k, v, None, True, lambda *_: pytest.fail("the layer's own kernel"), 0.3, plain=True)
+    layer = RoutedLayer(("full", "local"), ExpertShape(4, 16, 9), 2, sinks, causal=True)
+    monkeypatch.setattr(softmax, "banded", lambda *_: pytest.fail("written out"))
+    monkeypatch.setattr(softmax, "softmax_rows", lambda *_: pytest.fail("written out"))
+    want = softmax_attention(0.3 * 4.0 * q.double(), k.double(), v.double(), 9, sinks)
+    with torch.enable_grad():
+        assert relative_error(layer.attend(call, 1), want) < 1e-5
 
 
 @pytest.mark.parametrize("log_gate", [0.0, -1e-3, -80.0])
@@ -116,7 +139,7 @@ def test_the_operators_tell_the_truth_about_themselves(shared: bool) -> None:
     q, k, v = draw_inputs(1, 2, 1, 20, 16)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_static")
     if shared:
-        torch.library.opcheck(operators._local, (q, k, v, 5, 0.3), test_utils=checks)
+        torch.library.opcheck(operators._local, (q, k, v, 5, 2, 0.3), test_utils=checks)
         torch.library.opcheck(operators._linear, (q, k, v, None), test_utils=checks)
         own = [x.requires_grad_() for x in (torch.randn(2, 16), torch.randn(2), torch.randn(2))]
         torch.library.opcheck(operators._features, (q, k, *own), test_utils=checks)

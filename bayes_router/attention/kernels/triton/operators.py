@@ -28,9 +28,9 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor | None = 
     return out[..., : v.shape[3]]
 
 
-def local_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """[B, H, T, Dh]: softmax attention over the last `window` keys."""
-    out: Tensor = _local(_pad(q), _pad(k), _pad(v), window, LOG2_E / q.shape[3] ** 0.5)[0]
+def local_attention(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int = 0) -> Tensor:
+    """[B, H, T, Dh]: softmax attention over the last `window` keys and the first `sinks`."""
+    out: Tensor = _local(_pad(q), _pad(k), _pad(v), window, sinks, LOG2_E / q.shape[3] ** 0.5)[0]
     return out[..., : q.shape[3]]
 
 
@@ -130,25 +130,25 @@ _linear.register_autograd(_differentiate_linear, setup_context=_save_linear)
 
 
 @torch.library.custom_op("bayes_router::local_attention", mutates_args=())
-def _local(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
+def _local(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scale: float) -> tuple[Tensor, Tensor]:
     """(out, log2 of the softmax normalisers)."""
     from bayes_router.attention.kernels.triton.launch_local import local_forward
 
     q, k, v = _unit(q), _unit(k), _unit(v)
     out, lse = _outputs(q, v)
     with torch.cuda.device_of(q):
-        local_forward(q, k, v, out, lse, window, scale)
+        local_forward(q, k, v, out, lse, window, sinks, scale)
     return out, lse
 
 
 @_local.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scale: float) -> tuple[Tensor, Tensor]:
     return _outputs(q, v)
 
 
 @torch.library.custom_op("bayes_router::local_attention_backward", mutates_args=())
 def _local_backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, window: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, window: int, sinks: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     from bayes_router.attention.kernels.triton.launch_local import local_backward
@@ -156,19 +156,19 @@ def _local_backward(
     q, k, v, dout = _unit(q), _unit(k), _unit(v), _unit(dout)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     with torch.cuda.device_of(q):
-        local_backward(q, k, v, out, lse, dout, dq, dk, dv, window, scale)
+        local_backward(q, k, v, out, lse, dout, dq, dk, dv, window, sinks, scale)
     return dq, dk, dv
 
 
 @_local_backward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, window: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, window: int, sinks: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(_unit(q)), torch.empty_like(_unit(k)), torch.empty_like(_unit(v))
 
 
 def _save_local(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, ctx.window, ctx.scale = inputs
+    q, k, v, ctx.window, ctx.sinks, ctx.scale = inputs
     ctx.save_for_backward(q, k, v, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -176,8 +176,8 @@ def _save_local(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 def _differentiate_local(ctx: Any, dout: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return None, None, None, None, None
-    return *_local_backward(*ctx.saved_tensors, dout, ctx.window, ctx.scale), None, None
+        return None, None, None, None, None, None
+    return *_local_backward(*ctx.saved_tensors, dout, ctx.window, ctx.sinks, ctx.scale), None, None, None
 
 
 _local.register_autograd(_differentiate_local, setup_context=_save_local)
