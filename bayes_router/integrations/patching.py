@@ -18,6 +18,7 @@ from bayes_router.integrations.patch.settings import PatchSettings
 from bayes_router.routing.policy import Policy
 
 
+@torch.inference_mode(False)  # what is made here may be trained later
 def patch(
     model: nn.Module,
     *,
@@ -78,6 +79,7 @@ def patch(
     return router
 
 
+@torch.inference_mode(False)
 def load_patch(model: nn.Module, folder: Path | str) -> Any:
     """Patch `model` as it was when `save` wrote `folder`: settings, controllers, experts, policy and held-out text.
 

@@ -7,7 +7,6 @@ warning. A token on `full` sees what it saw; where all tokens are, the module's 
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -17,11 +16,12 @@ from torch.nn import functional as F
 from bayes_router.attention.kernels.eager.fused import fused_attention
 from bayes_router.attention.shapes import ExpertShape, merge_tokens
 from bayes_router.checks import require
+from bayes_router.integrations import torch_layer
 from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.integrations.calls.layer import RoutedLayer
 from bayes_router.integrations.calls.linear import LinearExpert
 from bayes_router.integrations.calls.masks import padding_of, seen
-from bayes_router.integrations.patch.binding import BINDING, Binding, all_on
+from bayes_router.integrations.patch.binding import BINDING, Binding, all_on, replace_forward
 from bayes_router.integrations.patch.found import Found
 from bayes_router.integrations.patch.routed import RoutedModel
 from bayes_router.integrations.patch.settings import PatchSettings
@@ -118,18 +118,17 @@ def patch_torch(model: nn.Module, settings: PatchSettings) -> RoutedTorch:
     router = RoutedTorch(model, found, settings)
     router.bind()
     for one in found:
-        one.module.forward = MethodType(forward, one.module)
-        router.undo.append(partial(one.module.__dict__.pop, "forward", None))
-        # with a hook below it, an encoder layer takes its written-out path, which calls this module
-        router.undo.append(one.module.register_forward_pre_hook(_no_fast_path).remove)
+        router.undo.append(replace_forward(one.module, forward))
+        router.undo.append(one.module.register_forward_pre_hook(torch_layer.no_fast_path).remove)
+    routed = {one.module for one in found}
+    layers = {m for m in model.modules() if torch_layer.fused(m) and m.self_attn in routed}
+    for layer in layers:
+        router.undo.append(replace_forward(layer, torch_layer.forward))
     for encoder in (m for m in model.modules() if isinstance(m, nn.TransformerEncoder)):
-        router.undo.append(partial(setattr, encoder, "use_nested_tensor", encoder.use_nested_tensor))
-        encoder.use_nested_tensor = False
+        if any(layer not in layers and routed & set(layer.modules()) for layer in encoder.layers):  # takes no nested tensors
+            router.undo.append(partial(setattr, encoder, "use_nested_tensor", encoder.use_nested_tensor))
+            encoder.use_nested_tensor = False
     return router
-
-
-def _no_fast_path(module: nn.Module, args: tuple[Any, ...]) -> None:
-    pass
 
 
 def _attention(model: nn.Module) -> list[tuple[str, nn.MultiheadAttention]]:
@@ -185,8 +184,10 @@ def forward(
     if query is not key:
         binding.name_crossing()
         return original()
-    x, values = (y[None] if y.dim() == 2 else y if self.batch_first else y.transpose(0, 1) for y in (query, value))  # [B, T, D]
-    route = router.route(binding.index, x)
+    x, values = (torch_layer.batched(y, self.batch_first) for y in (query, value))  # [B, T, D]
+    route = router.here.decided.pop(binding.index, None)
+    if route is None:
+        route = router.route(binding.index, x, torch_layer.real_tokens(key_padding_mask))
     if not router.observed and all_on(route, router.experts.index("full")):
         return original()
     require(
@@ -196,6 +197,8 @@ def forward(
         True,
         f"{'training mode draws routes: ' if self.training else ''}pass need_weights=False, or force('full')",
     )
+    if is_causal and attn_mask is None:
+        raise RuntimeError("is_causal: expected attn_mask beside it, as its hint; got None; pass the causal mask too")
     call = _call(self, x, values, _merge(key_padding_mask, attn_mask, x, self.num_heads), is_causal)
     out = self.out_proj(merge_tokens(router.execute(binding.index, route, call, x)))  # [B, T, D]
     return (out[0] if query.dim() == 2 else out if self.batch_first else out.transpose(0, 1)), None

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bayes_router.integrations.calls.masks import seen, seen_by_one
+from bayes_router.integrations.calls.masks import real_queries, seen, seen_by_one
 from bayes_router.integrations.calls.memory import LayerMemory
 
 Kernel = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
@@ -67,6 +67,10 @@ class AttentionCall:
         if self.q.shape[2] > 1:
             return self.causal and self.padding is not None, self.padding
         return seen_by_one(self.mask) if self.causal else (False, None)
+
+    def real_queries(self) -> Tensor | None:
+        """[B or 1, Tq] bool, False on padding, or None: every query is a token."""
+        return None if self.mask is None else real_queries(self.mask, self.q.shape[2])
 
     def rescaled(self) -> Tensor:
         """Queries for the kernels of `attention`, which divide scores by sqrt(Dh), whatever the layer's own scale."""

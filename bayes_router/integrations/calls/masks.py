@@ -76,3 +76,11 @@ def seen_by_one(mask: Tensor) -> tuple[bool, Tensor | None]:
     """(usable, [B or 1, Tk] the keys that the last query sees) of a mask that is the same for all heads."""
     usable = mask.dim() == 4 and mask.shape[1] == 1
     return usable, seen(mask)[:, 0, -1] if usable else None
+
+
+@OfLast
+def real_queries(mask: Tensor, num_queries: int) -> Tensor:
+    """[B or 1, Tq] bool, False on padding: a token sees itself, and no query sees padding. The queries are the last keys."""
+    own = mask[(None,) * (4 - mask.dim())][..., mask.shape[-1] - num_queries :]
+    own = own.diagonal(dim1=-2, dim2=-1) if mask.shape[-2] == num_queries else own[..., -1, :]  # one row for all queries
+    return seen(own).reshape(-1, *own.shape[-2:]).any(1)

@@ -67,8 +67,8 @@ class Memories:
             layers[index] = LayerMemory()
         return layers[index]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Memories":
-        return Memories()  # a copied model has caches of its own
+    def __reduce__(self) -> Any:
+        return Memories, ()  # a copied model has caches of its own
 
 
 def version(x: Tensor) -> int:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from bayes_router.attention.shapes import ExpertShape
 from bayes_router.checks import require
 from bayes_router.integrations.huggingface import falcon
-from bayes_router.integrations.huggingface.interface import MASKS, observers
+from bayes_router.integrations.huggingface.interface import MASKS, watching
 from bayes_router.integrations.patch.found import Found
 from bayes_router.integrations.patch.settings import PatchSettings
 
@@ -80,11 +80,11 @@ def find_layers(model: PreTrainedModel, settings: PatchSettings) -> list[Found]:
             widths[module] = hidden.shape[-1]
 
     handles = [module.register_forward_pre_hook(width, with_kwargs=True) for module in model.modules()]
-    observers.append(observe)
+    watching.observers += (observe,)
     try:
         probe(model)
     finally:
-        observers.remove(observe)
+        watching.observers = watching.observers[:-1]
         for handle in handles:
             handle.remove()
     found = list(calls.values())

@@ -4,8 +4,6 @@ Only the call of the kernel is new; projections, heads, rotary positions and cac
 """
 
 from collections.abc import Callable
-from functools import partial
-from types import MethodType
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +12,7 @@ from transformers.models.falcon.modeling_falcon import FalconAttention, apply_ro
 
 from bayes_router.checks import require
 from bayes_router.integrations.huggingface.interface import attend
-from bayes_router.integrations.patch.binding import BINDING, Binding
+from bayes_router.integrations.patch.binding import BINDING, Binding, replace_forward
 
 OWN = "falcon"
 """What `check_model` answers for a model that this file serves."""
@@ -35,10 +33,7 @@ def serves(model: PreTrainedModel) -> bool:
 
 def install(model: PreTrainedModel) -> list[Callable[[], None]]:
     """Replace the forward pass of each attention module; what undoes it."""
-    modules = [module for module in model.modules() if isinstance(module, FalconAttention)]
-    for module in modules:
-        module.forward = MethodType(forward, module)
-    return [partial(module.__dict__.pop, "forward", None) for module in modules]
+    return [replace_forward(m, forward) for m in model.modules() if isinstance(m, FalconAttention)]
 
 
 def forward(
@@ -56,7 +51,7 @@ def forward(
     """[B, T, D] -> [B, T, D]; ALiBi comes inside the mask. Falcon drops attention weights only with ALiBi."""
     if output_attentions:
         binding = getattr(self, BINDING, None)
-        if isinstance(binding, Binding) and binding.hidden is not None:
+        if isinstance(binding, Binding) and binding.awaits:
             binding.require_full("output_attentions")
         rest = (position_ids, layer_past, use_cache, True, position_embeddings)
         original: tuple[Tensor, Tensor | None] = FalconAttention.forward(self, hidden_states, alibi, attention_mask, *rest)

@@ -1,6 +1,7 @@
 """The attention function that transformers 5 calls for a patched model, and the hook that hands it hidden states."""
 
 import sys
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,13 +18,22 @@ from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.integrations.calls.masks import OfLast, padding_of
 from bayes_router.integrations.huggingface.growing_cache import held_keys
 from bayes_router.integrations.patch.binding import BINDING, Binding
+from bayes_router.integrations.patch.passes import Given
 
 MASKS = {"sdpa": sdpa_mask, "eager": eager_mask}
 NAME = "bayes_router_{}"
 
 Observer = Callable[[nn.Module, Tensor, Tensor, bool, "int | None"], None]
 """(module, q, k, causal, window of the layer's own) of every call."""
-observers: list[Observer] = []
+
+
+class Watching(threading.local):
+    """Who is shown the calls of one thread."""
+
+    observers: tuple[Observer, ...] = ()
+
+
+watching = Watching()
 
 
 def original_kernel(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
@@ -42,10 +52,10 @@ def attend(
     original = original_kernel(base, module)
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    for observe in observers:
+    for observe in watching.observers:
         observe(module, query, key, bool(causal), kwargs.get("sliding_window"))
     binding = getattr(module, BINDING, None)
-    if not isinstance(binding, Binding) or binding.hidden is None:
+    if not isinstance(binding, Binding) or not binding.awaits:
         return original(module, query, key, value, attention_mask, **kwargs)
     if weights_wanted(module, kwargs):
         binding.require_full("output_attentions")
@@ -108,8 +118,8 @@ def keep_hidden(binding: Binding, module: nn.Module, args: tuple[Any, ...], kwar
     hidden = args[0] if args else kwargs.get("hidden_states")
     cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
     crossed = kwargs.get("encoder_hidden_states") is not None or kwargs.get("key_value_states") is not None
-    binding.hidden = hidden if isinstance(hidden, Tensor) and not crossed else None
-    binding.past = None if cache is None else (cache, held_keys(cache, getattr(module, "layer_idx", None)))
+    past = None if cache is None else (cache, held_keys(cache, getattr(module, "layer_idx", None)))
+    binding.give(Given(hidden, past) if isinstance(hidden, Tensor) and not crossed else None)
     if cache is not None and getattr(cache, "is_compileable", False):
         raise ValueError(
             "past_key_values: expected a cache that grows with the text; got a static one, whose empty slots routed attention "

@@ -46,7 +46,7 @@ class RoutedLanguage(RoutedModel):
             executed = self.decide(layer, q, chosen) if answer is None else answer(layer, hidden)
             concentrations.append(q.concentration)
             routes.append(executed if isinstance(executed, Tensor) else torch.full_like(tokens, executed))
-            self._concentration[layer], self._executed[layer] = concentrations[-1], routes[-1]
+            self.note(layer, q, routes[-1])
             return executed
 
         with self.routed_by(route):

@@ -1,8 +1,9 @@
 """What a patched module holds, and by what name: the way from a model's own attention call to its router."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from bayes_router.checks import require
 from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.integrations.calls.memory import Memories
 from bayes_router.integrations.patch.found import Found
+from bayes_router.integrations.patch.passes import Given, Here
 
 BINDING = "_bayes_router"
 
@@ -28,11 +30,12 @@ class Router(Protocol):
 
     found: tuple[Found, ...]
     memories: Memories
+    here: Here
 
     def attend(self, index: int, hidden: Tensor, call: AttentionCall) -> Tensor:
         """Route and execute the call of a layer."""
 
-    def route(self, index: int, hidden: Tensor) -> Tensor | int:
+    def route(self, index: int, hidden: Tensor, real: Tensor | None = None) -> Tensor | int:
         """Where the tokens of a layer go."""
 
     def execute(self, index: int, route: Tensor | int, call: AttentionCall, hidden: Tensor) -> Tensor:
@@ -44,19 +47,27 @@ class Router(Protocol):
 
 
 class Binding:
-    """What a patched module holds: its router, its index there, and the hidden state of the call under way."""
+    """What a patched module holds: its router and its index there. What a call hands over lies in `router.here`."""
 
     def __init__(self, router: Router, index: int):
         self.router, self.index = router, index
-        self.hidden: Tensor | None = None
-        self.past: tuple[Any, Tensor | None] | None = None  # the KV cache, and what it held of this layer's keys
         self.crossed = False  # it was called as cross-attention
+
+    def give(self, given: Given | None) -> None:
+        """Hand over what the call under way needs; None: the call is left alone."""
+        if given is None:
+            self.router.here.given.pop(self.index, None)
+        else:
+            self.router.here.given[self.index] = given
+
+    @property
+    def awaits(self) -> bool:
+        """Whether a call is under way and was not answered yet."""
+        return self.index in self.router.here.given
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Route the call's queries and execute it: [B, H, Tq, Dv]."""
-        assert self.hidden is not None
-        hidden, self.hidden = self.hidden, None
-        past, self.past = self.past, None
+        hidden, past = self.router.here.given.pop(self.index)
         if past is not None:
             memory = self.router.memories.of(past[0], self.index)
             memory.follow(past[1], call.k, call.q.shape[2], *call.real_keys())
@@ -80,9 +91,7 @@ class Binding:
         Raises:
             ValueError: some take another expert; `asked` names the argument.
         """
-        assert self.hidden is not None
-        hidden, self.hidden, self.past = self.hidden, None, None
-        route = self.router.route(self.index, hidden)
+        route = self.router.route(self.index, self.router.here.given.pop(self.index).hidden)
         require(
             all_on(route, self.router.experts.index("full")),
             asked,
@@ -97,3 +106,17 @@ def all_on(route: Tensor | int, expert: int) -> bool:
     if isinstance(route, int):
         return route == expert
     return not route.is_floating_point() and bool((route == expert).all())
+
+
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Let `forward(module, ...)` answer for one module; what undoes it.
+
+    Both are partials of functions: pickle finds a bound method by its name, which is the class's own, and copying takes a
+    builtin method along as it is, with the original's module.
+    """
+    module.forward = partial(forward, module)
+    return partial(_own_forward, module)
+
+
+def _own_forward(module: nn.Module) -> None:
+    module.__dict__.pop("forward", None)

@@ -24,6 +24,7 @@ from bayes_router.integrations.patch.binding import BINDING, Binding
 from bayes_router.integrations.patch.cost import layer_costs, layer_prior
 from bayes_router.integrations.patch.found import Found, model_config
 from bayes_router.integrations.patch.identity import fingerprint
+from bayes_router.integrations.patch.passes import Here, Observe, Pass, checkpointed_without_graph, recomputing
 from bayes_router.integrations.patch.saving import PatchRecord, save_patch
 from bayes_router.integrations.patch.settings import FitRecord, PatchSettings
 from bayes_router.routing.controller import MetaController
@@ -84,10 +85,7 @@ class RoutedModel(nn.Module):
         self.policy: Policy = Argmax()
         self.mode: RoutingMode | None = None
         self._force: Force | None = None
-        self._route: Route | None = None
-        self._observe: Callable[[int, AttentionCall, Tensor], None] | None = None
-        self._concentration: dict[int, Tensor] = {}
-        self._executed: dict[int, Tensor] = {}
+        self.here = Here()
         self.undo: list[Callable[[], None]] = []
         self.memories = Memories()
         self.made_for = fingerprint(model)
@@ -150,12 +148,24 @@ class RoutedModel(nn.Module):
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         mine = self.controller.layers[index].get_parameter("out.bias")
         if mine.device != like.device or mine.dtype != dtype:
-            self.controller.layers[index].to(like.device, dtype)
-            self.layers[index].to(like.device, dtype)
+            with torch.inference_mode(False):  # they may be trained later
+                self.controller.layers[index].to(like.device, dtype)
+                self.layers[index].to(like.device, dtype)
 
     @contextmanager
     def only_this(self, weights: bool = False) -> Iterator[None]:
-        """Gradients for what was added alone, and for the model's own weights where asked; then all flags as they were."""
+        """Gradients for what was added alone, and for the model's own weights where asked; then all flags as they were.
+
+        Raises:
+            ValueError: autograd cannot read the model's weights.
+        """
+        require(
+            not any(p.is_inference() for p in self.model.parameters()),
+            "model",
+            "weights that autograd may read",
+            "weights made inside torch.inference_mode",
+            "load the model outside of it",
+        )
         mine, theirs = (
             [(p, p.requires_grad) for p in self.parameters()],
             [(p, p.requires_grad) for p in self.model.parameters()],
@@ -180,24 +190,54 @@ class RoutedModel(nn.Module):
 
     def attend(self, index: int, hidden: Tensor, call: AttentionCall) -> Tensor:
         """What a patched layer calls: hidden [B, Tq, D], the call after the KV cache -> [B, H, Tq, Dv]."""
-        return self.execute(index, self.route(index, hidden), call, hidden)
+        return self.execute(index, self.route(index, hidden, call.real_queries()), call, hidden)
 
-    def route(self, index: int, hidden: Tensor) -> Tensor | int:
-        """Where the tokens of a layer go: weights [B, T, E], choices int64 [B, T], or one expert for all."""
+    def route(self, index: int, hidden: Tensor, real: Tensor | None = None) -> Tensor | int:
+        """Where the tokens of a layer go: weights [B, T, E], choices int64 [B, T], or one expert for all.
+
+        `real` [B or 1, T] is False on padding; None: every token is one.
+        """
         if index == 0 and torch.is_grad_enabled():
             self.follow()  # flags
         self._place(index, hidden)
-        if self._observe is not None:
+        if self.here.observe is not None:
             return self.experts.index("full")
-        if self._route is None and self._force is not None:
+        again = recomputing()
+        if not again:
+            self.here.begin(index).real[index] = real
+        if self.here.route is None and self._force is not None:
             return forced_route(self._force, self.experts, len(self.layers))(index, hidden)
         hidden = normalised(hidden)
-        if self._route is not None:
-            return self._route(index, hidden)
+        if self.here.route is not None:
+            return self.here.route(index, hidden)
         q = self.controller.posterior(index, hidden)
         executed = self.decide(index, q, self.mode or (RoutingMode.SAMPLE if self.training else RoutingMode.HARD))
-        self._concentration[index], self._executed[index] = q.concentration, executed
+        if not again:
+            self._refuse_lost_gradients(index)
+            self.note(index, q, executed)
         return executed
+
+    def _refuse_lost_gradients(self, index: int) -> None:
+        """See that a KL of this pass could train what was added, if anything is trained."""
+        trained = self.training and any(p.requires_grad for p in self.controller.layers[index].parameters())
+        require(
+            not (trained and checkpointed_without_graph()),
+            "gradient checkpointing",
+            "use_reentrant=False: a reentrant checkpoint runs its layers without a graph, and the KL of their routes would "
+            "have no gradient",
+            "use_reentrant=True",
+            "model.gradient_checkpointing_enable({'use_reentrant': False}), or router.requires_grad_(False)",
+        )
+
+    def note(self, index: int, q: Dirichlet, executed: Tensor) -> None:
+        """Keep how a layer routed the pass under way."""
+        last = self.here.slot.last
+        last.concentration[index], last.executed[index] = q.concentration, executed
+
+    @property
+    def last(self) -> Pass:
+        """How this thread's last pass was routed: a handle, with the graph that `kl` needs until the pass went backward."""
+        return self.here.slot.last
 
     def decide(self, index: int, q: Dirichlet, mode: RoutingMode) -> Tensor:
         """The route that a layer executes: a policy that knows costs is told the layer's own."""
@@ -210,9 +250,12 @@ class RoutedModel(nn.Module):
         """The output [B, H, Tq, Dv] of a layer's call under a route."""
         layer = self.layers[index]
         assert isinstance(layer, RoutedLayer)
-        if self._observe is not None:
-            self._observe(index, call, hidden)
-        return layer.attend(call, route)
+        if self.here.observe is not None:
+            self.here.observe(index, call, hidden)
+        out = layer.attend(call, route)
+        if index == len(self.layers) - 1:
+            self.here.slot.release_after(out)
+        return out
 
     @contextmanager
     def routed_by(self, route: Route) -> Iterator[None]:
@@ -222,40 +265,42 @@ class RoutedModel(nn.Module):
             ValueError: the model is not patched any more.
         """
         self.require_patched()
-        before, self._route = self._route, route
+        before, self.here.route = self.here.route, route
         try:
             yield
         finally:
-            self._route = before
+            self.here.route = before
 
     @contextmanager
-    def observed_by(self, observe: Callable[[int, AttentionCall, Tensor], None]) -> Iterator[None]:
+    def observed_by(self, observe: Observe) -> Iterator[None]:
         """Run on full attention and show every call to `observe(layer, call, hidden)`; raises as `routed_by`."""
         self.require_patched()
-        self._observe = observe
+        before, self.here.observe = self.here.observe, observe
         try:
             yield
         finally:
-            self._observe = None
+            self.here.observe = before
 
     @property
     def observed(self) -> bool:
         """Whether calls are shown to an observer, every token on full attention."""
-        return self._observe is not None
+        return self.here.observe is not None
 
-    def kl(self) -> Tensor:
-        """KL(posterior || prior) of the last pass, nats per token, summed over layers: task loss + weight * kl is an ELBO.
+    def kl(self, of: Pass | None = None) -> Tensor:
+        """KL(posterior || prior) of a pass, nats per real token, summed over layers: task loss + weight * kl is an ELBO.
 
-        The prior is tilted by its price: KL(q || Dirichlet) + price * cost . E_q[route] + log Z, a layer's own costs.
+        The prior is tilted by its price: KL(q || Dirichlet) + price * cost . E_q[route] + log Z, a layer's own costs. Padding
+        is no token. The last pass of this thread by default, which has a gradient until the pass went backward: a pass of
+        which more is wanted is kept by holding `last`.
 
         Raises:
-            ValueError: nothing was routed since the patch, or all of it was forced.
+            ValueError: nothing was routed in that pass, or all of it was forced.
         """
         prior, tilt = self.prior.concentration, self.price * self.layer_cost  # [L, E]
         log_z = tilted_moments(prior, tilt).log_normaliser  # [L]
-        terms = []
-        for layer, q in enumerate(self._last()):
-            terms.append(tilted_kl(q, prior[layer].to(q), tilt[layer], log_z[layer].to(q)).mean())
+        routed, terms = self._routed(of), []
+        for layer, q in sorted(routed.concentration.items()):
+            terms.append(routed.mean(layer, tilted_kl(q, prior[layer].to(q), tilt[layer], log_z[layer].to(q))))
         return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
     @property
@@ -263,17 +308,19 @@ class RoutedModel(nn.Module):
         """Of the prior's tilt, nats per unit of cost: where the fit ended, or as it was patched."""
         return self.settings.prior.price if self.fitted is None else self.fitted.price
 
-    def statistics(self) -> list[RoutingStatistics]:
-        """How each layer routed the last pass."""
+    def statistics(self, of: Pass | None = None) -> list[RoutingStatistics]:
+        """How each layer routed the real tokens of a pass, by default the last of this thread."""
+        routed = self._routed(of).detached()
         return [
             routing_statistics(
-                concentration.detach(), self._executed[i].detach(), self.layer_cost[i].to(concentration.device), self.experts
+                routed.tokens(i, q), routed.tokens(i, routed.executed[i]), self.layer_cost[i].to(q.device), self.experts
             )
-            for i, concentration in enumerate(self._last())
+            for i, q in sorted(routed.concentration.items())
         ]
 
-    def _last(self) -> list[Tensor]:
-        unrouted = [one.name for i, one in enumerate(self.found) if i not in self._concentration]
+    def _routed(self, of: Pass | None) -> Pass:
+        routed = self.last if of is None else of
+        unrouted = [one.name for i, one in enumerate(self.found) if i not in routed.concentration]
         require(
             not unrouted,
             "last pass",
@@ -281,7 +328,11 @@ class RoutedModel(nn.Module):
             f"none of {', '.join(unrouted)}",
             "run the model once, not forced; layers that never route (cross-attention) are left out by patch(layers=...)",
         )
-        return [self._concentration[i] for i in range(len(self.layers))]
+        return routed
+
+    @property
+    def _executed(self) -> dict[int, Tensor]:
+        return self.last.executed
 
     def unpatch(self) -> nn.Module:
         """Take everything off the model again and return it; its outputs are then exactly what they were."""

@@ -1,0 +1,121 @@
+"""What belongs to a pass and not to the model: every thread has its own, and no copy, pickle or state dict carries it."""
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointFunction
+
+from bayes_router.integrations.calls.call import AttentionCall
+from bayes_router.types import Route
+
+Observe = Callable[[int, AttentionCall, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How one pass routed its tokens: a handle that keeps the pass's graph alive for as long as it is kept.
+
+    Attributes:
+        concentration: by layer, [B, T, E], of the posteriors.
+        executed: by layer, weights [B, T, E] or choices int64 [B, T].
+        real: by layer, [B or 1, T] bool, False on padding; None: no token is padding.
+    """
+
+    concentration: dict[int, Tensor] = field(default_factory=dict)
+    executed: dict[int, Tensor] = field(default_factory=dict)
+    real: dict[int, Tensor | None] = field(default_factory=dict)
+
+    def detached(self) -> "Pass":
+        """The same numbers without the graph."""
+        numbers = {layer: x.detach() for layer, x in self.concentration.items()}
+        return Pass(numbers, {layer: x.detach() for layer, x in self.executed.items()}, dict(self.real))
+
+    def mean(self, layer: int, values: Tensor) -> Tensor:
+        """The mean of values [B, T, ...] of a layer over its real tokens."""
+        real = self.real.get(layer)
+        if real is None:
+            return values.mean()
+        share = real.expand(values.shape[:2]).to(values)
+        return (values.flatten(2).mean(2) if values.dim() > 2 else values).mul(share).sum() / share.sum().clamp_min(1)
+
+    def tokens(self, layer: int, values: Tensor) -> Tensor:
+        """The real tokens' values [B, T, ...] of a layer: [1, n, ...]."""
+        real = self.real.get(layer)
+        return values.flatten(0, 1)[None] if real is None else values[real.expand(values.shape[:2])][None]
+
+
+class Given(NamedTuple):
+    """What the hook before an attention module hands to the attention function that the module calls."""
+
+    hidden: Tensor
+    past: tuple[Any, Tensor | None] | None  # the KV cache, and what it held of this layer's keys
+
+
+class Slot:
+    """Holds the last pass of one thread: its graph goes with the next pass, or with its own backward pass."""
+
+    def __init__(self) -> None:
+        self.last = Pass()
+
+    def release_after(self, out: Tensor) -> None:
+        """Give up the last pass's graph once a backward pass goes through `out`; who holds `last` keeps it."""
+        if out.requires_grad and not torch.compiler.is_compiling():
+            out.register_hook(partial(_release, weakref.ref(self), weakref.ref(self.last)))  # the graph owns neither
+
+
+def _release(slot: "weakref.ref[Slot]", of: "weakref.ref[Pass]", grad: Tensor) -> None:
+    holder, passed = slot(), of()
+    if holder is not None and passed is not None and holder.last is passed:
+        holder.last = passed.detached()
+
+
+class Here(threading.local):
+    """What one thread is doing with a patched model.
+
+    Attributes:
+        slot: of the pass under way or, after it, the last one.
+        route: what answers for every layer in place of posterior and policy.
+        observe: what is shown every call.
+        given: by layer, what the layer's own call has yet to take.
+        decided: by layer, a route that the call under way will execute.
+    """
+
+    def __init__(self) -> None:
+        self.slot = Slot()
+        self.route: Route | None = None
+        self.observe: Observe | None = None
+        self.given: dict[int, Given] = {}
+        self.decided: dict[int, Tensor | int] = {}
+
+    def __reduce__(self) -> Any:
+        return Here, ()  # a copy of the model starts with none of it
+
+    def begin(self, layer: int) -> Pass:
+        """The pass that a layer belongs to: a new one where this one has that layer already."""
+        if layer == 0 or layer in self.slot.last.real:
+            self.slot.last = Pass()
+        return self.slot.last
+
+
+def recomputing() -> bool:
+    """Whether a backward pass runs this layer once more (gradient checkpointing): its routes are known already."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def checkpointed_without_graph() -> bool:
+    """Whether a reentrant checkpoint runs this layer: without a graph, so that no KL taken of this pass has a gradient."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

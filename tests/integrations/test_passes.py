@@ -1,0 +1,190 @@
+"""Nothing of a call lives on the model: threads, copies and pickles; means are over real tokens; a graph goes with its pass."""
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bayes_router.integrations.patching import patch
+from tests.integrations.test_torch_attention import draw, encoder, scatter
+from tests.integrations.tiny_models import patched, tiny, tokens
+
+
+def routed_encoder(**settings: Any) -> tuple[nn.TransformerEncoder, Any]:
+    model = encoder(**settings).eval()
+    router = patch(model, window=5)
+    scatter(router)
+    return model, router
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon", "torch"])
+@torch.no_grad()
+def test_threads_answer_as_alone(name: str) -> None:
+    model, router = routed_encoder() if name == "torch" else patched(name)
+    inputs = [draw(seed=i)[:1] if name == "torch" else tokens(1, 16, seed=i) for i in range(6)]
+
+    def call(x: Tensor) -> tuple[Tensor, float]:
+        if name == "torch":
+            return model(x), float(router.kl())
+        out = router(x) if name == "llama" else model(x)
+        return out.logits, float(router.kl().detach())
+
+    alone = [call(x) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(4):
+            for (out, kl), (expected, expected_kl) in zip(pool.map(call, inputs), alone, strict=True):
+                torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+                assert kl == pytest.approx(expected_kl, rel=1e-5)
+
+
+def padded(ids: Tensor, extra: int, side: str) -> dict[str, Tensor]:
+    part = slice(0, ids.shape[1]) if side == "right" else slice(extra, None)
+    whole, mask = (torch.zeros(len(ids), ids.shape[1] + extra, dtype=torch.long) for _ in range(2))
+    whole[:, part], mask[:, part] = ids, 1
+    return {"input_ids": whole, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+
+
+@pytest.mark.parametrize(("name", "kernel"), [("llama", "sdpa"), ("gemma2", "eager"), ("mistral", "sdpa"), ("bert", "sdpa")])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_counts_nowhere(name: str, side: str, kernel: str) -> None:
+    model = tiny(name)
+    model.set_attn_implementation(kernel)
+    router = patch(model, window=6)
+    scatter(router)
+    ids, read = tokens(2, 12), []
+    for extra in (0, 30):
+        router.zero_grad()
+        model(**padded(ids, extra, side))
+        router.kl().backward()
+        statistics = [(*one.load, one.cost, one.total_concentration, one.route_information) for one in router.statistics()]
+        read.append((float(router.kl()), statistics, router.controller.layers[0].out.bias.grad.clone()))
+    (kl, statistics, gradient), (other_kl, other, other_gradient) = read
+    assert other_kl == pytest.approx(kl, rel=1e-4) and torch.allclose(gradient, other_gradient, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(other), torch.tensor(statistics), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("given", ["bool", "float"])
+def test_padding_counts_nowhere_in_torch(batch_first: bool, given: str) -> None:
+    model, router = routed_encoder(batch_first=batch_first)
+    x = draw(batch_first)
+    time = 1 if batch_first else 0
+    whole = torch.cat([x, torch.zeros_like(x)], time)
+    hidden = (torch.arange(40) >= 20).expand(3, -1)
+    mask = hidden if given == "bool" else torch.zeros(3, 40).masked_fill(hidden, -torch.inf)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            model(x)
+            kl, load = float(router.kl()), router.statistics()[1].load
+            model(whole, src_key_padding_mask=mask)
+            assert float(router.kl()) == pytest.approx(kl, rel=1e-4) and router.statistics()[1].load == pytest.approx(load)
+
+
+def round_trip(module: Any, how: str) -> Any:
+    if how == "deepcopy":
+        return copy.deepcopy(module)
+    if how == "pickle":
+        return pickle.loads(pickle.dumps(module))
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    return torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("name", ["llama", "falcon", "torch"])
+def test_copies_route_alike_and_are_unpatched_alone(name: str, how: str) -> None:
+    plain = encoder().eval() if name == "torch" else tiny(name)
+    model, router = routed_encoder() if name == "torch" else patched(name)
+    x = draw() if name == "torch" else tokens()
+
+    def call(module: Any) -> Tensor:
+        out = module(x)
+        return out if name == "torch" else out.logits
+
+    routed, unrouted = call(model).detach(), call(plain).detach()  # a pass with gradients went before
+    assert not torch.allclose(routed, unrouted, atol=1e-4)
+    for other in (round_trip(router, how).model, round_trip(model, how)):
+        assert torch.equal(call(other).detach(), routed)
+        mine = next(m._bayes_router.router for m in other.modules() if hasattr(m, "_bayes_router"))
+        assert mine.model is other and mine is not router
+        assert torch.equal(call(mine.unpatch()).detach(), unrouted) or name == "torch"
+        torch.testing.assert_close(call(other).detach(), unrouted, atol=1e-5, rtol=1e-5)
+        assert torch.equal(call(model).detach(), routed) and router.patched
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_no_graph_outlives_its_backward_pass_unless_it_is_held(train: bool) -> None:
+    model, router = patched("llama")
+    model.train(train)
+    seen: list[Any] = []
+    handle = model.model.layers[1].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(weakref.ref(kwargs["hidden_states"])), with_kwargs=True
+    )
+    out = model(tokens(), labels=tokens())
+    handle.remove()
+    held, kl = router.last, float(router.kl())
+    assert router.kl().requires_grad
+    (out.loss + 0.01 * router.kl()).backward(retain_graph=True)
+    assert not router.kl().requires_grad and float(router.kl()) == pytest.approx(kl)  # the numbers stay
+    router.kl(held).backward()
+    del out, held
+    gc.collect()
+    assert seen[0]() is None
+    assert len(router.statistics()) == 2
+
+
+def test_reentrant_checkpointing_is_refused_and_the_other_gives_the_same_gradient() -> None:
+    found = []
+    for kind in (None, False, True):
+        model, router = patched("llama")
+        model.requires_grad_(False), router.requires_grad_(True)
+        model.train()
+        if kind is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": kind})
+            model.enable_input_require_grads()
+        torch.manual_seed(5)
+        if kind:
+            with pytest.raises(ValueError, match="use_reentrant"):
+                model(tokens(), use_cache=False)
+            router.requires_grad_(False)
+            model(tokens(), use_cache=False)  # nothing to train: nothing is lost
+            continue
+        (model(tokens(), labels=tokens(), use_cache=False).loss + 0.1 * router.kl()).backward()
+        found.append(torch.cat([p.grad.flatten() for p in router.controller.parameters()]))
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-4)
+    module, router = routed_encoder()
+    x = draw().requires_grad_()
+    module.train()
+    with pytest.raises(ValueError, match="use_reentrant"):
+        checkpoint(module.layers[0], x, use_reentrant=True)
+
+
+@pytest.mark.parametrize("how", ["patch", "pass"])
+def test_what_inference_mode_made_can_be_trained(how: str) -> None:
+    model = tiny("llama")
+    with torch.inference_mode():
+        if how == "patch":
+            router = patch(model, window=6, experts=("full", "gated", "local"))
+            model(tokens())
+    if how == "pass":
+        router = patch(model, window=6, experts=("full", "gated", "local"))
+        model.double()
+        with torch.inference_mode():
+            model(tokens())
+    assert not any(p.is_inference() for p in router.parameters())
+    router.fit(torch.randint(3, 101, (300,)), steps=1, distil_steps=1, context=20, batch_size=2)
+
+
+def test_a_model_made_in_inference_mode_is_not_fitted() -> None:
+    with torch.inference_mode():
+        router = patch(tiny("llama"), window=6)
+    with pytest.raises(ValueError, match="weights made inside torch.inference_mode"):
+        router.fit(torch.randint(3, 101, (300,)), steps=1, distil_steps=1, context=20, batch_size=2)
