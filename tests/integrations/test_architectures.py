@@ -86,7 +86,7 @@ def test_stepwise_logits_and_routes_equal_one_pass(name: str) -> None:
             out = model(part, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             logits.append(out.logits)
-            routes.append(torch.stack([router._executed[i] for i in range(len(router.layers))]))
+            routes.append(torch.stack([router.last.executed[i] for i in range(len(router.layers))]))
     assert torch.equal(torch.cat(routes, 2), whole.route)
     torch.testing.assert_close(torch.cat(logits, 1), whole.logits, atol=2e-5, rtol=1e-4)
 

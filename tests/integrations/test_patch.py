@@ -176,7 +176,7 @@ def test_mode_and_flags_follow_the_model() -> None:
     assert router.training and router.train(False) is router and not model.training
     model.train()
     model(tokens())
-    assert router._executed[0].is_floating_point()  # draws, in training mode
+    assert router.last.executed[0].is_floating_point()  # draws, in training mode
     assert not set(router.state_dict()) & set(model.state_dict())
     assert model.state_dict().keys() == tiny("llama").state_dict().keys()
 

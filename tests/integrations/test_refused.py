@@ -128,7 +128,7 @@ def test_attention_whose_values_have_no_positions_is_routed() -> None:
     assert torch.equal(model(x, position), before)
     scatter(router)
     routed = model(x, position)
-    route = router._executed[0]
+    route = router.last.executed[0]
     assert len(route.unique()) == 3
     module, weight = model.attention, model.attention.in_proj_weight
     v = x @ weight[2 * D :].T + module.in_proj_bias[2 * D :]

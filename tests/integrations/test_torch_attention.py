@@ -84,7 +84,7 @@ def test_routed_layers_equal_the_dense_formula(masks: str, batch_first: bool) ->
     given = {"attn_mask": named.get("mask"), "key_padding_mask": named.get("src_key_padding_mask")}
     with torch.no_grad():
         out = module(x, x, x, need_weights=False, **given)[0]
-        route = router._executed[0]
+        route = router.last.executed[0]
     assert len(route.unique()) == 3
     rows = x if batch_first else x.transpose(0, 1)
     expected = dense_attention(module, router.layers[0], rows, route, given["attn_mask"], given["key_padding_mask"], window=5)
@@ -158,7 +158,7 @@ def test_masks_of_single_heads_are_exact() -> None:
     scatter(router)
     with torch.no_grad():
         out = module(x, x, x, need_weights=False, attn_mask=per_head)[0]
-    expected = dense_attention(module, router.layers[0], x, router._executed[0], per_head, None, window=5)
+    expected = dense_attention(module, router.layers[0], x, router.last.executed[0], per_head, None, window=5)
     torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-4)
 
 
