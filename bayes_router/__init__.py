@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bayes_router.attention.experts.contract import Expert, expert_names, register_expert
-    from bayes_router.attention.hard.dispatch import Backend, routed_attention
+    from bayes_router.attention.hard.backend import Backend, register_backend
+    from bayes_router.attention.hard.dispatch import routed_attention
     from bayes_router.attention.shapes import ExpertShape
     from bayes_router.config import Config, ModelConfig, PriorConfig, load_config
     from bayes_router.inference.elbo import NegativeELBO, RoutingELBO, tempered
@@ -75,6 +76,7 @@ __all__ = [
     "load_run",
     "patch",
     "preset",
+    "register_backend",
     "register_expert",
     "routed_attention",
     "solve_price",
@@ -85,7 +87,8 @@ __all__ = [
 
 _HOMES = {
     "attention.experts.contract": "Expert expert_names register_expert",
-    "attention.hard.dispatch": "Backend routed_attention",
+    "attention.hard.backend": "Backend register_backend",
+    "attention.hard.dispatch": "routed_attention",
     "attention.shapes": "ExpertShape",
     "config": "Config ModelConfig PriorConfig load_config",
     "inference.elbo": "NegativeELBO RoutingELBO tempered",

@@ -3,7 +3,7 @@
 `python -m analysis.speed.break_even [--device cuda] [--lengths 64 128 ...]`.
 
 For each length, with gradients and without: full attention, the backend that `auto` takes for short texts and the one for long
-texts, over two mixes and two shapes, in turn; on a CPU the processor time of one thread. `attention.dispatch.BREAK_EVEN` holds
+texts, over two mixes and two shapes, in turn; on a CPU the processor time of one thread. `attention.hard.auto.BREAK_EVEN` holds
 the lengths that it prints last.
 """
 
@@ -13,7 +13,8 @@ from functools import partial
 
 import torch
 
-from bayes_router.attention.hard.dispatch import BREAK_EVEN, routed_attention
+from bayes_router.attention.hard.auto import BREAK_EVEN
+from bayes_router.attention.hard.dispatch import routed_attention
 from bayes_router.benchmark.cases import WINDOW, Shape, baselines, draw_inputs, draw_route, full_attention
 from bayes_router.benchmark.clock import Call, Clock
 from bayes_router.timing import device_name
@@ -57,7 +58,7 @@ def main() -> None:
     for gradients in (False, True):
         choice, won = BREAK_EVEN[device.type == "cuda", gradients], {}
         print(f"\n{'with' if gradients else 'no'} gradients\n{'T':>6} {'B':>3} {'mix':>9} {'full':>9}", end="")
-        print(f" {choice.short.value:>9} {choice.long.value:>9}")
+        print(f" {choice.short.name:>9} {choice.long.name:>9}")
         for T in sorted(options.lengths, reverse=True):  # the largest first: memory is then as in a model that has run
             ratios = []
             for (B, H, Dh), mix in ((shape, mix) for shape in SHAPES for mix in MIXES):
@@ -67,7 +68,7 @@ def main() -> None:
                 ratios.append(math.log(ms["short"] / ms["long"]))
             won[T] = sum(ratios) <= 0
         keys = max((T for T in won if won[T]), default=0)
-        print(f"{choice.short.value} up to {keys} keys, then {choice.long.value}")
+        print(f"{choice.short.name} up to {keys} keys, then {choice.long.name}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bayes_router.attention.hard.dispatch import EXPERTS, SHORT_QUERIES, Backend, routed_attention
+from bayes_router.attention.hard.auto import AUTO
+from bayes_router.attention.hard.backend import Backend
+from bayes_router.attention.hard.dispatch import EXPERTS, routed_attention
+from bayes_router.attention.hard.problem import RoutedProblem, resolve_experts
+from bayes_router.attention.hard.short import SHORT
+from bayes_router.attention.hard.sorted import TRITON
+from bayes_router.attention.shapes import ExpertShape
 from bayes_router.benchmark import cases, memory
 from bayes_router.benchmark.cases import MIXES, WINDOW, Shape, baselines, draw_inputs, draw_route, full_attention
 from bayes_router.benchmark.clock import Call, Clock, Timing, captured
@@ -222,7 +228,7 @@ class Suite:
         self.budget = QUICK_BUDGET if plan.quick else CUDA_BUDGET if self.cuda else CPU_BUDGET
         self.clock = Clock(device, self.budget, plan.cpu_time)
         self.groups = plan_groups(plan, self.cuda, self._longest())
-        self.own = [b for b in backends if b in (Backend.TRITON, Backend.SHORT)]
+        self.own = [b for b in backends if b in (TRITON, SHORT)]
         started = time.perf_counter() if started is None else started
         self.end = started + (plan.seconds or SECONDS["cuda" if self.cuda else "cpu"])
         self.left_out: list[Group] = []
@@ -262,10 +268,13 @@ class Suite:
             return torch.no_grad()(call)
 
         calls = {name: whole(partial(full_attention, *inputs, backend)) for name, backend in baselines(self.device).items()}
-        for backend in (*(self.own if leads else ()), Backend.AUTO):
-            if backend is Backend.SHORT and (training or shape.T > SHORT_QUERIES):
+        q, k, v = inputs
+        experts = resolve_experts(EXPERTS, ExpertShape(shape.H, shape.Dh, WINDOW))
+        problem = RoutedProblem(q, k, v, q, k, route, experts)
+        for backend in (*(self.own if leads else ()), AUTO):
+            if backend.refuses(problem):
                 continue
-            calls[backend.value] = whole(partial(routed_attention, *inputs, route, window=WINDOW, backend=backend))
+            calls[backend.name] = whole(partial(routed_attention, *inputs, route, window=WINDOW, backend=backend))
         peaks = {name: memory.peak_of(call, self.device) / 2**20 for name, call in calls.items()} if self.cuda else {}
         if self.own and leads and not training:
             calls.update({GRAPH + name: captured(calls[name]) for name in calls if name.startswith("full") or name == "auto"})

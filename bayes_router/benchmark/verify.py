@@ -1,6 +1,7 @@
 """No speed-up before the results are right: every backend against the float64 reference on the device that is timed."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,12 @@ from torch import Tensor
 
 from bayes_router.attention.decoding.cache import LayerCache
 from bayes_router.attention.experts.contract import Expert, expert_class
-from bayes_router.attention.hard.dispatch import EXPERTS, SHORT_QUERIES, Backend, available_backends, routed_attention
+from bayes_router.attention.hard.auto import AUTO
+from bayes_router.attention.hard.backend import Backend, backends
+from bayes_router.attention.hard.dense import DENSE
+from bayes_router.attention.hard.dispatch import EXPERTS, routed_attention
+from bayes_router.attention.hard.problem import RoutedProblem
+from bayes_router.attention.hard.reference import REFERENCE
 from bayes_router.attention.shapes import ExpertShape
 from bayes_router.benchmark.cases import WINDOW, Shape, draw_inputs
 from bayes_router.config import ModelConfig
@@ -48,7 +54,7 @@ CASES = (
 
 
 def verify(device: torch.device, experts: Sequence[str] = EXPERTS) -> list[Backend]:
-    """The backends of this device, each compared in values and gradients; decoding from a cache in values.
+    """The backends that compute something here, each compared in values and gradients; decoding from a cache in values.
 
     Mixed routes and every token on one expert; short, long enough to be split over keys, padded; heads that share keys, two
     head sizes. `experts` are registered names.
@@ -56,14 +62,13 @@ def verify(device: torch.device, experts: Sequence[str] = EXPERTS) -> list[Backe
     Raises:
         ValueError: one disagrees; no speed-up may be reported then.
     """
-    left_out = {Backend.REFERENCE} if set(experts) <= set(EXPERTS) else {Backend.REFERENCE, Backend.SHORT}  # knows those alone
-    backends: list[Backend] = [b for b in available_backends(device) if b not in left_out]
     alone = [Case(Shape(1, 2, LONG, 64), 1, run=0, grad=False, expert=i) for i in range(len(experts))]
+    compared: dict[str, Backend] = {}
     for case in (*CASES, *alone):
-        _verify(case, _built(experts, case.shape, device), device, backends)
+        compared |= {backend.name: backend for backend in _verify(case, _built(experts, case.shape, device), device)}
     batch = max(3, len(experts))
     _verify_cache(Case(Shape(batch, 4, LONG, 64), 2, grad=False), _built(experts, Shape(batch, 4, LONG, 64), device), device)
-    return backends
+    return list(compared.values())
 
 
 def verify_model(device: torch.device, model: ModelConfig) -> None:
@@ -72,10 +77,10 @@ def verify_model(device: torch.device, model: ModelConfig) -> None:
     Raises:
         ValueError: as `verify`.
     """
-    backends = verify(device, model.experts)
+    verify(device, model.experts)
     case = Case(Shape(1, model.num_heads, LONG, model.head_dim), model.kv_heads, grad=False)
     experts = _built(model.experts, case.shape, device, model.window)
-    _verify(case, experts, device, backends)
+    _verify(case, experts, device)
     _verify_cache(case, experts, device)
 
 
@@ -92,7 +97,8 @@ def _draw(case: Case, device: torch.device, experts: int) -> tuple[list[Tensor],
     return inputs, route.repeat_interleave(run or T, 1)[:, :T].to(device)
 
 
-def _verify(case: Case, experts: list[Expert], device: torch.device, backends: Sequence[Backend]) -> None:
+def _verify(case: Case, experts: list[Expert], device: torch.device) -> list[Backend]:
+    """The backends that do not refuse this case, each found right."""
     inputs, route = _draw(case, device, len(experts))
     q, k, v = inputs
     exact = [x.detach().double().requires_grad_(case.grad) for x in inputs]
@@ -103,26 +109,31 @@ def _verify(case: Case, experts: list[Expert], device: torch.device, backends: S
     def compared(out: Tensor) -> Tensor:
         return torch.cat([out[:, :, a:b] for a, b in stretches], 2)
 
-    def call(backend: Backend | str, taken: Tensor | int) -> Tensor:
+    def call(backend: Backend, taken: Tensor | int) -> Tensor:
         return routed_attention(q, k, v, taken, window=window, backend=backend, experts=experts, lengths=lengths)
 
     want = _reference(exact, route, experts, lengths, stretches)
     weight = torch.randn_like(want)
     true = torch.autograd.grad((want * weight).sum(), exact) if case.grad else ()
-    for backend in backends:
-        if backend is Backend.SHORT and T > SHORT_QUERIES:
+    problem, found_right = RoutedProblem(q, k, v, q, k, route, tuple(experts), lengths), []
+    for backend in backends():
+        if backend in (REFERENCE, AUTO):  # what all are compared with, and what is one of the others
             continue
         with torch.no_grad():
-            _compare(backend, device, "out", compared(call(backend, route)), want)
-        lean = T < LONG or backend is not Backend.DENSE  # whose gradients are those of the experts' own passes
-        if case.grad and lean and backend is not Backend.SHORT:  # which computes no gradients
+            if backend.refuses(replace(problem)):
+                continue
+            _compare(backend.name, device, "out", compared(call(backend, route)), want)
+        found_right.append(backend)
+        lean = T < LONG or backend is not DENSE  # whose gradients are those of the experts' own passes
+        if case.grad and lean and not backend.refuses(replace(problem)):
             out = compared(call(backend, route))
-            _compare(backend, device, "out", out, want)
+            _compare(backend.name, device, "out", out, want)
             found = torch.autograd.grad((out * weight.to(out.dtype)).sum(), inputs)
             for name, got, right in zip(("dq", "dk", "dv"), found, true, strict=True):
-                _compare(backend, device, name, got, right)
+                _compare(backend.name, device, name, got, right)
     if not case.run:  # an int is a route, too
-        _compare(f"{experts[case.expert].name} alone", device, "out", compared(call("auto", case.expert)), want)
+        _compare(f"{experts[case.expert].name} alone", device, "out", compared(call(AUTO, case.expert)), want)
+    return found_right
 
 
 def _reference(
@@ -137,7 +148,7 @@ def _reference(
             v[:, :, :b],
             route[:, a:b],
             window=experts[0].shape.window,
-            backend="reference",
+            backend=REFERENCE,
             experts=experts,
             lengths=lengths,
         )
@@ -163,12 +174,11 @@ def _verify_cache(case: Case, experts: list[Expert], device: torch.device) -> No
     _compare("the cache", device, "out", torch.cat(parts[1:], 2), want)
 
 
-def _compare(who: Backend | str, device: torch.device, what: str, got: Tensor, want: Tensor) -> None:
+def _compare(who: str, device: torch.device, what: str, got: Tensor, want: Tensor) -> None:
     limit = 2e-2 if device.type == "cuda" else 1e-4
     error = float((got.detach().double() - want.detach()).norm() / want.detach().norm())
-    name = who.value if isinstance(who, Backend) else who
     if not error < limit:
         raise ValueError(
-            f"bench: expected results within {limit:g} of the float64 reference; {name} on {device}: {what} is off by "
+            f"bench: expected results within {limit:g} of the float64 reference; {who} on {device}: {what} is off by "
             f"{error:.1e}; no speed-up is reported; `python -m pytest tests/attention tests/gpu` shows where"
         )

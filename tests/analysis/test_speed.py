@@ -9,7 +9,11 @@ import pytest
 import torch
 
 from bayes_router.attention.experts.contract import Expert
-from bayes_router.attention.hard.dispatch import EXPERTS, Backend
+from bayes_router.attention.hard.auto import AUTO
+from bayes_router.attention.hard.backend import Backend
+from bayes_router.attention.hard.dense import DENSE
+from bayes_router.attention.hard.dispatch import EXPERTS
+from bayes_router.attention.hard.rows import TORCH
 from bayes_router.benchmark import cases, clock, memory, suite, summary, verify
 from bayes_router.benchmark.cases import Shape
 from bayes_router.benchmark.clock import Clock, Timing
@@ -34,7 +38,7 @@ def test_nothing_is_reported_while_a_backend_is_wrong(monkeypatch: pytest.Monkey
 
     def wrong(*inputs: object, backend: Backend | str, **options: object) -> torch.Tensor:
         out = right(*inputs, backend=backend, **options)  # type: ignore[arg-type]
-        return out * 1.01 if backend is Backend.TORCH else out
+        return out * 1.01 if backend is TORCH else out
 
     monkeypatch.setattr(verify, "routed_attention", wrong)
     with pytest.raises(ValueError, match="torch on cpu: out is off by 1.0e-02; no speed-up is reported"):
@@ -58,8 +62,8 @@ def test_every_backend_is_verified_where_it_is_timed(monkeypatch: pytest.MonkeyP
     cache = verify.LayerCache
     monkeypatch.setattr(verify, "routed_attention", watched)
     monkeypatch.setattr(verify, "LayerCache", lambda *a, **o: held.append(cache(*a, **o)) or held[-1])
-    assert verify.verify(CPU) == [Backend.TORCH, Backend.DENSE]
-    for backend in (Backend.TORCH, Backend.DENSE):
+    assert set(verify.verify(CPU)) == {TORCH, DENSE}
+    for backend in (TORCH, DENSE):
         assert {(backend, False, True, 64, True, False, False), (backend, False, True, 128, True, False, False)} <= seen
         assert {(backend, False, False, 64, True, True, False), (backend, False, True, 64, True, False, True)} <= seen
         assert (backend, True, False, 64, True, False, False) in seen and (
@@ -71,7 +75,7 @@ def test_every_backend_is_verified_where_it_is_timed(monkeypatch: pytest.MonkeyP
             False,
             False,
         ) in seen
-    assert (Backend.TORCH, True, True, 64, True, False, False) in seen and ("auto", False, True, 64, True, False, True) in seen
+    assert (TORCH, True, True, 64, True, False, False) in seen and (AUTO, False, True, 64, True, False, True) in seen
     assert held[0].slots >= 4000 and held[0].lengths.tolist() == [held[0].slots] * 3
 
 
@@ -81,7 +85,7 @@ def test_what_is_wrong_only_in_long_texts_is_refused(monkeypatch: pytest.MonkeyP
     def wrong(q: torch.Tensor, *inputs: object, backend: Backend | str, **options: object) -> torch.Tensor:
         out = right(q, *inputs, backend=backend, **options)  # type: ignore[arg-type]
         late = torch.arange(out.shape[2]) > 4000
-        return out * (1 + 0.1 * late[:, None]) if backend is Backend.TORCH else out
+        return out * (1 + 0.1 * late[:, None]) if backend is TORCH else out
 
     monkeypatch.setattr(verify, "CASES", verify.CASES[3:])
     monkeypatch.setattr(verify, "routed_attention", wrong)
@@ -105,13 +109,13 @@ def test_a_cache_that_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 def test_other_experts_are_verified_too(experts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "CASES", (verify.Case(Shape(2, 2, 300, 32), 1),))
     monkeypatch.setattr(verify, "LONG", 700)
-    assert verify.verify(CPU, experts) == [Backend.TORCH, Backend.DENSE]
+    assert set(verify.verify(CPU, experts)) == {TORCH, DENSE}
 
 
 def test_a_model_is_verified_at_its_own_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[verify.Case, list[Expert]]] = []
     monkeypatch.setattr(verify, "LONG", 700)
-    monkeypatch.setattr(verify, "verify", lambda device, experts: [Backend.TORCH])
+    monkeypatch.setattr(verify, "verify", lambda device, experts: [TORCH])
     right = verify._verify
     monkeypatch.setattr(
         verify, "_verify", lambda case, experts, *rest: seen.append((case, experts)) or right(case, experts, *rest)
@@ -269,7 +273,7 @@ def test_the_ideal_counts_the_state_of_every_token() -> None:
 
 
 def test_rows_of_every_kind_have_their_columns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(suite, "verify", lambda device: [Backend.TORCH])
+    monkeypatch.setattr(suite, "verify", lambda device: [TORCH])
     monkeypatch.setattr(memory, "peak_bytes", lambda kind, T, *_, **__: T * (1 if kind == "full" else 2))
     monkeypatch.setattr(suite, "CPU_BUDGET", 0.0)
     rows = run_benchmark(CPU, Plan(shapes=("1x2x64x16", "1x2x128x16")), tmp_path)

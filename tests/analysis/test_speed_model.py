@@ -11,7 +11,8 @@ import torch
 from analysis.speed import speed_model
 from analysis.speed.speed_model import load
 from bayes_router.attention.cost import Mode, hard_flops
-from bayes_router.attention.hard.dispatch import Backend
+from bayes_router.attention.hard.backend import Backend
+from bayes_router.attention.hard.dense import DENSE
 from bayes_router.benchmark import memory, model, verify
 from bayes_router.benchmark.cases import Shape
 from bayes_router.benchmark.model import Decoder, lean_network, measure, note_on_context
@@ -55,7 +56,7 @@ def test_nothing_is_printed_while_a_backend_is_wrong(
 
     def wrong(*inputs: object, backend: Backend | str, **options: object) -> torch.Tensor:
         out = right(*inputs, backend=backend, **options)  # type: ignore[arg-type]
-        return out * 1.01 if backend is Backend.DENSE else out
+        return out * 1.01 if backend is DENSE else out
 
     monkeypatch.setattr(verify, "CASES", (verify.Case(Shape(1, 2, 100, 16), 1),))
     monkeypatch.setattr(verify, "routed_attention", wrong)

@@ -11,8 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bayes_router.attention.experts.contract import Expert, expert_class
 from bayes_router.attention.hard import dispatch
-from bayes_router.attention.hard.dispatch import BREAK_EVEN, Backend, choose_backend, routed_attention
+from bayes_router.attention.hard.auto import BREAK_EVEN, choose_backend
+from bayes_router.attention.hard.dense import DENSE
+from bayes_router.attention.hard.dispatch import routed_attention
 from bayes_router.attention.hard.problem import RoutedProblem, resolve_experts
+from bayes_router.attention.hard.rows import TORCH
 from bayes_router.attention.shapes import ExpertShape
 from tests.attention.expert_contract import draw, gradient_errors, relative_error
 from tests.attention.test_dispatch import draw_route
@@ -86,7 +89,7 @@ def test_where_all_take_one_expert_its_own_pass_is_taken(index: int, T: int, mon
     def refuse(*args: object) -> Tensor:
         raise AssertionError("dispatched")
 
-    monkeypatch.setattr(dispatch, "run_problem", refuse)
+    monkeypatch.setattr(dispatch, "run", refuse)
     inputs = [x.requires_grad_() for x in draw(2, 4, 2, T)]
     experts = resolve_experts(("full", "linear", "local", "gated"), ExpertShape(4, 16, 9))
     out = routed_attention(*inputs, torch.full((2, T), index), window=9, experts=experts)
@@ -99,7 +102,7 @@ def test_where_all_take_one_expert_its_own_pass_is_taken(index: int, T: int, mon
 @pytest.mark.parametrize("gradients", [False, True])
 def test_auto_takes_the_faster_backend_by_length(gradients: bool) -> None:
     keys, short, long = BREAK_EVEN[False, gradients]
-    assert 16 < keys < 1024 and (short, long) == (Backend.DENSE, Backend.TORCH)
+    assert 16 < keys < 1024 and (short, long) == (DENSE, TORCH)
     experts = resolve_experts(("full", "linear", "local"), ExpertShape(2, 16, 9))
     for T, want in ((1, short), (keys, short), (keys + 1, long), (8192, long)):
         q, k, v = (x.requires_grad_(gradients) for x in torch.zeros(3, 1, 2, T, 16))

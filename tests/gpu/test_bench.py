@@ -9,7 +9,11 @@ import pytest
 import torch
 
 from analysis.speed import speed_model
-from bayes_router.attention.hard.dispatch import Backend
+from bayes_router.attention.hard.backend import Backend
+from bayes_router.attention.hard.dense import DENSE
+from bayes_router.attention.hard.rows import TORCH
+from bayes_router.attention.hard.short import SHORT
+from bayes_router.attention.hard.sorted import TRITON
 from bayes_router.benchmark import model, verify
 from bayes_router.benchmark.suite import Plan, run_benchmark
 from bayes_router.cli import main
@@ -19,7 +23,7 @@ CUDA = torch.device("cuda")
 
 
 def test_every_backend_is_verified_in_seconds() -> None:
-    assert {Backend.TRITON, Backend.SHORT, Backend.DENSE, Backend.TORCH} <= set(verify.verify(CUDA))  # compiles
+    assert {TRITON, SHORT, DENSE, TORCH} <= set(verify.verify(CUDA))  # compiles
     start = time.perf_counter()
     verify.verify(CUDA)
     torch.cuda.synchronize()
@@ -28,7 +32,7 @@ def test_every_backend_is_verified_in_seconds() -> None:
 
 @pytest.mark.parametrize("experts", [("full", "gated", "local"), ("full", "linear"), ("local",)])
 def test_the_experts_of_a_model_are_verified(experts: tuple[str, ...]) -> None:
-    assert Backend.TRITON in verify.verify(CUDA, experts)
+    assert TRITON in verify.verify(CUDA, experts)
 
 
 def test_a_kernel_that_is_wrong_in_split_rows_alone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,7 +40,7 @@ def test_a_kernel_that_is_wrong_in_split_rows_alone_is_refused(monkeypatch: pyte
 
     def wrong(q: torch.Tensor, *inputs: object, backend: Backend | str, **options: object) -> torch.Tensor:
         out = right(q, *inputs, backend=backend, **options)  # type: ignore[arg-type]
-        return out * 1.1 if backend is Backend.TRITON and q.shape[2] > 4000 else out
+        return out * 1.1 if backend is TRITON and q.shape[2] > 4000 else out
 
     monkeypatch.setattr(verify, "routed_attention", wrong)
     with pytest.raises(ValueError, match="triton on cuda: out is off by"):

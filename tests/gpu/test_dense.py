@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bayes_router.attention.hard.dispatch import Backend, run_problem
 from bayes_router.attention.hard.problem import RoutedProblem
+from bayes_router.attention.hard.reference import REFERENCE
+from bayes_router.attention.hard.sorted import TRITON
 from bayes_router.attention.kernels import capability
 from bayes_router.attention.kernels.triton import operators
 from bayes_router.attention.shapes import ExpertShape
@@ -77,7 +78,7 @@ def routed_errors(problem: RoutedProblem) -> dict[str, float]:
     truths = tuple(copy.deepcopy(expert).double() for expert in problem.experts)
     eq, ek, ev = (x.detach().double().requires_grad_() for x in (problem.q, problem.k, problem.v))
     exact = replace(problem, q=eq, k=ek, v=ev, plain_q=eq, plain_k=ek, experts=truths)
-    got, want = run_problem(Backend.TRITON, problem), run_problem(Backend.REFERENCE, exact)
+    got, want = TRITON.attend(problem), REFERENCE.attend(exact)
     weight = torch.randn(got.shape, device="cuda")
     own, known = ([p for e in experts for p in e.parameters()] for experts in (problem.experts, truths))
     inputs = problem.q, problem.k, problem.v
@@ -105,7 +106,7 @@ def draw_problem(
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(("B", "Hkv", "T"), [(1, 4, 1537), (3, 2, 500), (2, 1, 64), (2, 4, 1)])
 def test_gated_among_routed_experts(route: str, dtype: torch.dtype, B: int, Hkv: int, T: int) -> None:
-    from bayes_router.attention.hard.sorted import native_experts  # only where it can be imported
+    from bayes_router.attention.hard.sorted_launch import native_experts  # only where it can be imported
 
     problem = draw_problem(B, Hkv, T, 64, route, dtype)
     assert native_experts(problem) == (0, 1, 2)
@@ -138,8 +139,8 @@ def test_gated_after_a_past() -> None:
         for one in (tail, replace(tail, starts=torch.tensor([0, 800, 123], device="cuda"))):
             eq, ek, ev = (x.double() for x in (one.q, one.k, one.v))
             exact = replace(one, q=eq, k=ek, v=ev, plain_q=eq, plain_k=ek, experts=truths)
-            want = run_problem(Backend.REFERENCE, exact)
-            assert relative_error(run_problem(Backend.TRITON, one), want.double()) < 1e-2
+            want = REFERENCE.attend(exact)
+            assert relative_error(TRITON.attend(one), want.double()) < 1e-2
 
 
 def test_gates_that_keep_all_or_nothing() -> None:
@@ -167,7 +168,7 @@ def test_a_captured_step_is_the_step(name: str) -> None:
 
     def step() -> tuple[Tensor, ...]:
         q, k, v = inputs
-        out = expert(q, k, v) if expert else run_problem(Backend.TRITON, RoutedProblem(q, k, v, q, k, route, experts))
+        out = expert(q, k, v) if expert else TRITON.attend(RoutedProblem(q, k, v, q, k, route, experts))
         return (out, *torch.autograd.grad(out.float().square().sum(), inputs))
 
     stream = torch.cuda.Stream()

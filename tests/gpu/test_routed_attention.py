@@ -14,8 +14,13 @@ from torch import Tensor
 
 from bayes_router.attention.decoding.cache import LayerCache
 from bayes_router.attention.experts.contract import expert_class
-from bayes_router.attention.hard.dispatch import Backend, routed_attention, run_problem, unavailable
+from bayes_router.attention.hard.backend import Backend
+from bayes_router.attention.hard.dense import DENSE
+from bayes_router.attention.hard.dispatch import routed_attention
 from bayes_router.attention.hard.problem import RoutedProblem, resolve_experts
+from bayes_router.attention.hard.reference import REFERENCE
+from bayes_router.attention.hard.rows import TORCH
+from bayes_router.attention.hard.sorted import TRITON
 from bayes_router.attention.shapes import ExpertShape
 from tests.attention.expert_contract import relative_error
 from tests.attention.seeds import DRAWN, seeded
@@ -64,11 +69,11 @@ def exact(problem: RoutedProblem) -> RoutedProblem:
 
 
 def compare(problem: RoutedProblem, backend: Backend, gradients: bool = True) -> None:
-    reason = unavailable(backend, problem)
+    reason = backend.refuses(problem)
     if reason:
         pytest.skip(reason)
     true = exact(problem)
-    got, want = run_problem(backend, problem), run_problem(Backend.REFERENCE, true)
+    got, want = backend.attend(problem), REFERENCE.attend(true)
     tolerance = TOLERANCE[problem.q.dtype]
     assert relative_error(got, want) < tolerance
     if not gradients:
@@ -82,7 +87,7 @@ def compare(problem: RoutedProblem, backend: Backend, gradients: bool = True) ->
         assert relative_error(zero if g is None else g, zero.double() if t is None else t) < 2 * tolerance, name
 
 
-@pytest.mark.parametrize("backend", [Backend.TRITON, Backend.DENSE, Backend.TORCH])
+@pytest.mark.parametrize("backend", [TRITON, DENSE, TORCH], ids=lambda backend: backend.name)
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize(("B", "Hkv", "T"), [(1, 4, 1537), (3, 2, 500), (2, 1, 64), (2, 4, 1)])
 def test_agrees_with_the_oracle(backend: Backend, route: str, B: int, Hkv: int, T: int) -> None:
@@ -92,7 +97,7 @@ def test_agrees_with_the_oracle(backend: Backend, route: str, B: int, Hkv: int, 
 @pytest.mark.parametrize("Dh", [32, 64, 80, 128])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_head_sizes_and_dtypes(Dh: int, dtype: torch.dtype) -> None:
-    compare(draw(2, 2, 1, 700, Dh, "independent", dtype), Backend.TRITON)
+    compare(draw(2, 2, 1, 700, Dh, "independent", dtype), TRITON)
 
 
 @pytest.mark.parametrize("name", ["full", "local"])
@@ -113,12 +118,12 @@ def test_gradients_in_one_layout_after_another(name: str, first: str) -> None:
 
 
 def test_split_rows_and_one_tensor_for_both_kinds_of_queries() -> None:
-    compare(draw(1, 2, 2, 6000, 64, "independent", window=256, shared=True), Backend.TRITON)
-    compare(draw(1, 2, 2, 6000, 64, "full", shared=True), Backend.TRITON)
-    compare(draw(2, 2, 2, 5000, 64, "rows differ"), Backend.TRITON)
+    compare(draw(1, 2, 2, 6000, 64, "independent", window=256, shared=True), TRITON)
+    compare(draw(1, 2, 2, 6000, 64, "full", shared=True), TRITON)
+    compare(draw(2, 2, 2, 5000, 64, "rows differ"), TRITON)
 
 
-@pytest.mark.parametrize("backend", [Backend.TRITON, Backend.DENSE, Backend.TORCH])
+@pytest.mark.parametrize("backend", [TRITON, DENSE, TORCH], ids=lambda backend: backend.name)
 @pytest.mark.parametrize("route", ["independent", "clustered", "local"])
 @pytest.mark.parametrize(("window", "sinks"), [(70, 1), (70, 4), (70, 300), (1, 4), (5000, 4), (70, 5000)])
 def test_sinks(backend: Backend, route: str, window: int, sinks: int) -> None:
@@ -128,11 +133,11 @@ def test_sinks(backend: Backend, route: str, window: int, sinks: int) -> None:
 @pytest.mark.parametrize("Dh", [64, 128])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_sinks_by_head_size_and_dtype(Dh: int, dtype: torch.dtype) -> None:
-    compare(draw(2, 6, 2, 700, Dh, "independent", dtype, sinks=4), Backend.TRITON)
+    compare(draw(2, 6, 2, 700, Dh, "independent", dtype, sinks=4), TRITON)
 
 
 @pytest.mark.parametrize("sinks", [0, 4])
-@pytest.mark.parametrize("backend", [Backend.TRITON, Backend.DENSE])
+@pytest.mark.parametrize("backend", [TRITON, DENSE], ids=lambda backend: backend.name)
 def test_padding_and_starts(backend: Backend, sinks: int) -> None:
     problem = draw(3, 4, 2, 900, 64, "independent", sinks=sinks)
     compare(replace(problem, lengths=torch.tensor([900, 1, 333], device="cuda")), backend)
@@ -146,20 +151,20 @@ def test_padding_and_starts(backend: Backend, sinks: int) -> None:
 def test_custom_experts_compute_their_own_rows() -> None:
     problem = draw(2, 4, 2, 300, 64, "independent")
     mine = Squared(ExpertShape(4, 64, 70)).cuda()
-    compare(replace(problem, experts=(problem.experts[0], mine, problem.experts[2])), Backend.TRITON)
+    compare(replace(problem, experts=(problem.experts[0], mine, problem.experts[2])), TRITON)
 
 
 @pytest.mark.parametrize("sinks", [0, 4, 1500])
 def test_no_future_leak(sinks: int) -> None:
     problem = draw(1, 4, 4, 2000, 64, "independent", sinks=sinks)
     with torch.no_grad():
-        before = run_problem(Backend.TRITON, problem)
+        before = TRITON.attend(problem)
         later = {name: getattr(problem, name).clone() for name in NAMES}
         for x in later.values():
             x[:, :, 1000:] += 3.0
         route = problem.route.clone()
         route[:, 1000:] = (route[:, 1000:] + 1) % 3
-        after = run_problem(Backend.TRITON, replace(problem, **later, route=route))
+        after = TRITON.attend(replace(problem, **later, route=route))
     assert relative_error(after[:, :, :1000], before[:, :, :1000].double()) < 5e-3
 
 
@@ -169,7 +174,7 @@ def test_new_routes_neither_recompile_nor_synchronise(monkeypatch: pytest.Monkey
     from bayes_router.attention.kernels.triton import launch  # only where it can be imported
 
     problem = draw(2, 4, 4, 1024, 64, "independent")
-    run_problem(Backend.TRITON, problem).sum().backward()
+    TRITON.attend(problem).sum().backward()
     compiled, known = [], set(launch._COMPILED)
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **facts: compiled.append(facts))
     routes = [draw_route(kind, 2, 1024, 2).cuda().contiguous() for kind in ROUTES]
@@ -177,7 +182,7 @@ def test_new_routes_neither_recompile_nor_synchronise(monkeypatch: pytest.Monkey
     torch.cuda.set_sync_debug_mode("error")
     try:
         for route in routes:
-            run_problem(Backend.TRITON, replace(problem, route=route)).sum().backward()
+            TRITON.attend(replace(problem, route=route)).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert not compiled and set(launch._COMPILED) == known
@@ -224,7 +229,7 @@ def test_tensors_of_another_device_than_the_current_one(backend: str) -> None:
     out = routed_attention(q, k, v, problem.route.to("cuda:1"), backend=backend, **arguments)
     if backend != "short":
         out.sum().backward()
-    want = run_problem(Backend.REFERENCE, exact(problem))
+    want = REFERENCE.attend(exact(problem))
     assert out.device == torch.device("cuda:1") and relative_error(out.cuda(0), want) < TOLERANCE[q.dtype]
 
 
@@ -235,7 +240,7 @@ def test_cache_equals_the_full_pass(names: tuple[str, ...], Hkv: int, dtype: tor
     experts = tuple(expert_class(name)(ExpertShape(H, Dh, window)) for name in names)
     problem = draw(B, H, Hkv, T, Dh, "independent", dtype, window)
     route = problem.route % len(names)
-    whole = run_problem(Backend.REFERENCE, exact(replace(problem, experts=experts, route=route)))
+    whole = REFERENCE.attend(exact(replace(problem, experts=experts, route=route)))
     cache = LayerCache(experts, B, T, Hkv, device="cuda", dtype=dtype)
     parts = []
     for a, b in ((0, 600), (600, 1250), *((t, t + 1) for t in range(1250, 1300))):

@@ -6,8 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bayes_router.attention.hard.dispatch import BREAK_EVEN, Backend, choose_backend, routed_attention, run_problem, unavailable
+from bayes_router.attention.hard.auto import BREAK_EVEN, choose_backend
+from bayes_router.attention.hard.dispatch import routed_attention
 from bayes_router.attention.hard.problem import resolve_experts
+from bayes_router.attention.hard.reference import REFERENCE
+from bayes_router.attention.hard.short import SHORT
+from bayes_router.attention.hard.sorted import TRITON
 from bayes_router.attention.shapes import ExpertShape
 from tests.attention.expert_contract import relative_error
 from tests.attention.seeds import DRAWN, seeded
@@ -26,7 +30,7 @@ def _no_grad() -> Iterator[None]:
 @pytest.mark.parametrize("route", ["independent", "clustered", "rows differ", "full", "linear", "local"])
 @pytest.mark.parametrize(("B", "Hkv", "T"), [(1, 4, 1537), (3, 2, 500), (2, 1, 64), (2, 4, 1)])
 def test_agrees_with_the_oracle(route: str, B: int, Hkv: int, T: int) -> None:
-    compare(draw(B, 4, Hkv, T, 64, route), Backend.SHORT, gradients=False)
+    compare(draw(B, 4, Hkv, T, 64, route), SHORT, gradients=False)
 
 
 @pytest.mark.parametrize("route", ["independent", "full", "linear"])
@@ -35,20 +39,20 @@ def test_agrees_with_the_oracle(route: str, B: int, Hkv: int, T: int) -> None:
 def test_keys_in_segments_and_chunks(route: str, T: int, Dh: int, dtype: torch.dtype) -> None:
     """Often: segments of a block are joined by whichever program comes last."""
     problem = draw(2, 4, 2, T, Dh, route, dtype)
-    want = run_problem(Backend.REFERENCE, exact(problem))
+    want = REFERENCE.attend(exact(problem))
     for _ in range(20):
-        assert relative_error(run_problem(Backend.SHORT, problem), want) < TOLERANCE[dtype]
+        assert relative_error(SHORT.attend(problem), want) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("Dh", [16, 32, 64, 80, 128])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_head_sizes_and_dtypes(Dh: int, dtype: torch.dtype) -> None:
-    compare(draw(2, 2, 1, 700, Dh, "independent", dtype), Backend.SHORT, gradients=False)
+    compare(draw(2, 2, 1, 700, Dh, "independent", dtype), SHORT, gradients=False)
 
 
 @pytest.mark.parametrize("window", [1, 64, 5000])
 def test_windows_and_one_tensor_for_both_kinds_of_queries(window: int) -> None:
-    compare(draw(1, 2, 2, 4096, 64, "independent", window=window, shared=True), Backend.SHORT, gradients=False)
+    compare(draw(1, 2, 2, 4096, 64, "independent", window=window, shared=True), SHORT, gradients=False)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -58,28 +62,28 @@ def test_sinks(names: tuple[str, ...], window: int, sinks: int, dtype: torch.dty
     for route in ("independent", "clustered", "local"):
         problem = draw(2, 4, 2, 1100, 64, route, dtype, window=window)
         experts = resolve_experts(names, ExpertShape(4, 64, window, sinks))
-        compare(replace(problem, experts=experts, route=problem.route % len(names)), Backend.SHORT, gradients=False)
+        compare(replace(problem, experts=experts, route=problem.route % len(names)), SHORT, gradients=False)
 
 
 @pytest.mark.parametrize("sinks", [0, 4])
 def test_padding_and_starts(sinks: int) -> None:
     problem = draw(3, 4, 2, 900, 64, "independent", sinks=sinks)
-    compare(replace(problem, lengths=torch.tensor([900, 0, 333], device="cuda")), Backend.SHORT, gradients=False)
+    compare(replace(problem, lengths=torch.tensor([900, 0, 333], device="cuda")), SHORT, gradients=False)
     tail = {name: getattr(problem, name)[:, :, -100:] for name in ("q", "plain_q")}
     chunk = replace(problem, **tail, route=problem.route[:, -100:])
-    compare(chunk, Backend.SHORT, gradients=False)
-    compare(replace(chunk, starts=torch.tensor([0, 800, 123], device="cuda")), Backend.SHORT, gradients=False)
+    compare(chunk, SHORT, gradients=False)
+    compare(replace(chunk, starts=torch.tensor([0, 800, 123], device="cuda")), SHORT, gradients=False)
 
 
 def test_auto_takes_it_for_short_texts_without_gradients() -> None:
     problem = draw(1, 2, 2, 300, 64, "independent")
-    assert choose_backend(problem) is Backend.SHORT
-    assert choose_backend(draw(1, 2, 2, BREAK_EVEN[True, False].keys + 1, 64, "independent")) is Backend.TRITON
+    assert choose_backend(problem) is SHORT
+    assert choose_backend(draw(1, 2, 2, BREAK_EVEN[True, False].keys + 1, 64, "independent")) is TRITON
     with torch.enable_grad():
         recorded = replace(problem)
-        assert choose_backend(recorded) is Backend.TRITON
-        assert unavailable(Backend.SHORT, recorded) == "it has no backward pass"
-    want = run_problem(Backend.SHORT, problem)
+        assert choose_backend(recorded) is TRITON
+        assert SHORT.refuses(recorded) == "it has no backward pass"
+    want = SHORT.attend(problem)
     inputs = {"linear_q": problem.plain_q, "linear_k": problem.plain_k}
     torch.testing.assert_close(routed_attention(problem.q, problem.k, problem.v, problem.route, window=70, **inputs), want)
 
@@ -107,30 +111,30 @@ def test_by_name_where_it_cannot_run_it_says_why() -> None:
 
 def test_no_future_leak() -> None:
     problem = draw(1, 4, 4, 2000, 64, "independent")
-    before = run_problem(Backend.SHORT, problem)
+    before = SHORT.attend(problem)
     later = {name: getattr(problem, name).clone() for name in NAMES}
     for x in later.values():
         x[:, :, 1000:] += 3.0
     route = problem.route.clone()
     route[:, 1000:] = (route[:, 1000:] + 1) % 3
-    after = run_problem(Backend.SHORT, replace(problem, **later, route=route))
+    after = SHORT.attend(replace(problem, **later, route=route))
     assert relative_error(after[:, :, :1000], before[:, :, :1000].double()) < 5e-3
 
 
 def test_new_routes_neither_recompile_nor_synchronise_and_a_graph_replays_them() -> None:
     problem = draw(2, 4, 4, 1024, 64, "independent")
-    run_problem(Backend.SHORT, problem)
+    SHORT.attend(problem)
     route = draw_route("clustered", 2, 1024, 2).cuda()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        want = run_problem(Backend.SHORT, replace(problem, route=route))
+        want = SHORT.attend(replace(problem, route=route))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     held = problem.route.clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = run_problem(Backend.SHORT, replace(problem, route=held))
+        out = SHORT.attend(replace(problem, route=held))
     held.copy_(route)
     graph.replay()
     torch.testing.assert_close(out, want, rtol=0, atol=0)

@@ -22,10 +22,11 @@ from bayes_router.attention.experts.full import FullAttention
 from bayes_router.attention.experts.gated import GatedLinearAttention
 from bayes_router.attention.experts.linear import LinearAttention
 from bayes_router.attention.experts.local import LocalAttention
-from bayes_router.attention.hard.dispatch import Backend, pick_backend, run_problem
+from bayes_router.attention.hard.auto import AUTO
+from bayes_router.attention.hard.backend import Backend, able, backend_of, run
 from bayes_router.attention.hard.problem import RoutedProblem, check_problem
+from bayes_router.attention.hard.sorted import TRITON
 from bayes_router.attention.kernels import capability
-from bayes_router.checks import choose
 
 NATIVE = (FullAttention, LinearAttention, LocalAttention, GatedLinearAttention)  # as the decoding kernel takes them
 
@@ -135,7 +136,7 @@ class LayerCache:
         linear_q: Tensor | None = None,
         linear_k: Tensor | None = None,
         lengths: Tensor | None = None,
-        backend: Backend | str = Backend.AUTO,
+        backend: Backend | str = AUTO,
     ) -> Tensor:
         """Append T tokens to each row and attend over all that it then holds: [B, H, T, Dh].
 
@@ -155,7 +156,7 @@ class LayerCache:
             ValueError: an argument that does not fit; a cache that is too small, or of another model or batch.
             RuntimeError: the backend asked for cannot run here, with the reason. Nothing is written then.
         """
-        choice = choose("backend", backend, Backend)
+        choice = backend_of(backend)
         for name, x in (("q", q), ("k", k), ("v", v)):
             _check_tensor(name, x, 4)
         for name, optional in (("linear_q", linear_q), ("linear_k", linear_k), ("lengths", lengths)):
@@ -164,10 +165,10 @@ class LayerCache:
         plain_q, plain_k = q if linear_q is None else linear_q, k if linear_k is None else linear_k
         new = RoutedProblem(q, k, v, plain_q, plain_k, self._choices(q, route), self.experts, lengths)
         self._check(new)
-        pick_backend(choice, new if self.longest == 0 else replace(new, elsewhere=frozenset(self.states)))
+        able(choice, new if self.longest == 0 else replace(new, elsewhere=frozenset(self.states)))
         self._make_room(new)
         weights = route if isinstance(route, Tensor) and route.dim() == 3 else None
-        if weights is None and choice in (Backend.AUTO, Backend.TRITON) and self._fused(new):
+        if weights is None and choice in (AUTO, TRITON) and self._fused(new):
             out = self._decode_fused(new)
         else:
             out = self._attend(new, weights, choice)
@@ -281,7 +282,7 @@ class LayerCache:
     def _looked_up(self, new: RoutedProblem, choice: Backend) -> Tensor:
         """The rows of all experts that are not elsewhere; zero there."""
         if self.longest == 0:  # the tokens see only each other
-            return run_problem(pick_backend(choice, new), new)
+            return run(choice, new)
         if self.values is None:
             return torch.zeros_like(new.q)
         own = _own_path(new, choice)
@@ -291,7 +292,7 @@ class LayerCache:
             keys = self.values if self.keys is None else self.keys
             plain_keys = keys if self.plain_keys is None else self.plain_keys
             held = replace(new, k=keys, v=self.values, plain_k=plain_keys, starts=self.lengths)
-        return attend_one(held, self.slots, self.ring) if own else run_problem(pick_backend(choice, held), held)
+        return attend_one(held, self.slots, self.ring) if own else run(choice, held)
 
     def _unrolled(self, new: RoutedProblem) -> RoutedProblem:
         """A chunk behind a ring: of each row what the ring holds, in order, then its new tokens, then what nothing sees."""
@@ -334,7 +335,7 @@ def _one_token(new: RoutedProblem) -> bool:
 
 def _own_path(new: RoutedProblem, choice: Backend) -> bool:
     """Whether `attend_one` computes it, and not a backend."""
-    return _one_token(new) and choice is Backend.AUTO
+    return _one_token(new) and choice is AUTO
 
 
 def _check_tensor(name: str, x: object, dims: int | None = None) -> None:

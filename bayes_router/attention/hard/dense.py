@@ -15,6 +15,7 @@ from bayes_router.attention.experts.contract import Expert
 from bayes_router.attention.experts.full import FullAttention
 from bayes_router.attention.experts.linear import LinearAttention
 from bayes_router.attention.experts.local import LocalAttention
+from bayes_router.attention.hard.backend import register_backend
 from bayes_router.attention.hard.problem import RoutedProblem
 from bayes_router.attention.kernels.eager.chunks import EPSILON, feature_map
 from bayes_router.attention.kernels.eager.fused import fused_attention
@@ -25,8 +26,28 @@ SHORT = 256
 _HIDDEN = 2**31 - 1
 
 
-def attend(problem: RoutedProblem) -> Tensor:
-    """[B, H, Tq, Dh] of a checked problem without `starts`; rows of experts `elsewhere` are zero, those of padding are not."""
+class _Dense:
+    """Every expert over every token, then selected; any device."""
+
+    name = "dense"
+
+    def refuses(self, problem: RoutedProblem) -> str | None:
+        """It refuses nothing."""
+        return None
+
+    def attend(self, problem: RoutedProblem) -> Tensor:
+        """See `Backend.attend`."""
+        problem.assert_route()
+        if problem.starts is not None:
+            return problem.stack([_selected(one) for one in problem.sequences()])
+        return problem.without_padding(_selected(problem))
+
+
+DENSE = register_backend(_Dense())
+
+
+def _selected(problem: RoutedProblem) -> Tensor:
+    """[B, H, Tq, Dh] of a problem without `starts`; rows of experts `elsewhere` are zero, those of padding are not."""
     q, route = problem.q, problem.route
     wanted, out = dict(problem.computed()), None
     if q.device.type == "cpu":

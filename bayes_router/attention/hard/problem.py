@@ -7,6 +7,7 @@ from numbers import Integral
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bayes_router.attention.experts.contract import Expert, expert_class
 from bayes_router.attention.experts.full import FullAttention
@@ -90,6 +91,25 @@ class RoutedProblem:
         if self.lengths is None:
             return None
         return torch.arange(self.q.shape[2], device=self.q.device) < self.lengths[:, None]
+
+    def assert_route(self) -> None:
+        """On CUDA, where routes were not read, a device-side assertion that those of real tokens are in range."""
+        if self.q.device.type == "cuda":
+            inside, real = (self.route >= 0) & (self.route < len(self.experts)), self.real()
+            inside = inside if real is None else inside | ~real
+            torch._assert_async(inside.all(), "route out of range")
+
+    def stack(self, rows: Sequence[Tensor]) -> Tensor:
+        """Outputs of `sequences` [1, H, t, Dh], padded with zeros, as [B, H, Tq, Dh]."""
+        if not rows:
+            return torch.zeros_like(self.q)
+        Tq = self.q.shape[2]
+        return torch.cat([F.pad(row, (0, 0, 0, Tq - row.shape[2])) for row in rows])
+
+    def without_padding(self, out: Tensor) -> Tensor:
+        """`out` [B, H, Tq, Dh] with zeros on padding."""
+        real = self.real()
+        return out if real is None else out * real[:, None, :, None]
 
 
 def resolve_experts(experts: Sequence[str | Expert], shape: ExpertShape) -> tuple[Expert, ...]:

@@ -1,9 +1,17 @@
-"""The oracle: each expert as its formula, token by token, in float64. Slow on purpose; tests compare everything with it."""
+"""The backend `reference`, the oracle: each expert as its formula, token by token, in float64.
+
+Slow on purpose; tests compare everything with it.
+"""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bayes_router.attention.experts.full import FullAttention
+from bayes_router.attention.experts.linear import LinearAttention
+from bayes_router.attention.experts.local import LocalAttention
+from bayes_router.attention.hard.backend import register_backend
+from bayes_router.attention.hard.problem import RoutedProblem
 from bayes_router.attention.shapes import repeat_heads
 
 
@@ -28,3 +36,38 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, epsilon: float = 1e-6) -> 
     phi_q, phi_k = F.elu(q.double()) + 1, F.elu(k) + 1
     weights = (phi_q @ phi_k.transpose(-1, -2)).masked_fill(~visible(q.shape[2], k.shape[2]).to(q.device), 0.0)
     return weights @ v / (weights.sum(-1, keepdim=True) + epsilon)
+
+
+class _Reference:
+    """The float64 oracle, on any device."""
+
+    name = "reference"
+
+    def refuses(self, problem: RoutedProblem) -> str | None:
+        """It refuses nothing."""
+        return None
+
+    def attend(self, problem: RoutedProblem) -> Tensor:
+        """See `Backend.attend`; one row of the batch after another."""
+        problem.assert_route()
+        return problem.stack([_one(one) for one in problem.sequences()])
+
+
+def _one(one: RoutedProblem) -> Tensor:
+    """Each built-in expert by its formula, any other by its own dense pass; B = 1."""
+    out = torch.zeros_like(one.q)
+    for index, expert in one.computed():
+        q, k, v = one.inputs(expert)
+        if type(expert) is FullAttention:
+            dense = softmax_attention(q, k, v)
+        elif type(expert) is LocalAttention:
+            dense = softmax_attention(q, k, v, expert.shape.window, expert.shape.sinks)
+        elif type(expert) is LinearAttention:
+            dense = linear_attention(q, k, v)
+        else:
+            dense = expert(q, k, v)
+        out = torch.where((one.route == index)[:, None, :, None], dense.to(out.dtype), out)
+    return out
+
+
+REFERENCE = register_backend(_Reference())

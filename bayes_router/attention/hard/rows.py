@@ -1,4 +1,4 @@
-"""Hard routing in plain torch: the queries of each expert gathered by position, in tiles. Any device; made for the CPU.
+"""The backend `torch`: the queries of each expert gathered by position, in tiles, in plain torch. Any device; made for the CPU.
 
 One sequence at a time, q [H, Tq, Dh], k and v [Hkv, Tk, Dh], the queries the last Tq of Tk positions; `rows` are ascending
 indices of queries. Queries that share a key head are packed side by side, so that keys are never repeated. Nothing is T x T:
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from bayes_router.attention.experts.contract import Expert
 from bayes_router.attention.experts.linear import LinearAttention
 from bayes_router.attention.experts.local import LocalAttention
+from bayes_router.attention.hard.backend import register_backend
 from bayes_router.attention.hard.problem import BUILT_IN, RoutedProblem
 from bayes_router.attention.kernels.eager import rows_linear
 from bayes_router.attention.kernels.eager.rows_linear import take
@@ -42,8 +43,25 @@ class Kept(NamedTuple):
     notes: Any  # normalisers [H, n] of softmax, states of linear attention
 
 
-def attend(problem: RoutedProblem) -> Tensor:
-    """The backend `torch`: [B, H, Tq, Dh]."""
+class _Torch:
+    """Gathers in plain torch, any device, made for the CPU; on CUDA it synchronises."""
+
+    name = "torch"
+
+    def refuses(self, problem: RoutedProblem) -> str | None:
+        """It refuses nothing."""
+        return None
+
+    def attend(self, problem: RoutedProblem) -> Tensor:
+        """See `Backend.attend`."""
+        problem.assert_route()
+        return _attend(problem)
+
+
+TORCH = register_backend(_Torch())
+
+
+def _attend(problem: RoutedProblem) -> Tensor:
     if problem.needs_grad and any(x.requires_grad for x in (problem.q, problem.k, problem.v, problem.plain_q, problem.plain_k)):
         plain_q = None if problem.plain_q is problem.q else problem.plain_q
         plain_k = None if problem.plain_k is problem.k else problem.plain_k

@@ -1,71 +1,39 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
-"""The backend `short`: hard routing of short texts on the GPU in two launches."""
+"""The backend `short`: hard routing of short texts in two launches, on CUDA, without a backward pass."""
 
-from typing import Any
-
-import torch
-import triton
 from torch import Tensor
-from torch.nn import functional as F
 
+from bayes_router.attention.hard.backend import register_backend
 from bayes_router.attention.hard.problem import BUILT_IN, RoutedProblem
-from bayes_router.attention.kernels.triton.call import LOG2_E, empty, head_size, multiprocessors, precision, strides
-from bayes_router.attention.kernels.triton.launch import launch
-from bayes_router.attention.kernels.triton.launch_linear import empty_states, prefix
-from bayes_router.attention.kernels.triton.plan import empty_plan
-from bayes_router.attention.kernels.triton.short import cut, prepare_kernel, work_kernel
+from bayes_router.attention.kernels import capability
+
+QUERIES = 4096
+"""Queries of a row that one program sorts."""
+HEAD_SIZE = 128
+"""Shared memory ends there."""
 
 
-def _padded(x: Tensor, extra: int, value: float = 0.0) -> Tensor:
-    """The head size grown by `extra`, and contiguous along it."""
-    x = F.pad(x, (0, extra), value=value) if extra else x
-    return x if x.stride(3) == 1 else x.contiguous()
+class _Short:
+    """Two launches in all, which neither sort nor plan beforehand."""
+
+    name = "short"
+
+    def refuses(self, problem: RoutedProblem) -> str | None:
+        """It needs CUDA, Triton, heads of at most 128, one each of the built-in experts, few queries, and no gradients."""
+        reason = capability.lacks(problem.q, HEAD_SIZE)
+        if reason is not None:
+            return reason
+        kinds = [type(expert) for _, expert in problem.computed()]
+        if len(set(kinds)) < len(kinds) or not set(kinds).issubset(BUILT_IN):
+            return "it computes at most one each of the built-in experts full, linear and local"
+        if problem.q.shape[2] > QUERIES:
+            return f"it sorts up to {QUERIES} queries; these are {problem.q.shape[2]}"
+        return "it has no backward pass" if problem.needs_grad else None
+
+    def attend(self, problem: RoutedProblem) -> Tensor:
+        """See `Backend.attend`."""
+        from bayes_router.attention.hard.short_launch import attend  # only where Triton can be imported
+
+        return attend(problem)
 
 
-def attend(problem: RoutedProblem) -> Tensor:
-    """[B, H, Tq, Dh] of a checked problem on CUDA: built-in experts, each at most once, few queries, no gradients."""
-    with torch.cuda.device_of(problem.q):  # kernels run on the current device, whatever their tensors are on
-        return _attend(problem)
-
-
-def _attend(problem: RoutedProblem) -> Tensor:
-    head_dim = problem.q.shape[3]
-    extra = head_size(head_dim) - head_dim
-    q, k, v = (_padded(x, extra) for x in (problem.q, problem.k, problem.v))
-    plain_q, plain_k = (_padded(x, extra, -torch.inf) for x in (problem.plain_q, problem.plain_k))  # phi(-inf) = 0
-    (B, H, T, D), (_, HK, num_keys, _), device = q.shape, k.shape, q.device
-    kinds = {type(expert): index for index, expert in problem.computed()}
-    full, linear, local = (kinds.get(kind, -1) for kind in BUILT_IN)
-    window, sinks = problem.experts[local].shape[2:] if local >= 0 else (1, 0)
-    route, starts, lengths = problem.route, problem.starts, problem.lengths
-    out = empty(q, lengths is None and len(kinds) == len(problem.experts))
-    if not out.numel():
-        return out[..., :head_dim]
-    segment, chunk, block, warps, stages, per_sm, registers = cut(num_keys, D, q.dtype)
-    split, blocks, chunks = triton.cdiv(num_keys, segment), triton.cdiv(T, block), triton.cdiv(num_keys, chunk)
-    order, before = empty_plan(route)
-    s, z = empty_states(plain_k, chunk)
-    slots = B * H * blocks if split > 1 else 0
-    partial = torch.empty(slots * split, block, D, device=device, dtype=q.dtype)
-    partial_lse = torch.empty(slots * split, block, device=device, dtype=torch.float32)
-    arrived = torch.empty(slots, device=device, dtype=torch.int32)
-    fixed: dict[str, Any] = {"CHUNK": chunk, "BN": min(block, chunk), "D": D, "PRECISION": precision(q)}
-    fixed |= {"num_warps": warps, "num_stages": stages}
-    launch(
-        prepare_kernel, (3 * B + (B * HK * chunks if linear >= 0 else 0),),
-        route, route if lengths is None else lengths, order, before, plain_k, v, s, z, arrived,
-        *route.stride(), *strides(plain_k, v), full, linear, local, len(problem.experts), B, HK, T, before.shape[2] - 1,
-        num_keys, chunks, slots // B, PADDED=lengths is not None, BLOCK=triton.next_power_of_2(T), **fixed,
-        sanitize_overflow=False,
-    )  # fmt: skip
-    if D > 64 and linear >= 0:
-        prefix(s, z, num_keys, chunk)
-    launch(
-        work_kernel, (max(1, min(per_sm * multiprocessors(device) // B, (blocks * split + 2) * H)), B),
-        q, k, v, plain_q, plain_k, out, s, z, partial, partial_lse, arrived, order, before,
-        before if starts is None else starts,
-        *strides(q, k, v, plain_q, plain_k, out), H, H // HK, T, before.shape[2] - 1, num_keys, chunks, num_keys - T,
-        window, LOG2_E / head_dim**0.5, segment, blocks, SINKS=sinks, STARTS=starts is not None, SPLIT=split, SUMMED=D > 64,
-        BM=block, **fixed, **({} if registers is None else {"maxnreg": registers}),
-    )  # fmt: skip
-    return out[..., :head_dim]
+SHORT = register_backend(_Short())

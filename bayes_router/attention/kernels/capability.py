@@ -8,12 +8,29 @@ from torch import Tensor
 HAS_TRITON = find_spec("triton") is not None
 """Whether the package is installed; looked up once, for it takes longer than a launch."""
 
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the kernels compute."""
+HEAD_SIZE, HEAD_SIZE_FLOAT32 = 256, 128
+"""The largest heads that they hold; shared memory ends there."""
+
+
+def lacks(x: Tensor, most: int = HEAD_SIZE) -> str | None:
+    """What is missing for a kernel to take x [B, H, T, Dh] with heads up to `most`; None where nothing is."""
+    if not x.is_cuda:
+        return f"it needs CUDA tensors; these are on {x.device}"
+    if not HAS_TRITON:
+        return "the package triton is not installed"
+    if x.dtype not in TYPES:
+        return f"it computes float32, bfloat16 and float16; these are {x.dtype}"
+    most = min(most, HEAD_SIZE_FLOAT32) if x.dtype == torch.float32 else most
+    return f"it holds head sizes up to {most} in {x.dtype}; this is {x.shape[3]}" if x.shape[3] > most else None
+
 
 def computes(*xs: Tensor) -> bool:
     """Whether the kernels take these: on CUDA, of one type and a head size that they compute."""
     x = xs[0]
-    kind = HAS_TRITON and x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return kind and all(y.dtype == x.dtype for y in xs) and x.shape[3] <= 256
+    kind = HAS_TRITON and x.is_cuda and x.dtype in TYPES
+    return kind and all(y.dtype == x.dtype for y in xs) and x.shape[3] <= HEAD_SIZE
 
 
 def available(q: Tensor, k: Tensor, v: Tensor) -> bool:

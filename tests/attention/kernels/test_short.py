@@ -14,9 +14,9 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1" or torch.cuda.is_available():
     pytest.skip("runs in the interpreter: TRITON_INTERPRET=1, no CUDA device", allow_module_level=True)
 
-from bayes_router.attention.hard import short
-from bayes_router.attention.hard.dispatch import Backend, run_problem
+from bayes_router.attention.hard import short_launch as short
 from bayes_router.attention.hard.problem import RoutedProblem, resolve_experts
+from bayes_router.attention.hard.reference import REFERENCE
 from bayes_router.attention.kernels.triton.short import Cut
 from bayes_router.attention.shapes import ExpertShape
 from tests.attention.expert_contract import draw, relative_error
@@ -43,7 +43,7 @@ def problem(
 
 def compare(one: RoutedProblem) -> None:
     exact = replace(one, **{name: getattr(one, name).double() for name in ("q", "k", "v", "plain_q", "plain_k")})
-    assert relative_error(short.attend(one), run_problem(Backend.REFERENCE, exact)) < 1e-5
+    assert relative_error(short.attend(one), REFERENCE.attend(exact)) < 1e-5
 
 
 @pytest.mark.parametrize("route", ROUTES)

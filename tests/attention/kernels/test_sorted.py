@@ -15,10 +15,10 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1" or torch.cuda.is_available():
     pytest.skip("runs in the interpreter: TRITON_INTERPRET=1, no CUDA device", allow_module_level=True)
 
-from bayes_router.attention.hard import short
-from bayes_router.attention.hard import sorted as backend
-from bayes_router.attention.hard.dispatch import Backend, run_problem
+from bayes_router.attention.hard import short_launch as short
+from bayes_router.attention.hard import sorted_launch as backend
 from bayes_router.attention.hard.problem import RoutedProblem, resolve_experts
+from bayes_router.attention.hard.reference import REFERENCE
 from bayes_router.attention.kernels.triton import plan
 from bayes_router.attention.kernels.triton.launch import launch
 from bayes_router.attention.kernels.triton.plan import Schedule
@@ -37,7 +37,7 @@ def problem(B: int, Hkv: int, T: int, route: str, seed: int = 0, gradients: bool
 
 def compare(one: RoutedProblem) -> None:
     exact = replace(one, **{name: getattr(one, name).detach().double().requires_grad_() for name in NAMES})
-    got, want = backend.attend(one), run_problem(Backend.REFERENCE, exact)
+    got, want = backend.attend(one), REFERENCE.attend(exact)
     assert relative_error(got, want) < 1e-5
     if not one.needs_grad:
         return

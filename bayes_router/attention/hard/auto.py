@@ -1,0 +1,68 @@
+"""The backend `auto`: whichever of the library's own was measured to be the fastest for a problem."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from bayes_router.attention.hard.backend import Backend, register_backend
+from bayes_router.attention.hard.dense import DENSE
+from bayes_router.attention.hard.problem import RoutedProblem
+from bayes_router.attention.hard.reference import REFERENCE
+from bayes_router.attention.hard.rows import TORCH
+from bayes_router.attention.hard.short import SHORT
+from bayes_router.attention.hard.sorted import TRITON
+
+__all__ = ["AUTO", "BREAK_EVEN", "BreakEven", "REFERENCE", "choose_backend"]  # with this file the library's own are registered
+
+
+class BreakEven(NamedTuple):
+    """Two backends, and up to how many keys the first is the faster."""
+
+    keys: int
+    short: Backend
+    long: Backend
+
+
+BREAK_EVEN = {  # by CUDA or not, and whether gradients are needed
+    (False, False): BreakEven(192, DENSE, TORCH),
+    (False, True): BreakEven(160, DENSE, TORCH),
+    (True, False): BreakEven(4096, SHORT, TRITON),
+    (True, True): BreakEven(0, DENSE, TRITON),
+}
+"""On a CPU what `python -m analysis.speed.break_even` printed, on one core of an AMD EPYC (AVX-512) with torch 2.13; on CUDA an
+H100's (analysis/SPEED.md); with gradients there, nothing else was measured.
+
+No backend computes two experts for the time of one, so that a mixed route through a short text is slower than full attention
+alone. On that core, B1 H8 Dh64 W256, 10/60/30 full/linear/local, `auto` took, in times of full attention:
+
+    T                   16    64   128   256   512  1024  2048
+    forward            6.4   3.5   2.6   1.6   1.1  0.83  0.62
+    and backward       4.7   3.5   2.9   1.6   1.0  0.83  0.60
+
+A route that all tokens share costs what its expert costs, where the host may look (on a CPU).
+"""
+
+
+def choose_backend(problem: RoutedProblem) -> Backend:
+    """What `auto` takes: never an error, and a function of shapes, dtype and device alone (no synchronisation)."""
+    keys, short, long = BREAK_EVEN[problem.q.device.type == "cuda", problem.needs_grad]
+    if problem.k.shape[2] <= keys and short.refuses(problem) is None:
+        return short
+    return long if long.refuses(problem) is None else DENSE
+
+
+class _Auto:
+    """By device, length, dtype and gradients, from measured break-even points."""
+
+    name = "auto"
+
+    def refuses(self, problem: RoutedProblem) -> str | None:
+        """It refuses nothing: the backend `dense` computes everything."""
+        return None
+
+    def attend(self, problem: RoutedProblem) -> Tensor:
+        """As the backend that `choose_backend` takes."""
+        return choose_backend(problem).attend(problem)
+
+
+AUTO = register_backend(_Auto())

@@ -1,0 +1,115 @@
+"""What the backend `triton` launches: the routed forward and backward pass. Static shapes, no host synchronisation.
+
+The kernels compute the first full, the first local and the first linear, gated or mapped expert; any other computes its own
+rows (`Expert.attend_rows`).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from bayes_router.attention.experts.full import FullAttention
+from bayes_router.attention.experts.gated import GatedLinearAttention
+from bayes_router.attention.experts.local import LocalAttention
+from bayes_router.attention.experts.sums import SUMS
+from bayes_router.attention.hard.problem import RoutedProblem
+from bayes_router.attention.kernels.triton.call import (
+    LOG2_E,
+    Call,
+    head_size,
+    multiprocessors,
+    tiles,
+)
+from bayes_router.attention.kernels.triton.launch_backward import backward
+from bayes_router.attention.kernels.triton.launch_forward import forward
+from bayes_router.attention.kernels.triton.plan import make_plan, make_schedule
+
+KINDS = ((FullAttention,), SUMS, (LocalAttention,))  # in the order of `kernels.triton.plan`
+
+
+def attend(problem: RoutedProblem) -> Tensor:
+    """[B, H, Tq, Dh] of a checked problem on CUDA."""
+    native = native_experts(problem)
+    with torch.cuda.device_of(problem.q):  # kernels run on the current device, whatever their tensors are on
+        out = _attend_native(problem, native)[..., : problem.q.shape[3]]
+    real = problem.real()
+    for index, expert in problem.computed():
+        if index not in native:
+            chosen = problem.route == index
+            chosen = chosen if real is None else chosen & real
+            rows = expert.attend_rows(*problem.inputs(expert), chosen)
+            out = torch.where(chosen[:, None, :, None], rows, out)
+    return out
+
+
+def native_experts(problem: RoutedProblem) -> tuple[int, int, int]:
+    """Index among the experts of the one that each kind of kernel computes; -1 where there is none."""
+    indices = [-1, -1, -1]
+    for index, expert in problem.computed():
+        for kind, types in enumerate(KINDS):
+            if type(expert) in types and indices[kind] < 0:
+                indices[kind] = index
+    return indices[0], indices[1], indices[2]
+
+
+def _pad(x: Tensor, value: float = 0.0) -> Tensor:
+    """Head size up to what the kernels take; the last dimension contiguous."""
+    extra = head_size(x.shape[3]) - x.shape[3]
+    x = F.pad(x, (0, extra), value=value) if extra else x
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _inputs(problem: RoutedProblem, linear: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """q, k, v, then queries and keys of the linear expert and its log gates, if it has any.
+
+    A gated expert gives features, padded with zeros; of plain queries and keys the feature map sends -inf to 0.
+    """
+    q, k, v, plain_q, plain_k = problem.q, problem.k, problem.v, problem.plain_q, problem.plain_k
+    padded = _pad(q), _pad(k), _pad(v)
+    expert = problem.experts[linear] if linear >= 0 else None
+    if isinstance(expert, GatedLinearAttention):
+        phi_q, phi_k, log_gate = expert.features(plain_q, plain_k)
+        return *padded, _pad(phi_q), _pad(phi_k), log_gate
+    same = padded[0].shape == q.shape
+    linear_q = padded[0] if same and plain_q is q else _pad(plain_q, -torch.inf)
+    linear_k = padded[1] if same and plain_k is k else _pad(plain_k, -torch.inf)
+    return *padded, linear_q, linear_k, None
+
+
+def _attend_native(problem: RoutedProblem, native: tuple[int, int, int]) -> Tensor:
+    inputs = _inputs(problem, native[1])
+    q, k = inputs[:2]
+    plan = make_plan(problem.route, native, len(problem.experts), problem.lengths)
+    sizes = tiles(q.shape[3], q.dtype)
+    programs = sizes.per_sm * multiprocessors(q.device)
+    tile = sizes.full["BM"], sizes.full["BN"]
+    schedule = make_schedule(plan, q.shape[1], k.shape[2], problem.starts, tile, programs)
+    window, sinks = problem.experts[native[2]].shape[2:] if native[2] >= 0 else (1, 0)
+    true_dim = problem.experts[0].shape.head_dim
+    covered = problem.lengths is None and all(index in native for index in range(len(problem.experts)))
+    scale, start = LOG2_E / true_dim**0.5, k.shape[2] - q.shape[2]
+    call = Call(plan, schedule, native, window, sinks, scale, problem.starts, start, covered, sizes, programs)
+    if not problem.needs_grad:
+        return forward(call, *inputs)[0]
+    out: Tensor = _RoutedAttention.apply(call, *inputs)
+    return out
+
+
+class _RoutedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: Call, *inputs: Tensor | None) -> Tensor:
+        out, lse, decay, state = forward(call, *inputs)  # type: ignore[arg-type]
+        ctx.call = call
+        ctx.save_for_backward(*inputs[:5], out, lse, decay, *state)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, plain_q, plain_k, out, lse, decay, *state = ctx.saved_tensors
+        dout = gradients[0] if gradients[0].stride(3) == 1 else gradients[0].contiguous()
+        with torch.cuda.device_of(q):
+            return None, *backward(ctx.call, q, k, v, plain_q, plain_k, out, lse, decay, state, dout)
