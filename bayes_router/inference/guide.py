@@ -86,8 +86,9 @@ class RoutingGuide(Named):
         q = self.controller.posterior(layer, hidden)
         name = route_site(layer)
         wanted = (*hidden.shape[:-1], *plates.units)
-        fits = q.batch_shape == wanted and len(q.event_shape) == 1
-        require(fits, f"posterior of {name}", f"batch shape {tuple(wanted)} and event shape [E]", str(q))
+        fits = q.batch_shape == wanted
+        require(fits, f"posterior of {name}", f"batch shape {tuple(wanted)}", tuple(q.batch_shape))
+        self.model.check_experts(f"posterior of {name}", q)
         if isinstance(q, Dirichlet):
             return dist.Dirichlet(plates.to_site(q.concentration), validate_args=False)
         plain = not plates.lead and not plates.units

@@ -166,10 +166,7 @@ class RoutingModel(Named):
         """The site of a layer's routes, [(R,) B, T, E]."""
         shape, name = plates.route_shape, route_site(layer)
         fn = self.prior(layer, shape)
-        experts = getattr(self.network, "num_experts", None)
-        E = fn.event_shape[-1] if len(fn.event_shape) == 1 else None
-        wanted = "event shape [E]" if experts is None else f"the {experts} experts of the network"
-        require(E is not None and experts in (None, E), f"prior of {name}", wanted, tuple(fn.event_shape))
+        E = self.check_experts(f"prior of {name}", fn)
         if fn.batch_shape != shape:
             fits = _broadcasts(fn.batch_shape, shape)
             require(fits, f"prior of {name}", f"batch shape {tuple(shape)}, or what broadcasts to it", tuple(fn.batch_shape))
@@ -178,6 +175,14 @@ class RoutingModel(Named):
             value: Tensor = pyro.sample(name, fn)
         require(value.shape[-1] == E, f"guide of {name}", f"the {E} experts of the prior", value.shape[-1])
         return value
+
+    def check_experts(self, what: str, fn: dist.TorchDistribution) -> int:
+        """E of a distribution over routes; a ValueError where it is not that of the network."""
+        experts = getattr(self.network, "num_experts", None)
+        shape = tuple(fn.event_shape)
+        wanted = "event shape [E]" if experts is None else f"the {experts} experts of the network"
+        require(len(shape) == 1 and experts in (None, shape[0]), what, wanted, shape)
+        return shape[0]
 
     def executed(self, plates: Plates, value: Tensor) -> Tensor:
         """What the network executes for the value of a route site, [rows, T, E]."""
