@@ -51,7 +51,7 @@ def run_one(job: dict[str, Any]) -> dict[str, Any]:
         trainer.model,
         data.valid,
         trainer.prior.concentration,
-        prior_price=config.prior.price * trainer.prior.cost_ratio,
+        prior_price=trainer.prior.tilt,
         context=config.data.context,
         batch_size=batch,
         limit=limit,

@@ -40,7 +40,7 @@ def run(options: Namespace) -> None:
     prior, config = _solve(config, options) if solved else (_prior_of(config), config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        draws = prior.sample(max(1, options.samples // prior.num_layers), config.prior.price).flatten(0, 1)  # [N, E]
+        draws = prior.sample(max(1, options.samples // prior.num_layers)).flatten(0, 1)  # [N, E]
     toml = tomli_w.dumps(_tables(prior, config, options))
     print(toml + "\n" + _comment(_summary(prior, draws, config)))
     if options.out is not None:
@@ -134,7 +134,7 @@ def _tables(prior: ComputeAwarePrior, config: Config, options: Namespace) -> dic
 
 def _summary(prior: ComputeAwarePrior, draws: Tensor, config: Config) -> str:
     """What the prior implies, analytically and over its draws."""
-    predictive = prior.prior_predictive(config.prior.price)
+    predictive = prior.prior_predictive()
     cost = draws.double() @ prior.cost_ratio.double()
     implied = {"cost": cost, "entropy (nats)": categorical_entropy(draws.double())}
     rows = {

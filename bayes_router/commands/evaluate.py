@@ -54,7 +54,7 @@ def run(options: Namespace) -> None:
             model,
             WatchedSource(data.valid, progress),
             prior.concentration,
-            prior_price=config.prior.price * prior.cost_ratio,
+            prior_price=prior.tilt,
             context=context,
             batch_size=batch_size,
             limit=limit,

@@ -54,6 +54,7 @@ class ComputeAwarePrior:
         temperature: one number, or one a layer.
         map: name of a map from cost ratio to mean, see `PRIOR_MAPS`.
         layer_mean: the mean of every layer by hand, [L, E] probabilities; overrides the map.
+        price: nats per unit of cost ratio; the density is tilted by exp(-tilt . route), tilt = price * cost_ratio.
 
     Raises:
         ValueError: costs out of range or all zero, a concentration or temperature not positive, an unknown map.
@@ -67,7 +68,10 @@ class ComputeAwarePrior:
         temperature: float | Sequence[float] = 1.0,
         map: str = "boltzmann",  # noqa: A002
         layer_mean: Sequence[Sequence[float]] | None = None,
+        price: float = 0.0,
     ):
+        require(price >= 0, "price", "0 or more nats per unit of cost", price)
+        self.price = price
         ratios = torch.as_tensor(cost_ratio, dtype=torch.float32)
         given = [round(float(r), 6) for r in ratios]
         require(ratios.dim() == 1 and len(given) >= 1, "cost_ratio", "one number for each expert", given)
@@ -96,6 +100,11 @@ class ComputeAwarePrior:
             )
 
     @property
+    def tilt(self) -> Tensor:
+        """Price * cost_ratio, [E], nats per unit of weight on each expert."""
+        return self.price * self.cost_ratio
+
+    @property
     def num_layers(self) -> int:
         """L."""
         return len(self.temperature)
@@ -112,13 +121,13 @@ class ComputeAwarePrior:
         """Concentration of every layer, [L, E]."""
         return self.mean * torch.tensor(self.total_concentration)[:, None]
 
-    def prior_predictive(self, price: float = 0.0) -> PriorPredictive:
+    def prior_predictive(self, price: float | None = None) -> PriorPredictive:
         """Mean cost and entropies implied by the prior: in closed form, or exact to about 1e-9 with a tilt.
 
         Args:
-            price: nats per unit of cost ratio by which the density is tilted, exp(-price * cost_ratio . route); the
-                `prior.price` of the settings.
+            price: another than the prior's own.
         """
+        price = self.price if price is None else price
         mean, concentration = self.mean, self.concentration
         entropy = expected_entropy(concentration)
         if price != 0:
@@ -130,8 +139,9 @@ class ComputeAwarePrior:
             load=mean.float().mean(0),
         )
 
-    def sample(self, num_samples: int, price: float = 0.0) -> Tensor:
-        """Draws of routes, [num_samples, L, E], exact, also where a price tilts the prior."""
+    def sample(self, num_samples: int, price: float | None = None) -> Tensor:
+        """Draws of routes, [num_samples, L, E], exact, also under a tilt; `price` is another than the prior's own."""
+        price = self.price if price is None else price
         if price == 0:
             return Dirichlet(self.concentration).sample(torch.Size([num_samples]))
         return sample_tilted(self.concentration, price * self.cost_ratio, num_samples).float()
@@ -162,7 +172,7 @@ class ComputeAwarePrior:
             target_entropy: expected entropy of a route, nats; None leaves `total_concentration` as given.
             map: as for the class.
             total_concentration: 0.5 by default.
-            price: of the tilt that training will apply (`prior.price`), nats per unit of cost.
+            price: of the prior that is returned, nats per unit of cost.
 
         Raises:
             ValueError: a target out of reach (the message names the range), or both `target_entropy` and
@@ -176,7 +186,8 @@ class ComputeAwarePrior:
         )
         prior = cls(cost_ratio, 1, 0.5 if total_concentration is None else total_concentration, 1.0, map)
         solved = _met(prior, target_cost, target_entropy, price)
-        return cls(prior.cost_ratio, num_layers, solved.total_concentration[0], solved.temperature[0], map)
+        total, temperature = solved.total_concentration[0], solved.temperature[0]
+        return cls(prior.cost_ratio, num_layers, total, temperature, map, price=price)
 
 
 TOTALS = (0.01, 1000.0)

@@ -117,7 +117,7 @@ def refit_model(config: Config, data: Data, model: RoutedLanguageModel | None, r
 
 def posterior_row(trainer: Trainer) -> dict[str, float]:
     """What the posterior of a refit does on held-out text; columns as in `sweep_prior`."""
-    config, prior, price = trainer.config, trainer.prior, trainer.config.prior.price
+    config, prior = trainer.config, trainer.prior
     result = trainer.evaluate()
     context, limit = config.data.context, max(config.data.eval_tokens, config.data.context)
     drawn = read_routes(
@@ -131,7 +131,7 @@ def posterior_row(trainer: Trainer) -> dict[str, float]:
     )
     shares = torch.tensor(result.load_per_layer).mean(0)
     row = {
-        "prior_cost": prior.prior_predictive(price).cost,
+        "prior_cost": prior.prior_predictive().cost,
         "posterior_cost": drawn.cost,
         "executed_cost": float(shares @ prior.cost_ratio),
         **{f"cost_{name}": value for name, value in result.cost_ratio.items()},

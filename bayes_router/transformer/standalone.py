@@ -9,11 +9,9 @@ from bayes_router.config import ModelConfig, PriorConfig
 from bayes_router.presets import preset
 from bayes_router.routing.controller import LayerController
 from bayes_router.routing.policy import Argmax, Policy, execute
-from bayes_router.routing.posterior import (
-    dirichlet_kl,
-    posterior,
-)
+from bayes_router.routing.posterior import posterior
 from bayes_router.routing.statistics import RoutingStatistics, routing_statistics
+from bayes_router.routing.tilt import tilted_kl, tilted_moments
 from bayes_router.transformer.build import build_prior
 from bayes_router.transformer.layer import AttentionMixture
 from bayes_router.types import RoutingMode
@@ -24,7 +22,7 @@ class RoutedAttentionOutput:
     """What the standalone layer returns."""
 
     output: Tensor  # [B, T, D]
-    kl: Tensor  # [], KL(posterior || prior), nats per token
+    kl: Tensor  # [], KL(posterior || prior), the price of the prior included; nats per token
     concentration: Tensor  # [B, T, E]
     route: Tensor  # as executed: [B, T, E] or int64 [B, T]
     statistics: RoutingStatistics
@@ -46,6 +44,9 @@ class RoutedAttention(nn.Module):
         prior_ = build_prior(prior or PriorConfig(), self.config, num_layers=1, context=1024)
         self.register_buffer("prior_concentration", prior_.concentration[0])
         self.register_buffer("cost_ratio", prior_.cost_ratio)
+        log_normaliser = tilted_moments(prior_.concentration[0], prior_.tilt).log_normaliser.float()
+        self.register_buffer("tilt", prior_.tilt, persistent=False)
+        self.register_buffer("log_normaliser", log_normaliser, persistent=False)
 
     @classmethod
     def from_preset(cls, name: str) -> "RoutedAttention":
@@ -67,6 +68,5 @@ class RoutedAttention(nn.Module):
         concentration, prior = q.concentration, self.get_buffer("prior_concentration")
         cost_ratio = self.get_buffer("cost_ratio")
         statistics = routing_statistics(concentration.detach(), route.detach(), cost_ratio, self.config.experts)
-        return RoutedAttentionOutput(
-            self.attention(x, route), dirichlet_kl(concentration, prior).mean(), concentration, route, statistics
-        )
+        kl = tilted_kl(concentration, prior, self.get_buffer("tilt"), self.get_buffer("log_normaliser")).mean()
+        return RoutedAttentionOutput(self.attention(x, route), kl, concentration, route, statistics)

@@ -56,7 +56,7 @@ def test_printed_settings_are_a_config_that_costs_the_target(
     config = load_config(printed)
     assert config == load_config(out / "prior.toml")
     prior = build_prior(config.prior, config.model, 4, config.data.context)
-    predictive = prior.prior_predictive(config.prior.price)
+    predictive = prior.prior_predictive()
     assert predictive.cost == pytest.approx(0.24, abs=1e-4)
     if "--target-entropy" in extra:
         assert predictive.expected_entropy == pytest.approx(0.3, abs=1e-4)

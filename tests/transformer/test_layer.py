@@ -17,21 +17,23 @@ from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel
 from bayes_router.routing.controller import MetaController
 from bayes_router.routing.statistics import routing_statistics
+from bayes_router.transformer.build import build_prior
 from bayes_router.transformer.standalone import RoutedAttention
 from tests.tiny import EXPERTS, tiny_config
 
 COST = torch.tensor([1.0, 0.15, 0.3, 0.15])
 
 
-def layer_and_input(seed: int = 0) -> tuple[RoutedAttention, torch.Tensor]:
+def layer_and_input(seed: int = 0, price: float = 10.0) -> tuple[RoutedAttention, torch.Tensor]:
     torch.manual_seed(seed)
-    layer = RoutedAttention(tiny_config(), PriorConfig(temperature=0.5))
+    layer = RoutedAttention(tiny_config(), PriorConfig(temperature=0.5, price=price))
     torch.nn.init.normal_(layer.controller.out.weight, std=1.5)
     return layer, torch.randn(2, 30, 16)
 
 
-def test_the_same_numbers_as_the_pyro_path() -> None:
-    layer, x = layer_and_input()
+@pytest.mark.parametrize("price", [0.0, 10.0, 50.0])
+def test_the_same_numbers_as_the_pyro_path(price: float) -> None:
+    layer, x = layer_and_input(price=price)
 
     class OneLayer(torch.nn.Module):
         """The layer as a network over its fixed input: its output is the logits."""
@@ -45,7 +47,7 @@ def test_the_same_numbers_as_the_pyro_path() -> None:
 
     controller = MetaController(16, 1, 4, 8, layer.config.concentration_floor)
     controller.layers[0] = layer.controller
-    model = RoutingModel(OneLayer(), layer.prior_concentration[None])
+    model = RoutingModel(OneLayer(), layer.prior_concentration[None], layer.cost_ratio, price)
     guide = RoutingGuide(model, controller)
     tokens = torch.randint(16, (2, 30))
     elbo = RoutingELBO()
@@ -65,7 +67,7 @@ def test_the_same_numbers_as_the_pyro_path() -> None:
 
 
 def test_kl_is_the_exact_divergence_from_the_prior() -> None:
-    layer, x = layer_and_input()
+    layer, x = layer_and_input(price=0.0)
     out = layer(x, "mean")
     want = kl_divergence(Dirichlet(out.concentration), Dirichlet(layer.prior_concentration)).mean()
     torch.testing.assert_close(out.kl, want)
@@ -164,3 +166,11 @@ def test_a_cache_of_another_layer_is_refused() -> None:
     with pytest.raises(ValueError, match="cache.experts: expected this layer's own experts"):
         layer.attention(x, 0, cache=cache)
     assert cache.lengths.tolist() == [0, 0]
+
+
+def test_the_price_of_the_settings_is_in_the_prior_and_in_the_kl() -> None:
+    config = tiny_config()
+    prior = build_prior(PriorConfig(price=7.0), config, 2, 64)
+    assert prior.price == 7.0 and prior.prior_predictive().cost < prior.prior_predictive(0.0).cost
+    kls = [layer(x, "mean").kl for layer, x in (layer_and_input(price=0.0), layer_and_input(price=50.0))]
+    assert float((kls[0] - kls[1]).abs()) > 1.0
