@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from bayes_router.attention.decoding.cache import LayerCache
-from bayes_router.attention.experts.contract import Expert
-from bayes_router.attention.experts.local import LocalAttention
+from bayes_router.attention.experts.contract import Expert, Kernel
 from bayes_router.attention.shapes import ExpertShape
 from tests.attention.dense_check import draw_expert
 from tests.attention.expert_contract import relative_error
@@ -138,7 +137,7 @@ def poison(cache: LayerCache, choices: list[int]) -> None:
     assert cache.keys is not None
     for b, choice in enumerate(choices):
         expert, length = cache.experts[choice], int(cache.lengths[b])
-        first = length - expert.shape.window + 1 if type(expert) is LocalAttention else length if expert.stateful else 0
+        first = length - expert.shape.window + 1 if expert.kernel is Kernel.LOCAL else length if expert.stateful else 0
         seen = torch.zeros(cache.slots + 1, dtype=torch.bool)
         seen[torch.arange(max(first, 0), length) % cache.slots] = True
         for store in (cache.keys, cache.values):

@@ -17,18 +17,15 @@ from torch import Tensor
 
 from bayes_router.attention.decoding.state import extend
 from bayes_router.attention.decoding.step import attend_one
-from bayes_router.attention.experts.contract import Expert
-from bayes_router.attention.experts.full import FullAttention
+from bayes_router.attention.experts.contract import Expert, Kernel
 from bayes_router.attention.experts.gated import GatedLinearAttention
-from bayes_router.attention.experts.linear import LinearAttention
-from bayes_router.attention.experts.local import LocalAttention
 from bayes_router.attention.hard.auto import AUTO
 from bayes_router.attention.hard.backend import Backend, able, backend_of, run
 from bayes_router.attention.hard.problem import RoutedProblem, check_problem
 from bayes_router.attention.hard.sorted import TRITON
 from bayes_router.attention.kernels import capability
 
-NATIVE = (FullAttention, LinearAttention, LocalAttention, GatedLinearAttention)  # as the decoding kernel takes them
+NATIVE = (Kernel.FULL, Kernel.LINEAR, Kernel.LOCAL, Kernel.GATED)  # as the decoding kernel takes them
 
 
 class LayerCache:
@@ -58,7 +55,7 @@ class LayerCache:
         if capacity < 1:
             raise ValueError(f"capacity: expected at least 1 token; got {capacity}")
         self.experts, self.capacity = tuple(experts), capacity
-        sinks = max((e.shape.sinks for e in self.experts if type(e) is LocalAttention), default=0)
+        sinks = max((e.shape.sinks for e in self.experts if e.kernel is Kernel.LOCAL), default=0)
         if sinks:  # a ring overwrites the first keys, and no decoding kernel looks for them
             raise ValueError(f"sinks: expected 0, a cache keeps no first keys for local attention; got {sinks}")
         num_heads, head_dim = self.experts[0].shape[:2]
@@ -67,7 +64,7 @@ class LayerCache:
         like_q = torch.empty(batch, num_heads, 0, head_dim, device=device, dtype=dtype)
         like_k = torch.empty(batch, num_kv_heads, 0, head_dim, device=device, dtype=dtype)
         stored = [e for e in self.experts if not e.stateful]
-        self.ring = bool(stored) and all(type(e) is LocalAttention for e in stored)
+        self.ring = bool(stored) and all(e.kernel is Kernel.LOCAL for e in stored)
         self.slots = min(capacity, max(e.shape.window for e in stored)) if self.ring else capacity if stored else 0
         self.ring = self.ring and self.slots < capacity
 
@@ -81,7 +78,7 @@ class LayerCache:
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=like_k.device)
         self.longest = 0
         self._like = like_k
-        kinds = [type(expert) for expert in self.experts]
+        kinds = [_step_kernel(expert) for expert in self.experts]
         self._native = tuple(kinds.index(kind) if kind in kinds else -1 for kind in NATIVE)
 
     @property
@@ -327,6 +324,11 @@ class LayerCache:
         row = torch.arange(slot.shape[0], device=slot.device)[:, None]
         for store, x in pairs:
             store[row, :, slot] = x.transpose(1, 2)  # [B, T, Hkv, Dh]
+
+
+def _step_kernel(expert: Expert) -> Kernel:
+    """The kernel that computes this expert's part of a decoding step: it knows no other map or gate than the library's."""
+    return Kernel.NONE if isinstance(expert, GatedLinearAttention) and not expert.fixed_map else expert.kernel
 
 
 def _one_token(new: RoutedProblem) -> bool:

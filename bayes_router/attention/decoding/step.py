@@ -8,9 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bayes_router.attention.experts.contract import Expert
-from bayes_router.attention.experts.full import FullAttention
-from bayes_router.attention.experts.local import LocalAttention
 from bayes_router.attention.hard.problem import RoutedProblem
 
 
@@ -20,7 +17,7 @@ def attend_one(held: RoutedProblem, slots: int, ring: bool) -> Tensor:
     The first `slots` slots of the store count; in a ring position p is in slot p mod slots. On CUDA, full and local experts
     wait for nothing, but every slot is read; with any other expert the choices and lengths are read on the host.
     """
-    if held.q.device.type == "cuda" and all(_reach(expert) is not None for _, expert in held.computed()):
+    if held.q.device.type == "cuda" and all(expert.kernel.softmax for _, expert in held.computed()):
         return _masked(held, slots, ring)
     return _grouped(held, slots)
 
@@ -39,7 +36,7 @@ def _grouped(held: RoutedProblem, slots: int) -> Tensor:
         if index in held.elsewhere:
             continue
         expert = held.experts[index]
-        reach = _reach(expert)
+        reach = expert.reach(length) if expert.kernel.softmax else None
         first = 0 if reach is None else max(length - reach, 0)
         q, k, v = held.inputs(expert)
         k, v = (_stored(x[row], first, length, slots) for x in (k, v))
@@ -69,15 +66,8 @@ def _masked(held: RoutedProblem, slots: int, ring: bool) -> Tensor:
     age = torch.where(last < age % slots, -1, age % slots) if ring else age
     seen = torch.zeros_like(age, dtype=torch.bool)
     for index, expert in held.computed():
-        seen = seen | ((held.route == index) & (age >= 0) & (age < (_reach(expert) or 0)))  # [B, S]
+        seen = seen | ((held.route == index) & (age >= 0) & (age < (expert.reach(slots) or 0)))  # [B, S]
     computed = seen.any(-1, keepdim=True)
     mask = (seen | ~computed)[:, None, None]  # [B, 1, 1, S]; a row that sees nothing would divide by zero
     out = _softmax(held.q, held.k[:, :, :slots], held.v[:, :, :slots], mask)
     return torch.where(computed[:, :, None, None], out, 0.0)
-
-
-def _reach(expert: Expert) -> int | None:
-    """How many keys back a softmax expert sees, itself included; None where only the expert itself knows."""
-    if type(expert) is FullAttention:
-        return 1 << 40
-    return expert.shape.window if type(expert) is LocalAttention else None

@@ -4,7 +4,8 @@ All experts of a layer share queries, keys, values and the output projection; an
 """
 
 from collections.abc import Callable
-from typing import ClassVar
+from enum import Enum
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,22 +14,54 @@ from bayes_router.attention.shapes import ExpertShape, segments
 from bayes_router.checks import unknown
 
 
+class Kernel(Enum):
+    """Which of the library's kernels computes what an expert's `forward` does."""
+
+    FULL = "full"  # softmax over all keys
+    LOCAL = "local"  # softmax over the last `shape.window` keys and the first `shape.sinks`
+    LINEAR = "linear"  # elu + 1, nothing fades
+    GATED = "gated"  # features and log gates that the expert computes (a `GatedLinearAttention`)
+    NONE = "none"  # the expert alone knows
+
+    @property
+    def softmax(self) -> bool:
+        """Whether it is softmax over some of the keys."""
+        return self in (Kernel.FULL, Kernel.LOCAL)
+
+    @property
+    def sums(self) -> bool:
+        """Whether the past is a sum, which may fade."""
+        return self in (Kernel.LINEAR, Kernel.GATED)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it takes queries, keys and values as they are: the expert owns no tensors."""
+        return self in (Kernel.FULL, Kernel.LOCAL, Kernel.LINEAR)
+
+
 class Expert(nn.Module):
     """A causal attention mechanism over shared queries, keys and values.
 
-    A subclass defines `forward` and is registered by `@register_expert("name")`. Two class attributes describe it:
+    A subclass defines `forward` and is registered by `@register_expert("name")`. Class attributes describe it:
 
     rotary: it takes queries and keys with rotary positions applied (else the plain ones).
     stateful: it summarises its past in a state of constant size, and defines `init_state` and `extend_segment`. Otherwise
         decoding calls `forward` with the new queries and all cached keys.
+    kernel: which of the library's kernels computes the same. It is not inherited: a class whose own body does not name one
+        has none, so that a subclass which computes something else is never computed by its parent's kernel.
 
     `cost_ratio` is its cost relative to full attention in the paper's units, and `flops_per_token` its arithmetic.
     """
 
     name: ClassVar[str] = ""
+    kernel: ClassVar[Kernel] = Kernel.NONE
     rotary: ClassVar[bool] = True
     stateful: ClassVar[bool] = False
     cost_ratio: ClassVar[float] = 1.0
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.kernel = cls.__dict__.get("kernel", Kernel.NONE)
 
     def __init__(self, shape: ExpertShape):
         super().__init__()
@@ -46,6 +79,13 @@ class Expert(nn.Module):
         """Of `flops_per_token`, what a stateful expert does to a token's queries before they read its state, all heads."""
         return 0.0
 
+    def reach(self, num_keys: int) -> int | None:
+        """Of `num_keys` keys, how many back a query sees, its own included; None where it is not simply the last so many.
+
+        Read only of an expert whose `kernel` is a softmax.
+        """
+        return None
+
     def keys_read(self, context: int) -> int:
         """Cached keys that a decoding step reads at this context; an expert that keeps a state reads none."""
         return 0 if self.stateful else context
@@ -53,7 +93,7 @@ class Expert(nn.Module):
     def attend_rows(self, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor) -> Tensor:
         """As `forward`, but only rows with `chosen` [B, Tq] bool need be right. Override it to offer a kernel of your own.
 
-        The dispatcher calls it for experts other than the built-in ones; the default computes every row.
+        The dispatcher calls it for experts that its kernels do not compute; the default computes every row.
         """
         out: Tensor = self(q, k, v)
         return out

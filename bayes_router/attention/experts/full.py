@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from bayes_router.attention.experts.contract import Expert, register_expert
+from bayes_router.attention.experts.contract import Expert, Kernel, register_expert
 from bayes_router.attention.kernels.eager.fused import fused_attention
 from bayes_router.attention.shapes import causal_positions
 
@@ -11,6 +11,7 @@ from bayes_router.attention.shapes import causal_positions
 class FullAttention(Expert):
     """Softmax(q k^T / sqrt(Dh)) v over all positions up to the query's own. O(T^2) work, O(T) memory (fused)."""
 
+    kernel = Kernel.FULL
     cost_ratio = 1.0
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -22,6 +23,10 @@ class FullAttention(Expert):
             return fused_attention(q, k, v, enable_gqa=grouped)
         query, key = causal_positions(q.shape[2], k.shape[2], q.device)
         return fused_attention(q, k, v, attn_mask=key <= query, enable_gqa=grouped)
+
+    def reach(self, num_keys: int) -> int:
+        """All keys."""
+        return num_keys
 
     def flops_per_token(self, context: int) -> float:
         """For q k^T and p v, 2 Dh multiply-adds a visible key and head; a token sees (T + 1) / 2 keys on average."""

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayes_router.attention.experts.contract import Expert, register_expert
+from bayes_router.attention.experts.contract import Kernel, register_expert
+from bayes_router.attention.experts.sums import SumExpert
 from bayes_router.attention.kernels import capability
 from bayes_router.attention.kernels.eager import rows_linear
-from bayes_router.attention.kernels.eager.chunks import CHUNK, EPSILON, decayed_prefix
+from bayes_router.attention.kernels.eager.chunks import CHUNK, EPSILON, decayed_prefix, with_ones
 from bayes_router.attention.kernels.triton import operators
 from bayes_router.attention.shapes import ExpertShape, repeat_heads, widen
 
@@ -15,7 +16,7 @@ MOST_ROWS = 0.75  # share of the rows beyond which computing all of them is fast
 
 
 @register_expert("gated")
-class GatedLinearAttention(Expert):
+class GatedLinearAttention(SumExpert):
     """phi(q_t) S_t / (phi(q_t) z_t) with S_t = a_t S_{t-1} + phi(k_t) v_t^T, z_t = a_t z_{t-1} + phi(k_t).
 
     The gate a_t = sigmoid(w_h . k_t + b_h) in (0, 1) is one number a head, as in Mamba-2 (Dao and Gu 2024, arXiv 2405.21060)
@@ -23,8 +24,7 @@ class GatedLinearAttention(Expert):
     sharper map than elu + 1. Half of the heads start with memories of about 8 to 64 tokens, half of 128 to 1024.
     """
 
-    rotary = False
-    stateful = True
+    kernel = Kernel.GATED
     cost_ratio = 0.15
 
     def __init__(self, shape: ExpertShape):
@@ -43,17 +43,24 @@ class GatedLinearAttention(Expert):
         """The logarithms of the gates [B, H, T], of keys one a query head."""
         return F.logsigmoid((widen(k) * self.gate[:, None]).sum(-1) + self.gate_bias[:, None])
 
+    @property
+    def fixed_map(self) -> bool:
+        """Whether features and gates are those of this class, which kernels know, and not a subclass's own."""
+        own, base = type(self), GatedLinearAttention
+        return own.feature is base.feature and own.log_gate is base.log_gate
+
+    def entries(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See `SumExpert.entries`; the heads are those of the queries."""
+        k, v = (repeat_heads(x, self.shape.num_heads) for x in (k, v))
+        return self.feature(k), with_ones(widen(v)), self.log_gate(k)
+
     def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """phi(q) [B, H, Tq, Dh], phi(k) [B, H, Tk, Dh] and log a [B, H, Tk]: what the kernels take.
 
         Features in the dtype of q, or bfloat16 for float16 (`kernels.capability.feature_dtype`).
         """
-        if capability.computes(q, k):
+        if self.fixed_map and capability.computes(q, k):
             return operators.features(q, k, self.gate, self.gate_bias, self.log_scale)
-        return self._plain_features(q, k)
-
-    def _plain_features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`features` without their kernel."""
         k, kind = repeat_heads(k, q.shape[1]), capability.feature_dtype(q.dtype)
         return self.feature(q).to(kind), self.feature(k).to(kind), self.log_gate(k)
 
@@ -71,7 +78,8 @@ class GatedLinearAttention(Expert):
 
     def attend_rows(self, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor) -> Tensor:
         """See `Expert.attend_rows`. On a CPU the state takes the keys up to the last chosen row, and those rows read it."""
-        if q.device.type != "cpu" or int(chosen.sum()) > MOST_ROWS * chosen.numel():  # elsewhere the host counts no rows
+        own = self.kernel is Kernel.GATED and q.device.type == "cpu"  # elsewhere the host counts no rows
+        if not own or int(chosen.sum()) > MOST_ROWS * chosen.numel():
             return super().attend_rows(q, k, v, chosen)
         return torch.stack([self._rows(q[b], k[b], v[b], taken.nonzero()[:, 0]) for b, taken in enumerate(chosen)])
 
@@ -100,7 +108,7 @@ class GatedLinearAttention(Expert):
         pad = -T % chunk
         log_gate = self.log_gate(k)
         phi_q, phi_k = self.feature(q), self.feature(k)
-        value = F.pad(widen(v), (0, 1), value=1.0)  # [B, H, T, Dh + 1]
+        value = with_ones(widen(v))  # [B, H, T, Dh + 1]
         if pad:  # padding keeps the state: gate 1, key 0
             log_gate = F.pad(log_gate, (0, pad))
             phi_q, phi_k, value = (F.pad(x, (0, 0, 0, pad)) for x in (phi_q, phi_k, value))

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bayes_router.attention.experts.contract import Expert, register_expert
+from bayes_router.attention.experts.contract import Kernel, register_expert
+from bayes_router.attention.experts.sums import SumExpert
 from bayes_router.attention.kernels import capability
 from bayes_router.attention.kernels.eager.chunks import CHUNK, EPSILON, feature_map, in_chunks, with_ones
 from bayes_router.attention.kernels.triton import operators
@@ -12,7 +13,7 @@ from bayes_router.attention.shapes import repeat_heads, widen
 
 
 @register_expert("linear")
-class LinearAttention(Expert):
+class LinearAttention(SumExpert):
     """phi(q_t) S_t / (phi(q_t) z_t), S_t = sum_{s<=t} phi(k_s) v_s^T, z_t = sum_{s<=t} phi(k_s); phi = elu + 1.
 
     Work and memory O(T): inside a chunk the masked product, between chunks the running state. Katharopoulos et al. 2020
@@ -20,8 +21,7 @@ class LinearAttention(Expert):
     alone. The state [B, Hkv, Dh, Dh + 1] is float32 and holds S and, in its last column, z.
     """
 
-    rotary = False
-    stateful = True
+    kernel = Kernel.LINEAR
     cost_ratio = 0.15
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -62,6 +62,10 @@ class LinearAttention(Expert):
         summed = phi_q @ before + scores @ value  # [B, H, N, C, Dh + 1]
         out = summed[..., :-1] / (summed[..., -1:] + EPSILON)
         return out.flatten(2, 3)[:, :, :T].to(v.dtype), after
+
+    def entries(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See `SumExpert.entries`; the heads are those of the keys."""
+        return feature_map(widen(k)), with_ones(widen(v)), None
 
     def flops_per_token(self, context: int) -> float:
         """Update and read of the state [Dh, Dh + 1] of each head: 2 Dh (Dh + 1) multiply-adds."""

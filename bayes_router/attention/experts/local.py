@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from bayes_router.attention.experts.contract import Expert, register_expert
+from bayes_router.attention.experts.contract import Expert, Kernel, register_expert
 from bayes_router.attention.kernels import capability
 from bayes_router.attention.kernels.eager.band import MIN_BLOCK, banded
 from bayes_router.attention.kernels.eager.fused import fused_attention
@@ -19,6 +19,7 @@ class LocalAttention(Expert):
     window without these sinks costs them much more (Xiao et al. 2023, arXiv 2309.17453).
     """
 
+    kernel = Kernel.LOCAL
     cost_ratio = 0.30
 
     def __init__(self, shape: ExpertShape):
@@ -49,6 +50,11 @@ class LocalAttention(Expert):
         k, v, key = (_without(x, sinks, older, dim) for x, dim in ((k, 2), (v, 2), (key, 1)))
         seen = (key <= query) & ((key > query - window) | (key < self.shape.sinks))
         return fused_attention(q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1])
+
+    def reach(self, num_keys: int) -> int | None:
+        """The window; None where sinks stand before it."""
+        window = self.shape.window
+        return None if self.shape.sinks and window < num_keys else min(window, num_keys)
 
     def keys_read(self, context: int) -> int:
         """The sinks and the window, or all there are."""

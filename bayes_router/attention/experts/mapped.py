@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from bayes_router.attention.experts.contract import register_expert
+from bayes_router.attention.experts.contract import Kernel, register_expert
 from bayes_router.attention.experts.gated import GatedLinearAttention
 from bayes_router.attention.shapes import ExpertShape, widen
 
@@ -15,6 +15,8 @@ class MappedGatedAttention(GatedLinearAttention):
     One map for queries and keys, in the manner of Zhang et al. 2024 (arXiv 2402.04347); the gate reads the key as it is.
     """
 
+    kernel = Kernel.GATED
+
     def __init__(self, shape: ExpertShape):
         super().__init__(shape)
         self.map = nn.Parameter(torch.eye(shape.head_dim).repeat(shape.num_heads, 1, 1))
@@ -23,10 +25,6 @@ class MappedGatedAttention(GatedLinearAttention):
         """phi(M x), of the shape of x, one map M [Dh, Dh] a query head; float32 at least."""
         x = widen(x)
         return super().feature(x @ self.map.mT.to(x.dtype))
-
-    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As in the base class, without its kernel, which knows no map."""
-        return self._plain_features(q, k)
 
     def flops_per_token(self, context: int) -> float:
         """As gated attention, and the map of a query and of a key for each head."""

@@ -11,10 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from bayes_router.attention.experts.contract import Expert
-from bayes_router.attention.experts.full import FullAttention
-from bayes_router.attention.experts.linear import LinearAttention
-from bayes_router.attention.experts.local import LocalAttention
+from bayes_router.attention.experts.contract import Expert, Kernel
 from bayes_router.attention.hard.backend import register_backend
 from bayes_router.attention.hard.problem import RoutedProblem
 from bayes_router.attention.kernels.eager.chunks import EPSILON, feature_map
@@ -71,22 +68,14 @@ def _outputs(problem: RoutedProblem, wanted: dict[int, Expert]) -> Iterator[tupl
     """Which experts, and their output over every token."""
     num_keys = problem.k.shape[2]
     short = problem.q.device.type == "cpu" and num_keys <= SHORT
-    soft = {index: reach for index, expert in wanted.items() if short and (reach := _reach(expert, num_keys))}
+    softmax = {index: expert for index, expert in wanted.items() if short and expert.kernel.softmax}
+    soft = {index: reach for index, expert in softmax.items() if (reach := expert.reach(num_keys))}
     if soft:
         yield list(soft), _softmax(problem, soft)
     for index, expert in wanted.items():
         if index not in soft:
             inputs = problem.inputs(expert)
-            yield [index], _linear(*inputs) if short and type(expert) is LinearAttention else expert(*inputs)
-
-
-def _reach(expert: Expert, num_keys: int) -> int:
-    """How many keys back an expert of the one softmax call sees, itself included; 0 for any other expert."""
-    if type(expert) is FullAttention:
-        return num_keys
-    if type(expert) is LocalAttention and (expert.shape.window >= num_keys or not expert.shape.sinks):
-        return min(expert.shape.window, num_keys)
-    return 0
+            yield [index], _linear(*inputs) if short and expert.kernel is Kernel.LINEAR else expert(*inputs)
 
 
 def _softmax(problem: RoutedProblem, reaches: dict[int, int]) -> Tensor:

@@ -13,7 +13,6 @@ from bayes_router.attention.experts.contract import Expert
 from bayes_router.attention.hard.auto import AUTO
 from bayes_router.attention.hard.backend import Backend, backend_of, run
 from bayes_router.attention.hard.problem import (
-    BUILT_IN,
     RoutedProblem,
     check_experts,
     check_inputs,
@@ -55,8 +54,7 @@ def routed_attention(
             that `register_backend` has made known), or the object.
         lengths: [B] real queries of each row; the rest is right padding and comes out as zero.
         starts: [B] position of each row's first query; default Tk - Tq. Keys after a row's last query are never seen.
-        experts: registered names or built experts. Built-in ones are recognised by their exact type; any other computes its
-            own rows (`Expert.attend_rows`).
+        experts: registered names or built experts. One without a `kernel` computes its own rows (`Expert.attend_rows`).
 
     Returns:
         [B, H, Tq, Dh] in q's dtype.
@@ -72,7 +70,7 @@ def routed_attention(
     shape = ExpertShape(q.shape[1], q.shape[3], check_window(window)) if four else ExpertShape(1, 1, check_window(window))
     if four:
         check_experts(experts, shape)
-    built = tuple(e if type(e) in BUILT_IN else e.to(q.device) for e in resolve_experts(experts, shape))
+    built = tuple(e if e.kernel.plain else e.to(q.device) for e in resolve_experts(experts, shape))
     plain_q, plain_k = q if linear_q is None else linear_q, k if linear_k is None else linear_k
     if isinstance(route, bool) or not isinstance(route, (int, Tensor)):
         raise TypeError(f"route: expected an int or a tensor int64 [B, T]; got {type(route).__name__}; use torch.tensor(route)")

@@ -10,12 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bayes_router.attention.experts.contract import Expert, expert_class
-from bayes_router.attention.experts.full import FullAttention
-from bayes_router.attention.experts.linear import LinearAttention
 from bayes_router.attention.experts.local import LocalAttention
 from bayes_router.attention.shapes import ExpertShape
-
-BUILT_IN = (FullAttention, LinearAttention, LocalAttention)
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ class RoutedProblem:
             return False
         inputs = (self.q, self.k, self.v, self.plain_q, self.plain_k)
         return any(x.requires_grad for x in inputs) or any(
-            p.requires_grad for expert in self.experts if type(expert) not in BUILT_IN for p in expert.parameters()
+            p.requires_grad for expert in self.experts if not expert.kernel.plain for p in expert.parameters()
         )
 
     def computed(self) -> Iterator[tuple[int, Expert]]:
@@ -120,12 +116,12 @@ def resolve_experts(experts: Sequence[str | Expert], shape: ExpertShape) -> tupl
 
 
 def _build(kind: type[Expert], shape: ExpertShape) -> Expert:
-    return built_in(kind, shape) if kind in BUILT_IN else kind(shape)
+    return shared_expert(kind, shape) if kind.kernel.plain else kind(shape)  # type: ignore[arg-type] # hashable it is
 
 
 @lru_cache(256)
-def built_in(kind: type[Expert], shape: ExpertShape) -> Expert:
-    """One for all calls: the built-in experts own no tensors, and building modules takes longer than checking a call."""
+def shared_expert(kind: type[Expert], shape: ExpertShape) -> Expert:
+    """One for all calls: these own no tensors, and building modules takes longer than checking a call."""
     return kind(shape)
 
 

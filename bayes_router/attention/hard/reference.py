@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bayes_router.attention.experts.full import FullAttention
-from bayes_router.attention.experts.linear import LinearAttention
-from bayes_router.attention.experts.local import LocalAttention
+from bayes_router.attention.experts.contract import Kernel
 from bayes_router.attention.hard.backend import register_backend
 from bayes_router.attention.hard.problem import RoutedProblem
 from bayes_router.attention.shapes import repeat_heads
@@ -54,15 +52,15 @@ class _Reference:
 
 
 def _one(one: RoutedProblem) -> Tensor:
-    """Each built-in expert by its formula, any other by its own dense pass; B = 1."""
+    """Each expert of a plain kernel by its formula, any other by its own dense pass; B = 1."""
     out = torch.zeros_like(one.q)
     for index, expert in one.computed():
         q, k, v = one.inputs(expert)
-        if type(expert) is FullAttention:
+        if expert.kernel is Kernel.FULL:
             dense = softmax_attention(q, k, v)
-        elif type(expert) is LocalAttention:
+        elif expert.kernel is Kernel.LOCAL:
             dense = softmax_attention(q, k, v, expert.shape.window, expert.shape.sinks)
-        elif type(expert) is LinearAttention:
+        elif expert.kernel is Kernel.LINEAR:
             dense = linear_attention(q, k, v)
         else:
             dense = expert(q, k, v)

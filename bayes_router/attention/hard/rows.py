@@ -17,11 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from bayes_router.attention.experts.contract import Expert
-from bayes_router.attention.experts.linear import LinearAttention
-from bayes_router.attention.experts.local import LocalAttention
+from bayes_router.attention.experts.contract import Expert, Kernel
 from bayes_router.attention.hard.backend import register_backend
-from bayes_router.attention.hard.problem import BUILT_IN, RoutedProblem
+from bayes_router.attention.hard.problem import RoutedProblem
 from bayes_router.attention.kernels.eager import rows_linear
 from bayes_router.attention.kernels.eager.rows_linear import take
 from bayes_router.attention.kernels.eager.rows_softmax import softmax_rows, softmax_rows_backward
@@ -69,13 +67,13 @@ def _attend(problem: RoutedProblem) -> Tensor:
     else:
         out = _forward(problem, None)
     for index, expert in problem.computed():
-        if type(expert) not in BUILT_IN:
+        if not expert.kernel.plain:
             out = _own_rows(problem, index, expert, out)
     return out
 
 
 def _own_rows(problem: RoutedProblem, index: int, expert: Expert, out: Tensor) -> Tensor:
-    """`out` with the rows of an expert that is not built in: it may compute anything, and answers for its own rows."""
+    """`out` with the rows of an expert without a plain kernel: it may compute anything, and answers for its own rows."""
     parts = []
     for b, one in enumerate(problem.sequences()):
         chosen = one.route == index
@@ -88,12 +86,12 @@ def _own_rows(problem: RoutedProblem, index: int, expert: Expert, out: Tensor) -
 
 
 def _groups(one: RoutedProblem) -> Iterator[Group]:
-    """The built-in experts that some token took; those that compute the same, as local attention in a short text, are one."""
+    """The plain experts that some token took; those that compute the same, as local attention in a short text, are one."""
     kinds: dict[tuple[bool, ExpertShape | None], list[int]] = {}
     for index, expert in one.computed():
-        if type(expert) in BUILT_IN:
-            hides = type(expert) is LocalAttention and expert.shape.window < one.k.shape[2]
-            kinds.setdefault((type(expert) is LinearAttention, expert.shape if hides else None), []).append(index)
+        if expert.kernel.plain:
+            hides = expert.kernel is Kernel.LOCAL and expert.shape.window < one.k.shape[2]
+            kinds.setdefault((expert.kernel is Kernel.LINEAR, expert.shape if hides else None), []).append(index)
     route = one.route[0]
     for (_, local), (index, *others) in kinds.items():
         chosen = route == index
@@ -105,7 +103,7 @@ def _groups(one: RoutedProblem) -> Iterator[Group]:
 
 
 def _forward(problem: RoutedProblem, kept: list[list[Kept]] | None) -> Tensor:
-    """Rows of the built-in experts, zero elsewhere; what the backward pass needs is appended to `kept`, one list a sequence."""
+    """Rows of the plain experts, zero elsewhere; what the backward pass needs is appended to `kept`, one list a sequence."""
     B, H, Tq, Dh = problem.q.shape
     out = problem.q.new_zeros(B, Tq, H, Dh)
     for b, one in enumerate(problem.sequences()):
@@ -117,7 +115,7 @@ def _forward(problem: RoutedProblem, kept: list[list[Kept]] | None) -> Tensor:
                 continue
             q, k, v = (x[0] for x in one.inputs(expert))
             notes: Any
-            if type(expert) is LinearAttention:
+            if expert.kernel is Kernel.LINEAR:
                 notes = None if kept is None else []
                 for here, part in rows_linear.attend(q, k, v, rows, notes):
                     out[b].index_copy_(0, rows[here], part.to(out.dtype))
@@ -162,7 +160,7 @@ class _Rows(torch.autograd.Function):
                 targets = to_q[b, :, queries], to_k[b, :, keys], dv[b, :, keys]
                 x, key, value = (x[0] for x in one.inputs(expert))
                 sides = x, key, value, rows, notes, out[b], gradients[0][b]
-                if type(expert) is LinearAttention:
+                if expert.kernel is Kernel.LINEAR:
                     rows_linear.backward(*sides, *targets)
                 else:
                     softmax_rows_backward(*sides, local, *targets)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from bayes_router.attention.hard.backend import register_backend
-from bayes_router.attention.hard.problem import BUILT_IN, RoutedProblem
+from bayes_router.attention.hard.problem import RoutedProblem
 from bayes_router.attention.kernels import capability
 
 QUERIES = 4096
@@ -22,8 +22,8 @@ class _Short:
         reason = capability.lacks(problem.q, HEAD_SIZE)
         if reason is not None:
             return reason
-        kinds = [type(expert) for _, expert in problem.computed()]
-        if len(set(kinds)) < len(kinds) or not set(kinds).issubset(BUILT_IN):
+        kernels = [expert.kernel for _, expert in problem.computed()]
+        if len(set(kernels)) < len(kernels) or not all(kernel.plain for kernel in kernels):
             return "it computes at most one each of the built-in experts full, linear and local"
         if problem.q.shape[2] > QUERIES:
             return f"it sorts up to {QUERIES} queries; these are {problem.q.shape[2]}"

@@ -8,7 +8,8 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
-from bayes_router.attention.hard.problem import BUILT_IN, RoutedProblem
+from bayes_router.attention.experts.contract import Kernel
+from bayes_router.attention.hard.problem import RoutedProblem
 from bayes_router.attention.kernels.triton.call import LOG2_E, empty, head_size, multiprocessors, precision, strides
 from bayes_router.attention.kernels.triton.launch import launch
 from bayes_router.attention.kernels.triton.launch_linear import empty_states, prefix
@@ -34,11 +35,11 @@ def _attend(problem: RoutedProblem) -> Tensor:
     q, k, v = (_padded(x, extra) for x in (problem.q, problem.k, problem.v))
     plain_q, plain_k = (_padded(x, extra, -torch.inf) for x in (problem.plain_q, problem.plain_k))  # phi(-inf) = 0
     (B, H, T, D), (_, HK, num_keys, _), device = q.shape, k.shape, q.device
-    kinds = {type(expert): index for index, expert in problem.computed()}
-    full, linear, local = (kinds.get(kind, -1) for kind in BUILT_IN)
+    kernels = {expert.kernel: index for index, expert in problem.computed()}
+    full, linear, local = (kernels.get(kernel, -1) for kernel in (Kernel.FULL, Kernel.LINEAR, Kernel.LOCAL))
     window, sinks = problem.experts[local].shape[2:] if local >= 0 else (1, 0)
     route, starts, lengths = problem.route, problem.starts, problem.lengths
-    out = empty(q, lengths is None and len(kinds) == len(problem.experts))
+    out = empty(q, lengths is None and len(kernels) == len(problem.experts))
     if not out.numel():
         return out[..., :head_dim]
     segment, chunk, block, warps, stages, per_sm, registers = cut(num_keys, D, q.dtype)

@@ -11,10 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from bayes_router.attention.experts.full import FullAttention
+from bayes_router.attention.experts.contract import Kernel
 from bayes_router.attention.experts.gated import GatedLinearAttention
-from bayes_router.attention.experts.local import LocalAttention
-from bayes_router.attention.experts.sums import SUMS
 from bayes_router.attention.hard.problem import RoutedProblem
 from bayes_router.attention.kernels.triton.call import (
     LOG2_E,
@@ -27,7 +25,7 @@ from bayes_router.attention.kernels.triton.launch_backward import backward
 from bayes_router.attention.kernels.triton.launch_forward import forward
 from bayes_router.attention.kernels.triton.plan import make_plan, make_schedule
 
-KINDS = ((FullAttention,), SUMS, (LocalAttention,))  # in the order of `kernels.triton.plan`
+PLACES = {Kernel.FULL: 0, Kernel.LINEAR: 1, Kernel.GATED: 1, Kernel.LOCAL: 2}  # in the order of `kernels.triton.plan`
 
 
 def attend(problem: RoutedProblem) -> Tensor:
@@ -49,9 +47,9 @@ def native_experts(problem: RoutedProblem) -> tuple[int, int, int]:
     """Index among the experts of the one that each kind of kernel computes; -1 where there is none."""
     indices = [-1, -1, -1]
     for index, expert in problem.computed():
-        for kind, types in enumerate(KINDS):
-            if type(expert) in types and indices[kind] < 0:
-                indices[kind] = index
+        place = PLACES.get(expert.kernel)
+        if place is not None and indices[place] < 0:
+            indices[place] = index
     return indices[0], indices[1], indices[2]
 
 
@@ -70,7 +68,7 @@ def _inputs(problem: RoutedProblem, linear: int) -> tuple[Tensor, Tensor, Tensor
     q, k, v, plain_q, plain_k = problem.q, problem.k, problem.v, problem.plain_q, problem.plain_k
     padded = _pad(q), _pad(k), _pad(v)
     expert = problem.experts[linear] if linear >= 0 else None
-    if isinstance(expert, GatedLinearAttention):
+    if isinstance(expert, GatedLinearAttention) and expert.kernel is Kernel.GATED:
         phi_q, phi_k, log_gate = expert.features(plain_q, plain_k)
         return *padded, _pad(phi_q), _pad(phi_k), log_gate
     same = padded[0].shape == q.shape

@@ -9,7 +9,7 @@ from bayes_router.attention.experts.contract import Expert
 from bayes_router.attention.experts.full import FullAttention
 from bayes_router.attention.experts.local import LocalAttention
 from bayes_router.attention.hard.dispatch import routed_attention
-from bayes_router.attention.hard.problem import built_in
+from bayes_router.attention.hard.problem import shared_expert
 from bayes_router.attention.shapes import ExpertShape
 from bayes_router.checks import require
 from bayes_router.integrations.calls.call import AttentionCall
@@ -117,9 +117,9 @@ class RoutedLayer(nn.Module):
         """The dispatcher's own expert where it computes the same, else this layer's behind its contract."""
         name = self.names[index]
         if name == "full":
-            return built_in(FullAttention, self.shape)
+            return shared_expert(FullAttention, self.shape)
         if name == "local":
-            return built_in(LocalAttention, self.shape._replace(sinks=self.sinks))
+            return shared_expert(LocalAttention, self.shape._replace(sinks=self.sinks))
         return _Adapter(self.expert(index), self.shape, call)
 
 
