@@ -12,8 +12,9 @@ from bayes_router.inference.sites import route_site
 class RowDraws(Messenger):
     """Draws the routes of each row after seeding torch with that row's seed and the layer.
 
-    A batch cut into parts, on one process or on several, then gives the routes of the whole batch (up to rounding of the
-    concentrations). It costs a sampling call for each row and layer where usually one serves all rows.
+    A batch cut into parts, on one process or on several, then gives the routes of the whole batch
+    (up to rounding of the concentrations). It costs a sampling call for each row and layer where
+    usually one serves all rows.
 
     Args:
         seeds: one for each row of the batch that the model is about to read.

@@ -25,7 +25,13 @@ from bayes_router.routing.tilt import tilted_kl
 from bayes_router.types import LossTerms
 
 UNCHECKED = dict.fromkeys(
-    ("validate_poutine", "validate_infer", "validate_distributions_pyro", "validate_distributions_torch"), False
+    (
+        "validate_poutine",
+        "validate_infer",
+        "validate_distributions_pyro",
+        "validate_distributions_torch",
+    ),
+    False,
 )
 """Pyro's and torch's checks of values wait for the device, several times a layer; here the program is known to be right."""
 
@@ -47,9 +53,10 @@ class Tempered(nn.Module):
 def tempered(model: Callable[..., Any], kl_weight: float) -> Tempered:
     """The cold posterior that a KL weight pursues, as a program: p(routes) p(targets | routes)^(1 / kl_weight).
 
-    Maximising E_q[log p(y | z)] - w KL(q || p) and maximising the ELBO of this program are the same, whatever
-    the guide, and the program has a density, so that samplers and importance weights mean something too. Its
-    loss, times w and divided by the number of tokens, is that of `RoutingELBO(kl_weight=w)`.
+    Maximising E_q[log p(y | z)] - w KL(q || p) and maximising the ELBO of this program are the
+    same, whatever the guide, and the program has a density, so that samplers and importance weights
+    mean something too. Its loss, times w and divided by the number of tokens, is that of
+    `RoutingELBO(kl_weight=w)`.
 
     Args:
         model: any Pyro program; what it observes is the likelihood.
@@ -76,12 +83,15 @@ class _Tempered(Messenger):
 class RoutingELBO(TraceMeanField_ELBO):
     """-(ELBO) per token with a weighted KL: (nll + kl_weight * KL(q || p)) / (B T), nats per token; see `LossTerms`.
 
-    With kl_weight 1, B T times this is TraceMeanField_ELBO in value and gradient, whatever the model and the guide. For
-    Dirichlet routes under a (tilted) Dirichlet prior, and no other latent, it is computed without what Pyro's estimator does
-    besides: log densities of the routes, which the analytic KL replaces, one KL a site, and waiting for the device twice a
-    step (a CUDA graph can hold the step). Anything else is left to Pyro's estimator, the KL of every latent weighted alike.
+    With kl_weight 1, B T times this is TraceMeanField_ELBO in value and gradient, whatever the
+    model and the guide. For Dirichlet routes under a (tilted) Dirichlet prior, and no other latent,
+    it is computed without what Pyro's estimator does besides: log densities of the routes, which
+    the analytic KL replaces, one KL a site, and waiting for the device twice a step (a CUDA graph
+    can hold the step). Anything else is left to Pyro's estimator, the KL of every latent weighted
+    alike.
 
-    `terms` holds the parts of the last loss, detached means over particles: the KL in them carries weight 1.
+    `terms` holds the parts of the last loss, detached means over particles: the KL in them carries
+    weight 1.
 
     Args:
         kl_weight: of the KL; 1 is the literal ELBO.
@@ -149,14 +159,23 @@ class RoutingELBO(TraceMeanField_ELBO):
         else:
             guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
             model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-        model_trace, guide_trace = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+        model_trace, guide_trace = (
+            prune_subsample_sites(model_trace),
+            prune_subsample_sites(guide_trace),
+        )
         _check_sites(model_trace, guide_trace)
         return model_trace, guide_trace
 
     def _particle(self, model_trace: Trace, guide_trace: Trace, terms: list[LossTerms]) -> Tensor:
         """The loss of a pair of traces, particles in a plate summed."""
         routes = [name for name in guide_trace.nodes if is_route_site(name)]
-        require(len(routes) > 0, "model", "at least one route site", "none", "the number of tokens is read there")
+        require(
+            len(routes) > 0,
+            "model",
+            "at least one route site",
+            "none",
+            "the number of tokens is read there",
+        )
         tokens = torch.Size(model_trace.nodes[routes[0]]["fn"].batch_shape[-2:]).numel()
         if _stackable(model_trace, guide_trace, routes):
             observed = model_trace.nodes[TARGETS]
@@ -190,7 +209,12 @@ def _check_sites(model_trace: Trace, guide_trace: Trace) -> None:
     latents = [n for n, s in model_trace.nodes.items() if s["type"] == "sample" and not s["is_observed"]]
     drawn = {n: s for n, s in guide_trace.nodes.items() if s["type"] == "sample" and not s["is_observed"]}
     missing = [name for name in latents if name not in drawn]
-    require(not missing, "guide", f"a site for each latent of the model: {', '.join(latents)}", f"none of {', '.join(missing)}")
+    require(
+        not missing,
+        "guide",
+        f"a site for each latent of the model: {', '.join(latents)}",
+        f"none of {', '.join(missing)}",
+    )
     extra = [name for name, site in drawn.items() if name not in latents and not site["infer"].get("is_auxiliary")]
     require(not extra, "guide", f"sites that the model has: {', '.join(latents)}", ", ".join(extra))
 

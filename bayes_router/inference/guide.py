@@ -27,12 +27,13 @@ class Controller(Protocol):
 class RoutingGuide(Named):
     """q(routes | tokens) = prod_l Dirichlet(route_l; controller_l(hidden_l)).
 
-    It runs the network itself, drawing each layer's routes from the posterior given the hidden state there, and leaves the
-    output for the model that is replayed against it: an SVI step is one forward pass. It never sees the targets: at
-    inference there are none.
+    It runs the network itself, drawing each layer's routes from the posterior given the hidden
+    state there, and leaves the output for the model that is replayed against it: an SVI step is one
+    forward pass. It never sees the targets: at inference there are none.
 
-    TraceMeanField_ELBO's analytic KL is exact here although the posterior of a layer depends on draws of earlier layers:
-    no route is, in the model, a descendant of another, the condition that its docstring states.
+    TraceMeanField_ELBO's analytic KL is exact here although the posterior of a layer depends on
+    draws of earlier layers: no route is, in the model, a descendant of another, the condition that
+    its docstring states.
 
     Args:
         model: whose network is run.
@@ -42,7 +43,11 @@ class RoutingGuide(Named):
     """
 
     def __init__(
-        self, model: RoutingModel, controller: Controller, rest: Callable[..., Any] | None = None, name: str | None = None
+        self,
+        model: RoutingModel,
+        controller: Controller,
+        rest: Callable[..., Any] | None = None,
+        name: str | None = None,
     ):
         super().__init__(name)
         self._model = (model,)  # not a submodule: its parameters are the model's

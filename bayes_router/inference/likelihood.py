@@ -47,7 +47,8 @@ class NextToken(dist.TorchDistribution):
 class ExpectedToken(NextToken):
     """E_{y ~ teacher} log p(y | logits) in place of log p(y): the expected log likelihood of tokens that the teacher writes.
 
-    It is minus the teacher's entropy minus KL(teacher || student); logits and teacher [..., V], the value is not read.
+    It is minus the teacher's entropy minus KL(teacher || student); logits and teacher [..., V], the
+    value is not read.
     """
 
     def __init__(self, logits: Tensor, teacher: Tensor):
@@ -70,7 +71,8 @@ class ExpectedToken(NextToken):
 class Teacher:
     """The likelihood of self-distillation.
 
-    `logits` holds what the teacher says of the batch at hand; None: the text's own tokens are scored.
+    `logits` holds what the teacher says of the batch at hand; None: the text's own tokens are
+    scored.
     """
 
     logits: Tensor | None = None

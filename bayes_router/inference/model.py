@@ -11,18 +11,21 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from bayes_router.checks import require
 from bayes_router.inference.likelihood import Likelihood, NextToken
 from bayes_router.inference.parameters import Named
 from bayes_router.inference.prior import DirichletPrior
-from bayes_router.inference.sites import TARGETS, Plates, route_site
+from bayes_router.inference.sites import TARGETS, Plates, is_route_site, route_site
 from bayes_router.types import IGNORED, Route
 
 Prior = Callable[[int, torch.Size], dist.TorchDistribution]
-"""(layer, shape) -> distribution of the routes of a layer, event shape [E]; batch shape `shape` or what
-broadcasts to it: [B, T], and [R, B, T] where a layer has R > 1 routing units."""
+"""(layer, shape) -> distribution of the routes of a layer, event shape [E].
+
+Its batch shape is `shape`, or broadcasts to it: [B, T], and [R, B, T] where a layer has R > 1 routing units."""
 
 
 class Pass(NamedTuple):
@@ -34,23 +37,43 @@ class Pass(NamedTuple):
     state: tuple[object, ...]
 
 
+class _OneDraw(Messenger):
+    """Weights of the network in their own shape: `Predictive` puts a 1 before it for each plate of the guide."""
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        if is_route_site(msg["name"]) or site_is_subsample(msg):
+            return
+        shape, value = msg["fn"].shape(), msg["value"]
+        require(
+            value.numel() == shape.numel(),
+            f"particles of {msg['name']}",
+            "one after another, where weights are random: the network draws them once a pass",
+            tuple(value.shape),
+            "vectorize_particles=False, Predictive(parallel=False)",
+        )
+        msg["value"] = value.reshape(shape)
+
+
 class RoutingModel(Named):
     """p(targets, routes | tokens): what it says is what Pyro's estimators, samplers and handlers get, in nats of the batch.
 
-    What is per token, weighted or annealed belongs to the objective: `RoutingELBO(kl_weight=...)`, or `tempered(model, ...)`
-    for an estimator or sampler of Pyro's own.
+    What is per token, weighted or annealed belongs to the objective: `RoutingELBO(kl_weight=...)`,
+    or `tempered(model, ...)` for an estimator or sampler of Pyro's own.
 
     Args:
         network: (tokens [B, T], route callback) -> output [B, ...]; see `RoutedTransformer`. Weights of it may be random
             variables (PyroSample): they are drawn once a pass, outside of all plates.
-        prior: concentration [L, E] of a `DirichletPrior`, or any (layer, shape) -> distribution over the E experts.
-        cost_ratio: of the experts, [E], or of the experts in each layer, [L, E]; what `price` multiplies.
+        prior: concentration [L, E] of a `DirichletPrior`, or any (layer, shape) -> distribution
+            over the E experts.
+        cost_ratio: of the experts, [E], or of the experts in each layer, [L, E]; what `price`
+            multiplies.
         price: nats per unit of cost by which the prior is tilted, see `TiltedDirichlet`.
-        likelihood: output of the network -> distribution of the targets, one a token (batch shape [B, T]) or one a row
-            ([B, 1]); next tokens by default.
+        likelihood: output of the network -> distribution of the targets, one a token (batch shape
+            [B, T]) or one a row ([B, 1]); next tokens by default.
         name: of the network's parameters in Pyro's store, see `Named`.
 
-    With `straight_through` set, the network executes the argmax of each draw, and its gradient is the draw's.
+    With `straight_through` set, the network executes the argmax of each draw, and its gradient is
+    the draw's.
 
     Raises:
         ValueError: concentration not positive or not [L, E]; a price below 0, without costs, or beside a prior of one's own.
@@ -70,12 +93,23 @@ class RoutingModel(Named):
         self.network, self.likelihood, self.straight_through = network, likelihood, False
         fix = "a prior of one's own holds its costs itself"
         own = not isinstance(prior, Tensor)
-        require(not own or (price == 0 and cost_ratio is None), "price", "0 beside a callable prior", price, fix)
+        require(
+            not own or (price == 0 and cost_ratio is None),
+            "price",
+            "0 beside a callable prior",
+            price,
+            fix,
+        )
         self.prior: Prior = DirichletPrior(prior, cost_ratio, price) if isinstance(prior, Tensor) else prior
         self._kept: Pass | None = None
         experts = getattr(network, "num_experts", None)
         if isinstance(prior, Tensor) and experts is not None:
-            require(prior.shape[-1] == experts, "prior", f"the {experts} experts of the network", prior.shape[-1])
+            require(
+                prior.shape[-1] == experts,
+                "prior",
+                f"the {experts} experts of the network",
+                prior.shape[-1],
+            )
 
     @property
     def dirichlet_prior(self) -> DirichletPrior:
@@ -86,7 +120,13 @@ class RoutingModel(Named):
         """
         prior = self.prior
         fix = "pass the concentration to RoutingModel"
-        require(isinstance(prior, DirichletPrior), "prior", "a DirichletPrior", type(prior).__name__, fix)
+        require(
+            isinstance(prior, DirichletPrior),
+            "prior",
+            "a DirichletPrior",
+            type(prior).__name__,
+            fix,
+        )
         assert isinstance(prior, DirichletPrior)
         return prior
 
@@ -160,7 +200,8 @@ class RoutingModel(Named):
         def route(layer: int, hidden: Tensor) -> Tensor:  # [rows, T, D] -> [rows, T, (R,) E]
             return self.executed(plates, drawn[layer] if layer in drawn else self._draw(layer, plates))
 
-        return self.network(plates.repeat(tokens), route)
+        with _OneDraw():
+            return self.network(plates.repeat(tokens), route)
 
     def _draw(self, layer: int, plates: Plates) -> Tensor:
         """The site of a layer's routes, [(R,) B, T, E]."""
@@ -169,11 +210,21 @@ class RoutingModel(Named):
         E = self.check_experts(f"prior of {name}", fn)
         if fn.batch_shape != shape:
             fits = _broadcasts(fn.batch_shape, shape)
-            require(fits, f"prior of {name}", f"batch shape {tuple(shape)}, or what broadcasts to it", tuple(fn.batch_shape))
+            require(
+                fits,
+                f"prior of {name}",
+                f"batch shape {tuple(shape)}, or what broadcasts to it",
+                tuple(fn.batch_shape),
+            )
             fn = fn.expand(shape)
         with plates.routes():
             value: Tensor = pyro.sample(name, fn)
-        require(value.shape[-1] == E, f"guide of {name}", f"the {E} experts of the prior", value.shape[-1])
+        require(
+            value.shape[-1] == E,
+            f"guide of {name}",
+            f"the {E} experts of the prior",
+            value.shape[-1],
+        )
         return value
 
     def check_experts(self, what: str, fn: dist.TorchDistribution) -> int:
@@ -214,7 +265,13 @@ class RoutingModel(Named):
         if targets is not None:
             whole = (*shape, *said.event_shape)
             fix = "targets and likelihood are over the same tokens"
-            require(targets.shape == whole, "targets", f"the shape of the likelihood, {whole}", tuple(targets.shape), fix)
+            require(
+                targets.shape == whole,
+                "targets",
+                f"the shape of the likelihood, {whole}",
+                tuple(targets.shape),
+                fix,
+            )
         return shape == (B, T)
 
     def __getstate__(self) -> dict[str, Any]:

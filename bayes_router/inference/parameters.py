@@ -17,10 +17,12 @@ _shown: dict[str, "weakref.ref[Tensor]"] = {}
 class Named(nn.Module):
     """A module that shows its parameters to Pyro under a name of its own.
 
-    Pyro's store is global: two models under one name would share their weights in silence. So the first that is run takes
-    its name, `name` or that of the class, a second one that lives beside it the same with a number. The name of one that is
-    gone is free again, and what it left in the store is dropped. Parameters that were *loaded* into the store under the name
-    (`pyro.get_param_store().load(...)`) replace those of the module, as plain Pyro does with `update_module_params=True`.
+    Pyro's store is global: two models under one name would share their weights in silence. So the
+    first that is run takes its name, `name` or that of the class, a second one that lives beside it
+    the same with a number. The name of one that is gone is free again, and what it left in the
+    store is dropped. Parameters that were *loaded* into the store under the name
+    (`pyro.get_param_store().load(...)`) replace those of the module, as plain Pyro does with
+    `update_module_params=True`.
 
     Under `pyro.settings.context(module_local_params=True)` nothing is registered.
 
@@ -31,7 +33,12 @@ class Named(nn.Module):
     def __init__(self, name: str | None = None) -> None:
         super().__init__()
         wanted = type(self).__name__ if name is None else name
-        require(re.fullmatch(r"\w+", wanted) is not None, "name", "letters, digits and underscores", name)
+        require(
+            re.fullmatch(r"\w+", wanted) is not None,
+            "name",
+            "letters, digits and underscores",
+            name,
+        )
         self._wanted, self._given = wanted, name is not None
 
     def show_parameters(self, module: nn.Module) -> None:

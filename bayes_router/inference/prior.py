@@ -55,15 +55,26 @@ class DirichletPrior(nn.Module):
         )
         fits = concentration.dim() == 2 and self.concentration.shape in ((0,), concentration.shape)
         require(fits, "concentration", shape, tuple(concentration.shape))
-        require(bool((concentration > 0).all()), "concentration", "positive numbers", concentration.tolist())
+        require(
+            bool((concentration > 0).all()),
+            "concentration",
+            "positive numbers",
+            concentration.tolist(),
+        )
         require(price >= 0, "price", "0 or more", price)
-        require(price == 0 or len(self.cost_ratio) > 0, "price", "0 where no cost_ratio was given", price)
+        require(
+            price == 0 or len(self.cost_ratio) > 0,
+            "price",
+            "0 where no cost_ratio was given",
+            price,
+        )
         experts = f"the {concentration.shape[1]} experts of the concentration"
         costs = tuple(self.cost_ratio.shape)
         require(costs in ((0,), costs[:-1] + concentration.shape[1:]), "cost_ratio", experts, costs)
         moved = price != self._price or not torch.equal(concentration, self._given)
         if moved and price > 0:
-            # log Z of every layer; from values on the CPU, where small float64 work is cheap and no GPU waits for it
+            # log Z of every layer; from values on the CPU, where small float64 work is cheap and no
+            # GPU waits for it
             moments = tilted_moments(concentration.cpu(), price * torch.tensor(self._cost))
             self.log_normaliser.copy_(moments.log_normaliser, non_blocking=True)
             torch.mul(self.cost_ratio, price, out=self.tilt)
@@ -75,7 +86,12 @@ class DirichletPrior(nn.Module):
 
     def forward(self, layer: int, shape: torch.Size = torch.Size()) -> dist.TorchDistribution:  # noqa: B008
         """Of the routes of a layer, batch shape `shape`: by default that of one token."""
-        require(0 <= layer < len(self.concentration), "prior", f"{layer + 1} layers or more", len(self.concentration))
+        require(
+            0 <= layer < len(self.concentration),
+            "prior",
+            f"{layer + 1} layers or more",
+            len(self.concentration),
+        )
         concentration = self.concentration[layer]
         if self.price == 0:
             return dist.Dirichlet(concentration, validate_args=False).expand(shape)

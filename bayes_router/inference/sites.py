@@ -5,7 +5,8 @@
 | `route_<l>`  | [B, T, E]; [R, B, T, E] where R > 1 | batch (-2), token (-1); unit (-3) where R > 1      |
 | `targets`    | [B, T], or [B, 1] for one a row     | batch (-2), and token (-1) where there is one each |
 
-R counts the routing units of a layer, `network.num_units`: a network of one has weights [B, T, E], of more [B, T, R, E].
+R counts the routing units of a layer, `network.num_units`: a network of one has weights [B, T, E],
+of more [B, T, R, E].
 """
 
 from contextlib import ExitStack

@@ -21,7 +21,8 @@ class TiltedDirichlet(dist.TorchDistribution):
     Raises:
         ValueError: the tilt is not over as many experts as the concentration.
 
-    KL(Dirichlet(q) || this) = KL(Dirichlet(q) || Dirichlet(concentration)) + tilt . E_q[route] + log Z, exact.
+    KL(Dirichlet(q) || this) = KL(Dirichlet(q) || Dirichlet(concentration)) + tilt . E_q[route] +
+    log Z, exact.
     """
 
     arg_constraints = {"concentration": constraints.independent(constraints.positive, 1)}
@@ -35,7 +36,12 @@ class TiltedDirichlet(dist.TorchDistribution):
         validate_args: bool = False,
     ):
         E = concentration.shape[-1:]
-        require(tilt.shape[-1:] == E, "tilt", f"the {E[0]} experts of the concentration", tuple(tilt.shape))
+        require(
+            tilt.shape[-1:] == E,
+            "tilt",
+            f"the {E[0]} experts of the concentration",
+            tuple(tilt.shape),
+        )
         self.concentration, self.tilt = concentration, tilt
         self.base = dist.Dirichlet(concentration, validate_args=False)
         if log_normaliser is None:

@@ -1,14 +1,15 @@
 """A Dirichlet tilted by a price, in numbers: its KL, normaliser, mean, variance, expected entropy, and exact draws.
 
-p(route) = Dirichlet(route; a) exp(-tilt . route) / Z, tilt = price * cost ratio of each expert. With
-J[f] = (1 / 2 pi i) int f(s) e^s prod_e (s + tilt_e)^(-a_e) ds
-over a contour around the singularities (the inverse Laplace transform, at 1, of a product of Gamma transforms):
+p(route) = Dirichlet(route; a) exp(-tilt . route) / Z, tilt = price * cost ratio of each expert.
+With J[f] = (1 / 2 pi i) int f(s) e^s prod_e (s + tilt_e)^(-a_e) ds over a contour around the
+singularities (the inverse Laplace transform, at 1, of a product of Gamma transforms):
 
     Z = Gamma(a_0) J[1]      E[route_e] = a_e J[1 / (s + tilt_e)] / J[1]
     E[route_e^t] = Gamma(a_e + t) / Gamma(a_e) * J[(s + tilt_e)^(-t)] / J[1],  whose derivative at t = 1 gives the entropy.
 
-The contour is the parabola s = m (1 + i u)^2 of Weideman and Trefethen (2007, Math. Comp. 76), moved through the saddle of
-the integrand where concentrations are large; the midpoint rule on it converges geometrically.
+The contour is the parabola s = m (1 + i u)^2 of Weideman and Trefethen (2007, Math. Comp. 76),
+moved through the saddle of the integrand where concentrations are large; the midpoint rule on it
+converges geometrically.
 """
 
 from typing import NamedTuple
@@ -34,8 +35,8 @@ class TiltedMoments(NamedTuple):
 def tilted_kl(q: Tensor, concentration: Tensor, tilt: Tensor, log_normaliser: Tensor) -> Tensor:
     """KL(Dirichlet(q) || Dirichlet(concentration) tilted by exp(-tilt . route)), nats, [...]; exact.
 
-    = KL(Dirichlet(q) || Dirichlet(concentration)) + tilt . E_q[route] + log Z. q, concentration and tilt
-    broadcast over [..., E], log Z over [...]; a tilt of 0 has log Z = 0.
+    = KL(Dirichlet(q) || Dirichlet(concentration)) + tilt . E_q[route] + log Z. q, concentration and
+    tilt broadcast over [..., E], log Z over [...]; a tilt of 0 has log Z = 0.
     """
     return dirichlet_kl(q, concentration) + (posterior_mean(q) * tilt.to(q)).sum(-1) + log_normaliser
 
@@ -92,9 +93,10 @@ def _saddle(a: Tensor, cost: Tensor) -> Tensor:
 def sample_tilted(concentration: Tensor, tilt: Tensor, num_samples: int) -> Tensor:
     """Exact draws [num_samples, ..., E], float64, by rejection; tilt [E], or broadcastable to concentration.
 
-    The proposal normalises Gamma(a_e) draws of rate 1 + y_e / a_0, y_e = tilt_e - min tilt, whose density is that of the
-    Dirichlet times (1 + y . route / a_0)^(-a_0); so a draw is kept with probability exp(-y . route) (1 + y . route / a_0)^a_0,
-    which is at most 1. Logarithms of Gammas, log Gamma(a) = log Gamma(a + 1) + log(uniform) / a, keep sparse draws finite.
+    The proposal normalises Gamma(a_e) draws of rate 1 + y_e / a_0, y_e = tilt_e - min tilt, whose
+    density is that of the Dirichlet times (1 + y . route / a_0)^(-a_0); so a draw is kept with
+    probability exp(-y . route) (1 + y . route / a_0)^a_0, which is at most 1. Logarithms of Gammas,
+    log Gamma(a) = log Gamma(a + 1) + log(uniform) / a, keep sparse draws finite.
     """
     a = concentration.double().expand(num_samples, *concentration.shape)
     total = a.sum(-1)

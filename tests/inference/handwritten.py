@@ -1,6 +1,7 @@
 """The whole objective by hand, in about a hundred lines and float64: no Pyro, no chunks, no shared code but the weights.
 
-loss = mean over tokens of -log p(y | x, route) + kl_weight * sum over layers of the mean over tokens of KL(q || p)
+loss = mean over tokens of -log p(y | x, route) + kl_weight * sum over layers of the mean over
+tokens of KL(q || p)
 """
 
 import torch
@@ -64,7 +65,12 @@ def expert_outputs(model: RoutedLanguageModel, layer: int, x: Tensor) -> Tensor:
 
 
 def negative_elbo(
-    model: RoutedLanguageModel, prior: Tensor, kl_weight: float, tokens: Tensor, targets: Tensor, seed: int
+    model: RoutedLanguageModel,
+    prior: Tensor,
+    kl_weight: float,
+    tokens: Tensor,
+    targets: Tensor,
+    seed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, nll, KL summed over layers), nats per token; routes drawn after seeding torch with `seed`."""
     torch.manual_seed(seed)

@@ -233,7 +233,10 @@ def test_straight_through_executes_one_expert_with_the_gradient_of_the_draw() ->
     model.network.forward = lambda tokens, route: inner(tokens, lambda i, h: routes.append(route(i, h)) or routes[-1])  # type: ignore
     loss, _ = NegativeELBO(generative, guide)(tokens, targets)
     for route in routes:
-        assert torch.equal(route.detach().sort(-1).values[..., :-1].abs() < 1e-6, torch.ones(2, 40, 3, dtype=torch.bool))
+        assert torch.equal(
+            route.detach().sort(-1).values[..., :-1].abs() < 1e-6,
+            torch.ones(2, 40, 3, dtype=torch.bool),
+        )
     assert float(gradient(loss, model)["controller.layers.0.out.weight"].norm()) > 0
 
 
@@ -254,7 +257,11 @@ def test_bad_priors_are_refused_by_name(concentration: Tensor, price: float, fie
 
 def test_the_kl_weight_is_positive_and_has_one_setter() -> None:
     generative, guide = program(tiny_model())
-    for make in (RoutingELBO, lambda w: tempered(generative, w), lambda w: NegativeELBO(generative, guide, w)):
+    for make in (
+        RoutingELBO,
+        lambda w: tempered(generative, w),
+        lambda w: NegativeELBO(generative, guide, w),
+    ):
         with pytest.raises(ValueError, match="^kl_weight: expected a positive number; got 0.0"):
             make(0.0)
     for holder in (generative, RoutingELBO(), NegativeELBO(generative, guide)):

@@ -172,7 +172,13 @@ def test_parallel_prediction_of_a_deep_network_is_that_of_each_draw_alone() -> N
     model = RoutingModel(network.network, tiny_concentration(network.config))
     guide = RoutingGuide(model, network.controller)
     tokens, targets = tiny_batch(T=12)
-    draws = Predictive(model, guide=guide, num_samples=3, parallel=True, return_sites=("route_0", "route_1", "route_2"))(tokens)
+    draws = Predictive(
+        model,
+        guide=guide,
+        num_samples=3,
+        parallel=True,
+        return_sites=("route_0", "route_1", "route_2"),
+    )(tokens)
     with pyro.plate("draws", 3, dim=-3), torch.no_grad():
         batch = poutine.trace(poutine.condition(model, draws)).get_trace(tokens, targets)
     batch.compute_log_prob()
@@ -182,7 +188,12 @@ def test_parallel_prediction_of_a_deep_network_is_that_of_each_draw_alone() -> N
             single = one.get_trace(tokens, targets)
         single.compute_log_prob()
         for site in ("targets", "route_1"):
-            torch.testing.assert_close(batch.nodes[site]["log_prob"][i], single.nodes[site]["log_prob"], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                batch.nodes[site]["log_prob"][i],
+                single.nodes[site]["log_prob"],
+                rtol=1e-4,
+                atol=1e-4,
+            )
 
 
 def test_vectorised_particles_of_a_deep_network_are_the_single_ones() -> None:
@@ -272,7 +283,10 @@ def test_samplers_find_the_posterior_and_of_an_unscored_token_the_prior(kernel: 
     model, _ = mixture()
     settings = {"max_tree_depth": 4} if kernel is NUTS else {"step_size": 0.3, "num_steps": 6}
     sampler = MCMC(kernel(model, **settings), num_samples=80, warmup_steps=30, disable_progbar=True)
-    tokens, targets = torch.zeros(3, 40, dtype=torch.int64), torch.tensor([0, 2, -100])[:, None].expand(3, 40)
+    tokens, targets = (
+        torch.zeros(3, 40, dtype=torch.int64),
+        torch.tensor([0, 2, -100])[:, None].expand(3, 40),
+    )
     sampler.run(tokens, targets)  # a row of tokens of one posterior: their mean is sure
     exact = exact_posterior_mean(torch.tensor(PRIOR), torch.tensor([0, 2, 0]))
     exact[2] = torch.tensor(PRIOR) / sum(PRIOR)
@@ -291,7 +305,13 @@ def test_the_sampler_of_the_tempered_program_finds_the_cold_posterior() -> None:
 @pytest.mark.slow  # two processes that import torch
 def test_several_chains() -> None:
     model, _ = mixture()
-    sampler = MCMC(NUTS(model, max_tree_depth=4), num_samples=60, warmup_steps=30, num_chains=2, disable_progbar=True)
+    sampler = MCMC(
+        NUTS(model, max_tree_depth=4),
+        num_samples=60,
+        warmup_steps=30,
+        num_chains=2,
+        disable_progbar=True,
+    )
     sampler.run(torch.zeros(1, 40, dtype=torch.int64), torch.zeros(1, 40, dtype=torch.int64))
     by_chain = sampler.get_samples(group_by_chain=True)["route_0"]
     assert by_chain.shape == (2, 60, 1, 40, 2)
@@ -309,7 +329,11 @@ def linear() -> RoutingModel:
 
 
 def ours(model: RoutingModel, rest: object) -> RoutingGuide:
-    return RoutingGuide(model, toy(MixtureNetwork(), torch.tensor([PRIOR]), torch.tensor([PRIOR]))[1].controller, rest)  # type: ignore
+    return RoutingGuide(
+        model,
+        toy(MixtureNetwork(), torch.tensor([PRIOR]), torch.tensor([PRIOR]))[1].controller,
+        rest,
+    )  # type: ignore
 
 
 def weights_alone(model: RoutingModel) -> object:
@@ -367,7 +391,12 @@ def test_an_autoguide_over_the_routes_is_fitted_to_the_evidence() -> None:
     """Of the text's own routes: no controller. The bound lies below the evidence and near it."""
     model, _ = mixture()
     guide = AutoNormal(model)
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(num_particles=16, vectorize_particles=True))
+    svi = SVI(
+        model,
+        guide,
+        pyro.optim.Adam({"lr": 0.05}),
+        Trace_ELBO(num_particles=16, vectorize_particles=True),
+    )
     for _ in range(150):
         svi.step(TOKENS, TARGETS)
     bound = -Trace_ELBO(num_particles=4000, vectorize_particles=True).loss(model, guide, TOKENS, TARGETS)

@@ -67,7 +67,13 @@ def test_a_store_that_was_saved_goes_on_where_it_was(before: str, tmp_path: Path
 def test_models_that_live_together_and_copies_have_names_of_their_own() -> None:
     fits = [build(0), build(1)]
     copied = copy.deepcopy(fits[0][1])
-    fits.append((fits[0][0], copied, SVI(copied, fits[0][2].guide, pyro.optim.Adam({"lr": 0.1}), TraceMeanField_ELBO())))
+    fits.append(
+        (
+            fits[0][0],
+            copied,
+            SVI(copied, fits[0][2].guide, pyro.optim.Adam({"lr": 0.1}), TraceMeanField_ELBO()),
+        )
+    )
     for fit in fits:
         losses(fit, 1)
     names = [fit[1].pyro_name for fit in fits]
@@ -81,7 +87,12 @@ def test_a_name_that_is_given_is_kept_and_refused_twice() -> None:
     one, two = build(0, "left"), build(1, "right")
     losses(two, 1)
     losses(one, 1)
-    assert {key.split("$")[0] for key in pyro.get_param_store()} == {"left", "left_guide", "right", "right_guide"}
+    assert {key.split("$")[0] for key in pyro.get_param_store()} == {
+        "left",
+        "left_guide",
+        "right",
+        "right_guide",
+    }
     with pytest.raises(ValueError, match="^name: expected one that no other model has; got 'left'"):
         losses(build(2, "left"), 1)
     with pytest.raises(ValueError, match="^name: expected letters"):

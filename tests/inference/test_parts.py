@@ -131,7 +131,11 @@ def test_a_label_for_each_row_and_a_regression_for_each_token() -> None:
     assert float(unscored.nodes["targets"]["log_prob"][1]) == 0.0 != float(unscored.nodes["targets"]["log_prob"][0])
 
     real = torch.randn(2, 3)
-    model = RoutingModel(MixtureNetwork(), torch.tensor([PRIOR]), likelihood=lambda out: dist.Normal(out[..., 0], 2.0))
+    model = RoutingModel(
+        MixtureNetwork(),
+        torch.tensor([PRIOR]),
+        likelihood=lambda out: dist.Normal(out[..., 0], 2.0),
+    )
     trace = poutine.trace(model).get_trace(TOKENS, real)
     trace.compute_log_prob()
     mean = (trace.nodes["route_0"]["value"] @ THETA).log()[..., 0]
@@ -204,13 +208,20 @@ def test_units_have_routes_and_kls_of_their_own() -> None:
     guide = RoutingGuide(model, UnitController())
     trace = poutine.trace(guide).get_trace(TOKENS)
     assert trace.nodes["route_0"]["value"].shape == (3, 2, 3, 2)
-    assert [f.name for f in trace.nodes["route_0"]["cond_indep_stack"]] == ["unit", "batch", "token"]
+    assert [f.name for f in trace.nodes["route_0"]["cond_indep_stack"]] == [
+        "unit",
+        "batch",
+        "token",
+    ]
     torch.testing.assert_close(trace.nodes["route_0"]["fn"].concentration[:, 0, 0], UnitController.concentration)
     output = (trace.nodes["route_0"]["value"].mean(0) @ THETA).log()
     replayed = poutine.trace(poutine.replay(model, trace=trace)).get_trace(TOKENS, TARGETS)
     torch.testing.assert_close(replayed.nodes["targets"]["fn"].logits, output)
     kl = N * float(
-        kl_divergence(dist.Dirichlet(UnitController.concentration), dist.Dirichlet(torch.tensor(PRIOR).expand(3, 2))).sum()
+        kl_divergence(
+            dist.Dirichlet(UnitController.concentration),
+            dist.Dirichlet(torch.tensor(PRIOR).expand(3, 2)),
+        ).sum()
     )
     elbo = RoutingELBO()
     total = loss(elbo, model, guide) * N

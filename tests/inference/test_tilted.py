@@ -115,7 +115,10 @@ def test_values_off_the_simplex_are_refused_and_faces_belong_to_it() -> None:
 
 
 def test_tilts_of_their_own_for_each_member_of_a_batch() -> None:
-    a, tilts = double(0.4, 0.8, 1.5).expand(2, 3), torch.stack([double(5.0, 0.0, 1.0), double(0.0, 3.0, 0.0)])
+    a, tilts = (
+        double(0.4, 0.8, 1.5).expand(2, 3),
+        torch.stack([double(5.0, 0.0, 1.0), double(0.0, 3.0, 0.0)]),
+    )
     both = TiltedDirichlet(a, tilts)
     torch.manual_seed(0)
     draws = both.sample(torch.Size([30_000]))
