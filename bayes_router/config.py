@@ -21,6 +21,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # type: ignore[import-not-found]
 CORPUS_DEFAULT = "sotu"
+SURE = 0.7
+"""The probability of being the right expert from which a choice counts as sure."""
 
 
 @dataclass(frozen=True)

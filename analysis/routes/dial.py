@@ -27,7 +27,7 @@ from bayes_router.checks import choose
 from bayes_router.config import load_config
 from bayes_router.diagnostics.figures.run import PALETTE
 from bayes_router.files import CONFIG, SUMMARY, require_file
-from bayes_router.routing.policy import PolicyName
+from bayes_router.routing.policy import at_price
 from bayes_router.training.checkpoint import load_run
 from bayes_router.training.dial import GRID, BudgetUnreachable, Dial, Reading
 from bayes_router.training.fit import load_data, pick_device
@@ -150,7 +150,7 @@ def study(
     config, data = load_data(config)
     ratios = cost_ratios(build_experts(config.model), cost, config.data.context)
 
-    def dial(policy: PolicyName, threshold: float = 0.0) -> Dial:
+    def dial(policy: str, **settings: float) -> Dial:
         return Dial(
             model,
             data.valid,
@@ -158,13 +158,13 @@ def study(
             context=config.data.context,
             batch_size=config.train.batch_size,
             limit=max(tokens, config.data.context),
-            policy=policy.at_price(ratios.tolist(), threshold),
+            policy=at_price(policy, ratios.tolist(), **settings),
         )
 
-    argmax = dial(PolicyName.ARGMAX)
+    argmax = dial("argmax")
     curve = argmax.curve(budgets)
     budgets = curve.loc[curve["budget"] < float(ratios.max()), "budget"].tolist()  # at the end there is one route for all
-    return curve, compare(argmax, {t: dial(PolicyName.CONSERVATIVE, t) for t in thresholds}, budgets)
+    return curve, compare(argmax, {t: dial("conservative", threshold=t) for t in thresholds}, budgets)
 
 
 def main() -> None:

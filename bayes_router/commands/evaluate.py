@@ -11,7 +11,7 @@ from bayes_router.data.load import Data, load_data
 from bayes_router.data.watched import WatchedSource
 from bayes_router.files import write_json, write_text
 from bayes_router.progress import Progress
-from bayes_router.routing.policy import PolicyName
+from bayes_router.routing.policy import at_price, policy_settings
 from bayes_router.training.checkpoint import load_run
 from bayes_router.training.dial import Dial
 from bayes_router.training.distributed import pick_device
@@ -23,17 +23,15 @@ from bayes_router.types import CostModel
 if TYPE_CHECKING:
     import pandas as pd
 
-THRESHOLD = 0.7
-
 
 def run(options: Namespace) -> None:
     """Print the table of a run; with a budget, under the price that meets it, and nll against budget."""
-    policy, cost, threshold = _check(options)
+    policy, cost, settings = _check(options)
     config, model, data = _load(options)
     context, batch_size = config.data.context, config.train.batch_size
     limit = max(options.tokens or config.data.eval_tokens, context)
     ratios = cost_ratios(build_experts(config.model), cost, context)
-    family = policy.at_price(ratios.tolist(), threshold)
+    family = at_price(policy, ratios.tolist(), **settings)
 
     def dial(tokens: int, progress: Progress) -> Dial:
         source = WatchedSource(data.valid, progress)
@@ -45,7 +43,7 @@ def run(options: Namespace) -> None:
             setting = dial(limit, progress).solve(options.budget)
         price = setting.price
         print(
-            f"budget {options.budget:g} ({cost.value}), policy {policy.value}: price {price:.4f} nats per unit of cost, "
+            f"budget {options.budget:g} ({cost.value}), policy {policy}: price {price:.4f} nats per unit of cost, "
             f"executed cost {setting.cost:.4f}"
         )
     prior = build_prior(config.prior, config.model, config.model.num_layers, context)
@@ -71,19 +69,19 @@ def run(options: Namespace) -> None:
         print(curve_table(curve))
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        write_json(options.out / "evaluation.json", {"policy": policy.value, "price": price, **result.to_dict()})
+        write_json(options.out / "evaluation.json", {"policy": policy, "price": price, **result.to_dict()})
         if curve is not None:
             write_text(options.out / "dial.csv", curve.to_csv(index=False))
 
 
-def _check(options: Namespace) -> tuple[PolicyName, CostModel, float]:
-    """The policy, the unit of cost and the threshold; what can be refused before anything is read is refused."""
-    policy, cost = choose("policy", options.policy, PolicyName), choose("cost", options.cost, CostModel)
-    used = options.threshold is None or policy is PolicyName.CONSERVATIVE
-    require(used, "threshold", "none under argmax", options.threshold, "give --policy conservative")
+def _check(options: Namespace) -> tuple[str, CostModel, dict[str, float]]:
+    """The policy, the unit of cost and the policy's settings; what can be refused before anything is read is refused."""
+    policy, cost = options.policy, choose("cost", options.cost, CostModel)
+    used = options.threshold is None or "threshold" in policy_settings(policy)
+    require(used, "threshold", f"none under {policy}", options.threshold, "give --policy conservative")
     for name in ("tokens", "curve_tokens"):
         require(options[name] is None or options[name] >= 1, name, "at least 1", options[name])
-    return policy, cost, THRESHOLD if options.threshold is None else options.threshold
+    return policy, cost, {} if options.threshold is None else {"threshold": options.threshold}
 
 
 def _load(options: Namespace) -> tuple[Config, RoutedLanguageModel, Data]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Optional
 from jsonargparse import Namespace
 
 from bayes_router.commands.options import Parser, add_fitted, add_run
-from bayes_router.config import Config, load_config
+from bayes_router.config import SURE, Config, load_config
 from bayes_router.files import CONFIG, check_file_for, check_folder_for, require_file
 from bayes_router.presets import PRESETS, preset
 
@@ -80,12 +80,17 @@ def evaluate(arguments: Sequence[str]) -> Parser:
     add_run(result)
     result.add_argument("--corpus", type=Optional[str], default=None, help="another corpus than the run's")
     result.add_argument("--tokens", type=Optional[int], default=None, help="read at most this many tokens")
-    result.add_argument("--policy", type=str, default="argmax", help="of hard routes: argmax or conservative")
+    result.add_argument(
+        "--policy",
+        type=str,
+        default="argmax",
+        help="of hard routes: argmax, conservative or another registered",
+    )
     result.add_argument(
         "--threshold",
         type=Optional[float],
         default=None,
-        help="conservative: tokens whose argmax is right with a lower probability take a stronger expert (0.7)",
+        help=f"conservative: tokens whose argmax is right with a lower probability take a stronger expert ({SURE})",
     )
     result.add_argument(
         "--budget",
@@ -192,7 +197,7 @@ def inspect(arguments: Sequence[str]) -> Parser:
     add_fitted(result)
     result.add_argument("--layer", type=int, default=0, help="layer whose routes are shown")
     result.add_argument("--tokens", type=int, default=800, help="tokens to show, at most")
-    result.add_argument("--threshold", type=float, default=0.7, help="probability of being right below which a token is marked")
+    result.add_argument("--threshold", type=float, default=SURE, help="a token that is right less probably is marked")
     result.add_argument("--colour", type=str, default="auto", help="auto, always, never (then letters under the text)")
     return result
 

@@ -4,16 +4,16 @@ The hard route is a decision after inference, not a latent.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from enum import Enum
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributions import Dirichlet
 
-from bayes_router.checks import require
+from bayes_router.checks import require, unknown
+from bayes_router.config import SURE
 from bayes_router.routing.posterior import posterior_mean, probability_of_largest
 from bayes_router.types import RoutingMode
 
@@ -26,13 +26,85 @@ class Policy(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Argmax:
-    """The expert of largest posterior mean."""
+_REGISTRY: dict[str, type[Any]] = {}
+Registered = TypeVar("Registered", bound=type[Any])
 
-    def __call__(self, concentration: Tensor) -> Tensor:
-        """See `Policy`."""
-        return concentration.argmax(-1)
+
+def register_policy(name: str) -> Callable[[Registered], Registered]:
+    """Class decorator: a policy may be named from now on, in `evaluate --policy` and in a saved patch.
+
+    It decorates a frozen dataclass that is a `Policy`, whose fields are numbers, names or tuples of them: those are saved. With
+    the fields `cost_ratio` and `price` a budget can be met within it (`at_price`).
+
+    Raises:
+        TypeError: the class is no frozen dataclass.
+        ValueError: the name is taken by another class.
+    """
+
+    def register(kind: Registered) -> Registered:
+        if not is_dataclass(kind) or not kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+            raise TypeError(f"register_policy: expected a frozen dataclass; got {kind!r}; put @dataclass(frozen=True) below")
+        known = _REGISTRY.get(name)
+        if known is not None and known.__qualname__ != kind.__qualname__:
+            raise ValueError(f"register_policy: {name!r} is already {known.__module__}.{known.__qualname__}; take another name")
+        _REGISTRY[name] = kind
+        return kind
+
+    return register
+
+
+def policy_class(name: str) -> type[Any]:
+    """The class registered under `name`.
+
+    Raises:
+        ValueError: no such policy; the message lists those there are.
+    """
+    if name not in _REGISTRY:
+        raise unknown("policy", name, _REGISTRY)
+    return _REGISTRY[name]
+
+
+def policy_settings(name: str) -> tuple[str, ...]:
+    """What a registered policy can be told beside the costs and the price."""
+    return tuple(field.name for field in fields(policy_class(name)) if field.name not in ("cost_ratio", "price"))
+
+
+def at_price(name: str, cost_ratio: Sequence[float], **settings: Any) -> Callable[[float], Policy]:
+    """Price -> the registered policy at it: the family that a budget is met within. Of `argmax`, that is `Budget`.
+
+    Raises:
+        ValueError: no such policy, one without a price, or a setting that it does not have.
+    """
+    kind = policy_class(name)
+    kind = getattr(kind, "at_a_price", kind)
+    own = {field.name for field in fields(kind)}
+    require({"cost_ratio", "price"} <= own, "policy", "one with the fields cost_ratio and price", name)
+    for key in settings:
+        require(key in own, f"policy.{key}", f"a field of {kind.__name__}, {', '.join(sorted(own))}", key)
+    costs = tuple(map(float, cost_ratio))
+    return lambda price: kind(cost_ratio=costs, price=price, **settings)
+
+
+def policy_to_dict(policy: Policy) -> dict[str, Any]:
+    """The name and the fields of a registered policy, as they are saved.
+
+    Raises:
+        ValueError: it is not registered.
+    """
+    for name, kind in _REGISTRY.items():
+        if type(policy) is kind:
+            return {"name": name, **asdict(policy)}  # type: ignore[call-overload]
+    known = ", ".join(sorted(_REGISTRY))
+    raise ValueError(
+        f"policy: expected one of {known}, which can be saved; got {type(policy).__name__}; register_policy it, or set another"
+    )
+
+
+def policy_from_dict(saved: dict[str, Any]) -> Policy:
+    """The policy that `policy_to_dict` described; before 0.2 names were those of the classes."""
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items() if key != "name"}
+    policy: Policy = policy_class(str(saved["name"]).lower())(**settings)
+    return policy
 
 
 def like(values: Sequence[float], x: Tensor) -> Tensor:
@@ -58,6 +130,7 @@ def priced(concentration: Tensor, cost_ratio: Sequence[float], price: float) -> 
     return (share * concentration.sum(-1, keepdim=True)).clamp_min(least)
 
 
+@register_policy("conservative")
 @dataclass(frozen=True)
 class Conservative:
     """Argmax, but a token that is unsure takes the stronger expert.
@@ -69,7 +142,7 @@ class Conservative:
     """
 
     cost_ratio: tuple[float, ...]
-    threshold: float = 0.7
+    threshold: float = SURE
     least_mean: float = 0.05
     price: float = 0.0
 
@@ -89,6 +162,7 @@ class Conservative:
         return torch.where(sure, best, strongest)
 
 
+@register_policy("budget")
 @dataclass(frozen=True)
 class Budget:
     """argmax of log posterior mean - price x cost: one trained model, many budgets.
@@ -106,18 +180,16 @@ class Budget:
         return (concentration.log() - paid).argmax(-1)
 
 
-class PolicyName(Enum):
-    """The policies by the names that the command line knows them by."""
+@register_policy("argmax")
+@dataclass(frozen=True)
+class Argmax:
+    """The expert of largest posterior mean."""
 
-    ARGMAX = "argmax"
-    CONSERVATIVE = "conservative"
+    at_a_price: ClassVar[type[Any]] = Budget  # argmax itself has no costs
 
-    def at_price(self, cost_ratio: Sequence[float], threshold: float = 0.7) -> Callable[[float], Policy]:
-        """Price -> policy: the family that a budget is met within."""
-        costs = tuple(map(float, cost_ratio))
-        if self is PolicyName.ARGMAX:
-            return lambda price: Budget(costs, price)
-        return lambda price: Conservative(costs, threshold, price=price)
+    def __call__(self, concentration: Tensor) -> Tensor:
+        """See `Policy`."""
+        return concentration.argmax(-1)
 
 
 def execute(posterior: Dirichlet, mode: RoutingMode, policy: Policy) -> Tensor:

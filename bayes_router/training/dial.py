@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from bayes_router.checks import require
 from bayes_router.data.tokens import TokenSource
-from bayes_router.routing.policy import Argmax, Policy, PolicyName
+from bayes_router.routing.policy import Argmax, Policy, at_price
 from bayes_router.transformer.model import RoutedLanguageModel
 from bayes_router.types import IGNORED, RoutingMode
 
@@ -140,7 +140,7 @@ class Dial:
         self.model, self.source = model, source
         self.cost_ratio = torch.as_tensor(cost_ratio, dtype=torch.float64)
         self.context, self.batch_size, self.limit = context, batch_size, limit
-        self.policy = policy or PolicyName.ARGMAX.at_price(self.cost_ratio.tolist())
+        self.policy = policy or at_price("argmax", self.cost_ratio.tolist())
         self.readings: dict[float, Reading] = {}
 
     def read(self, price: float) -> Reading:

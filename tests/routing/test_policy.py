@@ -1,5 +1,7 @@
 """Policies: where conservative falls back, how a price moves a token, what execute returns."""
 
+import json
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -8,8 +10,22 @@ from torch import Tensor
 from torch.distributions import Dirichlet
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bayes_router.routing import policy as registry
 from bayes_router.routing import posterior
-from bayes_router.routing.policy import Argmax, Budget, Conservative, Policy, PolicyName, execute, like, priced
+from bayes_router.routing.policy import (
+    Argmax,
+    Budget,
+    Conservative,
+    Policy,
+    at_price,
+    execute,
+    like,
+    policy_from_dict,
+    policy_settings,
+    policy_to_dict,
+    priced,
+    register_policy,
+)
 from bayes_router.routing.posterior import posterior_mean, probability_of_largest
 from bayes_router.types import RoutingMode
 
@@ -77,9 +93,50 @@ def test_budget_goes_from_the_costliest_to_the_cheapest() -> None:
 
 @pytest.mark.parametrize(("name", "kind"), [("argmax", Budget), ("conservative", Conservative)])
 def test_families_by_name(name: str, kind: type) -> None:
-    made: Policy = PolicyName(name).at_price(torch.tensor(COSTS).tolist(), 0.8)(1.5)
+    settings = {"threshold": 0.8} if "threshold" in policy_settings(name) else {}
+    made: Policy = at_price(name, torch.tensor(COSTS).tolist(), **settings)(1.5)
     assert isinstance(made, kind) and made.price == 1.5  # type: ignore[attr-defined]
-    assert hash(made) is not None
+    assert hash(made) is not None and getattr(made, "threshold", 0.8) == 0.8
+
+
+def test_a_family_refuses_what_it_does_not_have() -> None:
+    with pytest.raises(ValueError, match="policy: expected one of argmax, budget, conservative; got 'argmin'"):
+        at_price("argmin", COSTS)
+    with pytest.raises(ValueError, match=r"policy.threshold: expected a field of Budget, cost_ratio, price; got 'threshold'"):
+        at_price("argmax", COSTS, threshold=0.5)
+
+
+@pytest.mark.parametrize("policy", [Argmax(), Budget(COSTS, 1.5), Conservative(COSTS, 0.8, 0.1, 2.0)])
+def test_a_policy_is_saved_by_its_name(policy: Policy) -> None:
+    saved = json.loads(json.dumps(policy_to_dict(policy)))
+    assert saved["name"] == type(policy).__name__.lower() and policy_from_dict(saved) == policy
+    assert policy_from_dict({**saved, "name": type(policy).__name__}) == policy  # as patches of 0.1 have it
+
+
+def test_a_registered_policy_is_as_good_as_the_librarys() -> None:
+    @dataclass(frozen=True)
+    class Nearest:
+        """The expert whose cost is nearest to `price`."""
+
+        cost_ratio: tuple[float, ...]
+        price: float = 0.0
+
+        def __call__(self, concentration: Tensor) -> Tensor:
+            distance = (torch.tensor(self.cost_ratio) - self.price).abs()
+            return distance.argmin().expand(concentration.shape[:-1])
+
+    with pytest.raises(ValueError, match="expected one of argmax, budget, conservative, which can be saved; got Nearest"):
+        policy_to_dict(Nearest(COSTS))
+    with pytest.raises(ValueError, match="'budget' is already bayes_router.routing.policy.Budget; take another name"):
+        register_policy("budget")(Nearest)
+    with pytest.raises(TypeError, match="expected a frozen dataclass"):
+        register_policy("loose")(type("Loose", (), {}))
+    register_policy("nearest")(Nearest)
+    try:
+        made = at_price("nearest", COSTS)(0.25)
+        assert made(concentrations(3)).tolist() == [2, 2, 2] and policy_from_dict(policy_to_dict(made)) == made
+    finally:
+        del registry._REGISTRY["nearest"]
 
 
 def test_refused_fields() -> None:

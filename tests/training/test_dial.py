@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from bayes_router.data.recall import RecallData
 from bayes_router.data.tokenisers import ByteTokeniser
 from bayes_router.data.tokens import TokenDataset
-from bayes_router.routing.policy import Argmax, Budget, Conservative, PolicyName
+from bayes_router.routing.policy import Argmax, Budget, Conservative, at_price
 from bayes_router.training.dial import BudgetUnreachable, Dial, Reading, read_routes, solve_price
 from bayes_router.transformer.model import RoutedLanguageModel
 from bayes_router.types import IGNORED, RoutingMode
@@ -49,7 +49,7 @@ def test_budget_is_met_on_executed_routes(budget: float) -> None:
 
 def test_budget_is_met_by_the_conservative_policy_too() -> None:
     model, text = tiny_model(), source()
-    reading = solve_price(model, text, COSTS, 0.5, policy=PolicyName.CONSERVATIVE.at_price(COSTS, 0.8), **READ)
+    reading = solve_price(model, text, COSTS, 0.5, policy=at_price("conservative", COSTS, threshold=0.8), **READ)
     by_hand = executed_cost(model, text, Conservative(COSTS, 0.8, price=reading.price))
     assert abs(by_hand - 0.5) <= 0.005
     assert reading.cost == pytest.approx(by_hand, abs=1e-9)

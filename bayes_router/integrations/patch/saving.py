@@ -20,11 +20,10 @@ from bayes_router.data.stream import MaskedStream, TokenStream
 from bayes_router.files import write_json, write_whole
 from bayes_router.integrations.patch.identity import fingerprint
 from bayes_router.integrations.patch.settings import FitRecord, PatchSettings
-from bayes_router.routing.policy import Argmax, Budget, Conservative, Policy
+from bayes_router.routing.policy import Policy, policy_from_dict, policy_to_dict
 
 WEIGHTS, SETTINGS, HELD_OUT, FORMAT = "router.safetensors", "router.json", "held_out.safetensors", 1
 HELD_OUT_TOKENS = 32_768
-POLICIES: dict[str, type[Any]] = {policy.__name__: policy for policy in (Argmax, Budget, Conservative)}
 
 
 class PatchRecord(NamedTuple):
@@ -44,11 +43,10 @@ def save_patch(record: PatchRecord, folder: Path | str) -> None:
     """Write the files of a patch; see `RoutedModel.save`.
 
     Raises:
-        ValueError: the policy is not one of the project's own.
+        ValueError: the policy is not registered.
     """
     folder = Path(folder)
-    name = type(record.policy).__name__
-    require(name in POLICIES, "policy", f"one of {', '.join(POLICIES)}, which can be saved", name, "set another before saving")
+    policy = policy_to_dict(record.policy)
     folder.mkdir(parents=True, exist_ok=True)
     now, kind = fingerprint(record.model), type(record.model).__name__
     if now != record.made_for:
@@ -68,7 +66,7 @@ def save_patch(record: PatchRecord, folder: Path | str) -> None:
             "fingerprint": now,
             "moved": now != record.made_for,
             "settings": record.settings.to_dict(),
-            "policy": {"name": name, **asdict(record.policy)},  # type: ignore[call-overload]
+            "policy": policy,
             "fit": None if record.fitted is None else asdict(record.fitted),
             "base": str(getattr(record.model, "name_or_path", "") or ""),
         },
@@ -94,11 +92,10 @@ def read_settings(model: nn.Module, folder: Path | str) -> tuple[PatchSettings, 
         require(one.is_file(), "folder", f"a saved patch with {SETTINGS} and {WEIGHTS}", str(folder), f"{one.name} is missing")
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        settings, policy = saved["settings"], dict(saved["policy"])
+        settings, chosen = saved["settings"], policy_from_dict(saved["policy"])
         made = PatchSettings(
             **_tuples(settings, PatchSettings) | {"prior": PriorConfig(**_tuples(settings["prior"], PriorConfig))}
         )
-        chosen: Policy = POLICIES[policy.pop("name")](**{key: _tuple(value) for key, value in policy.items()})
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected the settings of a patch; damaged or of another version: {error!r}") from error
     moved = "its own weights had moved when it was saved: load the model that was saved with it"
