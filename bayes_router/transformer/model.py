@@ -121,15 +121,18 @@ class RoutedTransformer(nn.Module):
         return [list(block.attention.experts) for block in self.blocks]  # type: ignore[union-attr, arg-type]
 
     def new_cache(self, batch: int, capacity: int) -> RoutedCache:
-        """An empty cache for `batch` sequences of at most `capacity` tokens."""
+        """An empty cache for `batch` sequences of at most `capacity` tokens, in the dtype of its keys (autocast: its)."""
         weight = self.embed.weight
+        kind, dtype = weight.device.type, weight.dtype
+        if dtype == torch.float32 and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
         return RoutedCache.build(
             self.experts(),
             batch=batch,
             capacity=capacity,
             num_kv_heads=self.config.kv_heads,
             device=weight.device,
-            dtype=weight.dtype,
+            dtype=dtype,
         )
 
 

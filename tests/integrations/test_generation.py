@@ -70,10 +70,20 @@ def test_beams_sampling_and_assisted_prefixes_equal_those_without_cache() -> Non
     assert torch.equal(model.generate(ids, past_key_values=prefix, **GREEDY), model.generate(ids, **GREEDY))
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt_oss"])
 @torch.no_grad()
-def test_a_static_cache_is_refused() -> None:
-    with pytest.raises(ValueError, match="past_key_values"):
-        routed_llama("scattered").generate(tokens(1, 8), cache_implementation="static", **GREEDY)
+def test_a_static_cache_gives_what_a_growing_one_gives(name: str) -> None:
+    model, router = patched(name, sinks=1)
+    ids, mask, _ = left_padded(2, 18)
+    asked = {**GREEDY, "attention_mask": mask, "output_logits": True, "return_dict_in_generate": True}
+    grown, still = (model.generate(ids, **asked, **more) for more in ({}, {"cache_implementation": "static"}))
+    assert torch.equal(still.sequences, grown.sequences)
+    torch.testing.assert_close(torch.stack(still.logits), torch.stack(grown.logits), atol=1e-5, rtol=1e-4)
+    router.force("full")
+    full = model.generate(ids, **asked, cache_implementation="static")
+    router.unpatch()
+    plain = model.generate(ids, **asked, cache_implementation="static")
+    assert torch.equal(torch.stack(full.logits), torch.stack(plain.logits))
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from bayes_router.checks import require
 from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.integrations.calls.linear import GatedExpert, LinearExpert
 from bayes_router.integrations.calls.masks import OfLast
+from bayes_router.integrations.calls.precision import cast, exact
 from bayes_router.integrations.calls.softmax import FullExpert, LocalExpert, PatchedExpert
 from bayes_router.integrations.calls.step import attend_one, remember
 
@@ -58,8 +59,10 @@ class RoutedLayer(nn.Module):
 
     def attend(self, call: AttentionCall, route: Tensor | int) -> Tensor:
         """[B, H, Tq, Dv] for weights [B, Tq, E] (all experts computed), choices int64 [B, Tq], or one expert for all."""
-        out = self._attend(call, route)
-        remember(self.experts, call, route)
+        call = cast(call)
+        with exact(call.q.device):
+            out = self._attend(call, route)
+            remember(self.experts, call, route)
         return out
 
     def _attend(self, call: AttentionCall, route: Tensor | int) -> Tensor:

@@ -48,6 +48,8 @@ class OfLast(Generic[Answer]):
 
     def __call__(self, *asked: Any) -> Answer:
         """The answer to these arguments, tensors or what compares by value."""
+        if torch.compiler.is_exporting():
+            return self._read(*asked)  # what is traced is not kept
         last = self._last
         if last is None or not all(map(_same, last[0], asked)):
             last = self._last = tuple(weakref.ref(x) if isinstance(x, Tensor) else x for x in asked), self._read(*asked)

@@ -20,6 +20,7 @@ from bayes_router.inference.model import RoutingModel
 from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.integrations.calls.layer import RoutedLayer
 from bayes_router.integrations.calls.linear import LinearExpert
+from bayes_router.integrations.calls.precision import uncached
 from bayes_router.integrations.huggingface.language import RoutedLanguage
 from bayes_router.integrations.patch.settings import FitRecord
 from bayes_router.progress import Progress
@@ -141,7 +142,10 @@ def default_schedule(num_layers: int) -> ScheduleConfig:
 
 @contextmanager
 def fitting(router: RoutedLanguage, weights: bool) -> Iterator[None]:
-    """Gradients for what is fitted alone, dropout only where the model's own weights are; all flags restored."""
+    """Gradients for what is fitted alone, dropout only where the model's own weights are; all flags restored.
+
+    Under autocast, which may be the caller's, cast weights are not kept from step to step.
+    """
     model = router.model
     modes = [(module, module.training) for module in model.modules()]
     require(
@@ -153,7 +157,7 @@ def fitting(router: RoutedLanguage, weights: bool) -> Iterator[None]:
     )
     model.train(weights)
     try:
-        with router.only_this(weights):
+        with router.only_this(weights), uncached(next(model.parameters()).device):
             yield
     finally:
         for p in (*router.parameters(), *model.parameters()):

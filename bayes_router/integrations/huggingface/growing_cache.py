@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayes_router.checks import require
+
 
 def held_keys(cache: Any, layer: Any) -> Tensor | None:
     """The keys [B, Hkv, T, Dh] that a cache of transformers keeps for a layer; None where it keeps them otherwise.
@@ -21,6 +23,24 @@ def held_keys(cache: Any, layer: Any) -> Tensor | None:
         one.__class__ = growing(plain)
     keys = getattr(one, "keys", None)
     return keys if isinstance(keys, Tensor) else None
+
+
+def filled_slots(cache: Any, layer: Any) -> int:
+    """Tokens that a static cache of transformers holds for a layer. On a GPU this waits for the device.
+
+    Raises:
+        ValueError: it is read where there are no values yet, or it does not say.
+    """
+    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
+    known = layers is not None and isinstance(layer, int) and 0 <= layer < len(layers)
+    require(
+        known and not torch.compiler.is_exporting(),
+        "past_key_values",
+        "a cache that grows with the text",
+        f"{type(cache).__name__}{' in torch.export' if known else ', which does not say what it holds of this layer'}",
+        "leave cache_implementation unset, or unpatch() first",
+    )
+    return int(layers[layer].get_seq_length())
 
 
 SPARE = 8  # a store has room for another eighth of what it holds, and for

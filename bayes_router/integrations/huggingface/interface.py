@@ -14,14 +14,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import output_capturing
 
 from bayes_router.attention.kernels.eager.fused import keep_layout
+from bayes_router.checks import require
 from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.integrations.calls.masks import OfLast, padding_of
-from bayes_router.integrations.huggingface.growing_cache import held_keys
+from bayes_router.integrations.huggingface.growing_cache import filled_slots, held_keys
 from bayes_router.integrations.patch.binding import BINDING, Binding
 from bayes_router.integrations.patch.passes import Given
 
 MASKS = {"sdpa": sdpa_mask, "eager": eager_mask}
-NAME = "bayes_router_{}"
+PREFIX = "bayes_router_"
+NAME = PREFIX + "{}"
 
 Observer = Callable[[nn.Module, Tensor, Tensor, bool, "int | None"], None]
 """(module, q, k, causal, window of the layer's own) of every call."""
@@ -61,8 +63,13 @@ def attend(
         binding.require_full("output_attentions")
         return original(module, query, key, value, attention_mask, **kwargs)
     attention_mask, kwargs = folded(attention_mask, kwargs, query, key, bool(causal))
+    whole = key, value, attention_mask
+    if binding.filled is not None:
+        key, value, attention_mask = (without_empty(x, d, binding.filled, query) for x, d in zip(whole, (2, 2, 3), strict=True))
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if k is key and v is value and mask is attention_mask:
+            k, v, mask = whole  # with the empty slots, which are hidden: the very call that the layer made
         if base == "eager" and mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
         out: Tensor = original(module, q, k, v, mask, **kwargs)[0]
@@ -79,9 +86,14 @@ def attend(
         kernel,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         plain,
-        None if attention_mask is None or query.shape[2] == 1 else _padding(attention_mask, query.shape[2], bool(causal)),
+        _padding(attention_mask, query.shape[2], bool(causal)) if _readable(attention_mask, query) else None,
     )
     return binding.attend(call).transpose(1, 2).contiguous(), None
+
+
+def without_empty(x: Any, dim: int, filled: int, query: Tensor) -> Any:
+    """Keys, values or mask of a static cache without its empty slots, so that the queries are the last of the keys."""
+    return None if x is None else x.narrow(dim, 0, min(filled + query.shape[2], x.shape[dim]))
 
 
 def weights_wanted(module: nn.Module, kwargs: dict[str, Any]) -> bool:
@@ -108,23 +120,71 @@ def folded(
 
 
 _padding = OfLast(padding_of)
+
+
+def _readable(mask: Tensor | None, query: Tensor) -> bool:
+    """Whether what a mask hides is worth reading, and can be: an exported program has no values yet."""
+    return mask is not None and query.shape[2] > 1 and not torch.compiler.is_exporting()
+
+
 for _base, _mask in MASKS.items():
     AttentionInterface.register(NAME.format(_base), partial(attend, _base))
     AttentionMaskInterface.register(NAME.format(_base), _mask)
 
 
 def keep_hidden(binding: Binding, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of an attention module: what its controller reads, unless the call is one that is left alone."""
+    """Forward pre-hook of an attention module: what its controller reads, unless the call is one that is left alone.
+
+    Raises:
+        ValueError: the model was switched to attention that cannot be routed, or runs as a replica of `DataParallel`.
+    """
+    require(
+        not getattr(module, "_is_replica", False),
+        "model",
+        "one process a device where tokens are routed",
+        "a replica of DataParallel",
+        "use DistributedDataParallel, or unpatch() first",
+    )
+    follow_switch(module)
     hidden = args[0] if args else kwargs.get("hidden_states")
     cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
     crossed = kwargs.get("encoder_hidden_states") is not None or kwargs.get("key_value_states") is not None
-    past = None if cache is None else (cache, held_keys(cache, getattr(module, "layer_idx", None)))
-    binding.give(Given(hidden, past) if isinstance(hidden, Tensor) and not crossed else None)
-    if cache is not None and getattr(cache, "is_compileable", False):
+    if not isinstance(hidden, Tensor) or crossed:
+        binding.give(None)
+    elif getattr(cache, "is_compileable", False):
+        binding.give(Given(hidden, filled=filled_slots(cache, getattr(module, "layer_idx", None))))
+    else:
+        past = None if cache is None else (cache, held_keys(cache, getattr(module, "layer_idx", None)))
+        binding.give(Given(hidden, past))
+
+
+def require_answered(binding: Binding, module: nn.Module, args: Any, out: Any) -> None:
+    """Forward hook of an attention module: routing never ends in silence.
+
+    Raises:
+        ValueError: the module attended without the registered function.
+    """
+    if getattr(module, BINDING, None) is binding and binding.awaits:
+        binding.give(None)
         raise ValueError(
-            "past_key_values: expected a cache that grows with the text; got a static one, whose empty slots routed attention "
-            "does not know; leave cache_implementation unset, or unpatch() first"
+            f"attn_implementation: expected sdpa or eager while {type(module).__name__} is routed; its attention was "
+            "switched to another after the patch; unpatch() first, and patch again"
         )
+
+
+def follow_switch(module: nn.Module) -> None:
+    """Route under the kernel that the model was switched to after the patch (`set_attn_implementation`, its config).
+
+    Raises:
+        ValueError: that kernel cannot be routed.
+    """
+    config = getattr(module, "config", None)
+    name = getattr(config, "_attn_implementation", None)
+    if config is None or name is None or name.startswith(PREFIX):
+        return
+    fix = "unpatch() first, or call model.set_attn_implementation('sdpa')"
+    require(name in MASKS, "attn_implementation", "sdpa or eager while the model is patched", name, fix)
+    config._attn_implementation_internal = NAME.format(name)
 
 
 def install(model: PreTrainedModel, base: str) -> list[Callable[[], None]]:
@@ -138,4 +198,10 @@ def install(model: PreTrainedModel, base: str) -> list[Callable[[], None]]:
     for config, name in before:
         if config._attn_implementation == NAME.format(base) != NAME.format(name):
             config._attn_implementation_internal = NAME.format(name) if name in MASKS else name
-    return [partial(setattr, config, "_attn_implementation_internal", name) for config, name in before]
+    return [partial(switch_back, config, config._attn_implementation, name) for config, name in before]
+
+
+def switch_back(config: Any, installed: str, before: str) -> None:
+    """Give a part of the model its own attention back, or the one that it was switched to since."""
+    now = config._attn_implementation
+    config._attn_implementation_internal = before if now == installed else now.removeprefix(PREFIX)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from bayes_router.integrations.huggingface import falcon
 from bayes_router.integrations.huggingface.discovery import check_model, find_layers, probe
-from bayes_router.integrations.huggingface.interface import install, keep_hidden
+from bayes_router.integrations.huggingface.interface import install, keep_hidden, require_answered
 from bayes_router.integrations.huggingface.model import RoutedPretrained
 from bayes_router.integrations.patch.binding import BINDING, Binding
 from bayes_router.integrations.patch.found import model_config
@@ -34,7 +34,8 @@ def patch_pretrained(model: PreTrainedModel, settings: PatchSettings) -> RoutedP
         for one in found:
             binding: Binding = getattr(one.module, BINDING)
             handle = one.module.register_forward_pre_hook(partial(keep_hidden, binding), with_kwargs=True)
-            router.undo.append(handle.remove)
+            answered = one.module.register_forward_hook(partial(require_answered, binding))
+            router.undo += [handle.remove, answered.remove]
         verify(router)
     except BaseException:
         for undo in restore if router is None else [router.unpatch]:

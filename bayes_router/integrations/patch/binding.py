@@ -65,9 +65,14 @@ class Binding:
         """Whether a call is under way and was not answered yet."""
         return self.index in self.router.here.given
 
+    @property
+    def filled(self) -> int | None:
+        """Of the call under way, see `Given`."""
+        return self.router.here.given[self.index].filled
+
     def attend(self, call: AttentionCall) -> Tensor:
         """Route the call's queries and execute it: [B, H, Tq, Dv]."""
-        hidden, past = self.router.here.given.pop(self.index)
+        hidden, past, _ = self.router.here.given.pop(self.index)
         if past is not None:
             memory = self.router.memories.of(past[0], self.index)
             memory.follow(past[1], call.k, call.q.shape[2], *call.real_keys())

@@ -55,7 +55,8 @@ class Given(NamedTuple):
     """What the hook before an attention module hands to the attention function that the module calls."""
 
     hidden: Tensor
-    past: tuple[Any, Tensor | None] | None  # the KV cache, and what it held of this layer's keys
+    past: tuple[Any, Tensor | None] | None = None  # the KV cache, and what it held of this layer's keys
+    filled: int | None = None  # tokens in a static cache before this call, whose later slots are empty; None: no such cache
 
 
 class Slot:

@@ -20,6 +20,7 @@ from bayes_router.data.stream import TokenStream
 from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.integrations.calls.layer import RoutedLayer
 from bayes_router.integrations.calls.memory import Memories
+from bayes_router.integrations.calls.precision import exact
 from bayes_router.integrations.patch.binding import BINDING, Binding
 from bayes_router.integrations.patch.cost import layer_costs, layer_prior
 from bayes_router.integrations.patch.found import Found, model_config
@@ -207,11 +208,19 @@ class RoutedModel(nn.Module):
             self.here.begin(index).real[index] = real
         if self.here.route is None and self._force is not None:
             return forced_route(self._force, self.experts, len(self.layers))(index, hidden)
-        hidden = normalised(hidden)
-        if self.here.route is not None:
-            return self.here.route(index, hidden)
-        q = self.controller.posterior(index, hidden)
-        executed = self.decide(index, q, self.mode or (RoutingMode.SAMPLE if self.training else RoutingMode.HARD))
+        require(
+            self.here.route is not None or not torch.compiler.is_exporting(),
+            "torch.export",
+            "every token on one expert: routes depend on the data, an exported program cannot",
+            "a patched model that routes",
+            "router.force('full'), another expert, or unpatch() first",
+        )
+        with exact(hidden.device):
+            hidden = normalised(hidden)
+            if self.here.route is not None:
+                return self.here.route(index, hidden)
+            q = self.controller.posterior(index, hidden)
+            executed = self.decide(index, q, self.mode or (RoutingMode.SAMPLE if self.training else RoutingMode.HARD))
         if not again:
             self._refuse_lost_gradients(index)
             self.note(index, q, executed)
