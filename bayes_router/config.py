@@ -4,7 +4,7 @@ A field is named `section.field` everywhere: in TOML, on the command line and in
 """
 
 import math
-import sys
+import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,10 +16,6 @@ from jsonargparse import ArgumentError, ArgumentParser
 from bayes_router.checks import choose, one_line, require, unknown
 from bayes_router.types import CostModel
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # type: ignore[import-not-found]
 CORPUS_DEFAULT = "sotu"
 SURE = 0.7
 """The probability of being the right expert from which a choice counts as sure."""

@@ -3,7 +3,7 @@
 import base64
 import io
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import jinja2
@@ -217,7 +217,7 @@ def write_report(
     return environment.get_template(TEMPLATE).render(
         run=str(run.path),
         text_name=name or f"held-out text of {run.config.data.corpus}",
-        made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         tokens=examined.collapse.tokens,
         verdicts=verdicts,
         left_out=examined.left_out(quick),

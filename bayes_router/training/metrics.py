@@ -28,7 +28,8 @@ class MetricsLog:
                 import pandas as pd
 
                 frame = pd.read_csv(self.path).astype(float)
-                self.rows = [{**row, "step": int(row["step"])} for row in frame[frame["step"] <= step].to_dict("records")]
+                kept = frame[frame["step"] <= step].to_dict("records")
+                self.rows = [{**{str(name): value for name, value in row.items()}, "step": int(row["step"])} for row in kept]
             except (ValueError, KeyError, OSError, OverflowError) as error:
                 raise ValueError(
                     f"{self.path}: expected the metrics of this run; it is damaged: {type(error).__name__}; remove it to "
