@@ -3,7 +3,6 @@
 A field is named `section.field` everywhere: in TOML, on the command line and in error messages.
 """
 
-import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -290,7 +289,7 @@ class Config:
         """Check what spans sections."""
         for section, table in asdict(self).items():
             for name, value in table.items():
-                require(_finite(value), f"{section}.{name}", "finite numbers", value)
+                require(_finite(value), f"{section}.{name}", f"finite numbers, of at most {FLOAT32_MAX:g}", value)
         num_experts, num_layers = len(self.model.experts), self.model.num_layers
         ratios = self.prior.cost_ratio
         require(
@@ -347,10 +346,19 @@ def config_from_dict(values: Mapping[str, Any], base: Optional[Config] = None) -
     return Config(**{section: getattr(made, section) for section in merged})
 
 
+FLOAT32_MAX = 3.4e38
+"""Settings enter tensors of float32, where a larger number is infinite."""
+
+
 def _finite(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_finite, value))
-    return not isinstance(value, float) or math.isfinite(value)
+    return not isinstance(value, float) or abs(value) <= FLOAT32_MAX
+
+
+def config_from_toml(text: str) -> Config:
+    """What `Config.to_toml` wrote; a ValueError for another text."""
+    return config_from_dict(tomllib.loads(text))
 
 
 def load_config(path: Path, base: Optional[Config] = None) -> Config:

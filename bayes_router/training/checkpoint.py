@@ -2,14 +2,16 @@
 
 Every file is written under a temporary name and renamed, so that each is whole or absent. state.pt alone holds all that a
 resumed run needs, weights included: a run killed between two files resumes from one consistent step. state.pt ends with a
-SHA-256 of what stands before it, model.safetensors names that of its tensors: a flipped bit is found, not trained on.
+SHA-256 of what stands before it, model.safetensors names that of its tensors; both hold the settings too, under the same
+sum: a flipped bit is found in any of the three, not trained on.
 """
 
 import hashlib
 import io
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bayes_router.checks import require
-from bayes_router.config import Config, load_config
+from bayes_router.config import Config, config_from_toml, load_config
 from bayes_router.files import CONFIG, STATE, WEIGHTS, first_line, require_file, write_text, write_whole
 from bayes_router.training.faults import sole_user
 from bayes_router.transformer.model import RoutedLanguageModel
 
 DIGEST_BYTES = 32
+FREE = ("data.corpus", "data.prepared", "train.device")
+"""Settings that may change behind a run: where its text lies now, and what computes."""
 
 
 def prepare_run(out: Path, config: Config, overwrite: bool, resume: bool) -> None:
@@ -35,14 +39,8 @@ def prepare_run(out: Path, config: Config, overwrite: bool, resume: bool) -> Non
             to resume, or the run was made with other settings (the message names them).
     """
     if resume:
-        theirs = load_config(require_file(out, CONFIG)).to_dict()
-        ours = config.to_dict()
-        differing = [
-            f"{section}.{key} (run {theirs[section].get(key)!r}, now {ours[section].get(key)!r})"
-            for section in ours
-            for key in sorted({*ours[section], *theirs[section]})
-            if ours[section].get(key) != theirs[section].get(key)
-        ]
+        found = _differing(load_config(require_file(out, CONFIG)), config)
+        differing = [f"{name} (run {theirs!r}, now {ours!r})" for name, (theirs, ours) in found.items()]
         if differing:
             raise ValueError(f"resume: expected the settings that {out} was made with; these differ: {', '.join(differing)}")
         require_file(out, STATE)
@@ -67,11 +65,40 @@ def prepare_run(out: Path, config: Config, overwrite: bool, resume: bool) -> Non
         raise ValueError(f"out: expected a folder that can be made; got {out}: {error.strerror}; choose another") from error
 
 
+def _differing(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
+    """The settings, as section.field, that are not the same in both, with their two values."""
+    a, b = one.to_dict(), other.to_dict()
+    pairs = {
+        f"{section}.{key}": (a[section].get(key), b[section].get(key))
+        for section in a
+        for key in sorted({*a[section], *b[section]})
+    }
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _check_settings(path: Path, config: Config, stored: Config) -> None:
+    """Compare config.toml at `path`, read as `config`, with the settings that weights say they were made with."""
+    found = {name: pair for name, pair in _differing(stored, config).items() if name not in FREE}
+    if found:
+        words = ", ".join(f"{name} is {now!r}, was {then!r}" for name, (then, now) in found.items())
+        raise ValueError(f"{path}: expected the settings that the weights were made with; {words}; put back what it was")
+
+
 def save_checkpoint(
-    run: Path, model: RoutedLanguageModel, optimiser: torch.optim.Optimizer, progress: Mapping[str, Any]
+    run: Path,
+    model: RoutedLanguageModel,
+    optimiser: torch.optim.Optimizer,
+    progress: Mapping[str, Any],
+    config: Config,
 ) -> None:
-    """Write state.pt, then model.safetensors."""
-    state = {"progress": dict(progress), "model": model.state_dict(), "optimiser": optimiser.state_dict()}
+    """Write state.pt, then model.safetensors, each with the settings."""
+    settings = config.to_toml()
+    state = {
+        "progress": dict(progress),
+        "settings": settings,
+        "model": model.state_dict(),
+        "optimiser": optimiser.state_dict(),
+    }
 
     def write(path: Path) -> None:
         torch.save(state, path)
@@ -80,7 +107,7 @@ def save_checkpoint(
             file.write(digest)
 
     write_whole(run / STATE, write)
-    save_weights(run, model)
+    save_weights(run, model, settings)
 
 
 def _sha256_of_file(path: Path) -> bytes:
@@ -91,15 +118,32 @@ def _sha256_of_file(path: Path) -> bytes:
     return digest.digest()
 
 
-def save_weights(run: Path, model: nn.Module) -> None:
-    """Write model.safetensors."""
+def check_bound(run: Path) -> None:
+    """Compare config.toml with the settings beside the weights of a run, before a model of the size that it claims is built.
+
+    What cannot be read here is left to `load_checkpoint`, which names the damage.
+    """
+    if not ((run / CONFIG).is_file() and (run / WEIGHTS).is_file()):
+        return
+    try:
+        with safe_open(run / WEIGHTS, framework="pt") as file:
+            stored = _settings_in(file.metadata() or {})
+    except (*DAMAGE, SafetensorError):
+        return
+    if stored is not None:
+        _check_settings(run / CONFIG, load_config(run / CONFIG), stored)
+
+
+def save_weights(run: Path, model: nn.Module, settings: str) -> None:
+    """Write model.safetensors, with the settings (TOML) that the model was made with."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_whole(run / WEIGHTS, lambda p: save_file(weights, p, {"sha256": weights_digest(weights)}))
+    metadata = {"sha256": weights_digest(weights, settings), "settings": settings}
+    write_whole(run / WEIGHTS, lambda p: save_file(weights, p, metadata))
 
 
-def weights_digest(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes of tensors on the CPU."""
-    digest = hashlib.sha256()
+def weights_digest(weights: Mapping[str, Tensor], settings: str = "") -> str:
+    """SHA-256 over the settings, and over names, types, shapes and bytes of tensors on the CPU."""
+    digest = hashlib.sha256(settings.encode())
     for name in sorted(weights):
         tensor = weights[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -114,22 +158,28 @@ def load_checkpoint(run: Path, model: RoutedLanguageModel, optimiser: torch.opti
         ValueError: the file is damaged or fits another model. Nothing in it is executed: only tensors and plain values load.
     """
     path = require_file(run, STATE)
-    try:
+    with _damage_named(path, "a checkpoint of this model"):
         content = path.read_bytes()
         payload, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
         require(hashlib.sha256(payload).digest() == digest, "checksum", "that of the content", "another")
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-        progress = _checked_progress(state["progress"], steps)
+        progress, stored = _checked_progress(state["progress"], steps), _settings_in(state)
+    if stored is not None:
+        _check_settings(run / CONFIG, load_config(require_file(run, CONFIG)), stored)
+    with _damage_named(path, "a checkpoint of this model"):
+        _check_finite(state["model"])
         model.load_state_dict(state["model"])
         for group in state["optimiser"]["param_groups"]:
             group["fused"] = optimiser.defaults["fused"]  # of this device, whatever device wrote the file
         optimiser.load_state_dict(state["optimiser"])
         _check_moments(optimiser)
-        return progress
-    except (*DAMAGE, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{path}: expected a checkpoint of this model; it is damaged or another's: {first_line(error)}"
-        ) from error
+    return progress
+
+
+def _check_finite(weights: Mapping[str, Tensor]) -> None:
+    """Weights that are no numbers give text and figures that are none."""
+    for name, tensor in weights.items():
+        require(bool(torch.isfinite(tensor).all()), name, "numbers", "NaN or infinity", "take an earlier copy, or fit again")
 
 
 DAMAGE = (RuntimeError, LookupError, EOFError, ValueError, TypeError, AttributeError, OSError, OverflowError, MemoryError)
@@ -162,22 +212,38 @@ def load_run(run: Path | str, device: str = "cpu") -> tuple[Config, RoutedLangua
     run = Path(run)
     config = load_config(require_file(run, CONFIG))
     path = require_file(run, WEIGHTS)
-    try:
+    with _damage_named(path):
         with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            _check_shapes(config, shapes)
-            weights = {name: file.get_tensor(name) for name in shapes}
-            metadata = file.metadata()
-        if metadata is not None:  # other writers of safetensors leave none
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}  # other writers of safetensors leave none
+        if metadata:
             found = metadata.get("sha256")
-            require(found == weights_digest(weights), "checksum", "that of the tensors", found)
+            wanted = weights_digest(weights, metadata.get("settings", ""))
+            require(found == wanted, "checksum", "that of the tensors", found)
+        stored = _settings_in(metadata)
+    if stored is not None:
+        _check_settings(run / CONFIG, config, stored)
+    with _damage_named(path):
+        _check_shapes(config, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+        _check_finite(weights)
         model = RoutedLanguageModel.from_config(config)
         model.load_state_dict(weights)
-    except (*DAMAGE, SafetensorError) as error:
-        raise ValueError(
-            f"{path}: expected the weights of the model in {CONFIG}; damaged or another's: {first_line(error)}"
-        ) from error
     return config, model.to(device).eval()
+
+
+@contextmanager
+def _damage_named(path: Path, expected: str = f"the weights of the model in {CONFIG}") -> Iterator[None]:
+    try:
+        yield
+    except (*DAMAGE, SafetensorError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: expected {expected}; damaged or another's: {first_line(error)}") from error
+
+
+def _settings_in(table: Mapping[str, Any]) -> Config | None:
+    """The settings that weights were made with; None in files of before, and of other programs."""
+    text = table.get("settings")
+    require(text is None or isinstance(text, str), "settings", "a text", text)
+    return None if text is None else config_from_toml(str(text))
 
 
 def _check_shapes(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> None:

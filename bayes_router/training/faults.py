@@ -22,7 +22,7 @@ except ImportError:  # Windows has none: there, two fits in one folder are not f
 
 
 class TrainingDiverged(RuntimeError):
-    """Loss or gradient are not finite, step after step; the last good checkpoint was kept."""
+    """Loss or gradient are not finite, step after step; the last good checkpoint is kept."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -66,8 +66,7 @@ class StepGuard:
             return
         raise TrainingDiverged(
             f"step {step}: loss {float(loss):.4g}, gradient norm {float(norm):.4g}; {in_a_row} steps in a row were skipped; "
-            f"{find_culprit(self.model, tokens)}; the last checkpoint was kept; lower train.lr or raise "
-            "model.concentration_floor"
+            f"{find_culprit(self.model, tokens)}; lower train.lr or raise model.concentration_floor"
         )
 
     def state(self) -> dict[str, int]:

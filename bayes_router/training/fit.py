@@ -4,6 +4,7 @@ Batches and posterior draws of a step are functions of (seed, step) alone, so a 
 last checkpoint as if it had not stopped.
 """
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import torch
 from bayes_router.config import Config
 from bayes_router.data.load import Data, load_data
 from bayes_router.files import SUMMARY, write_json
-from bayes_router.training.checkpoint import load_checkpoint, prepare_run, save_checkpoint
+from bayes_router.training.checkpoint import check_bound, load_checkpoint, prepare_run, save_checkpoint
 from bayes_router.training.distributed import World, connected, pick_device
 from bayes_router.training.evaluate import Evaluation
 from bayes_router.training.faults import Interrupted, StopRequest, TrainingDiverged, sole_user
@@ -79,6 +80,8 @@ def fit(
     """
     out = Path(out)
     device = pick_device(config.train.device)
+    if resume:
+        check_bound(out)
     with connected(device) as world, _callers_generator_kept(device):
         with world.main_first():
             config, data = load_data(config)
@@ -113,12 +116,14 @@ class _Run:
         self.trainer, self.out, self.on_evaluation = trainer, out, on_evaluation
         self.world: World = trainer.world
         self.done, self.seconds, self.started = 0, 0.0, time.perf_counter()
+        self.kept: int | None = None  # the step of the checkpoint in the folder
         self.log = MetricsLog(out, 0)
 
     def restore(self) -> None:
         """Go on from the last checkpoint."""
         saved = load_checkpoint(self.out, self.trainer.model, self.trainer.optimiser, self.trainer.config.train.steps)
-        self.done, self.seconds = saved["step"], saved["seconds"]
+        self.done = self.kept = saved["step"]
+        self.seconds = saved["seconds"]
         self.trainer.guard.restore(saved)
         self.log = MetricsLog(self.out, self.done)
 
@@ -129,7 +134,10 @@ class _Run:
         events = tensorboard_writer(self.out, self.done) if wanted else None
         with StopRequest() as stop, Reporter(steps, self.done, progress, events) as reporter:
             for step in range(self.done, steps):
-                terms, extra = trainer.step(step)
+                try:
+                    terms, extra = trainer.step(step)
+                except TrainingDiverged as error:
+                    raise TrainingDiverged(f"{error}; {self._what_is_kept()}") from None
                 evaluation, row = self._evaluate(step + 1), {}
                 if evaluation is not None:
                     row = evaluation_row(evaluation)
@@ -157,29 +165,37 @@ class _Run:
         return evaluation
 
     def _save_between(self, step: int, stop: StopRequest) -> None:
-        """A checkpoint where one is due or the run is to stop; one that cannot be written is missed, with a warning."""
+        """A checkpoint where one is due or the run is to stop; one that cannot be written is missed, with a warning.
+
+        Weights whose loss is no number are not written: the checkpoint of an earlier step is worth more.
+        """
         every, device = self.trainer.config.train.checkpoint_every, self.trainer.device
         # ranks agree to stop; between GPUs not at every step, as that would wait for the device
         asks = self.world.size == 1 or device.type == "cpu" or step % CHECK_EVERY == 0
         stops = asks and self.world.any(stop.signal is not None, device)
         if not stops and not (every and step % every == 0):
             return
+        missed = ""
         try:
-            self._save(step)
+            if self.world.main and self.trainer.sound(step):
+                self._save(step)
+            elif self.world.main:
+                missed = f"the loss of these weights is no number; {self._what_is_kept()}"
         except OSError as error:
             if stops:
                 raise self._cannot_write(error) from error
-            warnings.warn(
-                f"step {step}: the checkpoint could not be written ({error}); training goes on and tries again at the next",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            missed = f"the checkpoint could not be written ({error})"
         if stops:
-            raise Interrupted(f"stopped by signal {stop.signal or 'of another rank'} after step {step}; the run was saved")
+            raise Interrupted(
+                f"stopped by signal {stop.signal or 'of another rank'} after step {step}; {missed or 'the run was saved'}"
+            )
+        if missed:
+            warnings.warn(f"step {step}: {missed}; training goes on and tries again at the next", RuntimeWarning, stacklevel=2)
+
+    def _what_is_kept(self) -> str:
+        return "there is no checkpoint yet" if self.kept is None else f"the checkpoint of step {self.kept} was kept"
 
     def _save(self, step: int) -> None:
-        if not self.world.main:
-            return
         trainer = self.trainer
         self.log.write()
         save_checkpoint(
@@ -187,12 +203,17 @@ class _Run:
             trainer.model,
             trainer.optimiser,
             {"step": step, "seconds": self._seconds(), **trainer.guard.state()},
+            trainer.config,
         )
+        self.kept = step
 
     def _finish(self, evaluation: Evaluation | None) -> dict[str, Any]:
         """The last files of a run."""
         trainer = self.trainer
         evaluation = evaluation or trainer.evaluate()
+        if not all(map(math.isfinite, (*evaluation.nll.values(), evaluation.elbo))):
+            lost = f"step {trainer.config.train.steps}: the loss on held-out text is no number"
+            raise TrainingDiverged(f"{lost}; lower train.lr; {self._what_is_kept()}")
         run = {
             "parameters": count_parameters(trainer.model),
             "seconds": round(self._seconds(), 1),

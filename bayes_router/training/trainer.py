@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bayes_router.checks import require
 from bayes_router.config import Config, ModelConfig
 from bayes_router.data.load import Data
+from bayes_router.data.tokens import Batch
 from bayes_router.inference.draws import RowDraws
 from bayes_router.inference.elbo import NegativeELBO
 from bayes_router.inference.guide import RoutingGuide
@@ -19,7 +20,7 @@ from bayes_router.routing.schedule import Schedule, ScheduleState
 from bayes_router.training.distributed import World
 from bayes_router.training.evaluate import Evaluation, evaluate
 from bayes_router.training.execution import Execution
-from bayes_router.training.faults import StepGuard
+from bayes_router.training.faults import StepGuard, all_finite
 from bayes_router.training.graph import GraphedGradient, wants_graph
 from bayes_router.training.optimise import build_optimiser, clip_gradient, set_learning_rate
 from bayes_router.transformer.build import build_prior
@@ -97,9 +98,7 @@ class Trainer:
         config, state = self.config.train, self.schedule.at(step)
         self.objective.follow(state)
         lr = set_learning_rate(self.optimiser, config, step)
-        rank, size = self.world.rank, self.world.size
-        tokens, targets = self.data.train.batch(step, config.batch_size, self.config.data.context, config.seed, rank, size)
-        tokens, targets = self._to_device(tokens), self._to_device(targets)
+        tokens, targets = self._batch(step)
         if self.graphed is not None:
             form = (state.price > 0, state.straight_through)
             with ONE_AT_A_TIME:
@@ -112,6 +111,31 @@ class Trainer:
         if self.device.type == "cpu" or step % CHECK_EVERY == 0 or step == config.steps - 1:
             self.guard.check(step, loss, norm, tokens)
         return terms, {"lr": lr, "kl_weight": state.kl_weight, "price": state.price}
+
+    @torch.no_grad()
+    def sound(self, step: int) -> bool:
+        """Whether the weights are numbers and their loss at `step`, which a resumed run would take first, is one, too.
+
+        The draws are those of the step; what the next step does is not changed by it.
+        """
+        if not all_finite(self.model):
+            return False
+        self.objective.follow(self.schedule.at(step))
+        tokens, targets = self._batch(step)
+        parts, world = self.config.train.accumulate, self.world
+        losses = []
+        for part in range(parts):
+            with ONE_AT_A_TIME, self._autocast(), self._draws(step, part * world.size + world.rank):
+                losses.append(self.objective(tokens[part::parts], targets[part::parts])[0])
+        return bool(torch.isfinite(torch.stack(losses)).all())
+
+    def _batch(self, step: int) -> Batch:
+        """This rank's rows of a step, on its device."""
+        config, world = self.config, self.world
+        batch = self.data.train.batch(
+            step, config.train.batch_size, config.data.context, config.train.seed, world.rank, world.size
+        )
+        return Batch(*map(self._to_device, batch))
 
     def _gradient(self, step: int, tokens: Tensor, targets: Tensor) -> tuple[Tensor, LossTerms]:
         """Add up the gradient over the parts of this rank's rows; loss and terms are means over the parts."""

@@ -28,7 +28,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _, model = load_run(run)
     for controller in model.controller.layers:
         torch.nn.init.normal_(controller.out.weight, std=1.5, generator=generator)  # type: ignore[union-attr, arg-type]
-    save_weights(run, model)
+    save_weights(run, model, load_config(run / "config.toml").to_toml())
     return run
 
 

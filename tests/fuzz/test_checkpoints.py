@@ -16,8 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bayes_router.files import METRICS, STATE, WEIGHTS
-from bayes_router.training.checkpoint import DIGEST_BYTES, load_checkpoint, load_run
+from bayes_router.config import load_config
+from bayes_router.files import CONFIG, METRICS, STATE, WEIGHTS
+from bayes_router.training.checkpoint import DIGEST_BYTES, load_checkpoint, load_run, weights_digest
 from bayes_router.training.fit import fit
 from bayes_router.training.metrics import MetricsLog
 from bayes_router.training.optimise import build_optimiser
@@ -213,12 +214,18 @@ def test_weights_of_something_else_are_refused(
         "controller_hidden = 8000000",
     ],
 )
-def test_settings_that_claim_a_giant_model_are_refused_before_it_is_built(run: Path, line: str) -> None:
+@pytest.mark.parametrize("bound", [True, False])
+def test_settings_that_claim_a_giant_model_are_refused_before_it_is_built(run: Path, line: str, bound: bool) -> None:
+    if not bound:  # as runs of before
+        weights = load_file(run / WEIGHTS)
+        save_file(weights, run / WEIGHTS, {"sha256": weights_digest(weights)})
     name = line.split(" = ")[0]
     text = (run / "config.toml").read_text()
     lines = [line if old.startswith(f"{name} = ") else old for old in text.splitlines()]
     (run / "config.toml").write_text("\n".join(lines))
-    refused(lambda: load_run(run), WEIGHTS)
+    refused(lambda: load_run(run), CONFIG if bound else WEIGHTS)
+    if bound:
+        refused(lambda: fit(load_config(run / "config.toml"), run, resume=True), CONFIG)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"a,b\n1,2\n", b"step,nll\nx,y\n", b"step,nll\n1e999,0\n"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bayes_router.files import METRICS, STATE, WEIGHTS
+from bayes_router.files import METRICS, STATE, SUMMARY, WEIGHTS
 from bayes_router.routing.posterior import posterior
 from bayes_router.training.faults import find_culprit
 from bayes_router.training.fit import Trainer, TrainingDiverged, fit
@@ -64,6 +64,61 @@ def test_the_count_in_a_row_survives_a_checkpoint(corpus: str, tmp_path: Path, m
         fit(fit_config(corpus, max_skipped=5), tmp_path / "run", progress=False)
     with pytest.raises(TrainingDiverged, match="step 7: .*6 steps in a row"):
         fit(fit_config(corpus, max_skipped=5), tmp_path / "run", resume=True, progress=False)
+
+
+def explode(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """Behind this step the weights are numbers, and their loss is none: what a learning rate of 1e9 makes of them."""
+    usual = Trainer.step
+
+    def step(self: Trainer, step: int):  # type: ignore[no-untyped-def]
+        done = usual(self, step)
+        if step == at:
+            with torch.no_grad():
+                self.model.network.blocks[0].attention.qkv.weight.fill_(1e30)  # type: ignore[union-attr]
+        return done
+
+    monkeypatch.setattr(Trainer, "step", step)
+
+
+def test_weights_whose_loss_is_no_number_are_not_written_over_good_ones(
+    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run = fit_config(corpus, checkpoint_every=2, max_skipped=3, eval_every=0), tmp_path / "run"
+    fit(config, tmp_path / "alone", progress=False)
+    with monkeypatch.context() as patch:
+        explode(patch, at=4)
+        with (
+            pytest.warns(
+                RuntimeWarning, match="step 6: the loss of these weights is no number; the checkpoint of step 4 was kept"
+            ),
+            pytest.raises(TrainingDiverged, match="step 8: .*; the checkpoint of step 4 was kept$"),
+        ):
+            fit(config, run, progress=False)
+    assert_finite_checkpoint(run, step=4)
+    _, summary = fit(config, run, resume=True, progress=False)
+    assert summary["skipped_steps"] == 0
+    alone = weights(tmp_path / "alone")
+    assert all(torch.equal(w, alone[name]) for name, w in weights(run).items())
+
+
+def test_a_run_that_ends_without_a_loss_keeps_its_last_good_checkpoint(
+    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    explode(monkeypatch, at=11)
+    run = tmp_path / "run"
+    with pytest.raises(TrainingDiverged, match="step 12: the loss on held-out text is no number; .*of step 8 was kept"):
+        fit(fit_config(corpus), run, progress=False)
+    assert_finite_checkpoint(run, step=8)
+    assert all(bool(torch.isfinite(w).all()) for w in weights(run).values()) and not (run / SUMMARY).exists()
+
+
+def test_looking_whether_a_checkpoint_is_sound_changes_no_step(corpus: str, tmp_path: Path) -> None:
+    seldom, often = (tmp_path / name for name in ("seldom", "often"))
+    for draws in ("batch", "row"):
+        fit(fit_config(corpus, checkpoint_every=0, draws=draws), seldom, progress=False, overwrite=draws == "row")
+        fit(fit_config(corpus, checkpoint_every=1, draws=draws), often, progress=False, overwrite=draws == "row")
+        want = weights(seldom)
+        assert all(torch.equal(w, want[name]) for name, w in weights(often).items())
 
 
 @pytest.mark.parametrize("fused", [True, False])

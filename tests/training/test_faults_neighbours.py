@@ -99,7 +99,7 @@ def test_tensorboard_that_is_not_installed_names_the_extra(
     corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ValueError, match=r"train.tensorboard: expected the package.*bayes-router\[tensorboard\]"):
+    with pytest.raises(ValueError, match=r"train.tensorboard: expected the package.*pip install -e '.\[tensorboard\]'"):
         fit(fit_config(corpus, tensorboard=True), tmp_path / "run", progress=False)
 
 
