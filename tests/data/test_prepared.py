@@ -134,7 +134,7 @@ def test_resident_memory_stays_flat_while_a_corpus_streams(tmp_path: Path) -> No
 
 def test_a_data_set_without_the_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"corpus 'hf:x': expected the package datasets.*bayes-router\[hf\]"):
+    with pytest.raises(ValueError, match=r"corpus 'hf:x': expected the package datasets.*pip install -e '.\[hf\]'"):
         text_data("hf:x", prepared=str(tmp_path))
 
 
