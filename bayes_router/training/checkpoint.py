@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -92,7 +93,7 @@ def save_checkpoint(
     config: Config,
 ) -> None:
     """Write state.pt, then model.safetensors, each with the settings."""
-    settings = config.to_toml()
+    settings = bound_settings(config)
     state = {
         "progress": dict(progress),
         "settings": settings,
@@ -118,6 +119,15 @@ def _sha256_of_file(path: Path) -> bytes:
     return digest.digest()
 
 
+def bound_settings(config: Config) -> str:
+    """The settings that are kept beside weights, as TOML: all but those that may change behind a run."""
+    tables = config.to_dict()
+    for name in FREE:
+        section, key = name.split(".")
+        tables[section].pop(key, None)
+    return tomli_w.dumps(tables)
+
+
 def check_bound(run: Path) -> None:
     """Compare config.toml with the settings beside the weights of a run, before a model of the size that it claims is built.
 
@@ -135,7 +145,7 @@ def check_bound(run: Path) -> None:
 
 
 def save_weights(run: Path, model: nn.Module, settings: str) -> None:
-    """Write model.safetensors, with the settings (TOML) that the model was made with."""
+    """Write model.safetensors, with `bound_settings` of what the model was made with."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     metadata = {"sha256": weights_digest(weights, settings), "settings": settings}
     write_whole(run / WEIGHTS, lambda p: save_file(weights, p, metadata))

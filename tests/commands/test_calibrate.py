@@ -9,7 +9,7 @@ import torch
 
 from bayes_router.cli import main
 from bayes_router.config import load_config
-from bayes_router.training.checkpoint import load_run, save_weights
+from bayes_router.training.checkpoint import bound_settings, load_run, save_weights
 from bayes_router.training.fit import fit
 from bayes_router.transformer.build import build_prior
 from tests.tiny import fit_config
@@ -28,7 +28,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _, model = load_run(run)
     for controller in model.controller.layers:
         torch.nn.init.normal_(controller.out.weight, std=1.5, generator=generator)  # type: ignore[union-attr, arg-type]
-    save_weights(run, model, load_config(run / "config.toml").to_toml())
+    save_weights(run, model, bound_settings(load_config(run / "config.toml")))
     return run
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from bayes_router.cli import main
 from bayes_router.files import CONFIG, METRICS, STATE, WEIGHTS
-from bayes_router.training.checkpoint import DIGEST_BYTES, load_run, save_weights, weights_digest
+from bayes_router.training.checkpoint import DIGEST_BYTES, bound_settings, load_run, save_weights, weights_digest
 from bayes_router.training.fit import fit
 from tests.tiny import fit_config
 
@@ -73,6 +73,7 @@ def test_where_text_lies_and_what_computes_may_change(run: Path, tmp_path: Path,
     (run / CONFIG).write_text(text.replace(corpus, str(moved)).replace('device = "cpu"', 'device = "auto"'))
     config, _ = load_run(run)
     assert config.data.corpus == f"text:{moved}" and config.train.device == "auto"
+    assert str(corpus) not in (run / WEIGHTS).read_bytes().decode("latin-1")  # the same fit elsewhere writes the same bytes
 
 
 def test_runs_of_before_have_no_settings_in_their_weights(run: Path, finished_run: Path, corpus: str) -> None:
@@ -97,7 +98,7 @@ def test_weights_that_are_no_numbers_are_named(run: Path, value: float, capsys: 
     name = "network.blocks.1.attention.qkv.weight"
     with torch.no_grad():
         dict(model.named_parameters())[name][0, 0] = value
-    save_weights(run, model, config.to_toml())
+    save_weights(run, model, bound_settings(config))
     for command in (["evaluate", run], ["generate", run, "--prompt", "x"], ["inspect", run], ["report", run]):
         error = one_line([*command, "--device", "cpu"], capsys)
         assert f"{run / WEIGHTS}: " in error and f"{name}: expected numbers; got 'NaN or infinity'" in error
