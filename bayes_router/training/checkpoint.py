@@ -8,6 +8,7 @@ sum: a flipped bit is found in any of the three, not trained on.
 
 import hashlib
 import io
+import json
 import pickle
 import shutil
 from collections.abc import Iterator, Mapping
@@ -137,7 +138,7 @@ def check_bound(run: Path) -> None:
         return
     try:
         with safe_open(run / WEIGHTS, framework="pt") as file:
-            stored = _settings_in(file.metadata() or {})
+            stored = _settings_in(_table_of(file.metadata() or {}))
     except (*DAMAGE, SafetensorError):
         return
     if stored is not None:
@@ -147,7 +148,8 @@ def check_bound(run: Path) -> None:
 def save_weights(run: Path, model: nn.Module, settings: str) -> None:
     """Write model.safetensors, with `bound_settings` of what the model was made with."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    metadata = {"sha256": weights_digest(weights, settings), "settings": settings}
+    table = {"sha256": weights_digest(weights, settings), "settings": settings}
+    metadata = {"run": json.dumps(table)}  # one entry: the order of several is another in each process
     write_whole(run / WEIGHTS, lambda p: save_file(weights, p, metadata))
 
 
@@ -226,11 +228,11 @@ def load_run(run: Path | str, device: str = "cpu") -> tuple[Config, RoutedLangua
         with safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}  # other writers of safetensors leave none
+        table = _table_of(metadata)
         if metadata:
-            found = metadata.get("sha256")
-            wanted = weights_digest(weights, metadata.get("settings", ""))
-            require(found == wanted, "checksum", "that of the tensors", found)
-        stored = _settings_in(metadata)
+            wanted = weights_digest(weights, table.get("settings", ""))
+            require(table.get("sha256") == wanted, "checksum", "that of the tensors", table.get("sha256"))
+        stored = _settings_in(table)
     if stored is not None:
         _check_settings(run / CONFIG, config, stored)
     with _damage_named(path):
@@ -247,6 +249,13 @@ def _damage_named(path: Path, expected: str = f"the weights of the model in {CON
         yield
     except (*DAMAGE, SafetensorError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path}: expected {expected}; damaged or another's: {first_line(error)}") from error
+
+
+def _table_of(metadata: Mapping[str, str]) -> Mapping[str, Any]:
+    """What model.safetensors says of its tensors; files of before have the checksum alone, as an entry of its own."""
+    table = json.loads(metadata["run"]) if "run" in metadata else metadata
+    require(isinstance(table, Mapping), "run", "a table", table)
+    return dict(table)
 
 
 def _settings_in(table: Mapping[str, Any]) -> Config | None:
