@@ -32,10 +32,14 @@ class TokenStream(TokenDataset):
         held_out = max(int(len(self) * valid_fraction), LEAST_TOKENS)
         require(len(self) >= 2 * held_out, "texts", f"at least {2 * LEAST_TOKENS} tokens", len(self), "give more text")
         parts = self.tokens[:-held_out], self.tokens[-held_out:]
-        first, last = copy(self), copy(self)
-        for one, part, name in zip((first, last), parts, ("fit", "held out"), strict=True):
-            one.tokens, one.name = part, name
+        first, last = self.like(parts[0], "fit"), self.like(parts[1])
         return first, last
+
+    def like(self, tokens: Tensor, name: str = "held out") -> "TokenStream":
+        """Other tokens, read in the same way."""
+        other = copy(self)
+        other.tokens, other.name = tokens, name
+        return other
 
 
 class MaskedStream(TokenStream):

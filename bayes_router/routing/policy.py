@@ -125,7 +125,12 @@ def priced(concentration: Tensor, cost_ratio: Sequence[float], price: float) -> 
     """
     if price == 0:
         return concentration
-    share = (concentration.log() - like([price * cost for cost in cost_ratio], concentration)).softmax(-1)
+    return tilted_by(concentration, like([price * cost for cost in cost_ratio], concentration))
+
+
+def tilted_by(concentration: Tensor, tilt: Tensor) -> Tensor:
+    """The concentration whose mean is proportional to mean x exp(-tilt), at the same total; [..., E]."""
+    share = (concentration.log() - tilt).softmax(-1)
     least = torch.finfo(concentration.dtype).tiny  # an underflowed concentration is no concentration
     return (share * concentration.sum(-1, keepdim=True)).clamp_min(least)
 

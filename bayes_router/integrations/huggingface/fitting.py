@@ -7,14 +7,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bayes_router.checks import choose, require
 from bayes_router.config import ScheduleConfig, TrainConfig
-from bayes_router.data.tokens import TokenSource
+from bayes_router.data.tokens import TokenSource, step_rng
 from bayes_router.inference.elbo import NegativeELBO
-from bayes_router.inference.guide import RoutingGuide
+from bayes_router.inference.guide import Controller, RoutingGuide
 from bayes_router.inference.likelihood import Likelihood, NextToken, Observed, Teacher, entropy
 from bayes_router.inference.model import RoutingModel
 from bayes_router.integrations.calls.call import AttentionCall
@@ -22,6 +23,7 @@ from bayes_router.integrations.calls.layer import RoutedLayer
 from bayes_router.integrations.calls.linear import LinearExpert
 from bayes_router.integrations.calls.precision import uncached
 from bayes_router.integrations.huggingface.language import RoutedLanguage
+from bayes_router.integrations.huggingface.pressure import BudgetRange, Dialled, pressure_for
 from bayes_router.integrations.patch.settings import FitRecord
 from bayes_router.progress import Progress
 from bayes_router.routing.schedule import Schedule, ScheduleState
@@ -41,8 +43,8 @@ class FitSettings:
     Attributes:
         steps: of SVI.
         distil_steps: of distillation before it; skipped where no expert has parameters.
-        context: tokens of a sequence.
-        batch_size: sequences a step.
+        context: tokens of a sequence; or several lengths, one of which is drawn each step.
+        batch_size: sequences a step; of lengths below the longest so many that a step has as many tokens.
         lr: peak learning rate of the experts' own parameters.
         controller_lr: peak learning rate of the controllers.
         weights_lr: of the model's own weights; 0 leaves them as they are.
@@ -50,14 +52,15 @@ class FitSettings:
         clip: largest gradient norm.
         likelihood: model, the next tokens of the unpatched model in expectation (self-distillation: far less noise); or
             text, those of the text. None: model, but text where the model's own weights move.
-        budget: cost at which executed draws are held by moving the price, full = 1; None: the prior's own price.
+        budget: cost at which executed draws are held by moving the price, full = 1; or (low, high), a budget drawn anew
+            each step, so that one fit serves them all, see `BudgetRange`; None: the prior's own price.
         seconds: the fit ends after about so many, its schedules shortened to that.
         seed: of batches and posterior draws.
     """
 
     steps: int = 200
     distil_steps: int = 100
-    context: int = 512
+    context: int | tuple[int, ...] = 512
     batch_size: int = 4
     lr: float = 1e-3
     controller_lr: float = 3e-3
@@ -65,7 +68,7 @@ class FitSettings:
     warmup: int = 10
     clip: float = 1.0
     likelihood: str | None = None
-    budget: float | None = None
+    budget: float | tuple[float, float] | None = None
     seconds: float = math.inf
     seed: int = 0
 
@@ -73,13 +76,27 @@ class FitSettings:
         """Check every field."""
         if self.likelihood is not None:
             choose("likelihood", self.likelihood, Observed)
-        require(self.budget is None or 0 < self.budget <= 1, "budget", "a cost in (0, 1], full = 1, or None", self.budget)
+        budgets = [] if self.budget is None else np.atleast_1d(self.budget).tolist()
+        ordered = len(budgets) < 2 or (len(budgets) == 2 and budgets == sorted(set(budgets)))
+        fits = ordered and all(0 < b <= 1 for b in budgets)
+        require(fits, "budget", "a cost in (0, 1], full = 1, or (low, high), or None", self.budget)
+        require(len(self.contexts) > 0, "context", "a length or several", self.context)
+        require(all(c >= 1 for c in self.contexts), "context", "at least 1", self.context)
         for name in ("steps", "distil_steps", "weights_lr", "warmup", "seed"):
             require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
-        for name in ("context", "batch_size"):
-            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
         for name in ("lr", "controller_lr", "clip", "seconds"):
             require(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
+
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        """The lengths that are drawn from."""
+        return (self.context,) if isinstance(self.context, int) else tuple(self.context)
+
+    def shape(self, random: np.random.Generator) -> tuple[int, int]:
+        """(sequences, tokens of each) of a step."""
+        context = self.contexts[int(random.integers(len(self.contexts)))]
+        return max(1, self.batch_size * max(self.contexts) // context), context
 
     @property
     def teacher(self) -> bool:
@@ -118,7 +135,7 @@ def record(
     likelihood = Observed.MODEL if settings.teacher else Observed.TEXT
     price = float(frame["price"].iloc[-1]) if len(frame) and settings.budget is not None else end.price
     return FitRecord(
-        settings.context,
+        max(settings.contexts),
         tokens,
         end.kl_weight,
         price,
@@ -129,8 +146,14 @@ def record(
     )
 
 
-def default_schedule(num_layers: int) -> ScheduleConfig:
-    """Start on full attention, let the compute-aware prior in, end on executed argmax draws."""
+def default_schedule(num_layers: int, ranged: bool = False) -> ScheduleConfig:
+    """Start on full attention, let the compute-aware prior in, end on executed argmax draws.
+
+    For a range of budgets the price does all that: draws are executed from the first step, under a prior that stays.
+    """
+    if ranged:
+        still = ScheduleConfig(anneal_from=0.0, anneal_to=0.0, straight_through_from=0.0)
+        return replace(still, kl_weight=KL_WEIGHT / num_layers)
     return ScheduleConfig(
         kl_weight=KL_WEIGHT / num_layers,
         start_experts=("full",),
@@ -179,7 +202,7 @@ def distil(router: RoutedLanguage, source: TokenSource, settings: FitSettings, p
     device, losses = next(router.model.parameters()).device, []
     for step in Progress("distil", settings.distil_steps, shown=progress).over(range(settings.distil_steps)):
         set_learning_rate(optimiser, settings.rates(settings.distil_steps), step)
-        tokens = source.batch(step, settings.batch_size, settings.context, settings.seed + 7).tokens.to(device)
+        tokens = source.batch(step, settings.batch_size, min(settings.contexts), settings.seed + 7).tokens.to(device)
         errors: list[Tensor] = []
 
         def compare(index: int, call: AttentionCall, hidden: Tensor, errors: list[Tensor] = errors) -> None:
@@ -203,7 +226,11 @@ def distil(router: RoutedLanguage, source: TokenSource, settings: FitSettings, p
 
 
 def program(
-    router: RoutedLanguage, start: ScheduleState, network: Any = None, likelihood: Likelihood = NextToken
+    router: RoutedLanguage,
+    start: ScheduleState,
+    network: Any = None,
+    likelihood: Likelihood = NextToken,
+    controller: Controller | None = None,
 ) -> tuple[RoutingModel, RoutingGuide]:
     """The project's model and guide around a patched model: routes are latent, the model's logits the likelihood."""
     device = next(router.model.parameters()).device
@@ -211,33 +238,7 @@ def program(
     costs = router.layer_cost.to(device)
     model = RoutingModel(chosen, start.concentration, costs, start.price, likelihood=likelihood)
     model.straight_through = start.straight_through
-    return model, RoutingGuide(model, router.controller)
-
-
-class Pressure:
-    """The price that holds the executed cost at a budget: an integral and a proportional step on its logarithm.
-
-    log price += I e, and for the step at hand + P e, with e = cost - target; the target falls linearly from 1, where a fit
-    starts, to the budget over the first `FALL` of it. A Lagrange multiplier: the prior stays a prior of one price a step.
-    """
-
-    INTEGRAL, PROPORTIONAL, FALL = 0.2, 3.0, 0.4
-    LEAST, MOST = 1e-3, 1e4
-
-    def __init__(self, budget: float, price: float):
-        self.budget, self.log_price, self.error = budget, math.log(max(price, self.LEAST)), 0.0
-
-    def see(self, cost: float, progress: float) -> None:
-        """Take in the executed cost of a step."""
-        target = 1 - (1 - self.budget) * min(progress / self.FALL, 1.0)
-        self.error = cost - target
-        moved = self.log_price + self.INTEGRAL * self.error
-        self.log_price = min(max(moved, math.log(self.LEAST)), math.log(self.MOST))
-
-    @property
-    def price(self) -> float:
-        """For the next step, nats per unit of cost."""
-        return min(max(math.exp(self.log_price + self.PROPORTIONAL * self.error), self.LEAST), self.MOST)
+    return model, RoutingGuide(model, router.controller if controller is None else controller)
 
 
 def fit_routes(
@@ -262,16 +263,20 @@ def fit_routes(
         def counted(layer: int, hidden: Tensor) -> Tensor | int:
             weights = route(layer, hidden)
             assert isinstance(weights, Tensor)
-            spent.append((weights.detach() @ cost[layer].to(weights)).mean())
+            spent.append((weights.detach() * cost[layer].to(weights)).sum(-1).mean())
             return weights
 
         return router.network(tokens, counted)
 
     schedule = Schedule(schedule_config, router.prior, settings.steps, router.experts, router.settings.prior.price)
     teacher = Teacher()
-    objective = NegativeELBO(*program(router, schedule.at(0), network, teacher))
-    pressure = None if settings.budget is None else Pressure(settings.budget, router.settings.prior.price)
-    optimiser = torch.optim.AdamW(_groups(router, settings), weight_decay=0.0, betas=(0.9, 0.98))
+    dialled = Dialled(router.controller, cost)
+    objective = NegativeELBO(*program(router, schedule.at(0), network, teacher, dialled))
+    pressure = pressure_for(settings.budget, router.layer_cost, router.settings.prior.price)
+    if isinstance(pressure, BudgetRange) and router.fitted is None:
+        _start_in_the_middle(router)
+    # gradients are of the order of a unit's share in the loss, far below what Adam's usual epsilon stands for
+    optimiser = torch.optim.AdamW(_groups(router, settings), weight_decay=0.0, betas=(0.9, 0.98), eps=1e-12)
     trained = nn.ModuleList([router, *([router.model] if settings.weights_lr else [])])
     rows, started = [], time.perf_counter()
     bar = Progress("fit", settings.steps, shown=progress)
@@ -280,10 +285,13 @@ def fit_routes(
         if late >= 1:
             break
         done = max(step / settings.steps, late)  # the schedules follow whichever limit is nearer
-        state = schedule.at(int(done * settings.steps))
-        objective.follow(state if pressure is None else replace(state, price=pressure.price))
+        state, random = schedule.at(int(done * settings.steps)), step_rng(settings.seed + 13, step)
+        if pressure is not None:
+            asked = pressure.ask(done, random)
+            state, dialled.dial = replace(state, price=asked.price), asked.dial
+        objective.follow(state)
         set_learning_rate(optimiser, settings.rates(settings.steps), max(step, int(done * settings.steps)))
-        batch = source.batch(step, settings.batch_size, settings.context, settings.seed)
+        batch = source.batch(step, *settings.shape(random), settings.seed)
         tokens, targets = batch.tokens.to(device), batch.targets.to(device)
         teacher.logits = router.unrouted(tokens) if settings.teacher else None
         loss, terms = objective(tokens, targets)
@@ -295,13 +303,22 @@ def fit_routes(
         require(torch.isfinite(loss).item() is True, f"step {step}", "a finite loss", float(loss.detach()), "lower the rates")
         if teacher.logits is not None:
             row["divergence"] = row["nll"] - float(entropy(teacher.logits)[targets != IGNORED].sum() / targets.numel())
-        row["cost"], row["price"] = float(torch.stack(spent).mean()), objective.model.price
+        row["cost"], row["price"], row["dial"] = float(torch.stack(spent).mean()), state.price, dialled.dial
+        row["context"] = tokens.shape[1]
         spent.clear()
         if pressure is not None:
-            pressure.see(row["cost"], done)
+            pressure.see(row["cost"])
         rows.append(row)
         bar.say(f"nll {row['nll']:.3f} cost {row['cost']:.3f}")
     return pd.DataFrame(rows)
+
+
+def _start_in_the_middle(router: RoutedLanguage) -> None:
+    """Posteriors of `BudgetRange.MIDDLE` on full: a dial at 0 then spends what it stands for, before anything is learned."""
+    mean = torch.full((len(router.experts),), (1 - BudgetRange.MIDDLE) / max(len(router.experts) - 1, 1))
+    mean[router.experts.index("full")] = BudgetRange.MIDDLE
+    total = torch.tensor(router.prior.total_concentration)[:, None]
+    router.controller.start_at((mean * total).clamp_min(2 * router.controller.floor))
 
 
 def _groups(router: RoutedLanguage, settings: FitSettings) -> list[dict[str, Any]]:

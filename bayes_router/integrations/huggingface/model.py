@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bayes_router.config import ScheduleConfig
+from bayes_router.data.mixture import source_of
 from bayes_router.data.stream import stream_of
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel
@@ -31,9 +32,11 @@ class RoutedPretrained(RoutedLanguage):
         """Distil the linear experts from the layers' own attention, then fit controllers and experts by SVI on the ELBO.
 
         Args:
-            texts: a text, several, or token ids int64 [N].
+            texts: a text, several, or token ids int64 [N]; or these by name, kinds of text that are drawn alike (`Mixture`
+                where some are drawn more often).
             tokenizer: the model's, where texts are text.
-            schedule: of KL weight, prior and concentration; starts on full attention by default.
+            schedule: of KL weight, prior and concentration; by default it starts on full attention, and for a range of budgets
+                executes draws from the first step.
             valid_fraction: the end of the text, held out for `set_budget`.
             progress: show bars, or without a terminal a line every few seconds.
             settings: of `FitSettings`: steps, distil_steps, context, batch_size, lr, controller_lr, weights_lr, likelihood,
@@ -45,13 +48,12 @@ class RoutedPretrained(RoutedLanguage):
         """
         self.require_patched()
         chosen = fitting.FitSettings(**settings)
-        stream = stream_of(texts, tokenizer, self.config.vocab_size, self.causal)
-        source, self.held_out = stream.split(valid_fraction)
+        source, self.held_out = source_of(texts, tokenizer, self.config.vocab_size, self.causal).split(valid_fraction)
         devices = [p.device for p in self.model.parameters() if p.device.type == "cuda"][:1]
         with torch.random.fork_rng(devices=devices), fitting.fitting(self, chosen.weights_lr > 0):
             torch.manual_seed(chosen.seed)
             errors = fitting.distil(self, source, chosen, progress)
-            steps = schedule or fitting.default_schedule(len(self.layers))
+            steps = schedule or fitting.default_schedule(len(self.layers), isinstance(chosen.budget, tuple))
             frame = fitting.fit_routes(self, source, chosen, steps, progress)
             self.made_for = "" if chosen.weights_lr > 0 else self.made_for
             self.fitted = fitting.record(self, chosen, steps, frame, len(source), getattr(tokenizer, "name_or_path", None))

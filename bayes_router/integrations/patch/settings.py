@@ -61,7 +61,7 @@ class FitRecord:
         price: of the prior's tilt at the end, nats per unit of cost.
         straight_through: whether draws were executed as their argmax at the end.
         likelihood: model or text, see `FitSettings`.
-        budget: cost at which the fit was held; None: at the prior's own price.
+        budget: cost at which the fit was held, or (low, high) of the range that it serves; None: at the prior's own price.
         tokenizer: the name of the one that made the tokens; None where ids were given.
     """
 
@@ -71,5 +71,10 @@ class FitRecord:
     price: float
     straight_through: bool
     likelihood: str
-    budget: float | None = None
+    budget: float | tuple[float, float] | None = None
     tokenizer: str | None = None
+
+    def __post_init__(self) -> None:
+        """A range is a list in a file."""
+        if isinstance(self.budget, list):
+            object.__setattr__(self, "budget", tuple(self.budget))

@@ -1,0 +1,110 @@
+"""A fit that serves a range of budgets: a budget and a length drawn each step, held by prices of their own."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Dirichlet
+
+from bayes_router.config import PriorConfig
+from bayes_router.integrations.huggingface.fitting import FitSettings
+from bayes_router.integrations.huggingface.pressure import BudgetRange, Dialled
+from bayes_router.integrations.patching import load_patch
+from bayes_router.routing.policy import Budget
+from tests.integrations.tiny_models import VOCAB, patched, tiny
+
+TEXT = torch.randint(3, VOCAB, (4000,), generator=torch.Generator().manual_seed(0))
+PRIOR = PriorConfig(cost="flops", price=30.0, total_concentration=2.0, map="uniform")
+RANGE = {
+    "budget": (0.5, 0.9),
+    "context": (40, 20),
+    "batch_size": 2,
+    "controller_lr": 0.02,
+    "distil_steps": 0,
+}
+
+
+def ranged(**settings: object) -> tuple[object, object]:
+    return patched("llama", window=8, experts=("full", "local"), prior=PRIOR, context=40, **settings)
+
+
+def test_prices_bring_what_is_spent_to_what_is_asked() -> None:
+    """A plant whose log odds fall with the log price, and that answers the dial by too much."""
+    pressure, random, errors = BudgetRange(0.2, 0.8, 0.1, 1.0, 30.0), np.random.default_rng(0), []
+    for step in range(800):
+        asked = pressure.ask(step / 800, random)
+        odds = 3.0 - 0.5 * math.log(asked.price) - asked.dial
+        pressure.see(0.1 + 0.9 / (1 + math.exp(-odds)))
+        errors.append(abs(1 / (1 + math.exp(-odds)) - pressure.share))
+    assert np.mean(errors[-100:]) < 0.02 and np.mean(errors[:20]) > 0.1
+
+
+def test_the_range_opens_from_the_top_and_the_dial_says_the_share() -> None:
+    pressure, random = BudgetRange(0.28, 0.82, 0.1, 1.0, 30.0), np.random.default_rng(0)
+
+    def shares(progress: float) -> list[float]:
+        drawn = []
+        for _ in range(300):
+            asked = pressure.ask(progress, random)
+            assert asked.dial == pytest.approx(2.6 * math.log(0.15 / pressure.share) / 0.9)
+            drawn.append(pressure.share)
+        return drawn
+
+    assert shares(0.0) == pytest.approx([0.8] * 300)
+    late = shares(1.0)
+    assert min(late) == pytest.approx(0.2, rel=0.05) and max(late) == pytest.approx(0.8, rel=0.05)
+    assert np.median(late) == pytest.approx(math.sqrt(0.2 * 0.8), rel=0.15)  # log-uniform
+
+
+def test_a_dialled_posterior_decides_as_a_budget_of_that_price() -> None:
+    _, router = ranged()
+    torch.manual_seed(1)
+    for controller in router.controller.layers:
+        torch.nn.init.normal_(controller.out.weight)
+    dialled, hidden = Dialled(router.controller, router.layer_cost), torch.randn(2, 9, 32)
+    plain = router.controller.posterior(1, hidden).concentration
+    for dialled.dial in (-2.0, 0.0, 3.0):
+        q = dialled.posterior(1, hidden)
+        assert isinstance(q, Dirichlet)
+        floor = 0.02 if dialled.dial else 0.0  # of two experts
+        torch.testing.assert_close(q.concentration.sum(-1), plain.sum(-1) + floor)
+        assert float(q.concentration.detach().min()) > 0.0099
+        same = Budget(tuple(router.layer_cost[1].tolist()), dialled.dial)(plain)
+        assert torch.equal(q.concentration.argmax(-1), same)
+
+
+def test_one_fit_serves_a_range(tmp_path: Path) -> None:
+    model, router = ranged()
+    frame = router.fit({"one": TEXT, "other": TEXT.flip(0)}, steps=30, **RANGE)
+    assert set(frame["context"]) == {20, 40} and frame["dial"].nunique() == 30
+    late = frame[frame["step"] > 12]
+    lavish, thrifty = (late.nsmallest(6, "dial"), late.nlargest(6, "dial"))
+    assert lavish["cost"].mean() > thrifty["cost"].mean() + 0.05
+    spent = [router.set_budget(b, context=40, limit=400) for b in (0.55, 0.85)]
+    assert spent == pytest.approx([0.55, 0.85], abs=0.006)
+    router.save(tmp_path)
+    again = load_patch(tiny("llama"), tmp_path)
+    assert again.fitted == router.fitted and again.fitted.budget == (0.5, 0.9) and again.fitted.context == 40
+
+
+def test_a_step_has_as_many_tokens_at_every_length() -> None:
+    settings, random = FitSettings(context=(40, 20, 10), batch_size=2), np.random.default_rng(0)
+    assert {settings.shape(random) for _ in range(50)} == {(2, 40), (4, 20), (8, 10)}
+    assert FitSettings(context=30, batch_size=3).shape(random) == (3, 30)
+
+
+@pytest.mark.parametrize("budget", [(0.9, 0.5), (0.0, 0.5), (0.2, 0.5, 0.7)])
+def test_ranges_that_are_none_are_refused(budget: tuple[float, ...]) -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"budget: expected a cost in \(0, 1\], full = 1, or \(low, high\), or None",
+    ):
+        FitSettings(budget=budget)  # type: ignore[arg-type]
+
+
+def test_a_range_below_the_cheapest_expert_is_refused() -> None:
+    _, router = ranged()
+    with pytest.raises(ValueError, match="budget: expected a range above"):
+        router.fit(TEXT, steps=1, **{**RANGE, "budget": (0.01, 0.9)})
