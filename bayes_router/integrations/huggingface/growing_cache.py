@@ -32,7 +32,7 @@ def filled_slots(cache: Any, layer: Any) -> int:
         ValueError: it is read where there are no values yet, or it does not say.
     """
     layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
-    known = layers is not None and isinstance(layer, int) and 0 <= layer < len(layers)
+    known = isinstance(layer, int) and 0 <= layer < len(layers or ())
     require(
         known and not torch.compiler.is_exporting(),
         "past_key_values",
@@ -40,7 +40,8 @@ def filled_slots(cache: Any, layer: Any) -> int:
         f"{type(cache).__name__}{' in torch.export' if known else ', which does not say what it holds of this layer'}",
         "leave cache_implementation unset, or unpatch() first",
     )
-    return int(layers[layer].get_seq_length())
+    one: Any = layers[layer] if layers else None
+    return int(one.get_seq_length())
 
 
 SPARE = 8  # a store has room for another eighth of what it holds, and for
