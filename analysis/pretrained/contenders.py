@@ -4,8 +4,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -13,13 +13,13 @@ from torch.nn import functional as F
 
 from bayes_router.data.stream import TokenStream
 from bayes_router.integrations.calls.softmax import LocalExpert
+from bayes_router.integrations.huggingface.language import Unforced
 from bayes_router.integrations.huggingface.model import RoutedPretrained
-from bayes_router.routing.policy import Budget
+from bayes_router.routing.policy import at_price
 from bayes_router.timing import isolated_ms
+from bayes_router.training.dial import BudgetUnreachable, Dial
 from bayes_router.types import Route
 
-PRICE = 60.0  # nats per unit of cost: no posterior is as sure as that
-HALVINGS = 14
 NEAR = 0.002  # a cost that lies below the budget by no more is met
 
 
@@ -135,27 +135,23 @@ def loads(router: RoutedPretrained, stream: TokenStream, context: int, limit: in
     return order
 
 
-@torch.no_grad()
-def meet(router: RoutedPretrained, stream: TokenStream, budget: float, context: int, limit: int, device: Any) -> float:
-    """Set the policy to the lowest price at which executed routes cost at most `budget`, keys counted; what they cost."""
-    costs = tuple(router.cost_ratio.tolist())
-
-    def at(price: float) -> float:
-        router.policy = Budget(costs, price)
-        found = [
-            executed_cost(router, router(batch.tokens.to(device), use_cache=False).route[:, 0])
-            for batch in stream.windows(context, 1, limit)
-        ]
-        return sum(found) / len(found)
-
-    low, high = -PRICE, PRICE
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        cost = at(middle)
-        if 0 <= budget - cost <= NEAR:
-            return cost
-        low, high = (middle, high) if cost > budget else (low, middle)
-    return at(high)
+def meet(router: RoutedPretrained, stream: TokenStream, budget: float, context: int, limit: int) -> float:
+    """Set the policy to a price at which executed routes cost at most `budget`, keys counted, and about as much; that cost."""
+    dial = Dial(
+        Unforced(router),
+        stream,
+        lambda routes: sum(executed_cost(router, one) for one in routes.unbind(1)) / routes.shape[1],
+        context=context,
+        batch_size=1,
+        limit=limit,
+        policy=at_price("argmax", router.cost_ratio.tolist()),
+        experts=router.experts,
+    )
+    with suppress(BudgetUnreachable):  # in a jump, the end below it
+        dial.solve(budget - NEAR / 2, NEAR / 2)
+    found = max((one for one in dial.readings.values() if one.cost <= budget), key=lambda one: one.cost)
+    router.policy = dial.policy(found.price)
+    return found.cost
 
 
 def median_ms(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
@@ -164,7 +160,7 @@ def median_ms(run: Callable[[], Any], device: torch.device, repeats: int) -> flo
 
 
 @torch.no_grad()
-def timings(router: RoutedPretrained, tokens: Tensor, route: Route | None, repeats: int) -> dict[Hashable, Any]:
+def timings(router: RoutedPretrained, tokens: Tensor, route: Optional[Route], repeats: int) -> dict[Hashable, Any]:
     """Prefill of [1, T], and one decoding step behind it, ms; the model as it is used, by its own forward pass."""
     model, device = router.model, tokens.device
     with nullcontext() if route is None else router.routed_by(route):

@@ -21,7 +21,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import pandas as pd
@@ -152,7 +152,7 @@ def windows(stream: TokenStream, context: int, limit: int) -> Iterator[tuple[Ten
 
 
 @torch.no_grad()
-def read(router: RoutedPretrained, stream: TokenStream, route: Route | None, context: int, limit: int, device: Any) -> Any:
+def read(router: RoutedPretrained, stream: TokenStream, route: Optional[Route], context: int, limit: int, device: Any) -> Any:
     """(nats per token, executed cost) of a text under a route, or under the router's policy where it is None."""
     total, count, costs = 0.0, 0, []
     for tokens, targets in windows(stream, context, limit):
@@ -195,7 +195,7 @@ def table(args: argparse.Namespace) -> None:
     def late() -> bool:
         return time.perf_counter() - started > args.seconds
 
-    def add(text: str, context: int, contender: str, budget: float, route: Route | None, window: int = 0) -> None:
+    def add(text: str, context: int, contender: str, budget: float, route: Optional[Route], window: int = 0) -> None:
         if (text, context, contender, budget) in done or late():
             return
         begun, chosen = time.perf_counter(), windowed(router, window) if window else nullcontext()
@@ -228,7 +228,7 @@ def table(args: argparse.Namespace) -> None:
                 print(f"budget {budget} at {context} tokens: below the window alone or within one layer of it; left out")
                 continue
             for text, tail in tails.items():
-                realised = meet(router, tail, target, context, 2 * context, device)
+                realised = meet(router, tail, target, context, 2 * context)
                 print(f"{text}: aim {target:.4f}, on {TESTS[text]} {realised:.4f}: {router.policy}", flush=True)
                 add(text, context, "routed", budget, None)
                 if text == "novels":

@@ -29,7 +29,8 @@ from bayes_router.diagnostics.figures.run import PALETTE
 from bayes_router.files import CONFIG, SUMMARY, require_file
 from bayes_router.routing.policy import at_price
 from bayes_router.training.checkpoint import load_run
-from bayes_router.training.dial import GRID, BudgetUnreachable, Dial, Reading
+from bayes_router.training.dial import GRID, BudgetUnreachable, Dial
+from bayes_router.training.executed import Executed
 from bayes_router.training.fit import load_data, pick_device
 from bayes_router.transformer.build import build_experts
 from bayes_router.types import CostModel
@@ -40,7 +41,7 @@ NEAR = 0.01
 MARKERS = ("s", "^", "D", "v", "P")
 
 
-def at_cost(dial: Dial, cost: float) -> Reading:
+def at_cost(dial: Dial, cost: float) -> Executed:
     """What the dial's policy does at exactly `cost`: a lottery over windows between its two nearest prices.
 
     Linear in cost between them; one is within 0.005 of `cost` unless that lies in a jump.
@@ -50,7 +51,7 @@ def at_cost(dial: Dial, cost: float) -> Reading:
     above = min((r for r in dial.readings.values() if r.cost >= cost), key=lambda r: r.cost)
     below = max((r for r in dial.readings.values() if r.cost <= cost), key=lambda r: r.cost)
     share = (cost - below.cost) / (above.cost - below.cost) if above.cost > below.cost else 1.0
-    return Reading(
+    return Executed(
         price=share * above.price + (1 - share) * below.price,
         cost=cost,
         load=share * above.load + (1 - share) * below.load,

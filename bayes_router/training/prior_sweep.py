@@ -10,7 +10,7 @@ import torch
 from bayes_router.checks import choose, require
 from bayes_router.config import Config, with_changes
 from bayes_router.progress import Progress
-from bayes_router.training.dial import read_routes
+from bayes_router.training.executed import read_routes
 from bayes_router.training.fit import Data, Trainer, load_data, pick_device
 from bayes_router.transformer.model import RoutedLanguageModel
 from bayes_router.types import RoutingMode

@@ -11,7 +11,8 @@ from bayes_router.data.recall import RecallData
 from bayes_router.data.tokenisers import ByteTokeniser
 from bayes_router.data.tokens import TokenDataset
 from bayes_router.routing.policy import Argmax, Budget, Conservative, at_price
-from bayes_router.training.dial import BudgetUnreachable, Dial, Reading, read_routes, solve_price
+from bayes_router.training.dial import BudgetUnreachable, Dial, solve_price
+from bayes_router.training.executed import Executed, read_routes
 from bayes_router.transformer.model import RoutedLanguageModel
 from bayes_router.types import IGNORED, RoutingMode
 from tests.tiny import tiny_model as tiny
@@ -134,10 +135,52 @@ def test_unscored_targets_do_not_count() -> None:
 
 
 def test_paired_difference_by_hand() -> None:
-    def reading(*nll: float) -> Reading:
+    def reading(*nll: float) -> Executed:
         sums: Tensor = torch.tensor(nll, dtype=torch.float64)
-        return Reading(0.0, 0.5, torch.ones(1, 1), sums * 10, torch.full_like(sums, 10))
+        return Executed(0.0, 0.5, torch.ones(1, 1), sums * 10, torch.full_like(sums, 10))
 
     difference, error = reading(1.0, 2.0, 6.0).nll_above(reading(1.0, 1.0, 4.0))
     assert difference == pytest.approx(1.0)
     assert error == pytest.approx(1 / 3**0.5)  # the differences 0, 1, 2 have standard deviation 1
+
+
+LAYER_COSTS = ((1.0, 0.15, 0.3, 0.2), (0.4, 0.15, 0.3, 0.2), (1.0, 0.15, 0.3, 0.2))
+
+
+@pytest.mark.parametrize("budget", [0.16, 0.5, 0.79])
+def test_layers_that_differ_in_cost_and_a_cost_that_is_counted(budget: float) -> None:
+    """A table [L, E], and a function of the routes that says the same: the same price."""
+    model, text, table = tiny_model(), source(), torch.tensor(LAYER_COSTS, dtype=torch.float64)
+
+    def counted(routes: Tensor) -> float:
+        assert routes.dim() == 3
+        return float(table.gather(1, routes.flatten(1)).mean())
+
+    family = at_price("argmax", COSTS)
+    first, second = (Dial(model, text, cost, policy=family, **READ).solve(budget) for cost in (table, counted))
+    assert abs(first.cost - budget) <= 0.005 and first.price == second.price
+    assert second.cost == pytest.approx(first.cost, abs=1e-12)
+    model.policy = family(first.price)
+    with torch.no_grad():
+        routes = torch.cat([model(batch.tokens).route for batch in text.windows(40, 32)], 1)
+    assert first.cost == pytest.approx(counted(routes), abs=1e-12)
+    with pytest.raises(BudgetUnreachable, match=r"from 0\.150 .* to 0\.800"):
+        Dial(model, text, counted, policy=family, **READ).solve(0.9)
+    with pytest.raises(ValueError, match="policy: expected one, where layers differ"):
+        Dial(model, text, table, **READ)
+
+
+def test_few_passes_are_executed() -> None:
+    """The posteriors of the last pass foresee the price: a jump is found at once, a smooth cost in a few passes."""
+    text, model = source(), tiny_model()
+    for budget in (0.16, 0.3, 0.5, 0.7, 0.9, 1.0):
+        dial = Dial(model, text, COSTS, **READ)
+        dial.solve(budget)
+        assert len(dial.readings) <= 8
+    for controller in model.controller.layers:
+        torch.nn.init.zeros_(controller.out.weight)  # type: ignore[union-attr, arg-type]
+    dial = Dial(model, text, COSTS, **READ)
+    with pytest.raises(BudgetUnreachable):
+        dial.solve(0.5)
+    assert len(dial.readings) <= 4
+    assert dial.solve(0.5, jump=0.4).cost == pytest.approx(0.15)

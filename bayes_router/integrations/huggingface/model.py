@@ -10,7 +10,9 @@ from bayes_router.data.stream import stream_of
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel
 from bayes_router.integrations.huggingface import fitting
-from bayes_router.integrations.huggingface.language import RoutedLanguage
+from bayes_router.integrations.huggingface.language import RoutedLanguage, Unforced
+from bayes_router.routing.policy import at_price
+from bayes_router.training.dial import TOLERANCE, Dial
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,7 +82,7 @@ class RoutedPretrained(RoutedLanguage):
         tokenizer: Any = None,
         context: int = 512,
         limit: int = 8192,
-        tolerance: float = 0.005,
+        tolerance: float = TOLERANCE,
     ) -> float:
         """Let executed attention cost `budget` of attention over all keys, on text held out by `fit` or on `texts`.
 
@@ -103,10 +105,20 @@ class RoutedPretrained(RoutedLanguage):
                 within reach.
         """
         self.require_patched()
-        from bayes_router.integrations.budget import solve
-
         source = self.held_out if texts is None else stream_of(texts, tokenizer, self.config.vocab_size, self.causal)
         if source is None:
             raise ValueError("texts: expected held-out text, from fit() or given here; got None; pass texts=")
         context = min(context, len(source) - 1)
-        return solve(self, source, budget, context, max(limit, context), tolerance)
+        dial = Dial(
+            Unforced(self),
+            source,
+            self.layer_cost,
+            context=context,
+            batch_size=1,
+            limit=max(limit, context),
+            policy=at_price("argmax", self.cost_ratio.tolist()),
+            experts=self.experts,
+        )
+        found = dial.solve(budget, jump=max(tolerance, TOLERANCE))
+        self.policy = dial.policy(found.price)
+        return found.cost
