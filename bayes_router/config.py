@@ -16,7 +16,7 @@ from bayes_router.checks import choose, one_line, require, unknown
 from bayes_router.types import CostModel
 
 CORPUS_DEFAULT = "sotu"
-SURE = 0.7
+SURE_ENOUGH = 0.7
 """The probability of being the right expert from which a choice counts as sure."""
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Optional
 from jsonargparse import Namespace
 
 from bayes_router.commands.options import Parser, add_fitted, add_run
-from bayes_router.config import SURE, Config, load_config
+from bayes_router.config import SURE_ENOUGH, Config, load_config
 from bayes_router.files import CONFIG, check_file_for, check_folder_for, require_file
 from bayes_router.presets import PRESETS, preset
 
@@ -90,7 +90,7 @@ def evaluate(arguments: Sequence[str]) -> Parser:
         "--threshold",
         type=Optional[float],
         default=None,
-        help=f"conservative: tokens whose argmax is right with a lower probability take a stronger expert ({SURE})",
+        help=f"conservative: tokens whose argmax is right with a lower probability take a stronger expert ({SURE_ENOUGH})",
     )
     result.add_argument(
         "--budget",
@@ -197,7 +197,7 @@ def inspect(arguments: Sequence[str]) -> Parser:
     add_fitted(result)
     result.add_argument("--layer", type=int, default=0, help="layer whose routes are shown")
     result.add_argument("--tokens", type=int, default=800, help="tokens to show, at most")
-    result.add_argument("--threshold", type=float, default=SURE, help="a token that is right less probably is marked")
+    result.add_argument("--threshold", type=float, default=SURE_ENOUGH, help="a token that is right less probably is marked")
     result.add_argument("--colour", type=str, default="auto", help="auto, always, never (then letters under the text)")
     return result
 

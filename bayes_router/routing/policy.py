@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Dirichlet
 
 from bayes_router.checks import require, unknown
-from bayes_router.config import SURE
+from bayes_router.config import SURE_ENOUGH
 from bayes_router.routing.posterior import posterior_mean, probability_of_largest
 from bayes_router.types import RoutingMode
 
@@ -147,7 +147,7 @@ class Conservative:
     """
 
     cost_ratio: tuple[float, ...]
-    threshold: float = SURE
+    threshold: float = SURE_ENOUGH
     least_mean: float = 0.05
     price: float = 0.0
 

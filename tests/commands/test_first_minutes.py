@@ -9,7 +9,7 @@ import pytest
 
 from bayes_router.cli import COMMANDS, build_parser, main
 from bayes_router.commands import evaluate
-from bayes_router.config import SURE
+from bayes_router.config import SURE_ENOUGH
 from bayes_router.diagnostics.report import SHOWN_TOKENS
 from bayes_router.routing.prior import PRIOR_MAPS
 from bayes_router.training.dial import TOLERANCE
@@ -63,7 +63,7 @@ def test_the_first_line_comes_before_torch(finished_run: Path) -> None:
 
 def test_the_help_says_what_the_code_does() -> None:
     texts = {name: command.parser([]).format_help() for name, command in COMMANDS.items()}
-    assert f"({SURE})" in texts["evaluate"] and f"within {TOLERANCE}" in " ".join(texts["evaluate"].split())
+    assert f"({SURE_ENOUGH})" in texts["evaluate"] and f"within {TOLERANCE}" in " ".join(texts["evaluate"].split())
     assert ", ".join(sorted(PRIOR_MAPS)) in " ".join(texts["calibrate"].split())
     options = build_parser([]).parse_args(["report", "runs/tiny"])
     assert options.report.tokens == SHOWN_TOKENS
