@@ -4,14 +4,17 @@ from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
+from scipy.stats import binom
 from torch import Tensor
 from torch.distributions import Dirichlet
 
 from bayes_router.checks import require
 from bayes_router.diagnostics.figures.run import PALETTE, expert_palette
+from bayes_router.diagnostics.measures.importance import k_hat_limit
 
 CORNERS = np.array([[0.5, 3**0.5 / 2], [0.0, 0.0], [1.0, 0.0]])  # top, left, right
 STYLES = ("-", "--", "-.", ":")
@@ -160,17 +163,29 @@ def plot_collapse_over_training(training: pd.DataFrame, measure: str = "effectiv
     return ax
 
 
-def plot_k_hat(k_hat: pd.DataFrame, threshold: float = 0.7, ax: Axes | None = None) -> Axes:
+def plot_k_hat(k_hat: pd.DataFrame, threshold: float | None = None, ax: Axes | None = None) -> Axes:
     """Pareto k-hat against the length of the prefix, a dot a sequence, a line through the medians (`k_hat_frame`)."""
+    threshold = k_hat_limit(int(k_hat["draws"].min())) if threshold is None else threshold
     ax = ax or plt.subplots(figsize=(5, 3.2))[1]
     joint = k_hat[k_hat["target"] == "joint"]
-    ax.axhline(threshold, color="0.5", linestyle="--", linewidth=1, label=f"threshold {threshold:g}")
+    ax.axhline(threshold, color="0.5", linestyle="--", linewidth=1, label=f"threshold {threshold:.2g}")
     ax.scatter(joint["length"], joint["k_hat"], color=PALETTE[0], s=22, label="a sequence", zorder=3)
     ax.plot(joint.groupby("length")["k_hat"].median(), color=PALETTE[1], label="median")
     ax.set_xscale("log", base=2)
     ax.set_xticks(sorted(joint["length"].unique()), [str(n) for n in sorted(joint["length"].unique())])
     ax.set(xlabel="prefix (tokens)", ylabel="Pareto k-hat, exact joint")
     ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def plot_ranks(counts: npt.NDArray[np.int64], ax: Axes | None = None) -> Axes:
+    """Histogram of the ranks of simulation-based calibration, with the band in which 99% of uniform counts lie."""
+    ax = ax or plt.subplots(figsize=(4.2, 2.8))[1]
+    total, bins = int(counts.sum()), len(counts)
+    low, high = (float(binom.ppf(tail, total, 1 / bins)) for tail in (0.005, 0.995))
+    ax.bar(np.arange(bins), counts, width=0.9, color=PALETTE[0])
+    ax.axhspan(low, high, color=PALETTE[1], alpha=0.35, zorder=3)
+    ax.set(xlabel="rank of the truth among posterior draws", ylabel="simulations", xticks=[])
     return ax
 
 

@@ -1,5 +1,6 @@
 """Is the guide any good? Importance weights against the exact joint, Pareto k-hat, tighter bounds, the amortisation gap."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -117,7 +118,7 @@ def _nll(logits: Tensor, targets: Tensor) -> Tensor:
 def pareto_k(log_weight: Tensor | npt.NDArray[np.float64]) -> float:
     """Shape of the generalised Pareto tail of importance weights [S] (Vehtari et al. 2024, arXiv 1507.02646).
 
-    Below 0.5 their variance is finite; up to about 0.7 importance sampling works; above 1 not even their mean exists. For a
+    Below 0.5 their variance is finite; up to `k_hat_limit` importance sampling works; above 1 not even their mean exists. For a
     Dirichlet(q) that stands for a Dirichlet(p), k = max_e (1 - p_e / q_e) where that is positive. Weights that are all the
     same give -inf: the guide is the target.
 
@@ -138,6 +139,11 @@ def _smoother() -> Any:
     except ImportError as error:
         raise ValueError(f"pareto_k: expected the package arviz-stats; got none; {get_extra('diagnostics')}") from error
     return array_stats
+
+
+def k_hat_limit(draws: int) -> float:
+    """Below which a k-hat of so many draws is good: min(1 - 1 / log10(draws), 0.7) (Vehtari et al. 2024, arXiv 1507.02646)."""
+    return min(1 - 1 / math.log10(draws), 0.7)
 
 
 def effective_sample_size(log_weight: Tensor) -> float:
@@ -161,11 +167,11 @@ class FitThresholds:
     """Where a verdict on the guide begins.
 
     Attributes:
-        k_hat: above which importance sampling cannot be relied on.
+        k_hat: above which importance sampling cannot be relied on; None: `k_hat_limit` of the number of draws.
         gap: nats per token of ELBO that fitting a sequence by itself may gain.
     """
 
-    k_hat: float = 0.7
+    k_hat: float | None = None
     gap: float = 0.05
 
 
@@ -204,7 +210,7 @@ def k_hat_frame(
         for target, power in (("joint", 1.0), ("cold", 1 / kl_weight)):
             for length in lengths:
                 w = weights.log_weight(length, power).cpu()
-                row = {"sequence": index, "target": target, "length": length, "k_hat": pareto_k(w)}
+                row = {"sequence": index, "target": target, "length": length, "draws": draws, "k_hat": pareto_k(w)}
                 row["ess"] = effective_sample_size(w)
                 for k in bounds if target == "joint" else ():
                     mean, error = importance_bound(w, k)
@@ -217,13 +223,14 @@ def k_hat_verdicts(frame: pd.DataFrame, thresholds: FitThresholds | None = None)
     """What the k-hats of `k_hat_frame` mean, at its shortest and longest prefix."""
     t, found = thresholds or FitThresholds(), []
     joint = frame[frame["target"] == "joint"].groupby("length")["k_hat"].median()
+    limit = k_hat_limit(int(frame["draws"].min())) if t.k_hat is None else t.k_hat
     for length in sorted({joint.index.min(), joint.index.max()}):
         k = joint[length]
-        good = k <= t.k_hat
+        good = k <= limit
         text = f"median Pareto k-hat of {length} {'token' if length == 1 else 'tokens'} against the exact joint is {k:.2f} " + (
-            f"(at most {t.k_hat:g}): its draws can be reweighted to the exact posterior."
+            f"(at most {limit:.2g}): its draws can be reweighted to the exact posterior."
             if good
-            else f"(above {t.k_hat:g}): reweighting its draws does not give the exact posterior; read it as what it is, "
+            else f"(above {limit:.2g}): reweighting its draws does not give the exact posterior; read it as what it is, "
             "the router that is deployed."
         )
         advice = (
