@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[2]
 STORIES = ("01_fit_with_svi.ipynb", "02_routing_uncertainty.ipynb", "03_calibrate_prior.ipynb")
-NEEDS = {"04_patch_pretrained.ipynb": "transformers"}  # what an optional extra installs
+NEEDS = {"04_patch_pretrained.ipynb": "transformers", "05_your_own_parts.ipynb": "arviz"}  # what an optional extra installs
 NOTEBOOKS = (*STORIES, *NEEDS)
 SECONDS = 120  # of one core
 

@@ -189,9 +189,10 @@ def _posterior_collapse(state: LayerState, layer: int, t: CollapseThresholds) ->
         Severity.WARNING,
         f"every token has one posterior, {where}: route information {state.route_information:.2g} nats "
         f"(threshold {t.posterior_information:g}).",
-        "a lower schedule.kl_weight, a sparser prior (prior.total_concentration at or below 1), schedule.kl_warmup above 0."
+        "a lower schedule.kl_weight; schedule.kl_warmup above 0 helps, a sparser prior alone does not."
         if at_prior
-        else "a higher train.controller_lr or longer training: the controller has not begun to read the hidden state.",
+        else "a lower schedule.kl_weight where it is near 1; where it is small already, a higher train.controller_lr or longer "
+        "training: the controller has not begun to read the hidden state.",
         (layer,),
     )
 

@@ -6,13 +6,14 @@ import numpy as np
 import numpy.typing as npt
 import pyro
 import torch
+from pyro import poutine
 from pyro.infer import Predictive
 from torch import Tensor
 
 from bayes_router.checks import require
 from bayes_router.inference.guide import RoutingGuide
-from bayes_router.inference.model import RoutingModel, harden
-from bayes_router.inference.sites import route_site
+from bayes_router.inference.model import RoutingModel
+from bayes_router.inference.sites import TARGETS, is_route_site
 
 Group = dict[str, npt.NDArray[Any]]
 
@@ -36,12 +37,12 @@ def draw_groups(
         posterior_predictive: targets drawn [1, S, B, T]; observed_data: targets [B, T].
     """
     require(draws >= 1, "draws", "at least 1", draws)
-    sites = [route_site(layer) for layer in range(len(program.concentration))]
     with torch.random.fork_rng(devices=[]), pyro.settings.context(module_local_params=True):
         pyro.set_rng_seed(seed)
-        sampled = Predictive(program, guide=guide, num_samples=draws, return_sites=[*sites, "targets"])(tokens)
-        prior = Predictive(program, num_samples=draws, return_sites=sites)(tokens)
-    density = torch.stack([_log_likelihood(program, tokens, targets, sampled, draw) for draw in range(draws)])
+        sampled = Predictive(program, guide=guide, num_samples=draws)(tokens)
+        prior = Predictive(program, num_samples=draws)(tokens)
+        sites = [name for name in sampled if is_route_site(name)]
+        density = torch.stack([_log_likelihood(program, tokens, targets, sampled, draw) for draw in range(draws)])
     numpy = {name: value[None].cpu().numpy() for name, value in sampled.items()}
     return {
         "posterior": {name: numpy[name] for name in sites},
@@ -53,14 +54,11 @@ def draw_groups(
 
 
 def _log_likelihood(program: RoutingModel, tokens: Tensor, targets: Tensor, sampled: dict[str, Tensor], draw: int) -> Tensor:
-    """[B, T] given one draw of all routes."""
-
-    def route(layer: int, hidden: Tensor) -> Tensor:
-        drawn = sampled[route_site(layer)][draw]
-        return harden(drawn) if program.straight_through else drawn
-
-    logits = program.network(tokens, route)
-    return logits.float().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    """[B, T] given one draw of all latents."""
+    latents = {name: value[draw] for name, value in sampled.items() if name != TARGETS}
+    trace = poutine.trace(poutine.condition(program, latents)).get_trace(tokens, targets)
+    density: Tensor = trace.nodes[TARGETS]["fn"].log_prob(targets)
+    return density
 
 
 def to_inference_data(
