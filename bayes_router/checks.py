@@ -1,6 +1,7 @@
 """Checks of what a caller gives: every refusal names the field, what was expected, what came and the fix."""
 
 from collections.abc import Iterable
+from difflib import get_close_matches
 from enum import Enum
 from typing import TypeVar
 
@@ -12,8 +13,8 @@ def require(ok: bool, name: str, expected: str, got: object, fix: str = "") -> N
 
 
 def one_line(error: BaseException) -> str:
-    """The parser's message for a wrong value, on one line."""
-    return " ".join(str(error).replace("Parser key ", "").split())
+    """The message of an error, on one line."""
+    return " ".join(str(error).split())
 
 
 def get_extra(extra: str) -> str:
@@ -35,5 +36,12 @@ def choose(field: str, value: object, options: type[Choice]) -> Choice:
 
 
 def unknown(field: str, value: object, options: Iterable[object]) -> ValueError:
-    """The error for a name that is not among `options`."""
-    return ValueError(f"{field}: expected one of {', '.join(sorted(map(str, options)))}; got {value!r}")
+    """The error for a name that is not among `options`, with the nearest of them."""
+    names = sorted(map(str, options))
+    return ValueError(f"{field}: expected one of {', '.join(names)}; got {value!r}{nearest(value, names)}")
+
+
+def nearest(value: object, options: Iterable[object]) -> str:
+    """The option that was probably meant, as the end of a message; empty where none is near."""
+    found = get_close_matches(str(value), [str(option) for option in options], n=1)
+    return f"; did you mean {found[0]}?" if found else ""

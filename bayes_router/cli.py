@@ -13,6 +13,7 @@ from bayes_router import __version__
 from bayes_router.checks import one_line
 from bayes_router.commands.options import Parser
 from bayes_router.commands.parsers import COMMANDS
+from bayes_router.wording import plain
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -37,7 +38,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else one_line(error)
         return _refuse(f"{what}; free or name another path")
     except (ValueError, ArgumentError) as error:
-        return _refuse(one_line(error))
+        return _refuse(plain(one_line(error)))
     except KeyboardInterrupt:
         again = "; `fit --resume` continues from the last checkpoint" if arguments[:1] == ["fit"] else ""
         print(f"bayes-router: interrupted{again}", file=sys.stderr)
@@ -60,7 +61,11 @@ def build_parser(arguments: Sequence[str]) -> Parser:
     )
     commands = parser.add_subcommands(required=True, dest="command")
     for name, command in COMMANDS.items():
-        commands.add_subcommand(name, command.parser(arguments), help=command.help)
+        made = command.parser(arguments)
+        commands.add_subcommand(name, made, help=command.help)
+        made.options = tuple(made._option_string_actions)
+        if name in arguments[:1]:
+            parser.options = made.options
     return parser
 
 

@@ -14,6 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from bayes_router.checks import choose, one_line, require, unknown
 from bayes_router.types import CostModel
+from bayes_router.wording import plain
 
 CORPUS_DEFAULT = "sotu"
 SURE_ENOUGH = 0.7
@@ -342,7 +343,7 @@ def config_from_dict(values: Mapping[str, Any], base: Optional[Config] = None) -
     try:
         made = parser.instantiate(parser.parse_object(merged))
     except (ArgumentError, TypeError) as error:
-        raise ValueError(one_line(error)) from error
+        raise ValueError(plain(one_line(error))) from error
     return Config(**{section: getattr(made, section) for section in merged})
 
 

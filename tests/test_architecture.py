@@ -15,6 +15,7 @@ FLOORS = {
     "checks": 0,
     "config": 0,
     "presets": 0,
+    "wording": 0,
     "files": 0,
     "progress": 0,
     "timing": 0,

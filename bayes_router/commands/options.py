@@ -6,17 +6,21 @@ from typing import Any, NoReturn, Optional
 from jsonargparse import ArgumentParser
 
 from bayes_router.checks import one_line
+from bayes_router.wording import plain
 
 
 class Parser(ArgumentParser):
     """Raises instead of printing the usage: the command line says what is wrong in one line."""
+
+    options: tuple[str, ...] = ()
+    """Options that a misspelt one is compared with."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, exit_on_error=False, **kwargs)
 
     def error(self, message: str, ex: Optional[Exception] = None) -> NoReturn:
         """Raise a ValueError of one line."""
-        raise ValueError(one_line(ex or Exception(message)))
+        raise ValueError(plain(one_line(ex or Exception(message)), self.options))
 
 
 def add_run(parser: Parser) -> None:

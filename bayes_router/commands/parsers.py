@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, NoReturn, Optional
 
 from jsonargparse import Namespace
 
@@ -43,19 +43,21 @@ def fit(arguments: Sequence[str]) -> Parser:
     return result
 
 
+class _Quiet(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
 def starting_config(arguments: Sequence[str]) -> Config:
     """The settings before command-line overrides: a resumed run's own, else the preset and then the TOML file."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = _Quiet(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="tiny")
     for option in ("--config", "--out"):
         first.add_argument(option, type=Path)
     first.add_argument("--resume", action="store_true")
     if not arguments or arguments[0] != "fit":
         return Config()
-    try:
-        known = first.parse_known_args(arguments[1:])[0]
-    except SystemExit:
-        raise ValueError("--preset, --config, --out: expected a value after each") from None
+    known = first.parse_known_args(arguments[1:])[0]
     if known.resume and known.config is None:
         return load_config(require_file(known.out or Path("runs") / known.preset, CONFIG))
     config = preset(known.preset)

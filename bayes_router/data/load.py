@@ -6,7 +6,7 @@ from bayes_router.checks import require
 from bayes_router.config import Config, with_changes
 from bayes_router.data.prepared import prepared_data
 from bayes_router.data.recall import RecallData
-from bayes_router.data.text import load_corpus, split_documents
+from bayes_router.data.text import CORPORA, load_corpus, split_documents, unknown_corpus
 from bayes_router.data.tokenisers import load_tokeniser
 from bayes_router.data.tokens import TextData, TokenDataset, TokenSource
 
@@ -52,6 +52,8 @@ def load_data(config: Config) -> tuple[Config, Data]:
         )
         return with_changes(config, {"model.vocab_size": recall.vocab_size}), Data(recall, recall, "recall", "", 0)
     settings = config.data
+    if settings.corpus not in CORPORA and not settings.corpus.startswith(("text:", "hf:")):
+        raise unknown_corpus(settings.corpus, "recall")
     text = text_data(settings.corpus, settings.tokeniser, settings.valid_fraction, prepared=settings.prepared)
     data = Data(text.train, text.valid, text.corpus, text.sha256, len(text.train))
     # the shortest window that both parts can give is checked before anything is written

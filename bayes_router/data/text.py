@@ -76,8 +76,18 @@ def corpus_files(name: str) -> tuple[Path, list[Path]]:
     elif name.startswith("text:"):
         root, paths = _path_files(name, name.removeprefix("text:"))
     else:
-        raise unknown("corpus", name, ("sotu", "stdlib", "text:PATH", "hf:NAME"))
+        raise unknown_corpus(name)
     return root, sorted(paths, key=lambda path: path.relative_to(root).as_posix())
+
+
+CORPORA = ("sotu", "stdlib", "text:PATH", "hf:NAME")
+
+
+def unknown_corpus(name: str, *others: str) -> ValueError:
+    """The error for a corpus that is none of `CORPORA` nor of `others`; for a path it says how to name one."""
+    if name and Path(name).expanduser().exists():
+        return ValueError(f"corpus: expected text:PATH for a file or folder; got {name!r}; did you mean text:{name}?")
+    return unknown("corpus", name, (*CORPORA, *others))
 
 
 def no_text(name: str, root: Path, count: int) -> ValueError:
