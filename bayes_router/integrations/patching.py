@@ -16,6 +16,7 @@ from bayes_router.integrations.patch.routed import RoutedModel
 from bayes_router.integrations.patch.saving import load_weights, read_fit, read_settings
 from bayes_router.integrations.patch.settings import PatchSettings
 from bayes_router.routing.policy import Policy
+from bayes_router.training.evidence import load_evidence
 
 
 @torch.inference_mode(False)  # what is made here may be trained later
@@ -95,11 +96,13 @@ def load_patch(model: nn.Module, folder: Path | str) -> Any:
     try:
         load_weights(router, folder)
         router.fitted, held_out = read_fit(folder, router.config.vocab_size)
+        evidence = load_evidence(Path(folder), len(router.layers), router.found[0].width)
     except ValueError:
         if known is None:
             router.unpatch()
         raise
     router.policy, router.held_out = policy, held_out or router.held_out
+    router.controller.evidence = evidence
     return router
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributions import Dirichlet
 from torch.nn import functional as F
 
+from bayes_router.routing.evidence import Evidence
 from bayes_router.routing.posterior import posterior
 
 
@@ -30,12 +31,17 @@ class LayerController(nn.Module):
 
 
 class MetaController(nn.Module):
-    """q(route_l[b, t] | h_l[b, t]) = Dirichlet(floor + softplus(controller_l(h_l[b, t]))) for every layer l."""
+    """q(route_l[b, t] | h_l[b, t]) = Dirichlet(floor + softplus(controller_l(h_l[b, t]))) for every layer l.
+
+    Attributes:
+        evidence: the density of what it read in its fit, where the fit kept one; no part of the state dict.
+    """
 
     def __init__(self, d_model: int, num_layers: int, num_experts: int, hidden: int = 64, floor: float = 0.01):
         super().__init__()
         self.layers = nn.ModuleList(LayerController(d_model, num_experts, hidden) for _ in range(num_layers))
         self.floor = floor
+        self.evidence: Evidence | None = None
 
     def posterior(self, layer: int, hidden: Tensor) -> Dirichlet:
         """The posterior of a layer's routes, batch shape [B, T], for hidden [B, T, D]; float32 whatever autocast says."""

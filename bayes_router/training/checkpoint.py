@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from bayes_router.checks import require
 from bayes_router.config import Config, config_from_toml, load_config
 from bayes_router.files import CONFIG, STATE, WEIGHTS, first_line, require_file, write_text, write_whole
+from bayes_router.training.evidence import load_evidence
 from bayes_router.training.faults import sole_user
 from bayes_router.transformer.model import RoutedLanguageModel
 
@@ -240,6 +241,7 @@ def load_run(run: Path | str, device: str = "cpu") -> tuple[Config, RoutedLangua
         _check_finite(weights)
         model = RoutedLanguageModel.from_config(config)
         model.load_state_dict(weights)
+    model.controller.evidence = load_evidence(run, config.model.num_layers, config.model.d_model)
     return config, model.to(device).eval()
 
 

@@ -20,6 +20,7 @@ from bayes_router.files import SUMMARY, write_json
 from bayes_router.training.checkpoint import check_bound, load_checkpoint, prepare_run, save_checkpoint
 from bayes_router.training.distributed import World, connected, pick_device
 from bayes_router.training.evaluate import Evaluation
+from bayes_router.training.evidence import save_evidence
 from bayes_router.training.faults import Interrupted, StopRequest, TrainingDiverged, sole_user
 from bayes_router.training.metrics import MetricsLog, Reporter, evaluation_row, summarise, tensorboard_writer
 from bayes_router.training.trainer import (
@@ -222,8 +223,10 @@ class _Run:
             "skipped_steps": int(trainer.guard.skipped),
         }
         summary = summarise(trainer.config, trainer.data, evaluation, run)
+        evidence = trainer.fit_evidence()
         try:
             self._save(trainer.config.train.steps)
+            save_evidence(self.out, evidence)
             write_json(self.out / SUMMARY, summary)
         except OSError as error:
             raise self._cannot_write(error) from error

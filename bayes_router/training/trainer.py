@@ -16,9 +16,11 @@ from bayes_router.inference.draws import RowDraws
 from bayes_router.inference.elbo import NegativeELBO
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel
+from bayes_router.routing.evidence import Evidence
 from bayes_router.routing.schedule import Schedule, ScheduleState
 from bayes_router.training.distributed import World
 from bayes_router.training.evaluate import Evaluation, evaluate
+from bayes_router.training.evidence import FIT_TOKENS, fit_evidence, training_batches
 from bayes_router.training.execution import Execution
 from bayes_router.training.faults import StepGuard, all_finite
 from bayes_router.training.graph import GraphedGradient, wants_graph
@@ -192,6 +194,13 @@ class Trainer:
                 batch_size=config.train.batch_size,
                 limit=max(config.data.eval_tokens, config.data.context),
             )
+
+    def fit_evidence(self) -> Evidence:
+        """One pass over some of the text after the last step; see `training.evidence`."""
+        train, context = self.config.train, self.config.data.context
+        batches = training_batches(self.data.train, train.steps, train.batch_size, context, train.seed)
+        tokens = min(FIT_TOKENS, train.steps * train.batch_size * context)
+        return fit_evidence(self.model, batches, torch.tensor(self.prior.total_concentration), tokens=tokens)
 
 
 def draw_seed(seed: int, step: int, stream: int = 0) -> int:

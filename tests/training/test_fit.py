@@ -17,7 +17,7 @@ from bayes_router.training.fit import Trainer, TrainingDiverged, fit, load_data
 from bayes_router.training.optimise import build_optimiser, set_learning_rate
 from tests.tiny import fit_config, tiny_model
 
-FILES = {"config.toml", "metrics.csv", "summary.json", "model.safetensors", "state.pt"}
+FILES = {"config.toml", "metrics.csv", "summary.json", "evidence.safetensors", "model.safetensors", "state.pt"}
 SUMMARY = {
     "corpus",
     "seed",

@@ -11,8 +11,10 @@ from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel
 from bayes_router.integrations.huggingface import fitting
 from bayes_router.integrations.huggingface.language import RoutedLanguage, Unforced
+from bayes_router.routing.evidence import Evidence
 from bayes_router.routing.policy import at_price
 from bayes_router.training.dial import TOLERANCE, Dial
+from bayes_router.training.evidence import FIT_TOKENS, fit_evidence
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,6 +63,29 @@ class RoutedPretrained(RoutedLanguage):
             self.fitted = fitting.record(self, chosen, steps, frame, len(source), getattr(tokenizer, "name_or_path", None))
         frame.attrs["distillation"] = errors
         return frame
+
+    def fit_evidence(
+        self, texts: Any, *, tokenizer: Any = None, context: int = 512, batch_size: int = 1, tokens: int = FIT_TOKENS
+    ) -> Evidence:
+        """Keep the density of what the controllers read in `texts`, text like the fit's: `routing.evidence` has the formula.
+
+        Routes, budgets and losses stay. `save` keeps it; `watching(router.controller)` reads it.
+
+        Args:
+            texts: a text, several, or token ids int64 [N].
+            tokenizer: the model's, where texts are text.
+            context: tokens of a window, as the text will be read.
+            batch_size: windows at a time.
+            tokens: read at most.
+
+        Raises:
+            ValueError: hardly any text.
+        """
+        self.require_patched()
+        stream = stream_of(texts, tokenizer, self.config.vocab_size, self.causal)
+        context = min(context, len(stream) - 1)
+        batches = stream.windows(context, batch_size, max(tokens, context))
+        return fit_evidence(self, batches, torch.tensor(self.prior.total_concentration))
 
     def program(self, schedule: ScheduleConfig | None = None) -> tuple[RoutingModel, RoutingGuide]:
         """The Pyro model and guide of this patch under the prior at the end of a fit: for SVI of one's own, `Predictive`.

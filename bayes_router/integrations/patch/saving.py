@@ -1,6 +1,6 @@
 """A patch on disk: router.safetensors (what was added), router.json (settings, policy, the fit, the model it belongs to).
 
-And, where asked for, held_out.safetensors: text that the fit did not read, as token ids.
+Where it was fitted, evidence.safetensors; where asked for, held_out.safetensors: text that the fit did not read, as token ids.
 """
 
 import json
@@ -20,7 +20,9 @@ from bayes_router.data.stream import MaskedStream, TokenStream
 from bayes_router.files import write_json, write_whole
 from bayes_router.integrations.patch.identity import fingerprint
 from bayes_router.integrations.patch.settings import FitRecord, PatchSettings
+from bayes_router.routing.evidence import Evidence
 from bayes_router.routing.policy import Policy, policy_from_dict, policy_to_dict
+from bayes_router.training.evidence import save_evidence
 
 WEIGHTS, SETTINGS, HELD_OUT, FORMAT = "router.safetensors", "router.json", "held_out.safetensors", 1
 HELD_OUT_TOKENS = 32_768
@@ -37,6 +39,7 @@ class PatchRecord(NamedTuple):
     fitted: FitRecord | None
     made_for: str  # fingerprint of the model as it was patched; empty once the fit moved its weights
     held_out: TokenStream | None
+    evidence: Evidence | None = None
 
 
 def save_patch(record: PatchRecord, folder: Path | str) -> None:
@@ -71,6 +74,7 @@ def save_patch(record: PatchRecord, folder: Path | str) -> None:
             "base": str(getattr(record.model, "name_or_path", "") or ""),
         },
     )
+    save_evidence(folder, record.evidence)
     text = record.held_out
     if text is not None:
         kept = {"tokens": text.tokens[:HELD_OUT_TOKENS].contiguous()}

@@ -1,0 +1,306 @@
+"""Is this text like the fit's? A density of what the controllers read, and the total concentration that it grants.
+
+Natural posterior networks (arXiv 2105.04471) let an input add to the prior as many pseudo-observations as its density grants:
+
+    n_post(h) = n_prior + n(h)        chi_post(h) = (n_prior chi_prior + n(h) chi(h)) / n_post(h)
+
+For a Dirichlet, n is the total concentration and chi the mean. `Watch.total` is n_post; the mean that routes tokens stays
+the controller's, so that budgets, losses and times do. `NaturalController` gives the guide of the paper whole, mean
+included: Dirichlet(prior + n(h) mean(h)).
+
+The density is a multivariate Student t in K whitened directions of h, those in which the text of the fit varies least:
+p(h) is proportional to (1 + d2(h) / K)^-K, with d2 the squared distance from the mean in standard deviations. n is its K-th
+root (the paper, too, lets its budget grow with the dimension),
+
+    n(h) = 2 budget / (1 + d2(h) / K)
+
+which is the budget for a token at the mean squared distance of the fit's text, d2 = K, and underflows nowhere in float32.
+"""
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Dirichlet
+from torch.utils.hooks import RemovableHandle
+
+from bayes_router.checks import require
+from bayes_router.routing.posterior import posterior_mean
+
+DIRECTIONS = 8
+MEMORY = 128
+FLATTEST = 1e-4
+"""Least variance of a direction, relative to the mean of all: below that float32 tells noise from signal no more."""
+CHUNK = 128  # tokens at a time in a running mean
+
+
+class Moments:
+    """Mean [D], covariance [D, D] of the rows of a stream, and the mean of one number beside each row; sums in float64."""
+
+    def __init__(self, width: int):
+        self.count, self.beside = 0, 0.0
+        self._shift: Tensor | None = None  # near the mean: sums of squares of what is far from zero lose digits
+        self._sum, self._square = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
+
+    def add(self, rows: Tensor, beside: Tensor) -> None:
+        """Take in rows [..., D] and numbers [...]."""
+        x = rows.detach().reshape(-1, rows.shape[-1]).to("cpu", torch.float64)
+        if self._shift is None:
+            self._shift = x.mean(0)
+        x = x - self._shift
+        self.count += len(x)
+        self._sum += x.sum(0)
+        self._square += x.T @ x
+        self.beside += float(beside.detach().double().sum())
+
+    @property
+    def mean(self) -> Tensor:
+        """[D], float64."""
+        assert self._shift is not None
+        return self._shift + self._sum / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """[D, D], float64."""
+        centre = self._sum / self.count
+        return self._square / self.count - torch.outer(centre, centre)
+
+
+class LayerEvidence(nn.Module):
+    """hidden [..., D] -> log n(hidden) [...], nats; see the file's head."""
+
+    centre: Tensor  # [K], the mean of the fit's text in the directions
+    directions: Tensor  # [K, D], each divided by its standard deviation
+    log_budget: Tensor  # []
+
+    def __init__(self, centre: Tensor, directions: Tensor, log_budget: Tensor):
+        super().__init__()
+        for name, value in (("centre", centre), ("directions", directions), ("log_budget", log_budget)):
+            self.register_buffer(name, value, persistent=False)  # a file of its own: runs of before have none
+
+    @classmethod
+    def of(cls, moments: Moments, dimensions: int = DIRECTIONS) -> "LayerEvidence":
+        """That of a stream; the budget is the mean of what stood beside its rows.
+
+        Raises:
+            ValueError: fewer rows than numbers in a row.
+        """
+        width = len(moments.mean)
+        require(moments.count > width, "texts", f"more than {width} tokens", moments.count, "give more text")
+        variance, axes = torch.linalg.eigh(moments.covariance)  # ascending
+        scale = variance.clamp_min(FLATTEST * variance.mean()).rsqrt()
+        kept = min(dimensions, width)
+        directions = (axes * scale).T[:kept]
+        budget = torch.tensor(moments.beside / moments.count)
+        return cls((directions @ moments.mean).float(), directions.float().contiguous(), budget.log())
+
+    def distance(self, hidden: Tensor) -> Tensor:
+        """Squared distance over K, about 1 on text like the fit's; [...]."""
+        if self.centre.device != hidden.device:
+            self.to(hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return (hidden.float() @ self.directions.T - self.centre).square().mean(-1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """See the class."""
+        return self.log_budget + math.log(2) - self.distance(hidden).log1p()
+
+
+class Evidence(nn.Module):
+    """What the text of a fit grants to the posteriors of every layer.
+
+    Args:
+        layers: one a layer.
+        prior_total: [L], the total concentration of the prior.
+        memory: tokens over which a running mean forgets, see `Watch`.
+    """
+
+    prior_total: Tensor
+
+    def __init__(self, layers: list[LayerEvidence], prior_total: Tensor, memory: int = MEMORY):
+        super().__init__()
+        require(memory >= 1, "memory", "at least 1 token", memory)
+        self.layers, self.memory = nn.ModuleList(layers), memory
+        self.register_buffer("prior_total", prior_total.float(), persistent=False)
+
+    def log_evidence(self, layer: int, hidden: Tensor) -> Tensor:
+        """Log n(hidden) of tokens [..., D] in a layer: [...]."""
+        found: Tensor = self.layers[layer](hidden)
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is kept on disk."""
+        parts = [layer for layer in self.layers if isinstance(layer, LayerEvidence)]
+        stacked = {n: torch.stack([getattr(p, n).cpu() for p in parts]) for n in ("centre", "directions", "log_budget")}
+        return stacked | {"prior_total": self.prior_total.cpu(), "memory": torch.tensor(self.memory)}
+
+    @classmethod
+    def from_tensors(cls, kept: dict[str, Tensor], num_layers: int, width: int) -> "Evidence":
+        """The inverse of `tensors`.
+
+        Raises:
+            ValueError: tensors are missing, or are those of another model.
+        """
+        names = {"centre", "directions", "log_budget", "prior_total", "memory"}
+        require(set(kept) == names, "evidence", f"tensors {', '.join(sorted(names))}", sorted(kept))
+        L, K, D = kept["directions"].shape if kept["directions"].dim() == 3 else (0, 0, 0)
+        shapes = {"directions": (num_layers, K, width), "centre": (num_layers, K), "log_budget": (num_layers,)}
+        for name, shape in (shapes | {"prior_total": (num_layers,), "memory": ()}).items():
+            require(tuple(kept[name].shape) == shape, f"evidence {name}", f"shape {shape}", tuple(kept[name].shape))
+        finite = all(bool(torch.isfinite(kept[name]).all()) for name in names)
+        require(finite, "evidence", "finite numbers", "others")
+        rows = zip(kept["centre"], kept["directions"], kept["log_budget"], strict=True)
+        return cls([LayerEvidence(*row) for row in rows], kept["prior_total"], int(kept["memory"]))
+
+
+class RunningMean:
+    """Means over the last tokens, exponentially forgotten: m[t] = sum_s g^(t-s) x[s] / sum_s g^(t-s), g = 1 - 1 / memory.
+
+    Nothing depends on later tokens. `memory` 1 is the token alone.
+    """
+
+    def __init__(self, memory: int):
+        self.decay = 1 - 1 / memory
+        self.state: Tensor | None = None  # [2, B]: sum, and sum of weights
+
+    def __call__(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        """The means at x [B, T], which go on from those of the last call; `real` [B, T] is False where there is no token."""
+        weight = torch.ones_like(x) if real is None else real.to(x).expand_as(x)
+        both = torch.stack([torch.where(weight > 0, x, 0.0), weight])  # [2, B, T]
+        state = both.new_zeros(2, x.shape[0]) if self.state is None else self.state
+        power = torch.arange(min(CHUNK, max(x.shape[1], 1)), device=x.device)
+        gap = (power[:, None] - power).to(x)  # [t, s]
+        mix = torch.where(gap >= 0, self.decay ** gap.clamp_min(0), 0.0)
+        means = []
+        for part in both.split(CHUNK, -1):
+            n = part.shape[-1]
+            sums = part @ mix[:n, :n].T + state[..., None] * self.decay ** (power[:n] + 1).to(x)
+            state = sums[..., -1]
+            means.append(sums[0] / sums[1].clamp_min(torch.finfo(x.dtype).tiny))
+        self.state = state
+        return torch.cat(means, -1) if means else x
+
+
+class Watch:
+    """The evidence of the passes made under `watching`: of the last one, [B, T] a layer."""
+
+    def __init__(self, evidence: Evidence, memory: int, real: Tensor | None = None):
+        require(memory >= 1, "memory", "at least 1 token", memory)
+        self.evidence, self.memory, self.real = evidence, memory, real
+        self.last: dict[int, Tensor] = {}
+        self._means: dict[int, RunningMean] = {}
+
+    def see(self, layer: int, hidden: Tensor) -> None:
+        """Take in what the controller of a layer reads. One token goes on with the texts at hand, more start texts anew."""
+        found = self.evidence.log_evidence(layer, hidden.detach())
+        goes_on = found.shape[1] == 1 and layer in self._means
+        if not goes_on:
+            self._means[layer] = RunningMean(self.memory)
+        self.last[layer] = self._means[layer](found, None if goes_on else self.real)
+
+    @property
+    def log_evidence(self) -> Tensor:
+        """Of the last pass, [L, B, T]: means of log n over the last tokens."""
+        return torch.stack([self.last[layer].cpu() for layer in sorted(self.last)])
+
+    def total(self) -> Tensor:
+        """The total concentration n_post of the last pass, [L, B, T]."""
+        return self.evidence.prior_total.cpu()[:, None, None] + self.log_evidence.exp()
+
+
+@contextmanager
+def watching(controller: Any, memory: int | None = None, real: Tensor | None = None) -> Iterator[Watch]:
+    """Compute the evidence of the passes of this thread inside; nothing is computed outside.
+
+    Args:
+        controller: the `MetaController` of a fitted run or patch.
+        memory: tokens of the running mean; 1 is each token alone. Default that of the fit.
+        real: [B, T], False on padding, of passes of several tokens.
+
+    Raises:
+        ValueError: the fit kept no evidence.
+    """
+    evidence = evidence_of(controller)
+    watch = Watch(evidence, evidence.memory if memory is None else memory, real)
+    with _shown(controller, watch.see):
+        yield watch
+
+
+@contextmanager
+def inputs_of(controller: Any) -> Iterator[list[Tensor]]:
+    """What the controllers read in the pass made inside, by this thread: hidden [B, T, D] of each layer."""
+    found: list[Tensor] = []
+    with _shown(controller, lambda layer, hidden: found.append(hidden.detach())):
+        yield found
+
+
+@contextmanager
+def _shown(controller: Any, see: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Show `see` the layer and the input of each call of a controller that this thread makes."""
+    thread = threading.get_ident()
+    handles: list[RemovableHandle] = []
+
+    def seen(layer: int) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if threading.get_ident() == thread:
+                see(layer, inputs[0])
+
+        return hook
+
+    try:
+        for layer, module in enumerate(controller.layers):
+            handles.append(module.register_forward_pre_hook(seen(layer)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def evidence_of(controller: Any) -> Evidence:
+    """What a fit kept beside its controller.
+
+    Raises:
+        ValueError: nothing.
+    """
+    evidence: Evidence | None = getattr(controller, "evidence", None)
+    if evidence is None:
+        raise ValueError(
+            "evidence: expected a density of the fit's text beside the controller; got a fit without one; make it from text "
+            "that is like the fit's: fit_evidence(texts)"
+        )
+    return evidence
+
+
+def with_total(concentration: Tensor, total: Tensor) -> Tensor:
+    """The concentration [..., E] of the same mean whose total is `total`, [...] or lacking trailing dimensions (units)."""
+    mean = posterior_mean(concentration)
+    return mean * total.reshape(total.shape + (1,) * (mean.dim() - total.dim())).to(mean)
+
+
+class NaturalController(nn.Module):
+    """q(route | h) = Dirichlet(prior + n(h) mean(h)): the natural posterior, mean included, as a guide's controller.
+
+    On text unlike the fit's it falls back to the prior, routes included: nothing else in the library decides by it.
+
+    Args:
+        controller: with evidence.
+        prior: concentration [L, E].
+    """
+
+    prior: Tensor
+
+    def __init__(self, controller: Any, prior: Tensor):
+        super().__init__()
+        evidence_of(controller)
+        self.controller = controller
+        self.register_buffer("prior", prior, persistent=False)
+
+    def posterior(self, layer: int, hidden: Tensor) -> Dirichlet:
+        """Hidden [B, T, D] -> Dirichlet, batch shape [B, T]."""
+        q = self.controller.posterior(layer, hidden).concentration
+        granted = with_total(q, self.controller.evidence.log_evidence(layer, hidden).exp())
+        return Dirichlet(self.prior[layer].to(granted) + granted, validate_args=False)

@@ -1,0 +1,103 @@
+"""The density of a fit's text, from one pass over some of it after SVI, and the file that keeps it beside the weights."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bayes_router.checks import require
+from bayes_router.data.tokens import Batch, TokenSource
+from bayes_router.files import first_line, write_whole
+from bayes_router.routing.evidence import DIRECTIONS, MEMORY, Evidence, LayerEvidence, Moments, inputs_of
+from bayes_router.types import RoutingMode
+
+EVIDENCE = "evidence.safetensors"
+FIT_TOKENS = 65_536
+
+
+@torch.no_grad()
+def fit_evidence(
+    model: Any,
+    batches: Iterable[Batch],
+    prior_total: Tensor,
+    *,
+    tokens: int = FIT_TOKENS,
+    directions: int = DIRECTIONS,
+    memory: int = MEMORY,
+) -> Evidence:
+    """Read text like the fit's along the HARD path, and keep its density beside the controller of `model`.
+
+    Args:
+        model: a fitted model or a patched one; its mode (train, eval) is as before afterwards.
+        batches: windows of the fit's text.
+        prior_total: [L], total concentration of the prior.
+        tokens: read about so many.
+        directions: K of a layer's density.
+        memory: tokens of the running mean, see `RunningMean`.
+
+    Raises:
+        ValueError: hardly any text.
+    """
+    require(directions >= 1, "directions", "at least 1", directions)
+    require(tokens >= 1, "tokens", "at least 1", tokens)
+    controller, was_training, read = model.controller, model.training, 0
+    device = next(controller.parameters()).device
+    moments: list[Moments] = []
+    model.eval()
+    try:
+        for batch in batches:
+            with inputs_of(controller) as inputs:
+                out = model(batch.tokens.to(device), RoutingMode.HARD)
+            totals = out.concentration.sum(-1)  # [L, B, T], or [L, B, T, R]
+            totals = totals if totals.dim() == 3 else totals.mean(-1)
+            moments = moments or [Moments(hidden.shape[-1]) for hidden in inputs]
+            for one, hidden, total in zip(moments, inputs, totals, strict=True):
+                one.add(hidden, total)
+            read += batch.tokens.numel()
+            if read >= tokens:
+                break
+    finally:
+        model.train(was_training)
+    require(len(moments) > 0, "texts", "at least one window of text", "none", "give more text")
+    layers = [LayerEvidence.of(one, directions) for one in moments]
+    controller.evidence = Evidence(layers, prior_total, memory).to(device)
+    found: Evidence = controller.evidence
+    return found
+
+
+def training_batches(source: TokenSource, first: int, batch_size: int, context: int, seed: int) -> Iterable[Batch]:
+    """Random windows of a fit's text, from step `first` on: without end."""
+    step = first
+    while True:
+        yield source.batch(step, batch_size, context, seed)
+        step += 1
+
+
+def save_evidence(folder: Path, evidence: Evidence | None) -> None:
+    """Write the file of a run or patch folder; without evidence one of before goes."""
+    if evidence is None:
+        (folder / EVIDENCE).unlink(missing_ok=True)
+        return
+    kept = {name: tensor.contiguous() for name, tensor in evidence.tensors().items()}
+    write_whole(folder / EVIDENCE, lambda path: save_file(kept, path))
+
+
+def load_evidence(folder: Path, num_layers: int, width: int) -> Evidence | None:
+    """What a folder keeps; None where it was made without.
+
+    Raises:
+        ValueError: the file is damaged or another's.
+    """
+    path = folder / EVIDENCE
+    if not path.is_file():
+        return None
+    try:
+        return Evidence.from_tensors(load_file(path), num_layers, width)
+    except (ValueError, SafetensorError, OSError, RuntimeError) as error:
+        raise ValueError(
+            f"{path}: expected the evidence of this fit; damaged or another's: {first_line(error)}; delete it to go without"
+        ) from error
