@@ -42,23 +42,118 @@ APART = {
 }
 
 
-def arrows() -> list[tuple[str, str, str]]:
-    """(file, its floor, the floor it imports) for every import of the package, also those inside functions."""
-    found = []
-    for path in ROOT.rglob("*.py"):
-        here = path.relative_to(ROOT).parts[0].removesuffix(".py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = []
-            if isinstance(node, ast.ImportFrom):
-                assert node.level == 0, f"{path}: relative import"
-                names = [f"{node.module}.{alias.name}" for alias in node.names]
-            elif isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            for name in names:
-                parts = name.split(".")
-                if parts[0] == "bayes_router" and len(parts) > 1 and parts[1] in FLOORS:
-                    found.append((str(path.relative_to(ROOT)), here, parts[1]))
+INNER = {
+    "attention": {"shapes": 0, "kernels": 1, "experts": 2, "latency": 3, "hard": 3, "cost": 4, "decoding": 4},
+    "integrations": {"calls": 0, "patch": 1, "torch_layer": 2, "torch_attention": 3, "huggingface": 3, "patching": 4},
+    "diagnostics": {"reading": 0, "fitted": 1, "measures": 1, "figures": 2, "examine": 2, "report": 3},
+}
+"""The floors inside a room: a file on one may import those below it, and its own room."""
+
+
+def module_of(path: Path) -> str:
+    return ".".join(("bayes_router", *path.relative_to(ROOT).with_suffix("").parts))
+
+
+FILES = {module_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in ROOT.rglob("*.py")}
+PLAIN = {name for name in FILES if not name.endswith("__init__")}
+
+
+def imported(name: str) -> set[str]:
+    """Modules of the package that a file imports: also inside functions and under TYPE_CHECKING, and of packages."""
+    found = set()
+    for node in ast.walk(FILES[name]):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: relative import"
+            names = [(node.module, alias.name) for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [(alias.name, "") for alias in node.names]
+        for module, what in names:
+            if module and module.split(".")[0] == "bayes_router":
+                inner = f"{module}.{what}"
+                found.add(inner if inner in FILES or f"{inner}.__init__" in FILES else module)
     return found
+
+
+EDGES = {name: imported(name) for name in FILES}
+
+
+def arrows() -> list[tuple[str, str, str]]:
+    """(file, its floor, the floor it imports) for every import of the package."""
+    return [
+        (name, name.split(".")[1], target.split(".")[1])
+        for name, targets in EDGES.items()
+        for target in targets
+        if "." in target and target.split(".")[1] in FLOORS
+    ]
+
+
+def reached(name: str) -> set[str]:
+    seen: set[str] = set()
+    todo = sorted(EDGES[name] & PLAIN)
+    while todo:
+        one = todo.pop()
+        if one not in seen:
+            seen.add(one)
+            todo += sorted(EDGES[one] & PLAIN)
+    return seen
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    assert len(PLAIN) > 100
+    assert not [name for name in sorted(PLAIN) if name in reached(name)]
+
+
+@pytest.mark.parametrize("room", sorted(INNER))
+def test_floors_inside_a_room(room: str) -> None:
+    floors = INNER[room]
+    inside = [name for name in FILES if name.startswith(f"bayes_router.{room}.") and name.count(".") > 1]
+    parts = {name: name.split(".")[2] for name in inside if not name.endswith(f"{room}.__init__")}
+    assert set(parts.values()) == set(floors)
+    upward = [
+        f"{name} imports {target}"
+        for name, here in parts.items()
+        for target in EDGES[name]
+        if target.startswith(f"bayes_router.{room}.")
+        and (there := target.split(".")[2]) != here
+        and floors[there] >= floors[here]
+    ]
+    assert not upward
+
+
+def of_self(node: ast.Attribute) -> bool:
+    return isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+
+
+def defined_private(tree: ast.AST) -> set[str]:
+    """Private names that a file gives to its own objects."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and of_self(node):
+            names.add(node.attr)
+    return {name for name in names if name.startswith("_") and not name.startswith("__")}
+
+
+def test_no_file_reaches_into_what_another_keeps_private() -> None:
+    own = {name: defined_private(tree) for name, tree in FILES.items()}
+    everyone = set().union(*own.values())
+    found = []
+    for name, tree in FILES.items():
+        named = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}  # of a class that `type` makes
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bayes_router"):
+                found += [
+                    f"{name}: {alias.name}"
+                    for alias in node.names
+                    if alias.name.startswith("_") and not alias.name.startswith("__")
+                ]
+            elif isinstance(node, ast.Attribute) and node.attr in everyone - own[name] - named and not of_self(node):
+                found.append(f"{name}:{node.lineno}: {ast.unparse(node)}")
+    assert not found
 
 
 def test_every_file_has_a_floor() -> None:
