@@ -40,9 +40,10 @@ def patch(
     of a bare `nn.MultiheadAttention`) are the original's where every token is on `full`, and refused elsewhere.
 
     Args:
-        model: a Hugging Face model of the attention interface (transformers 5) or Falcon; or `nn.TransformerEncoder`,
-            `nn.TransformerDecoder`, one of their layers, or `nn.MultiheadAttention` (self-attention alone is routed, what is
-            not is named in a warning).
+        model: a Hugging Face model of the attention interface (transformers 5) or Falcon, also inside a wrapper (PEFT,
+            torch.compile, DistributedDataParallel, a module of your own), which is used on as it was; or
+            `nn.TransformerEncoder`, `nn.TransformerDecoder`, one of their layers, or `nn.MultiheadAttention`
+            (self-attention alone is routed, what is not is named in a warning).
         window: keys that `local` sees, the token itself included.
         experts: of full, linear, local, gated; `full` must be among them.
         layers: indices of the attention layers to route, in the order in which the model runs them; None: all.
@@ -63,6 +64,7 @@ def patch(
     Warns:
         UserWarning: some attention is not routed: a vision tower's, cross-attention.
     """
+    model = unwrapped(model)
     check_weights(model)
     settings = PatchSettings(
         window=window,
@@ -89,6 +91,7 @@ def load_patch(model: nn.Module, folder: Path | str) -> Any:
     Raises:
         ValueError: the folder is no saved patch or is damaged, or was made for another model.
     """
+    model = unwrapped(model)
     check_weights(model)
     settings, policy = read_settings(model, folder)
     known = existing(model, settings)
@@ -104,6 +107,29 @@ def load_patch(model: nn.Module, folder: Path | str) -> Any:
     router.policy, router.held_out = policy, held_out or router.held_out
     router.controller.evidence = evidence
     return router
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside of a wrapper; anything else as it is.
+
+    Raises:
+        ValueError: there are several.
+    """
+    kind = getattr(sys.modules.get("transformers"), "PreTrainedModel", None)  # its models cannot exist without it
+    if kind is None or not isinstance(model, nn.Module) or isinstance(model, kind):
+        return model
+    found: dict[str, nn.Module] = {}
+    for name, part in model.named_modules():
+        if isinstance(part, kind) and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = part
+    require(
+        len(found) < 2,
+        "model",
+        "one Hugging Face model",
+        f"{type(model).__name__} with several, {', '.join(found)}",
+        "patch each by itself",
+    )
+    return next(iter(found.values()), model)
 
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

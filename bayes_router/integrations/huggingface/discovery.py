@@ -13,6 +13,7 @@ from bayes_router.checks import require
 from bayes_router.integrations.huggingface import falcon
 from bayes_router.integrations.huggingface.interface import MASKS, watching
 from bayes_router.integrations.patch.found import Found
+from bayes_router.integrations.patch.offload import device_of, in_memory
 from bayes_router.integrations.patch.settings import PatchSettings
 
 PROBE_TOKENS = 8
@@ -27,9 +28,7 @@ def check_model(model: PreTrainedModel) -> str:
     name = type(model).__name__
     parameters = list(model.parameters())
     require(bool(parameters), "model", "a model with weights", name)
-    require(
-        not any(p.is_meta for p in parameters), "model", "weights in memory", f"{name} on the meta device", "load them first"
-    )
+    require(in_memory(model), "model", "weights in memory", f"{name} on the meta device", "load them first")
     method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
     quantised = getattr(model, "is_quantized", False) and method != "gguf"  # GGUF weights are floats once loaded
     require(
@@ -125,7 +124,7 @@ def left_out(model: PreTrainedModel, found: list[Found]) -> list[str]:
 @torch.no_grad()
 def probe(model: PreTrainedModel) -> Tensor:
     """The first output of the model on a few tokens, in evaluation mode; mode and random state are left as they were."""
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model)
     modes = [(module, module.training) for module in model.modules()]
     tokens = torch.arange(3, 3 + PROBE_TOKENS, device=device)[None] % model.config.get_text_config().vocab_size
     model.eval()

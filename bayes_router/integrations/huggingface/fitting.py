@@ -180,7 +180,7 @@ def fitting(router: RoutedLanguage, weights: bool) -> Iterator[None]:
     )
     model.train(weights)
     try:
-        with router.only_this(weights), uncached(next(model.parameters()).device):
+        with router.only_this(weights), uncached(router.device):
             yield
     finally:
         for p in (*router.parameters(), *model.parameters()):
@@ -199,7 +199,7 @@ def distil(router: RoutedLanguage, source: TokenSource, settings: FitSettings, p
     if not parameters or not settings.distil_steps:
         return []
     optimiser = torch.optim.AdamW([{"params": parameters, "peak": settings.lr}], weight_decay=0.0)
-    device, losses = next(router.model.parameters()).device, []
+    device, losses = router.device, []
     for step in Progress("distil", settings.distil_steps, shown=progress).over(range(settings.distil_steps)):
         set_learning_rate(optimiser, settings.rates(settings.distil_steps), step)
         tokens = source.batch(step, settings.batch_size, min(settings.contexts), settings.seed + 7).tokens.to(device)
@@ -233,7 +233,7 @@ def program(
     controller: Controller | None = None,
 ) -> tuple[RoutingModel, RoutingGuide]:
     """The project's model and guide around a patched model: routes are latent, the model's logits the likelihood."""
-    device = next(router.model.parameters()).device
+    device = router.device
     chosen = router.network if network is None else network
     costs = router.layer_cost.to(device)
     model = RoutingModel(chosen, start.concentration, costs, start.price, likelihood=likelihood)
@@ -256,7 +256,7 @@ def fit_routes(
     import pandas as pd
 
     spent: list[Tensor] = []
-    device = next(router.model.parameters()).device
+    device = router.device
     cost = router.layer_cost.to(device)
 
     def network(tokens: Tensor, route: Route) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bayes_router.checks import choose, require
+from bayes_router.config import ModelConfig
 from bayes_router.integrations.patch.routed import RoutedModel
 from bayes_router.routing.force import Force, forced_route
 from bayes_router.routing.policy import Policy
@@ -20,6 +22,17 @@ class RoutedLanguage(RoutedModel):
 
     It answers the calls of `RoutedLanguageModel` that evaluation makes.
     """
+
+    @property
+    def config(self) -> ModelConfig:
+        """The routed layers in the terms of the project, with the model's vocabulary as it is now (tokens may be added)."""
+        known: ModelConfig = self.__dict__["_config"]
+        size = self.model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+        return known if size == known.vocab_size else replace(known, vocab_size=size)
+
+    @config.setter
+    def config(self, config: ModelConfig) -> None:
+        self.__dict__["_config"] = config
 
     def forward(
         self,

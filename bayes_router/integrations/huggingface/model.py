@@ -53,13 +53,13 @@ class RoutedPretrained(RoutedLanguage):
         self.require_patched()
         chosen = fitting.FitSettings(**settings)
         source, self.held_out = source_of(texts, tokenizer, self.config.vocab_size, self.causal).split(valid_fraction)
-        devices = [p.device for p in self.model.parameters() if p.device.type == "cuda"][:1]
+        devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), fitting.fitting(self, chosen.weights_lr > 0):
             torch.manual_seed(chosen.seed)
             errors = fitting.distil(self, source, chosen, progress)
             steps = schedule or fitting.default_schedule(len(self.layers), isinstance(chosen.budget, tuple))
             frame = fitting.fit_routes(self, source, chosen, steps, progress)
-            self.made_for = "" if chosen.weights_lr > 0 else self.made_for
+            self.made_for = None if chosen.weights_lr > 0 else self.made_for
             self.fitted = fitting.record(self, chosen, steps, frame, len(source), getattr(tokenizer, "name_or_path", None))
         frame.attrs["distillation"] = errors
         return frame

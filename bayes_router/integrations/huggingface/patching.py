@@ -16,7 +16,6 @@ from bayes_router.integrations.huggingface.discovery import check_model, find_la
 from bayes_router.integrations.huggingface.interface import install, keep_hidden, require_answered
 from bayes_router.integrations.huggingface.model import RoutedPretrained
 from bayes_router.integrations.patch.binding import BINDING, Binding
-from bayes_router.integrations.patch.found import model_config
 from bayes_router.integrations.patch.settings import PatchSettings
 
 
@@ -28,7 +27,6 @@ def patch_pretrained(model: PreTrainedModel, settings: PatchSettings) -> RoutedP
     try:
         found = find_layers(model, settings)
         router = RoutedPretrained(model, found, settings)
-        router.config = model_config(found[0], settings, len(found), model.config.get_text_config().vocab_size)
         router.undo += restore
         router.bind()
         for one in found:

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from types import MethodType
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -117,11 +118,18 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[
     """Let `forward(module, ...)` answer for one module; what undoes it.
 
     Both are partials of functions: pickle finds a bound method by its name, which is the class's own, and copying takes a
-    builtin method along as it is, with the original's module.
+    builtin method along as it is, with the original's module. Hooks of accelerate, before the patch or after it, stay.
     """
-    module.forward = partial(forward, module)
-    return partial(_own_forward, module)
+    setattr(module, WRAPPED if hasattr(module, WRAPPED) else "forward", partial(forward, module))
+    return partial(_own_forward, module, forward)
 
 
-def _own_forward(module: nn.Module) -> None:
-    module.__dict__.pop("forward", None)
+def _own_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    if getattr(module.__dict__.get(WRAPPED), "func", None) is forward:
+        setattr(module, WRAPPED, MethodType(type(module).forward, module))
+    elif getattr(module.__dict__.get("forward"), "func", None) is forward:
+        del module.forward
+
+
+WRAPPED = "_old_forward"
+"""Where accelerate keeps the forward pass that its own calls."""

@@ -24,7 +24,8 @@ from bayes_router.integrations.calls.precision import exact
 from bayes_router.integrations.patch.binding import BINDING, Binding
 from bayes_router.integrations.patch.cost import layer_costs, layer_prior
 from bayes_router.integrations.patch.found import Found, model_config
-from bayes_router.integrations.patch.identity import fingerprint
+from bayes_router.integrations.patch.identity import Identity, identity
+from bayes_router.integrations.patch.offload import device_of
 from bayes_router.integrations.patch.passes import Here, Observe, Pass, checkpointed_without_graph, recomputing
 from bayes_router.integrations.patch.saving import PatchRecord, save_patch
 from bayes_router.integrations.patch.settings import FitRecord, PatchSettings
@@ -58,7 +59,7 @@ class RoutedModel(nn.Module):
         mode: overrides what train and eval mode imply.
         fitted: how it was fitted; None before.
         held_out: text that `fit` did not read.
-        made_for: fingerprint of the model as it was patched; empty once `fit` moved its own weights.
+        made_for: identity of the model as it was patched; None once `fit` moved its own weights.
     """
 
     fitted: FitRecord | None = None
@@ -89,7 +90,7 @@ class RoutedModel(nn.Module):
         self.here = Here()
         self.undo: list[Callable[[], None]] = []
         self.memories = Memories()
-        self.made_for = fingerprint(model)
+        self.made_for: Identity | None = identity(model)
         self._start_on_full()
 
     def _start_on_full(self) -> None:
@@ -103,6 +104,11 @@ class RoutedModel(nn.Module):
     def model(self) -> nn.Module:
         """The patched model."""
         return self._base[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its inputs, also where its weights are offloaded."""
+        return device_of(self.model)
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -158,7 +164,7 @@ class RoutedModel(nn.Module):
         """Gradients for what was added alone, and for the model's own weights where asked; then all flags as they were.
 
         Raises:
-            ValueError: autograd cannot read the model's weights.
+            ValueError: autograd cannot read the model's weights, or no optimiser could move them.
         """
         require(
             not any(p.is_inference() for p in self.model.parameters()),
@@ -166,6 +172,13 @@ class RoutedModel(nn.Module):
             "weights that autograd may read",
             "weights made inside torch.inference_mode",
             "load the model outside of it",
+        )
+        require(
+            not (weights and any(p.is_meta for p in self.model.parameters())),
+            "weights_lr",
+            "0 where weights are offloaded",
+            "a positive one",
+            "load the model whole to train its own weights",
         )
         mine, theirs = (
             [(p, p.requires_grad) for p in self.parameters()],

@@ -1,6 +1,7 @@
 """A patch on disk: router.safetensors (what was added), router.json (settings, policy, the fit, the model it belongs to).
 
-Where it was fitted, evidence.safetensors; where asked for, held_out.safetensors: text that the fit did not read, as token ids.
+base.safetensors has numbers of that model's weights, which tell it from others in another precision too. Where it was fitted,
+evidence.safetensors; where asked for, held_out.safetensors: text that the fit did not read, as token ids.
 """
 
 import json
@@ -18,13 +19,14 @@ from bayes_router.checks import require
 from bayes_router.config import PriorConfig
 from bayes_router.data.stream import MaskedStream, TokenStream
 from bayes_router.files import write_json, write_whole
-from bayes_router.integrations.patch.identity import fingerprint
+from bayes_router.integrations.patch.identity import Identity, identity
 from bayes_router.integrations.patch.settings import FitRecord, PatchSettings
 from bayes_router.routing.evidence import Evidence
 from bayes_router.routing.policy import Policy, policy_from_dict, policy_to_dict
 from bayes_router.training.evidence import save_evidence
 
-WEIGHTS, SETTINGS, HELD_OUT, FORMAT = "router.safetensors", "router.json", "held_out.safetensors", 1
+WEIGHTS, SETTINGS, BASE, HELD_OUT = "router.safetensors", "router.json", "base.safetensors", "held_out.safetensors"
+FORMAT = 1
 HELD_OUT_TOKENS = 32_768
 
 
@@ -37,7 +39,7 @@ class PatchRecord(NamedTuple):
     settings: PatchSettings
     policy: Policy
     fitted: FitRecord | None
-    made_for: str  # fingerprint of the model as it was patched; empty once the fit moved its weights
+    made_for: Identity | None  # of the model as it was patched; None once the fit moved its weights
     held_out: TokenStream | None
     evidence: Evidence | None = None
 
@@ -51,8 +53,9 @@ def save_patch(record: PatchRecord, folder: Path | str) -> None:
     folder = Path(folder)
     policy = policy_to_dict(record.policy)
     folder.mkdir(parents=True, exist_ok=True)
-    now, kind = fingerprint(record.model), type(record.model).__name__
-    if now != record.made_for:
+    now, kind = identity(record.model), type(record.model).__name__
+    moved = record.made_for is None or not now.same(record.made_for)
+    if moved:
         warnings.warn(
             f"{kind}: its own weights moved since it was patched, and the patch fits them as they are: "
             "save the model too (save_pretrained), or load_patch will find no model that the patch was made for",
@@ -60,14 +63,15 @@ def save_patch(record: PatchRecord, folder: Path | str) -> None:
         )
     weights = {key: value.detach().cpu().contiguous() for key, value in record.weights.items()}
     write_whole(folder / WEIGHTS, lambda path: save_file(weights, path))
+    write_whole(folder / BASE, lambda path: save_file(now.samples, path))
     write_json(
         folder / SETTINGS,
         {
             "format": FORMAT,
             "model": kind,
             "router": record.router,
-            "fingerprint": now,
-            "moved": now != record.made_for,
+            "fingerprint": now.fingerprint,
+            "moved": moved,
             "settings": record.settings.to_dict(),
             "policy": policy,
             "fit": None if record.fitted is None else asdict(record.fitted),
@@ -104,7 +108,7 @@ def read_settings(model: nn.Module, folder: Path | str) -> tuple[PatchSettings, 
         raise ValueError(f"{path}: expected the settings of a patch; damaged or of another version: {error!r}") from error
     moved = "its own weights had moved when it was saved: load the model that was saved with it"
     require(
-        saved.get("fingerprint") == fingerprint(model),
+        identity(model).same(Identity(str(saved.get("fingerprint")), _samples(Path(folder) / BASE))),
         "model",
         f"the {saved.get('model')} that {folder} was made for",
         type(model).__name__,
@@ -113,6 +117,14 @@ def read_settings(model: nn.Module, folder: Path | str) -> tuple[PatchSettings, 
         else "weights or architecture differ: load the model that was patched, or patch and fit this one",
     )
     return made, chosen
+
+
+def _samples(path: Path) -> dict[str, Tensor]:
+    """See `Identity`; none where the patch was saved before they were."""
+    try:
+        return load_file(path) if path.is_file() else {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: expected numbers of the patched model's weights; damaged: {error}") from error
 
 
 def is_patch(folder: Path | str) -> bool:

@@ -1,0 +1,142 @@
+"""Models as people hold them: in another precision, offloaded by accelerate, with added tokens, inside a wrapper."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from bayes_router.integrations.patch.saving import BASE
+from bayes_router.integrations.patching import load_patch, patch
+from tests.integrations.tiny_models import VOCAB, patched, scatter_routes, tiny, tokens
+
+TEXT = torch.randint(3, VOCAB, (500,), generator=torch.Generator().manual_seed(1))
+SMALL: dict[str, Any] = {"steps": 1, "distil_steps": 1, "context": 20, "batch_size": 2}
+KINDS = {"float": torch.float32, "double": torch.float64, "bfloat16": torch.bfloat16, "half": torch.float16}
+
+
+def checkpoint(kind: str, seed: int = 0, shift: float = 0.0) -> Any:
+    """One checkpoint of float32 weights, large, small and too small for float16, in a precision."""
+    model = tiny("llama", seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(torch.logspace(-7, 0, p.numel()).view_as(p) * 3).add_(shift * p.abs())
+    return getattr(model, kind)()
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("now", KINDS)
+@pytest.mark.parametrize("saved", KINDS)
+def test_a_patch_knows_its_model_in_every_precision(saved: str, now: str, tmp_path: Path) -> None:
+    model = checkpoint(saved)
+    patch(model, window=6).save(tmp_path)
+    load_patch(checkpoint(now), tmp_path)
+    getattr(model, now)()
+    again = tmp_path / "again"  # no warning that the weights moved
+    patch(model, window=6).save(again)
+    load_patch(checkpoint(saved), again)
+    if {saved, now} == {"float", "double"}:
+        return
+    for other in ({"seed": 1}, {"shift": 0.03}):
+        with pytest.raises(ValueError, match="weights or architecture differ"):
+            load_patch(checkpoint(now, **other), tmp_path)
+
+
+def test_a_patch_saved_without_numbers_of_the_base_is_loaded_by_its_fingerprint(tmp_path: Path) -> None:
+    patch(tiny("llama"), window=6).save(tmp_path)
+    (tmp_path / BASE).unlink()
+    load_patch(tiny("llama").bfloat16(), tmp_path)
+    with pytest.raises(ValueError, match="weights or architecture differ"):
+        load_patch(tiny("llama").half(), tmp_path)
+    (tmp_path / BASE).write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="base.safetensors"):
+        load_patch(tiny("llama"), tmp_path)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon"])
+def test_offloaded_weights_are_routed_fitted_saved_and_loaded(name: str, when: str, tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    plain, (whole, router) = tiny(name), patched(name, experts=("full", "linear", "local"))
+    router.save(tmp_path)
+    expected, kl = router(tokens()), float(router.kl())
+    model = tiny(name)
+    if when == "before":
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    again = load_patch(model, tmp_path)
+    if when == "after":
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(p.is_meta for p in model.parameters()) and again.device == torch.device("cpu")
+    out = again(tokens())
+    assert torch.equal(out.logits, expected.logits) and float(again.kl()) == pytest.approx(kl)
+    again.save(tmp_path / "again")
+    load_patch(tiny(name), tmp_path / "again")
+    assert load_patch(model, tmp_path) is again
+    before = [p.clone() for p in again.parameters()]
+    again.fit(TEXT, **SMALL)
+    assert any(not torch.equal(p, q) for p, q in zip(again.parameters(), before, strict=True))
+    assert again.set_budget(1.0, TEXT, context=20, tolerance=1.0) <= 1.0
+    with pytest.raises(ValueError, match="weights_lr.*offloaded"):
+        again.fit(TEXT, weights_lr=1e-3, **SMALL)
+    again.unpatch()
+    assert torch.equal(model(tokens()).logits, plain(tokens()).logits)
+
+
+def test_added_tokens_are_taken() -> None:
+    model = tiny("llama")
+    router = patch(model, window=6)
+    with pytest.raises(ValueError, match=f"{VOCAB - 1}"):
+        router.fit(TEXT + 5, **SMALL)
+    model.resize_token_embeddings(VOCAB + 5)
+    assert router.config.vocab_size == VOCAB + 5
+    router.fit(TEXT + 5, **SMALL)
+    assert router.held_out.vocab_size == VOCAB + 5
+
+
+class Wrapper(nn.Module):
+    """As PEFT, DistributedDataParallel and models of one's own are."""
+
+    def __init__(self, **models: nn.Module):
+        super().__init__()
+        for name, model in models.items():
+            setattr(self, name, model)
+
+    def forward(self, ids: Any) -> Any:
+        return next(self.children())(ids)
+
+
+@pytest.mark.parametrize("how", ["own", "twice", "parallel", pytest.param("compiled", marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_the_model_inside_a_wrapper_is_routed(how: str, tmp_path: Path) -> None:
+    model = tiny("llama")
+    wrapper: Any = {
+        "own": lambda: Wrapper(base_model=model),
+        "twice": lambda: Wrapper(base_model=Wrapper(model=model, head=nn.Linear(2, 2))),
+        "parallel": lambda: nn.DataParallel(model),
+        "compiled": lambda: torch.compile(model, backend="eager"),
+    }[how]()
+    plain = wrapper(tokens()).logits
+    router = patch(wrapper, window=6)
+    scatter_routes(router)
+    assert router.model is model and patch(wrapper, window=6) is router
+    routed = wrapper(tokens()).logits
+    assert torch.equal(routed, router(tokens()).logits) and not torch.allclose(routed, plain, atol=1e-3)
+    router.save(tmp_path)
+    router.unpatch()
+    assert torch.equal(wrapper(tokens()).logits, plain)
+    load_patch(wrapper, tmp_path)
+    assert torch.equal(wrapper(tokens()).logits, routed)
+
+
+def test_several_models_in_a_wrapper_are_named() -> None:
+    with pytest.raises(ValueError, match="several, one, other.*each by itself"):
+        patch(Wrapper(one=tiny("llama"), other=tiny("gpt2")))
+
+
+@torch.no_grad()
+def test_replicas_of_data_parallel_are_refused() -> None:
+    model, _ = patched("llama")
+    model.model.layers[0].self_attn._is_replica = True
+    with pytest.raises(ValueError, match="DistributedDataParallel"):
+        model(tokens())
