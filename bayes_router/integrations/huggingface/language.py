@@ -146,8 +146,8 @@ class Unforced:
         return self.router.train(mode)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The model's."""
-        return self.router.model.parameters()
+        """What was added: where the model runs, also where its weights are offloaded."""
+        return self.router.parameters()
 
     def __call__(self, tokens: Tensor, mode: RoutingMode) -> RoutingOutput:
         """See `RoutedLanguage.forward`."""
