@@ -14,7 +14,7 @@ from bayes_router.diagnostics.fitted import build_program
 from bayes_router.diagnostics.measures.collapse import CollapseSummary
 from bayes_router.diagnostics.measures.uncertainty import UncertaintySummary
 from bayes_router.diagnostics.reading import read
-from bayes_router.integrations.patch.saving import SETTINGS, WEIGHTS
+from bayes_router.integrations.patch.saving import BASE, SETTINGS, WEIGHTS
 from bayes_router.integrations.patching import load_patch, patch
 from bayes_router.training.evaluate import evaluate
 from tests.integrations.tiny_models import FALCON, GPT2, GROUPED, VOCAB, patched, tiny, tokens, transformers
@@ -84,7 +84,7 @@ def test_saved_patch_gives_the_same_outputs_and_holds_nothing_else(tmp_path: Pat
     with torch.no_grad():
         routed = model(tokens()).logits
         router.save(tmp_path)
-        assert {p.name for p in tmp_path.iterdir()} == {WEIGHTS, SETTINGS}
+        assert {p.name for p in tmp_path.iterdir()} == {WEIGHTS, SETTINGS, BASE}
         assert (tmp_path / WEIGHTS).stat().st_size < 200_000
         router.unpatch()
         loaded = load_patch(model, tmp_path)
