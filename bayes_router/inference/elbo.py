@@ -217,6 +217,10 @@ def _check_sites(model_trace: Trace, guide_trace: Trace) -> None:
     )
     extra = [name for name, site in drawn.items() if name not in latents and not site["infer"].get("is_auxiliary")]
     require(not extra, "guide", f"sites that the model has: {', '.join(latents)}", ", ".join(extra))
+    for name in latents:
+        wanted, got = (tuple(trace.nodes[name]["fn"].shape()) for trace in (model_trace, guide_trace))
+        fits = wanted[-len(got) :] == got and all(size == 1 for size in wanted[: -len(got)]) if got else not wanted
+        require(fits, f"guide of {name}", f"the shape of the model's site, {wanted}", got)
 
 
 def _stackable(model_trace: Trace, guide_trace: Trace, routes: list[str]) -> bool:

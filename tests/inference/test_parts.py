@@ -259,6 +259,13 @@ def several(tokens: Tensor, targets: Tensor) -> None:
             pyro.sample(name, dist.Dirichlet(torch.ones(2, 40, 4)))
 
 
+def shared(tokens: Tensor, targets: Tensor) -> None:
+    """A guide with one route for all rows."""
+    with pyro.plate("token", 40, dim=-1):
+        for name in ("route_0", "route_1", "route_2"):
+            pyro.sample(name, dist.Dirichlet(torch.ones(1, 40, 4)))
+
+
 def step(model: RoutingModel, guide: object = None, targets: Tensor | None = None) -> object:
     tokens, usual = tiny_batch()
     guide = RoutingGuide(model, tiny_model().controller) if guide is None else guide
@@ -273,6 +280,10 @@ BAD: list[tuple[Callable[[], object], str]] = [
     (
         lambda: step(tiny(), lacking),
         "guide: expected a site for each latent of the model: route_0, route_1, route_2; got 'none of route_1, route_2'",
+    ),
+    (
+        lambda: step(tiny(), shared),
+        r"guide of route_0: expected the shape of the model's site, \(2, 40, 4\); got \(1, 40, 4\)",
     ),
     (
         lambda: step(tiny(), several),
