@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from bayes_router.checks import require
 from bayes_router.data.tokens import Batch
 from bayes_router.diagnostics.measures.verdict import Severity, Verdict
-from bayes_router.routing.posterior import entropy_of_mean, mutual_information, probability_of_largest
+from bayes_router.routing.posterior import entropy_of_mean, mutual_information, posterior_mean, probability_of_largest
 from bayes_router.transformer.model import RoutedLanguageModel
 from bayes_router.types import IGNORED, RoutingMode
 
@@ -67,7 +67,8 @@ def routing_regret(
     Returns:
         One row a pair: sequence, position, layer, choice, loss_<expert> (nats), largest_<expert> (posterior probability
         that its weight is the largest), regret (loss of the choice less that of the best), entropy_of_mean,
-        mutual_information.
+        mutual_information, mean_<expert>, total_concentration, and predictive_entropy (nats, of the next token as the
+        routed pass predicts it).
     """
     require(per_sequence >= 1, "per_sequence", "at least 1", per_sequence)
     device, random = next(model.parameters()).device, np.random.default_rng(seed)
@@ -107,6 +108,8 @@ def _regret_rows(
     ends = [part[-1][1] + 1 if causal else len(tokens) for part in parts]
     losses = [_forced_losses(model, tokens[:end], targets, choice, part) for part, end in zip(parts, ends, strict=True)]
     loss = torch.cat(losses)
+    log_p = out.logits[0].double().log_softmax(-1)
+    predictive = -(log_p.exp() * log_p).sum(-1)  # [T]
     rows: list[dict[str, object]] = []
     for i, (layer, at_position) in enumerate(pairs):
         q = out.concentration[layer, 0, at_position].double().cpu()
@@ -116,6 +119,8 @@ def _regret_rows(
         row |= {f"loss_{name}": float(loss[i, e]) for e, name in enumerate(experts)}
         row |= {f"largest_{name}": float(largest[e]) for e, name in enumerate(experts)}
         row |= {"entropy_of_mean": float(entropy_of_mean(q)), "mutual_information": float(mutual_information(q))}
+        row |= {f"mean_{name}": float(mean) for name, mean in zip(experts, posterior_mean(q), strict=True)}
+        row |= {"total_concentration": float(q.sum()), "predictive_entropy": float(predictive[at_position])}
         rows.append(row)
     return rows
 

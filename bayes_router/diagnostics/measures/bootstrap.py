@@ -1,0 +1,55 @@
+"""A figure with its interval: the bootstrap over whole windows, whose tokens are not independent of one another."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from bayes_router.checks import require
+
+Rows = npt.NDArray[np.int64]
+DRAWS = 400
+LEVEL = 0.95
+
+
+class Estimate(NamedTuple):
+    """A figure, the ends of its interval at `LEVEL`, and from how many rows it is."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({LEVEL:.0%} {self.low:.3f} to {self.high:.3f}, n = {self.n:,})"
+
+
+def clustered(
+    statistic: Callable[[Rows], float], cluster: npt.ArrayLike, *, draws: int = DRAWS, level: float = LEVEL, seed: int = 0
+) -> Estimate:
+    """The percentile interval of a statistic when whole clusters are drawn anew, with repetition.
+
+    Args:
+        statistic: (indices of rows, a row as often as its cluster was drawn) -> figure.
+        cluster: of each row, a whole number: the window that it is of.
+        draws: of the clusters.
+        level: mass inside.
+        seed: of the draws.
+
+    Raises:
+        ValueError: fewer than two clusters, from which nothing can be said about another.
+    """
+    require(0 < level < 1, "level", "a probability between 0 and 1", level)
+    label = np.asarray(cluster)
+    order = np.argsort(label, kind="stable")
+    names, starts = np.unique(label[order], return_index=True)
+    require(len(names) >= 2, "windows", "at least two, for an interval", len(names), "read a longer text")
+    members = np.split(order, starts[1:])
+    random = np.random.default_rng(seed)
+    found = []
+    for _ in range(draws):
+        drawn = random.integers(0, len(members), len(members))
+        found.append(statistic(np.concatenate([members[i] for i in drawn])))
+    low, high = np.nanquantile(found, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(statistic(np.arange(len(label))), float(low), float(high), len(label))

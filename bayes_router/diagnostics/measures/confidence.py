@@ -1,0 +1,212 @@
+"""Is this route right? The probability that a choice is within a tolerance of the best, fitted to measured regret.
+
+The posterior's own probability that a weight is the largest is about the weight, not about the loss. This is a logistic
+regression on what a routed pass knows of a token and layer, fitted to the regret of forced routes on some text and read on
+other text. Beside it stand the posterior's own probability, that under one temperature, under one a layer, and under vector
+scaling (Guo et al. 2017, arXiv 1706.04599), and split conformal sets of experts.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy.optimize import minimize
+
+from bayes_router.checks import require
+from bayes_router.diagnostics.measures.bootstrap import Estimate, clustered
+from bayes_router.diagnostics.measures.calibration import (
+    auroc,
+    expected_calibration_error,
+    fit_temperature,
+    rank_correlation,
+    reliability,
+    tempered,
+)
+
+Array = npt.NDArray[np.float64]
+RIDGE = 1.0  # of the regression, in units of its standardised columns
+LEAST = 1e-4  # of a stated probability
+
+
+class Logistic(NamedTuple):
+    """p = sigmoid(weight . standardised columns + bias)."""
+
+    mean: Array
+    scale: Array
+    weight: Array  # the bias last
+
+    def __call__(self, columns: Array) -> Array:
+        """Columns [N, F] -> [N]."""
+        return np.asarray(1 / (1 + np.exp(-(self._standard(columns) @ self.weight))))
+
+    def _standard(self, columns: Array) -> Array:
+        return np.column_stack([(columns - self.mean) / self.scale, np.ones(len(columns))])
+
+    @classmethod
+    def fit(cls, columns: Array, right: npt.NDArray[np.bool_], ridge: float = RIDGE) -> "Logistic":
+        """Ridge regression by Newton's method; the bias is not shrunk."""
+        scale = columns.std(0)
+        model = cls(columns.mean(0), np.where(scale > 0, scale, 1.0), np.zeros(columns.shape[1] + 1))
+        x, penalty = model._standard(columns), np.append(np.full(columns.shape[1], ridge), 1e-9)
+        weight = model.weight
+        for _ in range(50):
+            p = 1 / (1 + np.exp(-(x @ weight)))
+            curvature = (x * np.maximum(p * (1 - p), 1e-6)[:, None]).T @ x + np.diag(penalty)
+            step = np.linalg.solve(curvature, x.T @ (right - p) - penalty * weight)
+            weight = weight + step * min(1.0, 5 / max(float(np.abs(step).max()), 1e-12))
+            if float(np.abs(step).max()) < 1e-8:
+                break
+        return model._replace(weight=weight)
+
+
+class Confidence:
+    """The probability that a route is within `tolerance` nats of the best.
+
+    Args:
+        frame: of `routing_regret`, from text that neither the fit nor the reading sees.
+        experts: names, in the order of the routing latent.
+        tolerance: nats.
+
+    Raises:
+        ValueError: all choices were right, or none.
+    """
+
+    def __init__(self, frame: pd.DataFrame, experts: Sequence[str], tolerance: float):
+        self.experts, self.tolerance, self.layers = list(experts), tolerance, sorted(frame["layer"].unique())
+        right = right_within(frame, tolerance)
+        both = bool(right.any() and not right.all())
+        require(both, "regret", "choices right and wrong", f"{right.mean():.0%} right", "choose another tolerance")
+        self.model = Logistic.fit(self._columns(frame), right)
+
+    def __call__(self, frame: pd.DataFrame) -> Array:
+        """Stated probabilities [N] of the rows of a frame like that of the fit, losses and regret not looked at."""
+        return self.model(self._columns(frame))
+
+    def _columns(self, frame: pd.DataFrame) -> Array:
+        """What the pass knows: how sure the posterior is, how sure the prediction, and of which layer and expert."""
+        mean = frame[[f"mean_{name}" for name in self.experts]].to_numpy().clip(LEAST, 1 - LEAST)
+        chosen = np.array([self.experts.index(name) for name in frame["choice"]])
+        stated = mean[np.arange(len(mean)), chosen]
+        entropy = frame["predictive_entropy"].to_numpy()
+        common = [
+            np.log(stated / (1 - stated)),
+            frame["entropy_of_mean"].to_numpy(),
+            np.log(frame["total_concentration"].to_numpy()),
+            entropy,
+            np.log(entropy + 0.01),
+            np.log(entropy + 0.01) ** 2,
+        ]
+        layers = [(frame["layer"].to_numpy() == layer).astype(float) for layer in self.layers]
+        taken = [layer * (chosen == e) for layer in layers for e in range(len(self.experts))]
+        own = [layer * column for layer in layers for column in (common[0], common[4])]
+        return np.column_stack([*common, *taken, *own])
+
+
+def right_within(frame: pd.DataFrame, tolerance: float) -> npt.NDArray[np.bool_]:
+    """Which choices lose at most `tolerance` nats to the best."""
+    return np.asarray(frame["regret"].to_numpy() <= tolerance)
+
+
+class Quality(NamedTuple):
+    """What stated probabilities are worth, each figure with its interval over windows."""
+
+    stated: Estimate  # mean
+    right: Estimate  # share
+    ece: Estimate
+    gain: Estimate  # 1 - Brier score / that of the base rate of the fit, which knows nothing
+    auroc: Estimate
+    rank: Estimate  # rank correlation of 1 - stated with regret
+
+
+def quality(stated: Array, frame: pd.DataFrame, tolerance: float, base_rate: float, draws: int = 400) -> Quality:
+    """Read stated probabilities [N] against the regret of a frame; `base_rate` is the share right where it was fitted."""
+    right, regret = right_within(frame, tolerance), frame["regret"].to_numpy()
+
+    def gain(rows: npt.NDArray[np.int64]) -> float:
+        brier, plain = ((p - right[rows]) ** 2 for p in (stated[rows], base_rate))
+        return float(1 - brier.mean() / plain.mean())
+
+    figures = {
+        "stated": lambda rows: float(stated[rows].mean()),
+        "right": lambda rows: float(right[rows].mean()),
+        "ece": lambda rows: expected_calibration_error(reliability(stated[rows], right[rows])),
+        "gain": gain,
+        "auroc": lambda rows: auroc(stated[rows][right[rows]], stated[rows][~right[rows]]),
+        "rank": lambda rows: rank_correlation(1 - stated[rows], regret[rows]),
+    }
+    return Quality(**{name: clustered(of, frame["sequence"].to_numpy(), draws=draws) for name, of in figures.items()})
+
+
+def split(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The first and the last half of the windows: the first is for fitting, the last for reading.
+
+    Raises:
+        ValueError: fewer than four windows.
+    """
+    names = np.sort(frame["sequence"].unique())
+    require(len(names) >= 4, "regret", "at least four sequences", len(names), "force routes in more windows")
+    first = frame["sequence"].isin(names[: len(names) // 2])
+    return frame[first].reset_index(drop=True), frame[~first].reset_index(drop=True)
+
+
+def baselines(fitted: pd.DataFrame, read: pd.DataFrame, experts: Sequence[str], tolerance: float) -> dict[str, Array]:
+    """Stated probabilities [N] of the rows of `read` by the usual means, their parameters fitted on the other frame."""
+    names = [f"largest_{name}" for name in experts]
+    p, q = fitted[names].to_numpy(), read[names].to_numpy()
+    chosen, taken = (np.array([list(experts).index(name) for name in f["choice"]]) for f in (fitted, read))
+    right, rows = right_within(fitted, tolerance), np.arange(len(read))
+    found = {"posterior": q[rows, taken]}
+    found["temperature"] = tempered(q, fit_temperature(p, chosen, right))[rows, taken]
+    by_layer = np.empty(len(read))
+    for layer in np.unique(read["layer"]):
+        here, there = (fitted["layer"] == layer).to_numpy(), (read["layer"] == layer).to_numpy()
+        temperature = fit_temperature(p[here], chosen[here], right[here])
+        by_layer[there] = tempered(q[there], temperature)[np.arange(there.sum()), taken[there]]
+    found["temperature a layer"] = by_layer
+    found["vector scaling"] = _vector_scaled(p, chosen, right, q)[rows, taken]
+    return found
+
+
+def _vector_scaled(p: Array, chosen: npt.NDArray[np.int64], right: npt.NDArray[np.bool_], q: Array) -> Array:
+    """softmax(w * log p + b), [N, E], w and b by least cross-entropy of whether the choice was right."""
+    E, rows = p.shape[1], np.arange(len(p))
+
+    def scaled(parameters: Array, of: Array) -> Array:
+        log = np.log(np.maximum(of, 1e-12)) * parameters[:E] + parameters[E:]
+        odds = np.exp(log - log.max(1, keepdims=True))
+        return np.asarray(odds / odds.sum(1, keepdims=True))
+
+    def loss(parameters: Array) -> float:
+        stated = scaled(parameters, p)[rows, chosen].clip(1e-6, 1 - 1e-6)
+        return float(-np.mean(np.where(right, np.log(stated), np.log1p(-stated))) + 1e-4 * np.square(parameters).sum())
+
+    start = np.concatenate([np.full(E, 0.2), np.zeros(E)])
+    return scaled(minimize(loss, start, method="L-BFGS-B").x, q)
+
+
+class Conformal(NamedTuple):
+    """Sets of experts that hold the best one as often as asked: split conformal prediction."""
+
+    asked: float
+    coverage: Estimate
+    size: float  # mean number of experts in a set
+
+
+def conformal_sets(fitted: pd.DataFrame, read: pd.DataFrame, experts: Sequence[str], coverage: float = 0.9) -> Conformal:
+    """Every expert whose stated probability is at least the quantile of those of the best ones in `fitted`.
+
+    Raises:
+        ValueError: a coverage that is none, or too few rows for it.
+    """
+    require(0 < coverage < 1, "coverage", "a probability between 0 and 1", coverage)
+    names, losses = ([f"{kind}_{name}" for name in experts] for kind in ("largest", "loss"))
+    needed = int(np.ceil(coverage / (1 - coverage)))
+    require(len(fitted) >= needed, "regret", f"at least {needed} rows for a coverage of {coverage:g}", len(fitted))
+    p, best = fitted[names].to_numpy(), fitted[losses].to_numpy().argmin(1)
+    score = np.sort(1 - p[np.arange(len(p)), best])
+    threshold = score[min(int(np.ceil((len(score) + 1) * coverage)), len(score)) - 1]
+    kept = 1 - read[names].to_numpy() <= threshold
+    hit = kept[np.arange(len(read)), read[losses].to_numpy().argmin(1)]
+    return Conformal(coverage, clustered(lambda rows: float(hit[rows].mean()), read["sequence"]), float(kept.sum(1).mean()))

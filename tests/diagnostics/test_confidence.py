@@ -1,0 +1,111 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from bayes_router.diagnostics.measures.bootstrap import clustered
+from bayes_router.diagnostics.measures.confidence import (
+    Confidence,
+    Logistic,
+    baselines,
+    conformal_sets,
+    quality,
+    right_within,
+    split,
+)
+
+EXPERTS = ("a", "b", "c")
+
+
+def planted(rows: int = 4000, seed: int = 0) -> pd.DataFrame:
+    """Whether a choice is right depends on the prediction's entropy and the layer; the posterior says nothing of it."""
+    random = np.random.default_rng(seed)
+    mean = random.dirichlet([2.0, 2.0, 2.0], rows)
+    choice, layer, entropy = mean.argmax(1), random.integers(0, 2, rows), random.gamma(1.0, 1.0, rows)
+    probability = 1 / (1 + np.exp(2.5 * np.log(entropy + 0.01) - layer))
+    right = random.random(rows) < probability
+    losses = np.full((rows, 3), 1.0)
+    best = np.where(right, choice, (choice + 1) % 3)
+    losses[np.arange(rows), best] -= np.where(right, 0.0, 0.1 + entropy)
+    frame = pd.DataFrame({f"loss_{name}": losses[:, e] for e, name in enumerate(EXPERTS)})
+    for e, name in enumerate(EXPERTS):
+        frame[f"mean_{name}"] = frame[f"largest_{name}"] = mean[:, e]
+    frame["choice"], frame["layer"], frame["sequence"] = np.array(EXPERTS)[choice], layer, np.arange(rows) // 20
+    frame["regret"] = losses[np.arange(rows), choice] - losses.min(1)
+    frame["entropy_of_mean"] = -(mean * np.log(mean)).sum(1)
+    frame["total_concentration"], frame["predictive_entropy"], frame["planted"] = 3.0, entropy, probability
+    return frame
+
+
+def test_a_planted_confidence_is_found_on_text_that_its_fit_never_saw():
+    fitted, read = split(planted())
+    assert not set(fitted["sequence"]) & set(read["sequence"])
+    confidence = Confidence(fitted, EXPERTS, 0.01)
+    stated = confidence(read)
+    assert float(np.abs(stated - read["planted"]).mean()) < 0.05
+    base = float(right_within(fitted, 0.01).mean())
+    found, truth = (quality(p, read, 0.01, base, draws=20) for p in (stated, read["planted"].to_numpy()))
+    assert found.ece.value < 0.05 and found.gain.low > 0.2 and found.rank.low > 0.3
+    assert found.auroc.value == pytest.approx(truth.auroc.value, abs=0.02)
+    assert found.auroc.low < found.auroc.value < found.auroc.high and found.auroc.n == len(read)
+    told = quality(baselines(fitted, read, EXPERTS, 0.01)["temperature"], read, 0.01, base, draws=20)
+    assert told.auroc.low < 0.55 < found.auroc.low  # the posterior was planted to know nothing
+
+
+def test_confidence_does_not_look_at_the_losses_it_is_read_on():
+    fitted, read = split(planted(800))
+    confidence = Confidence(fitted, EXPERTS, 0.01)
+    blind = read.assign(regret=9.0, **{f"loss_{name}": 9.0 for name in EXPERTS})
+    np.testing.assert_array_equal(confidence(blind), confidence(read))
+
+
+def test_the_base_rate_gains_nothing():
+    fitted, read = split(planted(2000))
+    base = float(right_within(fitted, 0.01).mean())
+    found = quality(np.full(len(read), base), read, 0.01, base, draws=20)
+    assert found.gain.value == 0 and found.auroc.value == 0.5 and np.isnan(found.rank.value)
+
+
+def test_logistic_regression_finds_its_weights():
+    random = np.random.default_rng(1)
+    x = random.normal(size=(20_000, 2)) * [1.0, 10.0]
+    right = random.random(len(x)) < 1 / (1 + np.exp(-(x @ [1.5, -0.1] + 0.5)))
+    model = Logistic.fit(x, right)
+    slope = model.weight[:2] / model.scale
+    assert slope == pytest.approx([1.5, -0.1], rel=0.08)
+    assert model(np.zeros((1, 2)))[0] == pytest.approx(1 / (1 + np.exp(-0.5)), abs=0.02)
+
+
+def test_conformal_sets_hold_the_best_expert_as_often_as_asked():
+    fitted, read = split(planted(6000, seed=2))
+    for coverage in (0.5, 0.9):
+        sets = conformal_sets(fitted, read, EXPERTS, coverage)
+        assert sets.coverage.value == pytest.approx(coverage, abs=0.03)
+    assert conformal_sets(fitted, read, EXPERTS, 0.5).size < sets.size <= 3
+    with pytest.raises(ValueError, match="regret: expected at least 99 rows for a coverage of 0.99"):
+        conformal_sets(fitted[:50], read, EXPERTS, 0.99)
+    with pytest.raises(ValueError, match="coverage: expected a probability"):
+        conformal_sets(fitted, read, EXPERTS, 1.0)
+
+
+def test_an_interval_over_windows_covers_and_is_wider_than_one_over_rows():
+    hits, random = 0, np.random.default_rng(3)
+    for trial in range(60):
+        windows = random.normal(0, 1, 30)
+        x = np.repeat(windows, 10) + random.normal(0, 0.1, 300)
+        found = clustered(lambda rows, x=x: float(x[rows].mean()), np.repeat(np.arange(30), 10), draws=200, seed=trial)
+        hits += found.low <= 0 <= found.high
+    assert hits >= 51  # 60 x 0.93 expected; over rows about 30
+    rows = clustered(lambda rows: float(x[rows].mean()), np.arange(300), draws=200)
+    assert rows.high - rows.low < 0.6 * (found.high - found.low)
+
+
+def test_what_cannot_be_said():
+    frame = planted(40)
+    with pytest.raises(ValueError, match="regret: expected at least four sequences"):
+        split(frame)
+    with pytest.raises(ValueError, match="regret: expected choices right and wrong; got '100% right'"):
+        Confidence(frame.assign(regret=0.0), EXPERTS, 0.01)
+    with pytest.raises(ValueError, match="windows: expected at least two"):
+        clustered(lambda rows: 0.0, [1, 1])
+    with pytest.raises(ValueError, match="level: expected a probability"):
+        clustered(lambda rows: 0.0, [1, 2], level=1.0)
