@@ -38,7 +38,7 @@ class Evaluation:
     experts: list[str]
     nll: dict[str, float]  # mean, sample, hard: nats per scored token, the route executed
     accuracy: float  # share of scored tokens that HARD predicts
-    elbo: float  # -(nll sample + KL), KL at weight 1
+    elbo: float  # nats per token, as the objective's: the nll of SAMPLE spread over all tokens, and the KL at weight 1
     gap: float  # nll hard - nll mean
     cost_ratio: dict[str, float]  # of the routes executed under HARD, by cost model: load times each expert's own ratio
     executed: dict[str, dict[str, float]]  # the same routes counted, see the class
@@ -209,7 +209,7 @@ def _finish(model: RoutedLanguageModel, sums: _Sums, context: int, costs: Sequen
         experts=list(model.config.experts),
         nll=nll,
         accuracy=sums.correct / sums.scored,
-        elbo=-(nll["sample"] + float(kl.sum())),
+        elbo=-(sums.nll["sample"] / n + float(kl.sum())),
         gap=nll["hard"] - nll["mean"],
         cost_ratio={c.value: float((load @ cost_ratios(experts, c, context).double()).mean()) for c in costs},
         executed=_executed(model, sums.taken.sum(0).cpu()),

@@ -5,12 +5,19 @@ import torch
 from torch.distributions import Categorical, Dirichlet, kl_divergence
 from torch.nn import functional as F
 
+from bayes_router.config import ModelConfig, PriorConfig
+from bayes_router.data.recall import RecallData
 from bayes_router.data.tokenisers import ByteTokeniser
 from bayes_router.data.tokens import TokenDataset
+from bayes_router.diagnostics.measures.amortisation import amortisation_gap
+from bayes_router.inference.elbo import NegativeELBO
+from bayes_router.inference.guide import RoutingGuide
+from bayes_router.inference.model import RoutingModel
 from bayes_router.inference.tilted import TiltedDirichlet
 from bayes_router.routing.policy import Budget
 from bayes_router.training.evaluate import evaluate, forced_nll
-from bayes_router.transformer.build import build_experts
+from bayes_router.transformer.build import build_experts, build_prior
+from bayes_router.transformer.model import RoutedLanguageModel
 from tests.tiny import EXPERTS, tiny_concentration, tiny_model
 
 COST = torch.tensor([1.0, 0.15, 0.3, 0.15])
@@ -151,3 +158,26 @@ def test_the_table_reads_as_the_numbers() -> None:
     table = result.table()
     assert f"HARD {result.nll['hard']:.4f}" in table and "200 tokens" in table
     assert len(result.layers()) == 3
+
+
+def test_bounds_of_texts_with_unscored_targets_are_the_objective() -> None:
+    """Recall scores few of its tokens: the nll of an ELBO is spread over all of them, as its KL is."""
+    data = RecallData()
+    config = ModelConfig(data.vocab_size, d_model=32, num_layers=2, num_heads=2)
+    torch.manual_seed(0)
+    model, prior = RoutedLanguageModel(config), build_prior(PriorConfig(), config, 2, 128)
+    read = evaluate(model, data, prior.concentration, prior_price=2 * prior.cost_ratio, context=96, batch_size=8, limit=96 * 32)
+    program = RoutingModel(model.network, prior.concentration, prior.cost_ratio, 2.0)
+    guide = RoutingGuide(program, model.controller)
+    objective, terms = NegativeELBO(program, guide), []
+    with torch.no_grad():
+        for batch in data.windows(96, 8, 96 * 32):
+            terms.append(objective(batch.tokens, batch.targets)[1])
+    elbo, nll = (torch.stack([getattr(one, name) for one in terms]).mean() for name in ("elbo", "nll"))
+    assert read.elbo == pytest.approx(float(elbo), abs=0.02)
+    assert read.nll["sample"] > 1.5 * float(nll)  # per scored token
+    batch = next(data.windows(96, 4))
+    gap = amortisation_gap(program, guide, batch.tokens, batch.targets, steps=1, draws=4)
+    with torch.no_grad():
+        mean = torch.stack([objective(batch.tokens, batch.targets)[1].elbo for _ in range(8)]).mean()
+    assert gap.bound_controller == pytest.approx(float(mean), abs=0.03)

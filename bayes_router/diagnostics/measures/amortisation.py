@@ -169,8 +169,9 @@ def _bound(
 
 
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over scored tokens, nats."""
-    return F.cross_entropy(logits.transpose(1, 2).float(), targets, ignore_index=IGNORED)
+    """Nats per token, as the KL is: of the scored ones, spread over all."""
+    total = F.cross_entropy(logits.transpose(1, 2).float(), targets, ignore_index=IGNORED, reduction="sum")
+    return total / targets.numel()
 
 
 def gap_verdict(gap: AmortisationGap, thresholds: FitThresholds | None = None) -> Verdict:
