@@ -27,7 +27,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from analysis.pretrained.contenders import (
@@ -46,6 +45,7 @@ from bayes_router.attention.cost import cost_ratios
 from bayes_router.config import PriorConfig, ScheduleConfig
 from bayes_router.data.stream import TokenStream
 from bayes_router.files import write_whole
+from bayes_router.inference.likelihood import token_nll
 from bayes_router.integrations.huggingface.model import RoutedPretrained
 from bayes_router.integrations.patching import load_patch, patch
 from bayes_router.transformer.build import build_experts
@@ -168,7 +168,7 @@ def read(router: RoutedPretrained, stream: TokenStream, route: Optional[Route], 
             return taken
 
         logits = router.network(tokens.to(device), watch)
-        total += float(F.cross_entropy(logits[0].float(), targets[0].to(device), reduction="sum"))
+        total += float(token_nll(logits, targets.to(device)).double().sum())
         count += targets.numel()
         costs.append(executed_cost(router, torch.stack(executed)[:, 0]))
     return total / count, sum(costs) / len(costs)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from analysis.routes.variants import with_controller
 from bayes_router.config import Config, config_from_dict
+from bayes_router.inference.likelihood import mean_nll
 from bayes_router.routing.posterior import categorical_entropy
 from bayes_router.routing.schedule import ScheduleState
 from bayes_router.training.fit import Objective, svi_objective
@@ -78,7 +79,7 @@ class PlainObjective(nn.Module):
             return weights[-1]
 
         logits = self.model.network(tokens, route)
-        nll = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        nll = mean_nll(logits, targets)
         loss = nll
         for w in weights:
             shares = F.one_hot(w.argmax(-1), w.shape[-1]).float().mean((0, 1))

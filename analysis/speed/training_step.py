@@ -22,11 +22,11 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from analysis.routes.sweep import commit
 from bayes_router.config import Config, with_changes
 from bayes_router.data.load import load_data
+from bayes_router.inference.likelihood import mean_nll
 from bayes_router.inference.tilted import TiltedDirichlet
 from bayes_router.presets import preset
 from bayes_router.routing.posterior import dirichlet_kl, posterior_mean
@@ -54,7 +54,7 @@ class Plain(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, LossTerms]:
         """Nats per token; no KL."""
         logits = self.model.network(tokens, lambda layer, hidden: self.route(self.model, layer, hidden))
-        nll = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        nll = mean_nll(logits, targets)
         return nll, LossTerms(nll.detach(), torch.zeros_like(nll), -nll.detach())
 
 
@@ -88,7 +88,7 @@ class ByHand(nn.Module):
             return q.rsample()
 
         logits = self.model.network(tokens, route)
-        nll = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        nll = mean_nll(logits, targets)
         q = torch.stack(concentrations)  # [L, B, T, E]
         kl = dirichlet_kl(q, self.concentration[:, None, None]) + self.log_normaliser[:, None, None]
         if self.state.price > 0:

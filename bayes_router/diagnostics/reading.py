@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from bayes_router.checks import require
 from bayes_router.config import Config
 from bayes_router.data.tokenisers import Tokeniser
 from bayes_router.data.tokens import Batch, TokenSource
+from bayes_router.inference.likelihood import token_nll
 from bayes_router.transformer.model import RoutedLanguageModel
 from bayes_router.types import IGNORED, RoutingMode
 
@@ -41,7 +41,7 @@ def read(model: RoutedLanguageModel, batches: Iterator[Batch], mode: RoutingMode
     for batch in batches:
         tokens, targets = (x.to(device) for x in batch)
         out = model(tokens, mode)
-        nll = F.cross_entropy(out.logits.transpose(1, 2).float(), targets, reduction="none", ignore_index=IGNORED)
+        nll = token_nll(out.logits, targets)
         choice = out.route if mode is RoutingMode.HARD else model.policy(out.concentration)
         yield Reading(tokens, targets, nll, out.concentration, choice)
 

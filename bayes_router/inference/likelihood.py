@@ -9,8 +9,22 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn import functional as F
 
+from bayes_router.types import IGNORED
+
 Likelihood = Callable[[Tensor], dist.TorchDistribution]
 """Output of the network [B, ...] -> a distribution of batch shape [B, T], or [B, 1] for one target a row."""
+
+
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log p(target) of every token, nats: logits [..., V], targets int64 [...] -> [...], at least float32; 0 where IGNORED."""
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    flat = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return flat.view(targets.shape)
+
+
+def mean_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Nats per scored token."""
+    return token_nll(logits, targets).sum() / (targets != IGNORED).sum()
 
 
 class NextToken(dist.TorchDistribution):
@@ -26,7 +40,7 @@ class NextToken(dist.TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Nats, [...]."""
         logits, value = self._together(value)
-        return -F.cross_entropy(logits.flatten(0, -2), value.flatten(), reduction="none").view(value.shape)
+        return -token_nll(logits, value)
 
     def _together(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and value of one shape: particles and draws share what they are compared with."""

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from bayes_router.attention.cost import Mode, cost_ratios, executed_attention
 from bayes_router.checks import require
 from bayes_router.data.tokens import Batch, TokenSource
+from bayes_router.inference.likelihood import token_nll
 from bayes_router.routing.force import Force
 from bayes_router.routing.policy import Policy
 from bayes_router.routing.posterior import categorical_entropy, expected_entropy, posterior_mean
@@ -186,9 +187,7 @@ def _read(model: RoutedLanguageModel, batch: Batch, prior: "_Prior", sums: _Sums
     scored = batch.targets != IGNORED
     for mode in RoutingMode:
         out = model(batch.tokens, mode)
-        sums.nll[mode.value] += float(
-            F.cross_entropy(out.logits.flatten(0, 1).float(), batch.targets.flatten(), reduction="sum")
-        )
+        sums.nll[mode.value] += float(token_nll(out.logits, batch.targets).double().sum())
         if mode is RoutingMode.SAMPLE:
             sums.kl = sums.kl + prior.kl(out.concentration.flatten(1, 2).double()).sum(1)
         if mode is RoutingMode.HARD:
@@ -243,6 +242,6 @@ def forced_nll(
     require(limit >= context, "limit", f"at least one window of {context} tokens", limit)
     for batch in source.windows(context, batch_size, limit):
         logits = model(batch.tokens.to(device), force=force).logits
-        total += float(F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.to(device).flatten(), reduction="sum"))
+        total += float(token_nll(logits, batch.targets.to(device)).double().sum())
         count += int((batch.targets != IGNORED).sum())
     return total / count

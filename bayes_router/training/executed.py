@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from bayes_router.checks import require
 from bayes_router.data.tokens import Batch, TokenSource
+from bayes_router.inference.likelihood import token_nll
 from bayes_router.routing.policy import Argmax, Policy
 from bayes_router.types import IGNORED, RoutingMode, RoutingOutput
 
@@ -120,8 +121,7 @@ def execute(
                 num_experts = out.concentration.shape[-1]
                 weights = out.route if out.route.is_floating_point() else F.one_hot(out.route, num_experts)  # [L, B, T, E]
                 loads.append(weights.double().mean(2))  # [L, B, E]
-                nll = F.cross_entropy(out.logits.transpose(1, 2).float(), targets, ignore_index=IGNORED, reduction="none")
-                nlls.append(nll.double().sum(1))
+                nlls.append(token_nll(out.logits, targets).double().sum(1))
                 scored.append((targets != IGNORED).sum(1).double())
                 concentrations.append(out.concentration)
                 routes.append(out.route)

@@ -9,18 +9,18 @@ import torch
 from pyro.infer import MCMC, NUTS
 from torch import Tensor
 from torch.distributions import Dirichlet
-from torch.nn import functional as F
 
 from bayes_router.checks import require
 from bayes_router.diagnostics.measures.collapse import kl_to_prior
 from bayes_router.diagnostics.measures.importance import FitThresholds
 from bayes_router.diagnostics.measures.verdict import Severity, Verdict
 from bayes_router.inference.guide import RoutingGuide
+from bayes_router.inference.likelihood import token_nll
 from bayes_router.inference.model import RoutingModel, harden
 from bayes_router.inference.sites import route_site
 from bayes_router.routing.controller import MetaController
 from bayes_router.routing.posterior import posterior, posterior_mean
-from bayes_router.types import IGNORED, Route
+from bayes_router.types import Route
 
 DRAWS = 16
 STEPS = 60
@@ -140,7 +140,7 @@ def _fit(
             return _executed(program, q[layer].rsample())
 
         kl = torch.stack([kl_to_prior(program, layer, d.concentration).mean() for layer, d in enumerate(q)]).sum()
-        loss = _nll(program.network(tokens, route), targets) + kl_weight * kl
+        loss = token_nll(program.network(tokens, route), targets).mean() + kl_weight * kl
         for parameter, gradient in zip(raw, torch.autograd.grad(loss, raw), strict=True):
             parameter.grad = gradient.nan_to_num(0.0, 0.0, 0.0)
         optimiser.step()
@@ -163,15 +163,9 @@ def _bound(
             kl.append(kl_to_prior(program, layer, c).mean())
             return _executed(program, Dirichlet(c, validate_args=False).sample())
 
-        nlls.append(_nll(program.network(tokens, route), targets).double())
+        nlls.append(token_nll(program.network(tokens, route), targets).mean().double())
         kls.append(torch.stack(kl).sum())
     return torch.stack(nlls), torch.stack(kls)
-
-
-def _nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Nats per token, as the KL is: of the scored ones, spread over all."""
-    total = F.cross_entropy(logits.transpose(1, 2).float(), targets, ignore_index=IGNORED, reduction="sum")
-    return total / targets.numel()
 
 
 def gap_verdict(gap: AmortisationGap, thresholds: FitThresholds | None = None) -> Verdict:

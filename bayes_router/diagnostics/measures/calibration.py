@@ -10,11 +10,11 @@ import pandas as pd
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
-from torch.nn import functional as F
 
 from bayes_router.checks import require
 from bayes_router.data.tokens import Batch
 from bayes_router.diagnostics.measures.verdict import Severity, Verdict
+from bayes_router.inference.likelihood import token_nll
 from bayes_router.routing.posterior import entropy_of_mean, mutual_information, posterior_mean, probability_of_largest
 from bayes_router.transformer.model import RoutedLanguageModel
 from bayes_router.types import IGNORED, RoutingMode
@@ -136,7 +136,7 @@ def _forced_losses(
     where = torch.tensor([position for _, position in pairs], device=tokens.device).repeat_interleave(E)
     logits = model(tokens.expand(forced.shape[1], -1), force=forced).logits
     at = logits[torch.arange(len(where), device=where.device), where]
-    return F.cross_entropy(at.float(), targets[where], reduction="none").view(-1, E)
+    return token_nll(at, targets[where]).view(-1, E)
 
 
 def tempered(probability: Array, temperature: float) -> Array:

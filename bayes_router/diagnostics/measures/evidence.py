@@ -8,11 +8,11 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from bayes_router.checks import require
 from bayes_router.diagnostics.measures.bootstrap import Estimate, clustered
 from bayes_router.diagnostics.measures.calibration import auroc
+from bayes_router.inference.likelihood import token_nll
 from bayes_router.routing.evidence import RunningMean, evidence_of, watching
 from bayes_router.types import RoutingMode
 
@@ -40,7 +40,7 @@ def token_scores(model: Any, tokens: Tensor, context: int) -> Scores:
         log = watch.log_evidence.mean(0)  # [B, T]
         stretch = max(1, min(PASSAGE, context))
         passages = log[:, : context // stretch * stretch].unflatten(1, (-1, stretch)).mean(-1)
-        nll = F.cross_entropy(out.logits.float().transpose(1, 2), rows[:, 1:].to(device), reduction="none")
+        nll = token_nll(out.logits, rows[:, 1:].to(device))
         totals = out.concentration.sum(-1)  # [L, B, T], or [L, B, T, R]
         totals = totals if totals.dim() == 3 else totals.mean(-1)
         values = (-log, -RunningMean(evidence.memory)(log), -passages, -totals.mean(0), nll)

@@ -10,14 +10,13 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from bayes_router.checks import get_extra, require
 from bayes_router.diagnostics.measures.verdict import Severity, Verdict
 from bayes_router.inference.guide import RoutingGuide
+from bayes_router.inference.likelihood import token_nll
 from bayes_router.inference.model import RoutingModel, harden
 from bayes_router.inference.tilted import TiltedDirichlet
-from bayes_router.types import IGNORED
 
 ROWS = 16  # draws of one sequence that go through the network together
 
@@ -105,14 +104,9 @@ def importance_weights(
                 return harden(draw) if program.straight_through else draw
 
             logits = program.network(tokens.expand(rows, -1), route)
-            likelihoods.append(-_nll(logits, targets.expand(rows, -1)).double())
+            likelihoods.append(-token_nll(logits, targets.expand(rows, -1)).double())
             ratios.append(ratio)
     return ImportanceWeights(torch.cat(likelihoods), torch.cat(ratios))
-
-
-def _nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """[B, T, V], [B, T] -> [B, T], 0 where not scored."""
-    return F.cross_entropy(logits.transpose(1, 2).float(), targets, reduction="none", ignore_index=IGNORED)
 
 
 def pareto_k(log_weight: Tensor | npt.NDArray[np.float64]) -> float:

@@ -1,0 +1,22 @@
+"""A token's nll: by hand, in every shape and dtype, nothing where nothing is scored."""
+
+import pytest
+import torch
+
+from bayes_router.inference.likelihood import NextToken, mean_nll, token_nll
+from bayes_router.types import IGNORED
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7)])
+def test_by_hand(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    logits = (3 * torch.randn(*shape, 11)).to(dtype)
+    targets = torch.randint(11, shape)
+    want = -logits.double().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    got = token_nll(logits, targets)
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(NextToken(logits).log_prob(targets), -got)
+    targets[..., ::2] = IGNORED
+    assert torch.equal(token_nll(logits, targets), got.masked_fill(targets == IGNORED, 0.0))
+    torch.testing.assert_close(mean_nll(logits, targets).double(), want[targets != IGNORED].mean(), rtol=1e-5, atol=1e-6)
