@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from bayes_router.attention.experts.contract import Kernel
 from bayes_router.attention.hard.backend import register_backend
 from bayes_router.attention.hard.problem import RoutedProblem
+from bayes_router.attention.kernels.eager.chunks import EPSILON
 from bayes_router.attention.shapes import repeat_heads
 
 
@@ -28,7 +29,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None
     return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
 
 
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, epsilon: float = 1e-6) -> Tensor:
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, epsilon: float = EPSILON) -> Tensor:
     """sum_s phi(q_t) phi(k_s) v_s / (sum_s phi(q_t) phi(k_s) + epsilon) over s <= t, phi = elu + 1; shapes as above."""
     k, v = (repeat_heads(x, q.shape[1]).double() for x in (k, v))
     phi_q, phi_k = F.elu(q.double()) + 1, F.elu(k) + 1

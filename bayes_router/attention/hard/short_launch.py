@@ -6,21 +6,15 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.nn import functional as F
 
 from bayes_router.attention.experts.contract import Kernel
 from bayes_router.attention.hard.problem import RoutedProblem
-from bayes_router.attention.kernels.triton.call import LOG2_E, empty, head_size, multiprocessors, precision, strides
+from bayes_router.attention.kernels.capability import LOG2_E, packed, padded
+from bayes_router.attention.kernels.triton.call import empty, multiprocessors, precision, strides
 from bayes_router.attention.kernels.triton.launch import launch
 from bayes_router.attention.kernels.triton.launch_linear import empty_states, prefix
 from bayes_router.attention.kernels.triton.plan import empty_plan
 from bayes_router.attention.kernels.triton.short import cut, prepare_kernel, work_kernel
-
-
-def _padded(x: Tensor, extra: int, value: float = 0.0) -> Tensor:
-    """The head size grown by `extra`, and contiguous along it."""
-    x = F.pad(x, (0, extra), value=value) if extra else x
-    return x if x.stride(3) == 1 else x.contiguous()
 
 
 def attend(problem: RoutedProblem) -> Tensor:
@@ -31,9 +25,8 @@ def attend(problem: RoutedProblem) -> Tensor:
 
 def _attend(problem: RoutedProblem) -> Tensor:
     head_dim = problem.q.shape[3]
-    extra = head_size(head_dim) - head_dim
-    q, k, v = (_padded(x, extra) for x in (problem.q, problem.k, problem.v))
-    plain_q, plain_k = (_padded(x, extra, -torch.inf) for x in (problem.plain_q, problem.plain_k))  # phi(-inf) = 0
+    q, k, v = (packed(padded(x)) for x in (problem.q, problem.k, problem.v))
+    plain_q, plain_k = (packed(padded(x, -torch.inf)) for x in (problem.plain_q, problem.plain_k))  # phi(-inf) = 0
     (B, H, T, D), (_, HK, num_keys, _), device = q.shape, k.shape, q.device
     kernels = {expert.kernel: index for index, expert in problem.computed()}
     full, linear, local = (kernels.get(kernel, -1) for kernel in (Kernel.FULL, Kernel.LINEAR, Kernel.LOCAL))

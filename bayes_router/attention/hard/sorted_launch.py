@@ -9,18 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from bayes_router.attention.experts.contract import Kernel
 from bayes_router.attention.experts.gated import GatedLinearAttention
 from bayes_router.attention.hard.problem import RoutedProblem
-from bayes_router.attention.kernels.triton.call import (
-    LOG2_E,
-    Call,
-    head_size,
-    multiprocessors,
-    tiles,
-)
+from bayes_router.attention.kernels.capability import LOG2_E, packed, padded
+from bayes_router.attention.kernels.triton.call import Call, multiprocessors, tiles
 from bayes_router.attention.kernels.triton.launch_backward import backward
 from bayes_router.attention.kernels.triton.launch_forward import forward
 from bayes_router.attention.kernels.triton.plan import make_plan, make_schedule
@@ -54,10 +48,7 @@ def native_experts(problem: RoutedProblem) -> tuple[int, int, int]:
 
 
 def _pad(x: Tensor, value: float = 0.0) -> Tensor:
-    """Head size up to what the kernels take; the last dimension contiguous."""
-    extra = head_size(x.shape[3]) - x.shape[3]
-    x = F.pad(x, (0, extra), value=value) if extra else x
-    return x if x.stride(3) == 1 else x.contiguous()
+    return packed(padded(x, value))
 
 
 def _inputs(problem: RoutedProblem, linear: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
@@ -66,15 +57,15 @@ def _inputs(problem: RoutedProblem, linear: int) -> tuple[Tensor, Tensor, Tensor
     A gated expert gives features, padded with zeros; of plain queries and keys the feature map sends -inf to 0.
     """
     q, k, v, plain_q, plain_k = problem.q, problem.k, problem.v, problem.plain_q, problem.plain_k
-    padded = _pad(q), _pad(k), _pad(v)
+    rotated = _pad(q), _pad(k), _pad(v)
     expert = problem.experts[linear] if linear >= 0 else None
     if isinstance(expert, GatedLinearAttention) and expert.kernel is Kernel.GATED:
         phi_q, phi_k, log_gate = expert.features(plain_q, plain_k)
-        return *padded, _pad(phi_q), _pad(phi_k), log_gate
-    same = padded[0].shape == q.shape
-    linear_q = padded[0] if same and plain_q is q else _pad(plain_q, -torch.inf)
-    linear_k = padded[1] if same and plain_k is k else _pad(plain_k, -torch.inf)
-    return *padded, linear_q, linear_k, None
+        return *rotated, _pad(phi_q), _pad(phi_k), log_gate
+    same = rotated[0].shape == q.shape
+    linear_q = rotated[0] if same and plain_q is q else _pad(plain_q, -torch.inf)
+    linear_k = rotated[1] if same and plain_k is k else _pad(plain_k, -torch.inf)
+    return *rotated, linear_q, linear_k, None
 
 
 def _attend_native(problem: RoutedProblem, native: tuple[int, int, int]) -> Tensor:

@@ -4,10 +4,13 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 HAS_TRITON = find_spec("triton") is not None
 """Whether the package is installed; looked up once, for it takes longer than a launch."""
 
+LOG2_E = 1.4426950408889634
+"""Kernels take powers of 2: exp(x) = 2 ^ (LOG2_E x)."""
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the kernels compute."""
 HEAD_SIZE, HEAD_SIZE_FLOAT32 = 256, 128
@@ -37,6 +40,22 @@ def available(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the kernels attend over these: as many queries as keys, and heads whose state fits into registers."""
     most = 64 if q.dtype == torch.float32 else 128
     return computes(q, k, v) and 0 < q.shape[2] == k.shape[2] and q.shape[3] <= most
+
+
+def head_size(dim: int) -> int:
+    """The head size that the kernels take: a power of two, at least 16."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def padded(x: Tensor, value: float = 0.0) -> Tensor:
+    """Of shape [B, H, T, Dh], with `value` up to the head size that the kernels take."""
+    extra = head_size(x.shape[3]) - x.shape[3]
+    return F.pad(x, (0, extra), value=value) if extra else x
+
+
+def packed(x: Tensor) -> Tensor:
+    """Of shape [B, H, T, Dh], contiguous along its last dimension."""
+    return x if x.stride(3) == 1 else x.contiguous()
 
 
 def feature_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -11,7 +11,6 @@ from bayes_router.attention.kernels.triton import forward
 from bayes_router.attention.kernels.triton.launch import launch
 from bayes_router.attention.kernels.triton.plan import Plan, Schedule
 
-LOG2_E = 1.4426950408889634
 Sizes = dict[str, int]
 
 
@@ -137,11 +136,6 @@ def precision(x: Tensor) -> str:
 def strides(*xs: Tensor) -> list[int]:
     """Of batch, head and token of each; the last dimension is contiguous."""
     return [stride for x in xs for stride in x.stride()[:3]]
-
-
-def head_size(dim: int) -> int:
-    """The head size that the kernels take: a power of two, at least 16."""
-    return max(16, 1 << (dim - 1).bit_length())
 
 
 def chunk_size(num_keys: int) -> int:

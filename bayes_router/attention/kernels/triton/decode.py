@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bayes_router.attention.kernels.triton.call import LOG2_E, head_size, precision
+from bayes_router.attention.kernels.capability import LOG2_E, head_size
+from bayes_router.attention.kernels.triton.call import precision
 from bayes_router.attention.kernels.triton.forward import EPSILON, HIDDEN, phi
 from bayes_router.attention.kernels.triton.launch import launch
 

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bayes_router.attention.kernels.triton.call import head_size, strides
+from bayes_router.attention.kernels.capability import head_size
+from bayes_router.attention.kernels.triton.call import strides
 from bayes_router.attention.kernels.triton.launch import launch
 
 

@@ -9,7 +9,9 @@ under linear attention; the backward pass reads it.
 import triton
 import triton.language as tl
 
-EPSILON = tl.constexpr(1e-6)  # of linear attention's denominator, as in `linear.EPSILON`
+from bayes_router.attention.kernels.eager import chunks
+
+EPSILON = tl.constexpr(chunks.EPSILON)
 HIDDEN = tl.constexpr(-1.0e30)  # below every score, and finite: a row without visible keys gets weight 0, not NaN
 
 

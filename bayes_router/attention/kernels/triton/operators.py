@@ -8,11 +8,8 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from bayes_router.attention.kernels.capability import feature_dtype
-
-LOG2_E = 1.4426950408889634
+from bayes_router.attention.kernels.capability import LOG2_E, feature_dtype, head_size, packed, padded
 
 
 def features(q: Tensor, k: Tensor, gate: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -24,28 +21,14 @@ def features(q: Tensor, k: Tensor, gate: Tensor, bias: Tensor, log_scale: Tensor
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor | None = None) -> Tensor:
     """[B, H, T, Dh]; with log gates [B, H, T] q and k are features, keys one a query head (formulas: `linear`)."""
     nothing = -torch.inf if log_gate is None else 0.0  # the feature map sends -inf to 0
-    out: Tensor = _linear(_pad(q, nothing), _pad(k, nothing), _pad(v), log_gate)[0]
+    out: Tensor = _linear(padded(q, nothing), padded(k, nothing), padded(v), log_gate)[0]
     return out[..., : v.shape[3]]
 
 
 def local_attention(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int = 0) -> Tensor:
     """[B, H, T, Dh]: softmax attention over the last `window` keys and the first `sinks`."""
-    out: Tensor = _local(_pad(q), _pad(k), _pad(v), window, sinks, LOG2_E / q.shape[3] ** 0.5)[0]
+    out: Tensor = _local(padded(q), padded(k), padded(v), window, sinks, LOG2_E / q.shape[3] ** 0.5)[0]
     return out[..., : q.shape[3]]
-
-
-def _head_size(x: Tensor) -> int:
-    """A power of two, at least 16."""
-    return max(16, 1 << (x.shape[3] - 1).bit_length())
-
-
-def _pad(x: Tensor, value: float = 0.0) -> Tensor:
-    extra = _head_size(x) - x.shape[3]
-    return F.pad(x, (0, extra), value=value) if extra else x
-
-
-def _unit(x: Tensor) -> Tensor:
-    return x if x.stride(3) == 1 else x.contiguous()
 
 
 def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +51,7 @@ def _linear(q: Tensor, k: Tensor, v: Tensor, log_gate: Optional[Tensor]) -> tupl
     from bayes_router.attention.kernels.triton.call import Rows, tiles
     from bayes_router.attention.kernels.triton.launch_linear import decays, linear_forward
 
-    q, k, v = _unit(q), _unit(k), _unit(v)
+    q, k, v = packed(q), packed(k), packed(v)
     out, lse = _outputs(q, v)
     with torch.cuda.device_of(q):
         decay = decays(log_gate)
@@ -92,7 +75,7 @@ def _linear_backward(
     from bayes_router.attention.kernels.triton.call import Rows, tiles
     from bayes_router.attention.kernels.triton.launch_linear import linear_backward
 
-    q, k, v, dout = _unit(q), _unit(k), _unit(v), _unit(dout)
+    q, k, v, dout = packed(q), packed(k), packed(v), packed(dout)
     dq, dv, delta = torch.empty_like(q), torch.empty_like(v), torch.empty_like(lse)
     with torch.cuda.device_of(q):
         dk, dlog_gate = linear_backward(
@@ -107,7 +90,12 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, gated: bool, out: Tensor, lse: Tensor, s: Tensor, z: Tensor, decay: Tensor, dout: Tensor
 ) -> tuple[Tensor, ...]:
     dgate = torch.empty_like(lse) if gated else lse.new_empty(0)
-    return torch.empty_like(_unit(q)), torch.empty_like(_unit(k)), torch.empty_like(_unit(v)), dgate
+    return (
+        torch.empty_like(packed(q)),
+        torch.empty_like(packed(k)),
+        torch.empty_like(packed(v)),
+        dgate,
+    )
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -134,7 +122,7 @@ def _local(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scale: floa
     """(out, log2 of the softmax normalisers)."""
     from bayes_router.attention.kernels.triton.launch_local import local_forward
 
-    q, k, v = _unit(q), _unit(k), _unit(v)
+    q, k, v = packed(q), packed(k), packed(v)
     out, lse = _outputs(q, v)
     with torch.cuda.device_of(q):
         local_forward(q, k, v, out, lse, window, sinks, scale)
@@ -153,7 +141,7 @@ def _local_backward(
     """Gradients of q, k and v."""
     from bayes_router.attention.kernels.triton.launch_local import local_backward
 
-    q, k, v, dout = _unit(q), _unit(k), _unit(v), _unit(dout)
+    q, k, v, dout = packed(q), packed(k), packed(v), packed(dout)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     with torch.cuda.device_of(q):
         local_backward(q, k, v, out, lse, dout, dq, dk, dv, window, sinks, scale)
@@ -164,7 +152,7 @@ def _local_backward(
 def _(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, window: int, sinks: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(_unit(q)), torch.empty_like(_unit(k)), torch.empty_like(_unit(v))
+    return torch.empty_like(packed(q)), torch.empty_like(packed(k)), torch.empty_like(packed(v))
 
 
 def _save_local(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -184,7 +172,7 @@ _local.register_autograd(_differentiate_local, setup_context=_save_local)
 
 
 def _feature_outputs(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    (B, H, Tq, _), Tk, D = q.shape, k.shape[2], _head_size(q)
+    (B, H, Tq, _), Tk, D = q.shape, k.shape[2], head_size(q.shape[3])
     phi_q, phi_k = (torch.empty(B, H, T, D, device=q.device, dtype=feature_dtype(q.dtype)) for T in (Tq, Tk))
     return phi_q, phi_k, torch.empty(B, H, Tk, device=q.device, dtype=torch.float32)
 
@@ -196,7 +184,7 @@ def _features(q: Tensor, k: Tensor, gate: Tensor, bias: Tensor, log_scale: Tenso
 
     found = _feature_outputs(q, k)
     with torch.cuda.device_of(q):
-        features_forward(_unit(q), _unit(k), gate.contiguous(), bias.contiguous(), log_scale.contiguous(), *found)
+        features_forward(packed(q), packed(k), gate.contiguous(), bias.contiguous(), log_scale.contiguous(), *found)
     return found
 
 
@@ -212,12 +200,12 @@ def _features_backward(
     """Gradients of q, k, gate, bias and log_scale."""
     from bayes_router.attention.kernels.triton.features import features_backward
 
-    q, k = _unit(q), _unit(k)
+    q, k = packed(q), packed(k)
     dq, dk, own = torch.empty_like(q), torch.empty_like(k), (gate, bias, log_scale)
     gate, bias, log_scale = (x.contiguous() for x in own)
     with torch.cuda.device_of(q):
         found = features_backward(
-            q, k, gate, bias, log_scale, _unit(dphi_q), _unit(dphi_k), dlog_gate.contiguous(), dq, dk
+            q, k, gate, bias, log_scale, packed(dphi_q), packed(dphi_k), dlog_gate.contiguous(), dq, dk
         )  # fmt: skip
     dgate, dbias, dscale = (g.to(x.dtype) for g, x in zip(found, own, strict=True))
     return dq, dk, dgate, dbias, dscale
@@ -228,7 +216,7 @@ def _(
     q: Tensor, k: Tensor, gate: Tensor, bias: Tensor, log_scale: Tensor, dphi_q: Tensor, dphi_k: Tensor, dlog_gate: Tensor
 ) -> tuple[Tensor, ...]:
     parameters = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (gate, bias, log_scale))
-    return torch.empty_like(_unit(q)), torch.empty_like(_unit(k)), *parameters
+    return torch.empty_like(packed(q)), torch.empty_like(packed(k)), *parameters
 
 
 def _save_features(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
