@@ -17,7 +17,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from analysis.pretrained.contenders import (
     executed_cost,
@@ -42,10 +42,12 @@ from analysis.pretrained.contenders import (
     windowed,
 )
 from bayes_router.attention.cost import cost_ratios
+from bayes_router.benchmark.rows import Rows
 from bayes_router.config import PriorConfig, ScheduleConfig
 from bayes_router.data.stream import TokenStream
 from bayes_router.files import write_whole
 from bayes_router.inference.likelihood import token_nll
+from bayes_router.integrations.huggingface.loading import load_base
 from bayes_router.integrations.huggingface.model import RoutedPretrained
 from bayes_router.integrations.patching import load_patch, patch
 from bayes_router.transformer.build import build_experts
@@ -82,10 +84,9 @@ def prepare(args: argparse.Namespace) -> None:
 @cache
 def load_model(folder: Path, device: torch.device, dtype: str = "auto") -> Any:
     """The pretrained model in evaluation mode, by default in bfloat16 on a GPU and float32 on a CPU."""
-    gguf = next(iter(folder.glob("*.gguf")), None)
+    gguf = next((file.name for file in folder.glob("*.gguf")), None)
     kind = ("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype
-    extra = {} if gguf is None else {"gguf_file": gguf.name}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, kind), **extra).to(device).eval()
+    return load_base(str(folder), gguf, device, dtype=getattr(torch, kind))
 
 
 def load_streams(path: Path, vocab_size: int) -> dict[str, TokenStream]:
@@ -181,9 +182,8 @@ def table(args: argparse.Namespace) -> None:
         model = load_model(args.model, device, args.dtype)
         streams = load_streams(args.tokens, model.config.vocab_size)
         router: RoutedPretrained = load_patch(model, args.patch)
-    frame = pd.read_csv(args.results) if args.results.exists() else pd.DataFrame()
-    rows: list[dict[Hashable, Any]] = frame.to_dict("records")
-    done = {tuple(row[key] for key in KEYS) for row in rows}
+    rows = Rows(args.results, digits=None, resume=True)
+    done = {tuple(row[key] for key in KEYS) for row in rows.rows}
     lengths = (256, 512) if args.quick else tuple(map(int, args.lengths.split(",")))
     limit = 512 if args.quick else args.limit
     tails = {  # what prices are set on: the end of a text that is not tested
@@ -201,7 +201,7 @@ def table(args: argparse.Namespace) -> None:
         begun, chosen = time.perf_counter(), windowed(router, window) if window else nullcontext()
         with chosen:
             nll, cost = read(router, streams[text], route, context, limit, device)
-            row: dict[Hashable, Any] = dict(zip(KEYS, (text, context, contender, budget), strict=True))
+            row: dict[str, Any] = dict(zip(KEYS, (text, context, contender, budget), strict=True))
             cost = share(context, window, SINKS) if window else cost
             row |= {"perplexity": math.exp(nll), "nll": nll, "cost": cost}
             if text == "novels" and args.repeats:
@@ -210,9 +210,8 @@ def table(args: argparse.Namespace) -> None:
         row |= {"dtype": str(model.dtype).removeprefix("torch.")}
         row |= {"tokens": min(limit, len(streams[text])), "window": router.settings.window, "seed": args.seed}
         row |= {"device": name, "seconds": time.perf_counter() - begun}
-        rows.append(row)
+        rows.add(row)
         print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
-        write_whole(args.results, lambda path: pd.DataFrame(rows).to_csv(path, index=False))
 
     ordered: dict[int, dict[str, list[int]]] = {}
     for context in sorted(lengths, reverse=True):  # the longest first: it is what the target names
@@ -223,7 +222,7 @@ def table(args: argparse.Namespace) -> None:
         for budget in BUDGETS:
             kept, target = layers_within(router, context, budget)  # what a static choice of layers can cost
             if late():
-                return summarise(pd.DataFrame(rows))
+                return summarise(rows.frame())
             if kept == 0:
                 print(f"budget {budget} at {context} tokens: below the window alone or within one layer of it; left out")
                 continue
@@ -247,7 +246,7 @@ def table(args: argparse.Namespace) -> None:
                 add(text, context, "one window", budget, hybrid([], full, local), width)
         for text in TESTS:
             add(text, context, "the window alone", 0.0, hybrid([], full, local))
-    summarise(pd.DataFrame(rows))
+    summarise(rows.frame())
 
 
 def both(args: argparse.Namespace) -> None:

@@ -20,14 +20,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from analysis.pretrained.contenders import executed_cost, window_keys
 from analysis.pretrained.smollm import load_model, load_streams
-from bayes_router.files import write_whole
+from bayes_router.benchmark.rows import Rows
 from bayes_router.integrations.huggingface.model import RoutedPretrained
 from bayes_router.integrations.patching import load_patch, patch
 from bayes_router.routing.policy import Policy
@@ -96,9 +95,8 @@ class Bench:
     texts: Tensor  # [batch, tokens]
     device: torch.device
     turns: int
-    path: Path
     now: Callable[[], float]
-    rows: list[dict[str, object]] = field(default_factory=list)
+    rows: Rows
 
     @property
     def name(self) -> str:
@@ -112,10 +110,9 @@ class Bench:
             ratio = statistics.median(turn[name] / turn["unpatched"] for turn in turns)
             row = {"what": what, "context": context, "batch": batch, "contender": name}
             row |= {"ms": statistics.median(turn[name] for turn in turns), "ratio": ratio, "cost": cost}
-            self.rows.append(row | {"turns": len(turns), "device": self.name})
+            self.rows.add(row | {"turns": len(turns), "device": self.name})
             numbers = f"{row['ms']:10.1f} ms  ratio {ratio:.3f}  cost {cost:.3f}"
             print(f"{what:8}{context:6}{batch:4}  {name:14}{numbers}", flush=True)
-        write_whole(self.path, lambda path: pd.DataFrame(self.rows).to_csv(path, index=False, float_format="%.4g"))
 
     def turn(self, tokens: Tensor, caches: dict[str, Any]) -> dict[str, float]:
         """Milliseconds of each contender, behind its cache if there is one."""
@@ -233,13 +230,14 @@ def main() -> None:
         parser.error(f"--lengths: {most} texts of {max(args.lengths)} tokens are needed; TOKENS has {len(text)} tokens")
     path = args.results or RESULTS / f"patch_speed_{args.device.type}.csv"
     now = time.thread_time if args.cpu_time else time.perf_counter
-    bench = Bench(contenders, texts, args.device, args.turns, path, now)
+    bench = Bench(contenders, texts, args.device, args.turns, now, Rows(path))
     for what, measure in groups(args, bench):
         try:
             measure()
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
             print(f"{what}: skipped, out of memory", flush=True)
+    bench.rows.finish()
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from typing import Any
 import pandas as pd
 import torch
 
+from bayes_router.benchmark.rows import Rows
 from bayes_router.config import Config, config_from_dict
 from bayes_router.data.recall import RecallBatch, RecallData
-from bayes_router.files import write_whole
 from bayes_router.training.fit import fit
 from bayes_router.transformer.model import RoutedLanguageModel
 
@@ -85,12 +85,9 @@ def main() -> None:
         model, summary = fit(recall_config(args.steps, args.seed, args.device), Path(folder) / "run")
     row = {"steps": args.steps, "seed": args.seed, **rates(model), "cost_paper": summary["cost_ratio"]["paper"]}
     row |= {"nll_hard": summary["nll"]["hard"], "seconds": summary["seconds"], "device": summary["device"]}
-    previous = pd.read_csv(args.out) if args.out.exists() else pd.DataFrame()
-    if len(previous):
-        previous = previous[(previous["seed"] != args.seed) | (previous["steps"] != args.steps)]
-    frame = pd.concat([previous, pd.DataFrame([row])], ignore_index=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(args.out, lambda p: frame.to_csv(p, index=False))
+    rows = Rows(args.out, digits=None, resume=True)
+    rows.rows = [one for one in rows.rows if (one["seed"], one["steps"]) != (args.seed, args.steps)]
+    rows.add(row)
     print(pd.Series(row).to_string())
 
 

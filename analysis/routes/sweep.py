@@ -24,13 +24,16 @@ import pandas as pd
 import torch
 
 from analysis.routes.contenders import Contender
+from bayes_router.benchmark.rows import Rows
 from bayes_router.config import Config, config_from_dict
-from bayes_router.files import write_whole
 from bayes_router.presets import preset
 from bayes_router.training.evaluate import evaluate
 from bayes_router.training.fit import Trainer, count_parameters, load_data, pick_device
 
 ROOT = Path(__file__).parents[2]
+
+
+WORDS = ("settings", "commit")  # columns of hashes
 
 
 def run_one(job: dict[str, Any]) -> dict[str, Any]:
@@ -98,11 +101,6 @@ def commit() -> str:
     return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
-def read_rows(results: Path) -> pd.DataFrame:
-    """The rows of a study; a hash made of digits alone stays a word."""
-    return pd.read_csv(results, dtype={"settings": str, "commit": str})
-
-
 def identity(row: dict[str, Any]) -> tuple[Any, ...]:
     """What makes a row the same run."""
     return row["contender"], row["corpus"], row["context"], row["seed"], row.get("settings")
@@ -132,8 +130,8 @@ def _take_device(counter: Any, devices: int) -> None:
 
 def sweep(plan: list[dict[str, Any]], results: Path, jobs: int) -> pd.DataFrame:
     """Run what is missing, `jobs` at a time; results are written after every run."""
-    rows = read_rows(results).to_dict("records") if results.exists() else []
-    done = {identity(row) for row in rows}
+    rows = Rows(results, digits=None, resume=True, words=WORDS)
+    done = {identity(row) for row in rows.rows}
     missing = [job for job in plan if planned(job) not in done]
     context = get_context("spawn")
     share = (context.Value("i", 0), torch.cuda.device_count())
@@ -146,10 +144,8 @@ def sweep(plan: list[dict[str, Any]], results: Path, jobs: int) -> pd.DataFrame:
                 print(f"{futures[future]}: {type(error).__name__}: {error}", flush=True)
                 continue
             print(f"{row['contender']}, seed {row['seed']}: {row['nll_hard']:.4f} at {row['cost_paper']:.3f}", flush=True)
-            rows.append(row)
-            frame = pd.DataFrame(rows)
-            write_whole(results, lambda p: frame.to_csv(p, index=False))  # noqa: B023
-    return pd.DataFrame(rows)
+            rows.add(row)
+    return rows.frame()
 
 
 def main() -> None:

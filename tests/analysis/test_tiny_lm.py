@@ -6,11 +6,12 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.routes.sweep import identity, planned, read_rows, run_one, settings, sweep
+from analysis.routes.sweep import WORDS, identity, planned, run_one, settings, sweep
 from analysis.routes.tiny_lm import HEADLINE, LONG, RECIPE, SHORT, markdown, plan, summarise
 from analysis.routes.variants import ChainedController, ConvolvedController, SegmentController, with_controller
 from bayes_router.attention.experts.contract import expert_class
 from bayes_router.attention.shapes import ExpertShape
+from bayes_router.benchmark.rows import Rows
 from bayes_router.config import ModelConfig
 
 COLUMNS = {
@@ -124,7 +125,7 @@ def test_a_finished_row_is_not_run_again(corpus: str, tmp_path: Path, monkeypatc
 def test_a_hash_of_digits_alone_is_read_as_it_was_written(tmp_path: Path) -> None:
     written = pd.DataFrame({"settings": ["0123456789"], "commit": ["7038747"], "nll_hard": [1.5]})
     written.to_csv(tmp_path / "r.csv", index=False)
-    pd.testing.assert_frame_equal(read_rows(tmp_path / "r.csv"), written)
+    pd.testing.assert_frame_equal(Rows(tmp_path / "r.csv", resume=True, words=WORDS).frame(), written)
 
 
 def test_the_table_counts_seeds_and_their_error() -> None:

@@ -63,7 +63,7 @@ def _attend(problem: RoutedProblem) -> Tensor:
     if problem.needs_grad and any(x.requires_grad for x in (problem.q, problem.k, problem.v, problem.plain_q, problem.plain_k)):
         plain_q = None if problem.plain_q is problem.q else problem.plain_q
         plain_k = None if problem.plain_k is problem.k else problem.plain_k
-        out: Tensor = _Rows.apply(problem, problem.q, problem.k, problem.v, plain_q, plain_k)
+        out: Tensor = _Gathered.apply(problem, problem.q, problem.k, problem.v, plain_q, plain_k)
     else:
         out = _forward(problem, None)
     for index, expert in problem.computed():
@@ -128,7 +128,7 @@ def _forward(problem: RoutedProblem, kept: list[list[Kept]] | None) -> Tensor:
     return out.transpose(1, 2)
 
 
-class _Rows(torch.autograd.Function):
+class _Gathered(torch.autograd.Function):
     """`_forward` with its backward pass; plain_q and plain_k are None where they are q and k."""
 
     @staticmethod

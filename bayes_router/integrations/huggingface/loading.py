@@ -42,10 +42,15 @@ class PretrainedTokeniser:
         return f" {text.lstrip(' ')}" if first and str(first[0]).startswith("\u2581") and not text.startswith(" ") else text
 
 
-def load_base(base: str, gguf_file: str | None, device: torch.device, kind: str = "") -> Any:
-    """The language model in a folder or of a name, in evaluation mode: its own dtype on a GPU, float32 on a CPU.
+def load_base(base: str, gguf_file: str | None, device: torch.device, kind: str = "", dtype: torch.dtype | None = None) -> Any:
+    """The language model in a folder or of a name, in evaluation mode.
 
-    `kind` is the class that the patch was made for: with a masked head, or with a causal one.
+    Args:
+        base: folder or name.
+        gguf_file: its GGUF file, where the weights are one.
+        device: where it is put.
+        kind: the class that the patch was made for: with a masked head, or with a causal one.
+        dtype: of the weights; default their own on a GPU, float32 on a CPU.
 
     Raises:
         ValueError: transformers is not installed, or there is no such model.
@@ -54,10 +59,10 @@ def load_base(base: str, gguf_file: str | None, device: torch.device, kind: str 
         from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
     except ImportError as error:
         raise ValueError(f"base: expected the package transformers; got none; {get_extra('hf')}") from error
-    dtype = "auto" if device.type == "cuda" else torch.float32
+    taken = dtype or ("auto" if device.type == "cuda" else torch.float32)
     try:
         auto = AutoModelForMaskedLM if kind.endswith("ForMaskedLM") else AutoModelForCausalLM
-        model: Any = auto.from_pretrained(base, dtype=dtype, **_gguf(base, gguf_file))
+        model: Any = auto.from_pretrained(base, dtype=taken, **_gguf(base, gguf_file))
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(

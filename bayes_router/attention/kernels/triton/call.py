@@ -64,7 +64,7 @@ def tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
     )
 
 
-class Rows(NamedTuple):
+class Queries(NamedTuple):
     """The queries that a kernel takes: those of its kind in a plan, or every one (`sorted` False: the tables are not read)."""
 
     order: Tensor
@@ -94,9 +94,9 @@ class Call:
     programs: int
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> Queries:
         """The plan as kernels take it."""
-        return Rows(self.plan.order, self.plan.before)
+        return Queries(self.plan.order, self.plan.before)
 
 
 def combine(call: Call, partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor, block: int, add: bool) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bayes_router.attention.kernels.triton import linear as kernels
 from bayes_router.attention.kernels.triton import linear_backward as backward_kernels
-from bayes_router.attention.kernels.triton.call import Rows, Tiles, chunk_size, precision, strides
+from bayes_router.attention.kernels.triton.call import Queries, Tiles, chunk_size, precision, strides
 from bayes_router.attention.kernels.triton.launch import launch
 
 CHUNKS = 16  # states that a step of the prefix takes
@@ -29,7 +29,7 @@ def empty_states(k: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
 
 
 def linear_forward(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, out: Tensor, lse: Tensor, rows: Rows, tiles: Tiles,
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, out: Tensor, lse: Tensor, rows: Queries, tiles: Tiles,
     starts: Tensor | None = None, start: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Writes the rows of out and their denominators to lse; returns the state before each chunk of keys."""
@@ -56,7 +56,7 @@ def linear_forward(
 
 def linear_backward(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, out: Tensor, dout: Tensor, lse: Tensor, delta: Tensor,
-    state: list[Tensor], dq: Tensor, dv: Tensor, add: bool, rows: Rows, tiles: Tiles,
+    state: list[Tensor], dq: Tensor, dv: Tensor, add: bool, rows: Queries, tiles: Tiles,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Gradients of k and of the log gates; writes its rows of dq and, onto what dv holds if `add`, dv. As many q as k."""
     (B, H, T, _), HK, count, chunk = q.shape, k.shape[1], state[0].shape[2], chunk_size(k.shape[2])

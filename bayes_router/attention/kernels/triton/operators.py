@@ -48,14 +48,14 @@ def _states(k: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("bayes_router::linear_attention", mutates_args=())
 def _linear(q: Tensor, k: Tensor, v: Tensor, log_gate: Optional[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(out, denominators, S, z, sums of the log gates)."""
-    from bayes_router.attention.kernels.triton.call import Rows, tiles
+    from bayes_router.attention.kernels.triton.call import Queries, tiles
     from bayes_router.attention.kernels.triton.launch_linear import decays, linear_forward
 
     q, k, v = packed(q), packed(k), packed(v)
     out, lse = _outputs(q, v)
     with torch.cuda.device_of(q):
         decay = decays(log_gate)
-        rows = Rows(lse, lse, sorted=False)
+        rows = Queries(lse, lse, sorted=False)
         s, z = linear_forward(q, k, v, decay, out, lse, rows, tiles(q.shape[3], q.dtype))
     return out, lse, s, z, lse.new_empty(0, dtype=torch.float64) if decay is None else decay
 
@@ -72,14 +72,14 @@ def _linear_backward(
     q: Tensor, k: Tensor, v: Tensor, gated: bool, out: Tensor, lse: Tensor, s: Tensor, z: Tensor, decay: Tensor, dout: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the log gates (empty if not gated)."""
-    from bayes_router.attention.kernels.triton.call import Rows, tiles
+    from bayes_router.attention.kernels.triton.call import Queries, tiles
     from bayes_router.attention.kernels.triton.launch_linear import linear_backward
 
     q, k, v, dout = packed(q), packed(k), packed(v), packed(dout)
     dq, dv, delta = torch.empty_like(q), torch.empty_like(v), torch.empty_like(lse)
     with torch.cuda.device_of(q):
         dk, dlog_gate = linear_backward(
-            q, k, v, decay if gated else None, out, dout, lse, delta, [s, z], dq, dv, False, Rows(lse, lse, sorted=False),
+            q, k, v, decay if gated else None, out, dout, lse, delta, [s, z], dq, dv, False, Queries(lse, lse, sorted=False),
             tiles(q.shape[3], q.dtype),
         )  # fmt: skip
     return dq, dk, dv, lse.new_empty(0) if dlog_gate is None else dlog_gate
