@@ -17,6 +17,7 @@ from bayes_router.integrations.patch.saving import load_weights, read_fit, read_
 from bayes_router.integrations.patch.settings import PatchSettings
 from bayes_router.routing.policy import Policy
 from bayes_router.training.evidence import load_evidence
+from bayes_router.training.risk import load_risk
 
 
 @torch.inference_mode(False)  # what is made here may be trained later
@@ -100,12 +101,13 @@ def load_patch(model: nn.Module, folder: Path | str) -> Any:
         load_weights(router, folder)
         router.fitted, held_out = read_fit(folder, router.config.vocab_size)
         evidence = load_evidence(Path(folder), len(router.layers), router.found[0].width)
+        risk = load_risk(Path(folder))
     except ValueError:
         if known is None:
             router.unpatch()
         raise
     router.policy, router.held_out = policy, held_out or router.held_out
-    router.controller.evidence = evidence
+    router.controller.evidence, router.controller.risk = evidence, risk
     return router
 
 

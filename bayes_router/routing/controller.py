@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from bayes_router.routing.evidence import Evidence
 from bayes_router.routing.posterior import posterior
+from bayes_router.routing.risk import Risk
 
 
 class LayerController(nn.Module):
@@ -35,6 +36,7 @@ class MetaController(nn.Module):
 
     Attributes:
         evidence: the density of what it read in its fit, where the fit kept one; no part of the state dict.
+        risk: the estimate of what routing loses, where one was fitted; idem.
     """
 
     def __init__(self, d_model: int, num_layers: int, num_experts: int, hidden: int = 64, floor: float = 0.01):
@@ -42,6 +44,7 @@ class MetaController(nn.Module):
         self.layers = nn.ModuleList(LayerController(d_model, num_experts, hidden) for _ in range(num_layers))
         self.floor = floor
         self.evidence: Evidence | None = None
+        self.risk: Risk | None = None
 
     def posterior(self, layer: int, hidden: Tensor) -> Dirichlet:
         """The posterior of a layer's routes, batch shape [B, T], for hidden [B, T, D]; float32 whatever autocast says."""

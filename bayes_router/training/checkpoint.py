@@ -27,6 +27,7 @@ from bayes_router.config import Config, config_from_toml, load_config
 from bayes_router.files import CONFIG, STATE, WEIGHTS, first_line, require_file, write_text, write_whole
 from bayes_router.training.evidence import load_evidence
 from bayes_router.training.faults import sole_user
+from bayes_router.training.risk import load_risk
 from bayes_router.transformer.model import RoutedLanguageModel
 
 DIGEST_BYTES = 32
@@ -242,6 +243,7 @@ def load_run(run: Path | str, device: str = "cpu") -> tuple[Config, RoutedLangua
         model = RoutedLanguageModel.from_config(config)
         model.load_state_dict(weights)
     model.controller.evidence = load_evidence(run, config.model.num_layers, config.model.d_model)
+    model.controller.risk = load_risk(run)
     return config, model.to(device).eval()
 
 

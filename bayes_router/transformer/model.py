@@ -1,10 +1,11 @@
 """The Transformer whose layers ask where each token goes. Plain PyTorch: it knows neither Pyro nor the prior."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from bayes_router.attention.decoding.cache import RoutedCache
 from bayes_router.attention.experts.contract import Expert
@@ -150,6 +151,10 @@ class RoutedLanguageModel(nn.Module):
             config.d_model, config.num_layers, len(config.experts), config.controller_hidden, config.concentration_floor
         )
         self.policy: Policy = policy or Argmax()
+
+    def show_last(self, see: Callable[[Tensor], object]) -> RemovableHandle:
+        """Show `see` what the head reads, [B, T, D], in every pass until the handle is removed."""
+        return self.network.norm.register_forward_hook(lambda module, inputs, output: (see(output), None)[1])
 
     @classmethod
     def from_config(cls, config: Config) -> "RoutedLanguageModel":

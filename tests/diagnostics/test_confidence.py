@@ -33,6 +33,7 @@ def planted(rows: int = 4000, seed: int = 0) -> pd.DataFrame:
     frame["regret"] = losses[np.arange(rows), choice] - losses.min(1)
     frame["entropy_of_mean"] = -(mean * np.log(mean)).sum(1)
     frame["total_concentration"], frame["predictive_entropy"], frame["planted"] = 3.0, entropy, probability
+    frame["position"] = random.integers(0, 100, rows)
     return frame
 
 
@@ -69,7 +70,7 @@ def test_logistic_regression_finds_its_weights():
     random = np.random.default_rng(1)
     x = random.normal(size=(20_000, 2)) * [1.0, 10.0]
     right = random.random(len(x)) < 1 / (1 + np.exp(-(x @ [1.5, -0.1] + 0.5)))
-    model = Logistic.fit(x, right)
+    model = Logistic.fit(x, right, ridge=1.0)
     slope = model.weight[:2] / model.scale
     assert slope == pytest.approx([1.5, -0.1], rel=0.08)
     assert model(np.zeros((1, 2)))[0] == pytest.approx(1 / (1 + np.exp(-0.5)), abs=0.02)

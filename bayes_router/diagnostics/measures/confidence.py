@@ -26,7 +26,7 @@ from bayes_router.diagnostics.measures.calibration import (
 )
 
 Array = npt.NDArray[np.float64]
-RIDGE = 1.0  # of the regression, in units of its standardised columns
+RIDGE = 10.0  # of the regression, in units of its standardised columns
 LEAST = 1e-4  # of a stated probability
 
 
@@ -85,11 +85,11 @@ class Confidence:
         return self.model(self._columns(frame))
 
     def _columns(self, frame: pd.DataFrame) -> Array:
-        """What the pass knows: how sure the posterior is, how sure the prediction, and of which layer and expert."""
+        """What the pass knows: how sure the posterior is, how sure the prediction, where, of which layer and expert."""
         mean = frame[[f"mean_{name}" for name in self.experts]].to_numpy().clip(LEAST, 1 - LEAST)
         chosen = np.array([self.experts.index(name) for name in frame["choice"]])
         stated = mean[np.arange(len(mean)), chosen]
-        entropy = frame["predictive_entropy"].to_numpy()
+        entropy, position = frame["predictive_entropy"].to_numpy(), frame["position"].to_numpy()
         common = [
             np.log(stated / (1 - stated)),
             frame["entropy_of_mean"].to_numpy(),
@@ -97,6 +97,8 @@ class Confidence:
             entropy,
             np.log(entropy + 0.01),
             np.log(entropy + 0.01) ** 2,
+            np.log1p(position),
+            np.log1p(position) * np.log(entropy + 0.01),
         ]
         layers = [(frame["layer"].to_numpy() == layer).astype(float) for layer in self.layers]
         taken = [layer * (chosen == e) for layer in layers for e in range(len(self.experts))]

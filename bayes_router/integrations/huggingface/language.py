@@ -1,12 +1,13 @@
 """The routed language model, as fitting, evaluation and diagnostics see it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from bayes_router.checks import choose, require
@@ -84,6 +85,14 @@ class RoutedLanguage(RoutedModel):
         )
         logits: Tensor = self.model(input_ids=tokens, **inputs).logits
         return logits
+
+    def show_last(self, see: Callable[[Tensor], object]) -> RemovableHandle:
+        """Show `see` what the head reads, [B, T, D], in every pass until the handle is removed; raises as `logits`."""
+        model = self.model
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        require(head is not None, "model", "one with a language-modelling head", type(model).__name__)
+        assert head is not None
+        return head.register_forward_pre_hook(lambda module, inputs: (see(inputs[0]), None)[1])
 
     @property
     def predicts(self) -> bool:

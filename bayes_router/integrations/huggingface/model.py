@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from bayes_router.config import ScheduleConfig
 from bayes_router.data.mixture import source_of
@@ -13,8 +14,11 @@ from bayes_router.integrations.huggingface import fitting
 from bayes_router.integrations.huggingface.language import RoutedLanguage, Unforced
 from bayes_router.routing.evidence import Evidence
 from bayes_router.routing.policy import at_price
+from bayes_router.routing.risk import Risk
 from bayes_router.training.dial import TOLERANCE, Dial
 from bayes_router.training.evidence import FIT_TOKENS, fit_evidence
+from bayes_router.training.risk import FIT_TOKENS as RISK_TOKENS
+from bayes_router.training.risk import fit_risk, read_risk
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,6 +90,35 @@ class RoutedPretrained(RoutedLanguage):
         context = min(context, len(stream) - 1)
         batches = stream.windows(context, batch_size, max(tokens, context))
         return fit_evidence(self, batches, torch.tensor(self.prior.total_concentration))
+
+    def fit_risk(
+        self, texts: Any, *, tokenizer: Any = None, context: int = 512, batch_size: int = 1, tokens: int = RISK_TOKENS
+    ) -> Risk:
+        """Keep an estimate of what routing loses, under the policy of now, from routed and unrouted passes over `texts`.
+
+        Args:
+            texts: a text, several, or token ids int64 [N].
+            tokenizer: the model's, where texts are text.
+            context: tokens of a window, as the text will be read.
+            batch_size: windows at a time.
+            tokens: read at most, twice.
+
+        Raises:
+            ValueError: hardly any text, or every token is on full attention.
+        """
+        self.require_patched()
+        stream = stream_of(texts, tokenizer, self.config.vocab_size, self.causal)
+        context = min(context, len(stream) - 1)
+        return fit_risk(self, stream.windows(context, batch_size, max(tokens, context)), self.unrouted, tokens=tokens)
+
+    def risk(self, tokens: Tensor) -> Tensor:
+        """Estimated KL(unrouted || routed) of each of tokens int64 [B, T], nats, [B, T], from one routed pass.
+
+        Raises:
+            ValueError: no estimate was fitted: `fit_risk`.
+        """
+        self.require_patched()
+        return read_risk(self, tokens)
 
     def program(self, schedule: ScheduleConfig | None = None) -> tuple[RoutingModel, RoutingGuide]:
         """The Pyro model and guide of this patch under the prior at the end of a fit: for SVI of one's own, `Predictive`.

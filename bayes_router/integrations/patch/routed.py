@@ -384,7 +384,7 @@ class RoutedModel(nn.Module):
         """
         record = PatchRecord(
             self.model, type(self).__name__, self.state_dict(), self.settings, self.policy, self.fitted, self.made_for,
-            self.held_out if held_out else None, self.controller.evidence,
+            self.held_out if held_out else None, self.controller.evidence, self.controller.risk,
         )  # fmt: skip
         save_patch(record, folder)
 

@@ -23,7 +23,9 @@ from bayes_router.integrations.patch.identity import Identity, identity
 from bayes_router.integrations.patch.settings import FitRecord, PatchSettings
 from bayes_router.routing.evidence import Evidence
 from bayes_router.routing.policy import Policy, policy_from_dict, policy_to_dict
+from bayes_router.routing.risk import Risk
 from bayes_router.training.evidence import save_evidence
+from bayes_router.training.risk import save_risk
 
 WEIGHTS, SETTINGS, BASE, HELD_OUT = "router.safetensors", "router.json", "base.safetensors", "held_out.safetensors"
 FORMAT = 1
@@ -42,6 +44,7 @@ class PatchRecord(NamedTuple):
     made_for: Identity | None  # of the model as it was patched; None once the fit moved its weights
     held_out: TokenStream | None
     evidence: Evidence | None = None
+    risk: Risk | None = None
 
 
 def save_patch(record: PatchRecord, folder: Path | str) -> None:
@@ -79,6 +82,7 @@ def save_patch(record: PatchRecord, folder: Path | str) -> None:
         },
     )
     save_evidence(folder, record.evidence)
+    save_risk(folder, record.risk)
     text = record.held_out
     if text is not None:
         kept = {"tokens": text.tokens[:HELD_OUT_TOKENS].contiguous()}
