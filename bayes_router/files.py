@@ -3,11 +3,20 @@
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+
+try:
+    import fcntl
+except ImportError:  # Windows has none: there, nobody finds out that another holds a folder
+    fcntl = None  # type: ignore[assignment]
+
+CAN_HOLD = fcntl is not None
+"""Whether `held` tells who holds a folder."""
 
 CONFIG, METRICS, SUMMARY, WEIGHTS, STATE = "config.toml", "metrics.csv", "summary.json", "model.safetensors", "state.pt"
 
@@ -81,6 +90,29 @@ def check_file_for(path: Path, name: str = "out") -> None:
     if not path.parent.is_dir():
         raise ValueError(f"{name}: expected a file in an existing folder; {path.parent} is none; make it first")
     check_folder_for(path.parent, name)
+
+
+@contextmanager
+def held(folder: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold a folder among processes and threads; whether this one got it. A process that is killed lets go by itself.
+
+    Args:
+        folder: what is held.
+        wait: for as long as another holds it, instead of giving up.
+    """
+    if fcntl is None:
+        yield True
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            mine = True
+        except BlockingIOError:
+            mine = False
+        yield mine
+    finally:
+        os.close(descriptor)
 
 
 def first_line(error: BaseException) -> str:

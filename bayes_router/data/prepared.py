@@ -8,10 +8,11 @@ corpus into memory gives (under `gpt2`, ids may differ where a block of 4 MiB en
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,13 @@ from bayes_router.data.text import (
 )
 from bayes_router.data.tokenisers import Tokeniser, load_tokeniser, token_dtype
 from bayes_router.data.tokens import Batch, TextData, TokenDataset
+from bayes_router.files import CAN_HOLD, held
 
 BLOCK = 1 << 22
 """Bytes that are tokenised at a time."""
 TABLE = "prepared.json"
+HALF_WRITTEN = re.compile(r"\.[0-9a-f]{16}\..+")
+"""Names of folders that are not whole."""
 HUB_FOLDER = Path("~/.cache/bayes-router")
 
 
@@ -195,12 +199,18 @@ def _write(folder: Path, texts: Texts, name: str, tokeniser: Tokeniser) -> None:
 def _new_folder(home: Path) -> Iterator[Path]:
     """A folder that gets the name `home` once its content is whole; another process that was faster wins.
 
+    What a process that was killed left half-written is removed first: each folder is held for as long as it is written.
+
     Raises:
         ValueError: it cannot be written.
     """
+    held_until_the_end = ExitStack()
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f".{home.name}.", dir=home.parent))
+        with held(home.parent, wait=True):  # nobody takes a folder that is made, and not yet held, for one that was left
+            _remove_left(home.parent)
+            made = Path(tempfile.mkdtemp(prefix=f".{home.name}.", dir=home.parent))
+            held_until_the_end.enter_context(held(made))
     except OSError as error:
         raise ValueError(f"data.prepared: expected a folder that can be written; got {home.parent}: {error}") from error
     try:
@@ -212,3 +222,12 @@ def _new_folder(home: Path) -> Iterator[Path]:
         raise ValueError(f"data.prepared: expected room for the prepared corpus; got {home.parent}: {error}") from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
+        held_until_the_end.close()
+
+
+def _remove_left(root: Path) -> None:
+    for folder in root.iterdir() if CAN_HOLD else ():
+        if HALF_WRITTEN.fullmatch(folder.name):
+            with held(folder) as mine:
+                if mine:
+                    shutil.rmtree(folder, ignore_errors=True)

@@ -1,6 +1,5 @@
 """What can go wrong while training, and what is left then: steps that are not finite, signals, a folder in use."""
 
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -12,13 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bayes_router.files import held
 from bayes_router.routing.posterior import posterior_mean
 from bayes_router.transformer.model import RoutedLanguageModel
-
-try:
-    import fcntl
-except ImportError:  # Windows has none: there, two fits in one folder are not found out
-    fcntl = None  # type: ignore[assignment]
 
 
 class TrainingDiverged(RuntimeError):
@@ -141,15 +136,7 @@ def sole_user(run: Path) -> Iterator[None]:
     Raises:
         ValueError: another fit holds it.
     """
-    if fcntl is None:
+    with held(run) as mine:
+        if not mine:
+            raise ValueError(f"out: expected a run folder that no other fit writes; {run} is in use; choose another")
         yield
-        return
-    descriptor = os.open(run, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"out: expected a run folder that no other fit writes; {run} is in use; choose another") from None
-        yield
-    finally:
-        os.close(descriptor)

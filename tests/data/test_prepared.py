@@ -1,7 +1,10 @@
 """Prepared corpora: the tokens that memory would hold, written once, mapped after, refused when damaged; and data sets."""
 
 import json
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -13,6 +16,7 @@ from bayes_router.data import prepared as prepared_module
 from bayes_router.data.load import text_data
 from bayes_router.data.prepared import BLOCK, MappedTokens, _blocks, prepared_data
 from bayes_router.data.tokenisers import ByteTokeniser
+from bayes_router.files import CAN_HOLD
 from bayes_router.training.fit import Trainer, fit, load_data
 from tests.tiny import fit_config
 
@@ -69,6 +73,43 @@ def test_it_is_written_once(corpus: str, tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(TypeError):  # another share is another corpus
         prepared_data(f"text:{corpus}", "bytes", 0.2, 0, str(tmp_path))
     assert list(tmp_path.iterdir()) == [home]  # and what failed has left nothing
+
+
+@pytest.mark.skipif(not CAN_HOLD, reason="without locks nobody knows who still writes")
+def test_what_a_killed_process_left_is_removed_and_what_is_being_written_is_not(
+    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stuck(folder: Path, *_: object) -> None:
+        (folder / "train.bin").write_bytes(b"half")
+        time.sleep(60)
+
+    def child(fraction: float) -> tuple[int, Path]:
+        """A process that is in the middle of writing, and its folder."""
+        before = set(tmp_path.iterdir())
+        pid = os.fork()
+        if pid == 0:
+            monkeypatch.setattr(prepared_module, "_write", stuck)
+            prepared_data(f"text:{corpus}", "bytes", fraction, 0, str(tmp_path))
+            os._exit(0)
+        for _ in range(2000):
+            new = [path for path in tmp_path.iterdir() if path not in before and (path / "train.bin").exists()]
+            if new:
+                return pid, new[0]
+            time.sleep(0.01)
+        raise AssertionError("nothing was written")
+
+    (killed, left), (alive, held) = child(0.1), child(0.2)
+    try:
+        os.kill(killed, signal.SIGKILL)
+        os.waitpid(killed, 0)
+        assert left.is_dir()
+        prepared_data(f"text:{corpus}", "bytes", 0.3, 0, str(tmp_path))
+        assert not left.exists() and held.is_dir()
+    finally:
+        os.kill(alive, signal.SIGKILL)
+        os.waitpid(alive, 0)
+    prepared_data(f"text:{corpus}", "bytes", 0.2, 0, str(tmp_path))
+    assert not list(tmp_path.glob(".*")) and len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_changed_file_is_prepared_again(tmp_path: Path) -> None:
