@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 from itertools import groupby
+from string import ascii_lowercase
 
 import torch
 from jsonargparse import Namespace
@@ -38,7 +39,7 @@ def run(options: Namespace) -> None:
 
 
 def render(fitted: FittedRun, shown: ShownText, layer: int, threshold: float, colour: bool) -> str:
-    """The text with a legend; without colour, the initial of each expert stands under its token, in capitals if uncertain."""
+    """The text with a legend; without colour, a letter for each expert stands under its token, in capitals if uncertain."""
     choice = shown.hard_choice[layer].tolist()
     doubt = (probability_right(shown.concentration[layer]) < threshold).tolist()
     load = torch.bincount(shown.hard_choice[layer], minlength=len(fitted.experts)) / len(choice)
@@ -50,12 +51,19 @@ def render(fitted: FittedRun, shown: ShownText, layer: int, threshold: float, co
         runs = groupby(tokens, key=lambda token: token[1:])  # one escape sequence for neighbours of one kind
         body = "".join(_paint("".join(piece for piece, *_ in run), *kind) for kind, run in runs)
     else:
-        initials = [name[0] for name in fitted.experts]
-        legend = "  ".join(f"{initial}: {share}" for initial, share in zip(initials, shares, strict=True))
-        body = _underlined(
-            shown.pieces, [initials[e].upper() if d else initials[e] for e, d in zip(choice, doubt, strict=True)]
-        )
+        marks = letters(fitted.experts)
+        legend = "  ".join(f"{mark}: {share}" for mark, share in zip(marks, shares, strict=True))
+        body = _underlined(shown.pieces, [marks[e].upper() if d else marks[e] for e, d in zip(choice, doubt, strict=True)])
     return f"layer {layer}: {legend}\n{marked}\n\n{body}"
+
+
+def letters(experts: Sequence[str]) -> list[str]:
+    """A small letter for each expert, all different: the first of its name that is free, else of the alphabet."""
+    found: list[str] = []
+    for name in experts:
+        free = (c for c in (*name.lower(), *ascii_lowercase) if c in ascii_lowercase and c not in found)
+        found.append(next(free, "?"))
+    return found
 
 
 def printable(piece: str) -> str:
