@@ -81,6 +81,13 @@ class Progress:
         if self.shown and self.bar is None:
             print(text, file=self.stream, flush=True)
 
+    def above(self, text: str) -> None:
+        """A line of the result, to standard output, above the bar where there is one."""
+        if self.bar is None:
+            print(text, flush=True)
+        else:
+            self.bar.write(text, file=sys.stdout)
+
     def over(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items, one step each."""
         with self:

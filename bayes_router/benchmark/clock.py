@@ -32,6 +32,8 @@ class Clock:
     def __init__(self, device: torch.device, budget: float = 1.0, cpu_time: bool = False):
         self.device, self.budget = device, budget
         self.now = time.process_time if cpu_time else time.perf_counter
+        self.once = 0.0
+        """Seconds of a turn of the last calls."""
 
     def __call__(self, calls: dict[str, Call]) -> dict[str, Timing]:
         """Each call once to warm up, once to see how long it takes, then 1 to MOST turns, as many as the budget allows."""
@@ -39,8 +41,8 @@ class Clock:
             call()
         start = time.perf_counter()
         turns = [self._turn(calls)]
-        once = max(time.perf_counter() - start, 1e-6)
-        turns += [self._turn(calls) for _ in range(min(int(self.budget / once), MOST - 1))]
+        self.once = max(time.perf_counter() - start, 1e-6)
+        turns += [self._turn(calls) for _ in range(min(int(self.budget / self.once), MOST - 1))]
         return {name: Timing(*(statistics.median(turn[name][i] for turn in turns) for i in (0, 1))) for name in calls}
 
     def _turn(self, calls: dict[str, Call]) -> dict[str, Timing]:

@@ -12,7 +12,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,134 +27,38 @@ from bayes_router.attention.hard.short import SHORT
 from bayes_router.attention.hard.sorted import TRITON
 from bayes_router.attention.shapes import ExpertShape
 from bayes_router.benchmark import cases, memory
-from bayes_router.benchmark.cases import MIXES, WINDOW, Shape, baselines, draw_inputs, draw_route, full_attention
+from bayes_router.benchmark.cases import WINDOW, Shape, baselines, draw_inputs, draw_route, full_attention
 from bayes_router.benchmark.clock import Call, Clock, Timing, captured
+from bayes_router.benchmark.pace import SHARE, Pace
+from bayes_router.benchmark.plan import LENGTHS, Group, Plan, plan_groups
 from bayes_router.benchmark.verify import verify
+from bayes_router.checks import require
+from bayes_router.progress import Progress
 from bayes_router.timing import device_name
 
 if TYPE_CHECKING:
     import pandas as pd
 
-LENGTHS = tuple(2**n for n in range(9, 17))
-ALONE = LENGTHS[2:]
 BIG_MEMORY = 40 * 2**30  # bytes of a GPU that is given the longest text
 GRAPH = "graph "  # before the name of a variant that is replayed from a CUDA graph
 CPU_BUDGET, CUDA_BUDGET, QUICK_BUDGET = 6.0, 1.0, 0.2  # seconds of a group, at most
 SECONDS = {"cpu": 1800.0, "cuda": 140.0}  # of all, verifying included; none is begun after
-RUNS = (1, 64)  # neighbours that are routed together
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to measure.
-
-    Attributes:
-        quick: short texts, one mix, no memory of single experts.
-        lengths: tokens; None for what suits the device.
-        mixes: percentages full/linear/local; None for three, or one if quick.
-        cpu_time: on a CPU, processor time of one thread instead of the clock on the wall.
-        shapes: BxHxTxDh, measured instead of the usual ones (or beside `lengths`).
-        seconds: begin nothing after; None for SECONDS.
-    """
-
-    quick: bool = False
-    lengths: tuple[int, ...] | None = None
-    mixes: tuple[str, ...] | None = None
-    cpu_time: bool = False
-    shapes: tuple[str, ...] | None = None
-    seconds: float | None = None
-
-    def __post_init__(self) -> None:
-        """Check every field."""
-        for length in self.lengths or ():
-            if length < 1:
-                raise ValueError(f"lengths: expected at least 1 token; got {length}")
-        for mix in self.mixes or ():
-            cases.mix_shares(mix)
-        for shape in self.shapes or ():
-            Shape.parse(shape)
-        if self.seconds is not None and not self.seconds > 0:
-            raise ValueError(f"seconds: expected a positive number; got {self.seconds:g}")
-
-
-@dataclass(frozen=True)
-class Group:
-    """Calls that take turns.
-
-    Attributes:
-        what: forward, forward+backward, decode, alone or training memory.
-        shape: of all of them.
-        mix: of the routed ones.
-        run: neighbours that are routed together.
-        target: it has a target, and is given its whole budget.
-    """
-
-    what: str
-    shape: Shape
-    mix: str = ""
-    run: int = 1
-    target: bool = field(default=False, compare=False)
-
-    @property
-    def kind(self) -> str:
-        """All but the shape."""
-        return f"{self.what} {self.mix}, runs of {self.run}" if self.mix else self.what
-
-
-def plan_groups(plan: Plan, cuda: bool, longest: int = LENGTHS[-1]) -> list[Group]:
-    """What to measure, in order."""
-    mixes = plan.mixes or (MIXES[:1] if plan.quick else MIXES)
-    heads, batch = (16, 64) if cuda else (8, 10)
-    asked = bool(plan.lengths or plan.shapes)
-    usual = (512, 2048) if plan.quick else [T for T in LENGTHS if longest >= T]
-    lengths = plan.lengths or (() if asked else usual)
-    shapes = [Shape.parse(text) for text in plan.shapes or ()]
-    pairs = [(Shape(1, heads, T, 64), Shape(batch, 8, T, 64)) for T in lengths] + [(shape, shape) for shape in shapes]
-    groups = [] if asked or plan.quick else [replace(group, target=True) for group in _targets(mixes, cuda)]
-    compiled = {group.shape.T for group in groups if group.mix} if cuda else set()  # a GPU takes seconds for a new length
-    ready, others = ([pair for pair in pairs if (pair[0].T in compiled) is known] for known in (True, False))
-    single, runs = RUNS
-    for some, of, run in (
-        *((ready, mixes, run) for run in RUNS),
-        (others, mixes[:1], single),
-        (others, mixes[1:], single),
-        (others, mixes, runs),
-    ):
-        for one, batched in some:
-            for mix in of:
-                groups += [Group(what, one, mix, run) for what in ("forward", "forward+backward")]
-                groups.append(Group("decode", batched, mix, run))
-    if asked or plan.quick:
-        alone = sorted({Shape(1, one.H, one.T, one.Dh) for one, _ in pairs}, key=lambda one: one.T)
-        groups += [Group("alone", one) for one in alone]
-        most = [max(lengths) if cuda else min(max(lengths), 8192)] if lengths else []  # a CPU takes minutes for one longer
-        trained = [Shape(1, heads, T, 64) for T in most] + [Shape(1, one.H, one.T, one.Dh) for one in shapes]
-        groups += [Group("training memory", one) for one in trained]
-    return list(dict.fromkeys(groups))
-
-
-def _targets(mixes: Sequence[str], cuda: bool) -> Iterator[Group]:
-    """The rows that have a target, and single experts at every length."""
-    lead, second = mixes[0], mixes[:2]
-    if cuda:
-        yield from (Group("forward", Shape(1, 16, 32768, 64), mix) for mix in second)
-        yield Group("forward", Shape(1, 8, 32768, 128), lead)
-        yield from (Group("forward", Shape(2, 16, 8192, 64), mix) for mix in second)
-        yield Group("forward+backward", Shape(1, 16, 32768, 64), lead)
-        yield Group("decode", Shape(64, 8, 32768, 64), lead)
-    else:
-        yield from (Group("forward", Shape(1, 8, T, 64), lead) for T in (8192, 32768))
-    yield Group("training memory", Shape(1, 16 if cuda else 8, 8192, 64))
-    yield from (Group("alone", Shape(1, 16 if cuda else 8, T, 64)) for T in ALONE)
+DRAWING = 2.0  # seconds at the end
 
 
 def run_benchmark(
-    device: torch.device, plan: Plan, out: Path | None = None, on_row: Callable[[dict[str, Any]], None] = lambda row: None
+    device: torch.device,
+    plan: Plan,
+    out: Path | None = None,
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+    started: float | None = None,
+    progress: Progress | None = None,
 ) -> "pd.DataFrame":
     """Verify, measure, and write speed_<device>.csv and .png to `out` if given. One row a measurement.
 
     What was left out for want of time stands in `attrs["left_out"]`. Rows measured so far stand in speed_<device>.partial.csv
-    until all are there; `on_row` is called with each.
+    until all are there; `on_row` is called with each. `started` is when the time of `plan.seconds` began, by
+    `time.perf_counter`; now by default.
 
     Raises:
         ValueError: a backend disagrees with the reference on this device, or a package is missing.
@@ -164,20 +67,25 @@ def run_benchmark(
     from bayes_router.benchmark.figure import draw
     from bayes_router.benchmark.rows import Rows
 
-    started = time.perf_counter()
+    started = time.perf_counter() if started is None else started
+    progress = progress or Progress("bench", shown=False)
+    progress.say("holding every backend against the reference")
     if plan.cpu_time:
         torch.set_num_threads(1)
     torch.manual_seed(0)
-    suite = Suite(device, plan, verify(device), started)
+    limit = plan.seconds or SECONDS[device.type]
+    suite = Suite(device, plan, verify(device, until=started + limit), started)
     facts = {"device": f"{device_name(device)}{', processor time' if plan.cpu_time else ''}", "versions": versions(device)}
     facts["command"] = command_line()
     path = None if out is None else out / f"speed_{device.type}.csv"
     rows = Rows(path, facts)
-    for row in suite.rows():
+    for row in suite.rows(progress):
         rows.add(row)
         on_row(row)
     table = rows.finish()
+    require(len(table) > 0, "seconds", "time to measure something", limit, "give more; nothing was written")
     table.attrs["left_out"] = _named(suite.left_out)
+    table.attrs["missed"] = [(g.what, g.mix, g.run, g.shape.B, g.shape.H, g.shape.Dh, g.shape.T) for g in suite.left_out]
     if path is not None:
         draw(table, path.with_suffix(".png"))
     return table
@@ -230,7 +138,8 @@ class Suite:
         self.groups = plan_groups(plan, self.cuda, self._longest())
         self.own = [b for b in backends if b in (TRITON, SHORT)]
         started = time.perf_counter() if started is None else started
-        self.end = started + (plan.seconds or SECONDS["cuda" if self.cuda else "cpu"])
+        self.end = started + (plan.seconds or SECONDS["cuda" if self.cuda else "cpu"]) - DRAWING
+        self.pace = Pace(device, SHARE if plan.seconds else 1.0)
         self.left_out: list[Group] = []
         self.before: dict[str, dict[str, Any]] = {}  # the last row of each expert alone
 
@@ -239,17 +148,27 @@ class Suite:
         large = self.cuda and torch.cuda.get_device_properties(self.device).total_memory >= BIG_MEMORY
         return LENGTHS[-1] if large else LENGTHS[-2]
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Every measurement, as long as there is time."""
+    def rows(self, progress: Progress | None = None) -> Iterator[dict[str, Any]]:
+        """Every measurement that there is time for."""
+        progress = progress or Progress("bench", shown=False)
+        progress.total = len(self.groups)
         measures = {"decode": self.decode, "alone": self.alone, "training memory": self.training_memory}
         for number, group in enumerate(self.groups):
             left = self.end - time.perf_counter()
-            if left <= 0:
-                self.left_out = self.groups[number:]
-                return
+            progress.step()
+            if not self.pace.fits(group.what, group.shape, left, self._variants()):
+                self.left_out.append(group)
+                continue
+            progress.say(f"{group.kind} T{group.shape.T}")
             share = left / (len(self.groups) - number)  # half of it for drawing, compiling and warming up
             self.clock.budget = self.budget if group.target else min(self.budget, share / 2)
             yield from measures.get(group.what, self.causal)(group)
+            if group.what != "training memory":
+                self.pace.learn(group.what, group.shape, self.clock.once)
+
+    def _variants(self) -> int:
+        """Readings of a peak of training memory: full attention, and every mix."""
+        return 1 + len({group.mix for group in self.groups if group.mix})
 
     def _leads(self, group: Group) -> bool:
         """Whether this group is measured with every backend and as CUDA graphs."""

@@ -1,7 +1,7 @@
 """What a table of the benchmark says, in lines: where routing loses, memory, growth, and what was left out."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,6 +22,7 @@ def break_even(table: "pd.DataFrame") -> list[str]:
         regions = {clock: _region(group, column) for clock, column in CLOCKS.items() if column in group}
         one = len(set(regions.values())) == 1  # a CPU has one clock
         said = regions["busy stream"] if one else "; ".join(f"{clock}: {said}" for clock, said in regions.items())
+        said += _missed(table, (what, mix, run, *sizes), sorted(group["T"].unique()))
         lines.append(f"{what} {mix}, runs of {run}, B{sizes[0]} H{sizes[1]} Dh{sizes[2]}: {said}")
     return lines
 
@@ -36,12 +37,23 @@ def _region(group: "pd.DataFrame", column: str) -> str:
     speedup = group.groupby("T")[column].min()  # by T, ascending
     lost = speedup[speedup < 1]
     if lost.empty:
-        return "ahead at every length measured"
+        lengths = speedup.index
+        which = "the one length" if len(lengths) == 1 else f"all {len(lengths)} lengths"
+        return f"ahead at {which} measured ({', '.join(map(str, lengths))})"
     won = speedup[speedup.index > lost.index.max()]
     where = f"ahead from {won.index.min()} tokens" if len(won) else "ahead nowhere"
     said = f"{where}, loses up to {lost.index.max()} ({lost.min():.2f}x at {lost.idxmin()})"
     slow = [str(T) for T, x in speedup.items() if x < 1 / ALLOWED]
     return f"{said}, slower than {ALLOWED}x full at {', '.join(slow)}" if slow else said
+
+
+def _missed(table: "pd.DataFrame", case: tuple[Any, ...], measured: list[int]) -> str:
+    """The lengths of a case that there was no time for; shorter ones are where routing loses, if anywhere."""
+    lengths = sorted(T for *of, T in table.attrs.get("missed", []) if tuple(of) == case)
+    shorter = [str(T) for T in lengths if measured[0] > T]
+    others = [str(T) for T in lengths if measured[0] < T]
+    said = f"; not measured, and shorter, where routing may lose: {', '.join(shorter)}" if shorter else ""
+    return said + (f"; not measured: {', '.join(others)}" if others else "")
 
 
 def worst(table: "pd.DataFrame") -> list[str]:

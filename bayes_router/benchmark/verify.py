@@ -1,5 +1,6 @@
 """No speed-up before the results are right: every backend against the float64 reference on the device that is timed."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from bayes_router.attention.hard.problem import RoutedProblem
 from bayes_router.attention.hard.reference import REFERENCE
 from bayes_router.attention.shapes import ExpertShape
 from bayes_router.benchmark.cases import WINDOW, Shape, draw_inputs
+from bayes_router.checks import require
 from bayes_router.config import ModelConfig
 
 LONG = 4500  # tokens: rows on full are split over their keys, and joined
@@ -53,22 +55,29 @@ CASES = (
 )
 
 
-def verify(device: torch.device, experts: Sequence[str] = EXPERTS) -> list[Backend]:
+def verify(device: torch.device, experts: Sequence[str] = EXPERTS, until: float | None = None) -> list[Backend]:
     """The backends that compute something here, each compared in values and gradients; decoding from a cache in values.
 
     Mixed routes and every token on one expert; short, long enough to be split over keys, padded; heads that share keys, two
     head sizes. `experts` are registered names.
 
     Raises:
-        ValueError: one disagrees; no speed-up may be reported then.
+        ValueError: one disagrees; no speed-up may be reported then. Or the clock (`time.perf_counter`) passes `until`.
     """
     alone = [Case(Shape(1, 2, LONG, 64), 1, run=0, grad=False, expert=i) for i in range(len(experts))]
     compared: dict[str, Backend] = {}
     for case in (*CASES, *alone):
+        _in_time(until)
         compared |= {backend.name: backend for backend in _verify(case, _built(experts, case.shape, device), device)}
+    _in_time(until)
     batch = max(3, len(experts))
     _verify_cache(Case(Shape(batch, 4, LONG, 64), 2, grad=False), _built(experts, Shape(batch, 4, LONG, 64), device), device)
     return list(compared.values())
+
+
+def _in_time(until: float | None) -> None:
+    ended = until is not None and time.perf_counter() > until
+    require(not ended, "seconds", "time to hold every backend against the reference first", "less", "give more")
 
 
 def verify_model(device: torch.device, model: ModelConfig) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from bayes_router.checks import require
+from bayes_router.progress import Progress
 from bayes_router.training.distributed import pick_device
 
 COLUMNS = (
@@ -16,6 +17,7 @@ COLUMNS = (
 def run(options: Namespace) -> None:
     """Verify, measure, write, and print every row, where routing loses, and what was left out."""
     from bayes_router.benchmark import suite, summary  # with pandas and seaborn, only where they are wanted
+    from bayes_router.benchmark.plan import Plan
 
     device = pick_device(options.device)
     require(
@@ -24,8 +26,11 @@ def run(options: Namespace) -> None:
     lengths, mixes, shapes = (
         None if x is None else tuple(dict.fromkeys(x)) for x in (options.lengths, options.mixes, options.shapes)
     )
-    plan = suite.Plan(options.quick, lengths, mixes, options.cpu_time, shapes, options.seconds)
-    table = suite.run_benchmark(device, plan, options.out, progress)
+    asked = Plan(options.quick, lengths, mixes, options.cpu_time, shapes, options.seconds)
+    with Progress("bench", unit="group") as progress:
+        table = suite.run_benchmark(
+            device, asked, options.out, lambda row: progress.above(measured(row)), options.began, progress
+        )
     print()
     shown = table[[c for c in COLUMNS if c in table]]
     print(shown.to_string(index=False, float_format="{:.3g}".format, na_rep=""))
@@ -35,9 +40,9 @@ def run(options: Namespace) -> None:
     )
 
 
-def progress(row: dict[str, Any]) -> None:
+def measured(row: dict[str, Any]) -> str:
     """A line a measurement as it comes, for who waits."""
     parts = [f"{key} {row[key]:.3g}" for key in ("ms", "wall_ms", "speedup", "peak_mib") if row.get(key) is not None]
     where = f"{row['what']} {row.get('mix', '')} B{row['B']} H{row['H']} T{row['T']} Dh{row['Dh']}"
     runs = f", runs of {row['run']}" if row.get("run", 1) > 1 else ""
-    print(f"{where}{runs}, {row['variant']}: {', '.join(parts)}", flush=True)
+    return f"{where}{runs}, {row['variant']}: {', '.join(parts)}"

@@ -14,11 +14,12 @@ from bayes_router.attention.hard.backend import Backend
 from bayes_router.attention.hard.dense import DENSE
 from bayes_router.attention.hard.dispatch import EXPERTS
 from bayes_router.attention.hard.rows import TORCH
-from bayes_router.benchmark import cases, clock, memory, suite, summary, verify
+from bayes_router.benchmark import cases, clock, memory, pace, suite, summary, verify
 from bayes_router.benchmark.cases import Shape
 from bayes_router.benchmark.clock import Clock, Timing
 from bayes_router.benchmark.figure import draw
-from bayes_router.benchmark.suite import Group, Plan, Suite, compared, doubling, plan_groups, run_benchmark
+from bayes_router.benchmark.plan import LENGTHS, Group, Plan, plan_groups
+from bayes_router.benchmark.suite import Suite, compared, doubling, run_benchmark
 from bayes_router.config import ModelConfig
 
 CPU = torch.device("cpu")
@@ -166,9 +167,9 @@ def test_the_losing_region_is_said_for_each_shape_and_clock() -> None:
         "slower than 1.05x full at 512",
         "forward a, runs of 1, B1 H16 Dh128: ahead nowhere, loses up to 4096 (0.60x at 4096), slower than 1.05x full at 4096",
         "forward a, runs of 64, B1 H16 Dh64: ahead nowhere, loses up to 4096 (0.20x at 4096), slower than 1.05x full at 4096",
-        "forward b, runs of 1, B1 H16 Dh64: busy stream: ahead at every length measured; isolated calls: ahead from 1024 "
-        "tokens, loses up to 512 (0.30x at 512), slower than 1.05x full at 512",
-        "decode a, runs of 1, B64 H8 Dh64: ahead at every length measured",
+        "forward b, runs of 1, B1 H16 Dh64: busy stream: ahead at all 2 lengths measured (512, 1024); isolated calls: ahead "
+        "from 1024 tokens, loses up to 512 (0.30x at 512), slower than 1.05x full at 512",
+        "decode a, runs of 1, B64 H8 Dh64: ahead at the one length measured (512)",
     ]
     where = "full attention's time (forward a, runs of 64, B1 H16 T4096 Dh64); at most 1.05x is the aim"
     assert summary.worst(rows) == [f"worst auto, busy stream, isolated calls: 5.00x {where}"]
@@ -221,7 +222,7 @@ def test_targets_come_first_and_nothing_is_measured_twice() -> None:
         combined = {(g.what, g.mix, g.run, g.shape.T) for g in plan_groups(Plan(), cuda, most)}
         for what in ("forward", "forward+backward", "decode"):
             for mix in cases.MIXES:
-                assert {(what, mix, run, T) for run in (1, 64) for T in suite.LENGTHS if most >= T} <= combined
+                assert {(what, mix, run, T) for run in (1, 64) for T in LENGTHS if most >= T} <= combined
 
 
 def test_one_shape_is_measured_alone() -> None:
@@ -242,6 +243,45 @@ def test_a_shape_that_is_none_is_refused(shape: str) -> None:
         Plan(shapes=(shape,))
 
 
+def test_a_group_that_would_not_end_in_time_is_left_out_and_shorter_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a device on which full attention of 8192 tokens takes half an hour."""
+    now = [0.0]
+    monkeypatch.setattr(suite.time, "perf_counter", lambda: now[0])
+    plan = Plan(lengths=(64, 128, 8192), mixes=("10/60/30",), seconds=3600.0)
+    timed = Suite(CPU, plan, [])
+
+    def measured(group: Group) -> list[dict[str, object]]:
+        timed.clock.once = pace.work(group.what, group.shape) / 4e7
+        now[0] += pace.ROUNDS * timed.clock.once
+        return [{"what": group.what, "T": group.shape.T}]
+
+    for name in ("causal", "decode", "alone", "training_memory"):
+        monkeypatch.setattr(timed, name, measured)
+    rows = list(timed.rows())
+    assert now[0] <= 3600
+    assert {row["T"] for row in rows if row["what"] == "forward"} == {64, 128}
+    assert {row["T"] for row in rows if row["what"] == "alone"} == {64, 128, 8192}
+    assert "forward 10/60/30, runs of 1: T 8192" in suite._named(timed.left_out)
+    assert "training memory: T 8192" in suite._named(timed.left_out)
+
+
+def test_what_was_not_measured_is_said_beside_what_was() -> None:
+    rows = table((8192, 2.0, 2.0), (16384, 3.0, 3.0))
+    rows.attrs["missed"] = [("forward", "a", 1, 1, 16, 64, T) for T in (1024, 512, 32768)] + [("decode", "a", 1, 1, 16, 64, 64)]
+    assert summary.break_even(rows) == [
+        "forward a, runs of 1, B1 H16 Dh64: ahead at all 2 lengths measured (8192, 16384); not measured, and shorter, where "
+        "routing may lose: 512, 1024; not measured: 32768"
+    ]
+
+
+def test_no_time_at_all_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="seconds: expected time to hold every backend against the reference first"):
+        suite.run_benchmark(CPU, Plan(quick=True, seconds=1e-9))
+    monkeypatch.setattr(suite, "verify", lambda device, until: [])
+    with pytest.raises(ValueError, match="seconds: expected time to measure something; got 0.001"):
+        suite.run_benchmark(CPU, Plan(quick=True, seconds=1e-3))
+
+
 def test_what_there_is_no_time_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(suite.time, "perf_counter", lambda: now[0])
@@ -253,11 +293,11 @@ def test_what_there_is_no_time_for_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
     for name in ("causal", "decode", "alone", "training_memory"):
         monkeypatch.setattr(timed, name, measured)
-    assert [row["what"] for row in timed.rows()] == ["forward", "forward+backward", "decode"]
-    assert [group.what for group in timed.left_out][:3] == ["forward", "forward+backward", "decode"]
+    assert [row["what"] for row in timed.rows()] == ["forward", "forward+backward"]
+    assert [group.what for group in timed.left_out][:3] == ["decode", "forward", "forward+backward"]
     named = suite._named(timed.left_out)
-    assert named[0] == "forward 10/60/30, runs of 64: T 64" and named[-2:] == ["alone: T 64", "training memory: T 64"]
-    assert timed.clock.budget == pytest.approx((10 - 8) / (len(timed.groups) - 2) / 2)
+    assert named[0] == "decode 10/60/30, runs of 1: T 64" and named[-2:] == ["alone: T 64", "training memory: T 64"]
+    assert timed.clock.budget == pytest.approx((10 - suite.DRAWING - 4) / (len(timed.groups) - 1) / 2)
     with pytest.raises(ValueError, match="seconds: expected a positive number; got 0"):
         Plan(seconds=0.0)
 
@@ -273,7 +313,7 @@ def test_the_ideal_counts_the_state_of_every_token() -> None:
 
 
 def test_rows_of_every_kind_have_their_columns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(suite, "verify", lambda device: [TORCH])
+    monkeypatch.setattr(suite, "verify", lambda device, until: [TORCH])
     monkeypatch.setattr(memory, "peak_bytes", lambda kind, T, *_, **__: T * (1 if kind == "full" else 2))
     monkeypatch.setattr(suite, "CPU_BUDGET", 0.0)
     rows = run_benchmark(CPU, Plan(shapes=("1x2x64x16", "1x2x128x16")), tmp_path)

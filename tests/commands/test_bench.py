@@ -12,7 +12,7 @@ from bayes_router.cli import main
 def test_bench_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "measurable", lambda device: False)  # a process for each reading takes seconds
     monkeypatch.setattr(suite, "QUICK_BUDGET", 0.0)
-    monkeypatch.setattr(suite, "verify", lambda device: [])  # tests/analysis/test_speed.py
+    monkeypatch.setattr(suite, "verify", lambda device, until: [])  # tests/analysis/test_speed.py
     arguments = ["bench", "--quick", "--device", "cpu", "--out", str(tmp_path), "--lengths", "64", "128", "--mixes", "20/40/40"]
     assert main(arguments) == 0
     text = capsys.readouterr().out

@@ -15,7 +15,8 @@ from bayes_router.attention.hard.rows import TORCH
 from bayes_router.attention.hard.short import SHORT
 from bayes_router.attention.hard.sorted import TRITON
 from bayes_router.benchmark import model, verify
-from bayes_router.benchmark.suite import Plan, run_benchmark
+from bayes_router.benchmark.plan import Plan
+from bayes_router.benchmark.suite import run_benchmark
 from bayes_router.cli import main
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
