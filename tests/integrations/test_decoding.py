@@ -192,6 +192,7 @@ def test_a_step_copies_no_cached_key_and_what_a_cache_showed_stays(monkeypatch: 
     assert moved <= 8  # room for four tokens more, or an eighth of what there is
     assert all(torch.equal(x, y) for pairs in shown for x, y in pairs)
     assert all(layer.keys.shape[2] == layer.values.shape[2] == T + 40 for layer in cache.layers)
+    assert {type(layer).__name__ for layer in cache.layers} == {"DynamicLayer"}
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
 
 

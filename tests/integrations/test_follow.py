@@ -28,6 +28,8 @@ def test_double_precision_is_followed(name: str) -> None:
     with torch.no_grad():
         before = router(tokens())
         model.double()
+        assert {p.dtype for p in router.parameters()} == {torch.float32}  # asking moves nothing
+        router.follow()
         assert {p.dtype for p in router.parameters()} == {torch.float64}  # before any pass
         out = router(tokens(), "mean")
         assert out.concentration.dtype == out.logits.dtype == torch.float64
@@ -75,6 +77,8 @@ def test_requires_grad_follows_where_it_changes() -> None:
     router = patch(model, window=6)
     assert flags(router) == {True}
     model.requires_grad_(False)
+    assert flags(router) == {True}  # asking flips nothing
+    router.follow()
     assert flags(router) == {False}
     router.requires_grad_(True)  # the router alone is trained: a choice after the model's, so it stands
     router(tokens(), "mean").logits.square().mean().backward()
@@ -84,6 +88,7 @@ def test_requires_grad_follows_where_it_changes() -> None:
         router(tokens(), "mean")
     assert not router.controller.layers[0].out.weight.requires_grad  # seen in a pass too
     model.model.layers[1].requires_grad_(True)  # partly frozen: something is trained
+    router.follow()
     assert flags(router) == {True}
 
 
@@ -107,6 +112,7 @@ def test_torch_modules_are_followed() -> None:
     model = encoder().eval()
     router = patch(model, window=5)
     model.double().requires_grad_(False)
+    router.follow()
     assert {p.dtype for p in router.parameters()} == {torch.float64} and flags(router) == {False}
     router.force("linear")
     assert model(draw().double()).dtype == torch.float64

@@ -1,7 +1,7 @@
 """The Hugging Face cache that grows in place."""
 
 import sys
-from functools import cache as remembered
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,14 +13,14 @@ from bayes_router.checks import require
 def held_keys(cache: Any, layer: Any) -> Tensor | None:
     """The keys [B, Hkv, T, Dh] that a cache of transformers keeps for a layer; None where it keeps them otherwise.
 
-    The layer's next keys are appended in place, where it concatenates: see `growing`.
+    The layer's next keys are appended in place, where it concatenates: see `grow`.
     """
     layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
     if layers is None or not isinstance(layer, int) or not 0 <= layer < len(layers):
         return None
     one, plain = layers[layer], getattr(sys.modules.get("transformers.cache_utils"), "DynamicLayer", None)
-    if plain is not None and one.__class__ is plain:
-        one.__class__ = growing(plain)
+    if plain is not None and type(one) is plain:
+        grow(one)
     keys = getattr(one, "keys", None)
     return keys if isinstance(keys, Tensor) else None
 
@@ -48,46 +48,59 @@ SPARE = 8  # a store has room for another eighth of what it holds, and for
 LEAST = 64  # tokens at least
 
 
-@remembered
-def growing(kind: Any) -> Any:
-    """`kind` of a cache's layer, made to append in place where it concatenates: a step copies its own keys and no others.
+class _Room:
+    """What the last step of a layer left, and the longer tensors behind it. No copy or pickle takes it along."""
 
-    `keys` and `values` become views of a store that is longer. What they show never changes: tokens are only written behind
-    it, and only behind the very tensors that the last step left. After anything else (a crop, a reordering, a copy) and
-    where autograd looks on, the layer concatenates as before.
+    def __init__(self) -> None:
+        self.left: tuple[Tensor, Tensor] | None = None
+        self.store: tuple[Tensor, Tensor] | None = None
+
+    def __reduce__(self) -> Any:
+        return _Room, ()
+
+
+def grow(layer: Any) -> None:
+    """Let this one layer of a cache append in place where it concatenates: a step copies its own keys and no others.
+
+    Its class stays; the object gets an `update` of its own, a partial that copies and pickles with it. `keys` and `values`
+    become views of a store that is longer. What they show never changes: tokens are only written behind it, and only behind
+    the very tensors that the last step left. After anything else (a crop, a reordering, a copy) and where autograd looks on,
+    the layer concatenates as before.
     """
-    own = {"update": _append, "__reduce__": _reduced, "_left": None, "_store": None}
-    return type(f"Growing{kind.__name__}", (kind,), own | {"_layer_type": None})  # in no register of transformers
+    known = layer.__dict__.get("update")
+    if not (isinstance(known, partial) and known.func is _append and known.args[0] is layer):  # a shallow copy has another's
+        layer.update = partial(_append, layer, _Room())
 
 
-def _append(layer: Any, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+def _append(
+    layer: Any, room: _Room, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
     """`DynamicLayer.update`."""
     left: tuple[Tensor, Tensor]
-    kind: Any = type(layer).__base__
-    if not _untouched(layer, key_states, value_states):
-        layer._store, left = None, kind.update(layer, key_states, value_states, *args, **kwargs)
+    if not _untouched(layer, room, key_states, value_states):
+        room.store, left = None, type(layer).update(layer, key_states, value_states, *args, **kwargs)
     else:
         start = layer.keys.shape[2]
         stop = start + key_states.shape[2]
-        if layer._store is None or layer._store[0].shape[2] < stop:
+        if room.store is None or room.store[0].shape[2] < stop:
             length = stop + max(stop // SPARE, LEAST)
-            layer._store = _longer(layer.keys, length), _longer(layer.values, length)
-        for store, new in zip(layer._store, (key_states, value_states), strict=True):
+            room.store = _longer(layer.keys, length), _longer(layer.values, length)
+        for store, new in zip(room.store, (key_states, value_states), strict=True):
             store.data[:, :, start:stop] = new  # `data`: earlier views show what they showed, and keep their version
-        left = layer._store[0][:, :, :stop], layer._store[1][:, :, :stop]
-    layer._left = layer.keys, layer.values = left
+        left = room.store[0][:, :, :stop], room.store[1][:, :, :stop]
+    room.left = layer.keys, layer.values = left
     return left
 
 
-def _untouched(layer: Any, *new: Tensor) -> bool:
+def _untouched(layer: Any, room: _Room, *new: Tensor) -> bool:
     """Whether a layer holds what its last step left, and the new tokens are of that kind."""
-    if layer._left is None or layer.keys is not layer._left[0] or layer.values is not layer._left[1]:
+    if room.left is None or layer.keys is not room.left[0] or layer.values is not room.left[1]:
         return False
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (*layer._left, *new)):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*room.left, *new)):
         return False
     return all(
         x.shape[:2] == y.shape[:2] and x.shape[3:] == y.shape[3:] and x.dtype == y.dtype and x.device == y.device
-        for x, y in zip(layer._left, new, strict=True)
+        for x, y in zip(room.left, new, strict=True)
     )
 
 
@@ -97,16 +110,3 @@ def _longer(x: Tensor, length: int) -> Tensor:
         store = x.new_empty(*x.shape[:2], length, x.shape[3])
     store.data[:, :, : x.shape[2]] = x
     return store
-
-
-def _reduced(layer: Any) -> Any:
-    """Copied and pickled as the kind that it was, its keys and values without room behind them."""
-    state = {name: value for name, value in layer.__dict__.items() if name not in ("_left", "_store")}
-    state |= {name: state[name].clone() for name in ("keys", "values") if isinstance(state.get(name), Tensor)}
-    return _plain, (type(layer).__base__, state)
-
-
-def _plain(kind: Any, state: dict[str, Any]) -> Any:
-    layer = kind.__new__(kind)
-    layer.__dict__.update(state)
-    return layer

@@ -156,6 +156,7 @@ class Unforced:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What was added: where the model runs, also where its weights are offloaded."""
+        self.router.follow()
         return self.router.parameters()
 
     def __call__(self, tokens: Tensor, mode: RoutingMode) -> RoutingOutput:

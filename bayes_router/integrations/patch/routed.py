@@ -129,11 +129,6 @@ class RoutedModel(nn.Module):
         self.model.train(mode)
         return self
 
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """As of any module, where and what the model's are now."""
-        self.follow()
-        return super().named_parameters(*args, **kwargs)
-
     def requires_grad_(self, requires_grad: bool = True) -> "RoutedModel":
         """Set the flags of what was added; they stay until the model's change."""
         self._trainable = any(p.requires_grad for p in self.model.parameters())
@@ -141,7 +136,10 @@ class RoutedModel(nn.Module):
         return self
 
     def follow(self) -> None:
-        """Take over the model's device, its dtype where that is wider than float32, and its flags where they changed."""
+        """Take over the model's device, its dtype where that is wider than float32, and its flags where they changed.
+
+        A pass does, and `fit`; to read `parameters()` of a model that has moved since, or that was frozen, call it before.
+        """
         for index, one in enumerate(self.found):
             own = next((p for p in one.module.parameters() if not p.is_meta), None)  # offloaded weights are nowhere
             if own is not None:
@@ -180,6 +178,7 @@ class RoutedModel(nn.Module):
             "a positive one",
             "load the model whole to train its own weights",
         )
+        self.follow()
         mine, theirs = (
             [(p, p.requires_grad) for p in self.parameters()],
             [(p, p.requires_grad) for p in self.model.parameters()],
