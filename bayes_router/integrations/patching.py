@@ -25,7 +25,7 @@ def patch(
     model: nn.Module,
     *,
     window: int = 256,
-    experts: Sequence[str] = ("full", "linear", "local"),
+    experts: Sequence[str] = ("full", "mapped", "local"),
     layers: Sequence[int] | None = None,
     sinks: int = 0,
     prior: PriorConfig | None = None,
@@ -46,7 +46,7 @@ def patch(
             `nn.TransformerEncoder`, `nn.TransformerDecoder`, one of their layers, or `nn.MultiheadAttention`
             (self-attention alone is routed, what is not is named in a warning).
         window: keys that `local` sees, the token itself included.
-        experts: of full, linear, local, gated; `full` must be among them.
+        experts: of full, mapped, local, gated; `full` must be among them.
         layers: indices of the attention layers to route, in the order in which the model runs them; None: all.
         sinks: first tokens that `local` sees beside its window; about 4 for decoders, which park attention there.
         prior: of `fit`.

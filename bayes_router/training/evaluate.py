@@ -16,7 +16,6 @@ from bayes_router.routing.force import Force
 from bayes_router.routing.policy import Policy
 from bayes_router.routing.posterior import categorical_entropy, expected_entropy, posterior_mean
 from bayes_router.routing.tilt import tilted_kl, tilted_moments
-from bayes_router.transformer.build import build_experts
 from bayes_router.transformer.cost import executed_model
 from bayes_router.transformer.model import RoutedLanguageModel
 from bayes_router.types import IGNORED, CostModel, RoutingMode
@@ -200,7 +199,7 @@ def _finish(model: RoutedLanguageModel, sums: _Sums, context: int, costs: Sequen
     n = sums.seen
     assert isinstance(sums.taken, Tensor) and isinstance(sums.mean, Tensor) and isinstance(sums.kl, Tensor)
     assert isinstance(sums.entropy_of_mean, Tensor)
-    experts = build_experts(model.config)
+    experts = model.counted_experts
     load, mean, kl = (x.cpu() / n for x in (sums.taken.sum(1), sums.mean, sums.kl))
     nll = {mode: total / sums.scored for mode, total in sums.nll.items()}
     return Evaluation(
@@ -223,7 +222,7 @@ def _finish(model: RoutedLanguageModel, sums: _Sums, context: int, costs: Sequen
 
 def _executed(model: RoutedLanguageModel, taken: Tensor) -> dict[str, dict[str, float]]:
     """Of hard routes, [T, E] tokens of all layers at each position on each expert; see `Evaluation.executed`."""
-    experts, heads, size = build_experts(model.config), model.config.kv_heads, next(model.parameters()).element_size()
+    experts, heads, size = model.counted_experts, model.config.kv_heads, next(model.parameters()).element_size()
     step = taken.sum(0, keepdim=True)
     found = {}
     for mode, routes, start in ((Mode.PREFILL, taken, 0), (Mode.DECODE, step, len(taken) - 1)):

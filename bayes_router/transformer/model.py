@@ -14,6 +14,7 @@ from bayes_router.config import Config, ModelConfig
 from bayes_router.routing.controller import MetaController
 from bayes_router.routing.force import Force, forced_route
 from bayes_router.routing.policy import Argmax, Policy, execute
+from bayes_router.transformer.build import build_experts
 from bayes_router.transformer.layer import Angles, AttentionMixture
 from bayes_router.transformer.padding import check_lengths, check_tokens, last_token
 from bayes_router.transformer.rotary import rotary_angles
@@ -160,6 +161,11 @@ class RoutedLanguageModel(nn.Module):
     def from_config(cls, config: Config) -> "RoutedLanguageModel":
         """An untrained model."""
         return cls(config.model)
+
+    @property
+    def counted_experts(self) -> list[Expert]:
+        """The experts of a layer as the cost models count them."""
+        return build_experts(self.config)
 
     def forward(
         self,

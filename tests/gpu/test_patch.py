@@ -36,7 +36,7 @@ def logits(device: str, names: tuple[str, ...], sinks: int, ids: Tensor, **input
     return out.cpu()
 
 
-@pytest.mark.parametrize("names", [NAMES, ("full", "linear", "gated", "local")])
+@pytest.mark.parametrize("names", [NAMES, ("full", "mapped", "gated", "local")])
 @pytest.mark.parametrize("sinks", [0, 4])
 @pytest.mark.parametrize("T", [40, 2500])  # by the kernel for short texts and by the sorted one
 def test_a_routed_pass_is_that_of_the_cpu(names: tuple[str, ...], sinks: int, T: int) -> None:
@@ -45,7 +45,7 @@ def test_a_routed_pass_is_that_of_the_cpu(names: tuple[str, ...], sinks: int, T:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("names", [NAMES, ("full", "linear", "gated", "local")])
+@pytest.mark.parametrize("names", [NAMES, ("full", "mapped", "gated", "local")])
 def test_a_padded_pass_is_that_of_the_cpu(names: tuple[str, ...]) -> None:
     ids, mask, _ = left_padded()
     found, expected = (logits(device, names, 0, ids, attention_mask=mask) for device in ("cuda", "cpu"))

@@ -13,7 +13,7 @@ from bayes_router.integrations.huggingface import growing_cache
 from tests.integrations.tiny_models import patched, tokens
 
 WINDOW, SINKS, T = 6, 2, 30
-EXPERTS = ("full", "linear", "gated", "local")
+EXPERTS = ("full", "mapped", "gated", "local")
 
 
 def choices(rows: int, *taken: str) -> Any:
@@ -43,7 +43,7 @@ def poison(cache: Any, kept: list[int]) -> None:
             x.data[:, :, hidden] = torch.nan
 
 
-@pytest.mark.parametrize("taken", [("local",), ("linear",), ("gated",), ("local", "linear"), ("gated", "local", "linear")])
+@pytest.mark.parametrize("taken", [("local",), ("mapped",), ("gated",), ("local", "mapped"), ("gated", "local", "mapped")])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @torch.no_grad()
 def test_rows_on_local_and_linear_touch_no_key_outside_the_window(name: str, taken: tuple[str, ...]) -> None:
@@ -61,14 +61,14 @@ def test_rows_on_local_and_linear_touch_no_key_outside_the_window(name: str, tak
 @torch.no_grad()
 def test_a_row_on_full_alone_reads_all_keys() -> None:
     model, router = patched("llama", window=WINDOW, sinks=SINKS)
-    with router.routed_by(choices(3, "local", "full", "linear")):
+    with router.routed_by(choices(3, "local", "full", "mapped")):
         cache, _ = behind(model, tokens(3, T), 3)
         poison(cache, [*range(SINKS), *range(T - WINDOW + 1, T)])
         got = model(tokens(3, 1, 7), past_key_values=cache, use_cache=True).logits[:, -1]
     assert got.isfinite().all(-1).tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize("taken", [("full", "linear", "gated", "local"), ("linear",), ("gated",), ("local",)])
+@pytest.mark.parametrize("taken", [("full", "mapped", "gated", "local"), ("mapped",), ("gated",), ("local",)])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma2"])
 @torch.no_grad()
@@ -91,7 +91,7 @@ def test_states_are_used_where_they_are_valid(monkeypatch: Any, padded: bool) ->
     model, router = patched("llama", window=WINDOW)
     mask = torch.ones(2, T, dtype=torch.int64)
     mask[1, :4] = 1 - int(padded)
-    router.force("linear")
+    router.force("mapped")
 
     def refuse(*args: Any) -> Tensor:
         raise AssertionError("query by key")
@@ -103,7 +103,7 @@ def test_states_are_used_where_they_are_valid(monkeypatch: Any, padded: bool) ->
 
 
 @pytest.mark.parametrize("change", ["reorder", "crop", "copy", "select", "repeat", "write"])
-@pytest.mark.parametrize("expert", ["linear", "gated"])
+@pytest.mark.parametrize("expert", ["mapped", "gated"])
 @torch.no_grad()
 def test_a_changed_cache_makes_its_states_anew(change: str, expert: str) -> None:
     model, router = patched("llama", window=WINDOW, sinks=SINKS)
@@ -141,7 +141,7 @@ def test_a_changed_cache_makes_its_states_anew(change: str, expert: str) -> None
 
 def test_with_gradients_no_state_is_kept() -> None:
     model, router = patched("llama", window=WINDOW)
-    router.force("linear")
+    router.force("mapped")
     cache, got = behind(model, tokens(2, T), 2)
     torch.testing.assert_close(got, model(tokens(2, T), use_cache=False).logits[:, -2:], atol=2e-5, rtol=1e-4)
     got.sum().backward()
@@ -181,7 +181,7 @@ def test_a_step_copies_no_cached_key_and_what_a_cache_showed_stays(monkeypatch: 
     model, router = patched("llama", window=WINDOW, sinks=SINKS)
     ids = tokens(3, T + 40)
     moved, shown = 0, []
-    with router.routed_by(choices(3, "full", "local", "linear")):
+    with router.routed_by(choices(3, "full", "local", "mapped")):
         cache, _ = behind(model, ids[:, :T], 3)
         for i in range(T, T + 40):
             before = stores(cache)

@@ -62,7 +62,7 @@ def test_an_optimiser_made_before_keeps_its_parameters() -> None:
 
 
 def test_a_model_in_double_precision_is_fitted() -> None:
-    router = patch(tiny("llama").double(), window=6, experts=("full", "linear", "gated", "local"))
+    router = patch(tiny("llama").double(), window=6, experts=("full", "mapped", "gated", "local"))
     frame = router.fit(TEXT, steps=2, distil_steps=2, context=20, batch_size=2)
     assert frame[["nll", "kl"]].notna().all().all()
     assert abs(router.set_budget(1.0, context=20) - 1) < 0.005
@@ -114,5 +114,5 @@ def test_torch_modules_are_followed() -> None:
     model.double().requires_grad_(False)
     router.follow()
     assert {p.dtype for p in router.parameters()} == {torch.float64} and flags(router) == {False}
-    router.force("linear")
+    router.force("mapped")
     assert model(draw().double()).dtype == torch.float64

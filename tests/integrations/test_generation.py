@@ -15,7 +15,7 @@ MIXES = {
     "scattered": None,
     "full": "full",
     "local": "local",
-    "linear": "linear",
+    "mapped": "mapped",
     "gated": "gated",
     "thrifty": Budget((1.0, 0.15, 0.15, 0.3), 3.0),
 }
@@ -148,7 +148,7 @@ def test_padded_prefill_computes_local_rows_alone_and_equals_the_masked_path(
 
 @torch.no_grad()
 def test_padding_inside_a_cache_is_read_alike_with_and_without_it() -> None:
-    model, router = patched("llama", experts=("full", "linear", "gated", "local"))
+    model, router = patched("llama", experts=("full", "mapped", "gated", "local"))
     ids, mask = tokens(2, 20), torch.ones(2, 20, dtype=torch.int64)
     mask[1, 9:14] = 0  # a short prompt padded on the right, then more of its text
     positions = (mask.cumsum(1) - 1).clamp_min(0)

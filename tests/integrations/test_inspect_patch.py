@@ -172,7 +172,7 @@ def test_encoders_are_inspected_and_reported(encoder: tuple[Path, Path], tmp_pat
     given = [str(saved), "--base", str(base), "--device", "cpu"]
     assert main(["inspect", *given, "--layer", "1", "--tokens", "48", "--colour", "never"]) == 0
     shown = capsys.readouterr().out
-    assert "\nlayer 1: f:" in shown and "linear" in shown
+    assert "\nlayer 1: f:" in shown and "mapped" in shown
     text = tmp_path / "text.txt"
     text.write_text("the river came over the old stone house and the wind went under the road " * 60)
     assert main(["inspect", *given, "--text", str(text), "--colour", "never"]) == 0

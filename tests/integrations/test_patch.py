@@ -261,7 +261,7 @@ def test_quantised_weights_are_refused() -> None:
 def test_settings_are_checked() -> None:
     for wrong, message in (
         ({"window": 0}, "window"),
-        ({"experts": ("linear", "local")}, "full"),
+        ({"experts": ("mapped", "local")}, "full"),
         ({"experts": ("full", "fast")}, "experts"),
         ({"layers": (5,)}, "layers"),
         ({"sinks": -1}, "sinks"),

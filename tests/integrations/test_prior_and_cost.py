@@ -1,14 +1,21 @@
 """What a patch pays: the KL carries the price, a layer that slides already costs less, a budget is met or refused."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from bayes_router.attention.experts.full import FullAttention
+from bayes_router.attention.kernels.eager.fused import fused_attention
+from bayes_router.attention.shapes import ExpertShape
 from bayes_router.config import PriorConfig
 from bayes_router.inference.elbo import NegativeELBO
-from bayes_router.integrations.patching import patch
+from bayes_router.integrations.calls.call import AttentionCall
+from bayes_router.integrations.calls.layer import EXPERTS
+from bayes_router.integrations.patch.cost import layer_costs
+from bayes_router.integrations.patching import load_patch, patch
 from bayes_router.routing.policy import Budget
 from bayes_router.training.evaluate import _Prior
 from tests.integrations.test_torch_attention import draw, encoder
@@ -67,7 +74,7 @@ def _cost(router: Any, ids: Tensor) -> float:
 
 @pytest.mark.parametrize(("name", "budget"), [("gpt2", 0.5), *(("llama", b) for b in (1.0, 0.6, 0.35, 0.2, 0.15))])
 def test_a_budget_is_met_within_half_a_percent(name: str, budget: float) -> None:
-    _, router = patched(name, experts=("full", "linear", "local"))
+    _, router = patched(name, experts=("full", "mapped", "local"))
     realised = router.set_budget(budget, TEXT, context=60)
     assert abs(realised - budget) <= 0.005
     assert realised == pytest.approx(_cost(router, TEXT[:540].view(9, 60)), abs=2e-3)  # a token or two at the very price
@@ -184,3 +191,29 @@ def test_the_program_tilts_each_layer_by_its_own_costs(likelihood: str) -> None:
         router(tokens(), "sample")
     torch.testing.assert_close(router.kl(), terms.kl, rtol=1e-4, atol=1e-4)
     assert router.fit(TEXT, steps=1, distil_steps=0, context=20, batch_size=2, likelihood=likelihood)["kl"].notna().all()
+
+
+def test_a_learned_map_has_one_name_and_its_own_cost(tmp_path: Path) -> None:
+    """`linear` was its name in patches once: those that were saved then are read, new ones are told the name of today."""
+    names = ("full", "mapped", "gated", "local")
+    model, router = patched("llama", experts=names, prior=PriorConfig(cost="flops"), context=128)
+    heads, kv_heads, dim = 4, 2, 8
+    maps, state = 2 * (heads + kv_heads) * dim**2, 4 * heads * dim * (dim + 1)
+    full = FullAttention(ExpertShape(heads, dim, 6)).flops_per_token(128)
+    assert router.cost_ratio[1:3].tolist() == pytest.approx([(state + maps) / full, (state + 2 * heads * dim + maps) / full])
+    timed = PriorConfig(cost="latency")
+    assert (layer_costs(timed, router.config, 128, [None])[0] > 0).all()  # what is timed runs
+    with torch.no_grad():
+        q, k, v = (torch.randn(1, n, 20, dim) for n in (heads, kv_heads, kv_heads))
+        call = AttentionCall(q, k, v, None, True, fused_attention, dim**-0.5)
+        for counted, name in zip(router.counted_experts, names, strict=True):
+            if name in ("mapped", "gated"):
+                assert torch.equal(counted(q, k, v), EXPERTS[name](counted.shape, kv_heads)(call))
+    router.save(tmp_path)
+    file = tmp_path / "router.json"
+    file.write_text(file.read_text().replace('"mapped"', '"linear"'))
+    other = tiny("llama")
+    again = load_patch(other, tmp_path)
+    assert again.experts == names and torch.equal(other(tokens()).logits, model(tokens()).logits)
+    with pytest.raises(ValueError, match="'mapped' for linear attention with a learned feature map"):
+        patch(tiny("llama"), experts=("full", "linear"))

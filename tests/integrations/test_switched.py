@@ -108,7 +108,7 @@ def exported(model: Any, ids: Tensor, strict: bool = False) -> Tensor:
     return torch.export.export(model, (), inputs, strict=strict).module()(**inputs).logits
 
 
-@pytest.mark.parametrize("force", ["full", "local", "linear"])
+@pytest.mark.parametrize("force", ["full", "local", "mapped"])
 @torch.no_grad()
 def test_forced_routes_export(force: str) -> None:
     model, router = patched("llama")

@@ -91,7 +91,7 @@ def patched(name: str, seed: int = 0, **settings: Any) -> tuple[Any, Any]:
     model = tiny(name, seed)
     defaults = {
         "window": 6,
-        "experts": ("full", "linear", "local") if name in ENCODERS else ("full", "linear", "gated", "local"),
+        "experts": ("full", "mapped", "local") if name in ENCODERS else ("full", "mapped", "gated", "local"),
     }
     router = patch(model, **{**defaults, **settings})
     scatter_routes(router)

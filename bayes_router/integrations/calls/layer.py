@@ -22,7 +22,7 @@ from bayes_router.integrations.calls.step import attend_one, remember
 EXPERTS: dict[str, type[PatchedExpert]] = {
     "full": FullExpert,
     "local": LocalExpert,
-    "linear": LinearExpert,
+    "mapped": LinearExpert,
     "gated": GatedExpert,
 }
 
@@ -38,7 +38,7 @@ def patched_expert(name: str, shape: ExpertShape, kv_heads: int, sinks: int, cau
         "experts",
         "experts that see both sides, for layers that are not causal",
         name,
-        "use 'linear': gated attention forgets the past alone",
+        "use 'mapped': gated attention forgets the past alone",
     )
     return EXPERTS[name](shape, kv_heads, sinks)
 

@@ -7,13 +7,67 @@ import torch
 from torch import Tensor
 
 from bayes_router.attention.cost import cost_ratios
+from bayes_router.attention.experts.contract import Expert
+from bayes_router.attention.experts.gated import GatedLinearAttention
+from bayes_router.attention.experts.linear import LinearAttention
 from bayes_router.attention.experts.local import LocalAttention
 from bayes_router.attention.shapes import ExpertShape
 from bayes_router.checks import choose
 from bayes_router.config import ModelConfig, PriorConfig
+from bayes_router.integrations.calls.call import AttentionCall
+from bayes_router.integrations.calls.layer import EXPERTS
+from bayes_router.integrations.calls.softmax import PatchedExpert
 from bayes_router.routing.prior import PRIOR_MAPS, ComputeAwarePrior
 from bayes_router.transformer.build import build_experts
 from bayes_router.types import CostModel
+
+
+class _Mapped(Expert):
+    """A patched expert with feature maps of its own, as the cost models ask experts: counted, and timed as it is executed."""
+
+    def __init__(self, shape: ExpertShape, kv_heads: int, inner: PatchedExpert):
+        super().__init__(shape)
+        self.kv_heads, self.inner = kv_heads, inner
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `Expert.forward`."""
+        k, v = k[:, : self.kv_heads], v[:, : self.kv_heads]  # a clock brings a key for every head
+        out: Tensor = self.inner(AttentionCall(q, k, v, None, True, _no_kernel, q.shape[3] ** -0.5))
+        return out
+
+    def flops_per_token(self, context: int) -> float:
+        """As without maps, and the map of a query for each head and of a key for each key head."""
+        mapped = 2 * self.kv_heads * self.shape.head_dim**2
+        return super().flops_per_token(context) + self.query_flops() + mapped
+
+    def query_flops(self) -> float:
+        """2 Dh^2 for each head."""
+        return 2 * self.shape.num_heads * self.shape.head_dim**2
+
+
+def _no_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    raise AssertionError("feature maps call no kernel of the layer's own")
+
+
+class Mapped(_Mapped, LinearAttention):
+    """`mapped` of a patch: linear attention with learned maps."""
+
+
+class MappedGated(_Mapped, GatedLinearAttention):
+    """`gated` of a patch: the same with gates."""
+
+
+COUNTED: dict[str, type[_Mapped]] = {"mapped": Mapped, "gated": MappedGated}
+
+
+def counted_experts(config: ModelConfig) -> list[Expert]:
+    """What the experts of a patch cost: those of `attention`, but where a patch has a mechanism of its own."""
+    shape, experts = ExpertShape(config.num_heads, config.head_dim, config.window), build_experts(config)
+    for index, name in enumerate(config.experts):
+        if name in COUNTED:
+            inner = EXPERTS[name](shape, config.kv_heads)
+            experts[index] = COUNTED[name](shape, config.kv_heads, inner)
+    return experts
 
 
 def layer_costs(prior: PriorConfig, config: ModelConfig, context: int, windows: Sequence[int | None]) -> tuple[Tensor, Tensor]:
@@ -26,7 +80,7 @@ def layer_costs(prior: PriorConfig, config: ModelConfig, context: int, windows: 
         ratio = torch.tensor(prior.cost_ratio)
         return ratio, ratio.repeat(len(windows), 1)
     model = choose("prior.cost", prior.cost, CostModel)
-    ratio, costs = cost_ratios(build_experts(config), model, context), []
+    ratio, costs = cost_ratios(counted_experts(config), model, context), []
     for window in windows:
         cost = ratio.clone()
         if window is not None and window < context:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Dirichlet
 from torch.nn import functional as F
 
+from bayes_router.attention.experts.contract import Expert
 from bayes_router.attention.shapes import widen
 from bayes_router.checks import require
 from bayes_router.data.stream import TokenStream
@@ -22,7 +23,7 @@ from bayes_router.integrations.calls.layer import RoutedLayer
 from bayes_router.integrations.calls.memory import Memories
 from bayes_router.integrations.calls.precision import exact
 from bayes_router.integrations.patch.binding import BINDING, Binding
-from bayes_router.integrations.patch.cost import layer_costs, layer_prior
+from bayes_router.integrations.patch.cost import counted_experts, layer_costs, layer_prior
 from bayes_router.integrations.patch.found import Found, model_config
 from bayes_router.integrations.patch.identity import Identity, identity
 from bayes_router.integrations.patch.offload import device_of
@@ -114,6 +115,11 @@ class RoutedModel(nn.Module):
     def experts(self) -> tuple[str, ...]:
         """Names, in the order of the routing latent."""
         return self.settings.experts
+
+    @property
+    def counted_experts(self) -> list[Expert]:
+        """The experts as the cost models count them."""
+        return counted_experts(self.config)
 
     @property
     def training(self) -> bool:

@@ -20,7 +20,7 @@ from bayes_router.config import PriorConfig
 from bayes_router.data.stream import MaskedStream, TokenStream
 from bayes_router.files import write_json, write_whole
 from bayes_router.integrations.patch.identity import Identity, identity
-from bayes_router.integrations.patch.settings import FitRecord, PatchSettings
+from bayes_router.integrations.patch.settings import OLD_NAME, FitRecord, PatchSettings
 from bayes_router.routing.evidence import Evidence
 from bayes_router.routing.policy import Policy, policy_from_dict, policy_to_dict
 from bayes_router.routing.risk import Risk
@@ -104,7 +104,7 @@ def read_settings(model: nn.Module, folder: Path | str) -> tuple[PatchSettings, 
         require(one.is_file(), "folder", f"a saved patch with {SETTINGS} and {WEIGHTS}", str(folder), f"{one.name} is missing")
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        settings, chosen = saved["settings"], policy_from_dict(saved["policy"])
+        settings, chosen = _renamed(saved["settings"]), policy_from_dict(saved["policy"])
         made = PatchSettings(
             **_tuples(settings, PatchSettings) | {"prior": PriorConfig(**_tuples(settings["prior"], PriorConfig))}
         )
@@ -121,6 +121,11 @@ def read_settings(model: nn.Module, folder: Path | str) -> tuple[PatchSettings, 
         else "weights or architecture differ: load the model that was patched, or patch and fit this one",
     )
     return made, chosen
+
+
+def _renamed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the names that experts have today."""
+    return settings | {"experts": ["mapped" if name == OLD_NAME else name for name in settings["experts"]]}
 
 
 def _samples(path: Path) -> dict[str, Tensor]:

@@ -7,6 +7,9 @@ from bayes_router.checks import require, unknown
 from bayes_router.config import PriorConfig
 from bayes_router.integrations.calls.layer import EXPERTS
 
+OLD_NAME = "linear"
+"""What `mapped` was called in patches once; those that were saved then are read."""
+
 
 @dataclass(frozen=True)
 class PatchSettings:
@@ -25,7 +28,7 @@ class PatchSettings:
     """
 
     window: int = 256
-    experts: tuple[str, ...] = ("full", "linear", "local")
+    experts: tuple[str, ...] = ("full", "mapped", "local")
     layers: tuple[int, ...] | None = None
     sinks: int = 0
     prior: PriorConfig = field(default_factory=lambda: PriorConfig(price=2.0))
@@ -39,6 +42,13 @@ class PatchSettings:
         require(self.sinks >= 0, "sinks", "0 or more tokens", self.sinks)
         require(self.context >= 1, "context", "at least 1 token", self.context)
         require("full" in self.experts, "experts", "'full' among them (the model's own attention)", self.experts)
+        require(
+            OLD_NAME not in self.experts,
+            "experts",
+            "'mapped' for linear attention with a learned feature map; 'linear' is another mechanism, which no patch has",
+            self.experts,
+            "write 'mapped' in its place",
+        )
         for name in self.experts:
             if name not in EXPERTS:
                 raise unknown("experts", name, EXPERTS)
