@@ -11,7 +11,7 @@ from torch import nn
 
 from bayes_router.checks import require
 from bayes_router.config import PriorConfig
-from bayes_router.integrations.patch.binding import BINDING
+from bayes_router.integrations.patch.binding import router_of
 from bayes_router.integrations.patch.routed import RoutedModel
 from bayes_router.integrations.patch.saving import load_weights, read_fit, read_settings
 from bayes_router.integrations.patch.settings import PatchSettings
@@ -185,10 +185,10 @@ def existing(model: nn.Module, settings: PatchSettings) -> RoutedModel | None:
     Raises:
         ValueError: it was patched with other settings.
     """
-    bindings = [getattr(module, BINDING) for module in model.modules() if hasattr(module, BINDING)]
-    if not bindings:
+    router = router_of(model)
+    if router is None:
         return None
-    router: RoutedModel = bindings[0].router
+    assert isinstance(router, RoutedModel)
     if router.model is not model or router.settings != settings:
         raise ValueError(
             f"model: expected one that is not patched, or was patched alike; it is, with {router.settings}; "

@@ -38,12 +38,17 @@ ROUTING_COLLAPSE_LOAD = 0.99
 POSTERIOR_COLLAPSE_INFORMATION = 1e-3
 
 
+def executed_load(route: Tensor, num_experts: int) -> Tensor:
+    """[E]: the share of the tokens on each expert, of weights [..., E] (their mean) or choices int64 [...]."""
+    weights = route if route.is_floating_point() else nn.functional.one_hot(route, num_experts)
+    return weights.reshape(-1, num_experts).float().mean(0)
+
+
 def routing_statistics(concentration: Tensor, route: Tensor, cost_ratio: Tensor, experts: Sequence[str]) -> RoutingStatistics:
     """Summarise one layer's posteriors [B, T, E] and executed routes ([B, T, E] or int64 [B, T])."""
     num_experts = len(experts)
     concentration = concentration.reshape(-1, num_experts)
-    weights = route if route.is_floating_point() else nn.functional.one_hot(route, num_experts)
-    load = weights.reshape(-1, num_experts).float().mean(0)
+    load = executed_load(route, num_experts)
     mean = posterior_mean(concentration)
     information = float(route_information(mean))
     collapse = "none"

@@ -107,6 +107,15 @@ class Binding:
         )
 
 
+def router_of(model: nn.Module) -> Router | None:
+    """The router of a patched model, also inside a wrapper; None: it is not patched."""
+    for module in model.modules():
+        binding = getattr(module, BINDING, None)
+        if isinstance(binding, Binding):
+            return binding.router
+    return None
+
+
 def all_on(route: Tensor | int, expert: int) -> bool:
     """Whether a route sends every token to one expert."""
     if isinstance(route, int):

@@ -18,7 +18,7 @@ from bayes_router.types import Route
 Observe = Callable[[int, AttentionCall, Tensor], None]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Pass:
     """How one pass routed its tokens: a handle that keeps the pass's graph alive for as long as it is kept.
 
@@ -26,16 +26,18 @@ class Pass:
         concentration: by layer, [B, T, E], of the posteriors.
         executed: by layer, weights [B, T, E] or choices int64 [B, T].
         real: by layer, [B or 1, T] bool, False on padding; None: no token is padding.
+        kl_taken: its KL was asked for.
     """
 
     concentration: dict[int, Tensor] = field(default_factory=dict)
     executed: dict[int, Tensor] = field(default_factory=dict)
     real: dict[int, Tensor | None] = field(default_factory=dict)
+    kl_taken: bool = False
 
     def detached(self) -> "Pass":
         """The same numbers without the graph."""
         numbers = {layer: x.detach() for layer, x in self.concentration.items()}
-        return Pass(numbers, {layer: x.detach() for layer, x in self.executed.items()}, dict(self.real))
+        return Pass(numbers, {layer: x.detach() for layer, x in self.executed.items()}, dict(self.real), self.kl_taken)
 
     def mean(self, layer: int, values: Tensor) -> Tensor:
         """The mean of values [B, T, ...] of a layer over its real tokens."""
@@ -65,14 +67,19 @@ class Slot:
     def __init__(self) -> None:
         self.last = Pass()
 
-    def release_after(self, out: Tensor) -> None:
-        """Give up the last pass's graph once a backward pass goes through `out`; who holds `last` keeps it."""
-        if out.requires_grad and not torch.compiler.is_compiling():
-            out.register_hook(partial(_release, weakref.ref(self), weakref.ref(self.last)))  # the graph owns neither
+    def release_after(self, out: Tensor, then: Callable[[Pass], None]) -> None:
+        """Give up the last pass's graph once a backward pass goes through `out`; who holds `last` keeps it.
+
+        `then(pass)`, a method, is called at that time.
+        """
+        if out.requires_grad and not torch.compiler.is_compiling():  # the graph owns none of these
+            out.register_hook(partial(_release, weakref.ref(self), weakref.ref(self.last), weakref.WeakMethod(then)))
 
 
-def _release(slot: "weakref.ref[Slot]", of: "weakref.ref[Pass]", grad: Tensor) -> None:
-    holder, passed = slot(), of()
+def _release(slot: "weakref.ref[Slot]", of: "weakref.ref[Pass]", then: "weakref.WeakMethod[Any]", grad: Tensor) -> None:
+    holder, passed, tell = slot(), of(), then()
+    if passed is not None and tell is not None:
+        tell(passed)
     if holder is not None and passed is not None and holder.last is passed:
         holder.last = passed.detached()
 

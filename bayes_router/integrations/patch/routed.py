@@ -27,9 +27,10 @@ from bayes_router.integrations.patch.cost import counted_experts, layer_costs, l
 from bayes_router.integrations.patch.found import Found, model_config
 from bayes_router.integrations.patch.identity import Identity, identity
 from bayes_router.integrations.patch.offload import device_of
-from bayes_router.integrations.patch.passes import Here, Observe, Pass, checkpointed_without_graph, recomputing
+from bayes_router.integrations.patch.passes import Here, Observe, Pass, recomputing
 from bayes_router.integrations.patch.saving import PatchRecord, save_patch
 from bayes_router.integrations.patch.settings import FitRecord, PatchSettings
+from bayes_router.integrations.patch.watch import TrainingWatch
 from bayes_router.routing.controller import MetaController
 from bayes_router.routing.force import Force, forced_route
 from bayes_router.routing.policy import Argmax, Policy, execute
@@ -88,7 +89,7 @@ class RoutedModel(nn.Module):
         self.policy: Policy = Argmax()
         self.mode: RoutingMode | None = None
         self._force: Force | None = None
-        self.here = Here()
+        self.here, self.watch = Here(), TrainingWatch(self)
         self.undo: list[Callable[[], None]] = []
         self.memories = Memories()
         self.made_for: Identity | None = identity(model)
@@ -240,21 +241,10 @@ class RoutedModel(nn.Module):
             q = self.controller.posterior(index, hidden)
             executed = self.decide(index, q, self.mode or (RoutingMode.SAMPLE if self.training else RoutingMode.HARD))
         if not again:
-            self._refuse_lost_gradients(index)
+            if self.training:
+                self.watch.drawn(index)
             self.note(index, q, executed)
         return executed
-
-    def _refuse_lost_gradients(self, index: int) -> None:
-        """See that a KL of this pass could train what was added, if anything is trained."""
-        trained = self.training and any(p.requires_grad for p in self.controller.layers[index].parameters())
-        require(
-            not (trained and checkpointed_without_graph()),
-            "gradient checkpointing",
-            "use_reentrant=False: a reentrant checkpoint runs its layers without a graph, and the KL of their routes would "
-            "have no gradient",
-            "use_reentrant=True",
-            "model.gradient_checkpointing_enable({'use_reentrant': False}), or router.requires_grad_(False)",
-        )
 
     def note(self, index: int, q: Dirichlet, executed: Tensor) -> None:
         """Keep how a layer routed the pass under way."""
@@ -281,7 +271,7 @@ class RoutedModel(nn.Module):
             self.here.observe(index, call, hidden)
         out = layer.attend(call, route)
         if index == len(self.layers) - 1:
-            self.here.slot.release_after(out)
+            self.here.slot.release_after(out, self.watch.went_backward)
         return out
 
     @contextmanager
@@ -326,6 +316,7 @@ class RoutedModel(nn.Module):
         prior, tilt = self.prior.concentration, self.price * self.layer_cost  # [L, E]
         log_z = tilted_moments(prior, tilt).log_normaliser  # [L]
         routed, terms = self._routed(of), []
+        routed.kl_taken = True
         for layer, q in sorted(routed.concentration.items()):
             terms.append(routed.mean(layer, tilted_kl(q, prior[layer].to(q), tilt[layer], log_z[layer].to(q))))
         return torch.stack([term.to(terms[0].device) for term in terms]).sum()
