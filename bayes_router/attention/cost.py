@@ -120,6 +120,11 @@ def hard_bytes(
     return Cost(torch.tensor(own, dtype=torch.float64), written + 2 * states)
 
 
+def read_ratios(experts: Sequence[Expert], context: int) -> Tensor:
+    """Cached keys that a decoding step reads at `context` under each expert, all = 1: float64 [E]."""
+    return torch.tensor([expert.keys_read(context) / context for expert in experts], dtype=torch.float64)
+
+
 def executed_attention(
     experts: Sequence[Expert],
     taken: Tensor,
@@ -127,15 +132,26 @@ def executed_attention(
     element_size: int,
     mode: Mode = Mode.PREFILL,
     start: int = 0,
+    *,
+    read: Tensor | None = None,
 ) -> dict[str, float]:
-    """`flops` and `bytes` of attention by hard routes over those of every token on full; `taken`, `start` as in `own_flops`."""
+    """`flops` and `bytes` of attention by hard routes over those of every token on full; `taken`, `start` as in `own_flops`.
+
+    FLOPs are paid by query head, so that routes by head count in `taken` as the heads do. Bytes are read by key head, the most
+    that one of its query heads reads: `read` [E] counts key heads by that expert; default as `taken`.
+    """
     context, full = start + len(taken), [FullAttention(experts[0].shape)]
     flops = own_flops(experts, taken, start) + hard_flops(experts, context, num_kv_heads, mode).shared
     moved, all_moved = (hard_bytes(made, context, num_kv_heads, element_size, mode) for made in (experts, full))
     return {
         "flops": flops / own_flops(full, taken.sum(1, keepdim=True), start),
-        "bytes": moved.mean(taken.sum(0) / taken.sum()) / all_moved.mean(torch.ones(1)),
+        "bytes": moved.mean(shares(taken.sum(0) if read is None else read)) / all_moved.mean(torch.ones(1)),
     }
+
+
+def shares(counts: Tensor) -> Tensor:
+    """Counts [E] as fractions."""
+    return counts / counts.sum()
 
 
 def _own(expert: Expert, context: int, mode: Mode) -> float:

@@ -234,13 +234,13 @@ class Decoder:
 
     @torch.no_grad()
     def routes(self) -> Tensor:
-        """What `following` takes, [L, B, STEPS]."""
+        """What `following` takes, [L, B, STEPS, R]."""
         self.rewind()
         found = [
             self.model(self.following[:, i : i + 1], RoutingMode.HARD, cache=self.cache).route
             for i in range(self.following.shape[1])
         ]
-        return torch.cat(found, -1)
+        return torch.cat(found, 2)
 
     def as_graph(self) -> "Decoder":
         """The same decoding, its step recorded in a CUDA graph and found equal to the step that was recorded.
@@ -265,15 +265,19 @@ class Decoder:
 
 
 def _routes(subject: Subject, route: Tensor, mode: Mode, start: int = 0) -> Row:
-    """Load of each expert and costs executed, means over layers and tokens; route [L, B, T] of positions start and on."""
+    """Load of each expert and costs executed, means over layers and tokens; route [L, B, T, R] of positions start and on."""
     model, experts = subject.model, model_experts(subject.model)
     names, (heads, size) = model.config.experts, (model.config.kv_heads, model.network.embed.weight.element_size())
-    taken = F.one_hot(route.cpu(), len(names)).sum((0, 1))  # [T, E]
+    taken = F.one_hot(route.cpu(), len(names)).sum((0, 1, 3))  # [T, E]
+    keys = torch.tensor([expert.keys_read(start + route.shape[2]) for expert in experts])
+    shared = route.cpu().unflatten(-1, (-1, max(route.shape[3] // heads, 1)))  # units that read the same key heads
+    most = shared.gather(-1, keys[shared].argmax(-1, keepdim=True))
+    read = F.one_hot(most.flatten(), len(names)).sum(0)
     load = taken.sum(0).double() / taken.sum()
     facts: Row = {f"load_{name}": float(share) for name, share in zip(names, load, strict=True)}
     facts["cost_paper"] = float(load @ cost_ratios(experts, CostModel.PAPER, 1).double())
-    attention = executed_attention(experts, taken, heads, size, mode, start)
-    whole = executed_model(model, taken, mode, start=start, batch=route.shape[1], last_only=True)
+    attention = executed_attention(experts, taken, heads, size, mode, start, read=read)
+    whole = executed_model(model, taken, mode, start=start, batch=route.shape[1], last_only=True, read=read)
     return facts | {f"cost_{key}": x for key, x in attention.items()} | {f"model_{key}": x for key, x in whole.items()}
 
 

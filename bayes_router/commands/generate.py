@@ -32,7 +32,7 @@ def run(options: Namespace) -> None:
             pending = []
     print(tokeniser.decode(pending))
     if options.routes:
-        load = torch.nn.functional.one_hot(torch.stack(routes), len(config.model.experts)).double().mean((0, 1))
+        load = torch.nn.functional.one_hot(torch.stack(routes), len(config.model.experts)).double().mean((0, 1, 2))
         print(", ".join(f"{name} {share:.1%}" for name, share in zip(config.model.experts, load.tolist(), strict=True)))
 
 

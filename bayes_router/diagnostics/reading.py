@@ -21,8 +21,8 @@ class Reading(NamedTuple):
     tokens: Tensor  # int64 [B, T]
     targets: Tensor  # int64 [B, T], -100 is not scored
     nll: Tensor  # [B, T], nats of the targets; 0 where not scored
-    concentration: Tensor  # float32 [L, B, T, E]
-    hard_choice: Tensor  # int64 [L, B, T], what the model's policy takes given that path
+    concentration: Tensor  # float32 [L, B, T, R, E]
+    hard_choice: Tensor  # int64 [L, B, T, R], what the model's policy takes given that path
 
     def own_nll(self, causal: bool = True) -> Tensor:
         """[B, T], nats of each token itself, nan where it was not predicted: said a token before, or where it was hidden."""

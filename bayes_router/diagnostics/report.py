@@ -35,12 +35,14 @@ class ShownText(NamedTuple):
     """A text as a run routes it, ready to be shown."""
 
     pieces: list[str]  # what each token shows
-    concentration: Tensor  # [L, N, E]
-    hard_choice: Tensor  # int64 [L, N]
+    concentration: Tensor  # [L, N, E], of the unit that is shown
+    hard_choice: Tensor  # int64 [L, N], of that unit
     nll: Tensor  # [N], of the token itself given those before it in its window; nan for the first
 
 
-def route_text(run: FittedRun, text: bytes | None = None, limit: int = SHOWN_TOKENS, source: Any = None) -> ShownText:
+def route_text(
+    run: FittedRun, text: bytes | None = None, limit: int = SHOWN_TOKENS, source: Any = None, unit: int = 0
+) -> ShownText:
     """Read a text, or the first held-out windows of the run, window by window.
 
     Args:
@@ -48,11 +50,14 @@ def route_text(run: FittedRun, text: bytes | None = None, limit: int = SHOWN_TOK
         text: UTF-8; None takes held-out text.
         limit: tokens at most.
         source: held-out data, where `text` is None.
+        unit: of routing, that is shown.
 
     Raises:
-        ValueError: an empty text, one that is not UTF-8, or a text for a run whose tokens are no text.
+        ValueError: a unit that the run has not, an empty text, one that is not UTF-8, or text for a run whose tokens are none.
     """
     require(limit >= 1, "limit", "at least one token", limit)
+    units = run.config.model.num_units
+    require(0 <= unit < units, "unit", f"0 to {units - 1}", unit, f"the fit routes by {run.config.model.route_by}")
     context = run.config.data.context
     if text is None:
         require(source is not None, "source", "held-out data where no text is given", None)
@@ -69,8 +74,8 @@ def route_text(run: FittedRun, text: bytes | None = None, limit: int = SHOWN_TOK
     ids, concentration, choice, nll = [], [], [], []
     for reading in read(run.model, batches):
         ids += reading.tokens[0].tolist()
-        concentration.append(reading.concentration[:, 0].cpu())
-        choice.append(reading.hard_choice[:, 0].cpu())
+        concentration.append(reading.concentration[:, 0, :, unit].cpu())
+        choice.append(reading.hard_choice[:, 0, :, unit].cpu())
         nll.append(reading.own_nll(run.causal)[0].cpu())
     parts = (torch.cat(concentration, 1), torch.cat(choice, 1), torch.cat(nll))
     return ShownText(
@@ -78,7 +83,12 @@ def route_text(run: FittedRun, text: bytes | None = None, limit: int = SHOWN_TOK
     )
 
 
-def layer_tables(run: FittedRun, shown: ShownText) -> list[dict[str, Any]]:
+def _kl(run: FittedRun, layer: int, q: Tensor, unit: int) -> Tensor:
+    """KL of one unit's posteriors [N, E] to its prior, [N]."""
+    return kl_to_prior(run.program, layer, q[:, None].expand(-1, run.config.model.num_units, -1))[:, unit]
+
+
+def layer_tables(run: FittedRun, shown: ShownText, unit: int = 0) -> list[dict[str, Any]]:
     """What the page needs of each layer, as short lists: choice, posterior mean (per mille), and what a hover shows."""
     tables = []
     for layer, q in enumerate(shown.concentration):
@@ -90,7 +100,7 @@ def layer_tables(run: FittedRun, shown: ShownText) -> list[dict[str, Any]]:
                 "sure": (1000 * probability_right(q)).round().int().tolist(),
                 "total": [round(x, 2) for x in q.sum(-1).tolist()],
                 "information": [round(x, 3) for x in mutual_information(q.double()).tolist()],
-                "kl": [round(x, 2) for x in kl_to_prior(run.program, layer, q.to(run.device)).tolist()],
+                "kl": [round(x, 2) for x in _kl(run, layer, q.to(run.device), unit).tolist()],
             }
         )
     return tables
@@ -117,7 +127,7 @@ def figures(examined: Examination, shown: ShownText, quick: bool) -> list[dict[s
         layer = int(layers["route_information"].argmax())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            prior = run.program.token_prior(layer).sample(torch.Size([250]))
+            prior = run.program.token_prior(layer).sample(torch.Size([250])).flatten(0, -2)
         found.append(
             (f"Posteriors on the simplex, layer {layer}", "Draws from the posteriors of the tokens below, and from the prior.",
              lambda: posterior_plots.plot_simplex_density(shown.concentration[layer], prior, experts))

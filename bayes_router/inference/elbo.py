@@ -245,10 +245,9 @@ def _unmasked(site: dict[str, Any], density: Tensor) -> Tensor:
 
 
 def _shared(value: Tensor, dims: int) -> Tensor:
-    """`value` without its leading dimensions, kept as ones, where all that lies along them is one number."""
-    lead = value.dim() - dims
-    same = all(stride == 0 for stride in value.stride()[:lead])
-    return value[(slice(0, 1),) * lead] if same else value
+    """`value` with each leading dimension a one where all that lies along it is one number."""
+    lead = value.stride()[: value.dim() - dims]
+    return value[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in lead)]
 
 
 def _stacked_kl(model_trace: Trace, guide_trace: Trace, routes: list[str]) -> Tensor:
@@ -258,7 +257,7 @@ def _stacked_kl(model_trace: Trace, guide_trace: Trace, routes: list[str]) -> Te
     p = _stacked([_shared(prior.concentration, 1) for prior in priors])  # [L, 1, 1, E] of one for all tokens
     if isinstance(priors[0], TiltedDirichlet):
         log_z = _stacked([_shared(prior.log_normaliser, 0) for prior in priors])
-        tilt = _stacked([prior.tilt for prior in priors])  # [L, E], or as the concentration
+        tilt = _stacked([_shared(prior.tilt, 1) for prior in priors])  # [L, E], or as the concentration
         tilt = tilt.view(len(routes), *[1] * (q.dim() - 2), -1) if tilt.dim() == 2 else tilt
         kl = tilted_kl(q, p, tilt, log_z)
     else:

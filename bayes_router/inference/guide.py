@@ -21,7 +21,7 @@ class Controller(Protocol):
     """What answers for the posterior: `MetaController`, or one of your own."""
 
     def posterior(self, layer: int, hidden: Tensor) -> Any:
-        """Hidden [B, T, D] -> distribution over routes, batch shape [B, T], event shape [E]."""
+        """Hidden [B, T, D] -> distribution over routes, batch shape [B, T, R] (or [B, T] where R = 1), event shape [E]."""
 
 
 class RoutingGuide(Named):
@@ -91,7 +91,7 @@ class RoutingGuide(Named):
         q = self.controller.posterior(layer, hidden)
         name = route_site(layer)
         wanted = (*hidden.shape[:-1], *plates.units)
-        fits = q.batch_shape == wanted
+        fits = q.batch_shape in (wanted, (*hidden.shape[:-1], *(plates.units or (1,))))
         require(fits, f"posterior of {name}", f"batch shape {tuple(wanted)}", tuple(q.batch_shape))
         self.model.check_experts(f"posterior of {name}", q)
         if isinstance(q, Dirichlet):

@@ -15,17 +15,18 @@ class DirichletPrior(nn.Module):
     Its values move inside the same tensors, where a captured CUDA graph reads them.
 
     Args:
-        concentration: [L, E].
-        cost_ratio: of the experts, [E], or of the experts in each layer, [L, E]; what `price` multiplies.
+        concentration: [L, E], or of each unit, [L, R, E].
+        cost_ratio: of the experts, [E], or of the experts in each layer, [L, E], or of each unit, [L, R, E]; what `price`
+            multiplies.
         price: nats per unit of cost, see `TiltedDirichlet`.
 
     Raises:
-        ValueError: a concentration that is not positive or not [L, E], a price below 0 or without costs.
+        ValueError: a concentration that is not positive or of another shape, a price below 0 or without costs.
     """
 
     concentration: Tensor
     cost_ratio: Tensor
-    log_normaliser: Tensor  # [L], of the tilted prior
+    log_normaliser: Tensor  # [L] or [L, R], of the tilted prior
     tilt: Tensor  # price * cost_ratio
 
     def __init__(self, concentration: Tensor, cost_ratio: Tensor | None = None, price: float = 0.0):
@@ -34,7 +35,7 @@ class DirichletPrior(nn.Module):
         costs = torch.zeros(0) if cost_ratio is None else cost_ratio
         self.register_buffer("cost_ratio", costs, persistent=False)
         for name, value in (
-            ("log_normaliser", torch.zeros(len(concentration)).to(costs)),
+            ("log_normaliser", torch.zeros(self._of_layers(concentration, costs)[0].shape[:-1]).to(costs)),
             ("tilt", torch.zeros_like(costs)),
         ):
             self.register_buffer(name, value, persistent=False)
@@ -48,12 +49,8 @@ class DirichletPrior(nn.Module):
 
     def move(self, concentration: Tensor, price: float = 0.0) -> None:
         """Move the prior to another concentration and price; a schedule calls this between steps."""
-        shape = (
-            f"shape [{len(self.concentration)}, {self.concentration.shape[1]}]"
-            if self.concentration.numel()
-            else "shape [L, E]"
-        )
-        fits = concentration.dim() == 2 and self.concentration.shape in ((0,), concentration.shape)
+        shape = f"shape {list(self.concentration.shape)}" if self.concentration.numel() else "shape [L, E] or [L, R, E]"
+        fits = concentration.dim() in (2, 3) and self.concentration.shape in ((0,), concentration.shape)
         require(fits, "concentration", shape, tuple(concentration.shape))
         require(
             bool((concentration > 0).all()),
@@ -62,20 +59,15 @@ class DirichletPrior(nn.Module):
             concentration.tolist(),
         )
         require(price >= 0, "price", "0 or more", price)
-        require(
-            price == 0 or len(self.cost_ratio) > 0,
-            "price",
-            "0 where no cost_ratio was given",
-            price,
-        )
-        experts = f"the {concentration.shape[1]} experts of the concentration"
+        require(price == 0 or len(self.cost_ratio) > 0, "price", "0 where no cost_ratio was given", price)
+        experts = f"the {concentration.shape[-1]} experts of the concentration"
         costs = tuple(self.cost_ratio.shape)
-        require(costs in ((0,), costs[:-1] + concentration.shape[1:]), "cost_ratio", experts, costs)
+        require(costs in ((0,), costs[:-1] + concentration.shape[-1:]), "cost_ratio", experts, costs)
         moved = price != self._price or not torch.equal(concentration, self._given)
         if moved and price > 0:
-            # log Z of every layer; from values on the CPU, where small float64 work is cheap and no
-            # GPU waits for it
-            moments = tilted_moments(concentration.cpu(), price * torch.tensor(self._cost))
+            # log Z of every layer; from values on the CPU, where small float64 work is cheap and no GPU waits for it
+            of_layers, paid = self._of_layers(concentration.cpu(), torch.tensor(self._cost))
+            moments = tilted_moments(of_layers, price * paid)
             self.log_normaliser.copy_(moments.log_normaliser, non_blocking=True)
             torch.mul(self.cost_ratio, price, out=self.tilt)
         if moved and self.concentration.dtype == concentration.dtype and self.concentration.numel():
@@ -85,15 +77,26 @@ class DirichletPrior(nn.Module):
         self._given, self._price = concentration, price
 
     def forward(self, layer: int, shape: torch.Size = torch.Size()) -> dist.TorchDistribution:  # noqa: B008
-        """Of the routes of a layer, batch shape `shape`: by default that of one token."""
-        require(
-            0 <= layer < len(self.concentration),
-            "prior",
-            f"{layer + 1} layers or more",
-            len(self.concentration),
-        )
-        concentration = self.concentration[layer]
+        """Of the routes of a layer, batch shape `shape`, [(R,) B, T]: by default that of one token."""
+        require(0 <= layer < len(self.concentration), "prior", f"{layer + 1} layers or more", len(self.concentration))
+        concentration = _of_units(self.concentration[layer], 1, shape)
+        shape = shape if len(shape) else concentration.shape[:-1]  # [R], where units differ
         if self.price == 0:
             return dist.Dirichlet(concentration, validate_args=False).expand(shape)
-        tilt = self.tilt if self.tilt.dim() == 1 else self.tilt[layer]
-        return TiltedDirichlet(concentration, tilt, self.log_normaliser[layer]).expand(shape)
+        tilt = self.tilt if self.tilt.dim() == 1 else _of_units(self.tilt[layer], 1, shape)
+        log_normaliser = _of_units(self.log_normaliser[layer], 0, shape)
+        return TiltedDirichlet(concentration, tilt, log_normaliser).expand(shape)
+
+    @staticmethod
+    def _of_layers(concentration: Tensor, costs: Tensor) -> tuple[Tensor, Tensor]:
+        """Both by layer, and by unit where one of them is."""
+        if concentration.dim() == 2 and costs.dim() == 3:
+            return concentration[:, None], costs
+        return concentration, costs[:, None] if concentration.dim() == 3 and costs.dim() == 2 else costs
+
+
+def _of_units(x: Tensor, rest: int, shape: torch.Size) -> Tensor:
+    """What a layer's units have, [R, ...] with `rest` dimensions after R, beside batch and token: [R, 1, 1, ...]."""
+    if x.dim() == rest or len(shape) == 0:
+        return x
+    return x.squeeze(0) if len(shape) == 2 else x[:, None, None]

@@ -5,8 +5,8 @@
 | `route_<l>`  | [B, T, E]; [R, B, T, E] where R > 1 | batch (-2), token (-1); unit (-3) where R > 1      |
 | `targets`    | [B, T], or [B, 1] for one a row     | batch (-2), and token (-1) where there is one each |
 
-R counts the routing units of a layer, `network.num_units`: a network of one has weights [B, T, E],
-of more [B, T, R, E].
+R counts the routing units of a layer, `network.num_units`. Networks get weights [B, T, R, E], and
+where R = 1 [B, T, E]: one route for all heads.
 """
 
 from contextlib import ExitStack
@@ -85,6 +85,11 @@ class Plates:
         whole = value.expand(*self.lead, *self.route_shape, value.shape[-1])
         whole = whole.movedim(-4, -2) if self.units else whole
         return whole.reshape(self.rows, self.T, *self.units, value.shape[-1])
+
+
+def of_site(value: Tensor, units: int) -> Tensor:
+    """Of a route site, [..., (R,) B, T, E], as networks and results have it: [..., B, T, R, E]."""
+    return value.movedim(-4, -2) if units > 1 else value.unsqueeze(-2)
 
 
 def _inside(*plates: pyro.plate) -> ExitStack:

@@ -26,6 +26,7 @@ def patch(
     *,
     window: int = 256,
     experts: Sequence[str] = ("full", "mapped", "local"),
+    route_by: str = "layer",
     layers: Sequence[int] | None = None,
     sinks: int = 0,
     prior: PriorConfig | None = None,
@@ -47,6 +48,8 @@ def patch(
             (self-attention alone is routed, what is not is named in a warning).
         window: keys that `local` sees, the token itself included.
         experts: of full, mapped, local, gated; `full` must be among them.
+        route_by: what chooses an expert for a token: `layer` (all heads together), `kv_head` (each key and value head, with the
+            query heads that share it) or `head` (each query head).
         layers: indices of the attention layers to route, in the order in which the model runs them; None: all.
         sinks: first tokens that `local` sees beside its window; about 4 for decoders, which park attention there.
         prior: of `fit`.
@@ -70,6 +73,7 @@ def patch(
     settings = PatchSettings(
         window=window,
         experts=tuple(experts),
+        route_by=route_by,
         layers=None if layers is None else tuple(layers),
         sinks=sinks,
         prior=prior or PatchSettings().prior,

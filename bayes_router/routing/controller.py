@@ -14,47 +14,52 @@ from bayes_router.routing.risk import Risk
 
 
 class LayerController(nn.Module):
-    """hidden [..., D] -> raw [..., E]: linear, or one hidden layer of SiLU units.
+    """hidden [..., D] -> raw [..., R, E]: linear, or one hidden layer of SiLU neurons, which all routing units share.
 
     The last layer starts at zero but for its bias, so that every posterior starts at the same chosen concentration.
     """
 
-    def __init__(self, d_model: int, num_experts: int, hidden: int):
+    def __init__(self, d_model: int, num_experts: int, hidden: int, num_units: int = 1):
         super().__init__()
+        self.num_units = num_units
         self.hidden = nn.Linear(d_model, hidden) if hidden else None
-        self.out = nn.Linear(hidden or d_model, num_experts)
+        self.out = nn.Linear(hidden or d_model, num_units * num_experts)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """See the class."""
-        return self.out(hidden if self.hidden is None else F.silu(self.hidden(hidden)))
+        raw: Tensor = self.out(hidden if self.hidden is None else F.silu(self.hidden(hidden)))
+        return raw.unflatten(-1, (self.num_units, -1))
 
 
 class MetaController(nn.Module):
-    """q(route_l[b, t] | h_l[b, t]) = Dirichlet(floor + softplus(controller_l(h_l[b, t]))) for every layer l.
+    """q(route_l[b, t, r] | h_l[b, t]) = Dirichlet(floor + softplus(controller_l(h_l[b, t])[r])), layer l, unit r.
 
     Attributes:
         evidence: the density of what it read in its fit, where the fit kept one; no part of the state dict.
         risk: the estimate of what routing loses, where one was fitted; idem.
     """
 
-    def __init__(self, d_model: int, num_layers: int, num_experts: int, hidden: int = 64, floor: float = 0.01):
+    def __init__(
+        self, d_model: int, num_layers: int, num_experts: int, hidden: int = 64, floor: float = 0.01, num_units: int = 1
+    ):
         super().__init__()
-        self.layers = nn.ModuleList(LayerController(d_model, num_experts, hidden) for _ in range(num_layers))
+        self.layers = nn.ModuleList(LayerController(d_model, num_experts, hidden, num_units) for _ in range(num_layers))
         self.floor = floor
         self.evidence: Evidence | None = None
         self.risk: Risk | None = None
 
     def posterior(self, layer: int, hidden: Tensor) -> Dirichlet:
-        """The posterior of a layer's routes, batch shape [B, T], for hidden [B, T, D]; float32 whatever autocast says."""
+        """The posterior of a layer's routes, batch shape [B, T, R], for hidden [B, T, D]; float32 whatever autocast says."""
         return posterior(self.layers[layer](hidden), self.floor)
 
     @torch.no_grad()
     def start_at(self, concentration: Tensor) -> None:
-        """Set every posterior to `concentration` [L, E] whatever the hidden state: where training starts."""
+        """Set every posterior to `concentration`, [L, E] or [L, R, E], whatever the hidden state: where training starts."""
         for controller, target in zip(self.layers, concentration, strict=True):
             assert isinstance(controller, LayerController)
             above = (target - self.floor).clamp_min(1e-3).double()
             controller.out.weight.zero_()
-            controller.out.bias.copy_(above.expm1().log())  # the inverse of softplus
+            raw = above.expm1().log()  # the inverse of softplus
+            controller.out.bias.copy_(raw.expand(controller.num_units, -1).flatten())

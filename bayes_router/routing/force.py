@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from bayes_router.checks import require, unknown
 from bayes_router.types import Route
 
 Force = str | Tensor
-"""The name of an expert, choices int64 [L, B, T], or weights [L, B, T, E]."""
+"""The name of an expert, choices int64 [L, B, T, R], or weights [L, B, T, R, E]; without the dimension R for all units."""
 
 
 def forced_route(force: Force, experts: Sequence[str], num_layers: int) -> Route:
@@ -26,3 +27,16 @@ def forced_route(force: Force, experts: Sequence[str], num_layers: int) -> Route
         return choice
 
     return route
+
+
+def as_units(route: Tensor | int, concentration: Tensor) -> Tensor:
+    """An executed route as results hold it, beside the posterior's concentration [B, T, R, E].
+
+    One expert for all, choices [B, T] and weights [B, T, E] become those of every unit.
+    """
+    shape = concentration.shape[:-1]
+    if isinstance(route, int):
+        return torch.full(shape, route, dtype=torch.int64, device=concentration.device)
+    soft = route.is_floating_point()
+    with_r = route.unsqueeze(2) if route.dim() == (3 if soft else 2) else route
+    return with_r.expand(*shape, with_r.shape[-1]) if soft else with_r.expand(shape)

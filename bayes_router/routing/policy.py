@@ -19,7 +19,7 @@ from bayes_router.types import RoutingMode
 
 
 class Policy(Protocol):
-    """Chooses one expert a token."""
+    """Chooses one expert for each unit of a token."""
 
     def __call__(self, concentration: Tensor) -> Tensor:
         """Concentration [..., E] -> hard_choice int64 [...]."""
@@ -107,25 +107,29 @@ def policy_from_dict(saved: dict[str, Any]) -> Policy:
     return policy
 
 
-def like(values: Sequence[float], x: Tensor) -> Tensor:
-    """`values` [E] in the dtype and on the device of x. They are kept there: a copy from the host waits for a GPU."""
-    return _kept(tuple(values), x.dtype, x.device)
+Costs = tuple[float, ...] | tuple[tuple[float, ...], ...]
+"""Of the experts [E], or of the experts by unit [R][E]."""
 
 
-@lru_cache(maxsize=64)
-def _kept(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def like(values: Costs, x: Tensor, factor: float = 1.0) -> Tensor:
+    """`factor` times `values`, in the dtype and on the device of x; kept there, as a copy from the host waits for a GPU."""
+    return _kept(values, factor, x.dtype, x.device)
+
+
+@lru_cache(maxsize=256)
+def _kept(values: Costs, factor: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # a tensor made there could not be used elsewhere
-        return torch.tensor(values, dtype=dtype, device=device)
+        return (factor * torch.tensor(values, dtype=torch.float64)).to(device, dtype)
 
 
-def priced(concentration: Tensor, cost_ratio: Sequence[float], price: float) -> Tensor:
+def priced(concentration: Tensor, cost_ratio: Costs, price: float) -> Tensor:
     """The concentration whose mean is proportional to mean x exp(-price x cost), at the same total; [..., E].
 
     `price` in nats per unit of cost ratio: what a token must be surer of the dearer expert to take it. 0 changes nothing.
     """
     if price == 0:
         return concentration
-    return tilted_by(concentration, like([price * cost for cost in cost_ratio], concentration))
+    return tilted_by(concentration, like(cost_ratio, concentration, price))
 
 
 def tilted_by(concentration: Tensor, tilt: Tensor) -> Tensor:
@@ -146,7 +150,7 @@ class Conservative:
     `price` moves the posterior first, see `priced`: so that a budget can be met, as `Budget` meets one by argmax.
     """
 
-    cost_ratio: tuple[float, ...]
+    cost_ratio: Costs
     threshold: float = SURE_ENOUGH
     least_mean: float = 0.05
     price: float = 0.0
@@ -176,12 +180,12 @@ class Budget:
     costliest expert.
     """
 
-    cost_ratio: tuple[float, ...]
+    cost_ratio: Costs
     price: float = 0.0
 
     def __call__(self, concentration: Tensor) -> Tensor:
         """See `Policy`. The log of the total concentration is the same for all experts, and left out."""
-        paid = like([self.price * cost for cost in self.cost_ratio], concentration)
+        paid = like(self.cost_ratio, concentration, self.price)
         return (concentration.log() - paid).argmax(-1)
 
 

@@ -15,7 +15,10 @@ from bayes_router.routing.posterior import (
 
 @dataclass(frozen=True)
 class RoutingStatistics:
-    """How one layer routed one batch; entropies and information in nats, costs relative to full attention."""
+    """How one layer routed one batch; entropies and information in nats, costs relative to full attention.
+
+    Of a layer of several units everything is the mean over them, and `units` has the same of each.
+    """
 
     experts: tuple[str, ...]
     load: tuple[float, ...]  # share of the tokens on each expert (soft weights: mean weight)
@@ -25,6 +28,7 @@ class RoutingStatistics:
     route_information: float  # between token and route
     total_concentration: float  # mean over tokens
     collapse: str  # "none", "routing" (nearly all tokens on one expert) or "posterior" (one route for all tokens)
+    units: tuple["RoutingStatistics", ...] = ()  # of each unit, where there are several
 
     def __repr__(self) -> str:
         load = ", ".join(f"{name} {share:.1%}" for name, share in zip(self.experts, self.load, strict=True))
@@ -45,7 +49,28 @@ def executed_load(route: Tensor, num_experts: int) -> Tensor:
 
 
 def routing_statistics(concentration: Tensor, route: Tensor, cost_ratio: Tensor, experts: Sequence[str]) -> RoutingStatistics:
-    """Summarise one layer's posteriors [B, T, E] and executed routes ([B, T, E] or int64 [B, T])."""
+    """Summarise one layer's posteriors [B, T, R, E] and executed routes ([B, T, R, E] or int64 [B, T, R]).
+
+    `cost_ratio` is [E], or [R, E]. A layer has collapsed where all of its units have: in the way that they share, or, if some
+    in one way and some in the other, by "posterior".
+    """
+    R = concentration.shape[2]
+    costs = cost_ratio.expand(R, -1)
+    units = tuple(_of_unit(concentration[:, :, r], route[:, :, r], costs[r], experts) for r in range(R))
+    if R == 1:
+        return units[0]
+    ways = {unit.collapse for unit in units}
+    means = {name: sum(getattr(unit, name) for unit in units) / R for name in MEANS}
+    load = tuple(sum(shares) / R for shares in zip(*(unit.load for unit in units), strict=True))
+    collapse = ways.pop() if len(ways) == 1 else "none" if "none" in ways else "posterior"
+    return RoutingStatistics(tuple(experts), load, collapse=collapse, units=units, **means)
+
+
+MEANS = ("cost", "entropy_of_mean", "expected_entropy", "route_information", "total_concentration")
+
+
+def _of_unit(concentration: Tensor, route: Tensor, cost_ratio: Tensor, experts: Sequence[str]) -> RoutingStatistics:
+    """Of one unit: posteriors [B, T, E], routes [B, T, E] or int64 [B, T], costs [E]."""
     num_experts = len(experts)
     concentration = concentration.reshape(-1, num_experts)
     load = executed_load(route, num_experts)

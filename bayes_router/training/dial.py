@@ -179,7 +179,7 @@ class Dial:
             route = self.policy(price)(concentration)
             if not isinstance(self.cost, Tensor):
                 return self.cost(route)
-            load = torch.stack([(route == index).double().mean((1, 2)) for index in range(shares)], -1)
+            load = torch.stack([(route == index).double().mean((1, 2, 3)) for index in range(shares)], -1)
             return cost_of(route, load.cpu(), self.cost)
 
         low, high = -STEEPEST, STEEPEST

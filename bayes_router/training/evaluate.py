@@ -42,12 +42,14 @@ class Evaluation:
     gap: float  # nll hard - nll mean
     cost_ratio: dict[str, float]  # of the routes executed under HARD, by cost model: load times each expert's own ratio
     executed: dict[str, dict[str, float]]  # the same routes counted, see the class
-    load_per_layer: list[list[float]]  # HARD
-    kl_per_layer: list[float]
+    load_per_layer: list[list[float]]  # HARD; this and the next are means over units
+    kl_per_layer: list[float]  # summed over units
     route_information_per_layer: list[float]
     entropy_of_mean_per_layer: list[float]
     expected_entropy_per_layer: list[float]
     total_concentration_per_layer: list[float]
+    load_per_unit: list[list[list[float]]] = field(default_factory=list)  # [L][R][E], HARD
+    route_information_per_unit: list[list[float]] = field(default_factory=list)  # [L][R]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -92,13 +94,14 @@ class Evaluation:
 
 
 class _Prior:
-    """What KL is measured from, in float64: Dirichlet([L, E]), tilted by a price [E] if there is one."""
+    """What KL is measured from, in float64: Dirichlet([L, E] or [L, R, E]), tilted by a price [E] if there is one."""
 
     def __init__(self, concentration: Tensor, price: Tensor | None):
-        self.concentration = concentration.to("cpu", torch.float64)
-        self.price = torch.zeros(self.concentration.shape[1]) if price is None else price.cpu()
+        concentration = concentration if concentration.dim() == 3 else concentration[:, None]
+        self.concentration = concentration.to("cpu", torch.float64)  # [L, R or 1, E]
+        self.price = torch.zeros(self.concentration.shape[-1]) if price is None else price.cpu()
         self.price = self.price.double()
-        self.log_normaliser = tilted_moments(self.concentration, self.price).log_normaliser  # [L]
+        self.log_normaliser = tilted_moments(self.concentration, self.price).log_normaliser  # [L, R or 1]
 
     def to(self, device: torch.device) -> "_Prior":
         """Moved there."""
@@ -107,8 +110,8 @@ class _Prior:
         return self
 
     def kl(self, concentration: Tensor) -> Tensor:
-        """KL(Dirichlet(concentration [L, N, E]) || prior), [L, N]."""
-        return tilted_kl(concentration, self.concentration[:, None], self.price, self.log_normaliser[:, None])
+        """KL(Dirichlet(concentration [L, N, R, E]) || prior), [L, N], summed over units."""
+        return tilted_kl(concentration, self.concentration[:, None], self.price, self.log_normaliser[:, None]).sum(-1)
 
 
 @dataclass
@@ -119,22 +122,29 @@ class _Sums:
     seen: int = 0
     correct: int = 0
     nll: dict[str, float] = field(default_factory=lambda: {mode.value: 0.0 for mode in RoutingMode})
-    taken: Tensor | float = 0.0  # [L, T, E], tokens at each position
-    mean: Tensor | float = 0.0  # [L, E]
-    entropy_of_mean: Tensor | float = 0.0  # [L]
-    expected_entropy: Tensor | float = 0.0  # [L]
-    total: Tensor | float = 0.0  # [L]
+    taken: Tensor | float = 0.0  # [L, T, R, E], tokens at each position
+    read: Tensor | float = 0.0  # [E], key heads by the most that one of their query heads reads
+    mean: Tensor | float = 0.0  # [L, R, E]
+    entropy_of_mean: Tensor | float = 0.0  # [L, R]
+    expected_entropy: Tensor | float = 0.0  # [L, R]
+    total: Tensor | float = 0.0  # [L, R]
     kl: Tensor | float = 0.0  # [L]
 
-    def add_routes(self, concentration: Tensor, hard_choice: Tensor) -> None:
-        """Concentration [L, B, T, E] and the choices executed [L, B, T]."""
-        flat = concentration.flatten(1, 2).double()  # [L, N, E]
+    def add_routes(self, concentration: Tensor, hard_choice: Tensor, keys_read: Tensor, sharing: int) -> None:
+        """Concentration [L, B, T, R, E] and the choices executed [L, B, T, R].
+
+        `keys_read` [E] by a decoding step; `sharing` neighbouring units read the same key heads.
+        """
+        flat = concentration.flatten(1, 2).double()  # [L, N, R, E]
         mean = posterior_mean(flat)
         self.taken = self.taken + F.one_hot(hard_choice, flat.shape[-1]).double().sum(1)
+        shared = hard_choice.unflatten(-1, (-1, sharing))  # [L, B, T, units that read apart, sharing]
+        most = shared.gather(-1, keys_read[shared].argmax(-1, keepdim=True))
+        self.read = self.read + F.one_hot(most.flatten(), flat.shape[-1]).double().sum(0)
         self.mean = self.mean + mean.sum(1)
         self.entropy_of_mean = self.entropy_of_mean + categorical_entropy(mean).sum(1)
         self.expected_entropy = self.expected_entropy + expected_entropy(flat).sum(1)
-        self.total = self.total + flat.sum((1, 2))
+        self.total = self.total + flat.sum((1, 3))
         self.seen += flat.shape[1]
 
 
@@ -157,7 +167,7 @@ def evaluate(
     Args:
         model: the fitted model.
         source: held-out data.
-        prior_concentration: [L, E], of the prior that KL is measured from.
+        prior_concentration: [L, E] or [L, R, E], of the prior that KL is measured from.
         prior_price: [E], nats per unit of weight by which that prior is tilted (price x cost ratio); none by default.
         context: tokens of a window; the first tokens of each have little to go by.
         batch_size: windows at a time.
@@ -175,14 +185,14 @@ def evaluate(
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             for batch in source.windows(context, batch_size, limit):
-                _read(model, Batch(*(x.to(device) for x in batch)), prior, sums)
+                _read(model, Batch(*(x.to(device) for x in batch)), prior, sums, context)
     finally:
         model.train(was_training)
         model.policy = usual
     return _finish(model, sums, context, costs)
 
 
-def _read(model: RoutedLanguageModel, batch: Batch, prior: "_Prior", sums: _Sums) -> None:
+def _read(model: RoutedLanguageModel, batch: Batch, prior: "_Prior", sums: _Sums, context: int) -> None:
     scored = batch.targets != IGNORED
     for mode in RoutingMode:
         out = model(batch.tokens, mode)
@@ -190,7 +200,9 @@ def _read(model: RoutedLanguageModel, batch: Batch, prior: "_Prior", sums: _Sums
         if mode is RoutingMode.SAMPLE:
             sums.kl = sums.kl + prior.kl(out.concentration.flatten(1, 2).double()).sum(1)
         if mode is RoutingMode.HARD:
-            sums.add_routes(out.concentration, out.route)
+            keys = torch.tensor([expert.keys_read(context) for expert in build_experts(model.config)], device=out.route.device)
+            sharing = max(model.config.num_units // model.config.kv_heads, 1)
+            sums.add_routes(out.concentration, out.route, keys, sharing)
             sums.correct += int(((out.logits.argmax(-1) == batch.targets) & scored).sum())
     sums.scored += int(scored.sum())
 
@@ -200,7 +212,9 @@ def _finish(model: RoutedLanguageModel, sums: _Sums, context: int, costs: Sequen
     assert isinstance(sums.taken, Tensor) and isinstance(sums.mean, Tensor) and isinstance(sums.kl, Tensor)
     assert isinstance(sums.entropy_of_mean, Tensor)
     experts = model.counted_experts
-    load, mean, kl = (x.cpu() / n for x in (sums.taken.sum(1), sums.mean, sums.kl))
+    of_units, mean, kl = (x.cpu() / n for x in (sums.taken.sum(1), sums.mean, sums.kl))
+    information = categorical_entropy(mean) - sums.entropy_of_mean.cpu() / n  # [L, R]
+    load = of_units.mean(1)
     nll = {mode: total / sums.scored for mode, total in sums.nll.items()}
     return Evaluation(
         tokens=sums.scored,
@@ -210,25 +224,30 @@ def _finish(model: RoutedLanguageModel, sums: _Sums, context: int, costs: Sequen
         elbo=-(sums.nll["sample"] / n + float(kl.sum())),
         gap=nll["hard"] - nll["mean"],
         cost_ratio={c.value: float((load @ cost_ratios(experts, c, context).double()).mean()) for c in costs},
-        executed=_executed(model, sums.taken.sum(0).cpu()),
+        executed=_executed(model, sums.taken.sum((0, 2)).cpu(), sums.read.cpu()),  # type: ignore[union-attr]
         load_per_layer=load.tolist(),
         kl_per_layer=kl.tolist(),
-        route_information_per_layer=(categorical_entropy(mean) - sums.entropy_of_mean.cpu() / n).tolist(),
-        entropy_of_mean_per_layer=(sums.entropy_of_mean / n).tolist(),
-        expected_entropy_per_layer=(sums.expected_entropy / n).tolist(),  # type: ignore[union-attr]
-        total_concentration_per_layer=(sums.total / n).tolist(),  # type: ignore[union-attr]
+        route_information_per_layer=information.mean(1).tolist(),
+        entropy_of_mean_per_layer=(sums.entropy_of_mean / n).mean(1).tolist(),
+        expected_entropy_per_layer=(sums.expected_entropy / n).mean(1).tolist(),  # type: ignore[union-attr]
+        total_concentration_per_layer=(sums.total / n).mean(1).tolist(),  # type: ignore[union-attr]
+        load_per_unit=of_units.tolist(),
+        route_information_per_unit=information.tolist(),
     )
 
 
-def _executed(model: RoutedLanguageModel, taken: Tensor) -> dict[str, dict[str, float]]:
-    """Of hard routes, [T, E] tokens of all layers at each position on each expert; see `Evaluation.executed`."""
+def _executed(model: RoutedLanguageModel, taken: Tensor, read: Tensor) -> dict[str, dict[str, float]]:
+    """Of hard routes, [T, E] units of all layers at each position on each expert; see `Evaluation.executed`.
+
+    `read` [E] counts key heads by the most that one of their query heads reads.
+    """
     experts, heads, size = model.counted_experts, model.config.kv_heads, next(model.parameters()).element_size()
     step = taken.sum(0, keepdim=True)
     found = {}
     for mode, routes, start in ((Mode.PREFILL, taken, 0), (Mode.DECODE, step, len(taken) - 1)):
-        found[f"attention_{mode.value}"] = executed_attention(experts, routes, heads, size, mode, start)
+        found[f"attention_{mode.value}"] = executed_attention(experts, routes, heads, size, mode, start, read=read)
         if isinstance(model, RoutedLanguageModel):  # of a patched model only the attention is known
-            found[f"model_{mode.value}"] = executed_model(model, routes, mode, start=start)
+            found[f"model_{mode.value}"] = executed_model(model, routes, mode, start=start, read=read)
     return found
 
 

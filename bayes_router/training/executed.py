@@ -15,7 +15,7 @@ from bayes_router.routing.policy import Argmax, Policy
 from bayes_router.types import IGNORED, RoutingMode, RoutingOutput
 
 CountedCost = Callable[[Tensor], float]
-"""Hard routes int64 [L, B, T] -> what they cost, full attention = 1, where a table of experts does not say it."""
+"""Hard routes int64 [L, B, T, R] -> what they cost, full attention = 1, where a table of experts does not say it."""
 
 
 class Routed(Protocol):
@@ -42,7 +42,7 @@ class Executed:
     """One executed pass over held-out text."""
 
     price: float  # nats per unit of cost ratio
-    cost: float  # cost ratio of the executed routes, mean over tokens and layers
+    cost: float  # cost ratio of the executed routes, mean over tokens, layers and units
     load: Tensor  # [L, E] float64, share of the tokens (of the weight, where routes are soft) on each expert
     window_nll: Tensor  # [windows] float64, sum over the scored tokens of each window, nats
     window_scored: Tensor  # [windows] float64, number of scored tokens
@@ -62,8 +62,8 @@ class Pass(NamedTuple):
     """What one pass gave."""
 
     reading: Executed
-    concentration: Tensor  # [L, windows, T, E]
-    route: Tensor  # [L, windows, T], or weights [L, windows, T, E]
+    concentration: Tensor  # [L, windows, T, R, E]
+    route: Tensor  # [L, windows, T, R], or weights [L, windows, T, R, E]
 
 
 def read_routes(
@@ -119,8 +119,8 @@ def execute(
             for batch in windows:
                 out, targets = model(batch.tokens.to(device), mode), batch.targets.to(device)
                 num_experts = out.concentration.shape[-1]
-                weights = out.route if out.route.is_floating_point() else F.one_hot(out.route, num_experts)  # [L, B, T, E]
-                loads.append(weights.double().mean(2))  # [L, B, E]
+                weights = out.route if out.route.is_floating_point() else F.one_hot(out.route, num_experts)
+                loads.append(weights.double().mean((2, 3)))  # [L, B, E], of [L, B, T, R, E]
                 nlls.append(token_nll(out.logits, targets).double().sum(1))
                 scored.append((targets != IGNORED).sum(1).double())
                 concentrations.append(out.concentration)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bayes_router.attention.cost import Cost, Mode, hard_bytes, hard_flops, own_flops
+from bayes_router.attention.cost import Cost, Mode, hard_bytes, hard_flops, own_flops, shares
 from bayes_router.attention.experts.contract import Expert
 from bayes_router.attention.experts.full import FullAttention
 from bayes_router.config import ModelConfig
@@ -66,9 +66,18 @@ def model_experts(model: nn.Module) -> list[Expert]:
 
 
 def executed_model(
-    model: nn.Module, taken: Tensor, mode: Mode = Mode.PREFILL, *, start: int = 0, batch: int = 1, last_only: bool = False
+    model: nn.Module,
+    taken: Tensor,
+    mode: Mode = Mode.PREFILL,
+    *,
+    start: int = 0,
+    batch: int = 1,
+    last_only: bool = False,
+    read: Tensor | None = None,
 ) -> dict[str, float]:
-    """The whole of a `RoutedLanguageModel` by hard routes, `taken` [T, E] of all layers; options as in `model_cost`.
+    """The whole of a `RoutedLanguageModel` by hard routes, `taken` [T, E] of all layers and units; options as in `model_cost`.
+
+    `read` as in `executed_attention`.
 
     `mflops` and `mbytes` are 10^6 a token; `flops` and `bytes` relate them to the leanest rival, the network alone with every
     token on full: no controller, no state.
@@ -79,7 +88,7 @@ def executed_model(
     rival = model_cost(model.get_submodule("network"), context, mode, batch=batch, last_only=last_only, experts=full)
     flops = layers * own_flops(experts, taken, start) + own.flops.shared
     full_flops = layers * own_flops(full, taken.sum(1, keepdim=True), start) + rival.flops.shared
-    moved, full_moved = own.bytes.mean(taken.sum(0) / taken.sum()), rival.bytes.mean(torch.ones(1))
+    moved, full_moved = own.bytes.mean(shares(taken.sum(0) if read is None else read)), rival.bytes.mean(torch.ones(1))
     return {"flops": flops / full_flops, "bytes": moved / full_moved, "mflops": flops / 1e6, "mbytes": moved / 1e6}
 
 

@@ -42,7 +42,7 @@ class GeneratedToken(NamedTuple):
     """One step of generation for a batch."""
 
     tokens: Tensor  # [B] int64
-    route: Tensor  # [L, B], the expert that the token before it took
+    route: Tensor  # [L, B, R], the experts that the token before it took
 
 
 def choose_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
@@ -143,7 +143,7 @@ def generate(
     stop_tokens: Collection[int] = (),
     force: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Prompt and continuation int64 [B, T + N], and the routes [L, B, N] that led to each new token; see `stream`.
+    """Prompt and continuation int64 [B, T + N], and the routes [L, B, N, R] that led to each new token; see `stream`.
 
     A row shorter than T is followed by its N new tokens at once, and then by zeros.
     """
@@ -153,7 +153,7 @@ def generate(
     out = torch.cat([tokens, torch.zeros_like(new)], 1)
     start = torch.full_like(tokens[:, :1], tokens.shape[1]) if real is None else real[:, None]
     place = start + torch.arange(new.shape[1], device=new.device)
-    return out.scatter(1, place, new), torch.stack([step.route for step in steps], -1)
+    return out.scatter(1, place, new), torch.stack([step.route for step in steps], 2)
 
 
 def _rows(model: RoutedLanguageModel, prompt: Prompt, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from bayes_router.attention.decoding.cache import LayerCache
 from bayes_router.attention.experts.contract import Expert
 from bayes_router.attention.hard.dispatch import routed_attention
-from bayes_router.attention.shapes import merge_tokens
+from bayes_router.attention.shapes import by_head, merge_tokens, with_units
 from bayes_router.config import ModelConfig
 from bayes_router.transformer.build import build_experts
 from bayes_router.transformer.padding import real_tokens
@@ -41,7 +41,8 @@ class AttentionMixture(nn.Module):
 
         Args:
             x: [B, T, D], normalised.
-            route: weights [B, T, E] (every expert computed), choices int64 [B, T] (only the chosen ones), or one expert.
+            route: weights [B, T, R, E] (every expert computed), choices int64 [B, T, R] (only the chosen ones), or one expert;
+                R routing units of H / R neighbouring query heads. Without its dimension R a route holds for all heads.
             angles: rotary angles of the tokens; positions 0 .. T - 1 by default.
             cache: what came before, of this layer's own experts; the tokens are added to it.
             lengths: [B] real tokens of each row; the rest is right padding and comes out as zero.
@@ -79,9 +80,8 @@ class AttentionMixture(nn.Module):
         return self.out(merge_tokens(mixed))
 
     def _soft(self, q: Tensor, k: Tensor, v: Tensor, plain_q: Tensor, plain_k: Tensor, route: Tensor) -> Tensor:
-        weights = route.to(q.dtype).permute(2, 0, 1)[:, :, None, :, None]  # [E, B, 1, T, 1]
-        mixed = torch.zeros_like(q)
+        weights, mixed = with_units(route).to(q.dtype).unbind(-1), torch.zeros_like(q)
         for weight, expert in zip(weights, self.experts, strict=True):
             assert isinstance(expert, Expert)
-            mixed = mixed + weight * (expert(q, k, v) if expert.rotary else expert(plain_q, plain_k, v))
+            mixed = mixed + by_head(weight, q.shape[1]) * (expert(q, k, v) if expert.rotary else expert(plain_q, plain_k, v))
         return mixed

@@ -12,7 +12,7 @@ from bayes_router.attention.experts.contract import Expert
 from bayes_router.checks import choose, require
 from bayes_router.config import Config, ModelConfig
 from bayes_router.routing.controller import MetaController
-from bayes_router.routing.force import Force, forced_route
+from bayes_router.routing.force import Force, as_units, forced_route
 from bayes_router.routing.policy import Argmax, Policy, execute
 from bayes_router.transformer.build import build_experts
 from bayes_router.transformer.layer import Angles, AttentionMixture
@@ -41,7 +41,7 @@ class RoutedTransformer(nn.Module):
     """Token embedding, L routed blocks, tied head.
 
     `route(layer, hidden)` is called once a layer with the normalised hidden state [B, T, D] that the layer attends on, and
-    answers with weights [B, T, E] or choices int64 [B, T].
+    answers with weights [B, T, R, E] or choices int64 [B, T, R].
     """
 
     def __init__(self, config: ModelConfig):
@@ -118,6 +118,11 @@ class RoutedTransformer(nn.Module):
         """E: over how many a route is."""
         return len(self.config.experts)
 
+    @property
+    def num_units(self) -> int:
+        """R: routing units of a layer."""
+        return self.config.num_units
+
     def experts(self) -> list[Sequence[Expert]]:
         """The experts of each layer."""
         return [list(block.attention.experts) for block in self.blocks]  # type: ignore[union-attr, arg-type]
@@ -149,7 +154,12 @@ class RoutedLanguageModel(nn.Module):
         self.config = config
         self.network = RoutedTransformer(config)
         self.controller = MetaController(
-            config.d_model, config.num_layers, len(config.experts), config.controller_hidden, config.concentration_floor
+            config.d_model,
+            config.num_layers,
+            len(config.experts),
+            config.controller_hidden,
+            config.concentration_floor,
+            config.num_units,
         )
         self.policy: Policy = policy or Argmax()
 
@@ -181,7 +191,8 @@ class RoutedLanguageModel(nn.Module):
         Args:
             tokens: int64 [B, T]; padding too must be ids.
             mode: SAMPLE, MEAN or HARD.
-            force: send tokens where it says instead: an expert's name, choices [L, B, T] or weights [L, B, T, E].
+            force: send tokens where it says instead: an expert's name, choices [L, B, T, R] or weights [L, B, T, R, E]; without
+                the dimension R for all units.
             cache: what came before; the tokens are added to it.
             last_only: logits of each row's last real token alone.
             lengths: [B] real tokens of each row; what comes out for the rest, right padding, means nothing. Default all.
@@ -194,7 +205,7 @@ class RoutedLanguageModel(nn.Module):
             q = self.controller.posterior(layer, hidden)
             executed = execute(q, chosen, self.policy) if forced is None else forced(layer, hidden)
             concentrations.append(q.concentration)
-            routes.append(executed if isinstance(executed, Tensor) else torch.full_like(tokens, executed))
+            routes.append(as_units(executed, q.concentration))
             return executed
 
         logits = self.network(tokens, route, cache, last_only, lengths)

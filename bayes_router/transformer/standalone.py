@@ -22,9 +22,9 @@ class RoutedAttentionOutput:
     """What the standalone layer returns."""
 
     output: Tensor  # [B, T, D]
-    kl: Tensor  # [], KL(posterior || prior), the price of the prior included; nats per token
-    concentration: Tensor  # [B, T, E]
-    route: Tensor  # as executed: [B, T, E] or int64 [B, T]
+    kl: Tensor  # [], KL(posterior || prior), the price of the prior included; nats per token, summed over units
+    concentration: Tensor  # [B, T, R, E]
+    route: Tensor  # as executed: [B, T, R, E] or int64 [B, T, R]
     statistics: RoutingStatistics
 
 
@@ -39,10 +39,11 @@ class RoutedAttention(nn.Module):
         super().__init__()
         self.config = config or ModelConfig()
         self.attention = AttentionMixture(self.config)
-        self.controller = LayerController(self.config.d_model, len(self.config.experts), self.config.controller_hidden)
+        sizes = self.config.d_model, len(self.config.experts), self.config.controller_hidden, self.config.num_units
+        self.controller = LayerController(*sizes)
         self.policy = policy or Argmax()
         prior_ = build_prior(prior or PriorConfig(), self.config, num_layers=1, context=1024)
-        self.register_buffer("prior_concentration", prior_.concentration[0])
+        self.register_buffer("prior_concentration", prior_.concentration[0])  # [E], or [R, E]
         self.register_buffer("cost_ratio", prior_.cost_ratio)
         log_normaliser = tilted_moments(prior_.concentration[0], prior_.tilt).log_normaliser.float()
         self.register_buffer("tilt", prior_.tilt, persistent=False)
@@ -68,5 +69,6 @@ class RoutedAttention(nn.Module):
         concentration, prior = q.concentration, self.get_buffer("prior_concentration")
         cost_ratio = self.get_buffer("cost_ratio")
         statistics = routing_statistics(concentration.detach(), route.detach(), cost_ratio, self.config.experts)
-        kl = tilted_kl(concentration, prior, self.get_buffer("tilt"), self.get_buffer("log_normaliser")).mean()
+        of_units = tilted_kl(concentration, prior, self.get_buffer("tilt"), self.get_buffer("log_normaliser"))
+        kl = of_units.mean((0, 1)).sum()
         return RoutedAttentionOutput(self.attention(x, route), kl, concentration, route, statistics)

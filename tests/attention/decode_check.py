@@ -1,6 +1,7 @@
 """Decoding steps of a cache against the full pass in float64, and against a store poisoned where no row needs it."""
 
 import copy
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -47,6 +48,7 @@ class Decoder:
     capacity: int
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    units: int = 1
 
     def __post_init__(self) -> None:
         shape = ExpertShape(self.H, self.Dh, self.window)
@@ -66,8 +68,8 @@ class Decoder:
         return Inputs(*(x.to(self.device, self.dtype).transpose(1, 2) for x in drawn))
 
     def routes(self, T: int) -> Tensor:
-        """[B, T]: rows on different experts, another at every token."""
-        rows = torch.arange(self.B)[:, None] + torch.arange(T)
+        """[B, T, R]: rows and units on different experts, another at every token."""
+        rows = torch.arange(self.B)[:, None, None] + torch.arange(T)[:, None] + torch.arange(self.units)
         return (rows % len(self.experts)).to(self.device)
 
     def exact(self, inputs: Inputs, route: Tensor, row: int, length: int) -> Tensor:
@@ -76,13 +78,14 @@ class Decoder:
         out = torch.zeros_like(q)
         for index, expert in enumerate(self.experts):
             rows = copy.deepcopy(expert).double()(*((q, k) if expert.rotary else (pq, pk)), v)
-            out = torch.where((route[row, :length] == index)[None, None, :, None], rows, out)
+            of_unit = (route[row, :length] == index).mT  # [R, length]
+            out = torch.where(of_unit.repeat_interleave(self.H // self.units, 0)[None, ..., None], rows, out)
         return out[0]
 
 
 def feed(cache: LayerCache, inputs: Inputs, route: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
     q, k, v, pq, pk = inputs
-    route = torch.zeros(len(q), q.shape[2], dtype=torch.int64, device=q.device) if route is None else route
+    route = torch.zeros(len(q), q.shape[2], 1, dtype=torch.int64, device=q.device) if route is None else route
     return cache.attend(q, k, v, route, linear_q=pq, linear_k=pk, lengths=lengths)
 
 
@@ -108,7 +111,7 @@ def steps_equal_the_full_pass(decoder: Decoder, prompts: tuple[int, ...], steps:
     cache, got = prefilled(decoder, inputs, route, prompts), []
     for _ in range(steps):
         at = cache.lengths.clone()
-        got.append(feed(cache, per_row(inputs, at, 1), route.gather(1, at[:, None])))
+        got.append(feed(cache, per_row(inputs, at, 1), route.gather(1, at[:, None, None].expand(-1, 1, decoder.units))))
     assert cache.lengths.tolist() == [n + steps for n in prompts]
     for b, n in enumerate(prompts):
         want = decoder.exact(inputs, route, b, n + steps)[:, n:]
@@ -117,28 +120,33 @@ def steps_equal_the_full_pass(decoder: Decoder, prompts: tuple[int, ...], steps:
 
 
 def needed_only(decoder: Decoder, prompts: tuple[int, ...], tolerance: float) -> None:
-    """Keys and values that no row's own expert sees are NaN: each step gives what it gave without."""
+    """Keys and values that none of a row's own experts sees are NaN, by key head: each step gives what it gave without."""
     steps, total = len(decoder.experts), max(prompts) + 1
     inputs, route = decoder.draw(total), decoder.routes(total)
     token = decoder.draw(1, seed=5)
     for step in range(steps):
-        choice = (torch.arange(decoder.B, device=decoder.device)[:, None] + step) % len(decoder.experts)
+        choice = decoder.routes(step + 1)[:, step:]
         cache, poisoned = (prefilled(decoder, inputs, route, prompts) for _ in range(2))
-        poison(poisoned, choice[:, 0].tolist())
+        poison(poisoned, choice[:, 0].tolist())  # [B][R]
         want, got = feed(cache, token, choice), feed(poisoned, token, choice)
         assert got.isfinite().all()
         assert relative_error(got, want.double()) < tolerance
 
 
-def poison(cache: LayerCache, choices: list[int]) -> None:
-    """NaN in every slot that the next token of its row does not see."""
+def poison(cache: LayerCache, choices: list[list[int]]) -> None:
+    """NaN in every slot of a key head that none of its query heads sees with the next token of the row."""
     if cache.values is None:
         return
     assert cache.keys is not None
-    for b, choice in enumerate(choices):
-        expert, length = cache.experts[choice], int(cache.lengths[b])
-        first = length - expert.shape.window + 1 if expert.kernel is Kernel.LOCAL else length if expert.stateful else 0
+    Hkv, H = cache.keys.shape[1], cache.experts[0].shape.num_heads
+    for b, key_head in itertools.product(range(len(choices)), range(Hkv)):
+        length, units = int(cache.lengths[b]), len(choices[b])
+        heads = range(key_head * H // Hkv, (key_head + 1) * H // Hkv)
+        firsts = [length]
+        for expert in (cache.experts[choices[b][h * units // H]] for h in heads):
+            if not expert.stateful:
+                firsts.append(length - expert.shape.window + 1 if expert.kernel is Kernel.LOCAL else 0)
         seen = torch.zeros(cache.slots + 1, dtype=torch.bool)
-        seen[torch.arange(max(first, 0), length) % cache.slots] = True
+        seen[torch.arange(max(min(firsts), 0), length) % cache.slots] = True
         for store in (cache.keys, cache.values):
-            store[b, :, ~seen] = torch.nan
+            store[b, key_head, ~seen] = torch.nan

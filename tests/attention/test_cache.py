@@ -312,7 +312,7 @@ def test_a_cache_of_another_model_or_batch_is_refused(change: str) -> None:
         ({"route": [[0]]}, "route: expected a tensor; got list"),
         ({"route": 2}, "route: expected values in 0..1; got 2"),
         ({"route": torch.full((B, 1), -1)}, "route: expected values in 0..1; got -1..-1"),
-        ({"route": torch.zeros(B, 1, 3)}, r"route: expected \[B, T\] or \[B, T, 2\]"),
+        ({"route": torch.zeros(B, 1, 3)}, r"route: expected \[B, T, R\] or \[B, T, R, 2\]"),
         ({"backend": "trtion"}, "backend: expected one of auto, dense, reference, short, torch, triton; got 'trtion'"),
     ],
 )

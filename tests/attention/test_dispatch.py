@@ -11,13 +11,22 @@ from bayes_router.attention.hard.dispatch import routed_attention
 from bayes_router.attention.hard.problem import resolve_experts
 from bayes_router.attention.kernels.eager import rows_linear, rows_softmax
 from bayes_router.attention.shapes import ExpertShape
-from tests.attention.expert_contract import draw, relative_error
+from tests.attention.dense_check import draw_expert
+from tests.attention.expert_contract import draw, gradient_errors, relative_error
 
 WINDOW = 9
 BACKENDS = ("torch", "dense")
 
 
-def draw_route(kind: str, B: int, T: int, seed: int = 0) -> Tensor:
+def draw_route(kind: str, B: int, T: int, seed: int = 0, units: int | None = None) -> Tensor:
+    """[B, T], or [B, T, R] with another route for each of the units."""
+    if units is not None:
+        if kind == "units differ":
+            return (torch.arange(units) % 3).expand(B, T, units).contiguous()
+        drawn = [draw_route(kind, B, T, seed + 101 * r) for r in range(units)]
+        if kind == "rows differ":
+            drawn = [(one + r) % 3 for r, one in enumerate(drawn)]
+        return torch.stack(drawn, 2)
     generator = torch.Generator().manual_seed(seed)
     if kind == "independent":
         return torch.multinomial(torch.tensor([0.2, 0.5, 0.3]), B * T, True, generator=generator).view(B, T)
@@ -244,3 +253,81 @@ def test_no_tokens_and_no_rows() -> None:
         q, k, v = draw(B, 4, 2, T)
         for backend in (*BACKENDS, "auto"):
             assert routed_attention(q, k, v, torch.zeros(B, T, dtype=torch.long), window=3, backend=backend).shape == q.shape
+
+
+UNITS = [(1, 1), (4, 1), (2, 2), (4, 2), (4, 4)]  # R, Hkv of 4 query heads
+
+
+@pytest.mark.parametrize(("units", "Hkv"), UNITS)
+@pytest.mark.parametrize("kind", ["independent", "clustered", "rows differ", "units differ", "local"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_unit_agrees_with_the_oracle_in_value_and_gradient(
+    backend: str, kind: str, units: int, Hkv: int, fresh_seed: int
+) -> None:
+    B, T = 2, 210
+    route, lengths = draw_route(kind, B, T, fresh_seed, units), torch.tensor([T, 130])
+    experts = resolve_experts(("full", "linear", "local"), ExpertShape(4, 16, WINDOW, 2))
+    inputs = [x.requires_grad_() for x in (*draw(B, 4, Hkv, T, 16, fresh_seed), *draw(B, 4, Hkv, T, 16, fresh_seed + 1)[:2])]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+
+    def run(xs: list[Tensor], backend: str) -> Tensor:
+        q, k, v, lq, lk = xs
+        named = {"linear_q": lq, "linear_k": lk, "lengths": lengths, "experts": experts}
+        return routed_attention(q, k, v, route, window=WINDOW, backend=backend, **named)
+
+    got, want = run(inputs, backend), run(exact, "reference")
+    assert relative_error(got, want) < 1e-5
+    with torch.no_grad():
+        assert relative_error(run(inputs, backend), want) < 1e-5
+    weight = torch.randn(got.shape)
+    gradients = torch.autograd.grad((got * weight).sum(), inputs, allow_unused=True, materialize_grads=True)
+    truths = torch.autograd.grad((want * weight.double()).sum(), exact, allow_unused=True, materialize_grads=True)
+    for name, g, t in zip(("q", "k", "v", "linear_q", "linear_k"), gradients, truths, strict=True):
+        assert relative_error(g, t) < 1e-5, name
+
+
+@pytest.mark.parametrize(("units", "Hkv"), UNITS)
+def test_the_oracle_takes_each_head_as_its_unit_says(units: int, Hkv: int) -> None:
+    """Against calls of one head each, which know no units."""
+    q, k, v = draw(2, 4, Hkv, 90)
+    route = draw_route("independent", 2, 90, units=units)
+    out = routed_attention(q, k, v, route, window=WINDOW, backend="reference")
+    for h in range(4):
+        key = slice(h * Hkv // 4, h * Hkv // 4 + 1)
+        alone = routed_attention(q[:, h : h + 1], k[:, key], v[:, key], route[:, :, h * units // 4], window=WINDOW)
+        torch.testing.assert_close(out[:, h : h + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
+def test_no_unit_sees_the_future(backend: str) -> None:
+    q, k, v = draw(1, 4, 2, 200)
+    route = draw_route("independent", 1, 200, units=4)
+    before = routed_attention(q, k, v, route, window=WINDOW, backend=backend)
+    for x in (q, k, v):
+        x[:, :, 100:] += 3.0
+    route[:, 100:] = (route[:, 100:] + 1) % 3
+    after = routed_attention(q, k, v, route, window=WINDOW, backend=backend)
+    torch.testing.assert_close(before[:, :, :100], after[:, :, :100], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gated", "mapped"])
+@pytest.mark.parametrize("units", [2, 4])
+def test_experts_with_heads_of_their_own_compute_each_units_rows(name: str, units: int) -> None:
+    mine = draw_expert(name, ExpertShape(4, 16, WINDOW))
+    q, k, v = (x.requires_grad_() for x in draw(2, 4, 2, 150))
+    route = draw_route("independent", 2, 150, units=units)
+    out, want = (
+        routed_attention(q, k, v, route, window=WINDOW, backend=backend, experts=("full", mine, "local"))
+        for backend in ("torch", "reference")
+    )
+    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
+    leaves, weight = (q, k, v, *mine.parameters()), torch.randn(out.shape)
+    got, truth = (torch.autograd.grad((x * weight).sum(), leaves) for x in (out, want))
+    assert max(gradient_errors(got, truth)) < 1e-4
+
+
+@pytest.mark.parametrize("units", [3, 8, 0])
+def test_units_that_cut_no_heads_are_refused(units: int) -> None:
+    q, k, v = draw(1, 4, 2, 5)
+    with pytest.raises(ValueError, match="route: expected"):
+        routed_attention(q, k, v, torch.zeros(1, 5, units, dtype=torch.int64), window=3)

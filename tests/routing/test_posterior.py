@@ -94,7 +94,7 @@ def test_a_controller_starts_where_it_is_told() -> None:
     hidden = torch.randn(4, 7, 16)
     for layer in range(2):
         got = controller.posterior(layer, hidden).concentration
-        torch.testing.assert_close(got, start[layer].expand(4, 7, 3), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got, start[layer].expand(4, 7, 1, 3), rtol=1e-4, atol=1e-5)
 
 
 def test_draws_and_their_gradient_are_finite_at_the_edges() -> None:

@@ -82,7 +82,7 @@ def test_rows_of_unequal_length_go_on_as_if_each_were_alone(experts: tuple[str, 
     model, new = tiny_model(experts=experts), 12
     prompt, lengths = unequal(junk=-7)
     tokens, routes = generate(model, prompt, new, GREEDY, lengths=lengths)
-    assert tokens.shape == (4, max(PROMPTS) + new) and routes.shape == (3, 4, new)
+    assert tokens.shape == (4, max(PROMPTS) + new) and routes.shape == (3, 4, new, 1)
     for b, length in enumerate(PROMPTS):
         alone, route = generate(model, prompt[b : b + 1, :length], new, GREEDY)
         assert torch.equal(tokens[b : b + 1, : length + new], alone)

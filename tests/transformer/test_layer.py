@@ -98,7 +98,7 @@ def test_a_plain_loop_learns_and_the_kl_reaches_the_controller() -> None:
 
 
 def test_statistics_are_read_off_the_executed_route() -> None:
-    concentration = torch.tensor([[[8.0, 1.0, 1.0, 1.0], [1.0, 8.0, 1.0, 1.0]]])
+    concentration = torch.tensor([[[[8.0, 1.0, 1.0, 1.0]], [[1.0, 8.0, 1.0, 1.0]]]])  # [1, 2, 1, 4]
     hard = routing_statistics(concentration, concentration.argmax(-1), COST, EXPERTS)
     assert hard.load == (0.5, 0.5, 0.0, 0.0)
     assert hard.cost == pytest.approx((1.0 + 0.15) / 2)
@@ -115,9 +115,9 @@ def test_statistics_are_read_off_the_executed_route() -> None:
 
 
 def test_both_collapses_are_told_apart() -> None:
-    same = torch.tensor([2.0, 1.0, 1.5, 1.0]).expand(1, 50, 4)
+    same = torch.tensor([2.0, 1.0, 1.5, 1.0]).expand(1, 50, 1, 4)
     assert routing_statistics(same, same / same.sum(-1, keepdim=True), COST, EXPERTS).collapse == "posterior"
-    assert routing_statistics(same, torch.zeros(1, 50, dtype=torch.int64), COST, EXPERTS).collapse == "routing"
+    assert routing_statistics(same, torch.zeros(1, 50, 1, dtype=torch.int64), COST, EXPERTS).collapse == "routing"
 
 
 def test_presets_and_bad_input() -> None:

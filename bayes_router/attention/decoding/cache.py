@@ -24,6 +24,7 @@ from bayes_router.attention.hard.backend import Backend, able, backend_of, run
 from bayes_router.attention.hard.problem import RoutedProblem, check_problem
 from bayes_router.attention.hard.sorted import TRITON
 from bayes_router.attention.kernels import capability
+from bayes_router.attention.shapes import by_head, fits_units, with_units
 
 NATIVE = (Kernel.FULL, Kernel.LINEAR, Kernel.LOCAL, Kernel.GATED)  # as the decoding kernel takes them
 
@@ -143,7 +144,8 @@ class LayerCache:
             q: [B, H, T, Dh], rotated by each row's own positions (`lengths` of this cache and on).
             k: [B, Hkv, T, Dh], likewise.
             v: as k.
-            route: int64 or int32 [B, T], hard; or floating [B, T, E], every expert weighed; or one int for all tokens.
+            route: int64 or int32 [B, T, R] (or [B, T]), hard, a choice for each of R units of H / R neighbouring query heads;
+                or floating [B, T, R, E] (or [B, T, E]), every expert weighed; or one int for all tokens.
             linear_q: plain queries for experts without rotary positions; default q.
             linear_k: plain keys for them; default k.
             lengths: [B] how many of the T tokens are real, the rest is right padding, finite; default all.
@@ -164,7 +166,7 @@ class LayerCache:
         self._check(new)
         able(choice, new if self.longest == 0 else replace(new, elsewhere=frozenset(self.states)))
         self._make_room(new)
-        weights = route if isinstance(route, Tensor) and route.dim() == 3 else None
+        weights = with_units(route) if isinstance(route, Tensor) and route.is_floating_point() else None
         if weights is None and choice in (AUTO, TRITON) and self._fused(new):
             out = self._decode_fused(new)
         else:
@@ -174,7 +176,7 @@ class LayerCache:
         return out
 
     def _attend(self, new: RoutedProblem, weights: Tensor | None, choice: Backend) -> Tensor:
-        """Attend and remember; with `weights` [B, T, E] every expert is weighed, else `new.route` counts."""
+        """Attend and remember; with `weights` [B, T, R, E] every expert is weighed, else `new.route` counts."""
         if new.q.device.type == "cuda":
             self._assert_on_device(new)
         extended = {i: extend(self.experts[i], new, state, self.longest == 0) for i, state in self.states.items()}
@@ -189,7 +191,7 @@ class LayerCache:
             for index in range(len(self.experts)):
                 one = replace(new, route=torch.full_like(new.route, index))
                 rows = dense[index] if index in dense else self._hard(one, {}, choice)
-                out = out + weights[..., index].to(out.dtype)[:, None, :, None] * rows
+                out = out + by_head(weights[..., index].to(out.dtype), out.shape[1]) * rows
         if late:
             self._write(new)
         for index, (_, state) in extended.items():
@@ -221,23 +223,28 @@ class LayerCache:
         for index, state in self.states.items():
             if index not in self._native:
                 rows, after = self.experts[index].extend(*new.inputs(self.experts[index]), state)
-                out = torch.where((new.route == index)[:, None, :, None], rows, out)
+                out = torch.where(new.chosen(index), rows, out)
                 state.copy_(after)
         return out
 
     def _choices(self, q: Tensor, route: Tensor | int) -> Tensor:
-        """[B, T] hard choices; zeros for a soft route of the right shape."""
-        experts, (B, _, T, _) = len(self.experts), q.shape
+        """[B, T, R] hard choices; zeros for a soft route of the right shape."""
+        experts, (B, H, T, _), Hkv = len(self.experts), q.shape, self._like.shape[1]
         if isinstance(route, int):
             if not 0 <= route < experts:
                 raise ValueError(f"route: expected values in 0..{experts - 1}; got {route}")
-            return torch.full((B, T), route, device=q.device)
+            return torch.full((B, T, 1), route, device=q.device)
         _check_tensor("route", route)
-        if route.dim() == 2:
-            return route
-        if tuple(route.shape) != (B, T, experts):
-            raise ValueError(f"route: expected [B, T] or [B, T, {experts}]; got shape {tuple(route.shape)}")
-        return torch.zeros(route.shape[:2], dtype=torch.int64, device=route.device)
+        if not route.is_floating_point():
+            return with_units(route)
+        soft = with_units(route)
+        fits = soft.dim() == 4 and tuple(soft.shape) == (B, T, soft.shape[2], experts) and fits_units(soft.shape[2], H, Hkv)
+        if not fits:
+            raise ValueError(
+                f"route: expected [B, T, R] or [B, T, R, {experts}], R units of the heads (or neither R); "
+                f"got shape {tuple(route.shape)}"
+            )
+        return torch.zeros(soft.shape[:3], dtype=torch.int64, device=route.device)
 
     def _check(self, new: RoutedProblem) -> None:
         check_problem(new)
@@ -262,9 +269,9 @@ class LayerCache:
 
     def _assert_on_device(self, new: RoutedProblem) -> None:
         """What `_check` and `_make_room` do not read on CUDA: a route out of range or a row without room ends the program."""
-        fits = (new.route >= 0) & (new.route < len(self.experts))  # [B, T]
+        fits = (new.route >= 0) & (new.route < len(self.experts))  # [B, T, R]
         real = new.real()
-        torch._assert_async((fits if real is None else fits | ~real).all(), "route out of range")
+        torch._assert_async((fits if real is None else fits | ~real[..., None]).all(), "route out of range")
         after = self.lengths + (new.q.shape[2] if new.lengths is None else new.lengths)
         torch._assert_async((after <= self.capacity).all(), "the cache is full")
 
@@ -273,7 +280,7 @@ class LayerCache:
         elsewhere = dense if self.longest == 0 else self.states
         out = self._looked_up(replace(new, elsewhere=frozenset(elsewhere)), choice)
         for index, rows in dense.items():
-            out = torch.where((new.route == index)[:, None, :, None], rows, out)
+            out = torch.where(new.chosen(index), rows, out)
         return out
 
     def _looked_up(self, new: RoutedProblem, choice: Backend) -> Tensor:

@@ -1,4 +1,4 @@
-"""One new token for each row of a batch, each with its own expert and its own length: only what a row sees is read.
+"""One new token for each row of a batch, each with its own experts and its own length: only what a row sees is read.
 
 On CUDA `decode` does that; this is what serves the CPU, and CUDA where no kernel can: without Triton, in float64, for
 head sizes beyond 256, or with an expert of the user's that looks at keys.
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bayes_router.attention.hard.problem import RoutedProblem
+from bayes_router.attention.shapes import unit_heads
 
 
 def attend_one(held: RoutedProblem, slots: int, ring: bool) -> Tensor:
@@ -23,25 +24,40 @@ def attend_one(held: RoutedProblem, slots: int, ring: bool) -> Tensor:
 
 
 def _grouped(held: RoutedProblem, slots: int) -> Tensor:
-    """Rows with the same expert and the same number of keys in one call, on views of the store (few keys are copied)."""
+    """Rows and units with the same expert and the same number of keys in one call, on views of the store (few are copied)."""
     assert held.starts is not None
     out = torch.zeros_like(held.q)
-    taken, lengths = held.route[:, 0].tolist(), (held.starts + 1).tolist()
-    if len(set(taken)) == 1 and len(set(lengths)) == 1:
-        rows = [slice(0, len(taken))]
-    else:
-        rows = [slice(b, b + 1) for b in range(len(taken))]
-    for row in rows:
-        index, length = taken[row.start], lengths[row.start]
-        if index in held.elsewhere:
+    taken, lengths = held.route[:, 0].tolist(), (held.starts + 1).tolist()  # [B][R], [B]
+    heads = unit_heads(held.units, held.q.shape[1], held.k.shape[1])
+    if len({choice for row in taken for choice in row}) == 1 and len(set(lengths)) == 1:
+        _fill(out, held, slice(0, len(taken)), WHOLE, taken[0][0], lengths[0], slots)
+        return out
+    for b, (row, length) in enumerate(zip(taken, lengths, strict=True)):
+        if len(set(row)) == 1:
+            _fill(out, held, slice(b, b + 1), WHOLE, row[0], length, slots)
             continue
-        expert = held.experts[index]
-        reach = expert.reach(length) if expert.kernel.softmax else None
-        first = 0 if reach is None else max(length - reach, 0)
-        q, k, v = held.inputs(expert)
-        k, v = (_stored(x[row], first, length, slots) for x in (k, v))
-        out[row] = expert(q[row], k, v) if reach is None else _softmax(q[row], k, v)
+        for unit, index in zip(heads, row, strict=True):
+            _fill(out, held, slice(b, b + 1), unit, index, length, slots)
     return out
+
+
+WHOLE = slice(None), slice(None)
+
+
+def _fill(
+    out: Tensor, held: RoutedProblem, row: slice, heads: tuple[slice, slice], index: int, length: int, slots: int
+) -> None:
+    """Write the output of one expert into rows that hold `length` keys, for (query heads, key heads)."""
+    if index in held.elsewhere:
+        return
+    expert = held.experts[index]
+    reach = expert.reach(length) if expert.kernel.softmax else None
+    queries, key_heads = heads if reach is not None else WHOLE  # an expert of the user's knows all of its heads alone
+    first = 0 if reach is None else max(length - reach, 0)
+    q, k, v = held.inputs(expert)
+    k, v = (_stored(x[row, key_heads], first, length, slots) for x in (k, v))
+    found = expert(q[row], k, v) if reach is None else _softmax(q[row, queries], k, v)
+    out[row, heads[0]] = found[:, heads[0]] if reach is None else found
 
 
 def _stored(x: Tensor, first: int, stop: int, slots: int) -> Tensor:
@@ -64,10 +80,12 @@ def _masked(held: RoutedProblem, slots: int, ring: bool) -> Tensor:
     last = held.starts[:, None]
     age = last - torch.arange(slots, device=held.q.device)  # [B, S], tokens since the slot's own
     age = torch.where(last < age % slots, -1, age % slots) if ring else age
+    age = age[:, None, None]  # [B, 1, 1, S]
     seen = torch.zeros_like(age, dtype=torch.bool)
     for index, expert in held.computed():
-        seen = seen | ((held.route == index) & (age >= 0) & (age < (expert.reach(slots) or 0)))  # [B, S]
+        seen = seen | (held.chosen(index) & (age >= 0) & (age < (expert.reach(slots) or 0)))  # [B, H or 1, 1, S]
     computed = seen.any(-1, keepdim=True)
-    mask = (seen | ~computed)[:, None, None]  # [B, 1, 1, S]; a row that sees nothing would divide by zero
+    mask = seen | ~computed  # a row that sees nothing would divide by zero
+    mask = mask if held.units == 1 else mask.squeeze(2).unflatten(1, (held.k.shape[1], -1))  # as queries are packed
     out = _softmax(held.q, held.k[:, :, :slots], held.v[:, :, :slots], mask)
-    return torch.where(computed[:, :, None, None], out, 0.0)
+    return torch.where(computed, out, 0.0)

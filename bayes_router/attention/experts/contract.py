@@ -98,6 +98,13 @@ class Expert(nn.Module):
         out: Tensor = self(q, k, v)
         return out
 
+    def attend_units(self, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor) -> Tensor:
+        """As `attend_rows`, with `chosen` [B, Tq, R]: of unit r (H / R neighbouring query heads) only its own rows count.
+
+        The default computes all heads of a row that any unit chose.
+        """
+        return self.attend_rows(q, k, v, chosen.any(-1))
+
     def init_state(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The state before the first token, for inputs of these shapes."""
         raise NotImplementedError(f"expert {self.name!r} keeps no state")

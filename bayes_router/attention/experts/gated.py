@@ -1,5 +1,7 @@
 """Gated linear attention: linear attention that forgets, at a rate that each key decides."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,8 +12,9 @@ from bayes_router.attention.kernels import capability
 from bayes_router.attention.kernels.eager import rows_linear
 from bayes_router.attention.kernels.eager.chunks import CHUNK, EPSILON, decayed_prefix, with_ones
 from bayes_router.attention.kernels.triton import operators
-from bayes_router.attention.shapes import ExpertShape, repeat_heads, widen
+from bayes_router.attention.shapes import ExpertShape, repeat_heads, unit_heads, widen
 
+ALL = slice(None)
 MOST_ROWS = 0.75  # share of the rows beyond which computing all of them is faster (CPU, T 1024 and 8192, H 8, Dh 64)
 
 
@@ -35,13 +38,13 @@ class GatedLinearAttention(SumExpert):
         self.gate_bias = nn.Parameter(torch.log(memory))  # sigmoid(log m) = 1 - 1 / (m + 1)
         self.log_scale = nn.Parameter(torch.zeros(heads))
 
-    def feature(self, x: Tensor) -> Tensor:
-        """phi(x), of the shape of x, one scale a query head; float32 at least."""
-        return (widen(x) * self.log_scale.exp()[:, None, None]).softmax(-1)
+    def feature(self, x: Tensor, heads: slice = ALL) -> Tensor:
+        """phi(x), of the shape of x, one scale a query head (of `heads`); float32 at least."""
+        return (widen(x) * self.log_scale[heads].exp()[:, None, None]).softmax(-1)
 
-    def log_gate(self, k: Tensor) -> Tensor:
+    def log_gate(self, k: Tensor, heads: slice = ALL) -> Tensor:
         """The logarithms of the gates [B, H, T], of keys one a query head."""
-        return F.logsigmoid((widen(k) * self.gate[:, None]).sum(-1) + self.gate_bias[:, None])
+        return F.logsigmoid((widen(k) * self.gate[heads, None]).sum(-1) + self.gate_bias[heads, None])
 
     @property
     def fixed_map(self) -> bool:
@@ -77,24 +80,35 @@ class GatedLinearAttention(SumExpert):
         return self.extend(q, k[:, :, past:], v[:, :, past:], state)[0]
 
     def attend_rows(self, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor) -> Tensor:
-        """See `Expert.attend_rows`. On a CPU the state takes the keys up to the last chosen row, and those rows read it."""
+        """See `Expert.attend_rows`."""
+        return self.attend_units(q, k, v, chosen[..., None])
+
+    def attend_units(self, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor) -> Tensor:
+        """See `Expert.attend_units`. On a CPU the state takes the keys up to a unit's last row, and its chosen rows read it."""
         own = self.kernel is Kernel.GATED and q.device.type == "cpu"  # elsewhere the host counts no rows
         if not own or int(chosen.sum()) > MOST_ROWS * chosen.numel():
-            return super().attend_rows(q, k, v, chosen)
-        return torch.stack([self._rows(q[b], k[b], v[b], taken.nonzero()[:, 0]) for b, taken in enumerate(chosen)])
+            return super().attend_rows(q, k, v, chosen.any(-1))
+        units = unit_heads(chosen.shape[2], q.shape[1], k.shape[1])
+        found = []
+        for b, taken in enumerate(chosen):
+            each = zip(units, taken.unbind(1), strict=True)
+            found.append(torch.cat([self._rows(q[b, h], k[b, kv], v[b, kv], of.nonzero()[:, 0], h) for (h, kv), of in each]))
+        return torch.stack(found)
 
-    def _rows(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
-        """[H, Tq, Dh] of one sequence: the given rows, and zeros."""
+    def _rows(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, heads: slice) -> Tensor:
+        """[H, Tq, Dh] of some heads of one sequence: the given rows, and zeros."""
         out = q.new_zeros(q.shape[1], q.shape[0], q.shape[2])
         if rows.numel():
-            found = [part for _, part in rows_linear.attend(q, k, v, rows, features=self._chunk)]
+            chunk = partial(self._chunk, heads)
+            found = [part for _, part in rows_linear.attend(q, k, v, rows, features=chunk)]
             out = out.index_copy(0, rows, torch.cat(found).to(q.dtype))
         return out.transpose(0, 1)
 
-    def _chunk(self, queries: Tensor, k: Tensor, v: Tensor) -> rows_linear.Features:
+    def _chunk(self, heads: slice, queries: Tensor, k: Tensor, v: Tensor) -> rows_linear.Features:
         k, v = (repeat_heads(x[None], len(queries)) for x in (k, v))
-        phi_q, phi_k, values = (x[0].contiguous() for x in (self.feature(queries[None]), self.feature(k), widen(v)))
-        return rows_linear.Features(phi_q, phi_k, values, self.log_gate(k)[0])
+        phi_q, phi_k = self.feature(queries[None], heads), self.feature(k, heads)
+        phi_q, phi_k, values = (x[0].contiguous() for x in (phi_q, phi_k, widen(v)))
+        return rows_linear.Features(phi_q, phi_k, values, self.log_gate(k, heads)[0])
 
     def init_state(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Zeros [B, H, Dh, Dh + 1]: S and, in the last column, z."""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from bayes_router.attention.experts.contract import Kernel, register_expert
-from bayes_router.attention.experts.gated import GatedLinearAttention
+from bayes_router.attention.experts.gated import ALL, GatedLinearAttention
 from bayes_router.attention.shapes import ExpertShape, widen
 
 
@@ -21,10 +21,10 @@ class MappedGatedAttention(GatedLinearAttention):
         super().__init__(shape)
         self.map = nn.Parameter(torch.eye(shape.head_dim).repeat(shape.num_heads, 1, 1))
 
-    def feature(self, x: Tensor) -> Tensor:
-        """phi(M x), of the shape of x, one map M [Dh, Dh] a query head; float32 at least."""
+    def feature(self, x: Tensor, heads: slice = ALL) -> Tensor:
+        """phi(M x), of the shape of x, one map M [Dh, Dh] a query head (of `heads`); float32 at least."""
         x = widen(x)
-        return super().feature(x @ self.map.mT.to(x.dtype))
+        return super().feature(x @ self.map[heads].mT.to(x.dtype), heads)
 
     def flops_per_token(self, context: int) -> float:
         """As gated attention, and the map of a query and of a key for each head."""

@@ -16,7 +16,7 @@ from bayes_router.attention.hard.backend import register_backend
 from bayes_router.attention.hard.problem import RoutedProblem
 from bayes_router.attention.kernels.eager.chunks import EPSILON, feature_map
 from bayes_router.attention.kernels.eager.fused import fused_attention
-from bayes_router.attention.shapes import repeat_heads, widen
+from bayes_router.attention.shapes import by_head, repeat_heads, widen
 
 SHORT = 256
 """Keys up to which a CPU takes the quadratic forms."""
@@ -57,10 +57,7 @@ def _selected(problem: RoutedProblem) -> Tensor:
         if out is None and covered:  # its other rows are replaced by those that follow
             out = found
             continue
-        chosen = route == indices[0]  # [B, Tq]
-        for index in indices[1:]:
-            chosen |= route == index
-        out = torch.where(chosen[:, None, :, None], found, torch.zeros_like(q) if out is None else out)
+        out = torch.where(problem.chosen(*indices), found, torch.zeros_like(q) if out is None else out)
     return torch.zeros_like(q) if out is None else out
 
 
@@ -85,8 +82,8 @@ def _softmax(problem: RoutedProblem, reaches: dict[int, int]) -> Tensor:
     if Tq == Tk and all(reach == Tk for reach in reaches.values()):
         return fused_attention(*inputs, is_causal=True, enable_gqa=grouped)
     table = torch.tensor([reaches.get(index, Tk) for index in range(len(problem.experts))], dtype=torch.int32)
-    seen = _age(Tq, Tk) < table[problem.route][..., None]  # [B, Tq, Tk]
-    return fused_attention(*inputs, attn_mask=seen[:, None], enable_gqa=grouped)
+    seen = _age(Tq, Tk) < by_head(table[problem.route], H)  # [B, H or 1, Tq, Tk]
+    return fused_attention(*inputs, attn_mask=seen, enable_gqa=grouped)
 
 
 @lru_cache(16)

@@ -20,7 +20,7 @@ from bayes_router.attention.hard.problem import (
     check_window,
     resolve_experts,
 )
-from bayes_router.attention.shapes import ExpertShape
+from bayes_router.attention.shapes import ExpertShape, with_units
 
 EXPERTS = ("full", "linear", "local")
 
@@ -39,14 +39,15 @@ def routed_attention(
     starts: Tensor | None = None,
     experts: Sequence[str | Expert] = EXPERTS,
 ) -> Tensor:
-    """out[b, :, t] = experts[route[b, t]](q, k, v)[b, :, t], computing as little else as the backend can.
+    """out[b, h, t] = experts[route[b, t, r]](q, k, v)[b, h, t] for the unit r of head h, computing little else.
 
     Args:
         q: [B, H, Tq, Dh]; query t of row b stands at position starts[b] + t and sees the keys up to there.
         k: [B, Hkv, Tk, Dh], Tk >= Tq, H a multiple of Hkv.
         v: as k.
-        route: int64 or int32 [B, Tq], indices into `experts`; or one int for all tokens, which then costs what that expert
-            costs and no more, on any device.
+        route: int64 or int32 [B, Tq, R], indices into `experts`: a choice for each of R units of H / R neighbouring query
+            heads, R = 1, Hkv or H; [B, Tq] is one choice for all heads. Or one int for all tokens, which then costs what
+            that expert costs and no more, on any device.
         window: W >= 1, visible keys of the local expert, self included; that of a built one, if there is one.
         linear_q: queries for experts that take no rotary positions; default q.
         linear_k: keys for them; default k.
@@ -76,7 +77,7 @@ def routed_attention(
         raise TypeError(f"route: expected an int or a tensor int64 [B, T]; got {type(route).__name__}; use torch.tensor(route)")
     whole = choice is AUTO and starts is None  # a route that all take needs no dispatch then
     if isinstance(route, Tensor):
-        problem = RoutedProblem(q, k, v, plain_q, plain_k, route, built, lengths, starts)
+        problem = RoutedProblem(q, k, v, plain_q, plain_k, with_units(route), built, lengths, starts)
         found = check_problem(problem)
         only = 0 if len(built) == 1 else found[0] if found is not None and found[0] == found[1] else None
         if whole and only is not None:
@@ -89,11 +90,11 @@ def routed_attention(
     check_inputs(problem)
     if whole:
         return _all_on(built[route], problem)
-    problem = replace(problem, route=torch.full((), route, device=q.device).expand(q.shape[0], q.shape[2]))
+    problem = replace(problem, route=torch.full((), route, device=q.device).expand(q.shape[0], q.shape[2], 1))
     return run(choice, problem)
 
 
-_NO_ROUTE = torch.empty(0, dtype=torch.int64)
+_NO_ROUTE = torch.empty(0, 0, 1, dtype=torch.int64)
 
 
 def _all_on(expert: Expert, problem: RoutedProblem) -> Tensor:

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from bayes_router.attention.experts.contract import Expert, expert_class
 from bayes_router.attention.experts.local import LocalAttention
-from bayes_router.attention.shapes import ExpertShape
+from bayes_router.attention.shapes import ExpertShape, by_head, fits_units
 
 
 @dataclass(frozen=True)
 class RoutedProblem:
-    """Query t of row b stands at position starts[b] + t, sees keys up to there, and takes the expert route[b, t].
+    """Query t of row b stands at position starts[b] + t and sees keys up to there; unit r of its heads takes route[b, t, r].
 
     Attributes:
         q: [B, H, Tq, Dh], rotated.
@@ -24,7 +24,7 @@ class RoutedProblem:
         v: [B, Hkv, Tk, Dh].
         plain_q: as q, for experts that take no rotary positions.
         plain_k: as k, likewise.
-        route: integer [B, Tq], indices into `experts`.
+        route: integer [B, Tq, R], indices into `experts`; each of the R units is H / R neighbouring query heads.
         experts: the mechanisms of this layer.
         lengths: [B] real queries of each row, the rest is right padding with output zero; None: all.
         starts: [B] position of the first query; None: Tk - Tq.
@@ -51,6 +51,18 @@ class RoutedProblem:
         return any(x.requires_grad for x in inputs) or any(
             p.requires_grad for expert in self.experts if not expert.kernel.plain for p in expert.parameters()
         )
+
+    @property
+    def units(self) -> int:
+        """R, routing units of a token."""
+        return self.route.shape[2]
+
+    def chosen(self, *indices: int) -> Tensor:
+        """Which query heads of which tokens took one of these experts: bool [B, H or 1, Tq, 1]."""
+        found = self.route == indices[0]
+        for index in indices[1:]:
+            found |= self.route == index
+        return by_head(found, self.q.shape[1])
 
     def computed(self) -> Iterator[tuple[int, Expert]]:
         """The experts that a backend has to compute, with their index."""
@@ -92,7 +104,7 @@ class RoutedProblem:
         """On CUDA, where routes were not read, a device-side assertion that those of real tokens are in range."""
         if self.q.device.type == "cuda":
             inside, real = (self.route >= 0) & (self.route < len(self.experts)), self.real()
-            inside = inside if real is None else inside | ~real
+            inside = inside if real is None else inside | ~real[..., None]
             torch._assert_async(inside.all(), "route out of range")
 
     def stack(self, rows: Sequence[Tensor]) -> Tensor:
@@ -133,8 +145,14 @@ def check_problem(problem: RoutedProblem) -> tuple[int, int] | None:
         TypeError: something other than a tensor.
     """
     check_inputs(problem)
-    q = problem.q
-    return _check_integers("route", problem.route, (q.shape[0], q.shape[2]), q.device, len(problem.experts) - 1)
+    q, route, heads = problem.q, problem.route, (problem.q.shape[1], problem.k.shape[1])
+    if isinstance(route, Tensor) and route.dim() == 3 and not fits_units(route.shape[2], *heads):
+        raise ValueError(
+            f"route: expected [B, T], or [B, T, R] with R units that cut {heads[0]} query and {heads[1]} key heads evenly; "
+            f"got R = {route.shape[2]}"
+        )
+    units = route.shape[2:] if isinstance(route, Tensor) and route.dim() == 3 else (1,)
+    return _check_integers("route", route, (q.shape[0], q.shape[2], *units), q.device, len(problem.experts) - 1)
 
 
 def check_inputs(problem: RoutedProblem) -> None:

@@ -65,7 +65,7 @@ def _one(one: RoutedProblem) -> Tensor:
             dense = linear_attention(q, k, v)
         else:
             dense = expert(q, k, v)
-        out = torch.where((one.route == index)[:, None, :, None], dense.to(out.dtype), out)
+        out = torch.where(one.chosen(index), dense.to(out.dtype), out)
     return out
 
 

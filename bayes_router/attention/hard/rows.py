@@ -1,7 +1,8 @@
 """The backend `torch`: the queries of each expert gathered by position, in tiles, in plain torch. Any device; made for the CPU.
 
-One sequence at a time, q [H, Tq, Dh], k and v [Hkv, Tk, Dh], the queries the last Tq of Tk positions; `rows` are ascending
-indices of queries. Queries that share a key head are packed side by side, so that keys are never repeated. Nothing is T x T:
+One sequence and routing unit at a time, q [H, Tq, Dh], k and v [Hkv, Tk, Dh] of the unit's heads, the queries the last Tq of
+Tk positions; `rows` are ascending indices of queries. Queries of a unit that share a key head are packed side by side, so that
+keys are never repeated. Nothing is T x T:
 the widest mask is ROWS x T. It reads counts on the host, which synchronises on CUDA.
 
 For the backward pass only the inputs, the output, and softmax normalisers or segment states are kept; it takes the same tiles
@@ -23,15 +24,17 @@ from bayes_router.attention.hard.problem import RoutedProblem
 from bayes_router.attention.kernels.eager import rows_linear
 from bayes_router.attention.kernels.eager.rows_linear import take
 from bayes_router.attention.kernels.eager.rows_softmax import softmax_rows, softmax_rows_backward
-from bayes_router.attention.shapes import ExpertShape, widen
+from bayes_router.attention.shapes import ExpertShape, unit_heads, widen
 
 
 class Group(NamedTuple):
-    """Queries of one sequence that are computed together."""
+    """Queries of one sequence and unit that are computed together."""
 
     expert: Expert
     local: ExpertShape | None  # window and sinks, where they hide something
     rows: Tensor  # [n]
+    heads: slice  # the unit's query heads
+    key_heads: slice
 
 
 class Kept(NamedTuple):
@@ -76,11 +79,12 @@ def _own_rows(problem: RoutedProblem, index: int, expert: Expert, out: Tensor) -
     """`out` with the rows of an expert without a plain kernel: it may compute anything, and answers for its own rows."""
     parts = []
     for b, one in enumerate(problem.sequences()):
-        chosen = one.route == index
+        chosen = one.route == index  # [1, t, R]
         part = out[b : b + 1]
         if chosen.any():
-            rows = F.pad(expert.attend_rows(*one.inputs(expert), chosen), (0, 0, 0, part.shape[2] - chosen.shape[1]))
-            part = torch.where(F.pad(chosen, (0, part.shape[2] - chosen.shape[1]))[:, None, :, None], rows, part)
+            missing = (0, 0, 0, part.shape[2] - chosen.shape[1])
+            rows = F.pad(expert.attend_units(*one.inputs(expert), chosen), missing)
+            part = torch.where(F.pad(one.chosen(index), missing), rows, part)
         parts.append(part)
     return torch.cat(parts) if parts else out
 
@@ -92,14 +96,15 @@ def _groups(one: RoutedProblem) -> Iterator[Group]:
         if expert.kernel.plain:
             hides = expert.kernel is Kernel.LOCAL and expert.shape.window < one.k.shape[2]
             kinds.setdefault((expert.kernel is Kernel.LINEAR, expert.shape if hides else None), []).append(index)
-    route = one.route[0]
-    for (_, local), (index, *others) in kinds.items():
-        chosen = route == index
-        for other in others:
-            chosen |= route == other
-        rows = chosen.nonzero()[:, 0]
-        if rows.numel():
-            yield Group(one.experts[index], local, rows)
+    H, Hkv = one.q.shape[1], one.k.shape[1]
+    for (heads, key_heads), route in zip(unit_heads(one.units, H, Hkv), one.route[0].unbind(1), strict=True):
+        for (_, local), (index, *others) in kinds.items():
+            chosen = route == index
+            for other in others:
+                chosen |= route == other
+            rows = chosen.nonzero()[:, 0]
+            if rows.numel():
+                yield Group(one.experts[index], local, rows, heads, key_heads)
 
 
 def _forward(problem: RoutedProblem, kept: list[list[Kept]] | None) -> Tensor:
@@ -109,19 +114,22 @@ def _forward(problem: RoutedProblem, kept: list[list[Kept]] | None) -> Tensor:
     for b, one in enumerate(problem.sequences()):
         mine = []
         for group in _groups(one):
-            expert, local, rows = group
-            if kept is None and rows.numel() == one.route.numel():  # nothing to gather
-                out[b, : rows.numel()] = expert(*one.inputs(expert))[0].transpose(0, 1)
+            expert, local, rows, heads, key_heads = group
+            x, key, value = one.inputs(expert)
+            x, key, value = x[:, heads], key[:, key_heads], value[:, key_heads]
+            mine_out = out[b, :, heads]
+            if kept is None and rows.numel() == one.q.shape[2]:  # nothing to gather
+                mine_out[: rows.numel()] = expert(x, key, value)[0].transpose(0, 1)
                 continue
-            q, k, v = (x[0] for x in one.inputs(expert))
+            q, k, v = x[0], key[0], value[0]
             notes: Any
             if expert.kernel is Kernel.LINEAR:
                 notes = None if kept is None else []
                 for here, part in rows_linear.attend(q, k, v, rows, notes):
-                    out[b].index_copy_(0, rows[here], part.to(out.dtype))
+                    mine_out.index_copy_(0, rows[here], part.to(out.dtype))
             else:
                 part, notes = softmax_rows(take(q, rows), k, v, rows + (k.shape[1] - q.shape[1]), local)
-                out[b].index_copy_(0, rows, part.transpose(0, 1))
+                mine_out.index_copy_(0, rows, part.transpose(0, 1))
             mine.append(Kept(group, notes))
         if kept is not None:
             kept.append(mine)
@@ -155,11 +163,12 @@ class _Gathered(torch.autograd.Function):
         dplain_k = dk if plain_k is None else torch.zeros_like(plain_k, dtype=dk.dtype)
         for b, one in enumerate(problem.sequences()):
             queries, keys = slice(0, one.q.shape[2]), slice(0, one.k.shape[2])
-            for (expert, local, rows), notes in ctx.kept[b]:
+            for (expert, local, rows, heads, key_heads), notes in ctx.kept[b]:
                 to_q, to_k = (dq, dk) if expert.rotary else (dplain_q, dplain_k)
-                targets = to_q[b, :, queries], to_k[b, :, keys], dv[b, :, keys]
+                targets = to_q[b, heads, queries], to_k[b, key_heads, keys], dv[b, key_heads, keys]
                 x, key, value = (x[0] for x in one.inputs(expert))
-                sides = x, key, value, rows, notes, out[b], gradients[0][b]
+                own = x[heads], key[key_heads], value[key_heads]
+                sides = *own, rows, notes, out[b, heads], gradients[0][b, heads]
                 if expert.kernel is Kernel.LINEAR:
                     rows_linear.backward(*sides, *targets)
                 else:

@@ -28,6 +28,7 @@ def _attend(problem: RoutedProblem) -> Tensor:
     q, k, v = (packed(padded(x)) for x in (problem.q, problem.k, problem.v))
     plain_q, plain_k = (packed(padded(x, -torch.inf)) for x in (problem.plain_q, problem.plain_k))  # phi(-inf) = 0
     (B, H, T, D), (_, HK, num_keys, _), device = q.shape, k.shape, q.device
+    R, U, unit = problem.units, B * problem.units, H // problem.units
     kernels = {expert.kernel: index for index, expert in problem.computed()}
     full, linear, local = (kernels.get(kernel, -1) for kernel in (Kernel.FULL, Kernel.LINEAR, Kernel.LOCAL))
     window, sinks = problem.experts[local].shape[2:] if local >= 0 else (1, 0)
@@ -46,19 +47,19 @@ def _attend(problem: RoutedProblem) -> Tensor:
     fixed: dict[str, Any] = {"CHUNK": chunk, "BN": min(block, chunk), "D": D, "PRECISION": precision(q)}
     fixed |= {"num_warps": warps, "num_stages": stages}
     launch(
-        prepare_kernel, (3 * B + (B * HK * chunks if linear >= 0 else 0),),
+        prepare_kernel, (3 * U + (B * HK * chunks if linear >= 0 else 0),),
         route, route if lengths is None else lengths, order, before, plain_k, v, s, z, arrived,
-        *route.stride(), *strides(plain_k, v), full, linear, local, len(problem.experts), B, HK, T, before.shape[2] - 1,
-        num_keys, chunks, slots // B, PADDED=lengths is not None, BLOCK=triton.next_power_of_2(T), **fixed,
+        *route.stride(), *strides(plain_k, v), full, linear, local, len(problem.experts), U, R, HK, T, before.shape[2] - 1,
+        num_keys, chunks, slots // U, PADDED=lengths is not None, BLOCK=triton.next_power_of_2(T), **fixed,
         sanitize_overflow=False,
     )  # fmt: skip
     if D > 64 and linear >= 0:
         prefix(s, z, num_keys, chunk)
     launch(
-        work_kernel, (max(1, min(per_sm * multiprocessors(device) // B, (blocks * split + 2) * H)), B),
+        work_kernel, (max(1, min(per_sm * multiprocessors(device) // U, (blocks * split + 2) * unit)), U),
         q, k, v, plain_q, plain_k, out, s, z, partial, partial_lse, arrived, order, before,
         before if starts is None else starts,
-        *strides(q, k, v, plain_q, plain_k, out), H, H // HK, T, before.shape[2] - 1, num_keys, chunks, num_keys - T,
+        *strides(q, k, v, plain_q, plain_k, out), H, H // HK, unit, T, before.shape[2] - 1, num_keys, chunks, num_keys - T,
         window, LOG2_E / head_dim**0.5, segment, blocks, SINKS=sinks, STARTS=starts is not None, SPLIT=split, SUMMED=D > 64,
         BM=block, **fixed, **({} if registers is None else {"maxnreg": registers}),
     )  # fmt: skip

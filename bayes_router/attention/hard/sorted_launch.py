@@ -18,6 +18,7 @@ from bayes_router.attention.kernels.triton.call import Call, multiprocessors, ti
 from bayes_router.attention.kernels.triton.launch_backward import backward
 from bayes_router.attention.kernels.triton.launch_forward import forward
 from bayes_router.attention.kernels.triton.plan import make_plan, make_schedule
+from bayes_router.attention.shapes import by_head
 
 PLACES = {Kernel.FULL: 0, Kernel.LINEAR: 1, Kernel.GATED: 1, Kernel.LOCAL: 2}  # in the order of `kernels.triton.plan`
 
@@ -30,10 +31,10 @@ def attend(problem: RoutedProblem) -> Tensor:
     real = problem.real()
     for index, expert in problem.computed():
         if index not in native:
-            chosen = problem.route == index
-            chosen = chosen if real is None else chosen & real
-            rows = expert.attend_rows(*problem.inputs(expert), chosen)
-            out = torch.where(chosen[:, None, :, None], rows, out)
+            chosen = problem.route == index  # [B, Tq, R]
+            chosen = chosen if real is None else chosen & real[..., None]
+            rows = expert.attend_units(*problem.inputs(expert), chosen)
+            out = torch.where(by_head(chosen, problem.q.shape[1]), rows, out)
     return out
 
 
@@ -75,12 +76,13 @@ def _attend_native(problem: RoutedProblem, native: tuple[int, int, int]) -> Tens
     sizes = tiles(q.shape[3], q.dtype)
     programs = sizes.per_sm * multiprocessors(q.device)
     tile = sizes.full["BM"], sizes.full["BN"]
-    schedule = make_schedule(plan, q.shape[1], k.shape[2], problem.starts, tile, programs)
+    units = problem.units
+    schedule = make_schedule(plan, units, q.shape[1] // units, k.shape[2], problem.starts, tile, programs)
     window, sinks = problem.experts[native[2]].shape[2:] if native[2] >= 0 else (1, 0)
     true_dim = problem.experts[0].shape.head_dim
     covered = problem.lengths is None and all(index in native for index in range(len(problem.experts)))
     scale, start = LOG2_E / true_dim**0.5, k.shape[2] - q.shape[2]
-    call = Call(plan, schedule, native, window, sinks, scale, problem.starts, start, covered, sizes, programs)
+    call = Call(plan, schedule, native, window, sinks, scale, problem.starts, start, covered, sizes, programs, units)
     if not problem.needs_grad:
         return forward(call, *inputs)[0]
     out: Tensor = _RoutedAttention.apply(call, *inputs)

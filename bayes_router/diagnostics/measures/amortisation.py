@@ -17,7 +17,7 @@ from bayes_router.diagnostics.measures.verdict import Severity, Verdict
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.likelihood import token_nll
 from bayes_router.inference.model import RoutingModel, harden
-from bayes_router.inference.sites import route_site
+from bayes_router.inference.sites import of_site, route_site
 from bayes_router.routing.controller import MetaController
 from bayes_router.routing.posterior import posterior, posterior_mean
 from bayes_router.types import Route
@@ -109,7 +109,7 @@ def _executed(program: RoutingModel, route: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _mean_path(program: RoutingModel, guide: RoutingGuide, tokens: Tensor) -> list[Tensor]:
-    """The controller's concentrations [B, T, E] of each layer, the layers below executing their means."""
+    """The controller's concentrations [B, T, R, E] of each layer, the layers below executing their means."""
     found: list[Tensor] = []
 
     def route(layer: int, hidden: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def _fit(
         def route(layer: int, hidden: Tensor, q: list[Dirichlet] = q) -> Tensor:
             return _executed(program, q[layer].rsample())
 
-        kl = torch.stack([kl_to_prior(program, layer, d.concentration).mean() for layer, d in enumerate(q)]).sum()
+        kl = torch.stack([kl_to_prior(program, layer, d.concentration).sum(-1).mean() for layer, d in enumerate(q)]).sum()
         loss = token_nll(program.network(tokens, route), targets).mean() + kl_weight * kl
         for parameter, gradient in zip(raw, torch.autograd.grad(loss, raw), strict=True):
             parameter.grad = gradient.nan_to_num(0.0, 0.0, 0.0)
@@ -160,7 +160,7 @@ def _bound(
         def route(layer: int, hidden: Tensor, kl: list[Tensor] = kl) -> Tensor:
             c = concentration(layer, hidden)
             assert isinstance(c, Tensor)
-            kl.append(kl_to_prior(program, layer, c).mean())
+            kl.append(kl_to_prior(program, layer, c).sum(-1).mean())  # over units
             return _executed(program, Dirichlet(c, validate_args=False).sample())
 
         nlls.append(token_nll(program.network(tokens, route), targets).mean().double())
@@ -204,7 +204,7 @@ def nuts_comparison(
     NUTS samples the program as it is, the exact joint; wrap it by `tempered` for what a KL weight pursues.
 
     Returns:
-        One row a layer, sequence, token and expert: `guide`, `nuts` (posterior means), their `difference`, and `prior`.
+        One row a layer, sequence, token, unit and expert: `guide`, `nuts` (posterior means), their `difference`, and `prior`.
     """
     require(guide_draws >= 1 and draws >= 1, "draws", "at least 1", (draws, guide_draws))
     with torch.random.fork_rng(devices=[]), pyro.settings.context(module_local_params=True):
@@ -212,21 +212,23 @@ def nuts_comparison(
         sampler = MCMC(NUTS(program), num_samples=draws, warmup_steps=warmup, disable_progbar=True)
         sampler.run(tokens, targets)
         samples = sampler.get_samples()
-        sampled = torch.stack([samples[route_site(layer)].mean(0) for layer in range(len(program.concentration))])
+        layers = range(len(program.concentration))
+        sampled = torch.stack([of_site(samples[route_site(layer)].mean(0), program.num_units) for layer in layers])
         guided = torch.zeros_like(sampled)
         with torch.no_grad():
             for _ in range(guide_draws):
                 guided += _posterior_means(program, guide, tokens) / guide_draws
-    index = np.indices(sampled.shape).reshape(4, -1)
-    frame = pd.DataFrame(dict(zip(("layer", "sequence", "token", "expert"), index, strict=True)))
-    prior = posterior_mean(program.concentration)[:, None, None].expand_as(sampled)
+    index = np.indices(sampled.shape).reshape(5, -1)
+    frame = pd.DataFrame(dict(zip(("layer", "sequence", "token", "unit", "expert"), index, strict=True)))
+    prior = posterior_mean(program.concentration)
+    prior = (prior if prior.dim() == 3 else prior[:, None])[:, None, None].expand_as(sampled)
     frame["guide"], frame["nuts"], frame["prior"] = (x.detach().flatten().numpy() for x in (guided, sampled, prior))
     frame["difference"] = frame["guide"] - frame["nuts"]
     return frame
 
 
 def _posterior_means(program: RoutingModel, guide: RoutingGuide, tokens: Tensor) -> Tensor:
-    """[L, B, T, E], along one path of draws."""
+    """[L, B, T, R, E], along one path of draws."""
     means: list[Tensor] = []
 
     def route(layer: int, hidden: Tensor) -> Tensor:

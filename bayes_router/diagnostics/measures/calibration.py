@@ -60,12 +60,12 @@ def routing_regret(
     Args:
         model: the fitted model.
         batches: windows of text.
-        per_sequence: pairs of (token, layer) to sample from each window, without repetition.
+        per_sequence: triples of (token, layer, unit) to sample from each window, without repetition.
         seed: of the sample.
         causal: nothing looks ahead, so what comes after a token need not be computed; of an encoder it is read.
 
     Returns:
-        One row a pair: sequence, position, layer, choice, loss_<expert> (nats), largest_<expert> (posterior probability
+        One row a triple: sequence, position, layer, unit, choice, loss_<expert> (nats), largest_<expert> (posterior probability
         that its weight is the largest), regret (loss of the choice less that of the best), entropy_of_mean,
         mutual_information, mean_<expert>, total_concentration, and predictive_entropy (nats, of the next token as the
         routed pass predicts it).
@@ -94,13 +94,13 @@ def _regret_rows(
     sequence: int,
     causal: bool,
 ) -> list[dict[str, object]]:
-    """The pairs of one sequence; tokens and targets [T]."""
+    """The triples of one sequence; tokens and targets [T]."""
     out = model(tokens[None], RoutingMode.HARD)
-    choice, experts = out.route, list(model.config.experts)  # [L, 1, T]
-    L, E = choice.shape[0], len(experts)
+    choice, experts = out.route, list(model.config.experts)  # [L, 1, T, R]
+    (L, R), E = (choice.shape[0], choice.shape[3]), len(experts)
     scored = (targets != IGNORED).nonzero()[:, 0].tolist()
-    picked = random.choice(len(scored) * L, min(count, len(scored) * L), replace=False)
-    pairs = [(int(p) % L, scored[int(p) // L]) for p in picked]
+    picked = random.choice(len(scored) * L * R, min(count, len(scored) * L * R), replace=False)
+    pairs = [(int(p) % (L * R), scored[int(p) // (L * R)]) for p in picked]
     if not pairs:
         return []
     pairs.sort(key=lambda pair: pair[1])  # so that what goes through the network together ends at a like position
@@ -111,11 +111,12 @@ def _regret_rows(
     log_p = out.logits[0].double().log_softmax(-1)
     predictive = -(log_p.exp() * log_p).sum(-1)  # [T]
     rows: list[dict[str, object]] = []
-    for i, (layer, at_position) in enumerate(pairs):
-        q = out.concentration[layer, 0, at_position].double().cpu()
+    for i, (latent, at_position) in enumerate(pairs):
+        layer, unit = divmod(latent, R)
+        q = out.concentration[layer, 0, at_position, unit].double().cpu()
         largest = probability_of_largest(q.expand(E, E), torch.arange(E))
-        row: dict[str, object] = {"sequence": sequence, "position": at_position, "layer": layer}
-        row["choice"] = experts[int(choice[layer, 0, at_position])]
+        row: dict[str, object] = {"sequence": sequence, "position": at_position, "layer": layer, "unit": unit}
+        row["choice"] = experts[int(choice[layer, 0, at_position, unit])]
         row |= {f"loss_{name}": float(loss[i, e]) for e, name in enumerate(experts)}
         row |= {f"largest_{name}": float(largest[e]) for e, name in enumerate(experts)}
         row |= {"entropy_of_mean": float(entropy_of_mean(q)), "mutual_information": float(mutual_information(q))}
@@ -128,11 +129,12 @@ def _regret_rows(
 def _forced_losses(
     model: RoutedLanguageModel, tokens: Tensor, targets: Tensor, choice: Tensor, pairs: list[tuple[int, int]]
 ) -> Tensor:
-    """Nats at each (layer, position) under each expert, [P, E]."""
-    E, end = len(model.config.experts), len(tokens)
-    forced = choice[:, :, :end].repeat(1, len(pairs) * E, 1)  # [L, P E, end]
-    for i, (layer, position) in enumerate(pairs):
-        forced[layer, i * E : (i + 1) * E, position] = torch.arange(E, device=choice.device)
+    """Nats at each (layer times R plus unit, position) under each expert, [P, E]."""
+    E, R, end = len(model.config.experts), choice.shape[3], len(tokens)
+    forced = choice[:, :, :end].repeat(1, len(pairs) * E, 1, 1)  # [L, P E, end, R]
+    for i, (latent, position) in enumerate(pairs):
+        layer, unit = divmod(latent, R)
+        forced[layer, i * E : (i + 1) * E, position, unit] = torch.arange(E, device=choice.device)
     where = torch.tensor([position for _, position in pairs], device=tokens.device).repeat_interleave(E)
     logits = model(tokens.expand(forced.shape[1], -1), force=forced).logits
     at = logits[torch.arange(len(where), device=where.device), where]
@@ -248,7 +250,7 @@ def stability(model: RoutedLanguageModel, batches: Iterator[Batch], noise: float
             finally:
                 hook.remove()
             flipped.append((moved != out.route).flatten(1).cpu())
-            q = out.concentration.flatten(1, 2).cpu()
+            q = out.concentration.flatten(1, 3).cpu()
             wrong.append(1 - probability_of_largest(q, q.argmax(-1)))
     flip, score = torch.cat(flipped, 1).numpy(), torch.cat(wrong, 1).numpy()
     rows = []

@@ -62,7 +62,7 @@ class LayerState(NamedTuple):
 
 
 class CollapseSummary:
-    """Load, information and distance from the prior of every layer, by sums over a text of any length.
+    """Load, information and distance from the prior of every layer and unit, by sums over a text of any length.
 
     Args:
         program: whose prior the posterior is compared with (tilted by cost where it is).
@@ -71,38 +71,57 @@ class CollapseSummary:
 
     def __init__(self, program: RoutingModel, experts: Sequence[str]):
         self.program, self.experts = program, list(experts)
-        L, E = program.concentration.shape
         self.tokens = 0
-        self._load, self._mean = torch.zeros(L, E, dtype=torch.float64), torch.zeros(L, E, dtype=torch.float64)
-        self._entropy, self._kl, self._sure = (torch.zeros(L, dtype=torch.float64) for _ in range(3))
+        nothing = torch.zeros((), dtype=torch.float64)
+        self._load, self._mean = nothing, nothing  # [L, R, E]
+        self._entropy, self._kl, self._sure = nothing, nothing, nothing  # [L, R]
 
     def add(self, reading: Reading) -> "CollapseSummary":
         """Take in a batch."""
-        q = reading.concentration.detach().flatten(1, 2)  # [L, N, E]
+        q = reading.concentration.detach().flatten(1, 2)  # [L, N, R, E]
         mean = posterior_mean(q.double().cpu())
-        self._load += F.one_hot(reading.hard_choice.flatten(1), q.shape[-1]).double().sum(1).cpu()
-        self._mean += mean.sum(1)
-        self._entropy += categorical_entropy(mean).sum(1)
-        self._sure += (mean.amax(-1) > SURE_WEIGHT).double().sum(1)
-        self._kl += torch.stack([kl_to_prior(self.program, layer, part).sum() for layer, part in enumerate(q)]).cpu()
+        self._load = self._load + F.one_hot(reading.hard_choice.flatten(1, 2), q.shape[-1]).double().sum(1).cpu()
+        self._mean = self._mean + mean.sum(1)
+        self._entropy = self._entropy + categorical_entropy(mean).sum(1)
+        self._sure = self._sure + (mean.amax(-1) > SURE_WEIGHT).double().sum(1)
+        self._kl = self._kl + torch.stack([kl_to_prior(self.program, i, part).sum(0) for i, part in enumerate(q)]).cpu()
         self.tokens += q.shape[1]
         return self
 
     def layers(self) -> pd.DataFrame:
         """One row a layer: shares in [0, 1], information and KL in nats.
 
-        `prior_distance` is the total variation between the mean route and that of the prior.
+        `prior_distance` is the total variation between the mean route and that of the prior. Of several units the KL is summed,
+        `largest_load` is the mean of each unit's, and everything else a mean too.
         """
         require(self.tokens > 0, "text", "at least one token", "an empty text", "read a text first")
-        load, mean = self._load / self.tokens, self._mean / self.tokens
+        of_units, mean = self._load / self.tokens, self._mean / self.tokens
+        load = of_units.mean(1)
         frame = pd.DataFrame(load.numpy(), columns=[f"load {name}" for name in self.experts])
-        frame["effective_experts"] = categorical_entropy(load).exp().numpy()
-        frame["largest_load"] = load.amax(-1).numpy()
-        frame["share_sure"] = (self._sure / self.tokens).numpy()
-        frame["route_information"] = (categorical_entropy(mean) - self._entropy / self.tokens).clamp_min(0).numpy()
-        frame["kl"] = (self._kl / self.tokens).numpy()
-        frame["prior_distance"] = (0.5 * (mean - prior_mean(self.program)).abs().sum(-1)).numpy()
+        frame["effective_experts"] = categorical_entropy(of_units).exp().mean(1).numpy()
+        frame["largest_load"] = of_units.amax(-1).mean(1).numpy()
+        frame["share_sure"] = (self._sure / self.tokens).mean(1).numpy()
+        frame["route_information"] = self._information().mean(1).numpy()
+        frame["kl"] = (self._kl / self.tokens).sum(1).numpy()
+        frame["prior_distance"] = (0.5 * (mean - prior_mean(self.program)).abs().sum(-1)).mean(1).numpy()
         frame.index.name = "layer"
+        return frame
+
+    def _information(self) -> Tensor:
+        """[L, R], nats."""
+        mean = self._mean / self.tokens
+        return (categorical_entropy(mean) - self._entropy / self.tokens).clamp_min(0)
+
+    def units(self) -> pd.DataFrame:
+        """One row a layer and unit: its load on each expert, the largest, and its route information in nats."""
+        require(self.tokens > 0, "text", "at least one token", "an empty text", "read a text first")
+        load = self._load / self.tokens
+        L, R, _ = load.shape
+        frame = pd.DataFrame(load.flatten(0, 1).numpy(), columns=[f"load {name}" for name in self.experts])
+        frame.insert(0, "layer", np.repeat(np.arange(L), R))
+        frame.insert(1, "unit", np.tile(np.arange(R), L))
+        frame["largest_load"] = load.amax(-1).flatten().numpy()
+        frame["route_information"] = self._information().flatten().numpy()
         return frame
 
     def verdicts(self, thresholds: CollapseThresholds | None = None) -> list[Verdict]:
@@ -111,7 +130,9 @@ class CollapseSummary:
         found: list[Verdict] = []
         for layer in range(len(frame)):
             row = frame.iloc[layer]
-            state = LayerState([row[f"load {name}"] for name in self.experts], row["route_information"], row["kl"])
+            units = self._load[layer] / self.tokens  # [R, E]
+            widest = units[int(units.amax(-1).argmin())].tolist()  # a layer has collapsed where all of its units have
+            state = LayerState(widest, row["route_information"], row["kl"])
             found += layer_verdicts(state, self.experts, layer, thresholds)
         return merged(found) or [healthy(frame, thresholds)]
 
@@ -123,11 +144,12 @@ def kl_to_prior(program: RoutingModel, layer: int, concentration: Tensor) -> Ten
 
 
 def prior_mean(program: RoutingModel) -> Tensor:
-    """Mean route of each layer under the prior, the tilt included, [L, E]."""
-    concentration = program.concentration.double().cpu()
+    """Mean route of each layer and unit under the prior, the tilt included, [L, R or 1, E]."""
+    concentration, costs = program.concentration.double().cpu(), program.cost_ratio.double().cpu()
+    concentration = concentration if concentration.dim() == 3 else concentration[:, None]
     if program.price == 0:
         return posterior_mean(concentration)
-    return tilted_moments(concentration, program.price * program.cost_ratio.double().cpu()).mean
+    return tilted_moments(concentration, program.price * (costs[:, None] if costs.dim() == 2 else costs)).mean
 
 
 def summarise_collapse(readings: Iterable[Reading], program: RoutingModel, experts: Sequence[str]) -> CollapseSummary:

@@ -44,7 +44,7 @@ def log_density_ratio(log_route: Tensor, q: Tensor, program: RoutingModel, layer
     p, q = program.concentration[layer].double(), q.double()
     ratio = ((p - q) * log_route).sum(-1) + _log_beta(q) - _log_beta(p)
     if isinstance(prior, TiltedDirichlet):
-        ratio = ratio - log_route.exp() @ prior.tilt.double() - prior.log_normaliser.double()
+        ratio = ratio - (log_route.exp() * prior.tilt.double()).sum(-1) - prior.log_normaliser.double()
     return ratio
 
 
@@ -99,7 +99,7 @@ def importance_weights(
             def route(layer: int, hidden: Tensor, ratio: Tensor = ratio) -> Tensor:
                 q = guide.controller.posterior(layer, hidden).concentration
                 log_route = draw_log_route(q)
-                ratio += log_density_ratio(log_route, q, program, layer)
+                ratio += log_density_ratio(log_route, q, program, layer).sum(-1)  # over units
                 draw = log_route.exp().float()
                 return harden(draw) if program.straight_through else draw
 

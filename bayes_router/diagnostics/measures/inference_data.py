@@ -33,7 +33,7 @@ def draw_groups(
         seed: of the draws; the caller's generator is left as it was.
 
     Returns:
-        posterior and prior: route_<layer> [1, S, B, T, E]; log_likelihood: targets [1, S, B, T], nats, not scaled;
+        posterior and prior: route_<layer> [1, S, (R,) B, T, E]; log_likelihood: targets [1, S, B, T], nats, not scaled;
         posterior_predictive: targets drawn [1, S, B, T]; observed_data: targets [B, T].
     """
     require(draws >= 1, "draws", "at least 1", draws)
@@ -81,7 +81,8 @@ def to_inference_data(
         raise ValueError("to_inference_data: expected the package arviz; got none; run: pip install arviz") from error
     groups = draw_groups(program, guide, tokens, targets, draws, seed)
     sites = groups["posterior"]
-    dims = {name: ["sequence", "position", "expert"] for name in sites} | {"targets": ["sequence", "position"]}
+    unit = ["unit"] if program.num_units > 1 else []
+    dims = {name: [*unit, "sequence", "position", "expert"] for name in sites} | {"targets": ["sequence", "position"]}
     coords = {"expert": np.array(experts)}
     make: Any = arviz.from_dict  # its signature changed with 1.0
     if int(arviz.__version__.split(".")[0]) >= 1:

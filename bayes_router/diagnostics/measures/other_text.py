@@ -77,7 +77,7 @@ def passage_scores(model: RoutedLanguageModel, tokens: Tensor, cost_ratio: Tenso
     batches = (Batch(tokens[part], tokens[part + 1]) for part in start.split(16))
     rows = []
     for reading in read(model, batches):
-        measured = measures(reading.concentration, cost_ratio).mean((0, 2))  # [B, M]
+        measured = measures(reading.concentration, cost_ratio).mean((0, 2, 3))  # [B, M]
         frame = pd.DataFrame(measured.numpy(), columns=[m.value for m in Measure])
         frame[Score.NLL] = reading.nll.mean(1).double().cpu().numpy()
         rows.append(frame)

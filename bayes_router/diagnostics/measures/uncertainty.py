@@ -196,7 +196,7 @@ class UncertaintySummary:
 
     def add(self, reading: Reading) -> "UncertaintySummary":
         """Take in a batch of windows, of any length."""
-        measured = measures(reading.concentration, self.cost_ratio)  # [L, B, T, M]
+        measured = measures(reading.concentration, self.cost_ratio).mean(3)  # [L, B, T, M], the mean over units
         L, B, T, M = measured.shape
         longer = T - len(self._position_count)
         if longer > 0:

@@ -95,6 +95,12 @@ class AttentionCall:
         q, k, v = self.q[rows], self.k[rows], self.v[rows]
         return replace(self, q=q, k=k, v=v, mask=pick(self.mask), padding=pick(self.padding), memory=None)
 
+    def heads(self, queries: slice, keys: slice) -> "AttentionCall":
+        """Some query heads and the key heads that they share alone, as views; for experts that know no head by name."""
+        mask = self.mask if self.mask is None or self.mask.shape[1] == 1 else self.mask[:, queries]
+        q, k, v = self.q[:, queries], self.k[:, keys], self.v[:, keys]
+        return replace(self, q=q, k=k, v=v, mask=mask, memory=None)
+
     def explicit(self) -> "AttentionCall":
         """The same with its mask written out, so that queries may be taken out of their order."""
         return self if self.mask is not None or not self.causal else replace(self, mask=self.visible())

@@ -1,6 +1,7 @@
 """One routed attention layer of a patched model: its experts, and how a route over them is executed."""
 
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from bayes_router.attention.experts.full import FullAttention
 from bayes_router.attention.experts.local import LocalAttention
 from bayes_router.attention.hard.dispatch import routed_attention
 from bayes_router.attention.hard.problem import shared_expert
-from bayes_router.attention.shapes import ExpertShape
+from bayes_router.attention.shapes import ExpertShape, by_head, unit_heads, with_units
 from bayes_router.checks import require
 from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.integrations.calls.linear import GatedExpert, LinearExpert
@@ -58,8 +59,11 @@ class RoutedLayer(nn.Module):
         return expert
 
     def attend(self, call: AttentionCall, route: Tensor | int) -> Tensor:
-        """[B, H, Tq, Dv] for weights [B, Tq, E] (all experts computed), choices int64 [B, Tq], or one expert for all."""
-        call = cast(call)
+        """[B, H, Tq, Dv] for weights [B, Tq, R, E] (all experts computed), choices int64 [B, Tq, R], or one expert for all.
+
+        A route without its unit dimension holds for all heads.
+        """
+        call, route = cast(call), route if isinstance(route, int) else with_units(route)
         with exact(call.q.device):
             out = self._attend(call, route)
             remember(self.experts, call, route)
@@ -69,15 +73,19 @@ class RoutedLayer(nn.Module):
         if isinstance(route, int):
             out: Tensor = self.expert(route)(call)
             return out
-        if route.is_floating_point():
-            weights = route.to(call.q.dtype).permute(2, 0, 1)[:, :, None, :, None]  # [E, B, 1, Tq, 1]
-            return torch.stack([w * self.expert(i)(call) for i, w in enumerate(weights)]).sum(0)
-        return self._hard(call, route)
+        if not route.is_floating_point():
+            return self._hard(call, route)
+        heads, mixed = call.q.shape[1], None
+        for i, weight in enumerate(route.to(call.q.dtype).unbind(-1)):  # each expert once, whatever the number of units
+            part = by_head(weight, heads) * self.expert(i)(call)
+            mixed = part if mixed is None else mixed + part
+        assert mixed is not None
+        return mixed
 
     def _hard(self, call: AttentionCall, route: Tensor) -> Tensor:
         if route.shape[1] == 1 and call.causal:
             return attend_one(self.experts, call, route)
-        each = (route[..., None] == torch.arange(len(self.names), device=route.device)).flatten(0, 1).any(0)  # [E]
+        each = (route[..., None] == torch.arange(len(self.names), device=route.device)).flatten(0, 2).any(0)  # [E]
         taken = [index for index, some_take in enumerate(each.tolist()) if some_take]  # waits for the device, once
         if len(taken) == 1:
             return self._attend(call, taken[0])
@@ -88,12 +96,27 @@ class RoutedLayer(nn.Module):
                 return shift.back(self._dispatch(shift.call, shift.route(among), taken, shift.lengths))
             if call.mask is None:
                 return self._dispatch(call, among, taken)
+        return self._by_rows(call, route, taken)
+
+    def _by_rows(self, call: AttentionCall, route: Tensor, taken: list[int]) -> Tensor:
+        """Text by text, expert by expert: the queries that some head sends there, and of these the heads that do.
+
+        The heads of each key head alone, where an expert computes some heads without the others.
+        """
         out = call.v.new_zeros(*call.q.shape[:3], call.v.shape[3])
+        H, Hkv = call.q.shape[1], call.k.shape[1]
+        of_head = by_head(route, H)[..., 0]  # [B, H or 1, Tq]
         for index in taken:
             expert = self.expert(index)
-            for b in (route == index).any(1).nonzero()[:, 0]:
-                rows = (route[b] == index).nonzero()[:, 0]
-                out[b, :, rows] = expert.rows(call.batch(b[None]), rows)[0]
+            apart = route.shape[2] > 1 and expert.splits(call)
+            for b, (queries, keys) in product(range(len(route)), unit_heads(Hkv if apart else 1, H, Hkv)):
+                chosen = of_head[b, queries] == index  # [heads, Tq]
+                rows = chosen.any(0).nonzero()[:, 0]
+                if rows.numel():
+                    one = call.batch(rows.new_tensor([b]))
+                    found = expert.rows(one.heads(queries, keys) if apart else one, rows)[0]
+                    where = chosen[:, rows, None]
+                    out[b, queries, rows] = torch.where(where, found, out[b, queries][:, rows])
         return out
 
     def _dispatchable(self, call: AttentionCall) -> bool:
@@ -102,7 +125,7 @@ class RoutedLayer(nn.Module):
         return call.plain and call.causal and same and 1 < call.q.shape[2] == call.k.shape[2]
 
     def _dispatch(self, call: AttentionCall, route: Tensor, taken: list[int], lengths: Tensor | None = None) -> Tensor:
-        """By `routed_attention`: only what each token took is computed, in sorted blocks; route [B, T] into `taken`."""
+        """By `routed_attention`: only what each token took is computed, in sorted blocks; route [B, T, R] into `taken`."""
         experts = [self._native(index, call) for index in taken]
         return routed_attention(
             call.rescaled(),
@@ -135,8 +158,9 @@ class Unpadding:
     first: Tensor  # [B, 1] where each text began
 
     def route(self, route: Tensor) -> Tensor:
-        """Choices [B, T], moved as the tokens were."""
-        return route.gather(1, _rotation(self.first, route.shape[1]))
+        """Choices [B, T, R], moved as the tokens were."""
+        place = _rotation(self.first, route.shape[1])[..., None]
+        return route.gather(1, place.expand(-1, -1, route.shape[2]))
 
     def back(self, out: Tensor) -> Tensor:
         """[B, H, T, D] with every text where it was; zeros on padding."""

@@ -36,6 +36,10 @@ class PatchedExpert(nn.Module):
         """Whether one new token reads its keys where they lie, so that a part of the batch is attended without copies."""
         return False
 
+    def splits(self, call: AttentionCall) -> bool:
+        """Whether the heads of a key head are computed without the others."""
+        return False
+
     def narrowed(self, call: AttentionCall) -> AttentionCall:
         """The call of one new token with the keys alone that this expert may read; `read` attends over it."""
         return call
@@ -53,6 +57,10 @@ class PatchedExpert(nn.Module):
 
 class SoftmaxExpert(PatchedExpert):
     """The layer's own kernel over the keys that its mask and `allowed` leave."""
+
+    def splits(self, call: AttentionCall) -> bool:
+        """See `PatchedExpert.splits`: plain softmax attention knows no head by name."""
+        return call.plain
 
     def allowed(self, visible: Tensor, query: Tensor, key: Tensor, causal: bool) -> Tensor | None:
         """Which keys this expert may see; None: all."""

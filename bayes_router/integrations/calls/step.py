@@ -7,28 +7,58 @@ import torch
 from torch import Tensor, nn
 
 from bayes_router.attention.kernels.capability import HAS_TRITON
+from bayes_router.attention.shapes import by_head, unit_heads
 from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.integrations.calls.linear import LinearExpert
 from bayes_router.integrations.calls.softmax import FullExpert, PatchedExpert
 
 
 def attend_one(experts: nn.ModuleList, call: AttentionCall, route: Tensor) -> Tensor:
-    """[B, H, 1, Dv]: row b by experts[route[b, 0]].
+    """[B, H, 1, Dv]: the heads of unit r of row b by experts[route[b, 0, r]].
 
-    The choices are read on the host (on CUDA one small transfer), so that a row that is not on `full` does not read what
-    `full` reads. Several rows on CUDA, where a kernel can look at the choices itself, wait for nothing.
+    The choices are read on the host (on CUDA one small transfer), so that what is not on `full` does not read what `full`
+    reads. Several rows or units on CUDA, where a kernel can look at the choices itself, wait for nothing.
     """
-    if len(call.q) > 1 and _fused(experts, call):
+    if max(len(call.q), route.shape[2]) > 1 and _fused(experts, call):
         return _one_fused(experts, call, route)
-    taken: list[int] = route[:, 0].tolist()
-    if len(set(taken)) == 1:
-        out: Tensor = experts[taken[0]](call)
+    taken: list[list[int]] = route[:, 0].tolist()  # [B][R]
+    each = sorted({index for row in taken for index in row})
+    if len(each) == 1:
+        out: Tensor = experts[each[0]](call)
         return out
     out = call.v.new_zeros(*call.q.shape[:3], call.v.shape[3])
-    for index in sorted(set(taken)):
-        rows = [b for b, choice in enumerate(taken) if choice == index]
-        out[rows] = some(_expert(experts, index), call, rows)
+    for index in each:
+        expert = _expert(experts, index)
+        rows = [b for b, row in enumerate(taken) if index in row]
+        split = [b for b in rows if len(set(taken[b])) > 1]
+        whole = [b for b in rows if b not in split]
+        if whole:
+            out[whole] = some(expert, call, whole)
+        for b in split:
+            _some_heads(expert, call, b, [choice == index for choice in taken[b]], out)
     return out
+
+
+def _some_heads(expert: PatchedExpert, call: AttentionCall, row: int, mine: list[bool], out: Tensor) -> None:
+    """Write the heads of the units of one row that are `mine` [R]: keys of a key head are read where one of its units asks."""
+    H, Hkv, R = call.q.shape[1], call.k.shape[1], len(mine)
+    if not expert.splits(call):
+        found = some(expert, call, [row])[0]
+        for unit, (queries, _) in enumerate(unit_heads(R, H, Hkv)):
+            if mine[unit]:
+                out[row, queries] = found[queries]
+        return
+    per_head = [mine[h * R // H] for h in range(H)]
+    group = H // Hkv
+    asked = [any(per_head[j * group : (j + 1) * group]) for j in range(Hkv)]
+    for wanted, run in groupby(range(Hkv), key=asked.__getitem__):
+        if wanted:
+            neighbours = list(run)
+            keys = slice(neighbours[0], neighbours[-1] + 1)
+            queries = slice(keys.start * group, keys.stop * group)
+            found = some(expert, call.heads(queries, keys), [row])[0]
+            of_mine = torch.tensor(per_head[queries], device=found.device)[:, None, None]
+            out[row, queries] = torch.where(of_mine, found, out[row, queries])
 
 
 def some(expert: PatchedExpert, call: AttentionCall, rows: Sequence[int]) -> Tensor:
@@ -93,5 +123,5 @@ def _one_fused(experts: nn.ModuleList, call: AttentionCall, route: Tensor) -> Te
     out = decode_step(q, k, v, q, k, call.k, call.v, None, route, before, (full, -1, -1), 1, num_experts=len(experts))
     for index, expert in enumerate(experts):
         if index != full:
-            out = torch.where((route == index)[:, None, :, None], expert(call), out)
+            out = torch.where(by_head(route == index, out.shape[1]), expert(call), out)
     return out

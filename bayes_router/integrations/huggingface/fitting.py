@@ -33,7 +33,7 @@ from bayes_router.types import IGNORED, Route
 if TYPE_CHECKING:
     import pandas as pd
 
-KL_WEIGHT = 0.02  # over the number of layers: the sum over layers of the KL has this weight
+KL_WEIGHT = 0.02  # of the mean over layers and units of the KL
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class FitSettings:
 
 def final_state(router: RoutedLanguage, schedule: ScheduleConfig | None = None) -> ScheduleState:
     """The objective at the end of a fit."""
-    chosen = schedule or default_schedule(len(router.layers))
+    chosen = schedule or default_schedule(len(router.layers) * router.config.num_units)
     return Schedule(chosen, router.prior, 1, router.experts, router.settings.prior.price).at(1)
 
 
@@ -146,16 +146,17 @@ def record(
     )
 
 
-def default_schedule(num_layers: int, ranged: bool = False) -> ScheduleConfig:
+def default_schedule(num_latents: int, ranged: bool = False) -> ScheduleConfig:
     """Start on full attention, let the compute-aware prior in, end on executed argmax draws.
 
     For a range of budgets the price does all that: draws are executed from the first step, under a prior that stays.
+    `num_latents` of a token, layers times units: the KL is summed over them.
     """
     if ranged:
         still = ScheduleConfig(anneal_from=0.0, anneal_to=0.0, straight_through_from=0.0)
-        return replace(still, kl_weight=KL_WEIGHT / num_layers)
+        return replace(still, kl_weight=KL_WEIGHT / num_latents)
     return ScheduleConfig(
-        kl_weight=KL_WEIGHT / num_layers,
+        kl_weight=KL_WEIGHT / num_latents,
         start_experts=("full",),
         anneal_from=0.0,
         anneal_to=0.5,

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from bayes_router.checks import choose, require
 from bayes_router.config import ModelConfig
 from bayes_router.integrations.patch.routed import RoutedModel
-from bayes_router.routing.force import Force, forced_route
+from bayes_router.routing.force import Force, as_units, forced_route
 from bayes_router.routing.policy import Policy
 from bayes_router.types import Route, RoutingMode, RoutingOutput
 
@@ -62,7 +62,7 @@ class RoutedLanguage(RoutedModel):
             q = self.controller.posterior(layer, hidden)
             executed = self.decide(layer, q, chosen) if answer is None else answer(layer, hidden)
             concentrations.append(q.concentration)
-            routes.append(executed if isinstance(executed, Tensor) else torch.full_like(tokens, executed))
+            routes.append(as_units(executed, q.concentration))
             self.note(layer, q, routes[-1])
             return executed
 
@@ -181,6 +181,11 @@ class Network:
     def num_experts(self) -> int:
         """E: over how many a route is."""
         return len(self.router.experts)
+
+    @property
+    def num_units(self) -> int:
+        """R: routing units of a layer."""
+        return self.router.config.num_units
 
     @property
     def embed(self) -> torch.nn.Module:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from bayes_router.checks import choose
 from bayes_router.config import ScheduleConfig
 from bayes_router.data.mixture import source_of
 from bayes_router.data.stream import stream_of
@@ -12,6 +13,7 @@ from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel
 from bayes_router.integrations.huggingface import fitting
 from bayes_router.integrations.huggingface.language import RoutedLanguage, Unforced
+from bayes_router.routing.cost import CostBy, counted
 from bayes_router.routing.evidence import Evidence
 from bayes_router.routing.policy import at_price
 from bayes_router.routing.risk import Risk
@@ -61,7 +63,9 @@ class RoutedPretrained(RoutedLanguage):
         with torch.random.fork_rng(devices=devices), fitting.fitting(self, chosen.weights_lr > 0):
             torch.manual_seed(chosen.seed)
             errors = fitting.distil(self, source, chosen, progress)
-            steps = schedule or fitting.default_schedule(len(self.layers), isinstance(chosen.budget, tuple))
+            steps = schedule or fitting.default_schedule(
+                len(self.layers) * self.config.num_units, isinstance(chosen.budget, tuple)
+            )
             frame = fitting.fit_routes(self, source, chosen, steps, progress)
             self.made_for = None if chosen.weights_lr > 0 else self.made_for
             self.fitted = fitting.record(self, chosen, steps, frame, len(source), getattr(tokenizer, "name_or_path", None))
@@ -141,10 +145,11 @@ class RoutedPretrained(RoutedLanguage):
         context: int = 512,
         limit: int = 8192,
         tolerance: float = TOLERANCE,
+        by: str = "flops",
     ) -> float:
         """Let executed attention cost `budget` of attention over all keys, on text held out by `fit` or on `texts`.
 
-        Costs are those of the prior's cost model. Afterwards `policy` is a `Budget` at the price that was found.
+        Afterwards `policy` is a `Budget` at the price that was found.
 
         Args:
             budget: full attention = 1.
@@ -154,6 +159,9 @@ class RoutedPretrained(RoutedLanguage):
             limit: tokens that are read.
             tolerance: how far from the budget a cost may be where many tokens have one posterior, so that no price comes within
                 0.005 (small models of bytes).
+            by: `flops`, the costs of the prior's cost model, which every query head pays for its own expert; or `bytes`, the
+                keys and values that a decoding step at `settings.context` tokens reads, which a key head pays for the most
+                that one of its query heads reads.
 
         Returns:
             The realised cost on that text, within 0.005 of the budget, or within `tolerance` in such a jump.
@@ -167,10 +175,12 @@ class RoutedPretrained(RoutedLanguage):
         if source is None:
             raise ValueError("texts: expected held-out text, from fit() or given here; got None; pass texts=")
         context = min(context, len(source) - 1)
+        by_bytes = choose("by", by, CostBy) is CostBy.BYTES
+        sharing = max(self.config.num_units // self.config.kv_heads, 1)
         dial = Dial(
             Unforced(self),
             source,
-            self.layer_cost,
+            counted(self.layer_reads, sharing) if by_bytes else self.layer_cost,
             context=context,
             batch_size=1,
             limit=max(limit, context),

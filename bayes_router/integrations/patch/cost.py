@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bayes_router.attention.cost import cost_ratios
+from bayes_router.attention.cost import cost_ratios, read_ratios
 from bayes_router.attention.experts.contract import Expert
 from bayes_router.attention.experts.gated import GatedLinearAttention
 from bayes_router.attention.experts.linear import LinearAttention
@@ -92,6 +92,16 @@ def layer_costs(prior: PriorConfig, config: ModelConfig, context: int, windows: 
                     cost[index].clamp_max_(cost[full])
         costs.append(cost)
     return ratio, torch.stack(costs)
+
+
+def layer_reads(config: ModelConfig, context: int, windows: Sequence[int | None]) -> Tensor:
+    """Cached keys that a decoding step at `context` tokens reads in each layer under each expert, all = 1: [L, E].
+
+    `full` reads the window of a layer that slides, `local` no more than that, an expert that keeps a state none.
+    """
+    ratio = read_ratios(counted_experts(config), context).float()
+    own = torch.tensor([1.0 if window is None else min(window / context, 1.0) for window in windows])
+    return torch.minimum(ratio, own[:, None])
 
 
 def layer_prior(config: PriorConfig, cost_ratio: Tensor, layer_cost: Tensor) -> ComputeAwarePrior:

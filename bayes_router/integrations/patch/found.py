@@ -34,6 +34,7 @@ def model_config(found: Found, settings: PatchSettings, num_layers: int, vocab_s
         num_heads=heads,
         num_kv_heads=found.kv_heads,
         experts=settings.experts,
+        route_by=settings.route_by,
         window=settings.window + settings.sinks,  # what `local` reads, hence what it costs
         controller_hidden=settings.controller_hidden,
         concentration_floor=settings.concentration_floor,

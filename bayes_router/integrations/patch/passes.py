@@ -23,8 +23,8 @@ class Pass:
     """How one pass routed its tokens: a handle that keeps the pass's graph alive for as long as it is kept.
 
     Attributes:
-        concentration: by layer, [B, T, E], of the posteriors.
-        executed: by layer, weights [B, T, E] or choices int64 [B, T].
+        concentration: by layer, [B, T, R, E], of the posteriors.
+        executed: by layer, weights [B, T, R, E] or choices int64 [B, T, R].
         real: by layer, [B or 1, T] bool, False on padding; None: no token is padding.
         kl_taken: its KL was asked for.
     """

@@ -23,7 +23,7 @@ from bayes_router.integrations.calls.layer import RoutedLayer
 from bayes_router.integrations.calls.memory import Memories
 from bayes_router.integrations.calls.precision import exact
 from bayes_router.integrations.patch.binding import BINDING, Binding
-from bayes_router.integrations.patch.cost import counted_experts, layer_costs, layer_prior
+from bayes_router.integrations.patch.cost import counted_experts, layer_costs, layer_prior, layer_reads
 from bayes_router.integrations.patch.found import Found, model_config
 from bayes_router.integrations.patch.identity import Identity, identity
 from bayes_router.integrations.patch.offload import device_of
@@ -36,7 +36,7 @@ from bayes_router.routing.force import Force, forced_route
 from bayes_router.routing.policy import Argmax, Policy, execute
 from bayes_router.routing.statistics import RoutingStatistics, routing_statistics
 from bayes_router.routing.tilt import tilted_kl, tilted_moments
-from bayes_router.types import Route, RoutingMode
+from bayes_router.types import Route, RouteBy, RoutingMode
 
 START_SHARE = 0.9
 
@@ -57,6 +57,7 @@ class RoutedModel(nn.Module):
         settings: what it was patched with.
         cost_ratio: [E], relative to attention over all keys = 1.
         layer_cost: [L, E], the same by layer: a layer that slides already pays for its own window alone.
+        layer_reads: [L, E], the keys and values that a decoding step reads by layer and expert, all = 1.
         policy: of HARD.
         mode: overrides what train and eval mode imply.
         fitted: how it was fitted; None before.
@@ -76,11 +77,20 @@ class RoutedModel(nn.Module):
         self.config = model_config(found[0], settings, len(found))
         windows = [one.window for one in found]
         self.cost_ratio, self.layer_cost = layer_costs(settings.prior, self.config, settings.context, windows)
+        self.layer_reads = layer_reads(self.config, settings.context, windows)
+        heads = {(one.shape.num_heads, one.kv_heads) for one in found}
+        alike = settings.route_by == RouteBy.LAYER.value or len(heads) == 1
+        require(alike, "route_by", "layer, for a model whose layers have different numbers of heads", settings.route_by)
         usual, costs = tuple(self.cost_ratio.tolist()), map(tuple, self.layer_cost.tolist())
         self._own_costs = {i: cost for i, cost in enumerate(costs) if cost != usual}  # of layers that slide already
         self.prior = layer_prior(settings.prior, self.cost_ratio, self.layer_cost)
         self.controller = MetaController(
-            found[0].width, len(found), len(settings.experts), settings.controller_hidden, settings.concentration_floor
+            found[0].width,
+            len(found),
+            len(settings.experts),
+            settings.controller_hidden,
+            settings.concentration_floor,
+            self.config.num_units,
         )
         self.layers = nn.ModuleList(
             RoutedLayer(settings.experts, shape, one.kv_heads, settings.sinks, one.causal)
@@ -98,7 +108,7 @@ class RoutedModel(nn.Module):
     def _start_on_full(self) -> None:
         share = torch.full((len(self.settings.experts),), (1 - START_SHARE) / max(len(self.settings.experts) - 1, 1))
         share[self.experts.index("full")] = START_SHARE
-        total = torch.tensor(self.prior.total_concentration)[:, None]
+        total = torch.tensor(self.prior.total_concentration)[:, None]  # [L, 1]
         self.controller.start_at((share * total).clamp_min(2 * self.controller.floor))
         self.follow()
 
@@ -203,7 +213,7 @@ class RoutedModel(nn.Module):
                 p.requires_grad_(flag)
 
     def force(self, force: Force | None) -> None:
-        """Send every token to one expert (its name), or where choices [L, B, T] or weights say; None: route again."""
+        """Send every token to one expert (its name), or where choices [L, B, T, R] or weights say; None: route again."""
         if force is not None:
             forced_route(force, self.experts, len(self.layers))
         self._force = force
@@ -213,7 +223,7 @@ class RoutedModel(nn.Module):
         return self.execute(index, self.route(index, hidden, call.real_queries()), call, hidden)
 
     def route(self, index: int, hidden: Tensor, real: Tensor | None = None) -> Tensor | int:
-        """Where the tokens of a layer go: weights [B, T, E], choices int64 [B, T], or one expert for all.
+        """Where the tokens of a layer go: weights [B, T, R, E], choices int64 [B, T, R], or one expert for all.
 
         `real` [B or 1, T] is False on padding; None: every token is one.
         """
@@ -304,7 +314,9 @@ class RoutedModel(nn.Module):
         return self.here.observe is not None
 
     def kl(self, of: Pass | None = None) -> Tensor:
-        """KL(posterior || prior) of a pass, nats per real token, summed over layers: task loss + weight * kl is an ELBO.
+        """KL(posterior || prior) of a pass, nats per real token, summed over layers and units.
+
+        task loss + weight * kl is a negative ELBO.
 
         The prior is tilted by its price: KL(q || Dirichlet) + price * cost . E_q[route] + log Z, a layer's own costs. Padding
         is no token. The last pass of this thread by default, which has a gradient until the pass went backward: a pass of
@@ -318,7 +330,8 @@ class RoutedModel(nn.Module):
         routed, terms = self._routed(of), []
         routed.kl_taken = True
         for layer, q in sorted(routed.concentration.items()):
-            terms.append(routed.mean(layer, tilted_kl(q, prior[layer].to(q), tilt[layer], log_z[layer].to(q))))
+            of_token = tilted_kl(q, prior[layer].to(q), tilt[layer], log_z[layer].to(q)).sum(-1)  # over units
+            terms.append(routed.mean(layer, of_token))
         return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
     @property

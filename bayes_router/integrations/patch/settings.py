@@ -3,9 +3,10 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bayes_router.checks import require, unknown
+from bayes_router.checks import choose, require, unknown
 from bayes_router.config import PriorConfig
 from bayes_router.integrations.calls.layer import EXPERTS
+from bayes_router.types import RouteBy
 
 OLD_NAME = "linear"
 """What `mapped` was called in patches once; those that were saved then are read."""
@@ -18,6 +19,7 @@ class PatchSettings:
     Attributes:
         window: keys that `local` sees, the token itself included.
         experts: names, in the order of the routing latent; `full` is always among them.
+        route_by: what chooses: `layer`, `kv_head` or `head`.
         layers: indices of the attention layers to route, in the order in which the model runs them; None: all.
         sinks: first tokens that `local` sees beside its window.
         prior: the compute-aware prior of `fit`.
@@ -29,6 +31,7 @@ class PatchSettings:
 
     window: int = 256
     experts: tuple[str, ...] = ("full", "mapped", "local")
+    route_by: str = "layer"
     layers: tuple[int, ...] | None = None
     sinks: int = 0
     prior: PriorConfig = field(default_factory=lambda: PriorConfig(price=2.0))
@@ -41,6 +44,7 @@ class PatchSettings:
         require(self.window >= 1, "window", "at least 1 (a token sees itself)", self.window)
         require(self.sinks >= 0, "sinks", "0 or more tokens", self.sinks)
         require(self.context >= 1, "context", "at least 1 token", self.context)
+        choose("route_by", self.route_by, RouteBy)
         require("full" in self.experts, "experts", "'full' among them (the model's own attention)", self.experts)
         require(
             OLD_NAME not in self.experts,

@@ -83,14 +83,14 @@ def test_gates_that_keep_all_or_nothing(log_gate: float) -> None:
 
 
 @pytest.mark.parametrize("names", [("full", "gated", "local"), ("gated", "linear", "local"), ("full", "mapped", "local")])
-@pytest.mark.parametrize(("B", "Hkv", "T"), [(2, 1, 130), (1, 2, 1)])
-def test_routed(names: tuple[str, ...], B: int, Hkv: int, T: int, fresh_seed: int) -> None:
+@pytest.mark.parametrize(("B", "Hkv", "T", "units"), [(2, 1, 130, 1), (1, 2, 1, 1), (2, 1, 130, 2)])
+def test_routed(names: tuple[str, ...], B: int, Hkv: int, T: int, units: int, fresh_seed: int) -> None:
     """The first of gated and linear has the kernels, the other computes its own rows; rows of padding are zero."""
     experts = tuple(draw_expert(name, ExpertShape(2, 16, 9)) for name in names)
     q, k, v = draw_inputs(B, 2, Hkv, T, 16, seed=fresh_seed)
     lengths = torch.full((B,), T)
     lengths[-1] = max(T - 40, 1)
-    problem = RoutedProblem(q, k, v, q, k, draw_route("independent", B, T, fresh_seed), experts, lengths)
+    problem = RoutedProblem(q, k, v, q, k, draw_route("independent", B, T, fresh_seed, units), experts, lengths)
     eq, ek, ev = (x.detach().double().requires_grad_() for x in (q, k, v))
     exact = replace(problem, q=eq, k=ek, v=ev, plain_q=eq, plain_k=ek)
     got, want = backend.attend(problem), REFERENCE.attend(exact)
@@ -107,7 +107,7 @@ def test_routed_with_sinks(kind: str, Hkv: int, window: int, sinks: int) -> None
     B, T = 2, 150
     experts = tuple(draw_expert(name, ExpertShape(2, 16, window, sinks)) for name in ("full", "linear", "local"))
     q, k, v = draw_inputs(B, 2, Hkv, T, 16)
-    problem = RoutedProblem(q, k, v, q, k, draw_route(kind, B, T), experts, torch.tensor([T, 100]))
+    problem = RoutedProblem(q, k, v, q, k, draw_route(kind, B, T, units=1), experts, torch.tensor([T, 100]))
     eq, ek, ev = (x.detach().double().requires_grad_() for x in (q, k, v))
     exact = replace(problem, q=eq, k=ek, v=ev, plain_q=eq, plain_k=ek)
     got, want = backend.attend(problem), REFERENCE.attend(exact)

@@ -34,11 +34,12 @@ def problem(
     shared: bool = False,
     sinks: int = 0,
     seed: int = 0,
+    units: int = 1,
 ) -> RoutedProblem:
     q, k, v = draw(B, 4, Hkv, T, Dh, seed)
     plain_q, plain_k = (q, k) if shared else draw(B, 4, Hkv, T, Dh, seed + 1)[:2]
     experts = resolve_experts(names, ExpertShape(4, Dh, window, sinks))
-    return RoutedProblem(q, k, v, plain_q, plain_k, draw_route(route, B, T, seed) % len(names), experts)
+    return RoutedProblem(q, k, v, plain_q, plain_k, draw_route(route, B, T, seed, units) % len(names), experts)
 
 
 def compare(one: RoutedProblem) -> None:
@@ -50,6 +51,15 @@ def compare(one: RoutedProblem) -> None:
 @pytest.mark.parametrize("shared", [False, True])
 def test_agrees_with_the_oracle(route: str, shared: bool, fresh_seed: int) -> None:
     compare(problem(route=route, shared=shared, seed=fresh_seed))
+
+
+@pytest.mark.parametrize(("units", "Hkv"), [(2, 2), (4, 2), (4, 1), (4, 4)])
+@pytest.mark.parametrize("route", ["independent", "units differ"])
+def test_every_unit(units: int, Hkv: int, route: str, monkeypatch: pytest.MonkeyPatch, fresh_seed: int) -> None:
+    one = problem(Hkv=Hkv, route=route, units=units, seed=fresh_seed, sinks=2)
+    compare(one)
+    monkeypatch.setattr(short, "cut", lambda *_: Cut(64, 32, 32, 4, 1, 2, None))  # full attention in segments
+    compare(replace(one, lengths=torch.tensor([150, 77])))
 
 
 @pytest.mark.parametrize(("B", "Hkv", "T", "Dh", "window"), [(1, 4, 1, 16, 1), (3, 1, 64, 20, 1), (1, 2, 65, 8, 200)])
@@ -97,7 +107,7 @@ def test_layout_of_a_model() -> None:
     heads = torch.randn(2, T, 8, Dh).transpose(1, 2)
     q, k, v = heads.split((4, 2, 2), 1)
     experts = resolve_experts(("full", "linear", "local"), ExpertShape(4, Dh, 9))
-    compare(RoutedProblem(q, k, v, q, k, draw_route("independent", 2, T), experts))
+    compare(RoutedProblem(q, k, v, q, k, draw_route("independent", 2, T, units=1), experts))
 
 
 def test_a_row_of_no_expert_is_zero_and_later_tokens_are_unseen() -> None:

@@ -29,10 +29,12 @@ from tests.attention.test_dispatch import draw_route
 NAMES = ("q", "k", "v", "plain_q", "plain_k")
 
 
-def problem(B: int, Hkv: int, T: int, route: str, seed: int = 0, gradients: bool = True) -> RoutedProblem:
-    inputs = (*draw(B, 2, Hkv, T, seed=seed), *draw(B, 2, Hkv, T, seed=seed + 1)[:2])
-    experts = resolve_experts(("full", "linear", "local"), ExpertShape(2, 16, 21))
-    return RoutedProblem(*(x.requires_grad_(gradients) for x in inputs), draw_route(route, B, T, seed).contiguous(), experts)
+def problem(
+    B: int, Hkv: int, T: int, route: str, seed: int = 0, gradients: bool = True, units: int = 1, H: int = 2
+) -> RoutedProblem:
+    inputs = (*draw(B, H, Hkv, T, seed=seed), *draw(B, H, Hkv, T, seed=seed + 1)[:2])
+    experts = resolve_experts(("full", "linear", "local"), ExpertShape(H, 16, 21))
+    return RoutedProblem(*(x.requires_grad_(gradients) for x in inputs), draw_route(route, B, T, seed, units), experts)
 
 
 def compare(one: RoutedProblem) -> None:
@@ -85,6 +87,25 @@ def test_batches_and_padding(B: int, Hkv: int, T: int, route: str, fresh_seed: i
     one = problem(B, Hkv, T, route, fresh_seed)
     compare(one)
     compare(replace(one, lengths=torch.tensor([T // 2, T, 0][:B])))
+
+
+@pytest.mark.parametrize(("units", "Hkv"), [(2, 2), (4, 2), (4, 1)])
+@pytest.mark.parametrize("route", ["independent", "units differ"])
+def test_every_unit(units: int, Hkv: int, route: str, fresh_seed: int) -> None:
+    one = problem(2, Hkv, 100, route, fresh_seed, units=units, H=4)
+    compare(one)
+    compare(replace(one, lengths=torch.tensor([50, 100])))
+    compare(replace(one, route=one.route.transpose(1, 2).contiguous().transpose(1, 2)))  # any strides
+    parts = {name: getattr(one, name).detach()[:, :, -30:] for name in ("q", "plain_q")}
+    keys = {name: getattr(one, name).detach() for name in ("k", "v", "plain_k")}
+    compare(replace(one, **parts, **keys, route=one.route[:, -30:], starts=torch.tensor([0, 70])))
+
+
+@pytest.mark.parametrize(("units", "Hkv"), [(2, 2), (4, 2)])
+def test_units_split_over_keys(units: int, Hkv: int, split: list[Schedule], fresh_seed: int) -> None:
+    one = problem(1, Hkv, 290, "independent", fresh_seed, units=units, H=4)
+    compare(one)
+    assert split[0].parts[:, 0, 0].min() > 1
 
 
 Watcher = Callable[[Callable[..., None]], None]

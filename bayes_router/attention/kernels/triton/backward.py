@@ -17,6 +17,7 @@ from bayes_router.attention.kernels.triton.forward import (
     reach_of,
     rows_before,
     sees,
+    table_row,
 )
 
 
@@ -44,7 +45,7 @@ def _dq_tile(q, do, K, V, n0, num_keys, k_t, v_t, pos, reach, lse, delta, dq, sc
 @triton.jit
 def full_dq_kernel(
     Q, K, V, Out, DOut, Lse, Delta, DQ, Partial, Order, Before, Items, Counters, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
-    o_b, o_h, o_t, g_b, g_h, g_t, d_b, d_h, d_t, H, GROUP, T, NB, scale, programs,
+    o_b, o_h, o_t, g_b, g_h, g_t, d_b, d_h, d_t, H, GROUP, UNIT, T, NB, scale, programs,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of full attention's queries, over the same work items as the forward pass."""
@@ -54,11 +55,12 @@ def full_dq_kernel(
     following = item + programs
     while item < total:
         after = tl.atomic_add(Counters + 1, 1) + 2 * programs
-        h, record = (item % H).to(tl.int64), Items + item // H * 8
-        b, i, lo = tl.load(record).to(tl.int64), tl.load(record + 1), tl.load(record + 2)
+        j, record = (item % UNIT).to(tl.int64), Items + item // UNIT * 8
+        u, i, lo = tl.load(record).to(tl.int64), tl.load(record + 1), tl.load(record + 2)
+        b, h = u // (H // UNIT), u % (H // UNIT) * UNIT + j
         hi, seen, part = tl.load(record + 3), tl.load(record + 4), tl.load(record + 5)
-        real = i * BM + r < tl.load(Before + b * 3 * (NB + 1) + NB)
-        t = tl.load(Order + b * 3 * T + i * BM + r, mask=real, other=0)
+        real = i * BM + r < tl.load(Before + u * 3 * (NB + 1) + NB)
+        t = tl.load(Order + u * 3 * T + i * BM + r, mask=real, other=0)
         q = load_rows(Q + b * q_b + h * q_h, t, real, q_t, D)
         do = load_rows(DOut + b * g_b + h * g_h, t, real, g_t, D)
         out = load_rows(Out + b * o_b + h * o_h, t, real, o_t, D)
@@ -76,7 +78,7 @@ def full_dq_kernel(
             at = DQ + b * d_b + h * d_h + t[:, None].to(tl.int64) * d_t + d[None, :]
             tl.store(at, dq.to(DQ.dtype.element_ty), mask=real[:, None])
         else:
-            at = Partial + ((part * H + h) * BM + r[:, None]) * D + d[None, :]
+            at = Partial + ((part * UNIT + j) * BM + r[:, None]) * D + d[None, :]
             tl.store(at, dq.to(Partial.dtype.element_ty))
         item = following
         following = after
@@ -85,14 +87,15 @@ def full_dq_kernel(
 @triton.jit
 def local_dq_kernel(
     Q, K, V, Out, DOut, Lse, Delta, DQ, Order, Before, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
-    o_b, o_h, o_t, g_b, g_h, g_t, d_b, d_h, d_t, H, GROUP, T, NB, window, scale,
+    o_b, o_h, o_t, g_b, g_h, g_t, d_b, d_h, d_t, H, GROUP, UNIT, T, NB, window, scale,
     SINKS: tl.constexpr, SORTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of local attention's queries."""
     h, i, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    if i * BM >= count_rows(Before, b, 2, T, NB, SORTED):
+    u = table_row(b, h, H, UNIT)
+    if i * BM >= count_rows(Before, u, 2, T, NB, SORTED):
         return
-    t, real, first, last = gather_rows(Order, Before, b, 2, i, T, NB, SORTED, BM)
+    t, real, first, last = gather_rows(Order, Before, u, 2, i, T, NB, SORTED, BM)
     q = load_rows(Q + b * q_b + h * q_h, t, real, q_t, D)
     do = load_rows(DOut + b * g_b + h * g_h, t, real, g_t, D)
     out = load_rows(Out + b * o_b + h * o_h, t, real, o_t, D)
@@ -113,14 +116,14 @@ def local_dq_kernel(
 
 @triton.jit
 def _dkv_rows(
-    Q, DOut, Lse, Delta, Order, b, kind, T, r0, end, k, v, n, dk, dv, q_t, g_t, scale, reach,
+    Q, DOut, Lse, Delta, Order, u, kind, T, r0, end, k, v, n, dk, dv, q_t, g_t, scale, reach,
     MASKED: tl.constexpr, SORTED: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
     SINKS: tl.constexpr = 0,
 ):  # fmt: skip
     """What a block of softmax queries adds to the gradients of a block of keys; it sees `reach` keys back."""
     r = r0 + tl.arange(0, BM)
     real = r < end
-    t = nth_token(Order, b, kind, r, real, T, SORTED)
+    t = nth_token(Order, u, kind, r, real, T, SORTED)
     q = load_rows(Q, t, real, q_t, D)
     do = load_rows(DOut, t, real, g_t, D)
     lse = tl.load(Lse + t, mask=real, other=float("inf"))
@@ -138,7 +141,7 @@ def _dkv_rows(
 @triton.jit
 def dkv_kernel(
     Q, K, V, DOut, Lse, Delta, DK, DV, Order, Before, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t,
-    dk_b, dk_h, dk_t, dv_b, dv_h, dv_t, H, GROUP, T, NB, window, scale,
+    dk_b, dk_h, dk_t, dv_b, dv_h, dv_t, H, GROUP, UNIT, T, NB, window, scale,
     SINKS: tl.constexpr, FULL: tl.constexpr, LOCAL: tl.constexpr, SORTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -153,27 +156,28 @@ def dkv_kernel(
     dv = tl.zeros([BN, D], tl.float32)
     for g in range(GROUP):
         h = hk * GROUP + g
+        u = table_row(b, h, H, UNIT)
         Qh, DOh = Q + b * q_b + h * q_h, DOut + b * g_b + h * g_h
         Lh, Dh = Lse + (b * H + h) * T, Delta + (b * H + h) * T
         if FULL:
-            lo, end = rows_before(Before, b, 0, n0, T, NB, SORTED), count_rows(Before, b, 0, T, NB, SORTED)
-            clear = rows_before(Before, b, 0, n0 + BN + 63, T, NB, SORTED)  # from here on every query sees the whole block
+            lo, end = rows_before(Before, u, 0, n0, T, NB, SORTED), count_rows(Before, u, 0, T, NB, SORTED)
+            clear = rows_before(Before, u, 0, n0 + BN + 63, T, NB, SORTED)  # from here on every query sees the whole block
             split = lo + (clear - lo + BM - 1) // BM * BM
             for r0 in range(lo, split, BM):
-                dk, dv = _dkv_rows(Qh, DOh, Lh, Dh, Order, b, 0, T, r0, end, k, v, n, dk, dv, q_t, g_t, scale,
+                dk, dv = _dkv_rows(Qh, DOh, Lh, Dh, Order, u, 0, T, r0, end, k, v, n, dk, dv, q_t, g_t, scale,
                                    T, True, SORTED, BM, D, PRECISION)  # fmt: skip
             for r0 in range(split, end, BM):
-                dk, dv = _dkv_rows(Qh, DOh, Lh, Dh, Order, b, 0, T, r0, end, k, v, n, dk, dv, q_t, g_t, scale,
+                dk, dv = _dkv_rows(Qh, DOh, Lh, Dh, Order, u, 0, T, r0, end, k, v, n, dk, dv, q_t, g_t, scale,
                                    T, False, SORTED, BM, D, PRECISION)  # fmt: skip
         if LOCAL:
             lo, end = (
-                rows_before(Before, b, 2, n0, T, NB, SORTED),
-                rows_before(Before, b, 2, n0 + BN + window + 62, T, NB, SORTED),
+                rows_before(Before, u, 2, n0, T, NB, SORTED),
+                rows_before(Before, u, 2, n0 + BN + window + 62, T, NB, SORTED),
             )
             if SINKS:  # every later query sees them
-                end = tl.where(n0 < SINKS, count_rows(Before, b, 2, T, NB, SORTED), end)
+                end = tl.where(n0 < SINKS, count_rows(Before, u, 2, T, NB, SORTED), end)
             for r0 in range(lo, end, BM):
-                dk, dv = _dkv_rows(Qh, DOh, Lh, Dh, Order, b, 2, T, r0, end, k, v, n, dk, dv, q_t, g_t, scale,
+                dk, dv = _dkv_rows(Qh, DOh, Lh, Dh, Order, u, 2, T, r0, end, k, v, n, dk, dv, q_t, g_t, scale,
                                    window, True, SORTED, BM, D, PRECISION, SINKS)  # fmt: skip
     dk = dk * (scale * 0.6931471805599453)
     at = DK + b * dk_b + hk * dk_h + n[:, None].to(tl.int64) * dk_t + d[None, :]

@@ -70,6 +70,7 @@ class Queries(NamedTuple):
     order: Tensor
     before: Tensor
     sorted: bool = True
+    units: int = 1  # rows of the tables to a row of the batch
 
     @property
     def steps(self) -> int:
@@ -92,11 +93,12 @@ class Call:
     covered: bool  # every row is written by one of the kernels
     tiles: Tiles
     programs: int
+    units: int  # R
 
     @property
     def rows(self) -> Queries:
         """The plan as kernels take it."""
-        return Queries(self.plan.order, self.plan.before)
+        return Queries(self.plan.order, self.plan.before, units=self.units)
 
 
 def combine(call: Call, partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor, block: int, add: bool) -> None:
@@ -106,14 +108,14 @@ def combine(call: Call, partial: Tensor, partial_lse: Tensor, out: Tensor, lse: 
         rows = 32
         launch(
             forward.combine_kernel, (H, min(triton.cdiv(T, rows), 64), B),
-            partial, partial_lse, out, lse, plan.order, plan.before, schedule.parts, *strides(out), H, T,
+            partial, partial_lse, out, lse, plan.order, plan.before, schedule.parts, *strides(out), H, H // call.units, T,
             plan.before.shape[2] - 1, schedule.parts.shape[1], S=schedule.parts.shape[2] - 1, BM=block, ROWS=rows, D=D, SUM=add,
         )  # fmt: skip
 
 
-def partials(schedule: Schedule, block: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def partials(call: Call, block: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Scratch for the results of split blocks: values and normalisers."""
-    slots = max(schedule.slots * like.shape[1], 1)
+    slots = max(call.schedule.slots * (like.shape[1] // call.units), 1)
     values = torch.empty(slots, block, like.shape[3], device=like.device, dtype=like.dtype)
     return values, torch.empty(slots, block, device=like.device, dtype=torch.float32)
 

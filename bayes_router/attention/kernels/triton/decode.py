@@ -1,9 +1,10 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 """One decoding step of a batch on the GPU in two launches, with static shapes and no host synchronisation.
 
-Each row reads only what its own expert sees: the keys of a row on `full` or `local` are cut into SPLITS stretches, one program
-each, whose partial results a second kernel joins. One more program a key head adds the new token to the linear state and, on
-`linear`, reads it; one more a query head does so with the gated state. The new key and value are stored on the way.
+Each row reads only what its own experts see: of each key head the most that one of its query heads sees, cut into SPLITS
+stretches, one program each, whose partial results a second kernel joins; query heads that see less are masked. One more
+program a key head adds the new token to the linear state and, on `linear`, reads it; one more a query head does so with the
+gated state. The new key and value are stored on the way.
 """
 
 from typing import NamedTuple
@@ -43,9 +44,19 @@ class GatedStep(NamedTuple):
 
 @triton.jit
 def _visible(route, length, full, local, window):
-    """First stored key that the row sees, and whether it sees any: keys first .. length - 1, besides the new one."""
+    """First stored key that a head on this route sees, to length - 1 besides the new one; and whether it sees any."""
     on_local = route == local
     return tl.where(on_local, tl.maximum(length - window + 1, 0), 0), on_local | (route == full)
+
+
+@triton.jit
+def _first_read(Route, hk, GROUP, UNIT, r_r, length, full, local, window, ROWS: tl.constexpr):
+    """First stored key that some query head of a key head sees, whether one does, and both of each head [ROWS]."""
+    g = tl.arange(0, ROWS)
+    route = tl.load(Route + (hk * GROUP + g) // UNIT * r_r, mask=g < GROUP, other=-1)
+    first, looks = _visible(route, length, full, local, window)
+    looks = looks & (g < GROUP)
+    return tl.min(tl.where(looks, first, length), 0), tl.max(looks.to(tl.int32), 0) > 0, first, looks
 
 
 @triton.jit
@@ -57,10 +68,10 @@ def _softmax(x, scale):
 
 @triton.jit
 def _step_state(
-    State, Value, PlainQ, Out, feature, keep, scale, q_h, heads, taken,
+    State, Value, PlainQ, Out, feature, keep, scale, q_h, heads, Route, head, UNIT, r_r, number,
     GATED: tl.constexpr, DIM: tl.constexpr, BC: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """State <- keep State + feature [value, 1]^T, BC columns at a time; where `taken`, what `heads` queries read of it."""
+    """State <- keep State + feature [value, 1]^T, BC columns at a time; it is read by those of `heads` heads on `number`."""
     d = tl.arange(0, D)
     real = d < DIM
     rows = State + d * (DIM + 1)
@@ -73,8 +84,8 @@ def _step_state(
         value = tl.load(Value + c, mask=inside, other=0.0).to(tl.float32)
         s = tl.load(rows[:, None] + c[None, :], mask=both, other=0.0) * keep + feature[:, None] * value[None, :]
         tl.store(rows[:, None] + c[None, :], s, mask=both)
-        if taken:
-            for j in range(heads):
+        for j in range(heads):
+            if tl.load(Route + (head + j) // UNIT * r_r) == number:
                 x = tl.load(PlainQ + j * q_h + d, mask=real, other=-float("inf")).to(tl.float32)
                 query = _softmax(x, scale) if GATED else phi(x)
                 out = tl.sum(query[:, None] * s, 0) / (tl.sum(query * z, 0) + EPSILON)
@@ -85,19 +96,19 @@ def _step_state(
 def decode_kernel(
     Q, NewK, NewV, PlainQ, PlainK, Keys, Values, LinearState, GatedState, Gate, Bias, LogScale, Route, Lengths, Out,
     Partial, PartialLse,
-    q_b, q_h, k_b, k_h, v_b, v_h, pq_b, pq_h, pk_b, pk_h, s_b, s_h, s_t, r_b,
-    H, GROUP, slots, full, linear, local, gated, window, scale,
+    q_b, q_h, k_b, k_h, v_b, v_h, pq_b, pq_h, pk_b, pk_h, s_b, s_h, s_t, r_b, r_r,
+    H, GROUP, UNIT, slots, full, linear, local, gated, window, scale,
     SPLITS: tl.constexpr, LINEAR: tl.constexpr, GATED: tl.constexpr, STORE: tl.constexpr, RING: tl.constexpr,
     ROWS: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (part, key head, row of the batch): the parts are SPLITS stretches, the linear state, GROUP gated states."""
     part, hk, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    route = tl.load(Route + b * r_b)
+    Route += b * r_b
     d, g = tl.arange(0, D), tl.arange(0, ROWS)
     real = d < DIM
     if part < SPLITS:
         length = tl.load(Lengths + b).to(tl.int32)
-        first, any_key = _visible(route, length, full, local, window)
+        first, any_key, firsts, looks = _first_read(Route, hk, GROUP, UNIT, r_r, length, full, local, window, ROWS)
         v_new = tl.load(NewV + b * v_b + hk * v_h + d, mask=real, other=0.0)
         k_new = tl.load(NewK + b * k_b + hk * k_h + d, mask=real, other=0.0)
         row_k, row_v = Keys + b * s_b + hk * s_h, Values + b * s_b + hk * s_h
@@ -127,7 +138,7 @@ def decode_kernel(
                 k = tl.load(row_k + at, mask=there, other=0.0)
                 v = tl.load(row_v + at, mask=there, other=0.0)
                 x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-                x = tl.where(inside[None, :], x, -float("inf"))
+                x = tl.where(inside[None, :] & looks[:, None] & (n[None, :] >= firsts[:, None]), x, -float("inf"))
                 m_new = tl.maximum(m, tl.max(x, 1))
                 p = tl.exp2(x - m_new[:, None])
                 alpha = tl.exp2(m - m_new)
@@ -135,7 +146,7 @@ def decode_kernel(
                 acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
                 m = m_new
             at_part = (b * H + h) * SPLITS + part
-            tl.store(Partial + at_part[:, None] * D + d[None, :], acc / norm[:, None], mask=mine[:, None])
+            tl.store(Partial + at_part[:, None] * D + d[None, :], acc / tl.maximum(norm, 1e-30)[:, None], mask=mine[:, None])
             tl.store(PartialLse + at_part, m + tl.log2(norm), mask=mine)
     else:
         k_plain = tl.load(PlainK + b * pk_b + hk * pk_h + d, mask=real, other=-float("inf")).to(tl.float32)
@@ -144,7 +155,7 @@ def decode_kernel(
             h = hk * GROUP
             _step_state(
                 LinearState + (b * (H // GROUP) + hk) * DIM * (DIM + 1), Value, PlainQ + b * pq_b + h * pq_h,
-                Out + (b * H + h) * DIM, phi(k_plain), 1.0, 1.0, pq_h, GROUP, route == linear, False, DIM, BC, D,
+                Out + (b * H + h) * DIM, phi(k_plain), 1.0, 1.0, pq_h, GROUP, Route, h, UNIT, r_r, linear, False, DIM, BC, D,
             )  # fmt: skip
         if GATED and part >= SPLITS + LINEAR:
             h = hk * GROUP + part - SPLITS - LINEAR
@@ -154,22 +165,23 @@ def decode_kernel(
             _step_state(
                 GatedState + (b * H + h) * DIM * (DIM + 1), Value, PlainQ + b * pq_b + h * pq_h,
                 Out + (b * H + h) * DIM, _softmax(k_plain, sharpness), 1.0 / (1.0 + tl.exp(-logit)), sharpness, pq_h, 1,
-                route == gated, True, DIM, BC, D,
+                Route, h, UNIT, r_r, gated, True, DIM, BC, D,
             )  # fmt: skip
 
 
 @triton.jit(debug=True)  # keeps the assertions, which stand here as debugging would slow the loop over keys
 def join_kernel(
-    Partial, PartialLse, Route, Lengths, Out, r_b, H, room, num_experts, full, local, window,
-    SPLITS: tl.constexpr, BN: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr,
+    Partial, PartialLse, Route, Lengths, Out, r_b, r_r, H, GROUP, UNIT, room, num_experts, full, local, window,
+    ROWS: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Join the stretches of one row and head. A route out of range or a row without room must not pass silently."""
     h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    length, route = tl.load(Lengths + b).to(tl.int32), tl.load(Route + b * r_b)
+    Route += b * r_b
+    length, route = tl.load(Lengths + b).to(tl.int32), tl.load(Route + h // UNIT * r_r)
     tl.device_assert((route >= 0) & (route < num_experts), "route out of range")
     tl.device_assert(length < room, "the cache is full")
-    first, any_key = _visible(route, length, full, local, window)
-    if any_key:
+    first, _, _, _ = _first_read(Route, h // GROUP, GROUP, UNIT, r_r, length, full, local, window, ROWS)
+    if (route == full) | (route == local):
         span = ((length - first + SPLITS - 1) // SPLITS + BN - 1) // BN * BN
         split, d = tl.arange(0, SPLITS), tl.arange(0, D)
         used = (split == 0) | (first + split * span < length)
@@ -211,7 +223,8 @@ def decode_step(
         keys: the store [B, Hkv, S, Dh], written at `lengths`; None where no expert looks at keys.
         values: as keys, with its strides.
         state: the linear state [B, Hkv, Dh, Dh + 1] float32, advanced in place; None where no expert is linear.
-        route: [B, 1]; one that is not in 0 .. num_experts - 1 is a device-side assertion.
+        route: [B, 1, R], a choice for each of R units of H / R neighbouring query heads; one that is not in
+            0 .. num_experts - 1 is a device-side assertion.
         lengths: [B] tokens stored.
         native: indices of full, linear and local among the experts, -1 where absent.
         window: of the local expert.
@@ -234,19 +247,22 @@ def decode_step(
     number, gated_state, gate, bias, log_scale = none if gated is None else gated
     full, linear, local = native
     strides = [s for x in (q, k, v, plain_q, plain_k) for s in x.stride()[:2]]
+    ways, unit = (route.stride(0), route.stride(2)), H // route.shape[2]
+    fixed_rows = max(16, triton.next_power_of_2(group))
     fixed = {"SPLITS": splits, "BN": 64 if D <= 64 else 32, "DIM": dim, "D": D}
     launch(
         decode_kernel, (splits + (state is not None) + group * (gated is not None), Hkv, B),
         q, k, v, plain_q, plain_k, stored, stored if values is None else values, partial if state is None else state,
         gated_state, gate, bias, log_scale, route, lengths, out, partial, partial_lse, *strides, *stored.stride()[:3],
-        route.stride(0), H, group, slots, full, linear, local, number, window, LOG2_E / dim**0.5,
+        *ways, H, group, unit, slots, full, linear, local, number, window, LOG2_E / dim**0.5,
         LINEAR=state is not None, GATED=gated is not None, STORE=keys is not None, RING=ring,
-        ROWS=max(16, triton.next_power_of_2(group)), BC=min(D, STATE_ENTRIES // D), PRECISION=precision(q),
+        ROWS=fixed_rows, BC=min(D, STATE_ENTRIES // D), PRECISION=precision(q),
         num_warps=4, num_stages=3, **fixed,
     )  # fmt: skip
     launch(
         join_kernel, (H, B),
-        partial, partial_lse, route, lengths, out, route.stride(0), H, slots if keys is not None and not ring else 2**31 - 1,
-        num_experts, full, local, window, num_warps=4, **fixed,
+        partial, partial_lse, route, lengths, out, *ways, H, group, unit,
+        slots if keys is not None and not ring else 2**31 - 1,
+        num_experts, full, local, window, ROWS=fixed_rows, num_warps=4, **fixed,
     )  # fmt: skip
     return out

@@ -29,30 +29,36 @@ def load_rows(X, t, real, x_t, D: tl.constexpr):
 
 
 @triton.jit
-def count_rows(Before, b, kind, T, NB, SORTED: tl.constexpr):
-    """How many tokens of row b are of this kind; all of them if not SORTED."""
-    return tl.load(Before + (b * 3 + kind) * (NB + 1) + NB) if SORTED else tl.cast(T, tl.int32)
+def table_row(b, h, H, UNIT):
+    """Row of the tables of `plan` that query head h of row b reads: that of its routing unit of UNIT heads."""
+    return b * (H // UNIT) + h // UNIT
 
 
 @triton.jit
-def rows_before(Before, b, kind, token, T, NB, SORTED: tl.constexpr):
+def count_rows(Before, u, kind, T, NB, SORTED: tl.constexpr):
+    """How many tokens of row u of the tables are of this kind; all of them if not SORTED."""
+    return tl.load(Before + (u * 3 + kind) * (NB + 1) + NB) if SORTED else tl.cast(T, tl.int32)
+
+
+@triton.jit
+def rows_before(Before, u, kind, token, T, NB, SORTED: tl.constexpr):
     """How many tokens of this kind stand before `token`; SORTED: before the last multiple of 64 up to it."""
-    return tl.load(Before + (b * 3 + kind) * (NB + 1) + tl.minimum(token // 64, NB)) if SORTED else tl.minimum(token, T)
+    return tl.load(Before + (u * 3 + kind) * (NB + 1) + tl.minimum(token // 64, NB)) if SORTED else tl.minimum(token, T)
 
 
 @triton.jit
-def nth_token(Order, b, kind, r, real, T, SORTED: tl.constexpr):
+def nth_token(Order, u, kind, r, real, T, SORTED: tl.constexpr):
     """The r-th token of this kind; 0 where not real."""
-    return tl.load(Order + (b * 3 + kind) * T + r, mask=real, other=0) if SORTED else tl.where(real, r, 0)
+    return tl.load(Order + (u * 3 + kind) * T + r, mask=real, other=0) if SORTED else tl.where(real, r, 0)
 
 
 @triton.jit
-def gather_rows(Order, Before, b, kind, block, T, NB, SORTED: tl.constexpr, BM: tl.constexpr):
+def gather_rows(Order, Before, u, kind, block, T, NB, SORTED: tl.constexpr, BM: tl.constexpr):
     """Tokens of a block of one kind [BM], which of them exist, and the first and last."""
-    count = count_rows(Before, b, kind, T, NB, SORTED)
+    count = count_rows(Before, u, kind, T, NB, SORTED)
     r = block * BM + tl.arange(0, BM)
     real = r < count
-    t = nth_token(Order, b, kind, r, real, T, SORTED)
+    t = nth_token(Order, u, kind, r, real, T, SORTED)
     return t, real, tl.min(tl.where(real, t, 2147483647), 0), tl.max(t, 0)
 
 
@@ -142,7 +148,7 @@ def attend_band(q, K, V, first, last, num_keys, k_t, v_t, pos, window, scale, SI
 @triton.jit
 def full_kernel(
     Q, K, V, Out, Lse, Partial, PartialLse, Order, Before, Starts, Items, Counters,
-    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, H, GROUP, T, NB, num_keys, start, scale, programs,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, H, GROUP, UNIT, T, NB, num_keys, start, scale, programs,
     STARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Full attention: programs stay resident and take items off the list, longest first; the next two are fetched ahead."""
@@ -152,15 +158,16 @@ def full_kernel(
     following = item + programs
     while item < total:
         after = tl.atomic_add(Counters + 1, 1) + 2 * programs
-        h, record = item % H, Items + item // H * 8
-        b, i, lo = tl.load(record), tl.load(record + 1), tl.load(record + 2)
+        j, record = item % UNIT, Items + item // UNIT * 8
+        u, i, lo = tl.load(record), tl.load(record + 1), tl.load(record + 2)
+        b, h = u // (H // UNIT), u % (H // UNIT) * UNIT + j
         hi, seen, part = tl.load(record + 3), tl.load(record + 4), tl.load(record + 5)
         begin = start
         if STARTS:
             begin = tl.load(Starts + b).to(tl.int32)
-        count = tl.load(Before + b * 3 * (NB + 1) + NB)
+        count = tl.load(Before + u * 3 * (NB + 1) + NB)
         real = i * BM + r < count
-        t = tl.load(Order + b * 3 * T + i * BM + r, mask=real, other=0)
+        t = tl.load(Order + u * 3 * T + i * BM + r, mask=real, other=0)
         pos = t + begin
         row, head = b.to(tl.int64), h.to(tl.int64)
         q = tl.load(Q + row * q_b + head * q_h + t[:, None].to(tl.int64) * q_t + d[None, :])
@@ -174,7 +181,7 @@ def full_kernel(
             tl.store(at, acc.to(Out.dtype.element_ty), mask=real[:, None])
             tl.store(Lse + (row * H + head) * T + t, lse, mask=real)
         else:
-            slot = (part * H + h).to(tl.int64) * BM
+            slot = (part * UNIT + j).to(tl.int64) * BM
             tl.store(Partial + (slot + r[:, None]) * D + d[None, :], acc.to(Partial.dtype.element_ty))
             tl.store(PartialLse + slot + r, lse)
         item = following
@@ -183,25 +190,26 @@ def full_kernel(
 
 @triton.jit
 def combine_kernel(
-    Partial, PartialLse, Out, Lse, Order, Before, Parts, o_b, o_h, o_t, H, T, NB, max_blocks,
+    Partial, PartialLse, Out, Lse, Order, Before, Parts, o_b, o_h, o_t, H, UNIT, T, NB, max_blocks,
     S: tl.constexpr, BM: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """Join the partial results of split blocks, ROWS rows at a time: weighed by their normalisers, or summed (SUM)."""
     h, b = tl.program_id(0), tl.program_id(2)
-    count = tl.load(Before + b * 3 * (NB + 1) + NB)
+    u = table_row(b, h, H, UNIT)
+    count = tl.load(Before + u * 3 * (NB + 1) + NB)
     d = tl.arange(0, D)
     for x in range(tl.program_id(1), (count + ROWS - 1) // ROWS, tl.num_programs(1)):
         i, r = x * ROWS // BM, x * ROWS + tl.arange(0, ROWS)
-        parts = Parts + (b * max_blocks + i) * (S + 1)
+        parts = Parts + (u * max_blocks + i) * (S + 1)
         number = tl.load(parts)
         if number > 1:
             real = r < count
-            t = tl.load(Order + b * 3 * T + r, mask=real, other=0)
+            t = tl.load(Order + u * 3 * T + r, mask=real, other=0)
             m = tl.full([ROWS], HIDDEN, tl.float32)
             norm = tl.zeros([ROWS], tl.float32)
             acc = tl.zeros([ROWS, D], tl.float32)
             for s in range(number):
-                at = (tl.load(parts + 1 + s) * H + h).to(tl.int64) * BM + r - i * BM
+                at = (tl.load(parts + 1 + s) * UNIT + h % UNIT).to(tl.int64) * BM + r - i * BM
                 value = tl.load(Partial + at[:, None] * D + d[None, :]).to(tl.float32)
                 if SUM:
                     acc += value
@@ -222,17 +230,18 @@ def combine_kernel(
 @triton.jit
 def local_kernel(
     Q, K, V, Out, Lse, Order, Before, Starts, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
-    H, GROUP, T, NB, num_keys, start, window, scale, SINKS: tl.constexpr,
+    H, GROUP, UNIT, T, NB, num_keys, start, window, scale, SINKS: tl.constexpr,
     SORTED: tl.constexpr, STARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Windowed attention of a block of (sorted) local queries, over the sinks and the hull of their windows."""
     h, i, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    if i * BM >= count_rows(Before, b, 2, T, NB, SORTED):
+    u = table_row(b, h, H, UNIT)
+    if i * BM >= count_rows(Before, u, 2, T, NB, SORTED):
         return
     begin = start
     if STARTS:
         begin = tl.load(Starts + b).to(tl.int32)
-    t, real, first, last = gather_rows(Order, Before, b, 2, i, T, NB, SORTED, BM)
+    t, real, first, last = gather_rows(Order, Before, u, 2, i, T, NB, SORTED, BM)
     pos, d = t + begin, tl.arange(0, D)
     q = tl.load(Q + b * q_b + h * q_h + t[:, None].to(tl.int64) * q_t + d[None, :])
     K += b * k_b + h // GROUP * k_h

@@ -24,7 +24,7 @@ def backward(
     fixed: dict[str, Any] = {"D": D, "PRECISION": precision(q)}
     delta = torch.empty_like(lse)
     dq = empty(q, call.covered and (shared_q or not has_linear))
-    sizes = (H, group, T, rows.steps)
+    sizes = (H, group, H // call.units, T, rows.steps)
     if has_full:
         _launch_full_dq(call, q, k, v, out, dout, lse, delta, dq, fixed)
     if has_local:
@@ -60,10 +60,11 @@ def _launch_full_dq(
     sizes = {**call.tiles.full_dq, "BM": call.tiles.full["BM"]}
     programs = multiprocessors(q.device) * call.tiles.per_sm_dq
     schedule.counters[1:].zero_()  # the next item to take
-    partial, _ = partials(schedule, sizes["BM"], q)
+    partial, _ = partials(call, sizes["BM"], q)
     launch(
         kernels.full_dq_kernel, (programs,),
         q, k, v, out, dout, lse, delta, dq, partial, plan.order, plan.before, schedule.items, schedule.counters,
-        *strides(q, k, v, out, dout, dq), H, H // k.shape[1], T, blocks, call.scale, programs, **fixed, **sizes,
+        *strides(q, k, v, out, dout, dq), H, H // k.shape[1], H // call.units, T, blocks, call.scale, programs, **fixed,
+        **sizes,
     )  # fmt: skip
     combine(call, partial, partial, dq, lse, sizes["BM"], add=True)

@@ -29,7 +29,7 @@ def forward(
     plan, rows = call.plan, call.rows
     starts = plan.before if call.starts is None else call.starts
     fixed: dict[str, Any] = {"D": D, "PRECISION": precision(q)}
-    common = (H, H // k.shape[1], T, rows.steps, k.shape[2], call.start)
+    common = (H, H // k.shape[1], H // call.units, T, rows.steps, k.shape[2], call.start)
     local = {**fixed, "SINKS": call.sinks, "SORTED": True, "STARTS": call.starts is not None, **call.tiles.local}
     state: tuple[Tensor, ...] = ()
     if call.native[0] >= 0:
@@ -51,7 +51,7 @@ def _launch_full(
     fixed: dict[str, Any],
 ) -> None:  # fmt: skip
     sizes, schedule, plan = call.tiles.full, call.schedule, call.plan
-    partial, partial_lse = partials(schedule, sizes["BM"], q)
+    partial, partial_lse = partials(call, sizes["BM"], q)
     launch(
         kernels.full_kernel, (call.programs,),
         q, k, v, out, lse, partial, partial_lse, plan.order, plan.before, starts, schedule.items, schedule.counters,

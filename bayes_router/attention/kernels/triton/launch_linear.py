@@ -49,7 +49,8 @@ def linear_forward(
     launch(
         kernels.linear_kernel, (H, triton.cdiv(Tq, read["BM"]), B),
         q, k, v, out, lse, s, z, gates, rows.order, rows.before, rows.before if starts is None else starts,
-        *strides(q, k, v, out), H, H // HK, vgroup, Tq, rows.steps, T, start, count, **read,
+        *strides(q, k, v, out), H, H // HK, vgroup, H // rows.units, Tq, rows.steps, T, start,
+        count, **read,
     )  # fmt: skip
     return s, z
 
@@ -66,12 +67,12 @@ def linear_backward(
     launch(
         backward_kernels.linear_dq_kernel, (H, triton.cdiv(T, tiles.linear_dq["BM"]), B),
         q, k, v, out, dout, lse, delta, dq, *state, gates, dgate, *tables, *strides(q, k, v, out, dout, dq), H, group, vgroup,
-        T, rows.steps, count, **fixed, **tiles.linear_dq,
+        H // rows.units, T, rows.steps, count, **fixed, **tiles.linear_dq,
     )  # fmt: skip
     r, rz = torch.empty_like(state[0]), torch.empty_like(state[1])
     launch(
         backward_kernels.chunk_reverse_kernel, (count, HK, B),
-        q, dout, lse, delta, r, rz, gates, *tables, *strides(q, dout), H, group, T, rows.steps, count, **fixed,
+        q, dout, lse, delta, r, rz, gates, *tables, *strides(q, dout), H, group, H // rows.units, T, rows.steps, count, **fixed,
         **_without(tiles.linear_dkv, "BN"),
     )  # fmt: skip
     cross = prefix(r, rz, T, chunk, decay, state)
@@ -80,7 +81,7 @@ def linear_backward(
     launch(
         backward_kernels.linear_dkv_kernel, (HK, triton.cdiv(T, tiles.linear_dkv["BN"]), B),
         q, k, v, dout, lse, delta, dk, own, r, rz, gates, dgate, *tables, *strides(q, k, v, dout, dk, own), H, group, vgroup,
-        T, rows.steps, count, ADD=add and vgroup == 1, **fixed, **tiles.linear_dkv,
+        H // rows.units, T, rows.steps, count, ADD=add and vgroup == 1, **fixed, **tiles.linear_dkv,
     )  # fmt: skip
     if vgroup > 1:
         total = own.unflatten(1, (-1, vgroup)).sum(2)

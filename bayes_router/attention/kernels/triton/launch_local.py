@@ -16,7 +16,7 @@ def local_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, win
     (B, H, T, _), (sizes, fixed) = q.shape, _sizes(q)
     launch(
         forward.local_kernel, (H, triton.cdiv(T, sizes.local["BM"]), B),
-        q, k, v, out, lse, lse, lse, lse, *strides(q, k, v, out), H, H // k.shape[1], T, 0, T, 0, window, scale,
+        q, k, v, out, lse, lse, lse, lse, *strides(q, k, v, out), H, H // k.shape[1], H, T, 0, T, 0, window, scale,
         SINKS=sinks, STARTS=False, **fixed, **sizes.local,
     )  # fmt: skip
 
@@ -27,7 +27,7 @@ def local_backward(
 ) -> None:  # fmt: skip
     """Writes the gradients of q, k and v."""
     (B, H, T, _), (sizes, fixed) = q.shape, _sizes(q)
-    delta, common = torch.empty_like(lse), (H, H // k.shape[1], T, 0, window, scale)
+    delta, common = torch.empty_like(lse), (H, H // k.shape[1], H, T, 0, window, scale)
     launch(
         backward.local_dq_kernel, (H, triton.cdiv(T, sizes.local_dq["BM"]), B),
         q, k, v, out, dout, lse, delta, dq, lse, lse, *strides(q, k, v, out, dout, dq), *common, SINKS=sinks,

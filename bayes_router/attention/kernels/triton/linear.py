@@ -18,7 +18,7 @@ first what chunk c adds, as seen from its end, then (after `prefix_kernel`) what
 import triton
 import triton.language as tl
 
-from bayes_router.attention.kernels.triton.forward import EPSILON, count_rows, gather_rows, phi
+from bayes_router.attention.kernels.triton.forward import EPSILON, count_rows, gather_rows, phi, table_row
 
 
 @triton.jit
@@ -156,18 +156,19 @@ def prefix_kernel(
 @triton.jit
 def linear_kernel(
     Q, K, V, Out, Lse, S, Z, Decay, Order, Before, Starts, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
-    H, GROUP, VGROUP, T, NB, num_keys, start, NC,
+    H, GROUP, VGROUP, UNIT, T, NB, num_keys, start, NC,
     DECAY: tl.constexpr, SORTED: tl.constexpr, STARTS: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Reads of a block of (sorted) queries: the state before the chunk of the first, and the keys from there on."""
     h, i, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    if i * BM >= count_rows(Before, b, 1, T, NB, SORTED):
+    u = table_row(b, h, H, UNIT)
+    if i * BM >= count_rows(Before, u, 1, T, NB, SORTED):
         return
     begin = start
     if STARTS:
         begin = tl.load(Starts + b).to(tl.int32)
-    t, real, first, last = gather_rows(Order, Before, b, 1, i, T, NB, SORTED, BM)
+    t, real, first, last = gather_rows(Order, Before, u, 1, i, T, NB, SORTED, BM)
     pos, d = t + begin, tl.arange(0, D)
     q = tl.load(Q + b * q_b + h * q_h + t[:, None].to(tl.int64) * q_t + d[None, :])
     feature = feature_map(q, DECAY).to(q.dtype)

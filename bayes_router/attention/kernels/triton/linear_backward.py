@@ -15,22 +15,30 @@ round a pair's part in the same way, so that it cancels where it must.
 import triton
 import triton.language as tl
 
-from bayes_router.attention.kernels.triton.forward import count_rows, gather_rows, load_rows, nth_token, rows_before
+from bayes_router.attention.kernels.triton.forward import (
+    count_rows,
+    gather_rows,
+    load_rows,
+    nth_token,
+    rows_before,
+    table_row,
+)
 from bayes_router.attention.kernels.triton.linear import edge, elapsed, fade, feature_map
 
 
 @triton.jit
 def linear_dq_kernel(
     Q, K, V, Out, DOut, Lse, Delta, DQ, S, Z, Decay, DDecay, Order, Before, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
-    o_b, o_h, o_t, g_b, g_h, g_t, d_b, d_h, d_t, H, GROUP, VGROUP, T, NB, NC,
+    o_b, o_h, o_t, g_b, g_h, g_t, d_b, d_h, d_t, H, GROUP, VGROUP, UNIT, T, NB, NC,
     DECAY: tl.constexpr, SORTED: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the queries: through the state before their chunk, and the keys from there on."""
     h, i, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    if i * BM >= count_rows(Before, b, 1, T, NB, SORTED):
+    u = table_row(b, h, H, UNIT)
+    if i * BM >= count_rows(Before, u, 1, T, NB, SORTED):
         return
-    t, real, first, last = gather_rows(Order, Before, b, 1, i, T, NB, SORTED, BM)
+    t, real, first, last = gather_rows(Order, Before, u, 1, i, T, NB, SORTED, BM)
     d = tl.arange(0, D)
     part = S.dtype.element_ty if DECAY else K.dtype.element_ty  # of operands; the weights of pairs would underflow in float16
     q = load_rows(Q + b * q_b + h * q_h, t, real, q_t, D).to(tl.float32)
@@ -72,13 +80,12 @@ def linear_dq_kernel(
 
 @triton.jit
 def chunk_reverse_kernel(
-    Q, DOut, Lse, Delta, R, RZ, Decay, Order, Before, q_b, q_h, q_t, g_b, g_h, g_t, H, GROUP, T, NB, NC,
+    Q, DOut, Lse, Delta, R, RZ, Decay, Order, Before, q_b, q_h, q_t, g_b, g_h, g_t, H, GROUP, UNIT, T, NB, NC,
     DECAY: tl.constexpr, SORTED: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the queries of one chunk add to R and rz as seen from its start, over the query heads of a key head."""
     c, hk, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     d = tl.arange(0, D)
-    lo, hi = rows_before(Before, b, 1, c * CHUNK, T, NB, SORTED), rows_before(Before, b, 1, (c + 1) * CHUNK, T, NB, SORTED)
     r_acc = tl.zeros([D, D], tl.float32)
     rz = tl.zeros([D], tl.float32)
     row = b * (H // GROUP) + hk
@@ -87,10 +94,13 @@ def chunk_reverse_kernel(
         base = edge(Decay, c * CHUNK, T)
     for g in range(GROUP):
         h = hk * GROUP + g
+        u = table_row(b, h, H, UNIT)
+        lo = rows_before(Before, u, 1, c * CHUNK, T, NB, SORTED)
+        hi = rows_before(Before, u, 1, (c + 1) * CHUNK, T, NB, SORTED)
         for r0 in range(lo, hi, BM):
             r = r0 + tl.arange(0, BM)
             real = r < hi
-            t = nth_token(Order, b, 1, r, real, T, SORTED)
+            t = nth_token(Order, u, 1, r, real, T, SORTED)
             q = load_rows(Q + b * q_b + h * q_h, t, real, q_t, D)
             do = load_rows(DOut + b * g_b + h * g_h, t, real, g_t, D)
             den = tl.load(Lse + (b * H + h) * T + t, mask=real, other=float("inf"))
@@ -109,7 +119,7 @@ def chunk_reverse_kernel(
 @triton.jit
 def linear_dkv_kernel(
     Q, K, V, DOut, Lse, Delta, DK, DV, R, RZ, Decay, DDecay, Order, Before, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
-    g_b, g_h, g_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t, H, GROUP, VGROUP, T, NB, NC,
+    g_b, g_h, g_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t, H, GROUP, VGROUP, UNIT, T, NB, NC,
     DECAY: tl.constexpr, SORTED: tl.constexpr, CHUNK: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -140,13 +150,15 @@ def linear_dkv_kernel(
         kept = fade((edge(Decay, (c + 1) * CHUNK, T) - base).to(tl.float32), since)[:, None]
         dv *= kept
         dphi *= kept
-    lo, end = rows_before(Before, b, 1, n0, T, NB, SORTED), rows_before(Before, b, 1, (c + 1) * CHUNK, T, NB, SORTED)
     for g in range(GROUP):
         h = hk * GROUP + g
+        u = table_row(b, h, H, UNIT)
+        lo = rows_before(Before, u, 1, n0, T, NB, SORTED)
+        end = rows_before(Before, u, 1, (c + 1) * CHUNK, T, NB, SORTED)
         for r0 in range(lo, end, BM):
             r = r0 + tl.arange(0, BM)
             real = r < end
-            t = nth_token(Order, b, 1, r, real, T, SORTED)
+            t = nth_token(Order, u, 1, r, real, T, SORTED)
             q = load_rows(Q + b * q_b + h * q_h, t, real, q_t, D)
             do = load_rows(DOut + b * g_b + h * g_h, t, real, g_t, D).to(wide)
             den = tl.load(Lse + (b * H + h) * T + t, mask=real, other=float("inf"))

@@ -25,22 +25,23 @@ from bayes_router.attention.kernels.triton.plan import sort_tokens
 
 @triton.jit(debug=True)  # keeps the assertion: a route out of range must not pass silently
 def prepare_kernel(
-    Route, Lengths, Order, Before, PlainK, V, S, Z, Arrived, r_b, r_t, k_b, k_h, k_t, v_b, v_h, v_t,
-    full, linear, local, num_experts, B, HK, T, NB, num_keys, NC, blocks,
+    Route, Lengths, Order, Before, PlainK, V, S, Z, Arrived, r_b, r_t, r_r, k_b, k_h, k_t, v_b, v_h, v_t,
+    full, linear, local, num_experts, U, R, HK, T, NB, num_keys, NC, blocks,
     PADDED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The tables of `plan`, a program for each kind of a row; then each chunk's sums, a program for each head of K."""
+    """The tables of `plan`, a program for each kind of a row of them; then each chunk's sums, a program for each head of K."""
     x = tl.program_id(0)
-    if x < 3 * B:
-        b = (x // 3).to(tl.int64)
+    if x < 3 * U:
+        u = (x // 3).to(tl.int64)
         sort_tokens(
-            Route, Lengths, Order, Before, T, NB, r_b, r_t, full, linear, local, num_experts, 0, 0, x % 3, b, PADDED, BLOCK,
+            Route, Lengths, Order, Before, T, NB, R, r_b, r_t, r_r, full, linear, local, num_experts, 0, 0, x % 3, u, PADDED,
+            BLOCK,
         )  # fmt: skip
         for i in range(x % 3 * BLOCK, blocks, 3 * BLOCK):  # blocks of full attention: none of their segments is there yet
             at = i + tl.arange(0, BLOCK)
-            tl.store(Arrived + b * blocks + at, 0, mask=at < blocks)
+            tl.store(Arrived + u * blocks + at, 0, mask=at < blocks)
     else:
-        x -= 3 * B
+        x -= 3 * U
         h, b = (x // NC % HK).to(tl.int64), (x // NC // HK).to(tl.int64)
         add_chunk(PlainK, V, S, Z, Z, k_b, k_h, k_t, v_b, v_h, v_t, HK, 1, num_keys, NC, x % NC, h, b, False, CHUNK, BN, D,
                   PRECISION)  # fmt: skip
@@ -120,26 +121,27 @@ def _linear(
 def work_kernel(
     Q, K, V, PlainQ, PlainK, Out, S, Z, Partial, PartialLse, Arrived, Order, Before, Starts,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, pq_b, pq_h, pq_t, pk_b, pk_h, pk_t, o_b, o_h, o_t,
-    H, GROUP, T, NB, num_keys, NC, start, window, scale, segment, blocks,
+    H, GROUP, UNIT, T, NB, num_keys, NC, start, window, scale, segment, blocks,
     SINKS: tl.constexpr, STARTS: tl.constexpr, SPLIT: tl.constexpr, SUMMED: tl.constexpr, CHUNK: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (number, row of the batch): every so many-th item of the row's list, on which heads come fastest."""
-    b = tl.program_id(1).to(tl.int64)
+    """Program (number, row of the tables): every so many-th item of the row's list, on which its heads come fastest."""
+    u = tl.program_id(1).to(tl.int64)
+    b = u // (H // UNIT)
     begin = start
     if STARTS:
         begin = tl.load(Starts + b).to(tl.int32)
-    counts = Before + b * 3 * (NB + 1) + NB
+    counts = Before + u * 3 * (NB + 1) + NB
     num_full = (tl.load(counts) + BM - 1) // BM * SPLIT
     num_linear = (tl.load(counts + NB + 1) + BM - 1) // BM
     num_local = (tl.load(counts + 2 * (NB + 1)) + BM - 1) // BM
-    for item in range(tl.program_id(0), (num_full + num_linear + num_local) * H, tl.num_programs(0)):
-        h, x = (item % H).to(tl.int64), item // H
+    for item in range(tl.program_id(0), (num_full + num_linear + num_local) * UNIT, tl.num_programs(0)):
+        h, x = u % (H // UNIT) * UNIT + item % UNIT, item // UNIT
         hk = h // GROUP
         Vh, Oh = V + b * v_b + hk * v_h, Out + b * o_b + h * o_h
         if x < num_full:  # the last block first: it sees most keys
             i, s = num_full // SPLIT - 1 - x // SPLIT, x % SPLIT
-            t, real, first, last = gather_rows(Order, Before, b, 0, i, T, NB, True, BM)
+            t, real, first, last = gather_rows(Order, Before, u, 0, i, T, NB, True, BM)
             q = load_rows(Q + b * q_b + h * q_h, t, real, q_t, D)
             block = (b * H + h) * blocks + i
             _full(q, K + b * k_b + hk * k_h, Vh, Oh, Partial + block * SPLIT * BM * D, PartialLse + block * SPLIT * BM,
@@ -147,13 +149,13 @@ def work_kernel(
                   PRECISION)  # fmt: skip
         elif x < num_full + num_linear:
             i = num_linear - 1 - (x - num_full)
-            t, real, first, last = gather_rows(Order, Before, b, 1, i, T, NB, True, BM)
+            t, real, first, last = gather_rows(Order, Before, u, 1, i, T, NB, True, BM)
             q = load_rows(PlainQ + b * pq_b + h * pq_h, t, real, pq_t, D)
             head = b * (H // GROUP) + hk
             _linear(q, PlainK + b * pk_b + hk * pk_h, Vh, S + head * NC * D * D, Z + head * NC * D, Oh, t, real, begin, first,
                     last, num_keys, pk_t, v_t, o_t, SUMMED, CHUNK, BM, BN, D, PRECISION)  # fmt: skip
         else:
-            t, real, first, last = gather_rows(Order, Before, b, 2, x - num_full - num_linear, T, NB, True, BM)
+            t, real, first, last = gather_rows(Order, Before, u, 2, x - num_full - num_linear, T, NB, True, BM)
             q = load_rows(Q + b * q_b + h * q_h, t, real, q_t, D)
             Kh = K + b * k_b + hk * k_h
             _, norm, acc = attend_band(q, Kh, Vh, first + begin, last + begin, num_keys, k_t, v_t, t + begin, window, scale,
