@@ -80,12 +80,12 @@ class DirichletPrior(nn.Module):
         """Of the routes of a layer, batch shape `shape`, [(R,) B, T]: by default that of one token."""
         require(0 <= layer < len(self.concentration), "prior", f"{layer + 1} layers or more", len(self.concentration))
         concentration = _of_units(self.concentration[layer], 1, shape)
-        shape = shape if len(shape) else concentration.shape[:-1]  # [R], where units differ
+        batch = shape if len(shape) else concentration.shape[:-1]  # [R], where units differ
         if self.price == 0:
-            return dist.Dirichlet(concentration, validate_args=False).expand(shape)
+            return dist.Dirichlet(concentration, validate_args=False).expand(batch)
         tilt = self.tilt if self.tilt.dim() == 1 else _of_units(self.tilt[layer], 1, shape)
         log_normaliser = _of_units(self.log_normaliser[layer], 0, shape)
-        return TiltedDirichlet(concentration, tilt, log_normaliser).expand(shape)
+        return TiltedDirichlet(concentration, tilt, log_normaliser).expand(batch)
 
     @staticmethod
     def _of_layers(concentration: Tensor, costs: Tensor) -> tuple[Tensor, Tensor]:
