@@ -43,7 +43,7 @@ class StaticModel(RoutedLanguageModel):
         self.choice = [config.experts.index(pattern[layer % len(pattern)]) for layer in range(config.num_layers)]
 
         def posterior(layer: int, hidden: Tensor) -> Dirichlet:
-            concentration = torch.full((*hidden.shape[:-1], len(config.experts)), 1e-6, device=hidden.device)
+            concentration = torch.full((*hidden.shape[:-1], config.num_units, len(config.experts)), 1e-6, device=hidden.device)
             concentration[..., self.choice[layer]] = SURE
             return Dirichlet(concentration, validate_args=False)
 

@@ -89,7 +89,7 @@ class ByHand(nn.Module):
 
         logits = self.model.network(tokens, route)
         nll = mean_nll(logits, targets)
-        q = torch.stack(concentrations)  # [L, B, T, E]
+        q = torch.stack(concentrations).squeeze(3)  # [L, B, T, E], routed by layer
         kl = dirichlet_kl(q, self.concentration[:, None, None]) + self.log_normaliser[:, None, None]
         if self.state.price > 0:
             kl = kl + posterior_mean(q) @ (self.state.price * self.cost_ratio)

@@ -92,6 +92,16 @@ def of_site(value: Tensor, units: int) -> Tensor:
     return value.movedim(-4, -2) if units > 1 else value.unsqueeze(-2)
 
 
+def with_unit(value: Tensor, units: int) -> Tensor:
+    """What a controller says of tokens, [B, T, (R,) E], with R also where it is 1: [B, T, R, E]."""
+    return value.unsqueeze(-2) if units == 1 and value.dim() == 3 else value
+
+
+def to_network(weights: Tensor, units: int) -> Tensor:
+    """Weights [B, T, R, E] as the program hands them to a network: [B, T, E] where R = 1."""
+    return weights.squeeze(-2) if units == 1 and weights.dim() == 4 else weights
+
+
 def _inside(*plates: pyro.plate) -> ExitStack:
     """All of these plates entered."""
     stack = ExitStack()

@@ -41,13 +41,13 @@ def test_regret_is_what_forcing_one_token_costs():
         losses = []
         for e, name in enumerate(EXPERTS):
             force = out.route.clone()
-            force[row["layer"], 0, row["position"]] = e
+            force[row["layer"], 0, row["position"], row["unit"]] = e
             logits = model(tokens, force=force).logits[0, row["position"]]
             losses.append(F.cross_entropy(logits, targets[0, row["position"]]).item())
             assert row[f"loss_{name}"] == pytest.approx(losses[-1], abs=1e-5)
         choice = EXPERTS.index(row["choice"])
         assert row["regret"] == pytest.approx(losses[choice] - min(losses), abs=1e-5)
-        q = out.concentration[row["layer"], 0, row["position"]]
+        q = out.concentration[row["layer"], 0, row["position"], row["unit"]]
         stated = float(probability_of_largest(q.detach(), torch.tensor(choice)))
         assert row[f"largest_{row['choice']}"] == pytest.approx(stated, abs=1e-5)
     assert frame[[f"largest_{name}" for name in EXPERTS]].sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-4)

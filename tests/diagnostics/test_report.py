@@ -53,8 +53,8 @@ def test_the_page_holds_what_the_model_says(page, examined):
     context = examined.run.config.data.context
     tokens = torch.tensor(list(HOSTILE.encode()[:context]))[None]
     out = examined.run.model(tokens, "hard")
-    assert data["layers"][1]["choice"][:context] == out.route[1, 0].tolist()
-    mean = out.concentration[0, 0, 5] / out.concentration[0, 0, 5].sum()
+    assert data["layers"][1]["choice"][:context] == out.route[1, 0, :, 0].tolist()
+    mean = out.concentration[0, 0, 5, 0] / out.concentration[0, 0, 5].sum()
     assert data["layers"][0]["mean"][5] == pytest.approx((1000 * mean).tolist(), abs=0.51)
     nll = torch.nn.functional.cross_entropy(out.logits[0, :-1], tokens[0, 1:], reduction="none")
     torch.testing.assert_close(shown.nll[1:context], nll.detach(), atol=1e-4, rtol=1e-4)

@@ -48,7 +48,8 @@ def exact_posterior_mean(prior: Tensor, targets: Tensor, theta: Tensor = THETA) 
 
 
 def reading(concentration: Tensor, tokens: Tensor | None = None) -> Reading:
-    """A reading of concentrations [L, B, T, E], routed by argmax."""
+    """A reading of concentrations [L, B, T, E] of one unit, routed by argmax."""
+    concentration = concentration.unsqueeze(3)
     if tokens is None:
         tokens = torch.zeros(concentration.shape[1:3], dtype=torch.int64)
     return Reading(tokens, tokens, torch.zeros(tokens.shape), concentration, concentration.argmax(-1))

@@ -104,7 +104,7 @@ def test_reading_by_hand_and_the_model_is_left_as_it_was() -> None:
     with torch.no_grad():
         out = model(tokens)
     assert reading.nll == pytest.approx(float(F.cross_entropy(out.logits.flatten(0, 1), targets.flatten())), rel=1e-5)
-    torch.testing.assert_close(reading.load, F.one_hot(out.route, 4).double().mean((1, 2)))
+    torch.testing.assert_close(reading.load, F.one_hot(out.route, 4).double().mean((1, 2, 3)))
     assert reading.cost == pytest.approx(float(torch.tensor(COSTS)[out.route].mean()), rel=1e-5)
     with pytest.raises(ValueError, match="cost_ratio: expected one number for each of 4 experts"):
         read_routes(model, text, torch.ones(3), **READ)

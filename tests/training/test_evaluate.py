@@ -113,7 +113,7 @@ def test_a_tilted_prior_is_what_the_kl_is_measured_from() -> None:
     expected = (concentration / concentration.sum(-1, keepdim=True) @ price.double()).mean() + log_z[0]
     assert tilted.kl_per_layer[0] - plain.kl_per_layer[0] == pytest.approx(float(expected), abs=0.01)
     kl = kl_divergence(
-        Dirichlet(concentration), TiltedDirichlet(prior[0].double(), price.double()).expand(concentration.shape[:2])
+        Dirichlet(concentration), TiltedDirichlet(prior[0].double(), price.double()).expand(concentration.shape[:3])
     )
     assert tilted.kl_per_layer[0] == pytest.approx(float(kl.mean()), rel=1e-4)
     assert tilted.elbo == pytest.approx(-(tilted.nll["sample"] + sum(tilted.kl_per_layer)))

@@ -17,7 +17,7 @@ from bayes_router.diagnostics.measures.verdict import Severity, Verdict
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.likelihood import token_nll
 from bayes_router.inference.model import RoutingModel, harden
-from bayes_router.inference.sites import of_site, route_site
+from bayes_router.inference.sites import of_site, route_site, to_network, with_unit
 from bayes_router.routing.controller import MetaController
 from bayes_router.routing.posterior import posterior, posterior_mean
 from bayes_router.types import Route
@@ -97,14 +97,14 @@ def _floor(guide: RoutingGuide) -> float:
 def _controlled(guide: RoutingGuide) -> Route:
 
     def route(layer: int, hidden: Tensor) -> Tensor:
-        concentration: Tensor = guide.controller.posterior(layer, hidden).concentration
-        return concentration
+        return with_unit(guide.controller.posterior(layer, hidden).concentration, guide.model.num_units)
 
     return route
 
 
 def _executed(program: RoutingModel, route: Tensor) -> Tensor:
-    return harden(route) if program.straight_through else route
+    """What the network gets of weights [B, T, R, E]."""
+    return to_network(harden(route) if program.straight_through else route, program.num_units)
 
 
 @torch.no_grad()
@@ -113,8 +113,8 @@ def _mean_path(program: RoutingModel, guide: RoutingGuide, tokens: Tensor) -> li
     found: list[Tensor] = []
 
     def route(layer: int, hidden: Tensor) -> Tensor:
-        found.append(guide.controller.posterior(layer, hidden).concentration)
-        return posterior_mean(found[-1])
+        found.append(with_unit(guide.controller.posterior(layer, hidden).concentration, program.num_units))
+        return to_network(posterior_mean(found[-1]), program.num_units)
 
     program.network(tokens, route)
     return found
@@ -232,9 +232,9 @@ def _posterior_means(program: RoutingModel, guide: RoutingGuide, tokens: Tensor)
     means: list[Tensor] = []
 
     def route(layer: int, hidden: Tensor) -> Tensor:
-        q = guide.controller.posterior(layer, hidden)
-        means.append(posterior_mean(q.concentration))
-        return _executed(program, q.sample())
+        concentration = with_unit(guide.controller.posterior(layer, hidden).concentration, program.num_units)
+        means.append(posterior_mean(concentration))
+        return _executed(program, Dirichlet(concentration, validate_args=False).sample())
 
     program.network(tokens, route)
     return torch.stack(means)

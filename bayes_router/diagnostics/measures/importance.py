@@ -16,6 +16,7 @@ from bayes_router.diagnostics.measures.verdict import Severity, Verdict
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.likelihood import token_nll
 from bayes_router.inference.model import RoutingModel, harden
+from bayes_router.inference.sites import to_network, with_unit
 from bayes_router.inference.tilted import TiltedDirichlet
 
 ROWS = 16  # draws of one sequence that go through the network together
@@ -97,11 +98,11 @@ def importance_weights(
             ratio = torch.zeros(rows, len(tokens), dtype=torch.float64, device=tokens.device)
 
             def route(layer: int, hidden: Tensor, ratio: Tensor = ratio) -> Tensor:
-                q = guide.controller.posterior(layer, hidden).concentration
+                q = with_unit(guide.controller.posterior(layer, hidden).concentration, program.num_units)
                 log_route = draw_log_route(q)
                 ratio += log_density_ratio(log_route, q, program, layer).sum(-1)  # over units
                 draw = log_route.exp().float()
-                return harden(draw) if program.straight_through else draw
+                return to_network(harden(draw) if program.straight_through else draw, program.num_units)
 
             logits = program.network(tokens.expand(rows, -1), route)
             likelihoods.append(-token_nll(logits, targets.expand(rows, -1)).double())
