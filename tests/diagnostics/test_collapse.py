@@ -58,7 +58,8 @@ def test_the_two_collapses_are_told_apart():
     """One sure expert for every token is routing collapse; soft routes that differ in nothing are posterior collapse alone."""
     q = torch.tensor([1.0, 1.1, 1.2]).expand(2, 1, 60, 3).clone()
     q[:, :, :30] = q[:, :, :30] * 1.0001
-    half = summarise_collapse(
+    choice = (torch.arange(60) % 3).view(60, 1).expand(2, 1, 60, 1)
+    half = summarise_collapse([reading(q)._replace(hard_choice=choice)], program(), EXPERTS)
         [reading(q)._replace(hard_choice=(torch.arange(60) % 3).view(60, 1).expand(2, 1, 60, 1))], program(), EXPERTS
     )
     assert {v.topic for v in half.verdicts()} == {Collapse.POSTERIOR.value}
