@@ -73,7 +73,7 @@ def test_a_step_reads_the_keys_of_the_heads_that_ask_alone() -> None:
         past = model(ids, use_cache=True).past_key_values
         router.force(route)
         want = model(ids[:, :1], past_key_values=past, use_cache=True).logits
-        past.crop(30)
+        past.crop(-1)
         for layer in past.layers:
             for row, head in ((0, 1), (1, 0)):
                 layer.keys[row, head, :24], layer.values[row, head, :24] = torch.nan, torch.nan
