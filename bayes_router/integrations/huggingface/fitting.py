@@ -22,7 +22,7 @@ from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.integrations.calls.layer import RoutedLayer
 from bayes_router.integrations.calls.linear import LinearExpert
 from bayes_router.integrations.calls.precision import uncached
-from bayes_router.integrations.huggingface.language import RoutedLanguage
+from bayes_router.integrations.huggingface.language import Network, RoutedLanguage
 from bayes_router.integrations.huggingface.pressure import BudgetRange, Dialled, pressure_for
 from bayes_router.integrations.patch.settings import FitRecord
 from bayes_router.progress import Progress
@@ -242,6 +242,25 @@ def program(
     return model, RoutingGuide(model, router.controller if controller is None else controller)
 
 
+class Counting(Network):
+    """The network of a patched model that notes in `spent` what each layer's weights cost, by layer_cost [L, E]."""
+
+    def __init__(self, router: RoutedLanguage, layer_cost: Tensor, spent: list[Tensor]):
+        super().__init__(router)
+        self.layer_cost, self.spent = layer_cost, spent
+
+    def __call__(self, tokens: Tensor, route: Route) -> Tensor:
+        """See the class."""
+
+        def counted(layer: int, hidden: Tensor) -> Tensor | int:
+            weights = route(layer, hidden)
+            assert isinstance(weights, Tensor)
+            self.spent.append((weights.detach() * self.layer_cost[layer].to(weights)).sum(-1).mean())
+            return weights
+
+        return super().__call__(tokens, counted)
+
+
 def fit_routes(
     router: RoutedLanguage,
     source: TokenSource,
@@ -260,15 +279,7 @@ def fit_routes(
     device = router.device
     cost = router.layer_cost.to(device)
 
-    def network(tokens: Tensor, route: Route) -> Tensor:
-        def counted(layer: int, hidden: Tensor) -> Tensor | int:
-            weights = route(layer, hidden)
-            assert isinstance(weights, Tensor)
-            spent.append((weights.detach() * cost[layer].to(weights)).sum(-1).mean())
-            return weights
-
-        return router.network(tokens, counted)
-
+    network = Counting(router, cost, spent)
     schedule = Schedule(schedule_config, router.prior, settings.steps, router.experts, router.settings.prior.price)
     teacher = Teacher()
     dialled = Dialled(router.controller, cost)
