@@ -145,7 +145,7 @@ def test_the_budget_is_the_mean_total_of_the_posterior():
     model = tiny_model().eval()
     batch = Batch(*tiny_batch(B=4, T=40))
     evidence = fit_evidence(model, [batch], torch.full((3,), 0.5))
-    total = model(batch.tokens).concentration.sum(-1).mean((1, 2))
+    total = model(batch.tokens).concentration.sum(-1).mean((1, 2, 3))
     torch.testing.assert_close(torch.stack([layer.log_budget for layer in evidence.layers]).exp(), total, rtol=1e-5, atol=0)
 
 
@@ -161,10 +161,10 @@ def test_the_natural_posterior_adds_evidence_to_the_prior():
     prior = torch.rand(3, 4) + 0.1
     natural, hidden = NaturalController(model.controller, prior), torch.randn(2, 5, 16)
     q = model.controller.posterior(1, hidden).concentration
-    n = model.controller.evidence.log_evidence(1, hidden).exp()[..., None]
+    n = model.controller.evidence.log_evidence(1, hidden).exp()[..., None, None]
     expected = prior[1] + n * q / q.sum(-1, keepdim=True)
     torch.testing.assert_close(natural.posterior(1, hidden).concentration, expected)
-    torch.testing.assert_close(natural.posterior(1, 1e9 * hidden).mean, (prior[1] / prior[1].sum()).expand(2, 5, 4))
+    torch.testing.assert_close(natural.posterior(1, 1e9 * hidden).mean, (prior[1] / prior[1].sum()).expand(2, 5, 1, 4))
 
 
 def test_what_is_kept_comes_back_and_what_is_damaged_does_not():
