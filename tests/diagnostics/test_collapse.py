@@ -60,8 +60,6 @@ def test_the_two_collapses_are_told_apart():
     q[:, :, :30] = q[:, :, :30] * 1.0001
     choice = (torch.arange(60) % 3).view(60, 1).expand(2, 1, 60, 1)
     half = summarise_collapse([reading(q)._replace(hard_choice=choice)], program(), EXPERTS)
-        [reading(q)._replace(hard_choice=(torch.arange(60) % 3).view(60, 1).expand(2, 1, 60, 1))], program(), EXPERTS
-    )
     assert {v.topic for v in half.verdicts()} == {Collapse.POSTERIOR.value}
 
 
