@@ -56,6 +56,15 @@ def test_steps_equal_the_full_pass(names: tuple[str, ...], dtype: torch.dtype, k
     assert len(kernel_calls) == 6
 
 
+@pytest.mark.parametrize(("units", "Hkv"), [(2, 2), (4, 2), (4, 1)])
+@pytest.mark.parametrize("names", [("full", "gated", "local"), ("local", "gated", "linear", "full")])
+def test_every_unit(names: tuple[str, ...], units: int, Hkv: int, kernel_calls: list[int]) -> None:
+    one = decoder(names, Hkv=Hkv, units=units)
+    steps_equal_the_full_pass(one, PROMPTS, steps=6, tolerance=1e-2)
+    assert len(kernel_calls) == 6
+    needed_only(one, PROMPTS, tolerance=1e-2)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("H", "Hkv", "Dh"), [(8, 8, 128), (8, 1, 128), (6, 2, 80), (3, 1, 16), (2, 2, 24), (2, 1, 256)])
 def test_heads_and_head_sizes(H: int, Hkv: int, Dh: int, dtype: torch.dtype, kernel_calls: list[int]) -> None:
@@ -87,14 +96,14 @@ def test_a_graph_replays_a_step_with_new_routes_and_longer_rows(names: tuple[str
     inputs, route = one.draw(total), one.routes(total)
     eager, replayed = (prefilled(one, inputs, route, PROMPTS) for _ in range(2))
     held = Inputs(*(x.clone() for x in per_row(inputs, eager.lengths, 1)))
-    choice = route.gather(1, eager.lengths[:, None])
+    choice = route.gather(1, eager.lengths[:, None, None])
     feed(prefilled(one, inputs, route, PROMPTS), held, choice)  # loads and compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = feed(replayed, held, choice)
     for _ in range(steps):
         now = per_row(inputs, eager.lengths, 1)
-        taken = route.gather(1, eager.lengths[:, None])
+        taken = route.gather(1, eager.lengths[:, None, None])
         for x, y in zip(held, now, strict=True):
             x.copy_(y)
         choice.copy_(taken)

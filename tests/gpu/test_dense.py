@@ -99,7 +99,7 @@ def draw_problem(
     torch.manual_seed(0)
     q, k, v = draw_inputs(B, 4, Hkv, T, Dh, dtype, "cuda")
     experts = tuple(draw_expert(name, ExpertShape(4, Dh, window), "cuda") for name in names)
-    return RoutedProblem(q, k, v, q, k, draw_route(route, B, T).cuda(), experts)
+    return RoutedProblem(q, k, v, q, k, draw_route(route, B, T, units=1).cuda(), experts)
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -164,7 +164,7 @@ def test_a_captured_step_is_the_step(name: str) -> None:
     inputs = draw_inputs(2, 4, 2, 700, 64, torch.bfloat16, "cuda")
     experts = tuple(draw_expert(each, ExpertShape(4, 64, 70), "cuda") for each in EXPERTS)
     expert = draw_expert(name, ExpertShape(4, 64, 70), "cuda") if name != "routed" else None
-    route = draw_route("independent", 2, 700).cuda()
+    route = draw_route("independent", 2, 700, units=1).cuda()
 
     def step() -> tuple[Tensor, ...]:
         q, k, v = inputs
@@ -183,7 +183,7 @@ def test_a_captured_step_is_the_step(name: str) -> None:
     with torch.no_grad():
         for x in inputs:
             x.copy_(torch.randn_like(x))
-        route.copy_(draw_route("clustered", 2, 700, 5))
+        route.copy_(draw_route("clustered", 2, 700, 5, units=1))
     graph.replay()
     replayed = [x.clone() for x in captured]
     for got, want in zip(replayed, step(), strict=True):

@@ -47,6 +47,7 @@ def draw(
     window: int = 70,
     shared: bool = False,
     sinks: int = 0,
+    units: int = 1,
 ) -> RoutedProblem:
     """Inputs laid out as a model's: [B, T, H, Dh] in memory."""
 
@@ -57,7 +58,7 @@ def draw(
     plain_q, plain_k = (q, k) if shared else (one(H), one(Hkv))
     experts = resolve_experts(("full", "linear", "local"), ExpertShape(H, Dh, window, sinks))
     seed = int(torch.randint(2**31, ()))
-    return RoutedProblem(q, k, v, plain_q, plain_k, draw_route(route, B, T, seed).cuda(), experts)
+    return RoutedProblem(q, k, v, plain_q, plain_k, draw_route(route, B, T, seed, units).cuda(), experts)
 
 
 def exact(problem: RoutedProblem) -> RoutedProblem:
@@ -92,6 +93,15 @@ def compare(problem: RoutedProblem, backend: Backend, gradients: bool = True) ->
 @pytest.mark.parametrize(("B", "Hkv", "T"), [(1, 4, 1537), (3, 2, 500), (2, 1, 64), (2, 4, 1)])
 def test_agrees_with_the_oracle(backend: Backend, route: str, B: int, Hkv: int, T: int) -> None:
     compare(draw(B, 4, Hkv, T, 64, route), backend)
+
+
+@pytest.mark.parametrize("backend", [TRITON, DENSE, TORCH], ids=lambda backend: backend.name)
+@pytest.mark.parametrize("route", ["independent", "clustered", "units differ"])
+@pytest.mark.parametrize(("units", "Hkv", "T"), [(2, 2, 1537), (4, 2, 1537), (4, 1, 500), (4, 4, 64)])
+def test_every_unit_agrees_with_the_oracle(backend: Backend, route: str, units: int, Hkv: int, T: int) -> None:
+    problem = draw(2, 4, Hkv, T, 64, route, units=units)
+    compare(problem, backend)
+    compare(replace(problem, lengths=torch.tensor([T, T // 3], device="cuda")), backend)
 
 
 @pytest.mark.parametrize("Dh", [32, 64, 80, 128])

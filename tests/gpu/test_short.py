@@ -33,6 +33,12 @@ def test_agrees_with_the_oracle(route: str, B: int, Hkv: int, T: int) -> None:
     compare(draw(B, 4, Hkv, T, 64, route), SHORT, gradients=False)
 
 
+@pytest.mark.parametrize("route", ["independent", "units differ"])
+@pytest.mark.parametrize(("units", "Hkv", "T"), [(2, 2, 1100), (4, 2, 1100), (4, 1, 130), (4, 2, 1)])
+def test_every_unit_agrees_with_the_oracle(route: str, units: int, Hkv: int, T: int) -> None:
+    compare(draw(2, 4, Hkv, T, 64, route, units=units, sinks=4), SHORT, gradients=False)
+
+
 @pytest.mark.parametrize("route", ["independent", "full", "linear"])
 @pytest.mark.parametrize(("T", "Dh"), [(1000, 64), (2000, 64), (4096, 64), (2000, 128)])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
