@@ -31,14 +31,14 @@ def run(options: Namespace) -> None:
     layers = fitted.config.model.num_layers
     require(0 <= options.layer < layers, "layer", f"0 to {layers - 1}", options.layer, f"there are {layers} layers")
     source = None if text is not None else fitted.held_out or load_data(fitted.config)[1].valid
-    shown = route_text(fitted, text, options.tokens, source)
+    shown = route_text(fitted, text, options.tokens, source, options.unit)
     colour = options.colour == "always" or (options.colour == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
-    print(render(fitted, shown, options.layer, options.threshold, colour))
+    print(render(fitted, shown, options.layer, options.threshold, colour, options.unit))
     if fitted.patched and fitted.tokeniser is None:
         print("\nshown as token ids: the base model has no tokenizer beside it")
 
 
-def render(fitted: FittedRun, shown: ShownText, layer: int, threshold: float, colour: bool) -> str:
+def render(fitted: FittedRun, shown: ShownText, layer: int, threshold: float, colour: bool, unit: int = 0) -> str:
     """The text with a legend; without colour, a letter for each expert stands under its token, in capitals if uncertain."""
     choice = shown.hard_choice[layer].tolist()
     doubt = (probability_right(shown.concentration[layer]) < threshold).tolist()
@@ -54,7 +54,8 @@ def render(fitted: FittedRun, shown: ShownText, layer: int, threshold: float, co
         marks = letters(fitted.experts)
         legend = "  ".join(f"{mark}: {share}" for mark, share in zip(marks, shares, strict=True))
         body = _underlined(shown.pieces, [marks[e].upper() if d else marks[e] for e, d in zip(choice, doubt, strict=True)])
-    return f"layer {layer}: {legend}\n{marked}\n\n{body}"
+    of = f", {fitted.config.model.route_by.replace('_', ' ')} {unit}" if fitted.config.model.num_units > 1 else ""
+    return f"layer {layer}{of}: {legend}\n{marked}\n\n{body}"
 
 
 def letters(experts: Sequence[str]) -> list[str]:

@@ -199,6 +199,7 @@ def inspect(arguments: Sequence[str]) -> Parser:
     result = Parser(description="Print a text in the terminal, coloured by route, the uncertain tokens marked.")
     add_fitted(result)
     result.add_argument("--layer", type=int, default=0, help="layer whose routes are shown")
+    result.add_argument("--unit", type=int, default=0, help="routing unit of it that is shown: 0, or a key head or query head")
     result.add_argument("--tokens", type=int, default=800, help="tokens to show, at most")
     result.add_argument("--threshold", type=float, default=SURE_ENOUGH, help="a token that is right less probably is marked")
     result.add_argument("--colour", type=str, default="auto", help="auto, always, never (then letters under the text)")

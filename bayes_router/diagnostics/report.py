@@ -123,6 +123,8 @@ def figures(examined: Examination, shown: ShownText, quick: bool) -> list[dict[s
     experts = run.experts
     found = [("Load by layer", "Share of held-out tokens on each expert, the route executed.",
               lambda: posterior_plots.plot_load_by_layer(layers, experts, tall(len(layers))))]  # fmt: skip
+    if run.config.model.num_units > 1:
+        found += _of_units(examined.collapse.units(), run)
     if len(experts) == 3:
         layer = int(layers["route_information"].argmax())
         with torch.random.fork_rng(devices=[]):
@@ -159,6 +161,18 @@ def figures(examined: Examination, shown: ShownText, quick: bool) -> list[dict[s
         except Exception as error:  # of whatever kind: the other figures and the text are worth more than it
             examined.leave_out(f"figure '{title}'", error)
     return drawn
+
+
+def _of_units(units: pd.DataFrame, run: FittedRun) -> list[tuple[str, str, Callable[[], Axes]]]:
+    """Heat maps, layer by unit, of the load of the costliest expert and of route information."""
+    dearest = run.experts[int(torch.as_tensor(run.prior.cost_ratio).argmax())]
+    load, information = f"load {dearest}", "route_information"
+    return [
+        (f"Heads on {dearest}", f"Share of held-out tokens on {dearest}, the route executed.",
+         lambda: posterior_plots.plot_units(units, load, f"share on {dearest}")),
+        ("What the token decides", "Route information by layer and unit: 0 where the unit takes one route whatever the token.",
+         lambda: posterior_plots.plot_units(units, information, "nats")),
+    ]  # fmt: skip
 
 
 def _costly(examined: Examination) -> list[tuple[str, str, Callable[[], Axes]]]:

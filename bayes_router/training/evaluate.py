@@ -200,7 +200,7 @@ def _read(model: RoutedLanguageModel, batch: Batch, prior: "_Prior", sums: _Sums
         if mode is RoutingMode.SAMPLE:
             sums.kl = sums.kl + prior.kl(out.concentration.flatten(1, 2).double()).sum(1)
         if mode is RoutingMode.HARD:
-            keys = torch.tensor([expert.keys_read(context) for expert in build_experts(model.config)], device=out.route.device)
+            keys = torch.tensor([expert.keys_read(context) for expert in model.counted_experts], device=out.route.device)
             sharing = max(model.config.num_units // model.config.kv_heads, 1)
             sums.add_routes(out.concentration, out.route, keys, sharing)
             sums.correct += int(((out.logits.argmax(-1) == batch.targets) & scored).sum())

@@ -81,6 +81,19 @@ def plot_load_by_layer(layers: pd.DataFrame, experts: Sequence[str], ax: Axes | 
     return ax
 
 
+def plot_units(units: pd.DataFrame, column: str, label: str, ax: Axes | None = None) -> Axes:
+    """A column of `CollapseSummary.units` as a heat map, layer by unit: which heads look far, and which one token moves."""
+    table = units.pivot(index="layer", columns="unit", values=column)
+    ax = ax or plt.subplots(figsize=(max(3.0, 0.35 * table.shape[1] + 1.5), max(2.5, 0.25 * table.shape[0] + 1)))[1]
+    top = 1.0 if column.startswith("load ") else None
+    image = ax.imshow(table.to_numpy(), aspect="auto", vmin=0, vmax=top, cmap="viridis")
+    ax.set(xlabel="unit (key head or query head)", ylabel="layer")
+    ax.set_xticks(range(table.shape[1]), [str(unit) for unit in table.columns])
+    ax.set_yticks(range(table.shape[0]), [str(layer) for layer in table.index])
+    plt.colorbar(image, ax=ax, label=label)
+    return ax
+
+
 def plot_by_position(positions: pd.DataFrame, measure: str = "entropy_of_mean", ax: Axes | None = None) -> Axes:
     """A measure by position in the window, a line a layer (`UncertaintySummary.positions`), averaged over about 64 bins."""
     ax = ax or plt.subplots(figsize=(5.5, 3.4))[1]
