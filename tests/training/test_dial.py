@@ -153,7 +153,7 @@ def test_layers_that_differ_in_cost_and_a_cost_that_is_counted(budget: float) ->
     model, text, table = tiny_model(), source(), torch.tensor(LAYER_COSTS, dtype=torch.float64)
 
     def counted(routes: Tensor) -> float:
-        assert routes.dim() == 3
+        assert routes.dim() == 4
         return float(table.gather(1, routes.flatten(1)).mean())
 
     family = at_price("argmax", COSTS)
