@@ -29,18 +29,20 @@ def hybrid(fully: Collection[int], full: int, local: int) -> Route:
 
 
 def executed_cost(router: RoutedPretrained, routes: Tensor) -> float:
-    """Keys read over those that full attention reads, position by position, of routes int64 [L, T] of one window.
+    """Keys read over those that full attention reads, position by position, of routes int64 [L, T, R] (or [L, T]).
 
     `full` reads t + 1 keys at position t and `local` its window and the sinks outside it, so that routes which spend on late
     tokens are charged for it. Experts that read no keys are charged at their cost ratio.
     """
-    T = routes.shape[-1]
+    routes = routes if routes.dim() == 3 else routes[..., None]
+    T = routes.shape[1]
     seen = torch.arange(1, T + 1, device=routes.device, dtype=torch.float64)
     local = window_keys(seen, router.settings.window, router.settings.sinks)
     keys = {"full": seen, "local": local}
     ratio = router.cost_ratio.to(routes.device).double()
     cost = torch.stack([keys.get(name, ratio[i] * seen.mean()).expand(T) for i, name in enumerate(router.experts)])  # [E, T]
-    return float(cost.gather(0, routes.clamp_min(0)).sum() / (seen.sum() * routes.shape[0]))
+    paid = cost[routes.clamp_min(0), torch.arange(T, device=routes.device)[:, None]]  # [L, T, R]
+    return float(paid.sum() / (seen.sum() * routes.shape[0] * routes.shape[2]))
 
 
 def window_keys(seen: Tensor, window: int, sinks: int) -> Tensor:
@@ -130,7 +132,7 @@ def loads(router: RoutedPretrained, stream: TokenStream, context: int, limit: in
     """Layers by the share of tokens that the router leaves on full, the smallest first: its own static choice."""
     full, shares = router.experts.index("full"), []
     for batch in stream.windows(context, 1, limit):
-        shares.append((router(batch.tokens.to(device), use_cache=False).route == full).double().mean((1, 2)))
+        shares.append((router(batch.tokens.to(device), use_cache=False).route == full).double().mean((1, 2, 3)))
     order: list[int] = torch.stack(shares).mean(0).argsort().tolist()
     return order
 

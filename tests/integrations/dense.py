@@ -16,7 +16,7 @@ def dense_attention(
     window: int,
     value: Tensor | None = None,
 ) -> Tensor:
-    """x [B, T, D], route int64 [B, T] over full, linear, local; `value` [B, T, D] where it is not projected from x."""
+    """x [B, T, D], route int64 [B, T, 1] over full, linear, local; `value` [B, T, D] where it is not projected from x."""
     B, T, D = x.shape
     H = module.num_heads
     q, k, v = (x @ module.in_proj_weight.T + module.in_proj_bias).view(B, T, 3, H, D // H).permute(2, 0, 3, 1, 4)
@@ -39,7 +39,7 @@ def dense_attention(
     phi_q, phi_k = (q * scale @ expert.query_map.mT).softmax(-1), (k * scale @ expert.key_map.mT).softmax(-1)
     weights = phi_q @ phi_k.mT * seen
     linear = weights @ v / (weights.sum(-1, keepdim=True) + 1e-6)
-    choices = nn.functional.one_hot(route, 3).float().permute(2, 0, 1)[:, :, None, :, None]  # [E, B, 1, T, 1]
+    choices = nn.functional.one_hot(route[..., 0], 3).float().permute(2, 0, 1)[:, :, None, :, None]  # [E, B, 1, T, 1]
     mixed = sum(w * out for w, out in zip(choices, (full, linear, local), strict=True))
     assert isinstance(mixed, Tensor)
     out: Tensor = module.out_proj(mixed.transpose(1, 2).reshape(B, T, D))
