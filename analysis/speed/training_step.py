@@ -119,7 +119,7 @@ class Contender:
 def build(config: Config, device: torch.device) -> dict[str, Contender]:
     """The four, on the same data."""
     config, data = load_data(config)
-    alone = with_changes(config, {"model.experts": ("full",), "prior.price": 0.0})
+    alone = with_changes(config, {"model.experts": ("full",), "prior.price": 0.0, "schedule.start_experts": ()})
 
     def plain(route: Callable[[RoutedLanguageModel, int, Tensor], Tensor | int]) -> Callable[..., Objective]:
         return lambda model, start, cost_ratio: Plain(model, route)
