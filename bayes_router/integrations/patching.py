@@ -4,7 +4,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, Unpack, overload
 
 import torch
 from torch import nn
@@ -18,6 +18,43 @@ from bayes_router.integrations.patch.settings import PatchSettings
 from bayes_router.routing.policy import Policy
 from bayes_router.training.evidence import load_evidence
 from bayes_router.training.risk import load_risk
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from bayes_router.integrations.huggingface.model import RoutedPretrained
+    from bayes_router.integrations.torch_attention import RoutedTorch
+
+TorchAttention: TypeAlias = (
+    nn.MultiheadAttention
+    | nn.TransformerEncoder
+    | nn.TransformerEncoderLayer
+    | nn.TransformerDecoder
+    | nn.TransformerDecoderLayer
+)
+"""Modules of torch whose self-attention is routed."""
+
+
+class PatchOptions(TypedDict, total=False):
+    """What `patch` can be told, as a type checker reads it."""
+
+    window: int
+    experts: Sequence[str]
+    layers: Sequence[int] | None
+    sinks: int
+    prior: PriorConfig | None
+    policy: Policy | None
+    context: int
+    controller_hidden: int
+    concentration_floor: float
+
+
+@overload
+def patch(model: "PreTrainedModel", **options: Unpack[PatchOptions]) -> "RoutedPretrained": ...
+@overload
+def patch(model: TorchAttention, **options: Unpack[PatchOptions]) -> "RoutedTorch": ...  # type: ignore
+@overload
+def patch(model: nn.Module, **options: Unpack[PatchOptions]) -> "RoutedPretrained | RoutedTorch": ...  # type: ignore
 
 
 @torch.inference_mode(False)  # what is made here may be trained later
@@ -87,6 +124,12 @@ def patch(
     return router
 
 
+@overload
+def load_patch(model: "PreTrainedModel", folder: Path | str) -> "RoutedPretrained": ...
+@overload
+def load_patch(model: TorchAttention, folder: Path | str) -> "RoutedTorch": ...  # type: ignore
+@overload
+def load_patch(model: nn.Module, folder: Path | str) -> "RoutedPretrained | RoutedTorch": ...  # type: ignore
 @torch.inference_mode(False)
 def load_patch(model: nn.Module, folder: Path | str) -> Any:
     """Patch `model` as it was when `save` wrote `folder`: settings, controllers, experts, policy and held-out text.
