@@ -125,7 +125,7 @@ def _steps(
             out = model(tokens, RoutingMode.HARD, force=force, cache=cache, last_only=True, lengths=lengths)
             last = torch.where(finished, last, choose_token(out.logits[:, -1], sampling, generator))
             yield GeneratedToken(last, last_token(out.route, lengths, dim=2)[:, :, 0])
-            finished = finished | torch.isin(last, stops)
+            finished = torch.isin(last, stops)  # a row that has ended repeats its stop token, so it stays so
             if stop_tokens and bool(finished.all()):
                 return
             tokens, lengths = last[:, None], None

@@ -260,6 +260,10 @@ def test_reorder_and_reset() -> None:
     torch.testing.assert_close(feed(one, inputs, route, 20, 21), feed(other, inputs, route, 20, 21))
     one.reset()
     torch.testing.assert_close(feed(one, inputs, route, 0, 20), feed(LayerCache(experts, B, T, HKV), inputs, route, 0, 20))
+    one.reset()
+    fresh = LayerCache(experts, B, T, HKV)
+    for t in range(3):  # tokens one by one add to the states that are there
+        torch.testing.assert_close(feed(one, inputs, route, t, t + 1), feed(fresh, inputs, route, t, t + 1))
 
 
 def test_a_cache_that_is_too_small_says_how_large() -> None:

@@ -101,6 +101,15 @@ def test_calibration_is_mended_on_sequences_it_was_not_fitted_on():
     assert fine.ece < 0.05 and calibration_verdicts(simulated(1.0)[0], fine)[0].severity is Severity.GOOD
 
 
+def test_the_temperature_is_that_of_the_sequences_it_is_not_judged_by():
+    """Even sequences want a temperature of 4, odd ones none: what is fitted is the one, what is judged the other."""
+    (even, _), (odd, _) = simulated(4.0), simulated(1.0, seed=1)
+    mixed = pd.concat([even[even["sequence"] % 2 == 0], odd[odd["sequence"] % 2 == 1]])
+    result = calibrate(mixed, ["a", "b", "c"])
+    assert result.temperature == pytest.approx(4.0, rel=0.2)
+    assert result.ece < 0.05 and result.ece_tempered > 0.15  # it makes the odd ones worse
+
+
 def test_tolerance_makes_a_near_miss_right():
     frame, _ = simulated(1.0, 400)
     frame["regret"] = 0.005
@@ -141,6 +150,18 @@ def test_stability_without_noise_and_of_a_router_that_reads_nothing():
     for controller in model.controller.layers:
         nn.init.zeros_(controller.out.weight)
     assert (stability(model, iter(batches), noise=0.5)["flips"] == 0).all()
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0])
+def test_noise_is_a_share_of_the_size_of_the_embeddings(size):
+    model, seen = tiny_model().eval(), []
+    with torch.no_grad():
+        model.network.embed.weight.mul_(size)
+    model.network.blocks[0].attention_norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    stability(model, iter([Batch(*tiny_batch())]), noise=0.3)
+    clean, noisy = seen
+    unit = model.config.d_model**0.5  # of the stream, over that of the embeddings
+    assert float((noisy - clean).std() / unit / model.network.embed.weight.std()) == pytest.approx(0.3, rel=0.1)
 
 
 class Planted(nn.Module):

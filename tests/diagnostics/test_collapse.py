@@ -103,6 +103,25 @@ def test_kl_counts_the_tilt():
     assert float(kl_to_prior(tilted, 0, q)) == pytest.approx(float(sampled), abs=0.02)
 
 
+def test_the_distance_from_the_prior_counts_the_tilt():
+    """Between the mean route and the mean of draws of the tilted prior, half the sum of absolute differences."""
+    tilted = program(price=4.0)
+    torch.manual_seed(0)
+    mean = tilted.prior(0).sample(torch.Size([100_000])).mean(0)
+    row = summarise_collapse([reading(healthy())], tilted, EXPERTS).layers().iloc[0]
+    assert row["prior_distance"] == pytest.approx(0.5 * float((mean - 1 / 3).abs().sum()), abs=0.01)
+    plain = summarise_collapse([reading(healthy())], program(), EXPERTS).layers().iloc[0]
+    assert row["prior_distance"] > plain["prior_distance"] + 0.05
+
+
+def test_an_expert_that_hardly_any_token_takes_is_dead():
+    q = healthy(6000)
+    q[0, :, ::3] = torch.tensor([0.05, 8.05, 0.05])
+    q[0, :, 0] = torch.tensor([8.05, 0.05, 0.05])  # one of 6000
+    (found,) = verdicts(q)
+    assert found.topic == Collapse.DEAD_EXPERT.value and found.text.startswith("full taken by fewer than 0.1%")
+
+
 def test_an_empty_text_is_refused():
     with pytest.raises(ValueError, match="text: expected at least one token"):
         summarise_collapse([], program(), EXPERTS)

@@ -99,6 +99,22 @@ def test_the_elbo_carries_the_kl_at_weight_one() -> None:
     assert result.kl_per_layer[0] == pytest.approx(float(kl), rel=1e-4)
 
 
+def test_the_kl_is_of_the_posteriors_that_draws_lead_to() -> None:
+    """Above layer 0 a posterior hangs on the routes below it: those of SAMPLE, by which the objective is read, too."""
+    model = tiny_model()
+    prior = tiny_concentration(model.config)
+    text = source()
+    result = evaluate(model, text, prior, context=40, batch_size=10, limit=400, seed=3)
+    tokens, _ = next(text.windows(40, 10, 400))
+    torch.manual_seed(3)  # SAMPLE comes first
+    q = model(tokens, "sample").concentration.detach().double()
+    want = kl_divergence(Dirichlet(q), Dirichlet(prior.double()[:, None, None].expand_as(q))).mean((1, 2))
+    assert result.kl_per_layer == pytest.approx(want.tolist(), rel=1e-5)
+    hard = model(tokens, "hard").concentration.detach().double()
+    other = kl_divergence(Dirichlet(hard), Dirichlet(prior.double()[:, None, None].expand_as(q))).mean((1, 2))
+    assert (want - other)[1:].abs().min() > 1e-3  # so that the line above can tell them apart
+
+
 def test_a_tilted_prior_is_what_the_kl_is_measured_from() -> None:
     """By the same KL of the Pyro distribution, and by its own definition."""
     model = tiny_model()

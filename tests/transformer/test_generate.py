@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bayes_router.transformer import generate as generate_module
 from bayes_router.transformer.generate import Sampling, choose_token, generate, stream
 from tests.tiny import EXPERTS, tiny_batch, tiny_model
 
@@ -56,6 +57,13 @@ def test_stop_tokens_end_each_row() -> None:
         length = int(end[0]) + 1 if len(end) else len(row)
         assert torch.equal(row[:length], row_free[:length])
         assert bool((row[length:] == stop).all())
+
+
+def test_a_row_that_has_ended_repeats_its_stop_token_whatever_the_model_would_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = iter(torch.tensor([[1, 4], [5, 2], [7, 3], [8, 5], [9, 9]]))  # row 0 ends at the second step, row 1 at the fourth
+    monkeypatch.setattr(generate_module, "choose_token", lambda *_: next(said))
+    steps = [step.tokens.tolist() for step in stream(tiny_model(), tiny_batch(T=9)[0], 10, stop_tokens=[5])]
+    assert steps == [[1, 4], [5, 2], [5, 3], [5, 5]]
 
 
 def test_the_stream_yields_as_it_goes() -> None:
