@@ -1,8 +1,10 @@
 """`bayes-router evaluate`: read a run on held-out text, at a budget if one is given."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
+from torch import Tensor
 
 from bayes_router.attention.cost import cost_ratios
 from bayes_router.checks import choose, require
@@ -11,11 +13,12 @@ from bayes_router.data.load import Data, load_data
 from bayes_router.data.watched import WatchedSource
 from bayes_router.files import write_json, write_text
 from bayes_router.progress import Progress
-from bayes_router.routing.policy import at_price, policy_settings
+from bayes_router.routing.policy import Policy, at_price, policy_settings
 from bayes_router.training.checkpoint import load_run
 from bayes_router.training.dial import Dial
 from bayes_router.training.distributed import pick_device
 from bayes_router.training.evaluate import evaluate
+from bayes_router.training.guarantee import Guarantee, cheaper_from, later_windows, promise, strongest_single
 from bayes_router.transformer.build import build_experts, build_prior
 from bayes_router.transformer.model import RoutedLanguageModel
 from bayes_router.types import CostModel
@@ -46,6 +49,10 @@ def run(options: Namespace) -> None:
             f"budget {options.budget:g} ({cost.value}), policy {policy}: price {price:.4f} nats per unit of cost, "
             f"executed cost {setting.cost:.4f}"
         )
+    if options.quality is not None:
+        promised = _promise(options, config, model, data, ratios, family, limit)
+        price = promised.kept.price
+        print(promised)
     prior = build_prior(config.prior, config.model, config.model.num_layers, context)
     with Progress("reading held-out text", limit // context, unit="window") as progress:
         result = evaluate(
@@ -74,11 +81,31 @@ def run(options: Namespace) -> None:
             write_text(options.out / "dial.csv", curve.to_csv(index=False))
 
 
+def _promise(
+    options: Namespace,
+    config: Config,
+    model: RoutedLanguageModel,
+    data: Data,
+    ratios: Tensor,
+    family: Callable[[float], Policy],
+    limit: int,
+) -> Guarantee:
+    """Calibrated on held-out text after that which is evaluated; the best single expert is the one on the latter."""
+    context, batch_size = config.data.context, config.train.batch_size
+    with Progress("promising a quality", unit="window") as progress:
+        early = WatchedSource(data.valid, progress).windows(context, batch_size, limit)
+        best = strongest_single(model, list(early), ratios)
+        windows = later_windows(WatchedSource(data.valid, progress), context, batch_size, limit, limit)
+        prices = cheaper_from(0.0)
+        return promise(model, windows, ratios, family, best, options.quality, options.confidence, prices)
+
+
 def _check(options: Namespace) -> tuple[str, CostModel, dict[str, float]]:
     """The policy, the unit of cost and the policy's settings; what can be refused before anything is read is refused."""
     policy, cost = options.policy, choose("cost", options.cost, CostModel)
     used = options.threshold is None or "threshold" in policy_settings(policy)
     require(used, "threshold", f"none under {policy}", options.threshold, "give --policy conservative")
+    require(options.quality is None or options.budget is None, "quality", "no --budget beside it", options.budget)
     for name in ("tokens", "curve_tokens"):
         require(options[name] is None or options[name] >= 1, name, "at least 1", options[name])
     return policy, cost, {} if options.threshold is None else {"threshold": options.threshold}

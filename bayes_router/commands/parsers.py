@@ -101,6 +101,13 @@ def evaluate(arguments: Sequence[str]) -> Parser:
         default=None,
         help="attention cost to spend, full = 1: the price is set so that executed routes meet it within 0.005",
     )
+    result.add_argument(
+        "--quality",
+        type=Optional[float],
+        default=None,
+        help="share of perplexity over the best single expert that may be lost: the cheapest policy that keeps to it",
+    )
+    result.add_argument("--confidence", type=float, default=0.95, help="with which --quality is kept on text of this kind")
     result.add_argument("--cost", type=str, default="paper", help="unit of the budget: paper, flops or latency")
     result.add_argument(
         "--curve_tokens",

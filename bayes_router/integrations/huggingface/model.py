@@ -19,6 +19,7 @@ from bayes_router.routing.policy import at_price
 from bayes_router.routing.risk import Risk
 from bayes_router.training.dial import TOLERANCE, Dial
 from bayes_router.training.evidence import FIT_TOKENS, fit_evidence
+from bayes_router.training.guarantee import Guarantee, promise
 from bayes_router.training.risk import FIT_TOKENS as RISK_TOKENS
 from bayes_router.training.risk import fit_risk, read_risk
 
@@ -71,6 +72,45 @@ class RoutedPretrained(RoutedLanguage):
             self.fitted = fitting.record(self, chosen, steps, frame, len(source), getattr(tokenizer, "name_or_path", None))
         frame.attrs["distillation"] = errors
         return frame
+
+    def set_quality(
+        self,
+        lost: float,
+        texts: Any = None,
+        *,
+        confidence: float = 0.95,
+        tokenizer: Any = None,
+        context: int = 512,
+        limit: int = 65_536,
+    ) -> Guarantee:
+        """Take the cheapest policy whose expected loss over the unpatched model is at most `lost`, with that confidence.
+
+        It holds for windows exchangeable with those of the text: of its kind, and `context` tokens long.
+
+        Args:
+            lost: share of perplexity.
+            texts: text, texts or tokens that `fit` did not read; default what it held out.
+            confidence: between 0 and 1.
+            tokenizer: of texts.
+            context: tokens of a window.
+            limit: tokens that are read, once for each policy tried.
+
+        Returns:
+            The policy's price, cost and bound; `policy` is set to it.
+
+        Raises:
+            ValueError: no text, or too little to promise anything by (with how many windows it would take).
+        """
+        self.require_patched()
+        source = self.held_out if texts is None else stream_of(texts, tokenizer, self.config.vocab_size, self.causal)
+        if source is None:
+            raise ValueError("texts: expected held-out text, from fit() or given here; got None; pass texts=")
+        context = min(context, len(source) - 1)
+        windows = list(source.windows(context, 1, max(limit, context)))
+        family, full = at_price("argmax", self.cost_ratio.tolist()), self.experts.index("full")
+        found = promise(Unforced(self), windows, self.layer_cost, family, full, lost, confidence)
+        self.policy = family(found.kept.price)
+        return found
 
     def fit_evidence(
         self, texts: Any, *, tokenizer: Any = None, context: int = 512, batch_size: int = 1, tokens: int = FIT_TOKENS

@@ -1,0 +1,187 @@
+"""The cheapest policy whose expected loss over a reference is at most so much, with a stated confidence.
+
+Learn then Test (arXiv 2110.01052) by a fixed sequence: policies are tried from the strongest to the cheapest, in an order and
+at prices that no text decided, and the last before the first that cannot be told from a broken promise is kept. That needs no
+correction for having tried several. The test is Student's t over windows, of the mean excess of nats per token.
+
+It holds for windows exchangeable with those that it was read on: text of the same kind, of the same length, in the same
+order of magnitude of number. It says nothing of text of another kind; that is what evidence is for.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from bayes_router.checks import require
+from bayes_router.data.tokens import Batch, TokenSource
+from bayes_router.routing.policy import Policy
+from bayes_router.training.dial import STEEPEST
+from bayes_router.training.executed import CountedCost, Executed, Routed, execute
+from bayes_router.types import RoutingMode
+
+STEP = 2**0.5
+PRICES = (-STEEPEST, *(-0.05 * STEP**i for i in range(23, -1, -1)), 0.0, *(0.05 * STEP**i for i in range(24)), STEEPEST)
+"""Nats per unit of cost, from every token on the costliest expert to every token on the cheapest; fixed before any text."""
+LEAST_WINDOWS = 8
+
+
+class Tested(NamedTuple):
+    """One policy against the promise; shares of perplexity."""
+
+    price: float
+    cost: float  # executed, full attention = 1
+    lost: float  # mean over the windows
+    bound: float  # that the expected loss stays below with the confidence
+
+
+class Guarantee(NamedTuple):
+    """A policy that keeps the promise, and what was read for it."""
+
+    kept: Tested
+    lost: float  # promised
+    confidence: float
+    windows: int
+    tried: tuple[Tested, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"quality {self.lost:g}: price {self.kept.price:.4g}, executed cost {self.kept.cost:.4f}; lost "
+            f"{self.kept.lost:+.4f} of perplexity, at most {self.kept.bound:+.4f} with confidence {self.confidence:g} "
+            f"({self.windows} windows, {len(self.tried)} policies kept to it)\n"
+            "holds for windows exchangeable with these: text of this kind and length, no other"
+        )
+
+
+def upper_bound(excess: Tensor, confidence: float) -> float:
+    """What the mean of windows like these [W] stays below, with that confidence, by Student's t."""
+    W = len(excess)
+    quantile = float(stats.t.ppf(confidence, W - 1))
+    return float(excess.mean() + quantile * excess.std() / W**0.5)
+
+
+def windows_needed(excess: Tensor, allowed: float, confidence: float) -> int:
+    """About how many windows would bring `upper_bound` to `allowed`, were mean and deviation those of `excess` [W]."""
+    room = allowed - float(excess.mean())
+    return math.ceil((float(stats.norm.ppf(confidence)) * float(excess.std()) / room) ** 2) + 2 if room > 0 else -1
+
+
+def keep_promise(
+    read: Callable[[float], Executed],
+    reference: Executed,
+    lost: float,
+    confidence: float = 0.95,
+    prices: Sequence[float] = PRICES,
+) -> Guarantee:
+    """Try policies in order until one fails; the last that did not.
+
+    Args:
+        read: price -> what its policy did on the calibration windows; called until one fails.
+        reference: what the loss is measured from, on the same windows.
+        lost: share of perplexity that may be lost: exp(nats per token more) - 1.
+        confidence: with which the promise is kept.
+        prices: in the order of trial, decided before any of the text was read.
+
+    Raises:
+        ValueError: a level outside (0, 1), too few windows to say anything (with how many it would take), or a quality that
+            the first policy does not meet.
+    """
+    require(0 < confidence < 1, "confidence", "a probability between 0 and 1", confidence)
+    require(lost > 0, "quality", "a share of perplexity above 0, such as 0.005", lost)
+    W, allowed = len(reference.window_nll), math.log1p(lost)
+    require(W >= LEAST_WINDOWS, "texts", f"at least {LEAST_WINDOWS} windows", W, "give more text")
+    tried: list[Tested] = []
+    for price in prices:
+        reading = read(price)
+        excess = (reading.window_nll - reference.window_nll) * W / reference.window_scored.sum()
+        bound = upper_bound(excess, confidence)
+        shown = Tested(price, reading.cost, math.expm1(float(excess.mean())), math.expm1(bound))
+        if bound > allowed:
+            if tried and tried[-1].cost < tried[0].cost:
+                break
+            needed = windows_needed(excess, allowed, confidence)
+            if needed > 0:
+                raise ValueError(
+                    f"texts: expected about {needed} windows to promise a loss of {lost:g} at confidence {confidence:g}; got "
+                    f"{W}, on which {shown.lost:.4f} was lost, at most {shown.bound:.4f}; give more text, or promise less"
+                )
+            if tried:
+                break
+            raise ValueError(
+                f"quality: expected a loss that the strongest policy meets; got {lost:g}, and that loses {shown.lost:.4f} "
+                f"at a cost of {shown.cost:.3f}; promise less"
+            )
+        tried.append(shown)
+    return Guarantee(tried[-1], lost, confidence, W, tuple(tried))
+
+
+@dataclass(frozen=True)
+class Single:
+    """Every token on one expert: what a loss is measured from."""
+
+    index: int
+
+    def __call__(self, concentration: Tensor) -> Tensor:
+        """See `Policy`."""
+        return torch.full(concentration.shape[:-1], self.index, device=concentration.device)
+
+
+def promise(
+    model: Routed,
+    windows: Sequence[Batch],
+    cost: Tensor | CountedCost,
+    family: Callable[[float], Policy],
+    reference: int,
+    lost: float,
+    confidence: float = 0.95,
+    prices: Sequence[float] = PRICES,
+) -> Guarantee:
+    """`keep_promise` by executed passes over calibration windows that neither fit nor search has seen.
+
+    Args:
+        model: a fitted model or a patched one; its policy is as before afterwards.
+        windows: of the text.
+        cost: [E] or [L, E], full = 1.
+        family: price -> policy.
+        reference: index of the expert that takes every token in the pass that the loss is measured from.
+        lost: see `keep_promise`.
+        confidence: idem.
+        prices: idem.
+    """
+
+    def read(policy: Policy, price: float) -> Executed:
+        return execute(model, windows, cost, RoutingMode.HARD, policy, price).reading
+
+    base = read(Single(reference), math.nan)
+    return keep_promise(lambda price: read(family(price), price), base, lost, confidence, prices)
+
+
+def strongest_single(model: Routed, windows: Sequence[Batch], cost: Tensor) -> int:
+    """The expert that loses least where it takes every token: the strongest static choice of a run from scratch."""
+    found = [
+        execute(model, windows, cost, RoutingMode.HARD, Single(index), math.nan).reading.nll for index in range(cost.shape[-1])
+    ]
+    return min(range(len(found)), key=found.__getitem__)
+
+
+def cheaper_from(start: float) -> tuple[float, ...]:
+    """The prices of `PRICES` from `start` on: a run from scratch was trained at 0, and full attention may be no good there."""
+    return tuple(price for price in PRICES if price >= start)
+
+
+def later_windows(source: TokenSource, context: int, batch_size: int, skip: int, limit: int) -> list[Batch]:
+    """At most `limit` tokens of windows after the first `skip` tokens of a source: what was read there promises nothing.
+
+    Raises:
+        ValueError: there is no text so late.
+    """
+    past = -(-skip // (context * batch_size))
+    batches = source.windows(context, batch_size, past * context * batch_size + limit)
+    found = list(islice(batches, past, None))
+    require(len(found) > 0, "texts", f"more than {skip} tokens of held-out text", "none so late", "lower --tokens")
+    return found
