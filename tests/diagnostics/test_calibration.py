@@ -174,7 +174,9 @@ class Planted(nn.Module):
 
     def forward(self, tokens, mode):
         sure = torch.tensor([50.0, 0.1]) * (1 + 0.01 * (tokens % 7).unsqueeze(-1))
-        concentration = torch.where((tokens < 128).unsqueeze(-1), sure, torch.tensor([0.5, 0.4]))[None]
+        concentration = torch.where((tokens < 128).unsqueeze(-1), sure, torch.tensor([0.5, 0.4]))[
+            None, :, :, None
+        ]  # [1, B, T, 1, 2]
         return RoutingOutput(torch.zeros(*tokens.shape, 256), concentration, concentration.argmax(-1))
 
 
