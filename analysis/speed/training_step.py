@@ -63,20 +63,26 @@ class ByHand(nn.Module):
 
     def __init__(self, model: RoutedLanguageModel, start: ScheduleState, cost_ratio: Tensor):
         super().__init__()
-        self.model, self.cost_ratio = model, cost_ratio
-        self.follow(start)
+        self.model, self.cost_ratio, self.state = model, cost_ratio, start
+        # the values move inside these, where a captured graph reads them
+        self.concentration = start.concentration.to(cost_ratio.device, copy=True)  # [L, E]
+        self.log_normaliser = torch.zeros(len(start.concentration), device=cost_ratio.device)
+        self.tilt = torch.zeros_like(cost_ratio)
+        self._move(start)
 
     def follow(self, state: ScheduleState) -> None:
         """Move the prior, where there is another."""
-        known, device = getattr(self, "state", None), self.cost_ratio.device
-        if known is not None and known.price == state.price and torch.equal(known.concentration, state.concentration):
-            return
+        known = self.state
+        if known.price != state.price or not torch.equal(known.concentration, state.concentration):
+            self._move(state)
+
+    def _move(self, state: ScheduleState) -> None:
         self.state = state
-        self.concentration = state.concentration.to(device)
-        self.log_normaliser = torch.zeros(len(state.concentration), device=device)
+        self.concentration.copy_(state.concentration)
+        self.tilt.copy_(state.price * self.cost_ratio)
         if state.price > 0:
             prior = TiltedDirichlet(state.concentration, state.price * self.cost_ratio.cpu())
-            self.log_normaliser = prior.log_normaliser.to(device)
+            self.log_normaliser.copy_(prior.log_normaliser)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, LossTerms]:
         """See `NegativeELBO`."""
@@ -92,7 +98,7 @@ class ByHand(nn.Module):
         q = torch.stack(concentrations).squeeze(3)  # [L, B, T, E], routed by layer
         kl = dirichlet_kl(q, self.concentration[:, None, None]) + self.log_normaliser[:, None, None]
         if self.state.price > 0:
-            kl = kl + posterior_mean(q) @ (self.state.price * self.cost_ratio)
+            kl = kl + posterior_mean(q) @ self.tilt
         total = kl.mean((1, 2)).sum()
         return nll + self.state.kl_weight * total, LossTerms(nll.detach(), total.detach(), -(nll + total).detach())
 
