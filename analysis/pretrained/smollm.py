@@ -46,11 +46,11 @@ from bayes_router.benchmark.rows import Rows
 from bayes_router.config import PriorConfig, ScheduleConfig
 from bayes_router.data.stream import TokenStream
 from bayes_router.files import write_whole
-from bayes_router.inference.likelihood import token_nll
 from bayes_router.integrations.huggingface.loading import load_base
 from bayes_router.integrations.huggingface.model import RoutedPretrained
 from bayes_router.integrations.patching import load_patch, patch
 from bayes_router.transformer.build import build_experts
+from bayes_router.transformer.nll import token_nll
 from bayes_router.types import CostModel, Route
 
 BUDGETS = (0.5, 0.3, 0.2)  # the first is what the target names

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from analysis.routes.variants import with_controller
 from bayes_router.config import Config, config_from_dict
-from bayes_router.inference.likelihood import mean_nll
 from bayes_router.routing.posterior import categorical_entropy
 from bayes_router.routing.schedule import ScheduleState
 from bayes_router.training.fit import Objective, svi_objective
 from bayes_router.transformer.model import RoutedLanguageModel
+from bayes_router.transformer.nll import mean_nll
 from bayes_router.types import LossTerms
 
 SURE = 1e6  # total concentration of a router that has no doubt

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from analysis.routes.sweep import commit
 from bayes_router.config import Config, with_changes
 from bayes_router.data.load import load_data
-from bayes_router.inference.likelihood import mean_nll
 from bayes_router.inference.tilted import TiltedDirichlet
 from bayes_router.presets import preset
 from bayes_router.routing.posterior import dirichlet_kl, posterior_mean
@@ -34,6 +33,7 @@ from bayes_router.routing.schedule import ScheduleState
 from bayes_router.training.distributed import pick_device
 from bayes_router.training.trainer import Objective, Trainer, svi_objective
 from bayes_router.transformer.model import RoutedLanguageModel
+from bayes_router.transformer.nll import mean_nll
 from bayes_router.types import LossTerms
 
 RESULTS = Path(__file__).parents[1] / "results"

@@ -10,8 +10,8 @@ from bayes_router.checks import require
 from bayes_router.config import Config
 from bayes_router.data.tokenisers import Tokeniser
 from bayes_router.data.tokens import Batch, TokenSource
-from bayes_router.inference.likelihood import token_nll
 from bayes_router.transformer.model import RoutedLanguageModel
+from bayes_router.transformer.nll import token_nll
 from bayes_router.types import IGNORED, RoutingMode
 
 

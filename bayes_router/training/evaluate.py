@@ -11,13 +11,13 @@ from torch.nn import functional as F
 from bayes_router.attention.cost import Mode, cost_ratios, executed_attention
 from bayes_router.checks import require
 from bayes_router.data.tokens import Batch, TokenSource
-from bayes_router.inference.likelihood import token_nll
 from bayes_router.routing.force import Force
 from bayes_router.routing.policy import Policy
 from bayes_router.routing.posterior import categorical_entropy, expected_entropy, posterior_mean
 from bayes_router.routing.tilt import tilted_kl, tilted_moments
 from bayes_router.transformer.cost import executed_model
 from bayes_router.transformer.model import RoutedLanguageModel
+from bayes_router.transformer.nll import token_nll
 from bayes_router.types import IGNORED, CostModel, RoutingMode
 
 if TYPE_CHECKING:

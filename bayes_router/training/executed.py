@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from bayes_router.checks import require
 from bayes_router.data.tokens import Batch, TokenSource
-from bayes_router.inference.likelihood import token_nll
 from bayes_router.routing.policy import Argmax, Policy
+from bayes_router.transformer.nll import token_nll
 from bayes_router.types import IGNORED, RoutingMode, RoutingOutput
 
 CountedCost = Callable[[Tensor], float]

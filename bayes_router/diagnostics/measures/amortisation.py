@@ -15,11 +15,11 @@ from bayes_router.diagnostics.measures.collapse import kl_to_prior
 from bayes_router.diagnostics.measures.importance import FitThresholds
 from bayes_router.diagnostics.measures.verdict import Severity, Verdict
 from bayes_router.inference.guide import RoutingGuide
-from bayes_router.inference.likelihood import token_nll
 from bayes_router.inference.model import RoutingModel, harden
 from bayes_router.inference.sites import of_site, route_site, to_network, with_unit
 from bayes_router.routing.controller import MetaController
 from bayes_router.routing.posterior import posterior, posterior_mean
+from bayes_router.transformer.nll import token_nll
 from bayes_router.types import Route
 
 DRAWS = 16

@@ -14,9 +14,9 @@ from torch import Tensor
 from bayes_router.checks import require
 from bayes_router.data.tokens import Batch
 from bayes_router.diagnostics.measures.verdict import Severity, Verdict
-from bayes_router.inference.likelihood import token_nll
 from bayes_router.routing.posterior import entropy_of_mean, mutual_information, posterior_mean, probability_of_largest
 from bayes_router.transformer.model import RoutedLanguageModel
+from bayes_router.transformer.nll import token_nll
 from bayes_router.types import IGNORED, RoutingMode
 
 Array = npt.NDArray[np.float64]

@@ -14,10 +14,10 @@ from torch import Tensor
 from bayes_router.checks import get_extra, require
 from bayes_router.diagnostics.measures.verdict import Severity, Verdict
 from bayes_router.inference.guide import RoutingGuide
-from bayes_router.inference.likelihood import token_nll
 from bayes_router.inference.model import RoutingModel, harden
 from bayes_router.inference.sites import to_network, with_unit
 from bayes_router.inference.tilted import TiltedDirichlet
+from bayes_router.transformer.nll import token_nll
 
 ROWS = 16  # draws of one sequence that go through the network together
 

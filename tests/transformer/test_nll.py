@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from bayes_router.inference.likelihood import NextToken, mean_nll, token_nll
+from bayes_router.inference.likelihood import NextToken
+from bayes_router.transformer.nll import mean_nll, token_nll
 from bayes_router.types import IGNORED
 
 
