@@ -45,7 +45,16 @@ APART = {
 INNER = {
     "attention": {"shapes": 0, "kernels": 1, "experts": 2, "latency": 3, "hard": 3, "cost": 4, "decoding": 4},
     "integrations": {"calls": 0, "patch": 1, "torch_layer": 2, "torch_attention": 3, "huggingface": 3, "patching": 4},
-    "diagnostics": {"reading": 0, "fitted": 1, "measures": 1, "figures": 2, "examine": 2, "report": 3},
+    "diagnostics": {
+        "reading": 0,
+        "fitted": 1,
+        "measures": 1,
+        "diagnostic": 2,
+        "figures": 2,
+        "standard": 3,
+        "examine": 4,
+        "report": 5,
+    },
 }
 """The floors inside a room: a file on one may import those below it, and its own room."""
 

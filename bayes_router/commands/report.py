@@ -6,7 +6,8 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from bayes_router.commands.fitted import open_fitted, read_text
-from bayes_router.diagnostics.examine import COSTLY, Examination
+from bayes_router.diagnostics.diagnostic import diagnostics
+from bayes_router.diagnostics.examine import Examination
 from bayes_router.diagnostics.report import write_report
 from bayes_router.files import write_text
 from bayes_router.progress import Progress
@@ -16,7 +17,7 @@ def run(options: Namespace) -> None:
     """Read, print what was found, write the report and say where it is."""
     text = read_text(options.text)
     examined = Examination(open_fitted(options, text))
-    with Progress("report", 1 if options.quick else 1 + len(COSTLY), unit="part") as progress:
+    with Progress("report", 1 if options.quick else 1 + len(diagnostics()), unit="part") as progress:
         examined.read(options.quick, progress)
         progress.say("drawing")
         html = write_report(examined, text, options.tokens, options.quick, "" if options.text is None else options.text.name)

@@ -153,7 +153,7 @@ def figures(examined: Examination, shown: ShownText, quick: bool) -> list[dict[s
         metrics = pd.read_csv(run.path / "metrics.csv")
         found.append(("Cost against nll", "One point an evaluation, joined in time.", lambda: plots.plot_cost(metrics)))
     if not quick:
-        found += _costly(examined)
+        found += [plot for diagnostic, result in examined.found() for plot in diagnostic.plots(examined, result)]
     drawn = []
     for title, caption, draw in found:
         try:
@@ -173,22 +173,6 @@ def _of_units(units: pd.DataFrame, run: FittedRun) -> list[tuple[str, str, Calla
         ("What the token decides", "Route information by layer and unit: 0 where the unit takes one route whatever the token.",
          lambda: posterior_plots.plot_units(units, information, "nats")),
     ]  # fmt: skip
-
-
-def _costly(examined: Examination) -> list[tuple[str, str, Callable[[], Axes]]]:
-    """Of what needs more than one reading, where it could be had."""
-    found: list[tuple[str, str, Callable[[], Axes]]] = []
-    if (c := examined.attempt("calibration")) is not None:
-        caption = f"ECE {c.ece:.3f}; with temperature {c.temperature:.2f}: {c.ece_tempered:.3f}."
-        found.append(("Reliability", caption, lambda: posterior_plots.plot_reliability(c.before, c.after)))
-    if (k_hat := examined.attempt("k_hat")) is not None:
-        caption, limit = "Below the line its draws can be reweighted to the posterior.", examined.thresholds.fit.k_hat
-        found.append(("Guide against the exact joint", caption, lambda: posterior_plots.plot_k_hat(k_hat, limit)))
-    other = examined.attempt("other_text")
-    if other is not None and len(other):
-        caption = "What the router's entropy tells, and what the nll tells."
-        found.append(("Other text", caption, lambda: posterior_plots.plot_other_text(other)))
-    return found
 
 
 def tall(num_layers: int) -> Axes:

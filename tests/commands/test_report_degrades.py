@@ -8,7 +8,8 @@ import pytest
 
 from bayes_router.cli import main
 from bayes_router.commands import report
-from bayes_router.diagnostics.examine import COSTLY, Effort, Examination
+from bayes_router.diagnostics.diagnostic import diagnostics
+from bayes_router.diagnostics.examine import Effort, Examination
 from bayes_router.diagnostics.figures import posterior
 from bayes_router.diagnostics.fitted import load_fitted
 from bayes_router.diagnostics.report import write_report
@@ -36,11 +37,11 @@ def test_ctrl_c_keeps_what_was_read(examined: Examination, monkeypatch: pytest.M
     def interrupted(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Examination, "gaps", property(interrupted))
+    monkeypatch.setattr(Examination, "gaps", property(interrupted), raising=False)
     examined.read()
     left = examined.left_out()
     assert [line for line in left if line.endswith(": interrupted")] == [
-        f"{name}: interrupted" for part, name in COSTLY.items() if part != "k_hat"
+        f"{one.title}: interrupted" for name, one in diagnostics().items() if name != "k_hat"
     ]
     assert "k-hat, joint, 1 tokens (median)" in examined.figures() and "ECE" not in examined.figures()
 
