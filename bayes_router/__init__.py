@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from bayes_router.integrations.patching import load_patch, patch
     from bayes_router.presets import preset
     from bayes_router.routing.controller import MetaController
-    from bayes_router.routing.policy import Argmax, Budget, Conservative
+    from bayes_router.routing.policy import Argmax, Budget, Conservative, register_policy
     from bayes_router.routing.prior import ComputeAwarePrior
     from bayes_router.training.checkpoint import load_run
     from bayes_router.training.dial import solve_price
@@ -78,6 +78,7 @@ __all__ = [
     "preset",
     "register_backend",
     "register_expert",
+    "register_policy",
     "routed_attention",
     "solve_price",
     "stream",
@@ -99,7 +100,7 @@ _HOMES = {
     "integrations.patching": "load_patch patch",
     "presets": "preset",
     "routing.controller": "MetaController",
-    "routing.policy": "Argmax Budget Conservative",
+    "routing.policy": "Argmax Budget Conservative register_policy",
     "routing.prior": "ComputeAwarePrior",
     "training.checkpoint": "load_run",
     "training.dial": "solve_price",
