@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bayes_router.inference.elbo import NegativeELBO, RoutingELBO, tempered
 from bayes_router.inference.guide import RoutingGuide
-from bayes_router.inference.model import RoutingModel
+from bayes_router.inference.model import RoutingModel, harden
 from bayes_router.transformer.model import RoutedLanguageModel
 from tests.inference.handwritten import negative_elbo
 from tests.tiny import tiny_batch, tiny_concentration, tiny_config, tiny_model
@@ -238,6 +238,11 @@ def test_straight_through_executes_one_expert_with_the_gradient_of_the_draw() ->
             torch.ones(2, 40, 3, dtype=torch.bool),
         )
     assert float(gradient(loss, model)["controller.layers.0.out.weight"].norm()) > 0
+    draw, weight = torch.rand(5, 3, requires_grad=True), torch.randn(5, 3)
+    hard = harden(draw)
+    assert torch.equal(hard.detach().round(), torch.nn.functional.one_hot(draw.argmax(-1), 3).float())
+    (hard * weight).sum().backward()
+    assert torch.equal(draw.grad, weight)  # of the draw, as if nothing had been rounded
 
 
 @pytest.mark.parametrize(

@@ -206,3 +206,60 @@ def test_refusals(module: nn.Module, message: str) -> None:
         patch(module)
     with pytest.raises(ValueError, match="gated"):
         patch(encoder(), experts=("full", "gated"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"norm_first": True}])
+@pytest.mark.parametrize("masks", ["none", "padding", "causal", "causal and padding"])
+@torch.no_grad()
+def test_unfitted_it_is_the_fused_original_bit_for_bit(masks: str, settings: dict[str, Any]) -> None:
+    model, x = encoder(**settings).eval(), draw()
+    before = model(x, **MASKS[masks])
+    router = patch(model, window=5)
+    assert torch.equal(model(x, **MASKS[masks]), before)  # by its controllers
+    router.force("full")
+    assert torch.equal(model(x, **MASKS[masks]), before)
+
+
+@torch.no_grad()
+def test_padding_comes_out_as_the_originals_zeros_where_tokens_are_routed() -> None:
+    model, x = encoder().eval(), draw()
+    before = model(x, src_key_padding_mask=PADDING)
+    router = patch(model, window=5)
+    scatter(router)
+    routed = model(x, src_key_padding_mask=PADDING)
+    assert not before[PADDING].any() and not routed[PADDING].any()
+    assert not torch.allclose(routed[~PADDING], before[~PADDING], atol=1e-3)
+    for b, length in enumerate((~PADDING).sum(1).tolist()):
+        torch.testing.assert_close(routed[b, :length], model(x[b : b + 1, :length])[0], atol=1e-5, rtol=1e-4)
+    router.unpatch()
+    assert torch.equal(model(x, src_key_padding_mask=PADDING), before)
+
+
+@torch.no_grad()
+def test_hooks_of_ones_own_run_as_without_a_patch() -> None:
+    model, x, seen = encoder().eval(), draw(), []
+    patch(model, window=5)
+    model.layers[0].linear1.register_forward_hook(lambda *_: seen.append("linear1"))
+    model.layers[0].self_attn.register_forward_hook(lambda *_: seen.append("self_attn"))
+    model(x)
+    assert seen == ["self_attn", "linear1"]
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_causal_hint_without_its_mask_is_refused_as_the_original_refuses(padded: bool) -> None:
+    hidden = PADDING if padded else None
+    for module in (encoder().train(), encoder()):
+        bare = nn.MultiheadAttention(D, H, batch_first=True).train(module.training)
+        x = draw()
+        for patched in (False, True):
+            if patched:
+                routers = [patch(module, window=5), patch(bare, window=5)]
+                for router in routers:
+                    scatter(router)
+            with pytest.raises(RuntimeError, match="is_causal"):
+                module(x, is_causal=True, src_key_padding_mask=hidden)
+            with pytest.raises(RuntimeError, match="is_causal"):
+                bare(x, x, x, is_causal=True, key_padding_mask=hidden, need_weights=False)
+    module.eval()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="is_causal"):  # the fused original would see the future
+        module(x, is_causal=True, src_key_padding_mask=hidden)

@@ -280,7 +280,7 @@ def fit_routes(
     cost = router.layer_cost.to(device)
 
     network = Counting(router, cost, spent)
-    schedule = Schedule(schedule_config, router.prior, settings.steps, router.experts, router.settings.prior.price)
+    schedule = Schedule(schedule_config, router.prior, max(settings.steps, 1), router.experts, router.settings.prior.price)
     teacher = Teacher()
     dialled = Dialled(router.controller, cost)
     objective = NegativeELBO(*program(router, schedule.at(0), network, teacher, dialled))

@@ -49,7 +49,9 @@ class TrainingWatch:
             return
         theirs = _first(self.router.found[-1].module.parameters())
         before, self.before = self.before, (_some(mine), _some(mine if theirs is None else theirs))
-        if before is None:
+        if before is None or any(
+            x.shape != y.shape for x, y in zip(before, self.before, strict=True)
+        ):  # others are trained now
             return
         moved, beside = (
             not torch.equal(x, y) for x, y in zip(before, self.before, strict=True)
