@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bayes_router import __version__
 from bayes_router.checks import require
 from bayes_router.config import Config, config_from_toml, load_config
 from bayes_router.files import CONFIG, STATE, WEIGHTS, first_line, require_file, write_text, write_whole
@@ -150,14 +151,14 @@ def check_bound(run: Path) -> None:
 def save_weights(run: Path, model: nn.Module, settings: str) -> None:
     """Write model.safetensors, with `bound_settings` of what the model was made with."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    table = {"sha256": weights_digest(weights, settings), "settings": settings}
+    table = {"sha256": weights_digest(weights, settings + __version__), "settings": settings, "version": __version__}
     metadata = {"run": json.dumps(table)}  # one entry: the order of several is another in each process
     write_whole(run / WEIGHTS, lambda p: save_file(weights, p, metadata))
 
 
-def weights_digest(weights: Mapping[str, Tensor], settings: str = "") -> str:
-    """SHA-256 over the settings, and over names, types, shapes and bytes of tensors on the CPU."""
-    digest = hashlib.sha256(settings.encode())
+def weights_digest(weights: Mapping[str, Tensor], words: str = "") -> str:
+    """SHA-256 over the words beside them (settings, version), and over names, types, shapes and bytes of tensors on the CPU."""
+    digest = hashlib.sha256(words.encode())
     for name in sorted(weights):
         tensor = weights[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -224,15 +225,18 @@ def load_run(run: Path | str, device: str = "cpu") -> tuple[Config, RoutedLangua
         ValueError: a file is missing or damaged; the message names it.
     """
     run = Path(run)
-    config = load_config(require_file(run, CONFIG))
-    path = require_file(run, WEIGHTS)
+    settings, path = require_file(run, CONFIG), require_file(run, WEIGHTS)
+    try:
+        config = load_config(settings)
+    except ValueError as error:
+        raise ValueError(f"{error}{_other_version(run)}") from error
     with _damage_named(path):
         with safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}  # other writers of safetensors leave none
         table = _table_of(metadata)
         if metadata:
-            wanted = weights_digest(weights, table.get("settings", ""))
+            wanted = weights_digest(weights, table.get("settings", "") + table.get("version", ""))
             require(table.get("sha256") == wanted, "checksum", "that of the tensors", table.get("sha256"))
         stored = _settings_in(table)
     if stored is not None:
@@ -252,7 +256,19 @@ def _damage_named(path: Path, expected: str = f"the weights of the model in {CON
     try:
         yield
     except (*DAMAGE, SafetensorError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path}: expected {expected}; damaged or another's: {first_line(error)}") from error
+        raise ValueError(
+            f"{path}: expected {expected}; damaged or another's: {first_line(error)}{_other_version(path.parent)}"
+        ) from error
+
+
+def _other_version(run: Path) -> str:
+    """Where a run was written by another version than this, which it was, as the end of a message."""
+    try:
+        with safe_open(run / WEIGHTS, framework="pt") as file:
+            version = str(_table_of(file.metadata() or {}).get("version", __version__))
+    except (*DAMAGE, SafetensorError):
+        return ""
+    return "" if version == __version__ else f"; bayes-router {version} wrote this run, this is {__version__}"
 
 
 def _table_of(metadata: Mapping[str, str]) -> Mapping[str, Any]:

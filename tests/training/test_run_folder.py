@@ -1,6 +1,7 @@
 """A run folder whose files do not fit each other, or hold no numbers: one line that names what, and the way out."""
 
 import io
+import json
 import shutil
 from hashlib import sha256
 from pathlib import Path
@@ -9,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bayes_router import __version__
 from bayes_router.cli import main
 from bayes_router.files import CONFIG, METRICS, STATE, WEIGHTS
+from bayes_router.training import checkpoint
 from bayes_router.training.checkpoint import DIGEST_BYTES, bound_settings, load_run, save_weights, weights_digest
 from bayes_router.training.fit import fit
 from tests.tiny import fit_config
@@ -90,6 +93,27 @@ def test_runs_of_before_have_no_settings_in_their_weights(run: Path, finished_ru
     (run / WEIGHTS).unlink()
     fit(fit_config(corpus), run, resume=True, progress=False)
     assert (run / WEIGHTS).is_file() and (run / METRICS).read_text() == (finished_run / METRICS).read_text()
+
+
+def test_a_run_of_another_version_names_both(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a later version may bring: a setting that this one does not know, or weights under other names."""
+    config, model = load_run(run)
+    with monkeypatch.context() as later:
+        later.setattr(checkpoint, "__version__", "9.9.0")
+        save_weights(run, model, bound_settings(config))
+    assert load_run(run)[0] == config  # nothing is wrong with it
+    text = (run / CONFIG).read_text()
+    (run / CONFIG).write_text(text.replace("[model]\n", "[model]\nwarp_drive = 3\n"))
+    error = one_line(["evaluate", run, "--device", "cpu"], capsys)
+    assert "model.*: expected one of" in error and error.endswith(f"bayes-router 9.9.0 wrote this run, this is {__version__}\n")
+    (run / CONFIG).write_text(text)
+    weights = {name.replace("embed", "lookup"): w for name, w in model.state_dict().items()}
+    table = {"sha256": weights_digest(weights, bound_settings(config) + "9.9.0"), "settings": bound_settings(config)}
+    save_file(weights, run / WEIGHTS, {"run": json.dumps(table | {"version": "9.9.0"})})
+    error = one_line(["evaluate", run, "--device", "cpu"], capsys)
+    assert "names: expected those of the model" in error and "bayes-router 9.9.0 wrote this run" in error
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
