@@ -24,9 +24,9 @@ from bayes_router.integrations.calls.memory import Memories
 from bayes_router.integrations.calls.precision import exact
 from bayes_router.integrations.patch.binding import BINDING, Binding
 from bayes_router.integrations.patch.cost import counted_experts, layer_costs, layer_prior, layer_reads
+from bayes_router.integrations.patch.following import Following
 from bayes_router.integrations.patch.found import Found, model_config
 from bayes_router.integrations.patch.identity import Identity, identity
-from bayes_router.integrations.patch.offload import device_of
 from bayes_router.integrations.patch.passes import Here, Observe, Pass, recomputing
 from bayes_router.integrations.patch.saving import PatchRecord, save_patch
 from bayes_router.integrations.patch.settings import FitRecord, PatchSettings
@@ -41,16 +41,13 @@ from bayes_router.types import Route, RouteBy, RoutingMode
 START_SHARE = 0.9
 
 
-class RoutedModel(nn.Module):
+class RoutedModel(Following):
     """A model whose attention layers route their tokens; what `patch` returns.
 
     Its own state holds what was added and nothing else. Evaluation mode executes the policy's choice (HARD), training mode
     draws (SAMPLE); `mode` overrides. Unfitted, in evaluation mode, every token takes `full`: the model is unchanged.
 
-    It follows its model, when it is called or its parameters are asked for: mode and device are the model's; so is the dtype,
-    but half precision stays float32 here, which posteriors and sums over the past need; and `requires_grad` is copied whenever
-    the model's changes (whether any weight is trained), so that `router.requires_grad_(True)` after
-    `model.requires_grad_(False)` trains the router alone.
+    It follows its model, see `Following`.
 
     Attributes:
         model: the patched model itself, to be used as before.
@@ -67,12 +64,10 @@ class RoutedModel(nn.Module):
 
     fitted: FitRecord | None = None
     held_out: TokenStream | None = None
-    _trainable: bool | None = None  # whether any of the model's weights was, when the flags here were last set
 
     def __init__(self, model: nn.Module, found: list[Found], settings: PatchSettings):
-        super().__init__()
-        self._base = (model,)  # in a tuple: not a submodule
-        self.settings, self.found = settings, tuple(found)
+        super().__init__(model, found)
+        self.settings = settings
         shapes = [one.shape._replace(window=settings.window) for one in found]
         self.config = model_config(found[0], settings, len(found))
         windows = [one.window for one in found]
@@ -113,16 +108,6 @@ class RoutedModel(nn.Module):
         self.follow()
 
     @property
-    def model(self) -> nn.Module:
-        """The patched model."""
-        return self._base[0]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model takes its inputs, also where its weights are offloaded."""
-        return device_of(self.model)
-
-    @property
     def experts(self) -> tuple[str, ...]:
         """Names, in the order of the routing latent."""
         return self.settings.experts
@@ -131,86 +116,6 @@ class RoutedModel(nn.Module):
     def counted_experts(self) -> list[Expert]:
         """The experts as the cost models count them."""
         return counted_experts(self.config)
-
-    @property
-    def training(self) -> bool:
-        """The model's own mode."""
-        return self._base[0].training if "_base" in self.__dict__ else True
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        pass  # the model's mode is the only one
-
-    def train(self, mode: bool = True) -> "RoutedModel":
-        """Set the mode of the model."""
-        self.model.train(mode)
-        return self
-
-    def requires_grad_(self, requires_grad: bool = True) -> "RoutedModel":
-        """Set the flags of what was added; they stay until the model's change."""
-        self._trainable = any(p.requires_grad for p in self.model.parameters())
-        super().requires_grad_(requires_grad)
-        return self
-
-    def follow(self) -> None:
-        """Take over the model's device, its dtype where that is wider than float32, and its flags where they changed.
-
-        A pass does, and `fit`; to read `parameters()` of a model that has moved since, or that was frozen, call it before.
-        """
-        for index, one in enumerate(self.found):
-            own = next((p for p in one.module.parameters() if not p.is_meta), None)  # offloaded weights are nowhere
-            if own is not None:
-                self._place(index, own)
-        trainable = any(p.requires_grad for p in self.model.parameters())
-        if trainable != self._trainable:
-            self.requires_grad_(trainable)
-
-    def _place(self, index: int, like: Tensor) -> None:
-        """Move what was added to a layer beside `like`; parameters stay the same objects."""
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        mine = self.controller.layers[index].get_parameter("out.bias")
-        if mine.device != like.device or mine.dtype != dtype:
-            with torch.inference_mode(False):  # they may be trained later
-                self.controller.layers[index].to(like.device, dtype)
-                self.layers[index].to(like.device, dtype)
-
-    @contextmanager
-    def only_this(self, weights: bool = False) -> Iterator[None]:
-        """Gradients for what was added alone, and for the model's own weights where asked; then all flags as they were.
-
-        Raises:
-            ValueError: autograd cannot read the model's weights, or no optimiser could move them.
-        """
-        require(
-            not any(p.is_inference() for p in self.model.parameters()),
-            "model",
-            "weights that autograd may read",
-            "weights made inside torch.inference_mode",
-            "load the model outside of it",
-        )
-        require(
-            not (weights and any(p.is_meta for p in self.model.parameters())),
-            "weights_lr",
-            "0 where weights are offloaded",
-            "a positive one",
-            "load the model whole to train its own weights",
-        )
-        self.follow()
-        mine, theirs = (
-            [(p, p.requires_grad) for p in self.parameters()],
-            [(p, p.requires_grad) for p in self.model.parameters()],
-        )
-        for p, _ in theirs:
-            p.requires_grad_(weights)
-        self.requires_grad_(True)
-        try:
-            yield
-        finally:
-            for p, flag in theirs:
-                p.requires_grad_(flag)
-            self.requires_grad_(True)  # notes the model's
-            for p, flag in mine:
-                p.requires_grad_(flag)
 
     def force(self, force: Force | None) -> None:
         """Send every token to one expert (its name), or where choices [L, B, T, R] or weights say; None: route again."""
@@ -229,7 +134,7 @@ class RoutedModel(nn.Module):
         """
         if index == 0 and torch.is_grad_enabled():
             self.follow()  # flags
-        self._place(index, hidden)
+        self.place(index, hidden)
         if self.here.observe is not None:
             return self.experts.index("full")
         again = recomputing()

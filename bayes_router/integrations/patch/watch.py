@@ -22,7 +22,7 @@ class TrainingWatch:
     def __init__(self, router: nn.Module):
         self.router: Any = router
         self.told = False  # or seen that all is well
-        self.before: tuple[Tensor, Tensor] | None = None  # some of the router's weights, and of the model's
+        self.before: tuple[tuple[int, int], list[Tensor]] | None = None  # some of the router's weights, and of the model's
 
     def drawn(self, layer: int) -> None:
         """A layer's routes were drawn in training mode.
@@ -48,14 +48,12 @@ class TrainingWatch:
         if self.told or mine is None or not of.executed or not self.router.training:
             return
         theirs = _first(self.router.found[-1].module.parameters())
-        before, self.before = self.before, (_some(mine), _some(mine if theirs is None else theirs))
-        if before is None or any(
-            x.shape != y.shape for x, y in zip(before, self.before, strict=True)
-        ):  # others are trained now
+        watched = [mine, mine if theirs is None else theirs]
+        which = id(watched[0]), id(watched[1])
+        before, self.before = self.before, (which, [_some(p) for p in watched])
+        if before is None or before[0] != which:  # others are trained now
             return
-        moved, beside = (
-            not torch.equal(x, y) for x, y in zip(before, self.before, strict=True)
-        )  # fused optimisers count no writes
+        moved, beside = (not torch.equal(x, y) for x, y in zip(before[1], self.before[1], strict=True))
         if beside and not moved:
             self._tell("its weights are trained under routes drawn at random, and what the patch added is not")
         elif moved and not of.kl_taken:
@@ -74,4 +72,5 @@ def _first(parameters: Iterator[Tensor]) -> Tensor | None:
 
 
 def _some(parameter: Tensor) -> Tensor:
+    """A few of its numbers: fused optimisers do not count what they write."""
     return parameter.detach().flatten()[:64].clone()
