@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bayes_router.integrations.patch.passes import Here
 from bayes_router.integrations.patching import patch
 from tests.integrations.test_torch_attention import draw, encoder, scatter
 from tests.integrations.tiny_models import patched, tiny, tokens
@@ -188,3 +189,11 @@ def test_a_model_made_in_inference_mode_is_not_fitted() -> None:
         router = patch(tiny("llama"), window=6)
     with pytest.raises(ValueError, match="weights made inside torch.inference_mode"):
         router.fit(torch.randint(3, 101, (300,)), steps=1, distil_steps=1, context=20, batch_size=2)
+
+
+def test_a_pass_begins_at_the_first_layer_and_where_a_layer_comes_again() -> None:
+    here, seen = Here(), []
+    for layer in (1, 2, 0, 1, 1):  # the first pass skipped layer 0, as layer dropout does; the last is a layer called alone
+        here.begin(layer).real[layer] = None
+        seen.append(sorted(here.slot.last.real))
+    assert seen == [[1], [1, 2], [0], [0, 1], [1]]
