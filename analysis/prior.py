@@ -23,7 +23,8 @@ DRAWS = 250
 
 def prior_table(run: FittedRun, layers: pd.DataFrame) -> pd.DataFrame:
     """One row a layer; entropies in nats, of the Dirichlet before the tilt, cost relative to full attention."""
-    mean, concentration = prior_mean(run.program), run.program.concentration.double().cpu()
+    mean, concentration = prior_mean(run.program).mean(1), run.program.concentration.double().cpu()  # mean over units
+    concentration = concentration.mean(1) if concentration.dim() == 3 else concentration
     table = pd.DataFrame(mean.numpy(), columns=[f"prior mean {name}" for name in run.experts])
     table["prior cost"] = (mean @ run.prior.cost_ratio.double()).numpy()
     table["total concentration"] = concentration.sum(-1).numpy()

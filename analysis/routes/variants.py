@@ -51,7 +51,7 @@ class ConvolvedController(LayerController):
         self.convolution = nn.Conv1d(d_model, d_model, KERNEL, groups=d_model)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, E]."""
+        """[B, T, D] -> [B, T, 1, E]."""
         past = F.pad(hidden.mT, (KERNEL - 1, 0))
         return super().forward(hidden + self.convolution(past).mT)
 
@@ -60,7 +60,7 @@ class SegmentController(LayerController):
     """Decides once for a segment of eight tokens, by the first of them."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, E]."""
+        """[B, T, D] -> [B, T, 1, E]."""
         first = hidden[:, ::SEGMENT].repeat_interleave(SEGMENT, 1)[:, : hidden.shape[1]]
         return super().forward(first)
 
@@ -78,7 +78,7 @@ class ChainedController(MetaController):
         if layer == 0 or self._below is None:
             self._below = hidden.new_zeros(*hidden.shape[:-1], self.layers[0].out.out_features)
         q = posterior(self.layers[layer](torch.cat([hidden, self._below.to(hidden.dtype)], -1)), self.floor)
-        self._below = q.mean
+        self._below = q.mean.flatten(-2)  # [B, T, E]: these controllers route by layer
         return q
 
 

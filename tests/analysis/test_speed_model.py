@@ -114,10 +114,12 @@ def test_rows_of_a_fitted_run(finished_run: Path) -> None:
 def test_costs_are_those_of_the_routes_at_their_positions(finished_run: Path) -> None:
     subject = load(str(finished_run), torch.device("cpu"))
     network, (L, B, T, start) = subject.model.network, (2, 3, 5, 30)
-    route, experts, heads = torch.randint(3, (L, B, T)), network.experts()[0], network.config.kv_heads
+    route, experts, heads = torch.randint(3, (L, B, T, 1)), network.experts()[0], network.config.kv_heads
     row = model._routes(subject, route, Mode.DECODE, start)
     at = [hard_flops(experts, start + t + 1, heads, Mode.DECODE) for t in range(T)]
-    own = sum(float(at[t].own[e]) for rows in route.tolist() for some in rows for t, e in enumerate(some)) / route.numel()
+    own = (
+        sum(float(at[t].own[e]) for rows in route[..., 0].tolist() for some in rows for t, e in enumerate(some)) / route.numel()
+    )
     full = sum(float(cost.own[0]) for cost in at) / T
     assert row["cost_flops"] == pytest.approx((own + at[0].shared) / full)
     whole = model_cost(subject.model, start + T, Mode.DECODE, batch=B)
@@ -125,7 +127,7 @@ def test_costs_are_those_of_the_routes_at_their_positions(finished_run: Path) ->
     share = torch.bincount(route.flatten(), minlength=3) / route.numel()
     assert row["model_mbytes"] == pytest.approx(whole.bytes.mean(share) / 1e6)
     assert [row["load_full"], row["load_gated"], row["load_local"]] == pytest.approx(share.tolist())
-    prefill = model._routes(subject, torch.zeros(L, 1, 40, dtype=torch.int64), Mode.PREFILL)
+    prefill = model._routes(subject, torch.zeros(L, 1, 40, 1, dtype=torch.int64), Mode.PREFILL)
     assert prefill["cost_paper"] == 1 and prefill["cost_flops"] > 1  # full, and the states beside
 
 

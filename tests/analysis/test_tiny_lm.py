@@ -84,7 +84,7 @@ def test_controllers_see_what_they_say() -> None:
         torch.nn.init.normal_(controller.out.weight)
         moved = hidden.clone()
         moved[:, 16] += 1.0
-        changed = (controller(hidden) != controller(moved)).any(-1)[0]
+        changed = (controller(hidden) != controller(moved)).flatten(2).any(-1)[0]
         assert changed.nonzero().flatten().tolist() == list(range(reach, 20))
     chained = ChainedController(ModelConfig(d_model=8, num_heads=2, num_layers=2))
     for layer in chained.layers:

@@ -88,11 +88,11 @@ def test_kl_is_from_the_prior_with_its_price(fitted: Fitted) -> None:
     tokens = next(iter(data.valid.windows(config.data.context, config.train.batch_size, 256))).tokens
     torch.manual_seed(0)
     q = trainer.model(tokens, "sample").concentration.detach().double()
-    p = prior.concentration.double()[:, None, None].expand_as(q)
+    p = prior.concentration.double()[:, None, None, None].expand_as(q)
     tilted = torch.distributions.kl_divergence(torch.distributions.Dirichlet(q), torch.distributions.Dirichlet(p))
     tilted = tilted + 4.0 * (q / q.sum(-1, keepdim=True)) @ prior.cost_ratio.double()
     log_z = tilted_moments(prior.concentration, 4.0 * prior.cost_ratio).log_normaliser.sum()
-    assert row["kl"] == pytest.approx(float(tilted.mean((1, 2)).sum() + log_z), rel=0.05)  # one batch of all that was read
+    assert row["kl"] == pytest.approx(float(tilted.mean((1, 2, 3)).sum() + log_z), rel=0.05)  # one batch of all that was read
 
 
 def test_one_at_a_time(fitted: Fitted) -> None:

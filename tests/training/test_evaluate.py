@@ -109,10 +109,10 @@ def test_the_kl_is_of_the_posteriors_that_draws_lead_to() -> None:
     tokens, _ = next(text.windows(40, 10, 400))
     torch.manual_seed(3)  # SAMPLE comes first
     q = model(tokens, "sample").concentration.detach().double()
-    want = kl_divergence(Dirichlet(q), Dirichlet(prior.double()[:, None, None].expand_as(q))).mean((1, 2))
+    want = kl_divergence(Dirichlet(q), Dirichlet(prior.double()[:, None, None, None].expand_as(q))).mean((1, 2, 3))
     assert result.kl_per_layer == pytest.approx(want.tolist(), rel=1e-5)
     hard = model(tokens, "hard").concentration.detach().double()
-    other = kl_divergence(Dirichlet(hard), Dirichlet(prior.double()[:, None, None].expand_as(q))).mean((1, 2))
+    other = kl_divergence(Dirichlet(hard), Dirichlet(prior.double()[:, None, None, None].expand_as(q))).mean((1, 2, 3))
     assert (want - other)[1:].abs().min() > 1e-3  # so that the line above can tell them apart
 
 
