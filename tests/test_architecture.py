@@ -49,6 +49,7 @@ INNER = {
         "reading": 0,
         "fitted": 1,
         "measures": 1,
+        "amortisation": 2,
         "diagnostic": 2,
         "figures": 2,
         "standard": 3,

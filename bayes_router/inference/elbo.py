@@ -19,6 +19,7 @@ from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel, refuse_tracing
 from bayes_router.inference.sites import TARGETS, is_route_site
 from bayes_router.inference.tilted import TiltedDirichlet
+from bayes_router.inference.weighted import Literal
 from bayes_router.routing.posterior import dirichlet_kl
 from bayes_router.routing.schedule import ScheduleState
 from bayes_router.routing.tilt import tilted_kl
@@ -81,30 +82,31 @@ class _Tempered(Messenger):
 
 
 class RoutingELBO(TraceMeanField_ELBO):
-    """-(ELBO) per token with a weighted KL: (nll + kl_weight * KL(q || p)) / (B T), nats per token; see `LossTerms`.
+    """The ELBO with a weighted KL: (nll + kl_weight * KL(q || p)) / (B T), nats per token; see `LossTerms`.
 
-    With kl_weight 1, B T times this is TraceMeanField_ELBO in value and gradient, whatever the
-    model and the guide. For Dirichlet routes under a (tilted) Dirichlet prior, and no other latent,
-    it is computed without what Pyro's estimator does besides: log densities of the routes, which
-    the analytic KL replaces, one KL a site, and waiting for the device twice a step (a CUDA graph
-    can hold the step). Anything else is left to Pyro's estimator, the KL of every latent weighted
-    alike.
+    Without a weight it is TraceMeanField_ELBO in value and gradient, nats of the batch, whatever the
+    model and the guide; with kl_weight 1 it is that divided by B T. For Dirichlet routes under a
+    (tilted) Dirichlet prior, and no other latent, it is computed without what Pyro's estimator does
+    besides: log densities of the routes, which the analytic KL replaces, one KL a site, and waiting
+    for the device twice a step (a CUDA graph can hold the step). Anything else is left to Pyro's
+    estimator, the KL of every latent weighted alike.
 
-    `terms` holds the parts of the last loss, detached means over particles: the KL in them carries
-    weight 1.
+    `terms` holds the parts of the last loss, detached means over particles, nats per token: the KL
+    in them carries weight 1.
 
     Args:
-        kl_weight: of the KL; 1 is the literal ELBO.
+        kl_weight: of the KL, the loss then in nats per token; None: the literal ELBO, nats of the batch.
         settings: of Pyro's estimator: num_particles, vectorize_particles, ...
 
     Raises:
         ValueError: a weight that is not positive.
     """
 
-    def __init__(self, kl_weight: float = 1.0, **settings: Any):
+    def __init__(self, kl_weight: float | None = None, **settings: Any):
         super().__init__(**settings)
         self.terms: LossTerms | None = None
-        self.set_kl_weight(kl_weight)
+        self.set_kl_weight(1.0 if kl_weight is None else kl_weight)
+        self.per_token = kl_weight is not None
 
     @property
     def kl_weight(self) -> float:
@@ -114,7 +116,7 @@ class RoutingELBO(TraceMeanField_ELBO):
     def set_kl_weight(self, kl_weight: float, on_device: Tensor | None = None) -> None:
         """Weigh the KL anew, by the same number on the device where a CUDA graph reads it."""
         _check_weight(kl_weight)
-        self._kl_weight = float(kl_weight)
+        self._kl_weight, self.per_token = float(kl_weight), True
         self._weight: float | Tensor = self._kl_weight if on_device is None else on_device
 
     def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
@@ -158,7 +160,8 @@ class RoutingELBO(TraceMeanField_ELBO):
             model_trace, guide_trace = effect.get_traces()
         else:
             guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-            model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+            with Literal(self.kl_weight):
+                model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
         model_trace, guide_trace = (
             prune_subsample_sites(model_trace),
             prune_subsample_sites(guide_trace),
@@ -186,7 +189,8 @@ class RoutingELBO(TraceMeanField_ELBO):
         weight = self._weight
         weighted = kl * (weight.to(kl) if isinstance(weight, Tensor) else weight)
         terms.append(LossTerms(nll.detach(), kl.detach(), -(nll + kl).detach()))
-        return nll + weighted
+        loss = nll + weighted
+        return loss if self.per_token else loss * tokens
 
     def _by_pyro(self, model_trace: Trace, guide_trace: Trace, scale: float) -> tuple[Tensor, Tensor]:
         """Nll and KL by Pyro's estimator."""

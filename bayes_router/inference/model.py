@@ -20,6 +20,7 @@ from bayes_router.inference.likelihood import Likelihood, NextToken
 from bayes_router.inference.parameters import Named
 from bayes_router.inference.prior import DirichletPrior
 from bayes_router.inference.sites import TARGETS, Plates, is_route_site, route_site
+from bayes_router.inference.weighted import PerToken, warn_of_weight
 from bayes_router.types import IGNORED, Route
 
 Prior = Callable[[int, torch.Size], dist.TorchDistribution]
@@ -71,6 +72,7 @@ class RoutingModel(Named):
         likelihood: output of the network -> distribution of the targets, one a token (batch shape
             [B, T]) or one a row ([B, 1]); next tokens by default.
         name: of the network's parameters in Pyro's store, see `Named`.
+        kl_weight: of programs of before, (network, prior, cost_ratio, kl_weight, price); see `inference/weighted.py`.
 
     With `straight_through` set, the network executes the argmax of each draw, and its gradient is
     the draw's.
@@ -85,11 +87,17 @@ class RoutingModel(Named):
         prior: Tensor | Prior,
         cost_ratio: Tensor | None = None,
         price: float = 0.0,
-        *,
+        *of_before: float,
         likelihood: Likelihood = NextToken,
         name: str | None = None,
+        kl_weight: float | None = None,
     ):
         super().__init__(name)
+        if of_before:
+            kl_weight, (price,) = price, of_before
+        if kl_weight is not None:
+            warn_of_weight(kl_weight)
+        self.weighted_by = kl_weight
         self.network, self.likelihood, self.straight_through = network, likelihood, False
         fix = "a prior of one's own holds its costs itself"
         own = not isinstance(prior, Tensor)
@@ -176,6 +184,12 @@ class RoutingModel(Named):
         """
         refuse_tracing()
         self.show_network()
+        if self.weighted_by is None:
+            return self._joint(tokens, targets)
+        with PerToken(self.weighted_by, tokens.numel()):
+            return self._joint(tokens, targets)
+
+    def _joint(self, tokens: Tensor, targets: Tensor | None) -> Tensor:
         plates = Plates(tokens, self.num_units)
         said = self.likelihood(plates.split(self._output(tokens, plates)))
         per_token = self._check_likelihood(said, plates, targets)

@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import subprocess
+import sys
 from pathlib import Path
 
 import pyro
@@ -126,3 +128,38 @@ def test_a_store_of_another_architecture_is_refused(tmp_path: Path) -> None:
     wide = build(d_model=32)
     with pytest.raises(ValueError, match=r"^parameter store, RoutingModel\$\$\$embed.weight: expected the shape"):
         losses(wide, 1)
+
+
+IN_A_PROCESS = """
+import sys
+import pyro
+from tests.inference.test_parameter_store import TARGETS, TOKENS, build, losses
+what, path = sys.argv[1:]
+if what == "load after another":
+    other = build(5)  # lives on
+    del other
+fit = build(3 if what == "save" else 0)
+if what != "save":
+    fit[2].evaluate_loss(TOKENS, TARGETS)
+    pyro.get_param_store().load(path)
+found = losses(fit, 25)
+if what == "save":
+    pyro.get_param_store().save(path)
+print(found[0], found[-1])
+"""
+
+
+@pytest.mark.slow  # processes that import torch
+def test_another_process_goes_on_from_a_store(tmp_path: Path) -> None:
+    path = str(tmp_path / "store.pt")
+
+    def run(what: str) -> tuple[float, ...]:
+        command = [sys.executable, "-c", IN_A_PROCESS, what, path]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return tuple(map(float, done.stdout.split()))
+
+    start, trained = run("save")
+    for what in ("load", "load after another"):
+        first, last = run(what)
+        assert first < trained + 0.1 * (start - trained) and last < first

@@ -50,7 +50,7 @@ def test_the_same_numbers_as_the_pyro_path(price: float) -> None:
     model = RoutingModel(OneLayer(), layer.prior_concentration[None], layer.cost_ratio, price)
     guide = RoutingGuide(model, controller)
     tokens = torch.randint(16, (2, 30))
-    elbo = RoutingELBO()
+    elbo = RoutingELBO(1.0)
     torch.manual_seed(5)
     with pyro.settings.context(module_local_params=True):
         loss = elbo.differentiable_loss(model, guide, tokens, tokens)
