@@ -34,20 +34,32 @@ from bayes_router.transformer.model import RoutedLanguageModel
 DIGEST_BYTES = 32
 FREE = ("data.corpus", "data.prepared", "train.device")
 """Settings that may change behind a run: where its text lies now, and what computes."""
+LOWERED = ("train.lr", "train.controller_lr")
+"""Settings that a resumed run may be given anew, lower than before: it diverged."""
+
+
+def lowered(before: Config, config: Config) -> set[str]:
+    """Learning rates of `config` that are lower than those of a run before."""
+    found = _differing(before, config)
+    return {name for name in LOWERED if name in found and found[name][1] < found[name][0]}
 
 
 def prepare_run(out: Path, config: Config, overwrite: bool, resume: bool) -> None:
-    """Make the run folder, or check that it may be resumed.
+    """Make the run folder, or check that it may be resumed: with its own settings, or with lower learning rates.
 
     Raises:
         ValueError: the folder exists and neither `overwrite` nor `resume` is set; or `resume` is set and there is nothing
             to resume, or the run was made with other settings (the message names them).
     """
     if resume:
-        found = _differing(load_config(require_file(out, CONFIG)), config)
-        differing = [f"{name} (run {theirs!r}, now {ours!r})" for name, (theirs, ours) in found.items()]
+        before = load_config(require_file(out, CONFIG))
+        slower, found = lowered(before, config), _differing(before, config)
+        differing = [f"{name} (run {theirs!r}, now {ours!r})" for name, (theirs, ours) in found.items() if name not in slower]
         if differing:
-            raise ValueError(f"resume: expected the settings that {out} was made with; these differ: {', '.join(differing)}")
+            raise ValueError(
+                f"resume: expected the settings that {out} was made with, or lower learning rates; "
+                f"these differ: {', '.join(differing)}"
+            )
         require_file(out, STATE)
         for left in out.glob(".*.tmp"):  # by a run that was killed while it wrote
             left.unlink()
@@ -81,9 +93,17 @@ def _differing(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _check_settings(path: Path, config: Config, stored: Config) -> None:
-    """Compare config.toml at `path`, read as `config`, with the settings that weights say they were made with."""
-    found = {name: pair for name, pair in _differing(stored, config).items() if name not in FREE}
+def _check_settings(path: Path, config: Config, stored: Config, asked: Config | None = None) -> None:
+    """Compare config.toml at `path`, read as `config`, with the settings that weights say they were made with.
+
+    A learning rate that is lowered as the run is resumed stands in the weights before it stands in the file.
+    """
+    slower = set() if asked is None else lowered(config, asked)
+    found = {
+        name: pair
+        for name, pair in _differing(stored, config).items()
+        if name not in FREE and not (name in slower and name not in _differing(stored, asked or config))
+    }
     if found:
         words = ", ".join(f"{name} is {now!r}, was {then!r}" for name, (then, now) in found.items())
         raise ValueError(f"{path}: expected the settings that the weights were made with; {words}; put back what it was")
@@ -132,7 +152,7 @@ def bound_settings(config: Config) -> str:
     return tomli_w.dumps(tables)
 
 
-def check_bound(run: Path) -> None:
+def check_bound(run: Path, asked: Config | None = None) -> None:
     """Compare config.toml with the settings beside the weights of a run, before a model of the size that it claims is built.
 
     What cannot be read here is left to `load_checkpoint`, which names the damage.
@@ -145,7 +165,7 @@ def check_bound(run: Path) -> None:
     except (*DAMAGE, SafetensorError):
         return
     if stored is not None:
-        _check_settings(run / CONFIG, load_config(run / CONFIG), stored)
+        _check_settings(run / CONFIG, load_config(run / CONFIG), stored, asked)
 
 
 def save_weights(run: Path, model: nn.Module, settings: str) -> None:
@@ -166,8 +186,12 @@ def weights_digest(weights: Mapping[str, Tensor], words: str = "") -> str:
     return digest.hexdigest()
 
 
-def load_checkpoint(run: Path, model: RoutedLanguageModel, optimiser: torch.optim.Optimizer, steps: int) -> dict[str, Any]:
+def load_checkpoint(
+    run: Path, model: RoutedLanguageModel, optimiser: torch.optim.Optimizer, steps: int, asked: Config | None = None
+) -> dict[str, Any]:
     """Restore `model` and `optimiser` from state.pt; returns the progress saved with them, at most `steps` steps.
+
+    `asked` are the settings that the run is resumed with, where learning rates may be lower than its own.
 
     Raises:
         ValueError: the file is damaged or fits another model. Nothing in it is executed: only tensors and plain values load.
@@ -180,7 +204,7 @@ def load_checkpoint(run: Path, model: RoutedLanguageModel, optimiser: torch.opti
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
         progress, stored = _checked_progress(state["progress"], steps), _settings_in(state)
     if stored is not None:
-        _check_settings(run / CONFIG, load_config(require_file(run, CONFIG)), stored)
+        _check_settings(run / CONFIG, load_config(require_file(run, CONFIG)), stored, asked)
     with _damage_named(path, "a checkpoint of this model"):
         _check_finite(state["model"])
         model.load_state_dict(state["model"])

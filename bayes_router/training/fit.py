@@ -14,15 +14,22 @@ from typing import Any
 
 import torch
 
-from bayes_router.config import Config
+from bayes_router.config import Config, load_config
 from bayes_router.data.load import Data, load_data
-from bayes_router.files import SUMMARY, write_json
-from bayes_router.training.checkpoint import check_bound, load_checkpoint, prepare_run, save_checkpoint
+from bayes_router.files import CONFIG, SUMMARY, write_json, write_text
+from bayes_router.training.checkpoint import (
+    check_bound,
+    load_checkpoint,
+    lowered,
+    prepare_run,
+    save_checkpoint,
+)
 from bayes_router.training.distributed import World, connected, pick_device
 from bayes_router.training.evaluate import Evaluation
 from bayes_router.training.evidence import save_evidence
 from bayes_router.training.faults import Interrupted, StopRequest, TrainingDiverged, sole_user
 from bayes_router.training.metrics import MetricsLog, Reporter, evaluation_row, summarise, tensorboard_writer
+from bayes_router.training.optimise import set_peaks
 from bayes_router.training.trainer import (
     CHECK_EVERY,
     ONE_AT_A_TIME,
@@ -66,7 +73,7 @@ def fit(
         config: the settings; `model.vocab_size` is set from the data.
         out: the run folder; with several hosts, one that all of them see.
         overwrite: replace an existing run.
-        resume: continue an existing run of the same settings.
+        resume: continue an existing run of the same settings, or with lower learning rates where it diverged.
         progress: show a bar, or one line an evaluation where there is no terminal.
         on_evaluation: called with the step and each evaluation, on rank 0.
 
@@ -82,7 +89,7 @@ def fit(
     out = Path(out)
     device = pick_device(config.train.device)
     if resume:
-        check_bound(out)
+        check_bound(out, config)
     with connected(device) as world, _callers_generator_kept(device):
         with world.main_first():
             config, data = load_data(config)
@@ -122,11 +129,16 @@ class _Run:
 
     def restore(self) -> None:
         """Go on from the last checkpoint."""
-        saved = load_checkpoint(self.out, self.trainer.model, self.trainer.optimiser, self.trainer.config.train.steps)
+        trainer, config = self.trainer, self.trainer.config
+        saved = load_checkpoint(self.out, trainer.model, trainer.optimiser, config.train.steps, config)
+        set_peaks(trainer.optimiser, config.train)
         self.done = self.kept = saved["step"]
         self.seconds = saved["seconds"]
         self.trainer.guard.restore(saved)
         self.log = MetricsLog(self.out, self.done)
+        if self.world.main and lowered(load_config(self.out / CONFIG), config):
+            self._save(self.done)
+            write_text(self.out / CONFIG, config.to_toml())
 
     def train(self, progress: bool) -> dict[str, Any]:
         """Take the steps that are left; the summary."""
@@ -138,7 +150,7 @@ class _Run:
                 try:
                     terms, extra = trainer.step(step)
                 except TrainingDiverged as error:
-                    raise TrainingDiverged(f"{error}; {self._what_is_kept()}") from None
+                    raise TrainingDiverged(f"{error}; {self._what_is_kept(go_on=True)}") from None
                 evaluation, row = self._evaluate(step + 1), {}
                 if evaluation is not None:
                     row = evaluation_row(evaluation)
@@ -193,8 +205,11 @@ class _Run:
         if missed:
             warnings.warn(f"step {step}: {missed}; training goes on and tries again at the next", RuntimeWarning, stacklevel=2)
 
-    def _what_is_kept(self) -> str:
-        return "there is no checkpoint yet" if self.kept is None else f"the checkpoint of step {self.kept} was kept"
+    def _what_is_kept(self, go_on: bool = False) -> str:
+        if self.kept is None:
+            return "there is no checkpoint yet"
+        how = f": --resume goes on from it, with a --train.lr below {self.trainer.config.train.lr:g}" if go_on else ""
+        return f"the checkpoint of step {self.kept} was kept{how}"
 
     def _save(self, step: int) -> None:
         trainer = self.trainer
@@ -214,7 +229,7 @@ class _Run:
         evaluation = evaluation or trainer.evaluate()
         if not all(map(math.isfinite, (*evaluation.nll.values(), evaluation.elbo))):
             lost = f"step {trainer.config.train.steps}: the loss on held-out text is no number"
-            raise TrainingDiverged(f"{lost}; lower train.lr; {self._what_is_kept()}")
+            raise TrainingDiverged(f"{lost}; lower train.lr; {self._what_is_kept(go_on=True)}")
         run = {
             "parameters": count_parameters(trainer.model),
             "seconds": round(self._seconds(), 1),

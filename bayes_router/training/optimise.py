@@ -15,13 +15,24 @@ def build_optimiser(model: RoutedLanguageModel, config: TrainConfig) -> torch.op
     plain: list[nn.Parameter] = []
     for name, parameter in model.network.named_parameters():
         (decayed if parameter.dim() >= 2 and name != "embed.weight" else plain).append(parameter)
+    parameters = (decayed, plain, list(model.controller.parameters()))
     groups = [
-        {"params": decayed, "peak": config.lr, "weight_decay": config.weight_decay},
-        {"params": plain, "peak": config.lr, "weight_decay": 0.0},
-        {"params": list(model.controller.parameters()), "peak": config.controller_lr, "weight_decay": 0.0},
+        {"params": one, "peak": peak, "weight_decay": decay}
+        for one, peak, decay in zip(parameters, peak_rates(config), (config.weight_decay, 0.0, 0.0), strict=True)
     ]
     # fused on a GPU: one kernel, and it can skip a step without asking the host
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=True if plain[0].is_cuda else None)
+
+
+def peak_rates(config: TrainConfig) -> tuple[float, float, float]:
+    """Peak learning rates of the groups, in their order."""
+    return config.lr, config.lr, config.controller_lr
+
+
+def set_peaks(optimiser: torch.optim.Optimizer, config: TrainConfig) -> None:
+    """Let the settings decide, whatever a checkpoint was written with."""
+    for group, peak in zip(optimiser.param_groups, peak_rates(config), strict=True):
+        group["peak"] = peak
 
 
 def set_learning_rate(optimiser: torch.optim.Optimizer, config: TrainConfig, step: int) -> float:

@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bayes_router.files import METRICS, STATE, SUMMARY, WEIGHTS
+from bayes_router.config import load_config
+from bayes_router.files import CONFIG, METRICS, STATE, SUMMARY, WEIGHTS
 from bayes_router.routing.posterior import posterior
+from bayes_router.training.checkpoint import load_run
 from bayes_router.training.faults import find_culprit
 from bayes_router.training.fit import Trainer, TrainingDiverged, fit
 from tests.tiny import fit_config, tiny_batch, tiny_model
@@ -91,7 +93,7 @@ def test_weights_whose_loss_is_no_number_are_not_written_over_good_ones(
             pytest.warns(
                 RuntimeWarning, match="step 6: the loss of these weights is no number; the checkpoint of step 4 was kept"
             ),
-            pytest.raises(TrainingDiverged, match="step 8: .*; the checkpoint of step 4 was kept$"),
+            pytest.raises(TrainingDiverged, match="step 8: .*; the checkpoint of step 4 was kept: --resume goes on"),
         ):
             fit(config, run, progress=False)
     assert_finite_checkpoint(run, step=4)
@@ -110,6 +112,47 @@ def test_a_run_that_ends_without_a_loss_keeps_its_last_good_checkpoint(
         fit(fit_config(corpus), run, progress=False)
     assert_finite_checkpoint(run, step=8)
     assert all(bool(torch.isfinite(w).all()) for w in weights(run).values()) and not (run / SUMMARY).exists()
+
+
+def diverged(corpus: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.warns(RuntimeWarning):
+        explode(patch, at=4)
+        message = "was kept: --resume goes on from it, with a --train.lr below 0.003"
+        with pytest.raises(TrainingDiverged, match=message):
+            fit(fit_config(corpus, checkpoint_every=2, max_skipped=3), run, progress=False)
+
+
+def test_a_run_that_diverged_goes_on_with_a_lower_learning_rate(
+    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, slower = tmp_path / "run", {"checkpoint_every": 2, "max_skipped": 3, "lr": 1e-4}
+    diverged(corpus, run, monkeypatch)
+    with pytest.raises(ValueError, match=r"resume: .*lower learning rates; .*train.lr \(run 0.003, now 0.03\)"):
+        fit(fit_config(corpus, **{**slower, "lr": 0.03}), run, resume=True, progress=False)
+    fit(fit_config(corpus, **slower), run, resume=True, progress=False)
+    assert load_config(run / CONFIG).train.lr == 1e-4
+    rates = dict(zip(*pd.read_csv(run / METRICS)[["step", "lr"]].to_numpy().T, strict=True))
+    assert rates[1] > 1e-4 > rates[12]
+    load_run(run)  # the settings beside the weights are those of the file
+    fit(fit_config(corpus, **slower), run, resume=True, progress=False)
+
+
+def test_a_kill_while_a_learning_rate_is_lowered_leaves_what_can_be_resumed(
+    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, slower = tmp_path / "run", {"checkpoint_every": 2, "max_skipped": 3, "lr": 1e-4}
+    diverged(corpus, run, monkeypatch)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("bayes_router.training.fit.write_text", killed)
+        fit(fit_config(corpus, **slower), run, resume=True, progress=False)
+    with pytest.raises(ValueError, match="train.lr is 0.003, was 0.0001; put back what it was"):
+        fit(fit_config(corpus, checkpoint_every=2, max_skipped=3), run, resume=True, progress=False)
+    fit(fit_config(corpus, **slower), run, resume=True, progress=False)
+    assert load_config(run / CONFIG).train.lr == 1e-4
 
 
 def test_looking_whether_a_checkpoint_is_sound_changes_no_step(corpus: str, tmp_path: Path) -> None:
