@@ -1,6 +1,5 @@
-"""What the studies of a run share: the command line, and figures fit for print beside their tables."""
+"""What the studies of a run share: figures fit for print beside their tables."""
 
-import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -10,17 +9,6 @@ import seaborn as sns
 from matplotlib.axes import Axes
 
 from bayes_router.files import write_whole
-
-
-def parse(description: str | None) -> argparse.Namespace:
-    """RUN and --out (RUN/analysis by default, made if missing), --tokens."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--out", type=Path, help="folder to write (default: RUN/analysis)")
-    parser.add_argument("--tokens", type=int, help="held-out tokens to read (default: the run's eval_tokens)")
-    options = parser.parse_args()
-    options.out = options.out or options.run / "analysis"
-    return options
 
 
 def write(out: Path, tables: Mapping[str, pd.DataFrame], figures: Mapping[str, Callable[[], Axes]]) -> list[Path]:

@@ -44,7 +44,9 @@ def render(fitted: FittedRun, shown: ShownText, layer: int, threshold: float, co
     doubt = (probability_right(shown.concentration[layer]) < threshold).tolist()
     load = torch.bincount(shown.hard_choice[layer], minlength=len(fitted.experts)) / len(choice)
     shares = [f"{name} {share:.1%}" for name, share in zip(fitted.experts, load.tolist(), strict=True)]
-    marked = f"{sum(doubt)} of {len(doubt)} tokens marked: the argmax is right with probability below {threshold:g}"
+    marked = (
+        f"{sum(doubt)} of {len(doubt)} tokens marked: the probability that their weight is the largest is below {threshold:g}"
+    )
     if colour:
         legend = "  ".join(_paint(f" {share} ", e, False) for e, share in enumerate(shares))
         tokens = zip(map(printable, shown.pieces), choice, doubt, strict=True)

@@ -93,7 +93,7 @@ def evaluate(arguments: Sequence[str]) -> Parser:
         "--threshold",
         type=Optional[float],
         default=None,
-        help=f"conservative: tokens whose argmax is right with a lower probability take a stronger expert ({SURE_ENOUGH})",
+        help=f"conservative: tokens less sure than this which weight is the largest take a stronger expert ({SURE_ENOUGH})",
     )
     result.add_argument(
         "--budget",

@@ -1,29 +1,40 @@
-import importlib
 import sys
 
 import pandas as pd
 import pytest
 
+from analysis import posterior
 from bayes_router.diagnostics import examine
 
 QUICK = examine.Effort(512, 4, 3, 2, 100, (1, 4), 2, 16, 4, 2)
 
 
 @pytest.mark.parametrize(
-    ("name", "tables", "figures"),
+    ("part", "tables", "figures"),
     [
         ("collapse", {"collapse_by_layer", "collapse_over_training"}, {"load_by_layer", "route_information"}),
         ("prior", {"prior_by_layer"}, {"simplex"}),
         ("uncertainty", {"regret", "reliability", "k_hat", "other_text", "figures_to_quote"}, {"reliability", "k_hat"}),
+        ("evidence", {"evidence"}, set()),
+        ("confidence", {"confidence", "confidence_regret"}, {"confidence_reliability"}),
+        ("risk", {"risk"}, set()),
+        ("quality", {"quality"}, set()),
     ],
 )
-def test_studies_of_a_run_write_tables_and_figures(name, tables, figures, finished_run, tmp_path, monkeypatch, capsys):
-    module = importlib.import_module(f"analysis.{name}")
-    monkeypatch.setattr(module, "Effort", lambda tokens: QUICK, raising=False)
-    monkeypatch.setattr(sys, "argv", [name, str(finished_run), "--out", str(tmp_path / "out"), "--tokens", "512"])
-    module.main()
+def test_each_part_writes_its_tables_and_figures(part, tables, figures, finished_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(posterior, "Effort", lambda tokens: QUICK)
+    monkeypatch.setattr(posterior, "RESPLITS", 5)
+    other = tmp_path / "other.txt"
+    other.write_text("Es war einmal ein Mann. " * 50)
+    arguments = ["--parts", part, "--out", str(tmp_path / "out"), "--tokens", "512", "--windows", "8", "--pairs", "8"]
+    arguments += ["--draws", "4", "--risk-steps", "10"]
+    monkeypatch.setattr(sys, "argv", ["posterior", str(finished_run), *arguments, "--text", f"tale={other}"])
+    posterior.main()
+    told = capsys.readouterr()
+    assert "left out" not in told.err and str(tmp_path / "out") in told.out
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert {f"{t}.csv" for t in tables} <= written
     assert {f"{f}.{suffix}" for f in figures for suffix in ("pdf", "png")} <= written
     assert all(len(pd.read_csv(tmp_path / "out" / f"{t}.csv")) for t in tables)
-    assert str(tmp_path / "out") in capsys.readouterr().out
+    if part == "evidence":
+        assert {"code", "German", "shuffled", "tale"} == set(pd.read_csv(tmp_path / "out" / "evidence.csv")["text"])

@@ -26,13 +26,20 @@ class Estimate(NamedTuple):
 
 
 def clustered(
-    statistic: Callable[[Rows], float], cluster: npt.ArrayLike, *, draws: int = DRAWS, level: float = LEVEL, seed: int = 0
+    statistic: Callable[[Rows], float],
+    cluster: npt.ArrayLike,
+    *,
+    kind: npt.ArrayLike | None = None,
+    draws: int = DRAWS,
+    level: float = LEVEL,
+    seed: int = 0,
 ) -> Estimate:
     """The percentile interval of a statistic when whole clusters are drawn anew, with repetition.
 
     Args:
         statistic: (indices of rows, a row as often as its cluster was drawn) -> figure.
         cluster: of each row, a whole number: the window that it is of.
+        kind: of each row, where clusters of several kinds are compared: as many of each are drawn as there are.
         draws: of the clusters.
         level: mass inside.
         seed: of the draws.
@@ -46,10 +53,12 @@ def clustered(
     names, starts = np.unique(label[order], return_index=True)
     require(len(names) >= 2, "windows", "at least two, for an interval", len(names), "read a longer text")
     members = np.split(order, starts[1:])
+    of = np.zeros(len(members), int) if kind is None else np.asarray(kind)[[one[0] for one in members]]
+    kinds = [np.flatnonzero(of == one) for one in np.unique(of)]
     random = np.random.default_rng(seed)
     found = []
     for _ in range(draws):
-        drawn = random.integers(0, len(members), len(members))
+        drawn = np.concatenate([random.choice(one, len(one)) for one in kinds])
         found.append(statistic(np.concatenate([members[i] for i in drawn])))
     low, high = np.nanquantile(found, [(1 - level) / 2, (1 + level) / 2])
     return Estimate(statistic(np.arange(len(label))), float(low), float(high), len(label))

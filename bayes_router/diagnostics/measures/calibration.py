@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bayes_router.checks import require
 from bayes_router.data.tokens import Batch
+from bayes_router.diagnostics.measures.bootstrap import Estimate, clustered
 from bayes_router.diagnostics.measures.verdict import Severity, Verdict
 from bayes_router.routing.posterior import entropy_of_mean, mutual_information, posterior_mean, probability_of_largest
 from bayes_router.transformer.model import RoutedLanguageModel
@@ -22,6 +23,7 @@ from bayes_router.types import IGNORED, RoutingMode
 Array = npt.NDArray[np.float64]
 ROWS = 16  # forced tokens that go through the network together
 BINS = 10
+INTERVAL_DRAWS = 200
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,7 @@ class Calibration(NamedTuple):
     ece_tempered: float
     before: pd.DataFrame  # reliability tables
     after: pd.DataFrame
+    ece_interval: Estimate  # over windows
 
 
 def calibrate(regret: pd.DataFrame, experts: Sequence[str], thresholds: CalibrationThresholds | None = None) -> Calibration:
@@ -206,7 +209,12 @@ def calibrate(regret: pd.DataFrame, experts: Sequence[str], thresholds: Calibrat
     before = reliability(stated, tested)
     after = reliability(tempered(probability[~fitted], temperature)[rows, choice[~fitted]], tested)
     ece = expected_calibration_error(before), expected_calibration_error(after)
-    return Calibration(temperature, float(tested.mean()), float(stated.mean()), *ece, before, after)
+    interval = clustered(
+        lambda rows: expected_calibration_error(reliability(stated[rows], tested[rows])),
+        regret["sequence"].to_numpy()[~fitted],
+        draws=INTERVAL_DRAWS,
+    )
+    return Calibration(temperature, float(tested.mean()), float(stated.mean()), *ece, before, after, interval)
 
 
 def rank_correlation(x: Array | pd.Series, y: Array | pd.Series) -> float:
@@ -265,27 +273,33 @@ def calibration_verdicts(
 ) -> list[Verdict]:
     """What regret and calibration mean."""
     t, c = thresholds or CalibrationThresholds(), calibration
-    good = c.ece <= t.ece
+    good = c.ece_interval.high <= t.ece
     mended = f"A temperature of {c.temperature:.2f}, fitted on other sequences, makes it {c.ece_tempered:.3f}."
     found = [
         Verdict(
             "calibration",
             Severity.GOOD if good else Severity.WARNING,
-            f"the posterior states {c.stated:.0%} on average that its choice is the best route; in hindsight it is within "
-            f"{t.tolerance:g} nats of the best {c.right:.0%} of the time: expected calibration error {c.ece:.3f} "
-            f"(threshold {t.ece:g}). {mended}",
+            f"the posterior's probability that the weight of its choice is the largest is {c.stated:.0%} on average; in "
+            f"hindsight the choice is within {t.tolerance:g} nats of the best {c.right:.0%} of the time: expected calibration "
+            f"error {c.ece_interval} (threshold {t.ece:g}, for all of the interval). {mended}",
             "" if good else "the tempered probabilities where a decision hangs on them (policy.threshold of conservative).",
         )
     ]
-    rho = rank_correlation(regret["entropy_of_mean"], regret["regret"])
-    ranks = rho >= t.correlation
+    entropy, lost = (regret[name].to_numpy() for name in ("entropy_of_mean", "regret"))
+    rho = clustered(
+        lambda rows: rank_correlation(entropy[rows], lost[rows]), regret["sequence"].to_numpy(), draws=INTERVAL_DRAWS
+    )
+    ranks = rho.low >= t.correlation
     found.append(
         Verdict(
             "regret",
             Severity.GOOD if ranks else Severity.NOTE,
             f"the mean regret of a choice, in hindsight, is {regret['regret'].mean():.4f} nats; its rank correlation with the "
-            f"entropy of the mean route is {rho:+.2f} (threshold {t.correlation:+g}): uncertainty "
-            f"{'ranks' if ranks else 'does not rank'} the choices that cost.",
+            f"entropy of the mean route is {rho} (threshold {t.correlation:g}, for all of the interval): it cannot be said "
+            "that uncertainty ranks the choices that cost."
+            if not ranks
+            else f"the mean regret of a choice, in hindsight, is {lost.mean():.4f} nats; its rank correlation with the entropy "
+            f"of the mean route is {rho} (threshold {t.correlation:g}): uncertainty ranks the choices that cost.",
             "" if ranks else "not deciding by uncertainty alone: budget or argmax rather than conservative.",
         )
     )

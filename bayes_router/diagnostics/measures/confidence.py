@@ -74,7 +74,8 @@ class Confidence:
     """
 
     def __init__(self, frame: pd.DataFrame, experts: Sequence[str], tolerance: float):
-        self.experts, self.tolerance, self.layers = list(experts), tolerance, sorted(frame["layer"].unique())
+        self.experts, self.tolerance = list(experts), tolerance
+        self.latents = sorted(set(_latents(frame)))  # (layer, unit)
         right = right_within(frame, tolerance)
         both = bool(right.any() and not right.all())
         require(both, "regret", "choices right and wrong", f"{right.mean():.0%} right", "choose another tolerance")
@@ -85,7 +86,7 @@ class Confidence:
         return self.model(self._columns(frame))
 
     def _columns(self, frame: pd.DataFrame) -> Array:
-        """What the pass knows: how sure the posterior is, how sure the prediction, where, of which layer and expert."""
+        """What the pass knows: how sure the posterior is, how sure the prediction, where, of which layer, unit and expert."""
         mean = frame[[f"mean_{name}" for name in self.experts]].to_numpy().clip(LEAST, 1 - LEAST)
         chosen = np.array([self.experts.index(name) for name in frame["choice"]])
         stated = mean[np.arange(len(mean)), chosen]
@@ -100,10 +101,17 @@ class Confidence:
             np.log1p(position),
             np.log1p(position) * np.log(entropy + 0.01),
         ]
-        layers = [(frame["layer"].to_numpy() == layer).astype(float) for layer in self.layers]
+        of = _latents(frame)
+        layers = [np.array([one == latent for one in of], dtype=float) for latent in self.latents]
         taken = [layer * (chosen == e) for layer in layers for e in range(len(self.experts))]
         own = [layer * column for layer in layers for column in (common[0], common[4])]
         return np.column_stack([*common, *taken, *own])
+
+
+def _latents(frame: pd.DataFrame) -> list[tuple[int, int]]:
+    """Layer and unit of each row."""
+    unit = frame["unit"] if "unit" in frame else pd.Series(0, frame.index)
+    return list(zip(frame["layer"].astype(int), unit.astype(int), strict=True))
 
 
 def right_within(frame: pd.DataFrame, tolerance: float) -> npt.NDArray[np.bool_]:

@@ -86,4 +86,4 @@ def auroc_of(other: npt.NDArray[np.float64], own: npt.NDArray[np.float64], draws
         inside = foreign[rows]
         return auroc(score[rows][inside], score[rows][~inside])
 
-    return clustered(statistic, windows + foreign * len(own), draws=draws)
+    return clustered(statistic, windows + foreign * len(own), kind=foreign, draws=draws)

@@ -14,6 +14,7 @@ from bayes_router.checks import require
 from bayes_router.data.tokenisers import Tokeniser
 from bayes_router.data.tokens import Batch
 from bayes_router.diagnostics.measures.calibration import CalibrationThresholds, auroc
+from bayes_router.diagnostics.measures.evidence import auroc_of
 from bayes_router.diagnostics.measures.uncertainty import Measure, measures
 from bayes_router.diagnostics.measures.verdict import Severity, Verdict
 from bayes_router.diagnostics.reading import read
@@ -100,7 +101,8 @@ def tell_apart(
         length: tokens of a passage.
 
     Returns:
-        One row a text, one column a measure, and `passages`.
+        One row a text, one column a measure, `passages`, and `low`, the lower end of the interval of entropy_of_mean over
+        them.
     """
     base, rows = passage_scores(model, own, cost_ratio, length), []
     for name, tokens in others.items():
@@ -109,6 +111,8 @@ def tell_apart(
         for measure in Score.ROUTING:
             sign = -1 if measure is Measure.PROBABILITY_RIGHT else 1
             row[measure.value] = auroc(sign * scores[measure.value].to_numpy(), sign * base[measure.value].to_numpy())
+        entropy = Measure.ENTROPY_OF_MEAN.value
+        row["low"] = auroc_of(scores[[entropy]].to_numpy(), base[[entropy]].to_numpy()).low
         row[Score.NLL] = auroc(scores[Score.NLL].to_numpy(), base[Score.NLL].to_numpy())
         rows.append(row)
     return pd.DataFrame(rows)
@@ -117,14 +121,18 @@ def tell_apart(
 def other_text_verdict(table: pd.DataFrame, thresholds: CalibrationThresholds | None = None) -> Verdict:
     """Whether the entropy of the mean route tells other text apart."""
     t, column = thresholds or CalibrationThresholds(), Measure.ENTROPY_OF_MEAN.value
-    told = [row["text"] for _, row in table.iterrows() if row[column] >= t.auroc]
-    figures = ", ".join(f"{row['text']} {row[column]:.2f} (nll {row[Score.NLL]:.2f})" for _, row in table.iterrows())
+    told = [row["text"] for _, row in table.iterrows() if row["low"] >= t.auroc]
+    figures = ", ".join(
+        f"{row['text']} {row[column]:.2f} (from {row['low']:.2f}, nll {row[Score.NLL]:.2f}, n = {row['passages']})"
+        for _, row in table.iterrows()
+    )
     everything = len(told) == len(table)
     which = "all of them" if everything else ", ".join(told) or "none of them"
     return Verdict(
         "other text",
         Severity.GOOD if everything else Severity.NOTE,
-        f"routing entropy tells apart {which} from the training text (AUROC, threshold {t.auroc:g}): {figures}.",
+        f"routing entropy tells apart {which} from the training text (AUROC by "
+        f"passages, threshold {t.auroc:g} for the lower end of its interval): {figures}.",
         ""
         if everything
         else "the nll where other text must be recognised: uncertainty about a route is not that about the text.",

@@ -1,0 +1,291 @@
+"""What a run's posterior is worth, in tables and figures: `python -m analysis.posterior RUN [--parts PART ...]`.
+
+Parts: collapse (load, information, distance from the prior, by layer and over training); prior (what it says before any text);
+uncertainty (by layer, position and kind of token, k-hat, gap, stability); evidence (AUROC by token against other text, with
+intervals; --text NAME=FILE adds a text); confidence (forced routes: the first half of --windows is for fitting, the last for
+reading); risk (the estimate against KL(best single expert || routed), on text that neither fit read); quality (a promise
+read on held-out windows, and how often it is kept when the windows are drawn anew).
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from torch import Tensor
+
+from analysis.figures import write
+from bayes_router.data.tokens import Batch
+from bayes_router.diagnostics.examine import Effort, Examination
+from bayes_router.diagnostics.figures import posterior as draw
+from bayes_router.diagnostics.fitted import FittedRun, load_fitted
+from bayes_router.diagnostics.measures.bootstrap import clustered
+from bayes_router.diagnostics.measures.calibration import rank_correlation, reliability, routing_regret
+from bayes_router.diagnostics.measures.collapse import prior_mean
+from bayes_router.diagnostics.measures.confidence import (
+    Confidence,
+    baselines,
+    conformal_sets,
+    quality,
+    right_within,
+    split,
+)
+from bayes_router.diagnostics.measures.evidence import evidence_apart
+from bayes_router.diagnostics.measures.other_text import other_texts
+from bayes_router.diagnostics.reading import read, windows
+from bayes_router.routing.policy import at_price
+from bayes_router.routing.posterior import categorical_entropy, expected_entropy
+from bayes_router.routing.risk import RiskFit
+from bayes_router.training.executed import Executed, execute
+from bayes_router.training.guarantee import Single, cheaper_from, keep_promise, later_windows, strongest_single
+from bayes_router.training.risk import fit_risk, reference_of, risk_data
+from bayes_router.types import RoutingMode
+
+DRAWS = 250
+TOLERANCE = 0.01  # nats by which a right choice may lose to the best
+RESPLITS = 400
+
+
+class Found(NamedTuple):
+    """What a part writes, and what it prints."""
+
+    tables: Mapping[str, pd.DataFrame]
+    figures: Mapping[str, Callable[[], Axes]]
+    shown: str
+
+
+def collapse(run: FittedRun, options: argparse.Namespace) -> Found:
+    """Which layers have collapsed, and when."""
+    examined = Examination(run, effort=Effort(tokens=options.tokens))
+    layers, training = examined.collapse.layers(), examined.training
+    tables, figures = {"collapse_by_layer": layers}, {"load_by_layer": lambda: draw.plot_load_by_layer(layers, run.experts)}
+    if len(training):
+        tables["collapse_over_training"] = training
+        figures["effective_experts"] = lambda: draw.plot_collapse_over_training(training)
+        figures["route_information"] = lambda: draw.plot_collapse_over_training(training, "route_information")
+    return Found(tables, figures, "\n".join([text_of(layers), *map(str, examined.verdicts(quick=True))]))
+
+
+def prior_table(run: FittedRun, layers: pd.DataFrame) -> pd.DataFrame:
+    """One row a layer; entropies in nats, of the Dirichlet before the tilt, cost relative to full attention."""
+    mean, concentration = prior_mean(run.program).mean(1), run.program.concentration.double().cpu()
+    concentration = concentration if concentration.dim() == 2 else concentration.mean(1)  # over units
+    table = pd.DataFrame(mean.numpy(), columns=[f"prior mean {name}" for name in run.experts])
+    table["prior cost"] = (mean @ run.prior.cost_ratio.double()).numpy()
+    table["total concentration"] = concentration.sum(-1).numpy()
+    table["entropy of prior mean"] = categorical_entropy(mean).numpy()
+    table["expected entropy"] = expected_entropy(concentration).numpy()
+    table.index.name = "layer"
+    return table.join(layers[[f"load {name}" for name in run.experts] + ["kl", "prior_distance"]])
+
+
+def prior(run: FittedRun, options: argparse.Namespace) -> Found:
+    """What the prior says before any text, and how far the posterior moved."""
+    examined = Examination(run, effort=Effort(tokens=options.tokens))
+    layers = examined.collapse.layers()
+    table, figures = prior_table(run, layers), dict[str, Callable[[], Axes]]()
+    if len(run.experts) == 3:
+        best = int(layers["route_information"].argmax())
+        reading = next(read(run.model, windows(examined.source, run.config, options.tokens)))
+        torch.manual_seed(0)
+        drawn = run.program.token_prior(best).sample(torch.Size([DRAWS])).flatten(0, -2)
+        concentration = reading.concentration[best].flatten(0, 2)
+        figures["simplex"] = lambda: draw.plot_simplex_density(concentration, drawn, run.experts)
+    return Found({"prior_by_layer": table}, figures, text_of(table))
+
+
+def uncertainty(run: FittedRun, options: argparse.Namespace) -> Found:
+    """Is it sure, and is it right, by the posterior's own account."""
+    examined = Examination(run, effort=Effort(tokens=options.tokens))
+    summary, calibration = examined.uncertainty, examined.calibration
+    quoted = examined.figures().to_frame()
+    quoted.index.name = "figure"
+    tables = {
+        "uncertainty_by_layer": summary.layers(),
+        "uncertainty_by_position": summary.positions(),
+        "uncertainty_by_kind": summary.kinds_frame(),
+        "regret": examined.regret,
+        "reliability": calibration.before,
+        "reliability_tempered": calibration.after,
+        "stability": examined.stability,
+        "k_hat": examined.k_hat,
+        "figures_to_quote": quoted,
+    }
+    figures: dict[str, Callable[[], Axes]] = {
+        "uncertainty_by_position": lambda: draw.plot_by_position(summary.positions()),
+        "reliability": lambda: draw.plot_reliability(calibration.before, calibration.after),
+        "k_hat": lambda: draw.plot_k_hat(examined.k_hat),
+    }
+    if len(examined.other_text):
+        tables["other_text"] = examined.other_text
+        figures["other_text"] = lambda: draw.plot_other_text(examined.other_text)
+        figures["uncertainty_by_kind"] = lambda: draw.plot_by_kind(summary.kinds_frame())
+    return Found(tables, figures, text_of(quoted))
+
+
+def evidence(run: FittedRun, options: argparse.Namespace) -> Found:
+    """Is this text like the fit's, token by token."""
+    own, context = held_out(run, options.tokens), run.config.data.context
+    assert run.tokeniser is not None
+    others = other_texts(own, run.tokeniser)
+    for name, path in (text.split("=", 1) for text in options.text):
+        ids = run.tokeniser.encode(Path(path).read_bytes()[: 8 * len(own)])
+        others[name] = torch.from_numpy(ids.astype("int64"))[: len(own)]
+    table = evidence_apart(run.model, own, others, context, min(options.draws, 100))
+    return Found({"evidence": table}, {}, text_of(table))
+
+
+def confidence(run: FittedRun, options: argparse.Namespace) -> Found:
+    """Is this route right, by a probability fitted to regret."""
+    rows = list(islice(Examination(run).source.windows(run.config.data.context, 1), options.windows))
+    frame = routing_regret(run.model, rows, options.pairs)
+    fitted, tested = split(frame)
+    base = float(right_within(fitted, TOLERANCE).mean())
+    model = Confidence(fitted, run.experts, TOLERANCE)
+    stated = baselines(fitted, tested, run.experts, TOLERANCE) | {"confidence": model(tested)}
+    found = [
+        {"stated by": name, "figure": figure, **estimate._asdict()}
+        for name, p in stated.items()
+        for figure, estimate in quality(p, tested, TOLERANCE, base, options.draws)._asdict().items()
+    ]
+    sets = conformal_sets(fitted, tested, run.experts)
+    found.append({"stated by": "conformal sets", "figure": "coverage of 0.9", **sets.coverage._asdict()})
+    found.append({"stated by": "conformal sets", "figure": "experts in a set", "value": sets.size, "n": len(tested)})
+    right = right_within(tested, TOLERANCE)
+    tables = {"confidence": pd.DataFrame(found), "confidence_regret": frame}
+    curves = [reliability(stated[name], right) for name in ("posterior", "confidence")]
+    figures = {"confidence_reliability": lambda: draw.plot_reliability(*curves)}
+    return Found(tables, figures, text_of(tables["confidence"]))
+
+
+def risk(run: FittedRun, options: argparse.Namespace) -> Found:
+    """What does routing lose, estimated from the routed pass."""
+    train, valid = run.config.train, Examination(run).source
+    context, limit = run.config.data.context, max(options.tokens or run.config.data.eval_tokens, run.config.data.context)
+    early = list(valid.windows(context, train.batch_size, limit))
+    reference = reference_of(run.model, early[:8])
+    head = fit_risk(run.model, early, reference, tokens=limit, settings=RiskFit(steps=options.risk_steps))
+    tested = later_windows(valid, context, train.batch_size, limit, limit)
+    texts = {"held out": torch.cat([batch.tokens for batch in tested])}
+    if run.tokeniser is not None:
+        for name, ids in other_texts(texts["held out"].flatten(), run.tokeniser).items():
+            texts[name] = ids[: len(ids) // context * context].view(-1, context)[: len(texts["held out"])]
+    found = []
+    for name, rows in texts.items():
+        data = risk_data(run.model, [Batch(part, part) for part in rows.split(train.batch_size)], reference, rows.numel())
+        estimate, true = (x.double().flatten().numpy() for x in (head(data.features), data.kl))
+        entropy, window = data.features[..., -2].double().flatten().numpy(), np.repeat(np.arange(len(rows)), context)
+        figures = {
+            "rank correlation": lambda i, a=estimate, b=true: rank_correlation(a[i], b[i]),
+            "rank correlation of the entropy": lambda i, a=entropy, b=true: rank_correlation(a[i], b[i]),
+            "mean over true mean": lambda i, a=estimate, b=true: float(a[i].mean() / b[i].mean()),
+            "true mean (nats)": lambda i, b=true: float(b[i].mean()),
+        }
+        for figure, of in figures.items():
+            found.append({"text": name, "figure": figure, **clustered(of, window, draws=min(options.draws, 100))._asdict()})
+    table = pd.DataFrame(found)
+    return Found({"risk": table}, {}, text_of(table))
+
+
+def promised(run: FittedRun, options: argparse.Namespace) -> Found:
+    """The promise of a quality, and how often it is kept: windows drawn anew from those that were read."""
+    train, valid, context = run.config.train, Examination(run).source, run.config.data.context
+    limit, cost = max(options.tokens or run.config.data.eval_tokens, context), run.prior.cost_ratio
+    best = strongest_single(run.model, list(valid.windows(context, train.batch_size, limit)), cost)
+    rows = later_windows(valid, context, train.batch_size, limit, limit)
+    family, prices = at_price("argmax", cost.tolist()), cheaper_from(0.0)
+    known = {price: execute(run.model, rows, cost, RoutingMode.HARD, family(price), price).reading for price in prices}
+    base = execute(run.model, rows, cost, RoutingMode.HARD, Single(best), float("nan")).reading
+    excess = {price: (r.window_nll - base.window_nll) / base.window_scored for price, r in known.items()}
+    found = []
+    for lost in (0.005, 0.01, 0.02):
+        allowed = float(np.log1p(lost))
+        kept_to = [r.cost for price, r in known.items() if float(excess[price].mean()) <= allowed]
+        hindsight = min(kept_to, default=float("nan"))
+        for count in (len(base.window_nll) // 2, len(base.window_nll)):
+            kept, spent, refused = [], [], 0
+            for seed in range(RESPLITS):
+                i = torch.from_numpy(np.random.default_rng(seed).integers(0, len(base.window_nll), count))
+                try:
+                    price = keep_promise(lambda p, i=i: drawn(known[p], i), drawn(base, i), lost, 0.95, prices).kept.price
+                except ValueError:
+                    refused += 1
+                    continue
+                kept.append(float(excess[price].mean()) <= allowed)
+                spent.append(known[price].cost / hindsight)
+            found.append(
+                {"lost": lost, "windows": count, "kept": mean_of(kept), "cost over hindsight": mean_of(spent)}
+                | {"hindsight": hindsight, "refused": refused, "trials": RESPLITS}
+            )
+    table = pd.DataFrame(found)
+    return Found({"quality": table}, {}, text_of(table))
+
+
+def drawn(reading: Executed, index: Tensor) -> Executed:
+    """The windows `index` of a reading, with repetition."""
+    return Executed(reading.price, reading.cost, reading.load, reading.window_nll[index], reading.window_scored[index])
+
+
+def held_out(run: FittedRun, tokens: int | None) -> Tensor:
+    """Token ids of the run's held-out text."""
+    context = run.config.data.context
+    limit = max(tokens or run.config.data.eval_tokens, context)
+    batches = list(Examination(run).source.windows(context, 1, limit))
+    return torch.cat([*(batch.tokens.flatten() for batch in batches), batches[-1].targets[0, -1:]])
+
+
+def mean_of(values: Sequence[float]) -> float:
+    """Nan of none: every trial was refused."""
+    return float(np.mean(values)) if values else float("nan")
+
+
+def text_of(table: pd.DataFrame) -> str:
+    """A table as text."""
+    return table.to_string(float_format=lambda x: f"{x:.3f}", index=table.index.name is not None)
+
+
+PARTS: dict[str, Callable[[FittedRun, argparse.Namespace], Found]] = {
+    "collapse": collapse,
+    "prior": prior,
+    "uncertainty": uncertainty,
+    "evidence": evidence,
+    "confidence": confidence,
+    "risk": risk,
+    "quality": promised,
+}
+
+
+def main() -> None:
+    """Parse, then each part: examine, write, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to examine (default: all)")
+    parser.add_argument("--out", type=Path, help="folder to write (default: RUN/analysis)")
+    parser.add_argument("--tokens", type=int, help="held-out tokens to read (default: the run's eval_tokens)")
+    parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="another text for evidence")
+    parser.add_argument("--windows", type=int, default=96, help="in which routes are forced, for confidence")
+    parser.add_argument("--pairs", type=int, default=32, help="of token and layer, forced in each")
+    parser.add_argument("--draws", type=int, default=400, help="of a bootstrap; at most 100 where tokens are many")
+    parser.add_argument("--risk-steps", type=int, default=RiskFit().steps, help="of the estimate of risk")
+    options = parser.parse_args()
+    options.out = options.out or options.run / "analysis"
+    run, count = load_fitted(options.run), 0
+    for name in options.parts:
+        try:
+            found = PARTS[name](run, options)
+        except ValueError as error:
+            print(f"\n## {name}: left out: {error}", file=sys.stderr)
+            continue
+        count += len(write(options.out, found.tables, found.figures))
+        print(f"\n## {name}\n{found.shown}", flush=True)
+    print(f"\n{count} files in {options.out}")
+
+
+if __name__ == "__main__":
+    main()
