@@ -32,18 +32,18 @@ def _processor() -> str:
     return next(filter(None, models), "") or platform.processor() or platform.machine() or "cpu"
 
 
-class Reading(NamedTuple):
-    """Milliseconds of one call."""
+class Timing(NamedTuple):
+    """Milliseconds of a call, or of the median of several."""
 
-    busy: float  # device time in a stream that has work before the call, as inside a model; on a CPU the same as wall
-    wall: float  # an isolated call, the device idle before it and waited for after it: launches included
+    ms: float  # device time in a stream that has work before the call, as inside a model; on a CPU the same as wall
+    wall_ms: float  # an isolated call, the device idle before it and waited for after it: launches included
 
 
-def read_call(call: Callable[[], object], device: torch.device, now: Callable[[], float] = time.perf_counter) -> Reading:
+def read_call(call: Callable[[], object], device: torch.device, now: Callable[[], float] = time.perf_counter) -> Timing:
     """Time a call twice on CUDA, alone and in a busy stream; once elsewhere, by the clock `now` in seconds."""
     queued, wall = isolated_ms(call, device, now)
     if device.type != "cuda":
-        return Reading(wall, wall)
+        return Timing(wall, wall)
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     # the device sleeps while the host enqueues the call, so that it never waits for a launch inside it
     torch.cuda._sleep(int(min(1.5 * queued + 0.2, MAX_SLEEP_MS) * CYCLES_PER_MS))
@@ -51,7 +51,7 @@ def read_call(call: Callable[[], object], device: torch.device, now: Callable[[]
     call()
     end.record()
     end.synchronize()
-    return Reading(begin.elapsed_time(end), wall)
+    return Timing(begin.elapsed_time(end), wall)
 
 
 def isolated_ms(
@@ -72,8 +72,8 @@ def _wait(device: torch.device) -> None:
 
 
 def median_ms(calls: Sequence[Callable[[], object]], device: torch.device, repeats: int = REPEATS) -> list[float]:
-    """Median milliseconds of each call as inside a model (`Reading.busy`), the calls taking turns."""
+    """Median milliseconds of each call as inside a model (`Timing.ms`), the calls taking turns."""
     for call in calls:
         read_call(call, device)  # first calls compile and allocate
-    rounds = [[read_call(call, device).busy for call in calls] for _ in range(repeats)]
+    rounds = [[read_call(call, device).ms for call in calls] for _ in range(repeats)]
     return [statistics.median(times) for times in zip(*rounds, strict=True)]

@@ -64,7 +64,7 @@ class AtRandom:
 
 
 @dataclass
-class Contender:
+class TimedModel:
     """A way to run the model; `policy` None: no router at all, or every token on full."""
 
     name: str
@@ -91,7 +91,7 @@ class Contender:
 class Bench:
     """What is measured, and the rows that are known."""
 
-    contenders: list[Contender]
+    contenders: list[TimedModel]
     texts: Tensor  # [batch, tokens]
     device: torch.device
     turns: int
@@ -139,7 +139,7 @@ class Bench:
             self.add("decode", context, batch, turns[WARM_UP:], [step_cost(c, context) for c in self.contenders])
 
 
-def prefill_cost(contender: Contender) -> float:
+def prefill_cost(contender: TimedModel) -> float:
     """Keys read by the last pass over those that full attention reads."""
     routes, router = contender.routes(), contender.router
     if routes is None or router is None:
@@ -147,7 +147,7 @@ def prefill_cost(contender: Contender) -> float:
     return statistics.mean(executed_cost(router, one) for one in routes[-1].unbind(1))
 
 
-def step_cost(contender: Contender, held: int) -> float:
+def step_cost(contender: TimedModel, held: int) -> float:
     """Keys read by steps behind `held` tokens and on, over those that full attention reads."""
     routes, router = contender.routes(), contender.router
     if routes is None or router is None:
@@ -160,22 +160,22 @@ def step_cost(contender: Contender, held: int) -> float:
     return float(cost.gather(1, routes.flatten(1).cpu()).mean())
 
 
-def fitted(args: argparse.Namespace) -> tuple[list[Contender], Tensor]:
+def fitted(args: argparse.Namespace) -> tuple[list[TimedModel], Tensor]:
     """The contenders of a fitted patch, at each budget on the training text; and another text, [N]."""
     model = load_model(args.model, args.device)
     streams = load_streams(args.tokens, model.config.vocab_size)
     plain = copy.deepcopy(model)
     router: RoutedPretrained = load_patch(model, args.patch)
-    contenders = [Contender("unpatched", plain), Contender("all on full", model, router)]
+    contenders = [TimedModel("unpatched", plain), TimedModel("all on full", model, router)]
     longest = max(args.lengths)
     for budget in args.budgets:
         realised = router.set_budget(budget, streams["train"].tokens[-longest - 1 :].long(), context=longest, limit=longest)
         print(f"budget {budget}: {realised:.3f} on training text, {router.policy}", flush=True)
-        contenders.append(Contender(f"routed {budget:g}", model, router, Watched(router.policy)))
+        contenders.append(TimedModel(f"routed {budget:g}", model, router, Watched(router.policy)))
     return contenders, streams["novels"].tokens.long()
 
 
-def random(args: argparse.Namespace) -> tuple[list[Contender], Tensor]:
+def random(args: argparse.Namespace) -> tuple[list[TimedModel], Tensor]:
     """The same for a Llama of SmolLM2-135M's width and few layers: time does not hang on weights."""
     config = LlamaConfig(
         vocab_size=1024,
@@ -191,8 +191,8 @@ def random(args: argparse.Namespace) -> tuple[list[Contender], Tensor]:
     model = LlamaForCausalLM(config).to(args.device, dtype).eval()
     plain = copy.deepcopy(model)
     router = patch(model, window=1024, sinks=4, experts=("full", "local"), context=max(args.lengths))
-    contenders = [Contender("unpatched", plain), Contender("all on full", model, router)]
-    contenders += [Contender(f"random {share:g}", model, router, Watched(AtRandom(share))) for share in args.budgets]
+    contenders = [TimedModel("unpatched", plain), TimedModel("all on full", model, router)]
+    contenders += [TimedModel(f"random {share:g}", model, router, Watched(AtRandom(share))) for share in args.budgets]
     return contenders, torch.randint(1024, (300_000,))
 
 

@@ -83,7 +83,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model, summary = fit(recall_config(args.steps, args.seed, args.device), Path(folder) / "run")
-    row = {"steps": args.steps, "seed": args.seed, **rates(model), "cost_paper": summary["cost_ratio"]["paper"]}
+    row = {"steps": args.steps, "seed": args.seed, **rates(model), "cost_paper": summary["executed_cost"]["paper"]}
     row |= {"nll_hard": summary["nll"]["hard"], "seconds": summary["seconds"], "device": summary["device"]}
     rows = Rows(args.out, digits=None, resume=True)
     rows.rows = [one for one in rows.rows if (one["seed"], one["steps"]) != (args.seed, args.steps)]

@@ -70,8 +70,8 @@ def run_one(job: dict[str, Any]) -> dict[str, Any]:
         "nll_mean": result.nll["mean"],
         "nll_sample": result.nll["sample"],
         "nll_hard": result.nll["hard"],
-        "cost_paper": result.cost_ratio["paper"],
-        "cost_flops": result.cost_ratio["flops"],
+        "cost_paper": result.executed_cost["paper"],
+        "cost_flops": result.executed_cost["flops"],
         "route_information": float(torch.tensor(result.route_information_per_layer).mean()),
         "least_kl": min(result.kl_per_layer) if contender.kind == "svi" else math.nan,  # others have no posterior
         "kl": sum(result.kl_per_layer) if contender.kind == "svi" else math.nan,

@@ -114,7 +114,7 @@ def only_full(model: RoutedLanguageModel, layer: int, hidden: Tensor) -> int:
 
 
 @dataclass
-class Contender:
+class Rival:
     """A trainer and what was measured of it."""
 
     trainer: Trainer
@@ -122,7 +122,7 @@ class Contender:
     peak_bytes: int = 0
 
 
-def build(config: Config, device: torch.device) -> dict[str, Contender]:
+def build(config: Config, device: torch.device) -> dict[str, Rival]:
     """The four, on the same data."""
     config, data = load_data(config)
     alone = with_changes(config, {"model.experts": ("full",), "prior.price": 0.0, "schedule.start_experts": ()})
@@ -141,10 +141,10 @@ def build(config: Config, device: torch.device) -> dict[str, Contender]:
         "softmax": Trainer(config, data, device, build_objective=plain(mean_route)),
         "full": Trainer(alone, data, device, without_controller, plain(only_full)),
     }
-    return {name: Contender(trainer, []) for name, trainer in made.items()}
+    return {name: Rival(trainer, []) for name, trainer in made.items()}
 
 
-def timed_step(contender: Contender, step: int) -> float:
+def timed_step(contender: Rival, step: int) -> float:
     """Seconds of one step."""
     trainer = contender.trainer
     if trainer.device.type != "cuda":
@@ -164,7 +164,7 @@ def timed_step(contender: Contender, step: int) -> float:
     return seconds
 
 
-def measure(contenders: dict[str, Contender], rounds: int, warmup: int) -> None:
+def measure(contenders: dict[str, Rival], rounds: int, warmup: int) -> None:
     """Take turns; at the steps of the middle of training, where the prior has its price."""
     first = next(iter(contenders.values())).trainer.config.train.steps * 3 // 4
     for turn in range(warmup + rounds):
@@ -177,7 +177,7 @@ def measure(contenders: dict[str, Contender], rounds: int, warmup: int) -> None:
                 contenders[name].seconds.append(seconds)
 
 
-def table(contenders: dict[str, Contender]) -> pd.DataFrame:
+def table(contenders: dict[str, Rival]) -> pd.DataFrame:
     """One row a contender."""
     bayes, rows = contenders["bayes"], []
     config = bayes.trainer.config

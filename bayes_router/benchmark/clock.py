@@ -3,21 +3,13 @@
 import statistics
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
-from bayes_router.timing import read_call
+from bayes_router.timing import Timing, read_call
 
 Call = Callable[[], object]
 MOST = 15  # turns of a call
-
-
-class Timing(NamedTuple):
-    """Median milliseconds of a call."""
-
-    ms: float  # device time in a busy stream, as inside a model; on a CPU the same as wall_ms
-    wall_ms: float  # an isolated call, launches and waiting included
 
 
 class Clock:
@@ -46,7 +38,7 @@ class Clock:
         return {name: Timing(*(statistics.median(turn[name][i] for turn in turns) for i in (0, 1))) for name in calls}
 
     def _turn(self, calls: dict[str, Call]) -> dict[str, Timing]:
-        return {name: Timing(*read_call(call, self.device, self.now)) for name, call in calls.items()}
+        return {name: read_call(call, self.device, self.now) for name, call in calls.items()}
 
 
 def captured(call: Call) -> Call:

@@ -31,11 +31,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bayes_router.attention.cost import Mode, cost_ratios, executed_attention
 from bayes_router.benchmark import memory
 from bayes_router.benchmark.cases import baselines
-from bayes_router.benchmark.clock import Call, Clock, Timing, captured
+from bayes_router.benchmark.clock import Call, Clock, captured
 from bayes_router.checks import require
 from bayes_router.config import Config
 from bayes_router.data.tokens import TokenSource
-from bayes_router.timing import isolated_ms
+from bayes_router.timing import Timing, isolated_ms
 from bayes_router.transformer.cost import executed_model, model_experts
 from bayes_router.transformer.model import RoutedLanguageModel, RoutedTransformer
 from bayes_router.types import CostModel, RoutingMode

@@ -12,7 +12,7 @@ RUNS = (1, 64)  # neighbours that are routed together
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchmarkPlan:
     """What to measure.
 
     Attributes:
@@ -69,7 +69,7 @@ class Group:
         return f"{self.what} {self.mix}, runs of {self.run}" if self.mix else self.what
 
 
-def plan_groups(plan: Plan, cuda: bool, longest: int = LENGTHS[-1]) -> list[Group]:
+def plan_groups(plan: BenchmarkPlan, cuda: bool, longest: int = LENGTHS[-1]) -> list[Group]:
     """What to measure, in order."""
     mixes = plan.mixes or (MIXES[:1] if plan.quick else MIXES)
     heads, batch = (16, 64) if cuda else (8, 10)

@@ -28,13 +28,13 @@ from bayes_router.attention.hard.sorted import TRITON
 from bayes_router.attention.shapes import ExpertShape
 from bayes_router.benchmark import cases, memory
 from bayes_router.benchmark.cases import WINDOW, Shape, baselines, draw_inputs, draw_route, full_attention
-from bayes_router.benchmark.clock import Call, Clock, Timing, captured
+from bayes_router.benchmark.clock import Call, Clock, captured
 from bayes_router.benchmark.pace import SHARE, Pace
-from bayes_router.benchmark.plan import LENGTHS, Group, Plan, plan_groups
+from bayes_router.benchmark.plan import LENGTHS, BenchmarkPlan, Group, plan_groups
 from bayes_router.benchmark.verify import verify
 from bayes_router.checks import require
 from bayes_router.progress import Progress
-from bayes_router.timing import device_name
+from bayes_router.timing import Timing, device_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,7 +48,7 @@ DRAWING = 2.0  # seconds at the end
 
 def run_benchmark(
     device: torch.device,
-    plan: Plan,
+    plan: BenchmarkPlan,
     out: Path | None = None,
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
     started: float | None = None,
@@ -131,7 +131,7 @@ def versions(device: torch.device) -> str:
 class Suite:
     """All measurements of a device, as rows of a table; `left_out` is what there was no time for."""
 
-    def __init__(self, device: torch.device, plan: Plan, backends: Sequence[Backend], started: float | None = None):
+    def __init__(self, device: torch.device, plan: BenchmarkPlan, backends: Sequence[Backend], started: float | None = None):
         self.device, self.plan, self.cuda = device, plan, device.type == "cuda"
         self.budget = QUICK_BUDGET if plan.quick else CUDA_BUDGET if self.cuda else CPU_BUDGET
         self.clock = Clock(device, self.budget, plan.cpu_time)

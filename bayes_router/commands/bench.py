@@ -17,7 +17,7 @@ COLUMNS = (
 def run(options: Namespace) -> None:
     """Verify, measure, write, and print every row, where routing loses, and what was left out."""
     from bayes_router.benchmark import suite, summary  # with pandas and seaborn, only where they are wanted
-    from bayes_router.benchmark.plan import Plan
+    from bayes_router.benchmark.plan import BenchmarkPlan
 
     device = pick_device(options.device)
     require(
@@ -26,7 +26,7 @@ def run(options: Namespace) -> None:
     lengths, mixes, shapes = (
         None if x is None else tuple(dict.fromkeys(x)) for x in (options.lengths, options.mixes, options.shapes)
     )
-    asked = Plan(options.quick, lengths, mixes, options.cpu_time, shapes, options.seconds)
+    asked = BenchmarkPlan(options.quick, lengths, mixes, options.cpu_time, shapes, options.seconds)
     with Progress("bench", unit="group") as progress:
         table = suite.run_benchmark(
             device, asked, options.out, lambda row: progress.above(measured(row)), options.began, progress

@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 class Evaluation:
     """What a fitted model does on held-out text. Losses, entropies and information in nats; lists are per layer.
 
-    `cost_ratio` weighs the ratios of single experts by their load, whatever the cost model; studies compare by it. `executed`
-    counts the FLOPs and bytes of the same routes, every token on full = 1: each token at its own position, every token entering
-    every linear state. Its keys: `attention_prefill`, of a causal pass; `attention_decode`, of a step with this load that
-    completes the context; `model_prefill` and `model_decode`, of the whole model, with `mflops` and `mbytes`, 10^6 a token.
+    `executed_cost` weighs the ratios of single experts by their load, whatever the cost model; studies
+    compare by it. `executed` counts the FLOPs and bytes of the same routes, every token on full = 1: each
+    token at its own position, every token entering every linear state. Its keys: `attention_prefill`, of
+    a causal pass; `attention_decode`, of a step with this load that completes the context;
+    `model_prefill` and `model_decode`, of the whole model, with `mflops` and `mbytes`, 10^6 a token.
     """
 
     tokens: int  # scored
@@ -40,7 +41,7 @@ class Evaluation:
     accuracy: float  # share of scored tokens that HARD predicts
     elbo: float  # nats per token, as the objective's: the nll of SAMPLE spread over all tokens, and the KL at weight 1
     gap: float  # nll hard - nll mean
-    cost_ratio: dict[str, float]  # of the routes executed under HARD, by cost model: load times each expert's own ratio
+    executed_cost: dict[str, float]  # of the routes executed under HARD, by cost model: load times each expert's own ratio
     executed: dict[str, dict[str, float]]  # the same routes counted, see the class
     load_per_layer: list[list[float]]  # HARD; this and the next are means over units
     kl_per_layer: list[float]  # summed over units
@@ -70,7 +71,7 @@ class Evaluation:
 
     def table(self) -> str:
         """The whole evaluation as text."""
-        nll, cost = self.nll, self.cost_ratio
+        nll, cost = self.nll, self.executed_cost
         costs = ", ".join(f"{name} {value:.3f}" for name, value in cost.items())
         return (
             f"held-out nll, nats per token ({self.tokens:,} tokens): "
@@ -223,7 +224,7 @@ def _finish(model: RoutedLanguageModel, sums: _Sums, context: int, costs: Sequen
         accuracy=sums.correct / sums.scored,
         elbo=-(sums.nll["sample"] / n + float(kl.sum())),
         gap=nll["hard"] - nll["mean"],
-        cost_ratio={c.value: float((load @ cost_ratios(experts, c, context).double()).mean()) for c in costs},
+        executed_cost={c.value: float((load @ cost_ratios(experts, c, context).double()).mean()) for c in costs},
         executed=_executed(model, sums.taken.sum((0, 2)).cpu(), sums.read.cpu()),  # type: ignore[union-attr]
         load_per_layer=load.tolist(),
         kl_per_layer=kl.tolist(),

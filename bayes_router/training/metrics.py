@@ -85,7 +85,7 @@ class Reporter:
         self.evaluation = evaluation or self.evaluation
         words = f"nll {row['nll']:.3f} kl {row['kl']:.2f}"
         if self.evaluation is not None:
-            words += f" hard {self.evaluation.nll['hard']:.3f} at cost {self.evaluation.cost_ratio['paper']:.3f}"
+            words += f" hard {self.evaluation.nll['hard']:.3f} at cost {self.evaluation.executed_cost['paper']:.3f}"
         self.progress.say(words)
         if evaluation is not None:
             self.progress.line(f"step {step}/{self.steps}: {words}")
@@ -101,7 +101,7 @@ class Reporter:
 def evaluation_row(evaluation: Evaluation) -> dict[str, float]:
     """An evaluation as flat columns."""
     row = {f"valid_nll_{mode}": value for mode, value in evaluation.nll.items()} | {"valid_elbo": evaluation.elbo}
-    row |= {f"cost_{name}": value for name, value in evaluation.cost_ratio.items()}
+    row |= {f"cost_{name}": value for name, value in evaluation.executed_cost.items()}
     for layer, load in enumerate(evaluation.load_per_layer):
         row |= {f"load_{layer}_{name}": share for name, share in zip(evaluation.experts, load, strict=True)}
         row[f"route_information_{layer}"] = evaluation.route_information_per_layer[layer]

@@ -134,7 +134,7 @@ def posterior_row(trainer: Trainer) -> dict[str, float]:
         "prior_cost": prior.prior_predictive().cost,
         "posterior_cost": drawn.cost,
         "executed_cost": float(shares @ prior.cost_ratio),
-        **{f"cost_{name}": value for name, value in result.cost_ratio.items()},
+        **{f"cost_{name}": value for name, value in result.executed_cost.items()},
         **{f"nll_{name}": value for name, value in result.nll.items()},
         "route_information": sum(result.route_information_per_layer) / prior.num_layers,
         "kl": sum(result.kl_per_layer),

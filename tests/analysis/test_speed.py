@@ -16,11 +16,12 @@ from bayes_router.attention.hard.dispatch import EXPERTS
 from bayes_router.attention.hard.rows import TORCH
 from bayes_router.benchmark import cases, clock, memory, pace, suite, summary, verify
 from bayes_router.benchmark.cases import Shape
-from bayes_router.benchmark.clock import Clock, Timing
+from bayes_router.benchmark.clock import Clock
 from bayes_router.benchmark.figure import draw
-from bayes_router.benchmark.plan import LENGTHS, Group, Plan, plan_groups
+from bayes_router.benchmark.plan import LENGTHS, BenchmarkPlan, Group, plan_groups
 from bayes_router.benchmark.suite import Suite, compared, doubling, run_benchmark
 from bayes_router.config import ModelConfig
+from bayes_router.timing import Timing
 
 CPU = torch.device("cpu")
 
@@ -43,7 +44,7 @@ def test_nothing_is_reported_while_a_backend_is_wrong(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(verify, "routed_attention", wrong)
     with pytest.raises(ValueError, match="torch on cpu: out is off by 1.0e-02; no speed-up is reported"):
-        run_benchmark(CPU, Plan(quick=True), tmp_path)
+        run_benchmark(CPU, BenchmarkPlan(quick=True), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -201,7 +202,7 @@ def test_memory_and_growth_are_said() -> None:
 
 
 def test_targets_come_first_and_nothing_is_measured_twice() -> None:
-    groups = plan_groups(Plan(), cuda=True)
+    groups = plan_groups(BenchmarkPlan(), cuda=True)
     first = [f"{group.kind} {group.shape}" for group in groups if group.target]
     assert first[:8] == [
         "forward 10/60/30, runs of 1 B1 H16 T32768 Dh64",
@@ -219,35 +220,35 @@ def test_targets_come_first_and_nothing_is_measured_twice() -> None:
     assert groups[len(first) + len(ready)].shape.T == 512 and {group.run for group in ready} == {1, 64}
     assert len(set(groups)) == len(groups)
     for cuda, most in ((True, 65536), (False, 32768)):
-        combined = {(g.what, g.mix, g.run, g.shape.T) for g in plan_groups(Plan(), cuda, most)}
+        combined = {(g.what, g.mix, g.run, g.shape.T) for g in plan_groups(BenchmarkPlan(), cuda, most)}
         for what in ("forward", "forward+backward", "decode"):
             for mix in cases.MIXES:
                 assert {(what, mix, run, T) for run in (1, 64) for T in LENGTHS if most >= T} <= combined
 
 
 def test_one_shape_is_measured_alone() -> None:
-    groups = plan_groups(Plan(shapes=("2x4x300x32",), mixes=("10/60/30",)), cuda=False)
+    groups = plan_groups(BenchmarkPlan(shapes=("2x4x300x32",), mixes=("10/60/30",)), cuda=False)
     assert {group.shape for group in groups if group.mix} == {Shape(2, 4, 300, 32)}
     assert {group.what for group in groups} == {"forward", "forward+backward", "decode", "alone", "training memory"}
     assert {group.shape for group in groups if not group.mix} == {Shape(1, 4, 300, 32)}  # one sequence
-    both = plan_groups(Plan(shapes=("2x4x300x32",), lengths=(64,)), cuda=False)
+    both = plan_groups(BenchmarkPlan(shapes=("2x4x300x32",), lengths=(64,)), cuda=False)
     assert {group.shape.T for group in both} == {300, 64}
-    longest = [g.shape.T for g in plan_groups(Plan(lengths=(32768, 512)), cuda=False) if g.what == "training memory"]
+    longest = [g.shape.T for g in plan_groups(BenchmarkPlan(lengths=(32768, 512)), cuda=False) if g.what == "training memory"]
     assert longest == [8192]
-    assert [g.shape.T for g in plan_groups(Plan(lengths=(600, 512)), cuda=False) if g.what == "alone"] == [512, 600]
+    assert [g.shape.T for g in plan_groups(BenchmarkPlan(lengths=(600, 512)), cuda=False) if g.what == "alone"] == [512, 600]
 
 
 @pytest.mark.parametrize("shape", ["1x2x3", "0x1x2x3", "1x2x3xa", "1x2x3x-4", ""])
 def test_a_shape_that_is_none_is_refused(shape: str) -> None:
     with pytest.raises(ValueError, match="shapes: expected BxHxTxDh, as 1x16x32768x64; got"):
-        Plan(shapes=(shape,))
+        BenchmarkPlan(shapes=(shape,))
 
 
 def test_a_group_that_would_not_end_in_time_is_left_out_and_shorter_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a device on which full attention of 8192 tokens takes half an hour."""
     now = [0.0]
     monkeypatch.setattr(suite.time, "perf_counter", lambda: now[0])
-    plan = Plan(lengths=(64, 128, 8192), mixes=("10/60/30",), seconds=3600.0)
+    plan = BenchmarkPlan(lengths=(64, 128, 8192), mixes=("10/60/30",), seconds=3600.0)
     timed = Suite(CPU, plan, [])
 
     def measured(group: Group) -> list[dict[str, object]]:
@@ -276,16 +277,16 @@ def test_what_was_not_measured_is_said_beside_what_was() -> None:
 
 def test_no_time_at_all_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="seconds: expected time to hold every backend against the reference first"):
-        suite.run_benchmark(CPU, Plan(quick=True, seconds=1e-9))
+        suite.run_benchmark(CPU, BenchmarkPlan(quick=True, seconds=1e-9))
     monkeypatch.setattr(suite, "verify", lambda device, until: [])
     with pytest.raises(ValueError, match="seconds: expected time to measure something; got 0.001"):
-        suite.run_benchmark(CPU, Plan(quick=True, seconds=1e-3))
+        suite.run_benchmark(CPU, BenchmarkPlan(quick=True, seconds=1e-3))
 
 
 def test_what_there_is_no_time_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(suite.time, "perf_counter", lambda: now[0])
-    timed = Suite(CPU, Plan(lengths=(64,), mixes=("10/60/30",), seconds=10.0), [])
+    timed = Suite(CPU, BenchmarkPlan(lengths=(64,), mixes=("10/60/30",), seconds=10.0), [])
 
     def measured(group: Group) -> list[dict[str, object]]:
         now[0] += 4.0
@@ -299,7 +300,7 @@ def test_what_there_is_no_time_for_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     assert named[0] == "decode 10/60/30, runs of 1: T 64" and named[-2:] == ["alone: T 64", "training memory: T 64"]
     assert timed.clock.budget == pytest.approx((10 - suite.DRAWING - 4) / (len(timed.groups) - 1) / 2)
     with pytest.raises(ValueError, match="seconds: expected a positive number; got 0"):
-        Plan(seconds=0.0)
+        BenchmarkPlan(seconds=0.0)
 
 
 def test_the_ideal_counts_the_state_of_every_token() -> None:
@@ -316,7 +317,7 @@ def test_rows_of_every_kind_have_their_columns(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(suite, "verify", lambda device, until: [TORCH])
     monkeypatch.setattr(memory, "peak_bytes", lambda kind, T, *_, **__: T * (1 if kind == "full" else 2))
     monkeypatch.setattr(suite, "CPU_BUDGET", 0.0)
-    rows = run_benchmark(CPU, Plan(shapes=("1x2x64x16", "1x2x128x16")), tmp_path)
+    rows = run_benchmark(CPU, BenchmarkPlan(shapes=("1x2x64x16", "1x2x128x16")), tmp_path)
     for what in ("forward", "forward+backward", "decode"):
         found = rows[rows["what"] == what]
         assert set(zip(found["mix"], found["run"], strict=True)) == {(mix, run) for mix in cases.MIXES for run in (1, 64)}
@@ -332,7 +333,7 @@ def test_rows_of_every_kind_have_their_columns(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize("mix", ["10/60", "10/60/40", "a/b/c", "-10/60/50"])
 def test_a_mix_that_is_none_is_refused(mix: str) -> None:
     with pytest.raises(ValueError, match="mixes: expected percentages FULL/LINEAR/LOCAL that add up to 100"):
-        Plan(mixes=(mix,))
+        BenchmarkPlan(mixes=(mix,))
 
 
 def test_routes_follow_the_mix() -> None:

@@ -111,7 +111,7 @@ def test_evaluate_meets_a_budget(
     text = capsys.readouterr().out
     assert "held-out nll against budget (paper, full = 1), 256 tokens" in text
     figures = json.loads((out / "evaluation.json").read_text())
-    assert figures["cost_ratio"]["paper"] == pytest.approx(0.6, abs=0.005)
+    assert figures["executed_cost"]["paper"] == pytest.approx(0.6, abs=0.005)
     assert figures["policy"] == (policy[1] if policy else "argmax")
     curve = pd.read_csv(out / "dial.csv")
     assert curve["budget"].min() == 0.16 and curve["budget"].max() == 1.0

@@ -15,7 +15,7 @@ from bayes_router.attention.hard.rows import TORCH
 from bayes_router.attention.hard.short import SHORT
 from bayes_router.attention.hard.sorted import TRITON
 from bayes_router.benchmark import model, verify
-from bayes_router.benchmark.plan import Plan
+from bayes_router.benchmark.plan import BenchmarkPlan
 from bayes_router.benchmark.suite import run_benchmark
 from bayes_router.cli import main
 
@@ -62,7 +62,7 @@ def test_bench_measures_one_shape_every_way(tmp_path: Path, capsys: pytest.Captu
 
 def test_targets_come_first_and_time_is_kept(tmp_path: Path) -> None:
     start = time.perf_counter()
-    table = run_benchmark(CUDA, Plan(seconds=40), tmp_path)
+    table = run_benchmark(CUDA, BenchmarkPlan(seconds=40), tmp_path)
     assert time.perf_counter() - start < 70  # a group that has begun is finished, and kernels are compiled
     assert table.iloc[0]["T"] == 32768 and table.attrs["left_out"]
 

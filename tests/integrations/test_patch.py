@@ -191,7 +191,7 @@ def test_evaluation_and_diagnostics_read_a_patched_model() -> None:
     _, router = patched("llama")
     router.fit(TEXT, **{**QUICK, "steps": 1, "distil_steps": 0})
     result = evaluate(router, router.held_out, router.prior.concentration, context=20, batch_size=2)
-    assert 0 < result.cost_ratio["paper"] <= 1 and len(result.load_per_layer) == 2
+    assert 0 < result.executed_cost["paper"] <= 1 and len(result.load_per_layer) == 2
     readings = list(read(router, router.held_out.windows(20, 2, 80)))
     collapse, uncertainty = CollapseSummary(router.program()[0], router.experts), UncertaintySummary(router.cost_ratio)
     for reading in readings:

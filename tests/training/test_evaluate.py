@@ -43,9 +43,9 @@ def test_every_figure_by_hand() -> None:
     assert result.accuracy == pytest.approx(float((hard.logits.argmax(-1) == targets).float().mean()), abs=0.003)
     load = F.one_hot(hard.route, 4).float().mean((1, 2, 3))
     torch.testing.assert_close(torch.tensor(result.load_per_layer), load, rtol=1e-4, atol=0.003)
-    assert result.cost_ratio["paper"] == pytest.approx(float((load @ COST).mean()), abs=0.002)
+    assert result.executed_cost["paper"] == pytest.approx(float((load @ COST).mean()), abs=0.002)
     flops = torch.tensor([e.flops_per_token(40) for e in build_experts(model.config)])
-    assert result.cost_ratio["flops"] == pytest.approx(float((load @ (flops / flops[0])).mean()), abs=0.01)
+    assert result.executed_cost["flops"] == pytest.approx(float((load @ (flops / flops[0])).mean()), abs=0.01)
     concentration = hard.concentration[:, :, :, 0]  # of the one unit
     p = Categorical(concentration / concentration.sum(-1, keepdim=True))
     information = Categorical(p.probs.mean((1, 2))).entropy() - p.entropy().mean((1, 2))
@@ -152,7 +152,7 @@ def test_a_policy_moves_the_cost() -> None:
     costs = [
         evaluate(
             model, source(), prior, context=40, batch_size=4, limit=200, policy=Budget(tuple(COST.tolist()), price)
-        ).cost_ratio
+        ).executed_cost
         for price in (-50.0, 0.0, 50.0)
     ]
     assert costs[0]["paper"] > costs[1]["paper"] > costs[2]["paper"]

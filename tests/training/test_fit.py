@@ -27,7 +27,7 @@ SUMMARY = {
     "elbo",
     "kl_per_layer",
     "load_per_layer",
-    "cost_ratio",
+    "executed_cost",
     "route_information_per_layer",
     "parameters",
     "seconds",
@@ -48,7 +48,7 @@ def test_the_run_folder_holds_what_it_should(finished_run: Path) -> None:
     assert set(summary) >= SUMMARY
     assert set(summary["corpus"]) == {"name", "sha256", "tokens"}
     assert set(summary["nll"]) == {"mean", "sample", "hard"}
-    assert set(summary["cost_ratio"]) == {"paper", "flops"}
+    assert set(summary["executed_cost"]) == {"paper", "flops"}
     assert summary["tokens_seen"] == 12 * 4 * 32
     for shares in summary["load_per_layer"]:
         assert sum(shares) == pytest.approx(1.0)

@@ -100,7 +100,7 @@ class GatedLinearAttention(SumExpert):
         out = q.new_zeros(q.shape[1], q.shape[0], q.shape[2])
         if rows.numel():
             chunk = partial(self._chunk, heads)
-            found = [part for _, part in rows_linear.attend(q, k, v, rows, features=chunk)]
+            found = [part for _, part in rows_linear.linear_rows(q, k, v, rows, features=chunk)]
             out = out.index_copy(0, rows, torch.cat(found).to(q.dtype))
         return out.transpose(0, 1)
 

@@ -27,7 +27,7 @@ from bayes_router.attention.kernels.eager.rows_softmax import softmax_rows, soft
 from bayes_router.attention.shapes import ExpertShape, unit_heads, widen
 
 
-class Group(NamedTuple):
+class Gathering(NamedTuple):
     """Queries of one sequence and unit that are computed together."""
 
     expert: Expert
@@ -40,7 +40,7 @@ class Group(NamedTuple):
 class Kept(NamedTuple):
     """What the backward pass needs of them."""
 
-    group: Group
+    group: Gathering
     notes: Any  # normalisers [H, n] of softmax, states of linear attention
 
 
@@ -89,7 +89,7 @@ def _own_rows(problem: RoutedProblem, index: int, expert: Expert, out: Tensor) -
     return torch.cat(parts) if parts else out
 
 
-def _groups(one: RoutedProblem) -> Iterator[Group]:
+def _groups(one: RoutedProblem) -> Iterator[Gathering]:
     """The plain experts that some token took; those that compute the same, as local attention in a short text, are one."""
     kinds: dict[tuple[bool, ExpertShape | None], list[int]] = {}
     for index, expert in one.computed():
@@ -104,7 +104,7 @@ def _groups(one: RoutedProblem) -> Iterator[Group]:
                 chosen |= route == other
             rows = chosen.nonzero()[:, 0]
             if rows.numel():
-                yield Group(one.experts[index], local, rows, heads, key_heads)
+                yield Gathering(one.experts[index], local, rows, heads, key_heads)
 
 
 def _forward(problem: RoutedProblem, kept: list[list[Kept]] | None) -> Tensor:
@@ -125,7 +125,7 @@ def _forward(problem: RoutedProblem, kept: list[list[Kept]] | None) -> Tensor:
             notes: Any
             if expert.kernel is Kernel.LINEAR:
                 notes = None if kept is None else []
-                for here, part in rows_linear.attend(q, k, v, rows, notes):
+                for here, part in rows_linear.linear_rows(q, k, v, rows, notes):
                     mine_out.index_copy_(0, rows[here], part.to(out.dtype))
             else:
                 part, notes = softmax_rows(take(q, rows), k, v, rows + (k.shape[1] - q.shape[1]), local)
@@ -170,7 +170,7 @@ class _Gathered(torch.autograd.Function):
                 own = x[heads], key[key_heads], value[key_heads]
                 sides = *own, rows, notes, out[b, heads], gradients[0][b, heads]
                 if expert.kernel is Kernel.LINEAR:
-                    rows_linear.backward(*sides, *targets)
+                    rows_linear.linear_rows_backward(*sides, *targets)
                 else:
                     softmax_rows_backward(*sides, local, *targets)
         return (

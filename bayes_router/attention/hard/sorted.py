@@ -21,9 +21,9 @@ class _Sorted:
 
     def attend(self, problem: RoutedProblem) -> Tensor:
         """See `Backend.attend`."""
-        from bayes_router.attention.hard.sorted_launch import attend  # only where Triton can be imported
+        from bayes_router.attention.hard.sorted_launch import launch_sorted  # only where Triton can be imported
 
-        return attend(problem)
+        return launch_sorted(problem)
 
 
 TRITON = register_backend(_Sorted())

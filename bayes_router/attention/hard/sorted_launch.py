@@ -17,13 +17,13 @@ from bayes_router.attention.kernels.capability import LOG2_E, packed, padded
 from bayes_router.attention.kernels.triton.call import Call, multiprocessors, tiles
 from bayes_router.attention.kernels.triton.launch_backward import backward
 from bayes_router.attention.kernels.triton.launch_forward import forward
-from bayes_router.attention.kernels.triton.plan import make_plan, make_schedule
+from bayes_router.attention.kernels.triton.plan import make_plan, make_work
 from bayes_router.attention.shapes import by_head
 
 PLACES = {Kernel.FULL: 0, Kernel.LINEAR: 1, Kernel.GATED: 1, Kernel.LOCAL: 2}  # in the order of `kernels.triton.plan`
 
 
-def attend(problem: RoutedProblem) -> Tensor:
+def launch_sorted(problem: RoutedProblem) -> Tensor:
     """[B, H, Tq, Dh] of a checked problem on CUDA."""
     native = native_experts(problem)
     with torch.cuda.device_of(problem.q):  # kernels run on the current device, whatever their tensors are on
@@ -77,12 +77,12 @@ def _attend_native(problem: RoutedProblem, native: tuple[int, int, int]) -> Tens
     programs = sizes.per_sm * multiprocessors(q.device)
     tile = sizes.full["BM"], sizes.full["BN"]
     units = problem.units
-    schedule = make_schedule(plan, units, q.shape[1] // units, k.shape[2], problem.starts, tile, programs)
+    work = make_work(plan, units, q.shape[1] // units, k.shape[2], problem.starts, tile, programs)
     window, sinks = problem.experts[native[2]].shape[2:] if native[2] >= 0 else (1, 0)
     true_dim = problem.experts[0].shape.head_dim
     covered = problem.lengths is None and all(index in native for index in range(len(problem.experts)))
     scale, start = LOG2_E / true_dim**0.5, k.shape[2] - q.shape[2]
-    call = Call(plan, schedule, native, window, sinks, scale, problem.starts, start, covered, sizes, programs, units)
+    call = Call(plan, work, native, window, sinks, scale, problem.starts, start, covered, sizes, programs, units)
     if not problem.needs_grad:
         return forward(call, *inputs)[0]
     out: Tensor = _RoutedAttention.apply(call, *inputs)

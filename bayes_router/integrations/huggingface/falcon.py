@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.models.falcon.modeling_falcon import FalconAttention, apply_rotary_pos_emb
 
 from bayes_router.checks import require
-from bayes_router.integrations.huggingface.interface import attend
+from bayes_router.integrations.huggingface.interface import routed_interface
 from bayes_router.integrations.patch.binding import BINDING, Binding, replace_forward
 
 OWN = "falcon"
@@ -65,5 +65,5 @@ def forward(
     if layer_past is not None:
         k, v = layer_past.update(k, v, self.layer_idx)
     dropout = self.attention_dropout.p if alibi is not None and self.training else 0.0
-    out, _ = attend("sdpa", self, q, k, v, attention_mask, dropout=dropout, scaling=None, is_causal=self.is_causal)
+    out, _ = routed_interface("sdpa", self, q, k, v, attention_mask, dropout=dropout, scaling=None, is_causal=self.is_causal)
     return self.dense(out.flatten(2)), None  # [B, T, H, Dh] -> [B, T, D]

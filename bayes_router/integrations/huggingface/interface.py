@@ -47,7 +47,7 @@ def original_kernel(base: str, module: nn.Module) -> Callable[..., tuple[Tensor,
     return found
 
 
-def attend(
+def routed_interface(
     base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Any]:
     """The registered attention function: routes a bound module, leaves any other as it was."""
@@ -128,7 +128,7 @@ def _readable(mask: Tensor | None, query: Tensor) -> bool:
 
 
 for _base, _mask in MASKS.items():
-    AttentionInterface.register(NAME.format(_base), partial(attend, _base))
+    AttentionInterface.register(NAME.format(_base), partial(routed_interface, _base))
     AttentionMaskInterface.register(NAME.format(_base), _mask)
 
 

@@ -44,7 +44,7 @@ def problem(
 
 def compare(one: RoutedProblem) -> None:
     exact = replace(one, **{name: getattr(one, name).double() for name in ("q", "k", "v", "plain_q", "plain_k")})
-    assert relative_error(short.attend(one), REFERENCE.attend(exact)) < 1e-5
+    assert relative_error(short.launch_short(one), REFERENCE.attend(exact)) < 1e-5
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -112,8 +112,8 @@ def test_layout_of_a_model() -> None:
 
 def test_a_row_of_no_expert_is_zero_and_later_tokens_are_unseen() -> None:
     one = problem(T=130)
-    before: Tensor = short.attend(one)
+    before: Tensor = short.launch_short(one)
     for x in (one.k, one.v, one.plain_k):
         x[:, :, 100:] += 3.0
-    after = short.attend(one)
+    after = short.launch_short(one)
     torch.testing.assert_close(before[:, :, :100], after[:, :, :100], rtol=0, atol=0)

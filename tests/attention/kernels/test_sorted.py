@@ -21,7 +21,7 @@ from bayes_router.attention.hard.problem import RoutedProblem, resolve_experts
 from bayes_router.attention.hard.reference import REFERENCE
 from bayes_router.attention.kernels.triton import plan
 from bayes_router.attention.kernels.triton.launch import launch
-from bayes_router.attention.kernels.triton.plan import Schedule
+from bayes_router.attention.kernels.triton.plan import WorkList
 from bayes_router.attention.shapes import ExpertShape
 from tests.attention.expert_contract import draw, relative_error
 from tests.attention.test_dispatch import draw_route
@@ -39,7 +39,7 @@ def problem(
 
 def compare(one: RoutedProblem) -> None:
     exact = replace(one, **{name: getattr(one, name).detach().double().requires_grad_() for name in NAMES})
-    got, want = backend.attend(one), REFERENCE.attend(exact)
+    got, want = backend.launch_sorted(one), REFERENCE.attend(exact)
     assert relative_error(got, want) < 1e-5
     if not one.needs_grad:
         return
@@ -51,22 +51,22 @@ def compare(one: RoutedProblem) -> None:
 
 
 @pytest.fixture
-def split(monkeypatch: pytest.MonkeyPatch) -> list[Schedule]:
-    """Work items of 128 keys, the fewest that there can be; the schedules made of them."""
+def split(monkeypatch: pytest.MonkeyPatch) -> list[WorkList]:
+    """Work items of 128 keys, the fewest that there can be; the work lists made of them."""
     monkeypatch.setattr(plan, "MIN_KEYS", 1)
     monkeypatch.setattr(plan, "ROUNDS", 400)
-    made, make = [], backend.make_schedule
+    made, make = [], backend.make_work
 
-    def remember(*args: Any) -> Schedule:
+    def remember(*args: Any) -> WorkList:
         made.append(make(*args))
         return made[-1]
 
-    monkeypatch.setattr(backend, "make_schedule", remember)
+    monkeypatch.setattr(backend, "make_work", remember)
     return made
 
 
 @pytest.mark.parametrize(("B", "Hkv", "route"), [(2, 1, "independent"), (1, 2, "full"), (3, 2, "rows differ")])
-def test_rows_split_over_keys(B: int, Hkv: int, route: str, split: list[Schedule], fresh_seed: int) -> None:
+def test_rows_split_over_keys(B: int, Hkv: int, route: str, split: list[WorkList], fresh_seed: int) -> None:
     one = problem(B, Hkv, 290, route, fresh_seed)
     compare(one)
     blocks = -(-int((one.route[0] == 0).sum()) // 32)
@@ -74,7 +74,7 @@ def test_rows_split_over_keys(B: int, Hkv: int, route: str, split: list[Schedule
     compare(replace(one, lengths=torch.tensor([290, 1, 170][:B])))
 
 
-def test_split_rows_that_start_anywhere(split: list[Schedule], fresh_seed: int) -> None:
+def test_split_rows_that_start_anywhere(split: list[WorkList], fresh_seed: int) -> None:
     whole = problem(2, 1, 290, "independent", fresh_seed, gradients=False)
     tail = {name: getattr(whole, name)[:, :, -40:] for name in ("q", "plain_q")}
     compare(replace(whole, **tail, route=whole.route[:, -40:]))
@@ -102,7 +102,7 @@ def test_every_unit(units: int, Hkv: int, route: str, fresh_seed: int) -> None:
 
 
 @pytest.mark.parametrize(("units", "Hkv"), [(2, 2), (4, 2)])
-def test_units_split_over_keys(units: int, Hkv: int, split: list[Schedule], fresh_seed: int) -> None:
+def test_units_split_over_keys(units: int, Hkv: int, split: list[WorkList], fresh_seed: int) -> None:
     one = problem(1, Hkv, 290, "independent", fresh_seed, units=units, H=4)
     compare(one)
     assert split[0].parts[:, 0, 0].min() > 1
@@ -134,8 +134,8 @@ def test_nothing_that_triton_compiles_for_depends_on_the_route(watch: Watcher) -
     seen = []
     for route in ("independent", "clustered", "full", "local"):
         one = problem(2, 1, 100, route)
-        short.attend(replace(one, **{name: getattr(one, name).detach() for name in NAMES}))
-        backend.attend(one).sum().backward()
+        short.launch_short(replace(one, **{name: getattr(one, name).detach() for name in NAMES}))
+        backend.launch_sorted(one).sum().backward()
         seen.append(list(told))
         told.clear()
     assert len(seen[0]) > 10 and all(other == seen[0] for other in seen)
@@ -161,6 +161,6 @@ def test_kernels_run_on_the_device_of_their_tensors(watch: Watcher, monkeypatch:
     watch(check)
     launches: list[bool] = []
     one = problem(1, 2, 40, "independent")
-    short.attend(replace(one, **{name: getattr(one, name).detach() for name in NAMES}))
-    backend.attend(one).sum().backward()
+    short.launch_short(replace(one, **{name: getattr(one, name).detach() for name in NAMES}))
+    backend.launch_sorted(one).sum().backward()
     assert len(launches) > 10 and all(launches)

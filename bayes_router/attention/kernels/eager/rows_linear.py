@@ -66,7 +66,7 @@ def _phi(x: Tensor) -> Tensor:
     return x.clamp(max=0).exp_().add_(x.clamp(min=0))
 
 
-def attend(
+def linear_rows(
     q: Tensor, k: Tensor, v: Tensor, rows: Tensor, states: list[Before] | None = None, features: MakeFeatures = plain
 ) -> Iterator[tuple[slice, Tensor]]:
     """Which of the ascending `rows` of q [H, Tq, Dh], and their output [m, H, Dh] in float32, chunk by chunk.
@@ -88,7 +88,7 @@ def attend(
             state = _add(state, chunk)
 
 
-def backward(
+def linear_rows_backward(
     q: Tensor, k: Tensor, v: Tensor, rows: Tensor, states: list[Before], out: Tensor, dout: Tensor,
     dq: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip

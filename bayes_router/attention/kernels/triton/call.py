@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bayes_router.attention.kernels.triton import forward
 from bayes_router.attention.kernels.triton.launch import launch
-from bayes_router.attention.kernels.triton.plan import Plan, Schedule
+from bayes_router.attention.kernels.triton.plan import Plan, WorkList
 
 Sizes = dict[str, int]
 
@@ -83,7 +83,7 @@ class Call:
     """What every launch of one pass needs beside the tensors."""
 
     plan: Plan
-    schedule: Schedule
+    work: WorkList
     native: tuple[int, int, int]
     window: int
     sinks: int
@@ -103,19 +103,19 @@ class Call:
 
 def combine(call: Call, partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor, block: int, add: bool) -> None:
     """Join the partial results of split blocks of full attention, or sum them if `add`."""
-    (B, H, T, D), (plan, schedule) = out.shape, (call.plan, call.schedule)
-    if schedule.slots:
+    (B, H, T, D), (plan, work) = out.shape, (call.plan, call.work)
+    if work.slots:
         rows = 32
         launch(
             forward.combine_kernel, (H, min(triton.cdiv(T, rows), 64), B),
-            partial, partial_lse, out, lse, plan.order, plan.before, schedule.parts, *strides(out), H, H // call.units, T,
-            plan.before.shape[2] - 1, schedule.parts.shape[1], S=schedule.parts.shape[2] - 1, BM=block, ROWS=rows, D=D, SUM=add,
+            partial, partial_lse, out, lse, plan.order, plan.before, work.parts, *strides(out), H, H // call.units, T,
+            plan.before.shape[2] - 1, work.parts.shape[1], S=work.parts.shape[2] - 1, BM=block, ROWS=rows, D=D, SUM=add,
         )  # fmt: skip
 
 
 def partials(call: Call, block: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Scratch for the results of split blocks: values and normalisers."""
-    slots = max(call.schedule.slots * (like.shape[1] // call.units), 1)
+    slots = max(call.work.slots * (like.shape[1] // call.units), 1)
     values = torch.empty(slots, block, like.shape[3], device=like.device, dtype=like.dtype)
     return values, torch.empty(slots, block, device=like.device, dtype=torch.float32)
 

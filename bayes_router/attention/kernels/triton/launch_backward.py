@@ -56,14 +56,14 @@ def _launch_full_dq(
     call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, dq: Tensor,
     fixed: dict[str, Any],
 ) -> None:  # fmt: skip
-    (_, H, T, _), schedule, plan, blocks = q.shape, call.schedule, call.plan, call.plan.before.shape[2] - 1
+    (_, H, T, _), work, plan, blocks = q.shape, call.work, call.plan, call.plan.before.shape[2] - 1
     sizes = {**call.tiles.full_dq, "BM": call.tiles.full["BM"]}
     programs = multiprocessors(q.device) * call.tiles.per_sm_dq
-    schedule.counters[1:].zero_()  # the next item to take
+    work.counters[1:].zero_()  # the next item to take
     partial, _ = partials(call, sizes["BM"], q)
     launch(
         kernels.full_dq_kernel, (programs,),
-        q, k, v, out, dout, lse, delta, dq, partial, plan.order, plan.before, schedule.items, schedule.counters,
+        q, k, v, out, dout, lse, delta, dq, partial, plan.order, plan.before, work.items, work.counters,
         *strides(q, k, v, out, dout, dq), H, H // k.shape[1], H // call.units, T, blocks, call.scale, programs, **fixed,
         **sizes,
     )  # fmt: skip

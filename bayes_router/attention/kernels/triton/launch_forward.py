@@ -50,11 +50,11 @@ def _launch_full(
     call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor, common: tuple[int, ...],
     fixed: dict[str, Any],
 ) -> None:  # fmt: skip
-    sizes, schedule, plan = call.tiles.full, call.schedule, call.plan
+    sizes, work, plan = call.tiles.full, call.work, call.plan
     partial, partial_lse = partials(call, sizes["BM"], q)
     launch(
         kernels.full_kernel, (call.programs,),
-        q, k, v, out, lse, partial, partial_lse, plan.order, plan.before, starts, schedule.items, schedule.counters,
+        q, k, v, out, lse, partial, partial_lse, plan.order, plan.before, starts, work.items, work.counters,
         *strides(q, k, v, out), *common, call.scale, call.programs, STARTS=call.starts is not None, **fixed, **sizes,
     )  # fmt: skip
     combine(call, partial, partial_lse, out, lse, sizes["BM"], add=False)

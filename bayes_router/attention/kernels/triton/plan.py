@@ -37,7 +37,7 @@ class Plan(NamedTuple):
     before: Tensor
 
 
-class Schedule(NamedTuple):
+class WorkList(NamedTuple):
     """The work items of full attention, of one head of a unit; every head of it has the same.
 
     items: int32 [N, 8]: row of the tables, block, first key, end of its keys, end of those that the whole block sees, and the
@@ -203,9 +203,9 @@ def make_plan(route: Tensor, indices: tuple[int, int, int], num_experts: int, le
     return Plan(order, before)
 
 
-def make_schedule(
+def make_work(
     plan: Plan, units: int, unit_heads: int, num_keys: int, starts: Tensor | None, tile: tuple[int, int], programs: int
-) -> Schedule:
+) -> WorkList:
     """Cut full attention into items for `programs` resident programs; `tile` is (queries, keys) of their tiles.
 
     A row of the batch has `units` rows in the tables, each for `unit_heads` query heads.
@@ -225,4 +225,4 @@ def make_schedule(
         GROUPS=triton.next_power_of_2(2 * U * segments), BLOCK=min(2048, triton.next_power_of_2(U * blocks)), WIDTH=64,
         num_warps=4,
     )  # fmt: skip
-    return Schedule(items, parts, counters, 2 * split if segments > 1 else 0)
+    return WorkList(items, parts, counters, 2 * split if segments > 1 else 0)
