@@ -15,7 +15,7 @@ from bayes_router.diagnostics.fitted import load_fitted
 from bayes_router.diagnostics.report import write_report
 from bayes_router.files import METRICS
 
-SMALL = Effort(512, 3, 3, 2, 100, (1, 4), 1, 16, 2, 2)
+SMALL = Effort(512, 4, 3, 2, 100, (1, 4), 1, 16, 2, 2)
 
 
 @pytest.fixture

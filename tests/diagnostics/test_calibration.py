@@ -115,7 +115,7 @@ def test_tolerance_makes_a_near_miss_right():
     frame["regret"] = 0.005
     assert calibrate(frame, ["a", "b", "c"]).right == 1.0
     assert calibrate(frame, ["a", "b", "c"], CalibrationThresholds(tolerance=0.001)).right == 0.0
-    with pytest.raises(ValueError, match="regret: expected at least two sequences"):
+    with pytest.raises(ValueError, match="regret: expected at least four sequences"):
         calibrate(frame.assign(sequence=0), ["a", "b", "c"])
 
 

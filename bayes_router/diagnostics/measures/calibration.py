@@ -202,7 +202,9 @@ def calibrate(regret: pd.DataFrame, experts: Sequence[str], thresholds: Calibrat
     choice = np.array([list(experts).index(name) for name in regret["choice"]])
     right = (regret["regret"] <= t.tolerance).to_numpy()
     fitted = (regret["sequence"] % 2 == 0).to_numpy()
-    require(bool(fitted.any() and (~fitted).any()), "regret", "at least two sequences", int(regret["sequence"].nunique()))
+    sequences = regret["sequence"][~fitted].nunique()
+    enough = bool(fitted.any()) and sequences >= 2
+    require(enough, "regret", "at least four sequences", int(regret["sequence"].nunique()))
     temperature = fit_temperature(probability[fitted], choice[fitted], right[fitted])
     rows, tested = np.arange(int((~fitted).sum())), right[~fitted]
     stated = probability[~fitted][rows, choice[~fitted]]
