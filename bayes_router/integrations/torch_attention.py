@@ -23,6 +23,7 @@ from bayes_router.integrations.calls.linear import LinearExpert
 from bayes_router.integrations.calls.masks import padding_of, seen
 from bayes_router.integrations.patch.binding import BINDING, Binding, all_on, replace_forward
 from bayes_router.integrations.patch.found import Found
+from bayes_router.integrations.patch.passes import Pass
 from bayes_router.integrations.patch.routed import RoutedModel
 from bayes_router.integrations.patch.settings import PatchSettings
 from bayes_router.types import RoutingMode
@@ -44,7 +45,10 @@ class RoutedTorch(RoutedModel):
         return self.model(*inputs, **named)
 
     def distil(self, inputs: Iterable[Any], lr: float = 1e-3) -> list[float]:
-        """Teach each linear expert its own layer's attention, one step an input; relative squared errors, mean over layers."""
+        """Teach each linear expert its own layer's attention, one step an input.
+
+        Relative squared errors over real tokens, mean over layers.
+        """
         parameters = [p for layer in self.layers for p in layer.parameters()]
         if not parameters:
             return []
@@ -53,11 +57,16 @@ class RoutedTorch(RoutedModel):
         def compare(index: int, call: AttentionCall, hidden: Tensor) -> None:
             layer = self.layers[index]
             assert isinstance(layer, RoutedLayer)
-            target = layer.expert(layer.names.index("full"))(call)
+            target = layer.expert(layer.names.index("full"))(call)  # [B, H, T, Dv]
+            seen_here = Pass(real={index: call.real_queries()})
+
+            def mean_square(x: Tensor) -> Tensor:
+                return seen_here.mean(index, x.square().transpose(1, 2))
+
             with torch.enable_grad():
                 for expert in layer.experts:
                     if isinstance(expert, LinearExpert):
-                        errors.append((expert(call) - target).square().mean() / target.square().mean())
+                        errors.append(mean_square(expert(call) - target) / mean_square(target))
 
         with self.only_this():
             for x in inputs:
@@ -76,7 +85,8 @@ class RoutedTorch(RoutedModel):
 
         Args:
             inputs: what the module is called with, a tensor or a tuple of arguments each.
-            loss: of the module's output, a mean; by default the squared distance from the original module's output.
+            loss: of the module's output, a mean; by default the squared distance from the original module's output,
+                over real tokens where that is one row a token.
             kl_weight: of the KL, nats per token.
             lr: learning rate of Adam.
         """
@@ -92,7 +102,7 @@ class RoutedTorch(RoutedModel):
                     self.force(None)
                     self.mode = RoutingMode.SAMPLE
                     out = self.model(*_arguments(x))
-                    task = loss(out) if loss is not None else (out - target).square().mean()
+                    task = loss(out) if loss is not None else self._distance(out, target)
                     optimiser.zero_grad()
                     (task + kl_weight * self.kl()).backward()
                     optimiser.step()
@@ -100,6 +110,18 @@ class RoutedTorch(RoutedModel):
         finally:
             self.mode, self._force = mode, before
         return losses
+
+    def _distance(self, out: Any, target: Any) -> Tensor:
+        """Mean squared distance of the output from the original's; of rows of tokens, over the real ones."""
+        out, target = (x[0] if isinstance(x, tuple) else x for x in (out, target))  # without attention weights
+        distance: Tensor = (out - target).square()
+        last, by_row = self.last, getattr(self.found[0].module, "batch_first", True)
+        real = last.real.get(0)
+        if real is not None and distance.dim() > 2:
+            of_batch = distance if by_row else distance.transpose(0, 1)
+            if of_batch.shape[1] == real.shape[1] and real.shape[0] in (1, of_batch.shape[0]):
+                return last.mean(0, of_batch)
+        return distance.mean()
 
 
 def _arguments(x: Any) -> tuple[Any, ...]:

@@ -55,10 +55,11 @@ def padded(ids: Tensor, extra: int, side: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("name", "kernel"), [("llama", "sdpa"), ("gemma2", "eager"), ("mistral", "sdpa"), ("bert", "sdpa")])
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_padding_counts_nowhere(name: str, side: str, kernel: str) -> None:
+@pytest.mark.parametrize("route_by", ["layer", "kv_head", "head"])
+def test_padding_counts_nowhere(name: str, route_by: str, side: str, kernel: str) -> None:
     model = tiny(name)
     model.set_attn_implementation(kernel)
-    router = patch(model, window=6)
+    router = patch(model, window=6, route_by=route_by)
     scatter(router)
     ids, read = tokens(2, 12), []
     for extra in (0, 30):

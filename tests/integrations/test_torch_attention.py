@@ -178,6 +178,29 @@ def test_gradients_and_fit() -> None:
     assert all(p.requires_grad for p in model.parameters()) and model.training
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_what_stands_at_padding_teaches_nothing(batch_first: bool) -> None:
+    """Neither distillation nor the default loss of a fit reads it, whatever it is."""
+    hidden = torch.arange(20) >= torch.tensor([20, 12, 7])[:, None]
+    rows = hidden if batch_first else hidden.T
+    losses = []
+    for scale in (0.0, 50.0):
+        router = patch(encoder(batch_first=batch_first), window=5, experts=("full", "mapped", "local"))
+        x = torch.where(rows[..., None], scale * draw(batch_first, seed=9), draw(batch_first))
+        torch.manual_seed(0)
+        inputs = [(x, None, hidden)] * 3
+        losses.append(router.distil(inputs, lr=0.01) + router.fit(inputs[:1]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_an_attention_module_alone_is_fitted_on_its_output() -> None:
+    module = nn.MultiheadAttention(D, H, batch_first=True)
+    router = patch(module, window=5)
+    x = draw()
+    losses = router.fit([(x, x, x, None, False)] * 3)
+    assert all(0 < loss < 1 for loss in losses)
+
+
 def test_save_and_load(tmp_path: Any) -> None:
     model, x = encoder().eval(), draw()
     router = patch(model, window=5)

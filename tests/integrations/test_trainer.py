@@ -29,10 +29,11 @@ def arguments(folder: Path, **settings: Any) -> TrainingArguments:
     return TrainingArguments(str(folder), **{**usual, **settings})
 
 
-def routed(frozen: bool = False, price: float = 2.0) -> tuple[Any, Any]:
+def routed(frozen: bool = False, price: float = 2.0, route_by: str = "layer") -> tuple[Any, Any]:
     model = tiny("llama")
     model.requires_grad_(not frozen)
-    router = patch(model, window=4, experts=("full", "local"), prior=PriorConfig(price=price))
+    prior = PriorConfig(price=price)
+    router = patch(model, window=4, experts=("full", "local"), prior=prior, route_by=route_by)
     return model, router
 
 
@@ -45,10 +46,12 @@ def copied(module: nn.Module) -> list[Tensor]:
 
 
 @pytest.mark.filterwarnings("error::UserWarning:bayes_router")
-@pytest.mark.parametrize("precision", [{}, {"bf16": True}])
+@pytest.mark.parametrize(("precision", "by"), [({}, "layer"), ({"bf16": True}, "layer"), ({"bf16": True}, "head")])
 @pytest.mark.parametrize("frozen", [True, False])
-def test_routes_are_trained_beside_the_weights_or_alone(frozen: bool, precision: dict[str, bool], tmp_path: Path) -> None:
-    model, router = routed(frozen)
+def test_routes_are_trained_beside_the_weights_or_alone(
+    frozen: bool, precision: dict[str, bool], by: str, tmp_path: Path
+) -> None:
+    model, router = routed(frozen, route_by=by)
     base, added = copied(model), copied(router.controller)
     trainer = RoutingTrainer(
         model=model, args=arguments(tmp_path, **precision), train_dataset=ROWS, eval_dataset=ROWS[:4], router_lr=0.05
@@ -70,13 +73,13 @@ def test_routes_are_trained_beside_the_weights_or_alone(frozen: bool, precision:
     assert said["eval_routing_cost"] == pytest.approx(sum(one.cost for one in router.statistics()) / 2, abs=0.05)
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_the_loss_is_the_task_and_the_weighted_kl(parts: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("parts", "by"), [(1, "layer"), (2, "layer"), (2, "head")])
+def test_the_loss_is_the_task_and_the_weighted_kl(parts: int, by: str, tmp_path: Path) -> None:
     """One step of SGD without decay: the gradient is that of the mean over both parts."""
-    model, router = routed()
+    model, router = routed(route_by=by)
     settings = {"max_steps": 1, "gradient_accumulation_steps": parts, "per_device_train_batch_size": 4 // parts}
     settings |= {"optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "save_strategy": "no"}
-    expected_model, expected = routed()
+    expected_model, expected = routed(route_by=by)
     router.mode = expected.mode = RoutingMode.MEAN  # no draws: the same loss whatever the parts
     trainer = RoutingTrainer(
         model=model, args=arguments(tmp_path, **settings), train_dataset=ROWS[:4], kl_weight=0.5, router_lr=0.1
@@ -90,10 +93,11 @@ def test_the_loss_is_the_task_and_the_weighted_kl(parts: int, tmp_path: Path) ->
         torch.testing.assert_close((q - p.detach()) / 0.1, right.grad, atol=1e-5, rtol=1e-3)
 
 
-def test_a_checkpoint_holds_the_router_and_is_resumed_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("by", ["layer", "kv_head"])
+def test_a_checkpoint_holds_the_router_and_is_resumed_bit_for_bit(by: str, tmp_path: Path) -> None:
     ends = []
     for resume in (False, True):
-        model, router = routed()
+        model, router = routed(route_by=by)
         trainer = RoutingTrainer(model=model, args=arguments(tmp_path), train_dataset=ROWS, router_lr=0.05)
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resume else None)
         ends.append(copied(router) + copied(model))
