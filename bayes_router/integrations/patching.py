@@ -54,7 +54,9 @@ def patch(model: "PreTrainedModel", **options: Unpack[PatchOptions]) -> "RoutedP
 @overload
 def patch(model: TorchAttention, **options: Unpack[PatchOptions]) -> "RoutedTorch": ...  # type: ignore
 @overload
-def patch(model: nn.Module, **options: Unpack[PatchOptions]) -> "RoutedPretrained | RoutedTorch": ...  # type: ignore
+def patch(  # type: ignore
+    model: nn.Module, **options: Unpack[PatchOptions]
+) -> "RoutedPretrained | RoutedTorch": ...
 
 
 @torch.inference_mode(False)  # what is made here may be trained later
