@@ -163,26 +163,43 @@ class RunningMean:
     Nothing depends on later tokens. `memory` 1 is the token alone.
     """
 
-    def __init__(self, memory: int):
+    def __init__(self, memory: int, state: Tensor | None = None):
         self.decay = 1 - 1 / memory
-        self.state: Tensor | None = None  # [2, B]: sum, and sum of weights
+        self.state = state  # [2, B]: sum, and sum of weights
 
     def __call__(self, x: Tensor, real: Tensor | None = None) -> Tensor:
-        """The means at x [B, T], which go on from those of the last call; `real` [B, T] is False where there is no token."""
-        weight = torch.ones_like(x) if real is None else real.to(x).expand_as(x)
-        both = torch.stack([torch.where(weight > 0, x, 0.0), weight])  # [2, B, T]
-        state = both.new_zeros(2, x.shape[0]) if self.state is None else self.state
+        """The means at x [B, T], which go on from those of the last call; `real` [B, T] is False where there is no token.
+
+        Padding is as though it were not there; the means on it say nothing.
+        """
+        state = x.new_zeros(2, x.shape[0]) if self.state is None else self.state
+        if real is None:
+            sums = self._sums(x, state)
+            self.state = sums[..., -1] if x.shape[1] else state
+            return _ratio(sums)
+        real = real.expand(x.shape)
+        order = (~real).byte().argsort(dim=1, stable=True)  # real tokens first
+        sums = self._sums(torch.where(real, x, 0.0).gather(1, order), state)
+        whole = torch.cat([state[..., None], sums], -1)
+        self.state = whole.gather(-1, real.sum(1).expand(2, -1)[..., None])[..., 0]
+        return torch.empty_like(x).scatter(1, order, _ratio(sums))
+
+    def _sums(self, x: Tensor, state: Tensor) -> Tensor:
+        """Of values and of weights, [2, B, T]."""
+        both = torch.stack([x, torch.ones_like(x)])
         power = torch.arange(min(CHUNK, max(x.shape[1], 1)), device=x.device)
         gap = (power[:, None] - power).to(x)  # [t, s]
         mix = torch.where(gap >= 0, self.decay ** gap.clamp_min(0), 0.0)
-        means = []
+        found = []
         for part in both.split(CHUNK, -1):
             n = part.shape[-1]
-            sums = part @ mix[:n, :n].T + state[..., None] * self.decay ** (power[:n] + 1).to(x)
-            state = sums[..., -1]
-            means.append(sums[0] / sums[1].clamp_min(torch.finfo(x.dtype).tiny))
-        self.state = state
-        return torch.cat(means, -1) if means else x
+            found.append(part @ mix[:n, :n].T + state[..., None] * self.decay ** (power[:n] + 1).to(x))
+            state = found[-1][..., -1] if n else state
+        return torch.cat(found, -1)
+
+
+def _ratio(sums: Tensor) -> Tensor:
+    return sums[0] / sums[1].clamp_min(torch.finfo(sums.dtype).tiny)
 
 
 class Watch:

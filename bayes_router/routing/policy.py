@@ -4,7 +4,7 @@ The hard route is a decision after inference, not a latent.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -81,6 +81,10 @@ def at_price(name: str, cost_ratio: Sequence[float], **settings: Any) -> Callabl
     require({"cost_ratio", "price"} <= own, "policy", "one with the fields cost_ratio and price", name)
     for key in settings:
         require(key in own, f"policy.{key}", f"a field of {kind.__name__}, {', '.join(sorted(own))}", key)
+    missing = [f.name for f in fields(kind) if f.default is MISSING and f.name != "cost_ratio" and f.name not in settings]
+    require(
+        not missing, "policy", f"one that its price makes; {name} wants {', '.join(missing)} too", name, "set_guard sets one"
+    )
     costs = tuple(map(float, cost_ratio))
     return lambda price: kind(cost_ratio=costs, price=price, **settings)
 
@@ -201,10 +205,15 @@ class Argmax:
         return concentration.argmax(-1)
 
 
-def execute(posterior: Dirichlet, mode: RoutingMode, policy: Policy) -> Tensor:
-    """The route of every token: weights [..., E] for SAMPLE and MEAN, choices int64 [...] for HARD."""
+def execute(posterior: Dirichlet, mode: RoutingMode, policy: Policy, alarm: Tensor | None = None) -> Tensor:
+    """The route of every token: weights [..., E] for SAMPLE and MEAN, choices int64 [...] for HARD.
+
+    `alarm` [B, T] is what a guard decided of the text (`routing.guard`); None under any other policy.
+    """
     if mode is RoutingMode.SAMPLE:
         return posterior.rsample()
     if mode is RoutingMode.MEAN:
         return posterior_mean(posterior.concentration)
-    return policy(posterior.concentration)
+    guard: Any = policy
+    choice: Tensor = policy(posterior.concentration) if alarm is None else guard(posterior.concentration, alarm)
+    return choice

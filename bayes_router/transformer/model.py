@@ -1,6 +1,7 @@
 """The Transformer whose layers ask where each token goes. Plain PyTorch: it knows neither Pyro nor the prior."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,11 @@ from bayes_router.checks import choose, require
 from bayes_router.config import Config, ModelConfig
 from bayes_router.routing.controller import MetaController
 from bayes_router.routing.force import Force, as_units, forced_route
+from bayes_router.routing.guard import UNKNOWN, Guard, guarded
 from bayes_router.routing.policy import Argmax, Policy, execute
 from bayes_router.transformer.build import build_experts
 from bayes_router.transformer.layer import Angles, AttentionMixture
-from bayes_router.transformer.padding import check_lengths, check_tokens, last_token
+from bayes_router.transformer.padding import check_lengths, check_tokens, last_token, real_tokens
 from bayes_router.transformer.rotary import rotary_angles
 from bayes_router.types import Route, RoutingMode, RoutingOutput
 
@@ -199,14 +201,27 @@ class RoutedLanguageModel(nn.Module):
         """
         chosen = choose("mode", mode, RoutingMode)
         forced = None if force is None else forced_route(force, self.config.experts, self.config.num_layers)
+        watched = isinstance(self.policy, Guard) and chosen is RoutingMode.HARD
         concentrations, routes = [], []
 
         def route(layer: int, hidden: Tensor) -> Tensor | int:
             q = self.controller.posterior(layer, hidden)
-            executed = execute(q, chosen, self.policy) if forced is None else forced(layer, hidden)
+            alarm = self._alarm(layer, hidden, cache, lengths) if watched else None
+            executed = execute(q, chosen, self.policy, alarm) if forced is None else forced(layer, hidden)
             concentrations.append(q.concentration)
             routes.append(as_units(executed, q.concentration))
             return executed
 
         logits = self.network(tokens, route, cache, last_only, lengths)
         return RoutingOutput(logits, torch.stack(concentrations), torch.stack(routes))
+
+    def _alarm(self, layer: int, hidden: Tensor, cache: RoutedCache | None, lengths: Tensor | None) -> Tensor | None:
+        """Which tokens [B, T] a guard is alarmed by; its memory of the texts is kept beside the cache."""
+        real = None if lengths is None else real_tokens(lengths, hidden.shape[1])
+        past: Any = None if cache is None else cache.beside.get(layer)
+        if cache is not None and past is None and cache[layer].longest > 0:
+            past = UNKNOWN  # these texts began under another policy
+        alarm, state = guarded(self.policy, self.controller.evidence, layer, hidden, past, real)
+        if cache is not None and state is not None:
+            cache.keep(layer, state)
+        return alarm

@@ -124,4 +124,4 @@ def test_evaluate_by_flops_and_its_refusals(run_folder: Path, capsys: pytest.Cap
     assert run("evaluate", run_folder, "--threshold", 0.5) == 2
     assert "--policy conservative" in capsys.readouterr().err
     assert run("evaluate", run_folder, "--policy", "greedy") == 2
-    assert "one of argmax, budget, conservative; got 'greedy'" in capsys.readouterr().err
+    assert "one of argmax, budget, conservative, guard; got 'greedy'" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Dirichlet
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import bayes_router.routing.guard  # noqa: F401, registers it
 from bayes_router.routing import policy as registry
 from bayes_router.routing import posterior
 from bayes_router.routing.policy import (
@@ -100,10 +101,12 @@ def test_families_by_name(name: str, kind: type) -> None:
 
 
 def test_a_family_refuses_what_it_does_not_have() -> None:
-    with pytest.raises(ValueError, match="policy: expected one of argmax, budget, conservative; got 'argmin'"):
+    with pytest.raises(ValueError, match="policy: expected one of argmax, budget, conservative, guard; got 'argmin'"):
         at_price("argmin", COSTS)
     with pytest.raises(ValueError, match=r"policy.threshold: expected a field of Budget, cost_ratio, price; got 'threshold'"):
         at_price("argmax", COSTS, threshold=0.5)
+    with pytest.raises(ValueError, match="policy: expected one that its price makes; guard wants refuge, usual, level"):
+        at_price("guard", COSTS)
 
 
 @pytest.mark.parametrize("policy", [Argmax(), Budget(COSTS, 1.5), Conservative(COSTS, 0.8, 0.1, 2.0)])
@@ -125,7 +128,7 @@ def test_a_registered_policy_is_as_good_as_the_librarys() -> None:
             distance = (torch.tensor(self.cost_ratio) - self.price).abs()
             return distance.argmin().expand(concentration.shape[:-1])
 
-    with pytest.raises(ValueError, match="expected one of argmax, budget, conservative, which can be saved; got Nearest"):
+    with pytest.raises(ValueError, match="one of argmax, budget, conservative, guard, which can be saved; got Nearest"):
         policy_to_dict(Nearest(COSTS))
     with pytest.raises(ValueError, match="'budget' is already bayes_router.routing.policy.Budget; take another name"):
         register_policy("budget")(Nearest)
@@ -164,6 +167,9 @@ class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(str(func))
         return func(*args, **(kwargs or {}))
+
+    with pytest.raises(ValueError, match="policy: expected one that its price makes; guard wants refuge, usual, level"):
+        at_price("guard", COSTS)
 
 
 @pytest.mark.parametrize("policy", [Argmax(), Budget(COSTS, 1.5), Conservative(COSTS, 0.7, price=1.0)])

@@ -365,6 +365,14 @@ class RoutedCache:
         if not layers:
             raise ValueError("layers: expected at least one; got none")
         self.layers = tuple(layers)
+        self.beside: dict[int, Tensor] = {}  # by layer, [B, n]: what a policy remembers of the rows
+
+    def keep(self, layer: int, state: Tensor) -> None:
+        """Remember `state` [B, n] beside a layer, where it was: a captured graph writes there again."""
+        if layer in self.beside:
+            self.beside[layer].copy_(state)
+        else:
+            self.beside[layer] = state.clone()
 
     @classmethod
     def build(
@@ -405,8 +413,11 @@ class RoutedCache:
         """Forget every token."""
         for layer in self.layers:
             layer.reset()
+        self.beside.clear()
 
     def reorder(self, index: Tensor) -> None:
         """Row b becomes what row index[b] was (beam search); index int64 [B]."""
         for layer in self.layers:
             layer.reorder(index)
+        for state in self.beside.values():
+            state.copy_(state.index_select(0, index))

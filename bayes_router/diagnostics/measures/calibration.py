@@ -16,6 +16,7 @@ from bayes_router.data.tokens import Batch
 from bayes_router.diagnostics.measures.bootstrap import Estimate, clustered
 from bayes_router.diagnostics.measures.verdict import Severity, Verdict
 from bayes_router.routing.posterior import entropy_of_mean, mutual_information, posterior_mean, probability_of_largest
+from bayes_router.training.risk import read_risk
 from bayes_router.transformer.model import RoutedLanguageModel
 from bayes_router.transformer.nll import token_nll
 from bayes_router.types import IGNORED, RoutingMode
@@ -70,7 +71,7 @@ def routing_regret(
         One row a triple: sequence, position, layer, unit, choice, loss_<expert> (nats), largest_<expert> (posterior probability
         that its weight is the largest), regret (loss of the choice less that of the best), entropy_of_mean,
         mutual_information, mean_<expert>, total_concentration, and predictive_entropy (nats, of the next token as the
-        routed pass predicts it).
+        routed pass predicts it); risk (nats), where an estimate of it was fitted.
     """
     require(per_sequence >= 1, "per_sequence", "at least 1", per_sequence)
     device, random = next(model.parameters()).device, np.random.default_rng(seed)
@@ -110,6 +111,7 @@ def _regret_rows(
     ends = [part[-1][1] + 1 if causal else len(tokens) for part in parts]
     losses = [_forced_losses(model, tokens[:end], targets, choice, part) for part, end in zip(parts, ends, strict=True)]
     loss = torch.cat(losses)
+    risk = None if model.controller.risk is None else read_risk(model, tokens[None])[0]  # [T]
     log_p = out.logits[0].double().log_softmax(-1)
     predictive = -(log_p.exp() * log_p).sum(-1)  # [T]
     rows: list[dict[str, object]] = []
@@ -124,7 +126,7 @@ def _regret_rows(
         row |= {"entropy_of_mean": float(entropy_of_mean(q)), "mutual_information": float(mutual_information(q))}
         row |= {f"mean_{name}": float(mean) for name, mean in zip(experts, posterior_mean(q), strict=True)}
         row |= {"total_concentration": float(q.sum()), "predictive_entropy": float(predictive[at_position])}
-        rows.append(row)
+        rows.append(row if risk is None else row | {"risk": float(risk[at_position])})
     return rows
 
 

@@ -32,13 +32,17 @@ class LayerMemory:
     Attributes:
         known: the keys that are hidden are padding and no more, the same for all heads: states may be used.
         real: [B or 1, Tk] bool, the keys that count; None: all.
+        begins: nothing was held before the call under way.
         running: by class of expert.
+        beside: [B, n], what a policy remembers of the texts; None: nothing, or no more.
     """
 
     def __init__(self) -> None:
         self.known, self.length, self.version = False, 0, 0
         self.real: Tensor | None = None
         self.running: dict[type, Running] = {}
+        self.beside: Tensor | None = None
+        self.begins = True
         self._keys: weakref.ref[Tensor] | None = None
 
     def follow(self, held: Tensor | None, keys: Tensor, num_queries: int, known: bool, real: Tensor | None) -> None:
@@ -50,6 +54,8 @@ class LayerMemory:
         same = held is not None and self._keys is not None and self._keys() is held and version(held) == self.version
         if not (same and known and self.known and self.length == past and unchanged(self.real, real)):
             self.running.clear()
+            self.beside = None
+        self.begins = past == 0
         self.known, self.real, self.length = known, real, Tk
         self._keys, self.version = weakref.ref(keys), version(keys)
 

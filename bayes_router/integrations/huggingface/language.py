@@ -60,7 +60,7 @@ class RoutedLanguage(RoutedModel):
 
         def route(layer: int, hidden: Tensor) -> Tensor | int:
             q = self.controller.posterior(layer, hidden)
-            executed = self.decide(layer, q, chosen) if answer is None else answer(layer, hidden)
+            executed = self.decide(layer, q, chosen, hidden) if answer is None else answer(layer, hidden)
             concentrations.append(q.concentration)
             routes.append(as_units(executed, q.concentration))
             self.note(layer, q, routes[-1])

@@ -1,5 +1,6 @@
 """What `patch` returns for a Hugging Face model: the routed language model, its fit and its budget."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ from bayes_router.checks import choose
 from bayes_router.config import ScheduleConfig
 from bayes_router.data.mixture import source_of
 from bayes_router.data.stream import stream_of
+from bayes_router.data.tokens import Batch
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel
 from bayes_router.integrations.huggingface import fitting
@@ -20,6 +22,7 @@ from bayes_router.routing.risk import Risk
 from bayes_router.training.dial import TOLERANCE, Dial
 from bayes_router.training.evidence import FIT_TOKENS, fit_evidence
 from bayes_router.training.guarantee import Guarantee, promise
+from bayes_router.training.guarding import Guarded, set_guard
 from bayes_router.training.risk import FIT_TOKENS as RISK_TOKENS
 from bayes_router.training.risk import fit_risk, read_risk
 
@@ -102,15 +105,52 @@ class RoutedPretrained(RoutedLanguage):
             ValueError: no text, or too little to promise anything by (with how many windows it would take).
         """
         self.require_patched()
-        source = self.held_out if texts is None else stream_of(texts, tokenizer, self.config.vocab_size, self.causal)
-        if source is None:
-            raise ValueError("texts: expected held-out text, from fit() or given here; got None; pass texts=")
-        context = min(context, len(source) - 1)
-        windows = list(source.windows(context, 1, max(limit, context)))
+        windows = self._calibration(texts, tokenizer, context, limit)
         family, full = at_price("argmax", self.cost_ratio.tolist()), self.experts.index("full")
         found = promise(Unforced(self), windows, self.layer_cost, family, full, lost, confidence)
         self.policy = family(found.kept.price)
         return found
+
+    def set_guard(
+        self,
+        texts: Any = None,
+        *,
+        spend: float = 0.01,
+        confidence: float = 0.95,
+        tokenizer: Any = None,
+        context: int = 512,
+        limit: int = 65_536,
+    ) -> Guarded:
+        """Put a guard before the policy: text unlike the fit's takes full attention, see `routing.guard`.
+
+        Args:
+            texts: text, texts or tokens like the fit's that `fit` did not read; default what it held out.
+            spend: share by which such text may cost more for it.
+            confidence: of that, between 0 and 1.
+            tokenizer: of texts.
+            context: tokens of a window.
+            limit: tokens that are read, twice.
+
+        Returns:
+            The guard and what it costs; `policy` is set to it, at the price that the policy had.
+
+        Raises:
+            ValueError: a fit without evidence, no text or too little, or a policy without a price.
+        """
+        self.require_patched()
+        windows = self._calibration(texts, tokenizer, context, limit)
+        full = self.experts.index("full")
+        found = set_guard(Unforced(self), self.controller, windows, self.layer_cost, full, spend, confidence)
+        self.policy = replace(found.policy, cost_ratio=tuple(self.cost_ratio.tolist()))
+        return found
+
+    def _calibration(self, texts: Any, tokenizer: Any, context: int, limit: int) -> list[Batch]:
+        """Windows of some text, or of what `fit` held out."""
+        source = self.held_out if texts is None else stream_of(texts, tokenizer, self.config.vocab_size, self.causal)
+        if source is None:
+            raise ValueError("texts: expected held-out text, from fit() or given here; got None; pass texts=")
+        context = min(context, len(source) - 1)
+        return list(source.windows(context, 1, max(limit, context)))
 
     def fit_evidence(
         self, texts: Any, *, tokenizer: Any = None, context: int = 512, batch_size: int = 1, tokens: int = FIT_TOKENS

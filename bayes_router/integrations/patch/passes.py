@@ -93,6 +93,7 @@ class Here(threading.local):
         observe: what is shown every call.
         given: by layer, what the layer's own call has yet to take.
         decided: by layer, a route that the call under way will execute.
+        call: that a layer makes; None where it keeps nothing between passes.
     """
 
     def __init__(self) -> None:
@@ -101,6 +102,7 @@ class Here(threading.local):
         self.observe: Observe | None = None
         self.given: dict[int, Given] = {}
         self.decided: dict[int, Tensor | int] = {}
+        self.call: AttentionCall | None = None
 
     def __reduce__(self) -> Any:
         return Here, ()  # a copy of the model starts with none of it

@@ -33,6 +33,7 @@ from bayes_router.integrations.patch.settings import FitRecord, PatchSettings
 from bayes_router.integrations.patch.watch import TrainingWatch
 from bayes_router.routing.controller import MetaController
 from bayes_router.routing.force import Force, forced_route
+from bayes_router.routing.guard import UNKNOWN, Guard, guarded
 from bayes_router.routing.policy import Argmax, Policy, execute
 from bayes_router.routing.statistics import RoutingStatistics, routing_statistics
 from bayes_router.routing.tilt import tilted_kl, tilted_moments
@@ -125,7 +126,12 @@ class RoutedModel(Following):
 
     def attend(self, index: int, hidden: Tensor, call: AttentionCall) -> Tensor:
         """What a patched layer calls: hidden [B, Tq, D], the call after the KV cache -> [B, H, Tq, Dv]."""
-        return self.execute(index, self.route(index, hidden, call.real_queries()), call, hidden)
+        self.here.call = call
+        try:
+            route = self.route(index, hidden, call.real_queries())
+        finally:
+            self.here.call = None
+        return self.execute(index, route, call, hidden)
 
     def route(self, index: int, hidden: Tensor, real: Tensor | None = None) -> Tensor | int:
         """Where the tokens of a layer go: weights [B, T, R, E], choices int64 [B, T, R], or one expert for all.
@@ -154,7 +160,8 @@ class RoutedModel(Following):
             if self.here.route is not None:
                 return self.here.route(index, hidden)
             q = self.controller.posterior(index, hidden)
-            executed = self.decide(index, q, self.mode or (RoutingMode.SAMPLE if self.training else RoutingMode.HARD))
+            mode = self.mode or (RoutingMode.SAMPLE if self.training else RoutingMode.HARD)
+            executed = self.decide(index, q, mode, hidden)
         if not again:
             if self.training:
                 self.watch.drawn(index)
@@ -171,12 +178,27 @@ class RoutedModel(Following):
         """How this thread's last pass was routed: a handle, with the graph that `kl` needs until the pass went backward."""
         return self.here.slot.last
 
-    def decide(self, index: int, q: Dirichlet, mode: RoutingMode) -> Tensor:
-        """The route that a layer executes: a policy that knows costs is told the layer's own."""
+    def decide(self, index: int, q: Dirichlet, mode: RoutingMode, hidden: Tensor) -> Tensor:
+        """The route that a layer executes for what its controller reads: a policy that knows costs is told the layer's own."""
         policy: Any = self.policy
         if index in self._own_costs and getattr(policy, "cost_ratio", None) == tuple(self.cost_ratio.tolist()):
             policy = replace(policy, cost_ratio=self._own_costs[index])
-        return execute(q, mode, policy)
+        return execute(q, mode, policy, self._alarm(index, hidden) if mode is RoutingMode.HARD else None)
+
+    def _alarm(self, index: int, hidden: Tensor) -> Tensor | None:
+        """Which tokens [B, T] a guard is alarmed by; its memory of the texts goes with the cache of the call under way."""
+        if not isinstance(self.policy, Guard):
+            return None
+        call, past = self.here.call, None
+        memory = None if call is None else call.memory
+        if memory is not None:
+            past = None if memory.begins else UNKNOWN if memory.beside is None else memory.beside
+        elif call is not None and call.causal and call.q.shape[2] < call.k.shape[2]:
+            past = UNKNOWN  # a cache that nothing can be kept beside
+        alarm, state = guarded(self.policy, self.controller.evidence, index, hidden, past, self.last.real.get(index))
+        if memory is not None:
+            memory.beside = state
+        return alarm
 
     def execute(self, index: int, route: Tensor | int, call: AttentionCall, hidden: Tensor) -> Tensor:
         """The output [B, H, Tq, Dv] of a layer's call under a route."""
