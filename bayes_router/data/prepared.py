@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from bayes_router.data.hub import HUB, hub_identity, hub_texts
 from bayes_router.data.text import (
@@ -38,9 +37,11 @@ from bayes_router.data.text import (
 from bayes_router.data.tokenisers import Tokeniser, load_tokeniser, token_dtype
 from bayes_router.data.tokens import Batch, TextData, TokenDataset
 from bayes_router.files import CAN_HOLD, held
+from bayes_router.progress import Progress
 
 BLOCK = 1 << 22
 """Bytes that are tokenised at a time."""
+MEGABYTE = 1_000_000
 TABLE = "prepared.json"
 HALF_WRITTEN = re.compile(r"\.[0-9a-f]{16}\..+")
 """Names of folders that are not whole."""
@@ -117,7 +118,7 @@ def _file_texts(name: str, valid_fraction: float, seed: int) -> Texts:
     sizes: dict[bytes, int] = {}
     fingerprint = hashlib.sha256()
     total = sum(path.stat().st_size for path in paths)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=None) as bar:
+    with _megabytes("reading the corpus", total) as read:
         for path in paths:
             check_text(name, path, _blocks(path))
             if not any(TEXT.search(block) for block in _blocks(path)):
@@ -126,7 +127,7 @@ def _file_texts(name: str, valid_fraction: float, seed: int) -> Texts:
                 fingerprint.update(SEPARATOR)
             for block in _blocks(path):
                 fingerprint.update(block)
-                bar.update(len(block))
+                read(len(block))
             ranks[path] = document_rank(seed, _blocks(path))
             sizes[ranks[path]] = path.stat().st_size
     if not ranks:
@@ -139,6 +140,20 @@ def _file_texts(name: str, valid_fraction: float, seed: int) -> Texts:
     train = (_blocks(path) for path, rank in ranks.items() if rank not in chosen)
     valid = (_blocks(path) for path, rank in ranks.items() if rank in chosen)
     return Texts(train, valid, total, fingerprint.hexdigest())
+
+
+@contextmanager
+def _megabytes(what: str, size: int | None) -> Iterator[Callable[[int], None]]:
+    """Tells how far the work is, in whole megabytes: what it gives counts bytes."""
+    total, bytes_done = None if size is None else -(-size // MEGABYTE), 0
+
+    def count(more: int) -> None:
+        nonlocal bytes_done
+        bytes_done += more
+        progress.step(bytes_done // MEGABYTE - progress.done)
+
+    with Progress(what, total, unit="megabyte") as progress:
+        yield count
 
 
 def _cut(name: str, path: Path, valid_fraction: float) -> int:
@@ -178,7 +193,7 @@ def _write(folder: Path, texts: Texts, name: str, tokeniser: Tokeniser) -> None:
     dtype = token_dtype(tokeniser)
     separator = tokeniser.encode(SEPARATOR).astype(dtype)
     lengths = {}
-    with tqdm(total=texts.size, unit="B", unit_scale=True, desc="tokenising", disable=None) as bar:
+    with _megabytes("tokenising the corpus", texts.size) as read:
         for part, documents in (("train", texts.train), ("valid", texts.valid)):
             lengths[part] = 0
             with open(folder / f"{part}.bin", "wb") as file:
@@ -190,7 +205,7 @@ def _write(folder: Path, texts: Texts, name: str, tokeniser: Tokeniser) -> None:
                         ids = tokeniser.encode(block).astype(dtype, copy=False)
                         file.write(ids.tobytes())
                         lengths[part] += len(ids)
-                        bar.update(len(block))
+                        read(len(block))
     table = {"corpus": name, "tokeniser": tokeniser.name, "dtype": dtype.name, "sha256": texts.sha256, **lengths}
     (folder / TABLE).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 

@@ -6,11 +6,13 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 
+from bayes_router import progress
 from bayes_router.config import with_changes
 from bayes_router.data import prepared as prepared_module
 from bayes_router.data.load import text_data
@@ -35,6 +37,26 @@ def assert_equal_batches(name: str, folder: Path, tokeniser: str = "bytes") -> N
 
 def test_a_folder_gives_the_tokens_and_the_split_of_memory(corpus: str, tmp_path: Path) -> None:
     assert_equal_batches(f"text:{corpus}", tmp_path)
+
+
+def test_preparing_says_how_far_it_is_where_there_is_no_terminal(
+    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS", 0.03)
+    monkeypatch.setattr(prepared_module, "MEGABYTE", 100)
+    usual = ByteTokeniser.encode
+
+    def slowly(self: ByteTokeniser, text: bytes) -> Any:
+        time.sleep(0.05)
+        return usual(self, text)
+
+    monkeypatch.setattr(ByteTokeniser, "encode", slowly)
+    prepared_data(f"text:{corpus}", "bytes", 0.1, 0, str(tmp_path))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tokenising")]
+    size = sum(path.stat().st_size for path in Path(corpus).rglob("*") if path.is_file())
+    assert lines and all(f" of {-(-size // 100)} megabytes, " in line for line in lines)
+    done = [int(line.split(": ")[1].split()[0]) for line in lines]
+    assert done == sorted(done) and done[-1] > 0
 
 
 @pytest.mark.parametrize("block", [64, 1000, BLOCK])
