@@ -414,8 +414,8 @@ FAULTS = [
     Fault(
         "a checksum is not compared",
         f"{P}/training/checkpoint.py",
-        'hashlib.sha256(payload).digest() == digest',
-        'True',
+        "hashlib.sha256(payload).digest() == digest",
+        "True",
         f"{T}/fuzz/test_checkpoints.py",
     ),
     Fault(
