@@ -1,4 +1,6 @@
-"""What a run's posterior is worth, in tables and figures: `python -m analysis.posterior RUN [--parts PART ...]`.
+"""What a run's posterior is worth, in tables and figures.
+
+    python -m analysis.posterior RUN [--parts PART ...]
 
 Parts: collapse (load, information, distance from the prior, by layer and over training); prior (what it says before any text);
 uncertainty (by layer, position and kind of token, k-hat, gap, stability); evidence (AUROC by token against other text, with

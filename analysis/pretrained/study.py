@@ -1,6 +1,6 @@
 """Routes SmolLM2-135M by token and query head: fits, rivals at equal executed cost, texts and retrieval.
 
-    python -m analysis.pretrained.study fit MODEL TOKENS.npz PATCH --contender NAME --window 1024 --seed 0
+    python -m analysis.pretrained.study fit MODEL TOKENS.npz PATCH --contender NAME --window 1024
     python -m analysis.pretrained.study read MODEL TOKENS.npz PATCH --results RESULTS.csv
 
 MODEL is the folder of the checkpoint; TOKENS.npz is written by `analysis.pretrained.texts`. NAME is one of

@@ -4,7 +4,7 @@ Four ways to train one network, in one process, taking turns step by step; each 
 backward pass, clipping, AdamW). Figures are medians over the turns, and ratios are medians of the ratios within a turn:
 
     bayes      the negative ELBO through Pyro: what `bayes-router fit` does
-    no pyro    the same draws and the same KL in plain torch; what `bayes` takes longer is the time spent in Pyro
+    no pyro    the same draws and the same KL in plain torch: what `bayes` takes longer is Pyro's
     softmax    the same controllers and experts, routes set to their mean weights: no draw, no KL
     full       plain full attention by the fastest kernel of the device, one expert, no controller
 

@@ -3,8 +3,10 @@
 The model is the same, the variants take turns. Variants:
 
     routed          the model as it is deployed: HARD, its controllers included
-    force full      the same call with force="full": controllers and the states of other experts are still computed
-    full ...        the network alone, every token on full, no controller, nothing kept for other experts: the leanest rival
+    force full      the same call with force="full": controllers and the states of other experts
+                    are still computed
+    full ...        the network alone, every token on full, no controller, nothing kept for other
+                    experts: the leanest rival
     graph ...       a decoding step replayed from a CUDA graph
 
 Costs in the rows are those of the routes that were executed, each token at its own position: `cost_flops` and `cost_bytes` of

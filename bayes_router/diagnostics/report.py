@@ -170,7 +170,7 @@ def _of_units(units: pd.DataFrame, run: FittedRun) -> list[tuple[str, str, Calla
     return [
         (f"Heads on {dearest}", f"Share of held-out tokens on {dearest}, the route executed.",
          lambda: posterior_plots.plot_units(units, load, f"share on {dearest}")),
-        ("What the token decides", "Route information by layer and unit: 0 where the unit takes one route whatever the token.",
+        ("What the token decides", "Route information: 0 where a unit takes one route whatever the token.",
          lambda: posterior_plots.plot_units(units, information, "nats")),
     ]  # fmt: skip
 

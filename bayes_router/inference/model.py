@@ -1,6 +1,6 @@
 """The generative program: routes under the prior, targets under the routed network. The literal joint, nothing scaled.
 
-route_l[b, t] ~ prior_l                      l = 0 .. L - 1; route_l[r, b, t] where a layer has several routing units r
+route_l[b, t] ~ prior_l                      l = 0 .. L - 1; route_l[r, b, t] where R > 1
 y[b, t]       ~ likelihood(output[b, t]),    output = network(tokens, route)
 """
 

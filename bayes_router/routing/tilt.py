@@ -5,7 +5,9 @@ With J[f] = (1 / 2 pi i) int f(s) e^s prod_e (s + tilt_e)^(-a_e) ds over a conto
 singularities (the inverse Laplace transform, at 1, of a product of Gamma transforms):
 
     Z = Gamma(a_0) J[1]      E[route_e] = a_e J[1 / (s + tilt_e)] / J[1]
-    E[route_e^t] = Gamma(a_e + t) / Gamma(a_e) * J[(s + tilt_e)^(-t)] / J[1],  whose derivative at t = 1 gives the entropy.
+    E[route_e^t] = Gamma(a_e + t) / Gamma(a_e) * J[(s + tilt_e)^(-t)] / J[1]
+
+The derivative of the last at t = 1 gives the entropy.
 
 The contour is the parabola s = m (1 + i u)^2 of Weideman and Trefethen (2007, Math. Comp. 76),
 moved through the saddle of the integrand where concentrations are large; the midpoint rule on it

@@ -149,7 +149,8 @@ def test_the_path_without_kernels_agrees(names: tuple[str, ...], kernel_calls: l
 BAD_ROUTE = """
 import torch
 from tests.attention.decode_check import Decoder, feed
-one = Decoder(("full", "gated", "local"), B=2, H=2, Hkv=1, Dh=64, window=9, capacity=50, device="cuda", dtype={dtype})
+names = "full", "gated", "local"
+one = Decoder(names, B=2, H=2, Hkv=1, Dh=64, window=9, capacity=50, device="cuda", dtype={dtype})
 cache, inputs = one.cache(), one.draw({T})
 feed(cache, inputs, one.routes({T}))
 torch.cuda.synchronize()

@@ -38,8 +38,9 @@ def draw_log_route(concentration: Tensor) -> Tensor:
 def log_density_ratio(log_route: Tensor, q: Tensor, program: RoutingModel, layer: int) -> Tensor:
     """Log prior(route) - log Dirichlet(route; q), nats, float64 [...]; finite for every draw of `draw_log_route`.
 
-    = sum_e (p_e - q_e) log route_e + log B(q) - log B(p)  [ - price . route - log Z where the prior is tilted ]
-    Written with the difference of the concentrations, so that the two large terms of tiny weights cancel before they are made.
+    = sum_e (p_e - q_e) log route_e + log B(q) - log B(p), and - tilt . route - log Z where the
+    prior is tilted. Written with the difference of the concentrations, so that the two large terms
+    of tiny weights cancel before they are made.
     """
     prior = program.token_prior(layer)
     p, q = program.concentration[layer].double(), q.double()

@@ -38,7 +38,7 @@ die große Standuhr des Vaters rührte sie nicht an. Sie ging seit Jahren elf Mi
 Im April endlich, als das Wasser wieder offen lag und die ersten Boote hinausfuhren, legte der Alte sein Heft in die
 Schublade unter dem Fenster. Auf der letzten Seite stand keine Zahl mehr, sondern ein einziger Satz: Es genügt, wenn einer
 hinsieht.
-"""
+"""  # noqa: E501
 
 
 def other_texts(tokens: Tensor, tokeniser: Tokeniser, seed: int = 0) -> dict[str, Tensor]:

@@ -193,8 +193,8 @@ def fitting(router: RoutedLanguage, weights: bool) -> Iterator[None]:
 def distil(router: RoutedLanguage, source: TokenSource, settings: FitSettings, progress: bool = False) -> list[float]:
     """Teach every linear expert its own layer's full attention; the mean relative squared error of each step.
 
-    For layer l and expert e: mean |e(q, k, v) - full(q, k, v)|^2 / mean |full(q, k, v)|^2, the calls being those of the
-    unchanged model. No gradient enters the model.
+    For layer l and expert e: mean |e(q, k, v) - full(q, k, v)|^2 / mean |full(q, k, v)|^2, on the
+    calls of the unchanged model. No gradient enters the model.
     """
     parameters = [p for layer in router.layers for p in layer.parameters()]
     if not parameters or not settings.distil_steps:

@@ -37,7 +37,7 @@ def filled_slots(cache: Any, layer: Any) -> int:
         known and not torch.compiler.is_exporting(),
         "past_key_values",
         "a cache that grows with the text",
-        f"{type(cache).__name__}{' in torch.export' if known else ', which does not say what it holds of this layer'}",
+        type(cache).__name__ + (" in torch.export" if known else ", which does not say what it holds of this layer"),
         "leave cache_implementation unset, or unpatch() first",
     )
     one: Any = layers[layer] if layers else None

@@ -24,11 +24,13 @@ _Trainer: Any = Trainer if TYPE_CHECKING else object  # it stands in front of an
 class RoutedTraining(_Trainer):
     """What makes a Trainer train the routes of a patched model: `class Mine(RoutedTraining, SFTTrainer)` of any kind of it.
 
-    The loss becomes task loss + kl_weight * KL(posterior || prior), the KL in nats per real token and summed over layers: a
-    negative ELBO where the task loss is a mean negative log likelihood. The optimiser gets the parameters that the patch added
-    as a group of their own, so that schedules, mixed precision and resuming hold for them too. Every log has the KL, the
-    executed cost (full = 1) and the load of each expert; an evaluation those of the routes that it executed (HARD). Every
-    checkpoint has the patch beside the model's weights, so that `load_patch` reads it, and resuming goes on from it.
+    The loss becomes task loss + kl_weight * KL(posterior || prior), the KL in nats per real token
+    and summed over layers: a negative ELBO where the task loss is a mean negative log likelihood.
+    The optimiser gets the parameters that the patch added as a group of their own, so that
+    schedules, mixed precision and resuming hold for them too. Every log has the KL, the executed
+    cost (full = 1) and the load of each expert; an evaluation those of the routes that it executed
+    (HARD). Every checkpoint has the patch beside the model's weights, so that `load_patch` reads
+    it, and resuming goes on from it.
 
     To train the routes alone, freeze the model first: model.requires_grad_(False).
 

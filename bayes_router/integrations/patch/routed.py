@@ -245,9 +245,10 @@ class RoutedModel(Following):
 
         task loss + weight * kl is a negative ELBO.
 
-        The prior is tilted by its price: KL(q || Dirichlet) + price * cost . E_q[route] + log Z, a layer's own costs. Padding
-        is no token. The last pass of this thread by default, which has a gradient until the pass went backward: a pass of
-        which more is wanted is kept by holding `last`.
+        The prior is tilted by its price: KL(q || Dirichlet) + price * cost . E_q[route] + log Z, a
+        layer's own costs. Padding is no token. The last pass of this thread by default, which has a
+        gradient until the pass went backward: a pass of which more is wanted is kept by holding
+        `last`.
 
         Raises:
             ValueError: nothing was routed in that pass, or all of it was forced.

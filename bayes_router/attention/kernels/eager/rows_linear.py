@@ -97,8 +97,9 @@ def linear_rows_backward(
     The chunks are computed again, from the last to the first. With w the weights, n their sum, S and z the state before a chunk
     and dS and dz the gradient of the state after it:
 
-        dsum = dout / n,  dn = -rowsum(dsum * out),  dw = visible * (dsum v^T + dn),  phi' = min(phi, 1),
-        dphi_q = dw phi_k + dsum S^T + dn z,  dphi_k = dw^T phi_q + v dS^T + dz,  dv = w^T dsum + phi_k dS,
+        dsum = dout / n,  dn = -rowsum(dsum * out),  dw = visible * (dsum v^T + dn),
+        phi' = min(phi, 1),  dphi_q = dw phi_k + dsum S^T + dn z,
+        dphi_k = dw^T phi_q + v dS^T + dz,  dv = w^T dsum + phi_k dS,
         dS += phi_q^T dsum,  dz += dn^T phi_q
     """
     spans = _spans(rows + (k.shape[1] - q.shape[1]), k.shape[1])

@@ -4,7 +4,9 @@
 With out = N / den, g = dout / den and gz = -delta / den, delta = sum(out * dout): every pair (t, s) has the weight w_ts, whose
 gradient is g_t v_s + gz_t. What lies beyond a chunk goes through the state S, and in reverse through
 
-    R = sum_t phi(q_t) g_t^T,  rz = sum_t phi(q_t) gz_t     over the queries after the chunk, as seen from its end.
+    R = sum_t phi(q_t) g_t^T,  rz = sum_t phi(q_t) gz_t,
+
+over the queries after the chunk, as seen from its end.
 
 With DECAY the log gate of token t has as gradient the sum of w_rs (g_r v_s + gz_r) over all pairs s < t <= r that it stands
 between: those that the end of its chunk parts (`Cross` of `prefix_kernel`), and phi(q_r) dphi(q_r) - phi(k_r) dphi(k_r) added

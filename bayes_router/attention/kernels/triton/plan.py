@@ -5,7 +5,7 @@ For each row of the batch b, each of its R routing units r, as row u = b R + r o
 of expert (0 full, 1 linear, 2 local):
 
     order  int32 [U, 3, T]       its tokens, ascending; only the first `count` entries are written
-    before int32 [U, 3, NB + 1]  how many of them stand before token 64 * j; the last entry is their count
+    before int32 [U, 3, NB + 1]  how many stand before token 64 * j; the last entry is their count
 
 Full attention is further cut into work items, so that a long row of blocks does not hold up the device: block i of BM sorted
 queries against keys [s * L, (s + 1) * L). L is chosen on the device from the work that there is. The list puts items that use

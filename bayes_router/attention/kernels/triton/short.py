@@ -4,8 +4,10 @@
 The first sorts the tokens by route and sums up each chunk of keys for linear attention. In the second, programs stay resident
 and take items off a list that they all know, heaviest kind first:
 
-    full    a block of queries against a segment of the keys; who finishes a block last joins its segments
-    linear  a block of queries: the sums of the chunks before it are added up on the way, its last keys follow one by one
+    full    a block of queries against a segment of the keys; the last to finish a block joins
+            its segments
+    linear  a block of queries: the sums of the chunks before it are added up on the way, its
+            last keys follow one by one
     local   a block of queries against the hull of their windows
 
 Adding up the chunks anew for every block is quadratic in the length, which a longer text would feel; the state of a large head
