@@ -202,7 +202,8 @@ BAD_ROUTE = """
 import sys, torch
 from bayes_router import routed_attention
 backend, value, recorded = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "recorded"
-q, k, v = (torch.randn(2, 4, 200, 64, device="cuda", dtype=torch.bfloat16, requires_grad=recorded) for _ in range(3))
+options = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": recorded}
+q, k, v = (torch.randn(2, 4, 200, 64, **options) for _ in range(3))
 route = torch.zeros(2, 200, dtype=torch.long, device="cuda")
 lengths = torch.tensor([200, 150], device="cuda")
 route[1, 150:] = value  # padding is not looked at

@@ -463,8 +463,8 @@ FAULTS = [
     Fault(
         "a text that two ranks read is the same",
         f"{P}/data/tokens.py",
-        "[rank::world_size]",
-        "[: batch_size // world_size]",
+        "rank::world_size",
+        ": batch_size // world_size",
         f"{T}/data/test_text.py",
     ),
     Fault(
