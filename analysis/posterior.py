@@ -2,11 +2,12 @@
 
     python -m analysis.posterior RUN [--parts PART ...]
 
-Parts: collapse (load, information, distance from the prior, by layer and over training); prior (what it says before any text);
-uncertainty (by layer, position and kind of token, k-hat, gap, stability); evidence (AUROC by token against other text, with
-intervals; --text NAME=FILE adds a text); confidence (forced routes: the first half of --windows is for fitting, the last for
-reading); risk (the estimate against KL(best single expert || routed), on text that neither fit read); quality (a promise
-read on held-out windows, and how often it is kept when the windows are drawn anew).
+Parts: collapse (load, information, distance from the prior, by layer and over training); prior
+(what it says before any text); uncertainty (by layer, position and kind of token, k-hat, gap,
+stability); evidence (AUROC by token against other text, with intervals; --text NAME=FILE adds a
+text); confidence (forced routes: the first half of --windows is for fitting, the last for reading);
+risk (the estimate against KL(best single expert || routed), on text that neither fit read); quality
+(a promise read on held-out windows, and how often it is kept when the windows are drawn anew).
 """
 
 import argparse

@@ -20,7 +20,8 @@ IGNORED = -100
 """A target that is not scored."""
 
 Route: TypeAlias = "Callable[[int, Tensor], Tensor | int]"
-"""(layer, hidden [B, T, D]) -> weights [B, T, R, E], hard choices int64 [B, T, R], or the one expert that all tokens take.
+"""(layer, hidden [B, T, D]) -> weights [B, T, R, E], hard choices int64 [B, T, R], or the one
+expert that all tokens take.
 
 R is the number of routing units, or 1: one route for all heads.
 """

@@ -1,6 +1,6 @@
 """A patch on text unlike its fit's: what evidence tells, what a promise is worth there, and what a guard makes of it.
 
-    python -m analysis.pretrained.foreign MODEL PATCH TOKENS.npz --fit NAME --own NAME --others NAME ...
+    python -m analysis.pretrained.foreign MODEL PATCH TOKENS.npz --fit NAME --own NAME --others ...
 
 TOKENS.npz has token ids by name. Evidence is made from the text --fit; on the first windows of the text --own a price is
 promised for (the cheapest of --prices, tried in that order) and the guard is set; the later windows of --own, and the others,

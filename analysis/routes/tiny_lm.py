@@ -73,7 +73,8 @@ SHORT: dict[str, dict[str, Any]] = {
 }
 LETTERS = {"f": "full", "g": "gated", "l": "local"}
 PATTERNS = ("f", "g", "l", "gl", "gggggf", "gggglf", "glgglf", "lglglf", "gllllf", "lllllf", "llfllf", "llllff")
-"""Static layouts of six layers, one letter a layer: costs 1, .15, .3, .225, .292, .317, .342, .367, .392, .417, .533, .533."""
+"""Static layouts of six layers, one letter a layer: costs 1, .15, .3, .225, .292, .317, .342,
+.367, .392, .417, .533, .533."""
 
 
 def layout(letters: str) -> tuple[str, ...]:

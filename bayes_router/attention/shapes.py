@@ -51,7 +51,8 @@ def fits_units(units: int, num_heads: int, num_kv_heads: int) -> bool:
 
 
 SEGMENT = 2048
-"""Tokens that linear and local attention take at a time on a CPU: larger temporaries are paged in anew at every call."""
+"""Tokens that linear and local attention take at a time on a CPU: larger temporaries are paged in
+anew at every call."""
 
 
 def segments(length: int, device: torch.device) -> list[tuple[int, int]]:

@@ -238,8 +238,8 @@ def _begin_report(options: Namespace) -> None:
 def bench(arguments: Sequence[str]) -> Parser:
     """Options of `bench`."""
     result = Parser(
-        description="Measure routed attention against the fastest full attention of a device, in turn, "
-        "planning included: forward, forward and backward, decoding, memory. Nothing is timed before "
+        description="Measure routed attention against the fastest full attention of a device, "
+        "in turn, planning included: forward, forward and backward, decoding, memory. Nothing is timed before "
         "every backend agrees with the reference."
     )
     result.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda")

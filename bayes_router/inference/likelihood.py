@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from bayes_router.transformer.nll import token_nll
 
 Likelihood = Callable[[Tensor], dist.TorchDistribution]
-"""Output of the network [B, ...] -> a distribution of batch shape [B, T], or [B, 1] for one target a row."""
+"""Output of the network [B, ...] -> a distribution of batch shape [B, T], or [B, 1] for one
+target a row."""
 
 
 class NextToken(dist.TorchDistribution):

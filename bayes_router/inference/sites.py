@@ -1,9 +1,9 @@
 """Names and plates of the program: where a site lies, and how its value lies in memory, said once.
 
-| site        | value                               | plates (dim)                                  |
-|-------------|-------------------------------------|-----------------------------------------------|
-| `route_<l>` | [B, T, E]; [R, B, T, E] where R > 1 | batch (-2), token (-1); unit (-3) where R > 1 |
-| `targets`   | [B, T]; [B, 1] for one a row        | batch (-2), token (-1) where each has one     |
+| site        | value                              | plates (dim)                                  |
+|-------------|------------------------------------|-----------------------------------------------|
+| `route_<l>` | [B, T, E], [R, B, T, E] with R > 1 | batch (-2), token (-1); unit (-3) where R > 1 |
+| `targets`   | [B, T], [B, 1] for one a row       | batch (-2), token (-1) where each has one     |
 
 R counts the routing units of a layer, `network.num_units`. Networks get weights [B, T, R, E], and
 where R = 1 [B, T, E]: one route for all heads.

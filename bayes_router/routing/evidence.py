@@ -34,7 +34,8 @@ from bayes_router.routing.posterior import posterior_mean
 DIRECTIONS = 8
 MEMORY = 128
 FLATTEST = 1e-4
-"""Least variance of a direction, relative to the mean of all: below that float32 tells noise from signal no more."""
+"""Least variance of a direction, relative to the mean of all: below that float32 tells noise from
+signal no more."""
 CHUNK = 128  # tokens at a time in a running mean
 
 

@@ -28,9 +28,11 @@ GRID = (0.16, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 RESOLUTION = 1e-5
 """Prices closer than this, relative to theirs where that is above 1, count as one."""
 STEEPEST = 1e4
-"""Nats per unit of cost: at this price every token takes the cheapest expert, at minus this the costliest."""
+"""Nats per unit of cost: at this price every token takes the cheapest expert, at minus this the
+costliest."""
 HALVINGS = 60
-"""Of the prices between plus and minus the steepest, on posteriors that are held: to beyond what float32 tells apart."""
+"""Of the prices between plus and minus the steepest, on posteriors that are held: to beyond what
+float32 tells apart."""
 
 
 class BudgetUnreachable(ValueError):

@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from bayes_router.checks import require
 
 PATIENCE = timedelta(hours=2)
-"""How long a rank waits for the others: they wait while rank 0 prepares a corpus, evaluates and writes."""
+"""How long a rank waits for the others: they wait while rank 0 prepares a corpus, evaluates and
+writes."""
 
 
 def pick_device(name: str) -> torch.device:

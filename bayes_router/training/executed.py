@@ -15,7 +15,8 @@ from bayes_router.transformer.nll import token_nll
 from bayes_router.types import IGNORED, RoutingMode, RoutingOutput
 
 CountedCost = Callable[[Tensor], float]
-"""Hard routes int64 [L, B, T, R] -> what they cost, full attention = 1, where a table of experts does not say it."""
+"""Hard routes int64 [L, B, T, R] -> what they cost, full attention = 1, where a table of experts
+does not say it."""
 
 
 class Routed(Protocol):

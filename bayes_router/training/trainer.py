@@ -33,7 +33,8 @@ CHECK_EVERY = 20
 """Steps between two looks at the device: on a GPU each waits for it."""
 
 ONE_AT_A_TIME = threading.RLock()
-"""Pyro's stack of handlers and torch's generator are the process's: fits in several threads take turns at them."""
+"""Pyro's stack of handlers and torch's generator are the process's: fits in several threads take
+turns at them."""
 
 
 class Objective(Protocol):

@@ -29,8 +29,9 @@ BREAK_EVEN = {  # by CUDA or not, and whether gradients are needed
     (True, False): BreakEven(4096, SHORT, TRITON),
     (True, True): BreakEven(0, DENSE, TRITON),
 }
-"""On a CPU what `python -m analysis.speed.break_even` printed, on one core of an AMD EPYC (AVX-512) with torch 2.13; on CUDA an
-H100's (analysis/SPEED.md); with gradients there, nothing else was measured.
+"""On a CPU what `python -m analysis.speed.break_even` printed, on one core of an AMD EPYC (AVX-512)
+with torch 2.13; on CUDA an H100's (analysis/SPEED.md); with gradients there, nothing else was
+measured.
 
 No backend computes two experts for the time of one, so that a mixed route through a short text is slower than full attention
 alone. On that core, B1 H8 Dh64 W256, 10/60/30 full/linear/local, `auto` took, in times of full attention:

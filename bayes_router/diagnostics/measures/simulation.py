@@ -24,7 +24,8 @@ from bayes_router.inference.model import RoutingModel
 from bayes_router.inference.sites import is_route_site
 
 Draws = Callable[[Tensor, Tensor], dict[str, Tensor]]
-"""(tokens [B, T], targets) -> posterior draws of each route site, [S, B, T, E], nearly independent."""
+"""(tokens [B, T], targets) -> posterior draws of each route site, [S, B, T, E], nearly
+independent."""
 
 
 def guide_draws(program: RoutingModel, guide: RoutingGuide, draws: int) -> Draws:

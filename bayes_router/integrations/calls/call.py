@@ -10,7 +10,8 @@ from bayes_router.integrations.calls.masks import real_queries, seen, seen_by_on
 from bayes_router.integrations.calls.memory import LayerMemory
 
 Kernel = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
-"""(q [B, H, n, Dh], k and v [B, Hkv, m, Dh], mask) -> [B, H, n, Dv], with the layer's own scale, soft cap and sinks."""
+"""(q [B, H, n, Dh], k and v [B, Hkv, m, Dh], mask) -> [B, H, n, Dv], with the layer's own scale,
+soft cap and sinks."""
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 """Triton kernels of linear attention: what each chunk of keys adds, the running state before each chunk, and the reads.
 
-    out_t = sum_s w_ts v_s / (sum_s w_ts + EPSILON),  s <= t,  w_ts = phi(q_t) . phi(k_s), phi = elu + 1
+    out_t = sum_s w_ts v_s / (sum_s w_ts + EPSILON),  s <= t,  w_ts = phi(q_t) . phi(k_s)
     DECAY: queries and keys come as features,         w_ts = (q_t . k_s) exp(decay_t - decay_s)
 
-`Decay` is float64 [B, H, Tk], the sum of the log gates up to each key: after 32k tokens float32 would hold it to 1e-4 only.
-Differences are taken first, then rounded to float32, and no positive number is exponentiated.
+with phi = elu + 1. `Decay` is float64 [B, H, Tk], the sum of the log gates up to each key: after
+32k tokens float32 would hold it to 1e-4 only. Differences are taken first, then rounded to float32,
+and no positive number is exponentiated.
 
 Heads: K has H / GROUP of them and V those / VGROUP. Plain linear attention shares keys among queries (VGROUP = 1); a gate is a
 query head's own, so with DECAY keys are one a query head (GROUP = 1). States belong to heads of K:
