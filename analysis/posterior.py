@@ -104,32 +104,31 @@ def prior(run: FittedRun, options: argparse.Namespace) -> Found:
 
 
 def uncertainty(run: FittedRun, options: argparse.Namespace) -> Found:
-    """Is it sure, and is it right, by the posterior's own account."""
+    """Is it sure, and is it right, by the posterior's own account; what cannot be had is named, the rest stands."""
     examined = Examination(run, effort=Effort(tokens=options.tokens))
-    summary, calibration = examined.uncertainty, examined.calibration
+    summary = examined.uncertainty
     quoted = examined.figures().to_frame()
     quoted.index.name = "figure"
     tables = {
         "uncertainty_by_layer": summary.layers(),
         "uncertainty_by_position": summary.positions(),
         "uncertainty_by_kind": summary.kinds_frame(),
-        "regret": examined.regret,
-        "reliability": calibration.before,
-        "reliability_tempered": calibration.after,
-        "stability": examined.stability,
-        "k_hat": examined.k_hat,
         "figures_to_quote": quoted,
     }
-    figures: dict[str, Callable[[], Axes]] = {
-        "uncertainty_by_position": lambda: draw.plot_by_position(summary.positions()),
-        "reliability": lambda: draw.plot_reliability(calibration.before, calibration.after),
-        "k_hat": lambda: draw.plot_k_hat(examined.k_hat),
-    }
-    if len(examined.other_text):
-        tables["other_text"] = examined.other_text
-        figures["other_text"] = lambda: draw.plot_other_text(examined.other_text)
+    figures: dict[str, Callable[[], Axes]] = {"uncertainty_by_position": lambda: draw.plot_by_position(summary.positions())}
+    tables |= {part: table for part in ("regret", "stability", "k_hat") if (table := examined.attempt(part)) is not None}
+    if "k_hat" in tables:
+        figures["k_hat"] = lambda: draw.plot_k_hat(tables["k_hat"])
+    if (calibration := examined.attempt("calibration")) is not None:
+        tables |= {"reliability": calibration.before, "reliability_tempered": calibration.after}
+        figures["reliability"] = lambda: draw.plot_reliability(calibration.before, calibration.after)
+    other = examined.attempt("other_text")
+    if other is not None and len(other):
+        tables["other_text"] = other
+        figures["other_text"] = lambda: draw.plot_other_text(other)
         figures["uncertainty_by_kind"] = lambda: draw.plot_by_kind(summary.kinds_frame())
-    return Found(tables, figures, text_of(quoted))
+    left_out = "".join(f"\nleft out: {line}" for line in examined.left_out())
+    return Found(tables, figures, text_of(quoted) + left_out)
 
 
 def evidence(run: FittedRun, options: argparse.Namespace) -> Found:

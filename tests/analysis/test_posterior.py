@@ -38,3 +38,17 @@ def test_each_part_writes_its_tables_and_figures(part, tables, figures, finished
     assert all(len(pd.read_csv(tmp_path / "out" / f"{t}.csv")) for t in tables)
     if part == "evidence":
         assert {"code", "German", "shuffled", "tale"} == set(pd.read_csv(tmp_path / "out" / "evidence.csv")["text"])
+
+
+def test_without_arviz_stats_the_rest_is_written(finished_run, tmp_path, monkeypatch, capsys):
+    for name in ("arviz_stats", "arviz_stats.base"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(posterior, "Effort", lambda tokens: QUICK)
+    arguments = ["--parts", "uncertainty", "--out", str(tmp_path / "out"), "--tokens", "512"]
+    monkeypatch.setattr(sys, "argv", ["posterior", str(finished_run), *arguments])
+    posterior.main()
+    told = capsys.readouterr()
+    assert "left out: guide: pareto_k: expected the package arviz-stats" in told.out
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"regret.csv", "reliability.csv", "figures_to_quote.csv"} <= written
+    assert "k_hat.csv" not in written and told.err.count("Traceback") == 0

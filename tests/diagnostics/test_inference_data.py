@@ -1,3 +1,6 @@
+import sys
+import types
+
 import pytest
 import torch
 from pyro.infer import Predictive
@@ -49,3 +52,23 @@ def test_without_arviz_the_error_says_what_to_install(monkeypatch):
     program, guide = toy(MixtureNetwork(), PRIOR, GUIDE)
     with pytest.raises(ValueError, match="pip install arviz"):
         to_inference_data(program, guide, TOKENS, TARGETS, ["a", "b"])
+
+
+def test_arviz_of_version_one_is_given_all_groups_in_one_argument(monkeypatch):
+    """Its `from_dict(data, *, dims, coords, ...)`; 0.x takes the groups by name."""
+    given = {}
+
+    def from_dict(data, *, name=None, sample_dims=None, coords=None, dims=None):
+        given.update(data=data, coords=coords, dims=dims)
+        return "a DataTree"
+
+    module = types.ModuleType("arviz")
+    module.__version__, module.from_dict = "1.3.0", from_dict
+    monkeypatch.setitem(sys.modules, "arviz", module)
+    program, guide = toy(MixtureNetwork(), PRIOR, GUIDE)
+    found = to_inference_data(program, guide, TOKENS, TARGETS, ["full", "local"], draws=5)
+    groups = draw_groups(program, guide, TOKENS, TARGETS, draws=5)
+    assert found == "a DataTree" and given["data"].keys() == groups.keys()
+    assert (given["data"]["posterior"]["route_0"] == groups["posterior"]["route_0"]).all()
+    assert given["dims"] == {"route_0": ["sequence", "position", "expert"], "targets": ["sequence", "position"]}
+    assert list(given["coords"]["expert"]) == ["full", "local"]
