@@ -53,7 +53,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def require_file(run: Path, name: str) -> Path:
     """The path of a file of a run, which must be there."""
     if not run.is_dir():
-        raise ValueError(f"run: expected a run folder; {run} does not exist; make one with `bayes-router fit --out {run}`")
+        what = "is a file" if run.exists() else "does not exist"
+        raise ValueError(f"run: expected a run folder; {run} {what}; make one with `bayes-router fit --out {run}`")
     if not (run / name).is_file():
         raise ValueError(f"run: expected {name} in {run}; it is missing: not a run folder, or a run that never got so far")
     return run / name
