@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from bayes_router.inference.model import RoutingModel
     from bayes_router.inference.prior import DirichletPrior
     from bayes_router.inference.tilted import TiltedDirichlet
-    from bayes_router.integrations.patching import load_patch, patch
+    from bayes_router.integrations.patching import Router, load_patch, patch
     from bayes_router.presets import preset
     from bayes_router.routing.controller import MetaController
     from bayes_router.routing.policy import Argmax, Budget, Conservative, register_policy
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from bayes_router.transformer.standalone import RoutedAttention
     from bayes_router.types import CostModel, LossTerms, RoutingMode, RoutingOutput
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Argmax",
@@ -58,6 +58,7 @@ __all__ = [
     "RoutedAttention",
     "RoutedLanguageModel",
     "RoutedTransformer",
+    "Router",
     "RoutingELBO",
     "RoutingGuide",
     "RoutingMode",
@@ -97,7 +98,7 @@ _HOMES = {
     "inference.model": "RoutingModel",
     "inference.prior": "DirichletPrior",
     "inference.tilted": "TiltedDirichlet",
-    "integrations.patching": "load_patch patch",
+    "integrations.patching": "Router load_patch patch",
     "presets": "preset",
     "routing.controller": "MetaController",
     "routing.policy": "Argmax Budget Conservative register_policy",

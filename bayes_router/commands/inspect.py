@@ -1,13 +1,18 @@
 """`bayes-router inspect`: a text in the terminal, coloured by route, the uncertain tokens marked."""
 
+import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from itertools import groupby
 from string import ascii_lowercase
+from typing import TextIO
 
 import torch
 from jsonargparse import Namespace
+from rich.console import CONSOLE_SVG_FORMAT, Console
+from rich.text import Text
 
 from bayes_router.checks import require, unknown
 from bayes_router.commands.fitted import open_fitted, read_text
@@ -15,10 +20,12 @@ from bayes_router.data.load import load_data
 from bayes_router.diagnostics.fitted import FittedRun
 from bayes_router.diagnostics.measures.uncertainty import probability_right
 from bayes_router.diagnostics.report import ShownText, route_text
+from bayes_router.files import write_text
 
 COLOURS = (25, 172, 72, 133, 185)  # of the 256 of a terminal: dark blue, orange, green, purple, yellow, as in the figures
 WHEN = ("auto", "always", "never")
 WIDTH = 80
+SVG_WIDTH = 100
 
 
 def run(options: Namespace) -> None:
@@ -32,13 +39,42 @@ def run(options: Namespace) -> None:
     require(0 <= options.layer < layers, "layer", f"0 to {layers - 1}", options.layer, f"there are {layers} layers")
     source = None if text is not None else fitted.held_out or load_data(fitted.config)[1].valid
     shown = route_text(fitted, text, options.tokens, source, options.unit)
-    colour = options.colour == "always" or (options.colour == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
-    print(render(fitted, shown, options.layer, options.threshold, colour, options.unit))
+    terminal = options.colour == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    colour = options.colour == "always" or terminal
+    page = render(fitted, shown, options.layer, options.threshold, colour, options.unit)
+    if colour:
+        painter(sys.stdout).print(page, soft_wrap=True)
+    else:
+        print(page.plain)
+    if options.svg is not None:
+        coloured = render(fitted, shown, options.layer, options.threshold, True, options.unit)
+        write_text(options.svg, picture(coloured, str(options.run)))
     if fitted.patched and fitted.tokeniser is None:
         print("\nshown as token ids: the base model has no tokenizer beside it")
 
 
-def render(fitted: FittedRun, shown: ShownText, layer: int, threshold: float, colour: bool, unit: int = 0) -> str:
+def painter(file: TextIO | None, record: bool = False) -> Console:
+    """A console of 256 colours that prints text as it is: what was asked for, whatever the terminal claims."""
+    return Console(
+        file=file,
+        record=record,
+        width=SVG_WIDTH if record else None,
+        force_terminal=True,
+        color_system="256",
+        no_color=False,
+        highlight=False,
+    )
+
+
+def picture(page: Text, title: str) -> str:
+    """The coloured text as an SVG that loads nothing from elsewhere."""
+    console = painter(io.StringIO(), record=True)
+    console.print(page)
+    form = re.sub(r"@font-face \{\{.*?\}\}|<!--.*?-->", "", CONSOLE_SVG_FORMAT, flags=re.S)
+    return console.export_svg(title=title, code_format=form, unique_id="routes")
+
+
+def render(fitted: FittedRun, shown: ShownText, layer: int, threshold: float, colour: bool, unit: int = 0) -> Text:
     """The text with a legend; without colour, a letter for each expert stands under its token, in capitals if uncertain."""
     choice = shown.hard_choice[layer].tolist()
     doubt = (probability_right(shown.concentration[layer]) < threshold).tolist()
@@ -48,16 +84,17 @@ def render(fitted: FittedRun, shown: ShownText, layer: int, threshold: float, co
         f"{sum(doubt)} of {len(doubt)} tokens marked: the probability that their weight is the largest is below {threshold:g}"
     )
     if colour:
-        legend = "  ".join(_paint(f" {share} ", e, False) for e, share in enumerate(shares))
+        legend = Text("  ").join(_paint(f" {share} ", e, False) for e, share in enumerate(shares))
         tokens = zip(map(printable, shown.pieces), choice, doubt, strict=True)
-        runs = groupby(tokens, key=lambda token: token[1:])  # one escape sequence for neighbours of one kind
-        body = "".join(_paint("".join(piece for piece, *_ in run), *kind) for kind, run in runs)
+        runs = groupby(tokens, key=lambda token: token[1:])  # one style for neighbours of one kind
+        body = Text().join(_paint("".join(piece for piece, *_ in run), *kind) for kind, run in runs)
     else:
         marks = letters(fitted.experts)
-        legend = "  ".join(f"{mark}: {share}" for mark, share in zip(marks, shares, strict=True))
-        body = _underlined(shown.pieces, [marks[e].upper() if d else marks[e] for e, d in zip(choice, doubt, strict=True)])
+        legend = Text("  ".join(f"{mark}: {share}" for mark, share in zip(marks, shares, strict=True)))
+        letter = [marks[e].upper() if d else marks[e] for e, d in zip(choice, doubt, strict=True)]
+        body = Text(_underlined(shown.pieces, letter))
     of = f", {fitted.config.model.route_by.replace('_', ' ')} {unit}" if fitted.config.model.num_units > 1 else ""
-    return f"layer {layer}{of}: {legend}\n{marked}\n\n{body}"
+    return Text.assemble(f"layer {layer}{of}: ", legend, f"\n{marked}\n\n", body)
 
 
 def letters(experts: Sequence[str]) -> list[str]:
@@ -74,11 +111,11 @@ def printable(piece: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else " " if c == "\t" else "\u00b7" for c in piece) or "\u00b7"
 
 
-def _paint(text: str, expert: int, doubt: bool) -> str:
+def _paint(text: str, expert: int, doubt: bool) -> Text:
     """On the colour of its expert; uncertain text is underlined, in that colour on the plain background."""
     colour = COLOURS[expert % len(COLOURS)]
-    start = f"\x1b[4;38;5;{colour}m" if doubt else f"\x1b[48;5;{colour};38;5;{15 if expert == 0 else 16}m"
-    return "\n".join(f"{start}{line}\x1b[0m" if line else "" for line in text.split("\n"))
+    ink = 15 if expert == 0 else 16
+    return Text(text, f"underline color({colour})" if doubt else f"color({ink}) on color({colour})")
 
 
 def _underlined(pieces: Sequence[str], marks: Sequence[str]) -> str:

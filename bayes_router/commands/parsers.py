@@ -210,11 +210,14 @@ def inspect(arguments: Sequence[str]) -> Parser:
     result.add_argument("--tokens", type=int, default=800, help="tokens to show, at most")
     result.add_argument("--threshold", type=float, default=SURE_ENOUGH, help="a token that is right less probably is marked")
     result.add_argument("--colour", type=str, default="auto", help="auto, always, never (then letters under the text)")
+    result.add_argument("--svg", type=Optional[Path], default=None, help="file to write the coloured text to, as a picture")
     return result
 
 
 def _begin_inspect(options: Namespace) -> None:
     _check_fitted(options)
+    if options.svg is not None:
+        check_file_for(options.svg, "svg")
     _say(f"inspect: {options.run}")
 
 

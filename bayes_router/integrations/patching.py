@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, Unpack, overload
 import torch
 from torch import nn
 
-from bayes_router.checks import require
+from bayes_router.checks import one_line, require
 from bayes_router.config import PriorConfig
 from bayes_router.integrations.patch.binding import router_of
 from bayes_router.integrations.patch.routed import RoutedModel
@@ -158,6 +158,49 @@ def load_patch(model: nn.Module, folder: Path | str) -> Any:
     router.policy, router.held_out = policy, held_out or router.held_out
     router.controller.evidence, router.controller.risk = evidence, risk
     return router
+
+
+class Router:
+    """Routers as Hugging Face's models are loaded; what comes is a `RoutedPretrained` or a `RoutedTorch`."""
+
+    @staticmethod
+    def from_pretrained(
+        model: nn.Module,
+        folder_or_name: Path | str,
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> Any:
+        """`load_patch` from a folder, which asks nobody, or from a repository of the Hugging Face hub.
+
+        Args:
+            model: what the router was fitted for.
+            folder_or_name: of `save_pretrained`; or OWNER/REPOSITORY, which is kept in the hub's cache.
+            revision: branch, tag or commit of a repository.
+            local_files_only: of a repository: take what the cache has and ask nobody (also HF_HUB_OFFLINE=1).
+
+        Raises:
+            ValueError: there is no such folder or repository, or it was made for another model.
+        """
+        folder = Path(folder_or_name)
+        name = str(folder_or_name)
+        if folder.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            return load_patch(model, folder)
+        from huggingface_hub import snapshot_download
+
+        try:
+            found = snapshot_download(
+                name,
+                revision=revision,
+                local_files_only=local_files_only,
+                allow_patterns=["*.safetensors", "*.json"],
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"folder_or_name: expected a folder, or a repository of the hub; got {name}: {one_line(error)}; "
+                "give the folder that save_pretrained wrote"
+            ) from error
+        return load_patch(model, found)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

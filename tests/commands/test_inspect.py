@@ -28,7 +28,7 @@ def test_marks_and_legend_agree(finished_run: Path) -> None:
         torch.tensor([[0, 1, 2, 2]]),
         torch.zeros(4),
     )
-    text = render(fitted, shown, 0, 0.7, colour=False)
+    text = render(fitted, shown, 0, 0.7, colour=False).plain
     legend, body = text.splitlines()[0], text.splitlines()[-2:]
     marks = dict(re.findall(r"(\w): (\w+) ", legend))
     assert [marks[mark] for mark in body[1][:3]] == names and body[0] == "abcd"
@@ -39,3 +39,14 @@ def test_marks_and_legend_agree(finished_run: Path) -> None:
 def test_the_command_prints_the_legend(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(finished_run), "--tokens", "40", "--device", "cpu"]) == 0
     assert re.search(r"layer 0: f: full .*  g: gated .*  l: local ", capsys.readouterr().out)
+
+
+def test_colour_and_picture_say_the_same(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    svg = tmp_path / "routes.svg"
+    arguments = ["--tokens", "40", "--device", "cpu", "--colour", "always", "--svg", str(svg)]
+    assert main(["inspect", str(finished_run), *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "\x1b[97;48;5;25m full " in printed  # the legend, on the colours of the figures
+    plain = re.sub(r"\x1b\[[\d;]*m", "", printed)
+    drawn = " ".join(re.findall(r">([^<]*)</text>", svg.read_text(encoding="utf-8"))).replace("&#160;", " ")
+    assert re.findall(r"\d+ of \d+ tokens marked", plain)[0] in drawn and "@font-face" not in svg.read_text(encoding="utf-8")

@@ -34,8 +34,9 @@ class RoutedTraining(_Trainer):
 
     To train the routes alone, freeze the model first: model.requires_grad_(False).
 
+    The model is patched, also inside a wrapper.
+
     Args:
-        model: patched, also inside a wrapper.
         kl_weight: of the KL; default 0.02 over the number of layers, as of `fit`.
         router_lr: learning rate of what was added; the Trainer's schedule scales it as its own.
 

@@ -3,6 +3,7 @@
 What is added lives here and not in the model: its parameters, state dict and `save_pretrained` stay its own.
 """
 
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -324,6 +325,26 @@ class RoutedModel(Following):
             self.held_out if held_out else None, self.controller.evidence, self.controller.risk,
         )  # fmt: skip
         save_patch(record, folder)
+
+    def save_pretrained(self, folder: Any, held_out: bool = False) -> None:
+        """`save`, by the name that Hugging Face's models have for it; `Router.from_pretrained` reads it."""
+        self.save(folder, held_out)
+
+    def push_to_hub(self, name: str, *, private: bool = True, token: str | None = None) -> str:
+        """Save to a repository of the Hugging Face hub, with its card; the address. No text is sent.
+
+        Args:
+            name: OWNER/REPOSITORY, made if it is not there.
+            private: of a repository that is made.
+            token: of an account that may write there; by default the one that is logged in.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        api.create_repo(name, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder)
+            return str(api.upload_folder(repo_id=name, folder_path=folder))
 
     def bind(self) -> None:
         """Give every found module its binding."""

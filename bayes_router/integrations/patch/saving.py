@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from bayes_router.checks import require
 from bayes_router.config import PriorConfig
 from bayes_router.data.stream import MaskedStream, TokenStream
-from bayes_router.files import write_json, write_whole
+from bayes_router.files import write_json, write_text, write_whole
+from bayes_router.integrations.patch.card import CARD, card, foreign
 from bayes_router.integrations.patch.identity import Identity, identity
 from bayes_router.integrations.patch.settings import OLD_NAME, FitRecord, PatchSettings
 from bayes_router.routing.evidence import Evidence
@@ -57,6 +58,7 @@ def save_patch(record: PatchRecord, folder: Path | str) -> None:
     policy = policy_to_dict(record.policy)
     folder.mkdir(parents=True, exist_ok=True)
     now, kind = identity(record.model), type(record.model).__name__
+    base = str(getattr(record.model, "name_or_path", "") or "")
     moved = record.made_for is None or not now.same(record.made_for)
     if moved:
         warnings.warn(
@@ -78,9 +80,12 @@ def save_patch(record: PatchRecord, folder: Path | str) -> None:
             "settings": record.settings.to_dict(),
             "policy": policy,
             "fit": None if record.fitted is None else asdict(record.fitted),
-            "base": str(getattr(record.model, "name_or_path", "") or ""),
+            "base": base,
         },
     )
+    if not foreign(folder / CARD):
+        page = card(base, kind, record.settings, record.fitted, repr(record.policy), moved)
+        write_text(folder / CARD, page)
     save_evidence(folder, record.evidence)
     save_risk(folder, record.risk)
     text = record.held_out

@@ -1,0 +1,61 @@
+"""The card of a saved patch, README.md: what it belongs to, how it was fitted, what to mind."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bayes_router.integrations.patch.settings import FitRecord, PatchSettings
+
+CARD = "README.md"
+LIBRARY = "library_name: bayes-router"
+
+
+def foreign(path: Path) -> bool:
+    """Whether somebody else wrote the file, as a trainer does for the model beside a patch: then it stays."""
+    return path.exists() and LIBRARY not in path.read_text(encoding="utf-8")
+
+
+def card(base: str, kind: str, settings: PatchSettings, fitted: FitRecord | None, policy: str, moved: bool) -> str:
+    """Markdown with the metadata that the hub reads.
+
+    Args:
+        base: name or folder of the model that was patched; empty where it has none.
+        kind: its class.
+        settings: of the patch.
+        fitted: how; None before.
+        policy: of HARD, as text.
+        moved: whether the model's own weights moved since.
+    """
+    head = ["---", LIBRARY, "tags: [bayes-router, attention, routing]"]
+    head += [f"base_model: {base}"] if base and not base.startswith((".", "/")) else []
+    what = {
+        "model": f"`{base or kind}` ({kind}), which is not in this folder",
+        "experts": ", ".join(settings.experts),
+        "a route is chosen by": settings.route_by,
+        "window and sinks": f"{settings.window} and {settings.sinks} tokens",
+        "policy": f"`{policy}`",
+    }
+    if fitted is not None:
+        asked = "none, the prior's own price" if fitted.budget is None else fitted.budget
+        what |= {
+            "fitted on": f"{fitted.tokens:,} tokens, {fitted.context} a sequence",
+            "tokenizer": fitted.tokenizer or "token ids were given",
+            "likelihood": fitted.likelihood,
+            "budget (executed cost, full attention = 1)": str(asked),
+            "KL weight and price at the end": f"{fitted.kl_weight:.4g} and {fitted.price:.4g}",
+        }
+    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in what.items())]
+    use = ["```python", "from bayes_router import Router", "", 'router = Router.from_pretrained(model, "THIS FOLDER")', "```"]
+    notes = [f"- {note}" for note in _notes(fitted, moved)]
+    parts = ["# A router", *table, "", *use, "", "## To mind", "", *notes]
+    return "\n".join([*head, "---", "", *parts, ""])
+
+
+def _notes(fitted: FitRecord | None, moved: bool) -> Sequence[str]:
+    notes = ["A budget is met on the text that it was set on: other text costs more or less."]
+    if fitted is None:
+        notes.insert(0, "Not fitted: every token takes full attention, nothing is saved.")
+    else:
+        notes.append(f"Texts much longer or shorter than {fitted.context} tokens were not seen by the fit.")
+    if moved:
+        notes.append("The model's own weights moved: it works with the model that was saved beside it alone.")
+    return notes
