@@ -27,7 +27,7 @@ class RunningMean(Expert):
     cost_ratio = 0.05  # of full attention's
 
     def forward(self, q, k, v):
-        """q [B, H, Tq, Dh]; k, v [B, Hkv, Tk, Dh]; the queries are the last Tq positions."""
+        """Q [B, H, Tq, Dh]; k, v [B, Hkv, Tk, Dh]; the queries are the last Tq positions."""
         counts = torch.arange(1, v.shape[2] + 1, device=v.device)[:, None]
         mean = (v.cumsum(2) / counts)[:, :, -q.shape[2] :]
         return mean.repeat_interleave(q.shape[1] // v.shape[1], 1)

@@ -8,10 +8,10 @@ import tempfile
 from pathlib import Path
 
 import torch
+from patch_and_fit import SENTENCE, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from bayes_router import Router, patch
-from patch_and_fit import SENTENCE, tiny_model
 
 
 def main(steps=30):

@@ -4,9 +4,9 @@ Run it: `python examples/serve_static_cache.py`. Requests of different lengths a
 """
 
 import torch
+from patch_and_fit import SENTENCE, tiny_model
 
 from bayes_router import patch
-from patch_and_fit import SENTENCE, tiny_model
 
 
 def main(new_tokens=12, steps=20):

@@ -6,11 +6,11 @@ Run it: `python examples/trainer.py`. Give `report_to="tensorboard"` or "wandb" 
 import tempfile
 
 import torch
+from patch_and_fit import SENTENCE, tiny_model
 from transformers import TrainingArguments
 
 from bayes_router import patch
 from bayes_router.integrations.huggingface.trainer import RoutingTrainer
-from patch_and_fit import SENTENCE, tiny_model
 
 
 class Windows(torch.utils.data.Dataset):
