@@ -13,7 +13,7 @@ from bayes_router.checks import one_line, require
 from bayes_router.config import PriorConfig
 from bayes_router.integrations.patch.binding import router_of
 from bayes_router.integrations.patch.routed import RoutedModel
-from bayes_router.integrations.patch.saving import load_weights, read_fit, read_settings
+from bayes_router.integrations.patch.saving import load_weights, read_fit, read_settings, saved_frozen
 from bayes_router.integrations.patch.settings import PatchSettings
 from bayes_router.routing.policy import Policy
 from bayes_router.training.evidence import load_evidence
@@ -151,12 +151,14 @@ def load_patch(model: nn.Module, folder: Path | str) -> Any:
         router.fitted, held_out = read_fit(folder, router.config.vocab_size)
         evidence = load_evidence(Path(folder), len(router.layers), router.found[0].width)
         risk = load_risk(Path(folder))
+        frozen = saved_frozen(folder, len(router.layers), router.config.num_units, len(router.experts))
     except ValueError:
         if known is None:
             router.unpatch()
         raise
     router.policy, router.held_out = policy, held_out or router.held_out
     router.controller.evidence, router.controller.risk = evidence, risk
+    router.frozen = frozen
     return router
 
 

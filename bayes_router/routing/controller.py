@@ -3,6 +3,8 @@
 It reads only the token's own hidden state, which a prefix determines: no future, no sequence length.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.distributions import Dirichlet
@@ -27,10 +29,14 @@ class LayerController(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """See the class."""
-        raw: Tensor = self.out(hidden if self.hidden is None else F.silu(self.hidden(hidden)))
-        return raw.unflatten(-1, (self.num_units, -1))
+    def forward(self, hidden: Tensor, units: Sequence[int] | None = None) -> Tensor:
+        """See the class; of some units alone [..., n, E] where `units` names them."""
+        read = hidden if self.hidden is None else F.silu(self.hidden(hidden))
+        if units is None:
+            raw: Tensor = self.out(read)
+            return raw.unflatten(-1, (self.num_units, -1))
+        weight, bias = (x.unflatten(0, (self.num_units, -1))[list(units)] for x in (self.out.weight, self.out.bias))
+        return F.linear(read, weight.flatten(0, 1), bias.flatten()).unflatten(-1, (len(units), -1))
 
 
 class MetaController(nn.Module):
@@ -50,9 +56,13 @@ class MetaController(nn.Module):
         self.evidence: Evidence | None = None
         self.risk: Risk | None = None
 
-    def posterior(self, layer: int, hidden: Tensor) -> Dirichlet:
-        """The posterior of a layer's routes, batch shape [B, T, R], for hidden [B, T, D]; float32 whatever autocast says."""
-        return posterior(self.layers[layer](hidden), self.floor)
+    def posterior(self, layer: int, hidden: Tensor, units: Sequence[int] | None = None) -> Dirichlet:
+        """The posterior of a layer's routes, batch shape [B, T, R], for hidden [B, T, D]; float32 whatever autocast says.
+
+        Of some units alone where `units` names them: only these are computed.
+        """
+        raw = self.layers[layer](hidden) if units is None else self.layers[layer](hidden, units)
+        return posterior(raw, self.floor)
 
     @torch.no_grad()
     def start_at(self, concentration: Tensor) -> None:

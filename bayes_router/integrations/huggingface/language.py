@@ -59,7 +59,7 @@ class RoutedLanguage(RoutedModel):
         concentrations, routes = [], []
 
         def route(layer: int, hidden: Tensor) -> Tensor | int:
-            q = self.controller.posterior(layer, hidden)
+            q = self.posterior(layer, hidden)
             executed = self.decide(layer, q, chosen, hidden) if answer is None else answer(layer, hidden)
             concentrations.append(q.concentration)
             routes.append(as_units(executed, q.concentration))

@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bayes_router.checks import choose
+from bayes_router.checks import choose, require
 from bayes_router.config import ScheduleConfig
 from bayes_router.data.mixture import source_of
 from bayes_router.data.stream import stream_of
 from bayes_router.data.tokens import Batch
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel
-from bayes_router.integrations.huggingface import fitting
+from bayes_router.integrations.calls.call import AttentionCall
+from bayes_router.integrations.huggingface import fitting, freezing
+from bayes_router.integrations.huggingface.freed_cache import attend_freed, free, freed
 from bayes_router.integrations.huggingface.language import RoutedLanguage, Unforced
 from bayes_router.routing.cost import CostBy, counted
 from bayes_router.routing.evidence import Evidence
@@ -61,6 +63,7 @@ class RoutedPretrained(RoutedLanguage):
             likelihood also the divergence from it. `attrs["distillation"]` has the errors of the first phase.
         """
         self.require_patched()
+        self.require_thawed("fit")
         chosen = fitting.FitSettings(**settings)
         source, self.held_out = source_of(texts, tokenizer, self.config.vocab_size, self.causal).split(valid_fraction)
         devices = [self.device] if self.device.type == "cuda" else []
@@ -75,6 +78,71 @@ class RoutedPretrained(RoutedLanguage):
             self.fitted = fitting.record(self, chosen, steps, frame, len(source), getattr(tokenizer, "name_or_path", None))
         frame.attrs["distillation"] = errors
         return frame
+
+    def freeze(
+        self,
+        texts: Any = None,
+        *,
+        share: float = 0.01,
+        tokenizer: Any = None,
+        context: int = 512,
+        limit: int = 32_768,
+    ) -> freezing.Freezing:
+        """Make static what hardly moves: units that the policy of now sends to one expert, but for `share` of the tokens.
+
+        Their controllers are not run any more, and no guard moves them. A key head all of whose query heads are frozen on
+        `local` keeps sinks and window alone in a cache of transformers that grows (`DynamicCache`),
+        from the first pass over a text longer than these: its other keys and values are dropped, not
+        hidden. That asks for patches of `full` and `local` alone, sdpa, layers that do not slide, no
+        padding and no autograd; elsewhere the cache stays whole. Such a cache cannot be cropped, and
+        no route can be forced behind it.
+
+        Args:
+            texts: text, texts or token ids int64 [N] that `fit` did not read; default what it held out.
+            share: of the tokens, below a half.
+            tokenizer: of texts.
+            context: tokens of a window.
+            limit: tokens that are read, half of them to choose the units.
+
+        Returns:
+            What was frozen and what it costs, in loss and keys. `thaw()` takes it back; `save` keeps it.
+
+        Raises:
+            ValueError: no text, or less than two windows of it.
+        """
+        self.require_patched()
+        source = self.held_out if texts is None else stream_of(texts, tokenizer, self.config.vocab_size, self.causal)
+        if source is None:
+            raise ValueError("texts: expected held-out text, from fit() or given here; got None; pass texts=")
+        return freezing.freeze(self, list(source.windows(context, 1, max(limit, 2 * context))), share)
+
+    def attend(self, index: int, hidden: Tensor, call: AttentionCall, cache: Any = None) -> Tensor:
+        """See `RoutedModel.attend`; key heads that are frozen on `local` keep what they read in `cache`."""
+        place = getattr(self.found[index].module, "layer_idx", None)
+        kept = None if self.frozen is None else freezing.short_heads(self, self.frozen, index)
+        short = freed(cache, place)
+        if short is None:
+            out = super().attend(index, hidden, call)
+            if kept is not None and kept.short and cache is not None:
+                free(cache, place, kept, call)
+            return out
+        require(
+            kept == short.heads and self._force is None and self.here.route is None,
+            "past_key_values",
+            "a cache whose keys were dropped to be read under the routes that it was written under",
+            "other frozen units, or a forced route",
+            "read the text anew",
+        )
+        R, H = self.config.num_units, call.q.shape[1]
+        group = H // self.config.kv_heads
+        units = sorted({(head * group + i) * R // H for head in short.heads.whole for i in range(group)})
+        route = self.route_call(index, hidden, call)
+        assert isinstance(route, Tensor)
+
+        def live(part: AttentionCall) -> Tensor:
+            return self.execute(index, route[:, :, units], part, hidden)
+
+        return attend_freed(short, call, live)
 
     def set_quality(
         self,

@@ -33,8 +33,8 @@ class Router(Protocol):
     memories: Memories
     here: Here
 
-    def attend(self, index: int, hidden: Tensor, call: AttentionCall) -> Tensor:
-        """Route and execute the call of a layer."""
+    def attend(self, index: int, hidden: Tensor, call: AttentionCall, cache: Any = None) -> Tensor:
+        """Route and execute the call of a layer, whose keys come from `cache`."""
 
     def route(self, index: int, hidden: Tensor, real: Tensor | None = None) -> Tensor | int:
         """Where the tokens of a layer go."""
@@ -78,7 +78,7 @@ class Binding:
             memory = self.router.memories.of(past[0], self.index)
             memory.follow(past[1], call.k, call.q.shape[2], *call.real_keys())
             call = replace(call, memory=memory)
-        return self.router.attend(self.index, hidden, call)
+        return self.router.attend(self.index, hidden, call, None if past is None else past[0])
 
     def name_crossing(self) -> None:
         """Warn, once, of a call that is not routed: query and key are two tensors."""

@@ -27,6 +27,7 @@ from bayes_router.integrations.patch.binding import BINDING, Binding
 from bayes_router.integrations.patch.cost import counted_experts, layer_costs, layer_prior, layer_reads
 from bayes_router.integrations.patch.following import Following
 from bayes_router.integrations.patch.found import Found, model_config
+from bayes_router.integrations.patch.freezing import Frozen
 from bayes_router.integrations.patch.identity import Identity, identity
 from bayes_router.integrations.patch.passes import Here, Observe, Pass, recomputing
 from bayes_router.integrations.patch.saving import PatchRecord, save_patch
@@ -61,10 +62,12 @@ class RoutedModel(Following):
         mode: overrides what train and eval mode imply.
         fitted: how it was fitted; None before.
         held_out: text that `fit` did not read.
+        frozen: units whose route is static; None: every unit chooses.
         made_for: identity of the model as it was patched; None once `fit` moved its own weights.
     """
 
     fitted: FitRecord | None = None
+    frozen: Frozen | None = None
     held_out: TokenStream | None = None
 
     def __init__(self, model: nn.Module, found: list[Found], settings: PatchSettings):
@@ -125,14 +128,17 @@ class RoutedModel(Following):
             forced_route(force, self.experts, len(self.layers))
         self._force = force
 
-    def attend(self, index: int, hidden: Tensor, call: AttentionCall) -> Tensor:
+    def attend(self, index: int, hidden: Tensor, call: AttentionCall, cache: Any = None) -> Tensor:
         """What a patched layer calls: hidden [B, Tq, D], the call after the KV cache -> [B, H, Tq, Dv]."""
+        return self.execute(index, self.route_call(index, hidden, call), call, hidden)
+
+    def route_call(self, index: int, hidden: Tensor, call: AttentionCall) -> Tensor | int:
+        """`route` of the queries of a call, which a policy that remembers texts may look at."""
         self.here.call = call
         try:
-            route = self.route(index, hidden, call.real_queries())
+            return self.route(index, hidden, call.real_queries())
         finally:
             self.here.call = None
-        return self.execute(index, route, call, hidden)
 
     def route(self, index: int, hidden: Tensor, real: Tensor | None = None) -> Tensor | int:
         """Where the tokens of a layer go: weights [B, T, R, E], choices int64 [B, T, R], or one expert for all.
@@ -160,7 +166,7 @@ class RoutedModel(Following):
             hidden = normalised(hidden)
             if self.here.route is not None:
                 return self.here.route(index, hidden)
-            q = self.controller.posterior(index, hidden)
+            q = self.posterior(index, hidden)
             mode = self.mode or (RoutingMode.SAMPLE if self.training else RoutingMode.HARD)
             executed = self.decide(index, q, mode, hidden)
         if not again:
@@ -168,6 +174,24 @@ class RoutedModel(Following):
                 self.watch.drawn(index)
             self.note(index, q, executed)
         return executed
+
+    def posterior(self, index: int, hidden: Tensor) -> Dirichlet:
+        """Of a layer's routes for what its controller reads, [B, T, D]: frozen units are not computed, and near certain."""
+        if self.frozen is None:
+            return self.controller.posterior(index, hidden)
+        live = self.frozen.live(index)
+        chosen = self.controller.posterior(index, hidden, live).concentration if live else None
+        floor = self.controller.floor
+        return Dirichlet(self.frozen.filled(index, chosen, hidden, len(self.experts), floor), validate_args=False)
+
+    def thaw(self) -> None:
+        """Let every unit choose again. A cache that was freed stays so: read its text anew."""
+        self.frozen = None
+
+    def require_thawed(self, what: str) -> None:
+        """ValueError where units are frozen, which have no posterior."""
+        got = None if self.frozen is None else f"{self.frozen.number} frozen"
+        require(got is None, what, "units that all choose", got, "call thaw() first")
 
     def note(self, index: int, q: Dirichlet, executed: Tensor) -> None:
         """Keep how a layer routed the pass under way."""
@@ -184,7 +208,9 @@ class RoutedModel(Following):
         policy: Any = self.policy
         if index in self._own_costs and getattr(policy, "cost_ratio", None) == tuple(self.cost_ratio.tolist()):
             policy = replace(policy, cost_ratio=self._own_costs[index])
-        return execute(q, mode, policy, self._alarm(index, hidden) if mode is RoutingMode.HARD else None)
+        alarm = self._alarm(index, hidden) if mode is RoutingMode.HARD else None
+        executed = execute(q, mode, policy, alarm)
+        return executed if self.frozen is None else self.frozen.fix(index, executed)
 
     def _alarm(self, index: int, hidden: Tensor) -> Tensor | None:
         """Which tokens [B, T] a guard is alarmed by; its memory of the texts goes with the cache of the call under way."""
@@ -252,8 +278,9 @@ class RoutedModel(Following):
         `last`.
 
         Raises:
-            ValueError: nothing was routed in that pass, or all of it was forced.
+            ValueError: nothing was routed in that pass, all of it was forced, or units are frozen.
         """
+        self.require_thawed("kl")
         prior, tilt = self.prior.concentration, self.price * self.layer_cost  # [L, E]
         log_z = tilted_moments(prior, tilt).log_normaliser  # [L]
         routed, terms = self._routed(of), []
@@ -322,7 +349,7 @@ class RoutedModel(Following):
         """
         record = PatchRecord(
             self.model, type(self).__name__, self.state_dict(), self.settings, self.policy, self.fitted, self.made_for,
-            self.held_out if held_out else None, self.controller.evidence, self.controller.risk,
+            self.held_out if held_out else None, self.controller.evidence, self.controller.risk, self.frozen,
         )  # fmt: skip
         save_patch(record, folder)
 

@@ -20,6 +20,7 @@ from bayes_router.config import PriorConfig
 from bayes_router.data.stream import MaskedStream, TokenStream
 from bayes_router.files import write_json, write_text, write_whole
 from bayes_router.integrations.patch.card import CARD, card, foreign
+from bayes_router.integrations.patch.freezing import Frozen, read_frozen
 from bayes_router.integrations.patch.identity import Identity, identity
 from bayes_router.integrations.patch.settings import OLD_NAME, FitRecord, PatchSettings
 from bayes_router.routing.evidence import Evidence
@@ -46,6 +47,7 @@ class PatchRecord(NamedTuple):
     held_out: TokenStream | None
     evidence: Evidence | None = None
     risk: Risk | None = None
+    frozen: Frozen | None = None
 
 
 def save_patch(record: PatchRecord, folder: Path | str) -> None:
@@ -81,6 +83,7 @@ def save_patch(record: PatchRecord, folder: Path | str) -> None:
             "policy": policy,
             "fit": None if record.fitted is None else asdict(record.fitted),
             "base": base,
+            "frozen": None if record.frozen is None else record.frozen.experts,
         },
     )
     if not foreign(folder / CARD):
@@ -190,6 +193,19 @@ def read_fit(folder: Path | str, vocab_size: int) -> tuple[FitRecord | None, Tok
     if mask_token is None:
         return fitted, TokenStream(tokens, vocab_size, "held out")
     return fitted, MaskedStream(tokens, vocab_size, int(mask_token), "held out")
+
+
+def saved_frozen(folder: Path | str, layers: int, units: int, experts: int) -> Frozen | None:
+    """The units that were frozen when the patch was saved.
+
+    Raises:
+        ValueError: they do not fit the patch.
+    """
+    path = Path(folder) / SETTINGS
+    try:
+        return read_frozen(json.loads(path.read_text(encoding="utf-8")).get("frozen"), layers, units, experts)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def load_weights(router: nn.Module, folder: Path | str) -> None:
