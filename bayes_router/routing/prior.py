@@ -237,18 +237,16 @@ def _solve(
     name: str,
     fix: str,
 ) -> ComputeAwarePrior:
-    """The prior build(x), low <= x <= high, whose value, which grows with x, is `target`; by bisection of log x."""
+    """The prior build(x), low <= x <= high, whose value, which grows with x, is `target`."""
+    from scipy.optimize import brentq
+
     least, most = value(build(low)), value(build(high))
     inside = least - SOLVED <= target <= most + SOLVED
     require(inside, name, f"a number from {least:.4f} to {most:.4f}, which this prior can reach", target, fix)
-    for _ in range(60):
-        middle = math.sqrt(low * high)
-        solved = build(middle)
-        gap = value(solved) - target
-        if abs(gap) < SOLVED:
-            break
-        low, high = (middle, high) if gap < 0 else (low, middle)
-    return solved
+    if target <= least or target >= most:  # at an end, up to rounding
+        return build(low if target <= least else high)
+    root = brentq(lambda log_x: value(build(math.exp(log_x))) - target, math.log(low), math.log(high), xtol=1e-9)
+    return build(math.exp(root))
 
 
 def _per_layer(name: str, value: float | Sequence[float], num_layers: int) -> tuple[float, ...]:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 from scipy.optimize import minimize_scalar
+from scipy.stats import rankdata, spearmanr
 from torch import Tensor
 
 from bayes_router.checks import require
@@ -222,15 +223,19 @@ def calibrate(regret: pd.DataFrame, experts: Sequence[str], thresholds: Calibrat
 
 
 def rank_correlation(x: Array | pd.Series, y: Array | pd.Series) -> float:
-    """Spearman's: Pearson's of the ranks, ties at their mean rank; nan where one of them is constant."""
-    a, b = pd.Series(np.asarray(x)).rank(), pd.Series(np.asarray(y)).rank()
-    return float("nan") if a.nunique() < 2 or b.nunique() < 2 else float(a.corr(b))
+    """Spearman's, ties at their mean rank; nan where one of them is constant or unknown."""
+    a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    known = ~(np.isnan(a) | np.isnan(b))
+    a, b = a[known], b[known]
+    if len(np.unique(a)) < 2 or len(np.unique(b)) < 2:
+        return float("nan")
+    return float(spearmanr(a, b).statistic)
 
 
 def auroc(positive: Array, negative: Array) -> float:
     """P(score of a positive > score of a negative), ties counted half (Mann and Whitney); 0.5 is chance."""
     require(len(positive) > 0 and len(negative) > 0, "auroc", "scores on both sides", (len(positive), len(negative)))
-    ranks = pd.Series(np.concatenate([positive, negative])).rank().to_numpy()
+    ranks = rankdata(np.concatenate([positive, negative]))
     n = len(positive)
     return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * len(negative)))
 
