@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.mutants.newer import NEWER
 from tests.mutants.planted import FAULTS, Fault
 
 ROOT = Path(__file__).parent.parent.parent
@@ -25,7 +26,7 @@ def main() -> int:
     parser.add_argument("words", nargs="*", help="of the file or the name of a fault")
     parser.add_argument("--list", action="store_true", help="name the faults, plant none")
     options = parser.parse_args()
-    chosen = [f for f in FAULTS if not options.words or any(w in f"{f.file} {f.name}" for w in options.words)]
+    chosen = [f for f in FAULTS + NEWER if not options.words or any(w in f"{f.file} {f.name}" for w in options.words)]
     if options.list:
         print(*(f"{fault.file}: {fault.name}" for fault in chosen), sep="\n")
         return 0

@@ -1,0 +1,111 @@
+"""Faults in what came after the first list: objectives' units, units of routing, evidence, risk."""
+
+from tests.mutants.planted import Fault, P, T
+
+NEWER = [
+    Fault(
+        "the literal loss is per token",
+        f"{P}/inference/elbo.py",
+        "return loss if self.per_token else loss * tokens",
+        "return loss",
+        f"{T}/inference/test_parts.py",
+    ),
+    Fault(
+        "the guide's scale is left as it was",
+        f"{P}/inference/weighted.py",
+        'drawn["scale"], drawn[SCALED] = drawn["scale"] * share, True',
+        "drawn[SCALED] = True",
+        f"{T}/inference/test_programs_of_before.py",
+    ),
+    Fault(
+        "a sampler is not tempered",
+        f"{P}/inference/weighted.py",
+        '(1 / self.kl_weight if msg["is_observed"] else 1)',
+        "1",
+        f"{T}/inference/test_programs_of_before.py",
+    ),
+    Fault(
+        "the weight of the model is forgotten beside that of the objective",
+        f"{P}/inference/weighted.py",
+        "one.kl_weight == self.kl_weight,",
+        "True,",
+        f"{T}/inference/test_programs_of_before.py",
+    ),
+    Fault(
+        "any setting may change as a run is resumed",
+        f"{P}/training/checkpoint.py",
+        "found[name][1] < found[name][0]}",
+        "True}",
+        f"{T}/training/test_faults_finite.py {T}/training/test_run_folder.py",
+    ),
+    Fault(
+        "the learning rate of a resumed run is that of its file",
+        f"{P}/training/fit.py",
+        "        set_peaks(trainer.optimiser, config.train)\n",
+        "",
+        f"{T}/training/test_faults_finite.py",
+    ),
+    Fault(
+        "padding counts in distillation",
+        f"{P}/integrations/torch_attention.py",
+        "Pass(real={index: call.real_queries()})",
+        "Pass()",
+        f"{T}/integrations/test_torch_attention.py",
+    ),
+    Fault(
+        "padding counts in the default loss of a fit",
+        f"{P}/integrations/torch_attention.py",
+        "return last.mean(0, of_batch)",
+        "return of_batch.mean()",
+        f"{T}/integrations/test_torch_attention.py",
+    ),
+    Fault(
+        "bytes are paid by the mean of the heads that share keys",
+        f"{P}/routing/cost.py",
+        "unflatten(-1, (-1, sharing)).amax(-1)",
+        "unflatten(-1, (-1, sharing)).mean(-1)",
+        f"{T}/transformer/test_units.py {T}/integrations/test_units.py",
+    ),
+    Fault(
+        "the evidence does not centre its text",
+        f"{P}/routing/evidence.py",
+        "@ self.directions.T - self.centre)",
+        "@ self.directions.T)",
+        f"{T}/routing/test_evidence.py",
+    ),
+    Fault(
+        "the covariance keeps the mean",
+        f"{P}/routing/evidence.py",
+        "self._square / self.count - torch.outer(centre, centre)",
+        "self._square / self.count",
+        f"{T}/routing/test_evidence.py",
+    ),
+    Fault(
+        "the divergence has its arguments exchanged",
+        f"{P}/routing/risk.py",
+        "(p.exp() * (p - q))",
+        "(q.exp() * (q - p))",
+        f"{T}/training/test_risk.py",
+    ),
+    Fault(
+        "a promise bounds by the deviation of one window",
+        f"{P}/training/guarantee.py",
+        "quantile * excess.std() / W**0.5)",
+        "quantile * excess.std())",
+        f"{T}/training/test_guarantee.py",
+    ),
+    Fault(
+        "the Trainer's KL is not shared out over the parts of a batch",
+        f"{P}/integrations/huggingface/trainer.py",
+        "return 1 / self.current_gradient_accumulation_steps if",
+        "return 1.0 if",
+        f"{T}/integrations/test_trainer.py",
+    ),
+    Fault(
+        "the KL is the mean over units",
+        f"{P}/integrations/patch/routed.py",
+        "log_z[layer].to(q)).sum(-1)",
+        "log_z[layer].to(q)).mean(-1)",
+        f"{T}/integrations/test_units.py {T}/integrations/test_prior_and_cost.py",
+    ),
+]
