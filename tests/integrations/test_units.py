@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from bayes_router.config import PriorConfig
 from bayes_router.integrations.patching import load_patch, patch
 from bayes_router.routing.cost import token_cost
+from bayes_router.routing.tilt import tilted_moments
 from tests.integrations.tiny_models import VOCAB, left_padded, patched, tiny, tokens
 
 TEXT = torch.randint(3, VOCAB, (200,), generator=torch.Generator().manual_seed(0)).repeat(6)
@@ -133,3 +135,20 @@ def test_patches_from_before_units_load_by_layer(tmp_path: Path) -> None:
 def test_an_unknown_unit_is_refused() -> None:
     with pytest.raises(ValueError, match="route_by: expected one of head, kv_head, layer; got 'token'"):
         patch(tiny("llama"), route_by="token")
+
+
+@pytest.mark.parametrize("route_by", BY)
+def test_the_kl_of_a_token_is_the_sum_over_its_units(route_by: str) -> None:
+    """Each unit's own KL, the tilt by its price included, written out with torch.distributions."""
+    _, router = patched("llama", route_by=route_by, prior=PriorConfig(price=3.0))
+    with torch.no_grad():
+        router(tokens())
+        prior, tilt = router.prior.concentration, router.price * router.layer_cost
+        log_z = tilted_moments(prior, tilt).log_normaliser
+        total = 0.0
+        for layer, a in router.last.concentration.items():
+            q, p = torch.distributions.Dirichlet(a), torch.distributions.Dirichlet(prior[layer].to(a))
+            kl = torch.distributions.kl_divergence(q, p) + q.mean @ tilt[layer].to(a) + log_z[layer]
+            assert kl.shape == (*tokens().shape, units(router))
+            total += float(kl.sum(-1).mean())
+        assert units(router) > 1 and float(router.kl()) == pytest.approx(total, rel=1e-4)

@@ -133,6 +133,9 @@ def test_a_run_that_diverged_goes_on_with_a_lower_learning_rate(
     assert load_config(run / CONFIG).train.lr == 1e-4
     rates = dict(zip(*pd.read_csv(run / METRICS)[["step", "lr"]].to_numpy().T, strict=True))
     assert rates[1] > 1e-4 > rates[12]
+    groups = torch.load(run / STATE, weights_only=True)["optimiser"]["param_groups"]
+    assert [group["peak"] for group in groups] == [1e-4, 1e-4, 0.003]  # controllers have their own
+    assert all(group["lr"] < group["peak"] for group in groups)
     load_run(run)  # the settings beside the weights are those of the file
     fit(fit_config(corpus, **slower), run, resume=True, progress=False)
 
