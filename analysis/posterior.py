@@ -104,7 +104,10 @@ def prior(run: FittedRun, options: argparse.Namespace) -> Found:
 
 
 def uncertainty(run: FittedRun, options: argparse.Namespace) -> Found:
-    """Is it sure, and is it right, by the posterior's own account; what cannot be had is named, the rest stands."""
+    """Is it sure, and is it right, by the posterior's own account.
+
+    What cannot be had is named, the rest stands.
+    """
     examined = Examination(run, effort=Effort(tokens=options.tokens))
     summary = examined.uncertainty
     quoted = examined.figures().to_frame()
@@ -196,7 +199,10 @@ def risk(run: FittedRun, options: argparse.Namespace) -> Found:
 
 
 def promised(run: FittedRun, options: argparse.Namespace) -> Found:
-    """The promise of a quality, and how often it is kept: windows drawn anew from those that were read."""
+    """The promise of a quality, and how often it is kept.
+
+    Windows drawn anew from those that were read.
+    """
     train, valid, context = run.config.train, Examination(run).source, run.config.data.context
     limit, cost = max(options.tokens or run.config.data.eval_tokens, context), run.prior.cost_ratio
     best = strongest_single(run.model, list(valid.windows(context, train.batch_size, limit)), cost)

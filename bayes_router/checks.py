@@ -1,4 +1,7 @@
-"""Checks of what a caller gives: every refusal names the field, what was expected, what came and the fix."""
+"""Checks of what a caller gives.
+
+Every refusal names the field, what was expected, what came and the fix.
+"""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -18,7 +21,10 @@ def one_line(error: BaseException) -> str:
 
 
 def get_extra(extra: str) -> str:
-    """How to get the packages of an extra of this package, which is on no index: from its checkout."""
+    """How to get the packages of an extra of this package, which is on no index.
+
+    From its checkout.
+    """
     return f"run pip install -e '.[{extra}]' in the checkout of bayes-router"
 
 
@@ -26,7 +32,10 @@ Choice = TypeVar("Choice", bound=Enum)
 
 
 def choose(field: str, value: object, options: type[Choice]) -> Choice:
-    """The member of the enum `options` that `value` names; a ValueError that lists the valid ones otherwise."""
+    """The member of the enum `options` that `value` names.
+
+    A ValueError that lists the valid ones otherwise.
+    """
     if isinstance(value, options):
         return value
     for member in options:

@@ -53,7 +53,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def build_parser(arguments: Sequence[str]) -> Parser:
-    """The parser of all commands; the defaults of `fit` are those of the preset, configuration or run in `arguments`."""
+    """The parser of all commands.
+
+    The defaults of `fit` are those of the preset, configuration or run in `arguments`.
+    """
     parser = Parser(
         prog="bayes-router",
         description="Transformers in which every token chooses its attention, by Bayesian inference with Pyro.",

@@ -1,4 +1,6 @@
-"""Settings: frozen, validated when made, read from and written to TOML. Presets are settings by name.
+"""Settings: frozen, validated when made, read from and written to TOML.
+
+Presets are settings by name.
 
 A field is named `section.field` everywhere: in TOML, on the command line and in error messages.
 """
@@ -92,7 +94,9 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class PriorConfig:
-    """The compute-aware prior: Dirichlet(total_concentration * mean(cost)) for every token and layer.
+    """The compute-aware prior.
+
+    Dirichlet(total_concentration * mean(cost)) for every token and layer.
 
     Attributes:
         cost: where cost ratios come from: paper, flops or latency.

@@ -22,7 +22,9 @@ CONFIG, METRICS, SUMMARY, WEIGHTS, STATE = "config.toml", "metrics.csv", "summar
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` a temporary file beside `path`, then rename it: a reader sees the old file or the new, never half of one.
+    """`write` a temporary file beside `path`, then rename it.
+
+    A reader sees the old file or the new, never half of one.
 
     Raises:
         OSError: the file cannot be written; the old one is as it was.
@@ -95,7 +97,9 @@ def check_file_for(path: Path, name: str = "out") -> None:
 
 @contextmanager
 def held(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Hold a folder among processes and threads; whether this one got it. A process that is killed lets go by itself.
+    """Hold a folder among processes and threads; whether this one got it.
+
+    A process that is killed lets go by itself.
 
     Args:
         folder: what is held.

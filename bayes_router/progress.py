@@ -1,4 +1,7 @@
-"""How far a piece of work is: a bar where standard error is a terminal, elsewhere a line every few seconds."""
+"""How far a piece of work is.
+
+A bar where standard error is a terminal, elsewhere a line every few seconds.
+"""
 
 import sys
 import threading

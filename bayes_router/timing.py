@@ -1,4 +1,7 @@
-"""Time of a call on a device, read alone and in a busy stream; calls that are compared take turns."""
+"""Time of a call on a device, read alone and in a busy stream.
+
+Calls that are compared take turns.
+"""
 
 import platform
 import statistics
@@ -40,7 +43,10 @@ class Timing(NamedTuple):
 
 
 def read_call(call: Callable[[], object], device: torch.device, now: Callable[[], float] = time.perf_counter) -> Timing:
-    """Time a call twice on CUDA, alone and in a busy stream; once elsewhere, by the clock `now` in seconds."""
+    """Time a call twice on CUDA, alone and in a busy stream.
+
+    Once elsewhere, by the clock `now` in seconds.
+    """
     queued, wall = isolated_ms(call, device, now)
     if device.type != "cuda":
         return Timing(wall, wall)
@@ -57,7 +63,10 @@ def read_call(call: Callable[[], object], device: torch.device, now: Callable[[]
 def isolated_ms(
     call: Callable[[], object], device: torch.device, now: Callable[[], float] = time.perf_counter
 ) -> tuple[float, float]:
-    """(milliseconds until the host has enqueued the call, until the device has done it); the device is idle before."""
+    """(milliseconds until the host has enqueued the call, until the device has done it).
+
+    The device is idle before.
+    """
     _wait(device)
     start = now()
     call()

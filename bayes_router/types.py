@@ -56,7 +56,10 @@ class CostModel(Enum):
 
 
 class LossTerms(NamedTuple):
-    """Parts of the objective, nats per token. `elbo` carries the KL at weight 1, whatever weight training used."""
+    """Parts of the objective, nats per token.
+
+    `elbo` carries the KL at weight 1, whatever weight training used.
+    """
 
     nll: Tensor  # []
     kl: Tensor  # [], summed over layers and units

@@ -1,4 +1,6 @@
-"""A mechanism of your own in a routed language model: the average of all values so far, nearly for free.
+"""A mechanism of your own in a routed language model.
+
+The average of all values so far, nearly for free.
 
 Run it: `python examples/custom_expert.py`. The text repeats itself, so that some tokens need to look back
 and others do not; the router learns which, at the prices that the experts name.

@@ -22,7 +22,10 @@ def tiny_model():
 
 
 def main(steps=50, budget=0.5):
-    """Fit, spend a budget, save, load; the executed cost, and whether what was loaded says the same."""
+    """Fit, spend a budget, save, load.
+
+    The executed cost, and whether what was loaded says the same.
+    """
     text = torch.tensor(list((SENTENCE * 60).encode()))
     model = tiny_model()
     router = patch(model, window=16, sinks=4, experts=("full", "local"))

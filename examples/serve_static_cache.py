@@ -1,4 +1,6 @@
-"""Serve a routed model with a static cache: memory for all keys at once, no growth while it generates.
+"""Serve a routed model with a static cache.
+
+Memory for all keys at once, no growth while it generates.
 
 Run it: `python examples/serve_static_cache.py`. Requests of different lengths are padded on the left.
 """

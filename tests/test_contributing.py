@@ -1,4 +1,7 @@
-"""CONTRIBUTING.md: each recipe runs from outside the package, and what it adds is used; its commands and files exist."""
+"""CONTRIBUTING.md: each recipe runs from outside the package, and what it adds is used.
+
+Its commands and files exist.
+"""
 
 import re
 import shutil
@@ -93,7 +96,10 @@ def test_a_diagnostic_is_read_once_and_quoted(finished_run: Path, recipes: dict[
 
 
 def test_a_setting_is_one_field(tmp_path: Path) -> None:
-    """In a copy of the package: the field, its meaning and its check, and the command line and the files know it."""
+    """In a copy of the package.
+
+    The field, its meaning and its check, and the command line and the files know it.
+    """
     shutil.copytree(Path(bayes_router.__file__).parent, tmp_path / "bayes_router", ignore=shutil.ignore_patterns("__pycache__"))
     config = tmp_path / "bayes_router" / "config.py"
     source = config.read_text(encoding="utf-8")

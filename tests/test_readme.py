@@ -1,4 +1,7 @@
-"""Every code block of the README runs, in order, as one session; every command that it names exists."""
+"""Every code block of the README runs, in order, as one session.
+
+Every command that it names exists.
+"""
 
 import re
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""What a routed SmolLM2 is compared with: static choices of layers, one window for all; what each costs, in keys and in ms."""
+"""What a routed SmolLM2 is compared with: static choices of layers, one window for all.
+
+What each costs, in keys and in ms.
+"""
 
 import math
 import statistics
@@ -129,7 +132,10 @@ def orders(router: RoutedPretrained, tokens: Tensor, seconds: float) -> dict[str
 
 @torch.no_grad()
 def loads(router: RoutedPretrained, stream: TokenStream, context: int, limit: int, device: Any) -> list[int]:
-    """Layers by the share of tokens that the router leaves on full, the smallest first: its own static choice."""
+    """Layers by the share of tokens that the router leaves on full, the smallest first.
+
+    Its own static choice.
+    """
     full, shares = router.experts.index("full"), []
     for batch in stream.windows(context, 1, limit):
         shares.append((router(batch.tokens.to(device), use_cache=False).route == full).double().mean((1, 2, 3)))
@@ -163,7 +169,10 @@ def median_ms(run: Callable[[], Any], device: torch.device, repeats: int) -> flo
 
 @torch.no_grad()
 def timings(router: RoutedPretrained, tokens: Tensor, route: Optional[Route], repeats: int) -> dict[Hashable, Any]:
-    """Prefill of [1, T], and one decoding step behind it, ms; the model as it is used, by its own forward pass."""
+    """Prefill of [1, T], and one decoding step behind it, ms.
+
+    The model as it is used, by its own forward pass.
+    """
     model, device = router.model, tokens.device
     with nullcontext() if route is None else router.routed_by(route):
         prefill = median_ms(lambda: model(tokens, use_cache=True, logits_to_keep=1), device, repeats)

@@ -26,7 +26,10 @@ MARKERS = {
 
 
 def lost(frame: pd.DataFrame) -> pd.DataFrame:
-    """The table with `lost`: perplexity over the original's on the same text and context, minus 1, in percent."""
+    """The table with `lost`.
+
+    Perplexity over the original's on the same text and context, minus 1, in percent.
+    """
     base = frame[frame["contender"] == "original"].set_index(["text", "context"])["perplexity"]
     keys = pd.MultiIndex.from_frame(frame[["text", "context"]])
     return frame.assign(lost=100 * (frame["perplexity"].to_numpy() / base.reindex(keys).to_numpy() - 1))

@@ -1,4 +1,6 @@
-"""A patch on text unlike its fit's: what evidence tells, what a promise is worth there, and what a guard makes of it.
+"""A patch on text unlike its fit's.
+
+What evidence tells, what a promise is worth there, and what a guard makes of it.
 
     python -m analysis.pretrained.foreign MODEL PATCH TOKENS.npz --fit NAME --own NAME --others ...
 

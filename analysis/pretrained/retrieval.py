@@ -1,4 +1,6 @@
-"""Texts that ask for what stands far back: needles among other text, chains of variables, common words.
+"""Texts that ask for what stands far back.
+
+Needles among other text, chains of variables, common words.
 
 Four tasks of the kind that RULER (Hsieh et al. 2024, arXiv 2404.06654) made the standard for long
 contexts, in words of this file's own. The answer stands at the end of each text and is scored

@@ -1,4 +1,7 @@
-"""What a route by token and query head is compared with: choices that no token moves, and how others make them."""
+"""What a route by token and query head is compared with.
+
+Choices that no token moves, and how others make them.
+"""
 
 import time
 from random import Random

@@ -161,7 +161,10 @@ def step_cost(contender: TimedModel, held: int) -> float:
 
 
 def fitted(args: argparse.Namespace) -> tuple[list[TimedModel], Tensor]:
-    """The contenders of a fitted patch, at each budget on the training text; and another text, [N]."""
+    """The contenders of a fitted patch, at each budget on the training text.
+
+    And another text, [N].
+    """
     model = load_model(args.model, args.device)
     streams = load_streams(args.tokens, model.config.vocab_size)
     plain = copy.deepcopy(model)
@@ -176,7 +179,10 @@ def fitted(args: argparse.Namespace) -> tuple[list[TimedModel], Tensor]:
 
 
 def random(args: argparse.Namespace) -> tuple[list[TimedModel], Tensor]:
-    """The same for a Llama of SmolLM2-135M's width and few layers: time does not hang on weights."""
+    """The same for a Llama of SmolLM2-135M's width and few layers.
+
+    Time does not hang on weights.
+    """
     config = LlamaConfig(
         vocab_size=1024,
         hidden_size=576,

@@ -1,4 +1,6 @@
-"""Routes SmolLM2-135M by token and query head: fits, rivals at equal executed cost, texts and retrieval.
+"""Routes SmolLM2-135M by token and query head.
+
+Fits, rivals at equal executed cost, texts and retrieval.
 
     python -m analysis.pretrained.study fit MODEL TOKENS.npz PATCH --contender NAME --window 1024
     python -m analysis.pretrained.study read MODEL TOKENS.npz PATCH --results RESULTS.csv
@@ -218,7 +220,10 @@ class Reader:
         return float(np.mean(costs))
 
     def meet(self, stream: TokenStream, context: int, budget: float, start: float | None = None) -> tuple[float, float]:
-        """(dial, cost first found): the dial at which two pieces of a text cost `budget`, from where the fit had it."""
+        """(dial, cost first found).
+
+        The dial at which two pieces of a text cost `budget`, from where the fit had it.
+        """
         router, number = self.router, max(2, LONGEST // context)
         local = share(context, router.settings.window, SINKS)
         span = 1 - float(router.layer_cost.amin(-1).mean())

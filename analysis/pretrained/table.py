@@ -27,7 +27,10 @@ def load(path: Path) -> pd.DataFrame:
 
 
 def losses(frame: pd.DataFrame) -> pd.DataFrame:
-    """A row a contender, window and cell: lost, its standard error, the executed cost, seeds and pieces."""
+    """A row a contender, window and cell.
+
+    Lost, its standard error, the executed cost, seeds and pieces.
+    """
     rows = []
     for key, cell in frame[frame["lost"].notna()].groupby(["contender", "window", *CELL]):
         pieces = cell.groupby("piece")["lost"].mean()
@@ -63,7 +66,10 @@ def below(frame: pd.DataFrame, rival: str, window: int) -> pd.DataFrame:
 
 
 def retrieved(frame: pd.DataFrame) -> pd.DataFrame:
-    """Share of right items, and nats per token of the answer, by task, length and budget; 1 is the unpatched model."""
+    """Share of right items, and nats per token of the answer, by task, length and budget.
+
+    1 is the unpatched model.
+    """
     asked = frame[frame["right"].notna()]
     keys = ["contender", "window", *CELL]
     return asked.groupby(keys)[["right", "nats"]].mean().reset_index()

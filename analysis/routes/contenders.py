@@ -22,7 +22,10 @@ SURE = 1e6  # total concentration of a router that has no doubt
 
 
 class SoftmaxModel(RoutedLanguageModel):
-    """A router without a posterior: route = softmax(controller(hidden)), told to the evaluation as a sure Dirichlet."""
+    """A router without a posterior.
+
+    Route = softmax(controller(hidden)), told to the evaluation as a sure Dirichlet.
+    """
 
     def __init__(self, config: Any):
         super().__init__(config)
@@ -52,7 +55,9 @@ class StaticModel(RoutedLanguageModel):
 
 
 class PlainObjective(nn.Module):
-    """Cross-entropy of a deterministic router, with the penalties that others add; each weight may be zero.
+    """Cross-entropy of a deterministic router, with the penalties that others add.
+
+    Each weight may be zero.
 
     cost: on mean cost. entropy: on minus the token entropies (a bonus). balance: Switch's E sum_e f_e P_e (Fedus et al.
     2021, arXiv 2101.03961, eq. 4), f_e the share of tokens whose argmax is e and P_e the mean weight.
@@ -95,7 +100,10 @@ class PlainObjective(nn.Module):
 
 @dataclass(frozen=True)
 class Contender:
-    """A way of deciding where tokens go: changes to the common configuration, and how it is trained."""
+    """A way of deciding where tokens go.
+
+    Changes to the common configuration, and how it is trained.
+    """
 
     kind: str = "svi"  # svi, softmax or static
     controller: str = ""  # of svi: one of `analysis.routes.variants`; empty is the library's

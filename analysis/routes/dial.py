@@ -42,7 +42,9 @@ MARKERS = ("s", "^", "D", "v", "P")
 
 
 def at_cost(dial: Dial, cost: float) -> Executed:
-    """What the dial's policy does at exactly `cost`: a lottery over windows between its two nearest prices.
+    """What the dial's policy does at exactly `cost`.
+
+    A lottery over windows between its two nearest prices.
 
     Linear in cost between them; one is within 0.005 of `cost` unless that lies in a jump.
     """
@@ -61,7 +63,10 @@ def at_cost(dial: Dial, cost: float) -> Executed:
 
 
 def compare(argmax: Dial, conservative: dict[float, Dial], budgets: Sequence[float]) -> pd.DataFrame:
-    """One row a threshold and budget, and one at price 0 (budget missing): both policies at the conservative one's cost."""
+    """One row a threshold and budget, and one at price 0 (budget missing).
+
+    Both policies at the conservative one's cost.
+    """
     rows = []
     tries = [(threshold, budget) for threshold in conservative for budget in (None, *budgets)]
     for threshold, budget in tqdm(tries, unit="budget"):
@@ -91,7 +96,9 @@ def compare(argmax: Dial, conservative: dict[float, Dial], budgets: Sequence[flo
 
 
 def pooled(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row a threshold and budget: means over seeds, and the standard error of the mean difference.
+    """One row a threshold and budget.
+
+    Means over seeds, and the standard error of the mean difference.
 
     That between seeds where there are several, else the one over windows of the only run.
     """
@@ -122,7 +129,10 @@ def verdict(frame: pd.DataFrame, curve: pd.DataFrame) -> str:
 
 
 def draw(curve: pd.DataFrame, frame: pd.DataFrame, cost: str, path: Path) -> None:
-    """Loss against cost of both policies, and their difference with two standard errors; means over seeds."""
+    """Loss against cost of both policies, and their difference with two standard errors.
+
+    Means over seeds.
+    """
     frame, curve = pooled(frame), curve.groupby("budget")[["cost", "nll_hard"]].mean()
     with sns.axes_style("ticks"), sns.plotting_context("notebook"):
         figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")

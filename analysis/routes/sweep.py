@@ -1,4 +1,6 @@
-"""Runs many fits side by side and keeps one row for each: `python -m analysis.routes.sweep PLAN.json RESULTS.csv --jobs 8`.
+"""Runs many fits side by side and keeps one row for each.
+
+`python -m analysis.routes.sweep PLAN.json RESULTS.csv --jobs 8`.
 
 A plan is a list of {"name", "contender": {...}, "common": {...}}: `contender` holds the fields of
 `analysis.routes.contenders.Contender`, `common` settings by section. Rows that RESULTS.csv already has are not run
@@ -90,7 +92,10 @@ def run_one(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Of the code, marked where something other than results was changed since; nothing where there is no repository."""
+    """Of the code, marked where something other than results was changed since.
+
+    Nothing where there is no repository.
+    """
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=ROOT).stdout.strip()

@@ -1,4 +1,6 @@
-"""One harness, every contender: the same backbone, text, tokens and learning rate, each route executed.
+"""One harness, every contender.
+
+The same backbone, text, tokens and learning rate, each route executed.
 
 `python -m analysis.routes.tiny_lm [--size SIZE] [--corpus NAME] [--context T] [--seeds 5] [--jobs 15] [--only NAME
 ...] [--out CSV]`
@@ -34,7 +36,10 @@ def static(*pattern: str) -> dict[str, Any]:
 
 
 def softmax(experts: list[str], schedule: dict[str, Any] | None = None, **weights: float) -> dict[str, Any]:
-    """A prior-free softmax router with penalties; it starts undecided, or on the layout of its schedule."""
+    """A prior-free softmax router with penalties.
+
+    It starts undecided, or on the layout of its schedule.
+    """
     changes = {"prior": {"map": "uniform", "price": 1.0}, "schedule": schedule or {}}
     return {"contender": {"kind": "softmax", "changes": changes, **weights}, "experts": experts}
 
@@ -46,7 +51,10 @@ def dirichlet(experts: list[str], prior: dict[str, Any], schedule: dict[str, Any
 
 
 def started_on(*pattern: str, price: float = 10.0, **schedule: Any) -> dict[str, Any]:
-    """Ours, started on a static hybrid and pressed by a price: the prior favours the pattern, then only cost."""
+    """Ours, started on a static hybrid and pressed by a price.
+
+    The prior favours the pattern, then only cost.
+    """
     return dirichlet(OURS, {"map": "uniform", "price": price}, {"start_experts": pattern, **schedule})
 
 
@@ -209,7 +217,10 @@ SHOWN = 0.15
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:
-    """Nll against executed cost, a panel a corpus and context: one point a contender with its standard error."""
+    """Nll against executed cost, a panel a corpus and context.
+
+    One point a contender with its standard error.
+    """
     panels = list(table.groupby(["corpus", "context"], sort=False))
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)

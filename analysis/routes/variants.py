@@ -1,4 +1,7 @@
-"""What was tried beside the recipe: other cheap experts, and controllers that see more than their token's hidden state."""
+"""What was tried beside the recipe.
+
+Other cheap experts, and controllers that see more than their token's hidden state.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -66,7 +69,10 @@ class SegmentController(LayerController):
 
 
 class ChainedController(MetaController):
-    """Every layer's controller sees the posterior mean of the layer below too; the first sees zeros."""
+    """Every layer's controller sees the posterior mean of the layer below too.
+
+    The first sees zeros.
+    """
 
     def __init__(self, config: ModelConfig):
         experts = len(config.experts)

@@ -1,4 +1,6 @@
-"""A fitted model end to end against every token on full attention: `python -m analysis.speed.speed_model RUN_OR_PRESET`.
+"""A fitted model end to end against every token on full attention.
+
+`python -m analysis.speed.speed_model RUN_OR_PRESET`.
 
 Prefill time and decoding rate by the model's own HARD routes on held-out text, peak memory, load, cost executed. A preset gives
 an untrained model, whose routes mean nothing: it serves to see that the command works. Nothing is timed before every backend

@@ -1,4 +1,6 @@
-"""What a Bayesian training step costs: `python -m analysis.speed.training_step`, on a GPU with `--device cuda`.
+"""What a Bayesian training step costs.
+
+`python -m analysis.speed.training_step`, on a GPU with `--device cuda`.
 
 Four ways to train one network, in one process, taking turns step by step; each runs the same Trainer (batch, objective,
 backward pass, clipping, AdamW). Figures are medians over the turns, and ratios are medians of the ratios within a turn:
@@ -42,7 +44,10 @@ GOALS = {"softmax": {"cpu": 1.08, "cuda": 1.10}, "full": {"cpu": None, "cuda": 1
 
 
 class Plain(nn.Module):
-    """Cross-entropy under routes that `route` gives for a layer's controller and hidden state; no Pyro."""
+    """Cross-entropy under routes that `route` gives for a layer's controller and hidden state.
+
+    No Pyro.
+    """
 
     def __init__(self, model: RoutedLanguageModel, route: Callable[[RoutedLanguageModel, int, Tensor], Tensor | int]):
         super().__init__()

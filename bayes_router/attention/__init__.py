@@ -1,3 +1,6 @@
-"""What a mechanism computes and what it costs; no probability here. Importing it registers the built-in experts."""
+"""What a mechanism computes and what it costs; no probability here.
+
+Importing it registers the built-in experts.
+"""
 
 from bayes_router.attention import experts  # noqa: F401  (registers them)

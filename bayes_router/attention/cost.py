@@ -1,4 +1,6 @@
-"""What attention costs: analytic FLOPs and bytes per token by expert, of attention alone and of the whole model.
+"""What attention costs.
+
+Analytic FLOPs and bytes per token by expert, of attention alone and of the whole model.
 
 Multiply-adds count as two. Elementwise work (softmax, feature maps, decay, norms) is left out, as torch's flop counter does.
 Means over a causal pass are over its tokens; a decoding step is the one token that makes the context `context` long.
@@ -75,7 +77,9 @@ def flops(expert: Expert, context: int, mode: Mode = Mode.PREFILL) -> float:
 
 
 def hard_flops(experts: Sequence[Expert], context: int, num_kv_heads: int, mode: Mode = Mode.PREFILL) -> Cost:
-    """Of one layer's attention: each token its own expert; every token also enters the state of each stateful expert.
+    """Of one layer's attention: each token its own expert.
+
+    Every token also enters the state of each stateful expert.
 
     A token on a stateful expert reads a state once a query head, 2 FLOPs an element, by what `query_flops` makes of its
     queries; the rest of the expert's arithmetic is the update, which heads that share a key share too.
@@ -90,7 +94,10 @@ def hard_flops(experts: Sequence[Expert], context: int, num_kv_heads: int, mode:
 
 
 def own_flops(experts: Sequence[Expert], taken: Tensor, start: int = 0) -> float:
-    """Mean `own` FLOPs of the tokens that were routed, exact: `taken` [T, E] of those at position start + t took expert e."""
+    """Mean `own` FLOPs of the tokens that were routed, exact.
+
+    `taken` [T, E] of those at position start + t took expert e.
+    """
     T = len(taken)
     total = 0.0
     for expert, count in zip(experts, taken.double().cpu().unbind(1), strict=True):
@@ -121,7 +128,10 @@ def hard_bytes(
 
 
 def read_ratios(experts: Sequence[Expert], context: int) -> Tensor:
-    """Cached keys that a decoding step reads at `context` under each expert, all = 1: float64 [E]."""
+    """Cached keys that a decoding step reads at `context` under each expert, all = 1.
+
+    float64 [E].
+    """
     return torch.tensor([expert.keys_read(context) / context for expert in experts], dtype=torch.float64)
 
 
@@ -135,7 +145,9 @@ def executed_attention(
     *,
     read: Tensor | None = None,
 ) -> dict[str, float]:
-    """`flops` and `bytes` of attention by hard routes over those of every token on full; `taken`, `start` as in `own_flops`.
+    """`flops` and `bytes` of attention by hard routes over those of every token on full.
+
+    `taken`, `start` as in `own_flops`.
 
     FLOPs are paid by query head, so that routes by head count in `taken` as the heads do. Bytes are read by key head, the most
     that one of its query heads reads: `read` [E] counts key heads by that expert; default as `taken`.

@@ -1,4 +1,7 @@
-"""Time of each expert on this device: measured once, median, kept in a small file in the user's cache directory."""
+"""Time of each expert on this device.
+
+Measured once, median, kept in a small file in the user's cache directory.
+"""
 
 import copy
 import json

@@ -1,4 +1,7 @@
-"""Shapes that every mechanism shares: what an expert may know of its heads, and small tensor helpers."""
+"""Shapes that every mechanism shares.
+
+What an expert may know of its heads, and small tensor helpers.
+"""
 
 from typing import NamedTuple
 
@@ -27,12 +30,18 @@ def widen(x: Tensor) -> Tensor:
 
 
 def with_units(route: Tensor) -> Tensor:
-    """A route with its unit dimension, hard [B, T, R] or soft [B, T, R, E]; without one, [B, T] or [B, T, E], R = 1."""
+    """A route with its unit dimension, hard [B, T, R] or soft [B, T, R, E].
+
+    Without one, [B, T] or [B, T, E], R = 1.
+    """
     return route.unsqueeze(2) if route.dim() == (3 if route.is_floating_point() else 2) else route
 
 
 def by_head(x: Tensor, num_heads: int) -> Tensor:
-    """What is known of each unit, [B, T, R], of each query head: [B, H, T, 1], or [B, 1, T, 1] for one unit."""
+    """What is known of each unit, [B, T, R], of each query head.
+
+    [B, H, T, 1], or [B, 1, T, 1] for one unit.
+    """
     units = x.shape[2]
     x = x.transpose(1, 2).unsqueeze(-1)
     return x if units == 1 else x.repeat_interleave(num_heads // units, dim=1)
@@ -56,7 +65,10 @@ anew at every call."""
 
 
 def segments(length: int, device: torch.device) -> list[tuple[int, int]]:
-    """Bounds of the pieces in which `length` tokens are computed one after another: one piece, but for long text on a CPU."""
+    """Bounds of the pieces in which `length` tokens are computed one after another.
+
+    One piece, but for long text on a CPU.
+    """
     size = SEGMENT if device.type == "cpu" else max(length, 1)
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 

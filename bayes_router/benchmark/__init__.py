@@ -1,1 +1,4 @@
-"""What hard routing saves: time and memory of routed attention against the fastest full attention of a device."""
+"""What hard routing saves.
+
+Time and memory of routed attention against the fastest full attention of a device.
+"""

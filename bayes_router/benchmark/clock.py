@@ -1,4 +1,7 @@
-"""The clock: calls take turns, and medians are compared. On CUDA every turn reads a call twice, busy and isolated."""
+"""The clock: calls take turns, and medians are compared.
+
+On CUDA every turn reads a call twice, busy and isolated.
+"""
 
 import statistics
 import time

@@ -1,4 +1,7 @@
-"""The figure of the benchmark: speed-up over full attention by length, experts alone, and memory."""
+"""The figure of the benchmark.
+
+Speed-up over full attention by length, experts alone, and memory.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""Peak memory of one attention call, inputs not counted: by torch's allocator on CUDA, by a fresh process on the CPU."""
+"""Peak memory of one attention call, inputs not counted.
+
+By torch's allocator on CUDA, by a fresh process on the CPU.
+"""
 
 import multiprocessing
 from collections.abc import Callable, Sequence
@@ -17,7 +20,10 @@ WARM = 256  # tokens of a first call that is not measured
 def peak_bytes(
     kind: str | Sequence[float], T: int, H: int, Dh: int, window: int, *, training: bool, device: torch.device
 ) -> int:
-    """Of one expert by name, or of a route drawn with these shares of the three; with its backward pass if `training`."""
+    """Of one expert by name, or of a route drawn with these shares of the three.
+
+    With its backward pass if `training`.
+    """
     arguments = (kind, T, H, Dh, window, training)
     if device.type == "cuda":
         return _peak(*arguments, device)
@@ -26,7 +32,9 @@ def peak_bytes(
 
 
 def peak_of(call: Callable[[], object], device: torch.device) -> int:
-    """Peak bytes that a call adds to what is in use; exact on CUDA, on a CPU only in a process that did nothing before it.
+    """Peak bytes that a call adds to what is in use.
+
+    Exact on CUDA, on a CPU only in a process that did nothing before it.
 
     Raises:
         ValueError: a CPU on a system that keeps no peak for a process.

@@ -1,4 +1,6 @@
-"""A fitted model end to end: prefill and decoding on real text by its own hard routes, against every token on full attention.
+"""A fitted model end to end.
+
+Prefill and decoding on real text by its own hard routes, against every token on full attention.
 
 The model is the same, the variants take turns. Variants:
 
@@ -136,7 +138,10 @@ def _only(layer: int, hidden: Tensor) -> int:
 
 
 def _peak(subject: Subject, tokens: Tensor, variant: str) -> int:
-    """Peak bytes of a prefill beyond the model's: on a CPU in a process of its own, code loaded by a short pass."""
+    """Peak bytes of a prefill beyond the model's.
+
+    On a CPU in a process of its own, code loaded by a short pass.
+    """
     if subject.device.type == "cuda":
         return memory.peak_of(prefills(subject.model, tokens)[variant], subject.device)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -267,7 +272,10 @@ class Decoder:
 
 
 def _routes(subject: Subject, route: Tensor, mode: Mode, start: int = 0) -> Row:
-    """Load of each expert and costs executed, means over layers and tokens; route [L, B, T, R] of positions start and on."""
+    """Load of each expert and costs executed, means over layers and tokens.
+
+    route [L, B, T, R] of positions start and on.
+    """
     model, experts = subject.model, model_experts(subject.model)
     names, (heads, size) = model.config.experts, (model.config.kv_heads, model.network.embed.weight.element_size())
     taken = F.one_hot(route.cpu(), len(names)).sum((0, 1, 3))  # [T, E]
@@ -284,7 +292,10 @@ def _routes(subject: Subject, route: Tensor, mode: Mode, start: int = 0) -> Row:
 
 
 def _compared(times: dict[str, Timing], tokens: int, **facts: Any) -> Iterator[Row]:
-    """One row a variant, with its speed-up over the fastest rival of its kind: graphs over graphs."""
+    """One row a variant, with its speed-up over the fastest rival of its kind.
+
+    Graphs over graphs.
+    """
     for name, (ms, wall_ms) in times.items():
         graph = name.startswith("graph")
         rivals = [t for other, t in times.items() if other.startswith("graph") == graph and "full" in other]

@@ -1,4 +1,7 @@
-"""The figure of a model end to end: prefill and decoding by length, routed and on full attention."""
+"""The figure of a model end to end.
+
+Prefill and decoding by length, routed and on full attention.
+"""
 
 from pathlib import Path
 

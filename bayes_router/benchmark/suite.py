@@ -54,7 +54,9 @@ def run_benchmark(
     started: float | None = None,
     progress: Progress | None = None,
 ) -> "pd.DataFrame":
-    """Verify, measure, and write speed_<device>.csv and .png to `out` if given. One row a measurement.
+    """Verify, measure, and write speed_<device>.csv and .png to `out` if given.
+
+    One row a measurement.
 
     What was left out for want of time stands in `attrs["left_out"]`. Rows measured so far stand in speed_<device>.partial.csv
     until all are there; `on_row` is called with each. `started` is when the time of `plan.seconds` began, by
@@ -129,7 +131,10 @@ def versions(device: torch.device) -> str:
 
 
 class Suite:
-    """All measurements of a device, as rows of a table; `left_out` is what there was no time for."""
+    """All measurements of a device, as rows of a table.
+
+    `left_out` is what there was no time for.
+    """
 
     def __init__(self, device: torch.device, plan: BenchmarkPlan, backends: Sequence[Backend], started: float | None = None):
         self.device, self.plan, self.cuda = device, plan, device.type == "cuda"
@@ -240,7 +245,10 @@ class Suite:
 
 
 def doubling(before: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, float]:
-    """Growth of time and memory since a shorter text of the same heads, for twice the tokens: 2 is linear."""
+    """Growth of time and memory since a shorter text of the same heads, for twice the tokens.
+
+    2 is linear.
+    """
     if before is None or before["T"] >= row["T"] or any(before[key] != row[key] for key in ("B", "H", "Dh")):
         return {}
     power = 1 / math.log2(row["T"] / before["T"])

@@ -1,4 +1,7 @@
-"""What a table of the benchmark says, in lines: where routing loses, memory, growth, and what was left out."""
+"""What a table of the benchmark says, in lines.
+
+Where routing loses, memory, growth, and what was left out.
+"""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -16,7 +19,10 @@ def closing(table: "pd.DataFrame") -> list[str]:
 
 
 def break_even(table: "pd.DataFrame") -> list[str]:
-    """For each pass, mix and shape, by each clock: the shortest text from which routing stays ahead of full attention."""
+    """For each pass, mix and shape, by each clock.
+
+    The shortest text from which routing stays ahead of full attention.
+    """
     lines, rows, keys = [], _automatic(table), ["what", "mix", "run", "B", "H", "Dh"]
     for (what, mix, run, *sizes), group in rows.groupby(keys, sort=False) if len(rows) else ():
         regions = {clock: _region(group, column) for clock, column in CLOCKS.items() if column in group}
@@ -48,7 +54,10 @@ def _region(group: "pd.DataFrame", column: str) -> str:
 
 
 def _missed(table: "pd.DataFrame", case: tuple[Any, ...], measured: list[int]) -> str:
-    """The lengths of a case that there was no time for; shorter ones are where routing loses, if anywhere."""
+    """The lengths of a case that there was no time for.
+
+    Shorter ones are where routing loses, if anywhere.
+    """
     lengths = sorted(T for *of, T in table.attrs.get("missed", []) if tuple(of) == case)
     shorter = [str(T) for T in lengths if measured[0] > T]
     others = [str(T) for T in lengths if measured[0] < T]
@@ -79,7 +88,10 @@ def training_memory(table: "pd.DataFrame") -> list[str]:
 
 
 def growth(table: "pd.DataFrame") -> list[str]:
-    """How time and memory of linear and local attention alone grow when the text doubles; 2 is linear."""
+    """How time and memory of linear and local attention alone grow when the text doubles.
+
+    2 is linear.
+    """
     lines = []
     alone = table[table["what"] == "alone"]
     for (name, H, Dh), group in alone.groupby(["variant", "H", "Dh"], sort=False):

@@ -1,4 +1,7 @@
-"""No speed-up before the results are right: every backend against the float64 reference on the device that is timed."""
+"""No speed-up before the results are right.
+
+Every backend against the float64 reference on the device that is timed.
+"""
 
 import time
 from collections.abc import Sequence
@@ -56,7 +59,9 @@ CASES = (
 
 
 def verify(device: torch.device, experts: Sequence[str] = EXPERTS, until: float | None = None) -> list[Backend]:
-    """The backends that compute something here, each compared in values and gradients; decoding from a cache in values.
+    """The backends that compute something here, each compared in values and gradients.
+
+    Decoding from a cache in values.
 
     Mixed routes and every token on one expert; short, long enough to be split over keys, padded; heads that share keys, two
     head sizes. `experts` are registered names.
@@ -148,7 +153,10 @@ def _verify(case: Case, experts: list[Expert], device: torch.device) -> list[Bac
 def _reference(
     exact: Sequence[Tensor], route: Tensor, experts: list[Expert], lengths: Tensor | None, stretches: list[tuple[int, int]]
 ) -> Tensor:
-    """Queries of each stretch over the keys up to its end; `lengths` where one stretch is all there is."""
+    """Queries of each stretch over the keys up to its end.
+
+    `lengths` where one stretch is all there is.
+    """
     q, k, v = exact
     parts = [
         routed_attention(

@@ -1,4 +1,7 @@
-"""`bayes-router calibrate`: the prior that costs what a target says, as settings; with a run, what such priors do to it."""
+"""`bayes-router calibrate`: the prior that costs what a target says, as settings.
+
+With a run, what such priors do to it.
+"""
 
 from dataclasses import replace
 from typing import Any

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 
 def run(options: Namespace) -> None:
-    """Print the table of a run; with a budget, under the price that meets it, and nll against budget."""
+    """Print the table of a run.
+
+    With a budget, under the price that meets it, and nll against budget.
+    """
     policy, cost, settings = _check(options)
     config, model, data = _load(options)
     context, batch_size = config.data.context, config.train.batch_size
@@ -90,7 +93,10 @@ def _promise(
     family: Callable[[float], Policy],
     limit: int,
 ) -> Guarantee:
-    """Calibrated on held-out text after that which is evaluated; the best single expert is the one on the latter."""
+    """Calibrated on held-out text after that which is evaluated.
+
+    The best single expert is the one on the latter.
+    """
     context, batch_size = config.data.context, config.train.batch_size
     with Progress("promising a quality", unit="window") as progress:
         early = WatchedSource(data.valid, progress).windows(context, batch_size, limit)
@@ -101,7 +107,10 @@ def _promise(
 
 
 def _check(options: Namespace) -> tuple[str, CostModel, dict[str, float]]:
-    """The policy, the unit of cost and the policy's settings; what can be refused before anything is read is refused."""
+    """The policy, the unit of cost and the policy's settings.
+
+    What can be refused before anything is read is refused.
+    """
     policy, cost = options.policy, choose("cost", options.cost, CostModel)
     used = options.threshold is None or "threshold" in policy_settings(policy)
     require(used, "threshold", f"none under {policy}", options.threshold, "give --policy conservative")
@@ -126,7 +135,10 @@ def _load(options: Namespace) -> tuple[Config, RoutedLanguageModel, Data]:
 
 
 def curve_table(curve: "pd.DataFrame") -> str:
-    """The table of `Dial.curve`; a star marks a budget in a jump, where the nearest cost is shown."""
+    """The table of `Dial.curve`.
+
+    A star marks a budget in a jump, where the nearest cost is shown.
+    """
     shown = curve.assign(budget=[f"{b:.2f}{'' if met else '*'}" for b, met in zip(curve["budget"], curve["met"], strict=True)])
     text = shown.drop(columns="met").to_string(index=False, float_format=lambda x: f"{x:.3f}")
     return text if curve["met"].all() else text + "\n* no price realises this budget; the nearest cost is shown"

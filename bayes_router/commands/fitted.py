@@ -1,4 +1,7 @@
-"""What `inspect` and `report` open: a run folder, or the folder of a saved patch with the model that it belongs to."""
+"""What `inspect` and `report` open.
+
+A run folder, or the folder of a saved patch with the model that it belongs to.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,7 +113,10 @@ _NO_TOKENIZER = "put its tokenizer files beside the model"
 
 
 def _context(asked: Optional[int], fitted: object, model: object, source: TokenSource) -> int:
-    """Tokens of a window: as asked, else those of the fit up to `CONTEXT`; fewer where the text is short."""
+    """Tokens of a window: as asked, else those of the fit up to `CONTEXT`.
+
+    Fewer where the text is short.
+    """
     require(asked is None or asked >= 1, "context", "at least 1 token", asked)
     assert isinstance(source, TokenDataset)
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None) or CONTEXT

@@ -1,4 +1,7 @@
-"""`bayes-router inspect`: a text in the terminal, coloured by route, the uncertain tokens marked."""
+"""`bayes-router inspect`.
+
+A text in the terminal, coloured by route, the uncertain tokens marked.
+"""
 
 import io
 import os
@@ -54,7 +57,10 @@ def run(options: Namespace) -> None:
 
 
 def painter(file: TextIO | None, record: bool = False) -> Console:
-    """A console of 256 colours that prints text as it is: what was asked for, whatever the terminal claims."""
+    """A console of 256 colours that prints text as it is.
+
+    What was asked for, whatever the terminal claims.
+    """
     return Console(
         file=file,
         record=record,
@@ -75,7 +81,10 @@ def picture(page: Text, title: str) -> str:
 
 
 def render(fitted: FittedRun, shown: ShownText, layer: int, threshold: float, colour: bool, unit: int = 0) -> Text:
-    """The text with a legend; without colour, a letter for each expert stands under its token, in capitals if uncertain."""
+    """The text with a legend.
+
+    Without colour, a letter for each expert stands under its token, in capitals if uncertain.
+    """
     choice = shown.hard_choice[layer].tolist()
     doubt = (probability_right(shown.concentration[layer]) < threshold).tolist()
     load = torch.bincount(shown.hard_choice[layer], minlength=len(fitted.experts)) / len(choice)
@@ -98,7 +107,10 @@ def render(fitted: FittedRun, shown: ShownText, layer: int, threshold: float, co
 
 
 def letters(experts: Sequence[str]) -> list[str]:
-    """A small letter for each expert, all different: the first of its name that is free, else of the alphabet."""
+    """A small letter for each expert, all different.
+
+    The first of its name that is free, else of the alphabet.
+    """
     found: list[str] = []
     for name in experts:
         free = (c for c in (*name.lower(), *ascii_lowercase) if c in ascii_lowercase and c not in found)
@@ -112,7 +124,10 @@ def printable(piece: str) -> str:
 
 
 def _paint(text: str, expert: int, doubt: bool) -> Text:
-    """On the colour of its expert; uncertain text is underlined, in that colour on the plain background."""
+    """On the colour of its expert.
+
+    Uncertain text is underlined, in that colour on the plain background.
+    """
     colour = COLOURS[expert % len(COLOURS)]
     ink = 15 if expert == 0 else 16
     return Text(text, f"underline color({colour})" if doubt else f"color({ink}) on color({colour})")

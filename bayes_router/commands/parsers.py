@@ -1,4 +1,7 @@
-"""What each command takes, without what it needs to run: `--help` and a wrong option are answered before torch is there."""
+"""What each command takes, without what it needs to run.
+
+`--help` and a wrong option are answered before torch is there.
+"""
 
 import argparse
 import time
@@ -50,7 +53,10 @@ class _Quiet(argparse.ArgumentParser):
 
 
 def starting_config(arguments: Sequence[str]) -> Config:
-    """The settings before command-line overrides: a resumed run's own, else the preset and then the TOML file."""
+    """The settings before command-line overrides.
+
+    A resumed run's own, else the preset and then the TOML file.
+    """
     first = _Quiet(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="tiny")
     for option in ("--config", "--out"):

@@ -29,7 +29,10 @@ def run(options: Namespace) -> None:
 
 
 def write_somewhere(out: Path, html: str) -> str:
-    """Write the file, or where that cannot be done any more one in the folder for temporary files; where it is, in words."""
+    """Write the file, or where that cannot be done any more one in the folder for temporary files.
+
+    Where it is, in words.
+    """
     try:
         write_text(out, html)
         return str(out)

@@ -1,4 +1,7 @@
-"""Text of a Hugging Face data set (extra `hf`), by name or from a folder: `hf:NAME`, `hf:NAME:CONFIGURATION`, `hf:PATH`."""
+"""Text of a Hugging Face data set (extra `hf`), by name or from a folder.
+
+`hf:NAME`, `hf:NAME:CONFIGURATION`, `hf:PATH`.
+"""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,7 +22,10 @@ def hub_identity(name: str) -> list[str]:
 
 
 def hub_texts(name: str, valid_fraction: float, seed: int) -> Texts:
-    """The rows of the data set, each a document: its own split if it has one, else a random share of the rows."""
+    """The rows of the data set, each a document.
+
+    Its own split if it has one, else a random share of the rows.
+    """
     parts = _load(name)
     held_out = next((part for part in HELD_OUT if part in parts), None)
     train = parts["train"]

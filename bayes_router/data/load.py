@@ -12,7 +12,9 @@ from bayes_router.data.tokens import TextData, TokenDataset, TokenSource
 
 
 def text_data(name: str, tokeniser: str = "bytes", valid_fraction: float = 0.1, seed: int = 0, prepared: str = "") -> TextData:
-    """Load the corpus `name`, split it by document, and encode both parts; errors as in the functions that do each.
+    """Load the corpus `name`, split it by document, and encode both parts.
+
+    Errors as in the functions that do each.
 
     With `prepared`, a folder, or for a corpus `hf:NAME`, the tokens are kept in files and mapped, see `data.prepared`.
     """

@@ -64,7 +64,10 @@ class Mixture:
         return Batch(*(torch.stack(list(side)) for side in zip(*rows, strict=True)))
 
     def windows(self, context: int, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
-        """Windows of each kind by turns, as far as the shortest goes; at most `limit` tokens of them."""
+        """Windows of each kind by turns, as far as the shortest goes.
+
+        At most `limit` tokens of them.
+        """
         turns = zip(*(s.windows(context, 1) for s in self.streams.values()), strict=False)
         batches = (batch for turn in turns for batch in turn)
         left = None if limit is None else limit // context

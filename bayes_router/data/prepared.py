@@ -49,7 +49,9 @@ HUB_FOLDER = Path("~/.cache/bayes-router")
 
 
 class MappedTokens(TokenDataset):
-    """Tokens in a file. The file is mapped for each batch anew: pages that were read do not add up in resident memory.
+    """Tokens in a file. The file is mapped for each batch anew.
+
+    Pages that were read do not add up in resident memory.
 
     Raises:
         ValueError: the file is missing, or has another size than its table says.
@@ -112,7 +114,10 @@ def _file_identity(name: str) -> list[Any]:
 
 
 def _file_texts(name: str, valid_fraction: float, seed: int) -> Texts:
-    """Read every file once: check it, rank it for the split, and take the fingerprint; then say where the parts lie."""
+    """Read every file once: check it, rank it for the split, and take the fingerprint.
+
+    Then say where the parts lie.
+    """
     root, paths = corpus_files(name)
     ranks: dict[Path, bytes] = {}
     sizes: dict[bytes, int] = {}
@@ -212,7 +217,9 @@ def _write(folder: Path, texts: Texts, name: str, tokeniser: Tokeniser) -> None:
 
 @contextmanager
 def _new_folder(home: Path) -> Iterator[Path]:
-    """A folder that gets the name `home` once its content is whole; another process that was faster wins.
+    """A folder that gets the name `home` once its content is whole.
+
+    Another process that was faster wins.
 
     What a process that was killed left half-written is removed first: each folder is held for as long as it is written.
 

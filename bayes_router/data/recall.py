@@ -92,7 +92,10 @@ class RecallData:
         return 2 * self.num_pairs + self.distance + 3 * self.num_queries - 1
 
     def batch(self, step: int, batch_size: int, context: int, seed: int, rank: int = 0, world_size: int = 1) -> RecallBatch:
-        """Fresh sequences of `context` tokens; see `TokenSource.batch`. ValueError if `context` < `min_context`."""
+        """Fresh sequences of `context` tokens; see `TokenSource.batch`.
+
+        ValueError if `context` < `min_context`.
+        """
         check_batch(batch_size, rank, world_size)
         sequence = self._draw(step_rng(seed, step), batch_size, context)
         return self._as_batch(sequence[rank::world_size])

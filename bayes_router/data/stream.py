@@ -1,4 +1,7 @@
-"""Text for a patched language model: ids in one stream, with the targets that its kind of model is scored on."""
+"""Text for a patched language model.
+
+Ids in one stream, with the targets that its kind of model is scored on.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
@@ -43,7 +46,9 @@ class TokenStream(TokenDataset):
 
 
 class MaskedStream(TokenStream):
-    """For an encoder with a masked-language-modelling head: 15% of the tokens hidden, and they alone are scored.
+    """For an encoder with a masked-language-modelling head.
+
+    15% of the tokens hidden, and they alone are scored.
 
     A target is the hidden token itself, at its own place.
     """

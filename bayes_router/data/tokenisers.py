@@ -24,7 +24,10 @@ class Tokeniser(Protocol):
         """Ids [T], integers of the narrowest type that holds the vocabulary (uint8 or int32)."""
 
     def decode(self, ids: Ids) -> str:
-        """The text of ids [T], bytes that are no UTF-8 replaced; ValueError for an id outside the vocabulary."""
+        """The text of ids [T], bytes that are no UTF-8 replaced.
+
+        ValueError for an id outside the vocabulary.
+        """
 
 
 class ByteTokeniser:

@@ -14,7 +14,10 @@ from bayes_router.data.tokenisers import Tokeniser, token_dtype
 
 
 class Batch(NamedTuple):
-    """Tokens [B, T] int64, and what follows each: targets [B, T] int64, -100 where nothing is scored (never in text)."""
+    """Tokens [B, T] int64, and what follows each.
+
+    Targets [B, T] int64, -100 where nothing is scored (never in text).
+    """
 
     tokens: Tensor
     targets: Tensor
@@ -28,13 +31,18 @@ class TokenSource(Protocol):
         """Number of token ids."""
 
     def batch(self, step: int, batch_size: int, context: int, seed: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """The training batch of a step, a function of its arguments alone: a resumed run goes on bit for bit.
+        """The training batch of a step, a function of its arguments alone.
+
+        A resumed run goes on bit for bit.
 
         `batch_size` counts the rows of all ranks together; a rank gets the rows rank, rank + world_size, ...
         """
 
     def windows(self, context: int, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
-        """The evaluation text in batches of at most `batch_size` rows, always the same; at most `limit` tokens of it."""
+        """The evaluation text in batches of at most `batch_size` rows, always the same.
+
+        At most `limit` tokens of it.
+        """
 
 
 class TokenDataset:
@@ -59,7 +67,10 @@ class TokenDataset:
         return self.tokens.numel()
 
     def batch(self, step: int, batch_size: int, context: int, seed: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """Windows from uniform random starts; see `TokenSource.batch`. ValueError if the text is too short."""
+        """Windows from uniform random starts; see `TokenSource.batch`.
+
+        ValueError if the text is too short.
+        """
         check_batch(batch_size, rank, world_size)
         self._check_context(context)
         starts = step_rng(seed, step).integers(0, len(self) - context, size=batch_size)[rank::world_size]
@@ -101,7 +112,10 @@ class TextData:
 
 
 def step_rng(seed: int, step: int) -> np.random.Generator:
-    """The random numbers of a training step: the same (seed, step) gives the same ones, whatever was drawn before."""
+    """The random numbers of a training step.
+
+    The same (seed, step) gives the same ones, whatever was drawn before.
+    """
     if seed < 0 or step < 0:
         raise ValueError(f"seed, step: expected integers of at least 0; got {seed}, {step}; take non-negative ones")
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0, step)))
@@ -119,7 +133,10 @@ def check_batch(batch_size: int, rank: int = 0, world_size: int = 1) -> None:
 
 
 def window_count(available: int, context: int, limit: int | None) -> int:
-    """Number of whole windows among `available` within a `limit` in tokens; ValueError if not even one fits."""
+    """Number of whole windows among `available` within a `limit` in tokens.
+
+    ValueError if not even one fits.
+    """
     if limit is not None and limit < context:
         raise ValueError(f"limit: expected at least one window of {context} tokens, or None; got {limit}; raise it")
     return available if limit is None else min(available, limit // context)

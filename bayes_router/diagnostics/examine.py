@@ -1,4 +1,7 @@
-"""All diagnostics of a run in one call: the frames, the verdicts, and how long a text each of them reads."""
+"""All diagnostics of a run in one call.
+
+The frames, the verdicts, and how long a text each of them reads.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -97,7 +100,10 @@ class Examination:
         self._results: dict[str, Any] = {}
 
     def attempt(self, part: str) -> Any:
-        """The attribute called `part`, or None where it cannot be had: the hours spent on the others are not lost with it."""
+        """The attribute called `part`, or None where it cannot be had.
+
+        The hours spent on the others are not lost with it.
+        """
         if part not in self._failed:
             try:
                 return getattr(self, part)
@@ -110,7 +116,10 @@ class Examination:
         self._failed[part] = one_line(error) or type(error).__name__
 
     def read(self, quick: bool = False, progress: Progress | None = None) -> None:
-        """Compute everything, part after part. Ctrl-C ends it: what was read until then stands, and the rest is left out."""
+        """Compute everything, part after part.
+
+        Ctrl-C ends it: what was read until then stands, and the rest is left out.
+        """
         progress = progress or Progress("reading", shown=False)
         parts = {} if quick else diagnostics()
         progress.say("uncertainty, collapse")
@@ -172,7 +181,10 @@ class Examination:
         return routing_regret(self.run.model, batches, self.effort.regret_per_sequence, causal=self.run.causal)
 
     def result(self, name: str) -> Any:
-        """What the registered diagnostic `name` found, read when it is first asked for; also as an attribute."""
+        """What the registered diagnostic `name` found, read when it is first asked for.
+
+        Also as an attribute.
+        """
         if name not in self._results:
             self._results[name] = diagnostics()[name].read(self)
         return self._results[name]
@@ -190,7 +202,10 @@ class Examination:
                 yield diagnostic, result
 
     def verdicts(self, quick: bool = False) -> list[Verdict]:
-        """Every finding, the collapses first; `quick` leaves out what needs more than one reading of the text."""
+        """Every finding, the collapses first.
+
+        `quick` leaves out what needs more than one reading of the text.
+        """
         found = self.collapse.verdicts(self.thresholds.collapse)
         if quick:
             return found

@@ -1,4 +1,6 @@
-"""A fit, put together again: the model, its prior at the end of training, and the Pyro pair of program and guide.
+"""A fit, put together again.
+
+The model, its prior at the end of training, and the Pyro pair of program and guide.
 
 Of a run folder (`load_fitted`) or of a patched pretrained model (`fitted_patch`): diagnostics read both alike.
 """

@@ -1,4 +1,7 @@
-"""One pass over held-out text: posteriors, routes, losses, and the windows that they were read on."""
+"""One pass over held-out text.
+
+Posteriors, routes, losses, and the windows that they were read on.
+"""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -25,7 +28,10 @@ class Reading(NamedTuple):
     hard_choice: Tensor  # int64 [L, B, T, R], what the model's policy takes given that path
 
     def own_nll(self, causal: bool = True) -> Tensor:
-        """[B, T], nats of each token itself, nan where it was not predicted: said a token before, or where it was hidden."""
+        """[B, T], nats of each token itself, nan where it was not predicted.
+
+        Said a token before, or where it was hidden.
+        """
         nll = self.nll.masked_fill(self.targets == IGNORED, torch.nan)
         return torch.cat([torch.full_like(nll[:, :1], torch.nan), nll[:, :-1]], 1) if causal else nll
 
@@ -55,7 +61,9 @@ def windows(source: TokenSource, config: Config, limit: int | None = None) -> It
 def text_windows(
     text: bytes, tokeniser: Tokeniser, context: int, limit: int | None = None, causal: bool = True
 ) -> Iterator[Batch]:
-    """All of a text, window by window, the last one as short as it comes; every token is in exactly one.
+    """All of a text, window by window, the last one as short as it comes.
+
+    Every token is in exactly one.
 
     The last token of all has nothing to predict, so its target is not scored; for an encoder, from which nothing is hidden
     here, none is.
@@ -75,7 +83,10 @@ def text_windows(
 
 
 def pieces(ids: list[int], tokeniser: Tokeniser | None) -> list[str]:
-    """What each token shows. A character that spans tokens is shown at its last; the tokens before it show nothing."""
+    """What each token shows.
+
+    A character that spans tokens is shown at its last; the tokens before it show nothing.
+    """
     if tokeniser is None:
         return [f"{token} " for token in ids]
     shown, pending = [], []

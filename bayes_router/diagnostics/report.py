@@ -1,4 +1,7 @@
-"""One self-contained HTML file: the verdicts, the figures, and the text itself, coloured by route."""
+"""One self-contained HTML file.
+
+The verdicts, the figures, and the text itself, coloured by route.
+"""
 
 import base64
 import io
@@ -89,7 +92,10 @@ def _kl(run: FittedRun, layer: int, q: Tensor, unit: int) -> Tensor:
 
 
 def layer_tables(run: FittedRun, shown: ShownText, unit: int = 0) -> list[dict[str, Any]]:
-    """What the page needs of each layer, as short lists: choice, posterior mean (per mille), and what a hover shows."""
+    """What the page needs of each layer, as short lists.
+
+    Choice, posterior mean (per mille), and what a hover shows.
+    """
     tables = []
     for layer, q in enumerate(shown.concentration):
         mean = posterior_mean(q.double())

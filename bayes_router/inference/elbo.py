@@ -1,4 +1,7 @@
-"""The objective of training: the ELBO of this model per token, its KL weighted, without work that its value does not need."""
+"""The objective of training.
+
+The ELBO of this model per token, its KL weighted, without work that its value does not need.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,7 +41,10 @@ UNCHECKED = dict.fromkeys(
 
 
 class Tempered(nn.Module):
-    """p(z) p(targets | z)^(1 / kl_weight): what a KL weight pursues, for Pyro's own estimators and samplers; see `tempered`."""
+    """p(z) p(targets | z)^(1 / kl_weight).
+
+    What a KL weight pursues, for Pyro's own estimators and samplers; see `tempered`.
+    """
 
     def __init__(self, model: Callable[..., Any], kl_weight: float):
         super().__init__()
@@ -52,7 +58,9 @@ class Tempered(nn.Module):
 
 
 def tempered(model: Callable[..., Any], kl_weight: float) -> Tempered:
-    """The cold posterior that a KL weight pursues, as a program: p(routes) p(targets | routes)^(1 / kl_weight).
+    """The cold posterior that a KL weight pursues, as a program.
+
+    p(routes) p(targets | routes)^(1 / kl_weight).
 
     Maximising E_q[log p(y | z)] - w KL(q || p) and maximising the ELBO of this program are the
     same, whatever the guide, and the program has a density, so that samplers and importance weights
@@ -82,7 +90,9 @@ class _Tempered(Messenger):
 
 
 class RoutingELBO(TraceMeanField_ELBO):
-    """The ELBO with a weighted KL: (nll + kl_weight * KL(q || p)) / (B T), nats per token; see `LossTerms`.
+    """The ELBO with a weighted KL: (nll + kl_weight * KL(q || p)) / (B T), nats per token.
+
+    See `LossTerms`.
 
     Without a weight it is TraceMeanField_ELBO in value and gradient, nats of the batch, whatever the
     model and the guide; with kl_weight 1 it is that divided by B T. For Dirichlet routes under a
@@ -228,7 +238,10 @@ def _check_sites(model_trace: Trace, guide_trace: Trace) -> None:
 
 
 def _stackable(model_trace: Trace, guide_trace: Trace, routes: list[str]) -> bool:
-    """Whether nll and KL are what the stacked expression computes: plain Dirichlet routes, one likelihood, no other latent."""
+    """Whether nll and KL are what the stacked expression computes.
+
+    Plain Dirichlet routes, one likelihood, no other latent.
+    """
     kinds = {type(model_trace.nodes[name]["fn"]) for name in routes}
     plain = kinds in ({pyro.distributions.Dirichlet}, {TiltedDirichlet})
     sites = [s for trace in (model_trace, guide_trace) for s in trace.nodes.values() if s["type"] == "sample"]
@@ -275,7 +288,9 @@ def _stacked(values: list[Tensor]) -> Tensor:
 
 
 class NegativeELBO(nn.Module):
-    """`RoutingELBO(kl_weight)(model, guide)` that leaves Pyro's global parameter store alone: for torch optimisers and DDP.
+    """`RoutingELBO(kl_weight)(model, guide)` that leaves Pyro's global parameter store alone.
+
+    For torch optimisers and DDP.
 
     Args:
         model: the program.

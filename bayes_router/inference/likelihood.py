@@ -1,4 +1,7 @@
-"""Likelihoods: what the output of a network says of the targets. Any callable from it to a distribution is one."""
+"""Likelihoods: what the output of a network says of the targets.
+
+Any callable from it to a distribution is one.
+"""
 
 from collections.abc import Callable
 from enum import Enum
@@ -48,7 +51,9 @@ class NextToken(dist.TorchDistribution):
 
 
 class ExpectedToken(NextToken):
-    """E_{y ~ teacher} log p(y | logits) in place of log p(y): the expected log likelihood of tokens that the teacher writes.
+    """E_{y ~ teacher} log p(y | logits) in place of log p(y).
+
+    The expected log likelihood of tokens that the teacher writes.
 
     It is minus the teacher's entropy minus KL(teacher || student); logits and teacher [..., V], the
     value is not read.

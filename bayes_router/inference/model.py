@@ -1,4 +1,6 @@
-"""The generative program: routes under the prior, targets under the routed network. The literal joint, nothing scaled.
+"""The generative program: routes under the prior, targets under the routed network.
+
+The literal joint, nothing scaled.
 
 route_l[b, t] ~ prior_l                      l = 0 .. L - 1; route_l[r, b, t] where R > 1
 y[b, t]       ~ likelihood(output[b, t]),    output = network(tokens, route)
@@ -30,7 +32,10 @@ Its batch shape is `shape`, or broadcasts to it: [B, T], and [R, B, T] where a l
 
 
 class Pass(NamedTuple):
-    """A pass of the network that a guide has made: the model need not repeat it for the same routes."""
+    """A pass of the network that a guide has made.
+
+    The model need not repeat it for the same routes.
+    """
 
     tokens: Tensor
     routes: list[Tensor]  # as the sites hold them
@@ -39,7 +44,10 @@ class Pass(NamedTuple):
 
 
 class _OneDraw(Messenger):
-    """Weights of the network in their own shape: `Predictive` puts a 1 before it for each plate of the guide."""
+    """Weights of the network in their own shape.
+
+    `Predictive` puts a 1 before it for each plate of the guide.
+    """
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if is_route_site(msg["name"]) or site_is_subsample(msg):
@@ -56,7 +64,9 @@ class _OneDraw(Messenger):
 
 
 class RoutingModel(Named):
-    """p(targets, routes | tokens): what it says is what Pyro's estimators, samplers and handlers get, in nats of the batch.
+    """p(targets, routes | tokens).
+
+    what it says is what Pyro's estimators, samplers and handlers get, in nats of the batch.
 
     What is per token, weighted or annealed belongs to the objective: `RoutingELBO(kl_weight=...)`,
     or `tempered(model, ...)` for an estimator or sampler of Pyro's own.
@@ -306,7 +316,10 @@ def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
 
 
 def refuse_tracing() -> None:
-    """ValueError under `torch.jit`'s tracer (Pyro's Jit estimators): it would freeze shapes and the price of one pass."""
+    """ValueError under `torch.jit`'s tracer (Pyro's Jit estimators).
+
+    It would freeze shapes and the price of one pass.
+    """
     require(
         not torch._C._get_tracing_state(),
         "estimator",

@@ -1,4 +1,7 @@
-"""Parameters of plain modules in Pyro's global store: a name for each program, and a loaded store that is used."""
+"""Parameters of plain modules in Pyro's global store.
+
+A name for each program, and a loaded store that is used.
+"""
 
 import re
 import weakref
@@ -94,7 +97,10 @@ class Named(nn.Module):
 
 
 def _drop_left_behind(name: str) -> None:
-    """Take out of the store what a model that is gone has put there under `name`; what was loaded stays."""
+    """Take out of the store what a model that is gone has put there under `name`.
+
+    What was loaded stays.
+    """
     store = pyro.get_param_store()
     for full in [key for key in store if key.startswith(f"{name}$$$")]:
         put = _shown.get(full)

@@ -48,7 +48,10 @@ class DirichletPrior(nn.Module):
         return self._price
 
     def move(self, concentration: Tensor, price: float = 0.0) -> None:
-        """Move the prior to another concentration and price; a schedule calls this between steps."""
+        """Move the prior to another concentration and price.
+
+        A schedule calls this between steps.
+        """
         shape = f"shape {list(self.concentration.shape)}" if self.concentration.numel() else "shape [L, E] or [L, R, E]"
         fits = concentration.dim() in (2, 3) and self.concentration.shape in ((0,), concentration.shape)
         require(fits, "concentration", shape, tuple(concentration.shape))
@@ -77,7 +80,10 @@ class DirichletPrior(nn.Module):
         self._given, self._price = concentration, price
 
     def forward(self, layer: int, shape: torch.Size = torch.Size()) -> dist.TorchDistribution:  # noqa: B008
-        """Of the routes of a layer, batch shape `shape`, [(R,) B, T]: by default that of one token."""
+        """Of the routes of a layer, batch shape `shape`, [(R,) B, T].
+
+        By default that of one token.
+        """
         require(0 <= layer < len(self.concentration), "prior", f"{layer + 1} layers or more", len(self.concentration))
         concentration = _of_units(self.concentration[layer], 1, shape)
         batch = shape if len(shape) else concentration.shape[:-1]  # [R], where units differ
@@ -96,7 +102,10 @@ class DirichletPrior(nn.Module):
 
 
 def _of_units(x: Tensor, rest: int, shape: torch.Size) -> Tensor:
-    """What a layer's units have, [R, ...] with `rest` dimensions after R, beside batch and token: [R, 1, 1, ...]."""
+    """What a layer's units have, [R, ...] with `rest` dimensions after R, beside batch and token.
+
+    [R, 1, 1, ...].
+    """
     if x.dim() == rest or len(shape) == 0:
         return x
     return x.squeeze(0) if len(shape) == 2 else x[:, None, None]

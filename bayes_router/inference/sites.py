@@ -81,7 +81,10 @@ class Plates:
         return whole.movedim(-2, -4) if self.units else whole
 
     def from_site(self, value: Tensor) -> Tensor:
-        """Of a route site, [*lead, (R,) B, T, E] or what broadcasts to it, as the network wants it: [rows, T, (R,) E]."""
+        """Of a route site, [*lead, (R,) B, T, E] or what broadcasts to it, as the network wants it.
+
+        [rows, T, (R,) E].
+        """
         whole = value.expand(*self.lead, *self.route_shape, value.shape[-1])
         whole = whole.movedim(-4, -2) if self.units else whole
         return whole.reshape(self.rows, self.T, *self.units, value.shape[-1])

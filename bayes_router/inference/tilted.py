@@ -1,4 +1,7 @@
-"""The tilted Dirichlet as a Pyro distribution: what the compute-aware prior is once its weights have a price."""
+"""The tilted Dirichlet as a Pyro distribution.
+
+What the compute-aware prior is once its weights have a price.
+"""
 
 import pyro.distributions as dist
 import torch
@@ -57,13 +60,19 @@ class TiltedDirichlet(dist.TorchDistribution):
         return TiltedDirichlet(self.concentration.expand(shape), tilt, log_normaliser, self._validate_args)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Normalised log density, [...]; infinite, as a Dirichlet's, on a face where its concentration is not 1."""
+        """Normalised log density, [...].
+
+        Infinite, as a Dirichlet's, on a face where its concentration is not 1.
+        """
         if self._validate_args:
             self._validate_sample(value)
         return self.base.log_prob(value) - (value * self.tilt.to(value)).sum(-1) - self.log_normaliser
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        """Exact draws, by rejection; weights below the least normal number are that number, as torch's Dirichlet has it."""
+        """Exact draws, by rejection.
+
+        Weights below the least normal number are that number, as torch's Dirichlet has it.
+        """
         draws = sample_tilted(self.concentration, self.tilt, max(1, sample_shape.numel()))
         draws = draws.to(self.concentration.dtype).clamp_min(torch.finfo(self.concentration.dtype).tiny)
         return draws.reshape(*sample_shape, *self.batch_shape, *self.event_shape)

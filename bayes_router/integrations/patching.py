@@ -1,4 +1,7 @@
-"""`patch` and `load_patch`: one door for every kind of model; what a model needs is imported when it comes."""
+"""`patch` and `load_patch`: one door for every kind of model.
+
+What a model needs is imported when it comes.
+"""
 
 import re
 import sys
@@ -74,7 +77,9 @@ def patch(
     controller_hidden: int = 64,
     concentration_floor: float = 0.01,
 ) -> Any:
-    """Route the attention of a pretrained model in place, its weights kept; `unpatch()` of the result takes it back.
+    """Route the attention of a pretrained model in place, its weights kept.
+
+    `unpatch()` of the result takes it back.
 
     Unfitted, in evaluation mode, every token takes `full` attention and the outputs are the original's; training mode draws
     routes. Patching twice alike gives the same object. Attention weights (`output_attentions`, or `need_weights`, the default
@@ -134,7 +139,9 @@ def load_patch(model: TorchAttention, folder: Path | str) -> "RoutedTorch": ... 
 def load_patch(model: nn.Module, folder: Path | str) -> "RoutedPretrained | RoutedTorch": ...  # type: ignore
 @torch.inference_mode(False)
 def load_patch(model: nn.Module, folder: Path | str) -> Any:
-    """Patch `model` as it was when `save` wrote `folder`: settings, controllers, experts, policy and held-out text.
+    """Patch `model` as it was when `save` wrote `folder`.
+
+    Settings, controllers, experts, policy and held-out text.
 
     A model that is patched alike already is filled from the folder.
 
@@ -163,7 +170,10 @@ def load_patch(model: nn.Module, folder: Path | str) -> Any:
 
 
 class Router:
-    """Routers as Hugging Face's models are loaded; what comes is a `RoutedPretrained` or a `RoutedTorch`."""
+    """Routers as Hugging Face's models are loaded.
+
+    What comes is a `RoutedPretrained` or a `RoutedTorch`.
+    """
 
     @staticmethod
     def from_pretrained(

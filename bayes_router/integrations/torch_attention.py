@@ -1,4 +1,6 @@
-"""Patch PyTorch's own attention: nn.MultiheadAttention, alone or inside nn.TransformerEncoder and nn.TransformerDecoder.
+"""Patch PyTorch's own attention.
+
+nn.MultiheadAttention, alone or inside nn.TransformerEncoder and nn.TransformerDecoder.
 
 Weights stay where they are. Self-attention is routed, also where values are another tensor than queries and keys (DETR adds
 positions to these alone); a call whose query and key are not one tensor is cross-attention, runs as before, and is named in a
@@ -81,7 +83,9 @@ class RoutedTorch(RoutedModel):
         return losses
 
     def fit(self, inputs: Sequence[Any], loss: Loss | None = None, *, kl_weight: float = 3e-3, lr: float = 3e-3) -> list[float]:
-        """Fit controllers and experts by SVI, one step an input: minimise loss(model(x)) + kl_weight * kl over draws of routes.
+        """Fit controllers and experts by SVI, one step an input.
+
+        Minimise loss(model(x)) + kl_weight * kl over draws of routes.
 
         Args:
             inputs: what the module is called with, a tensor or a tuple of arguments each.
@@ -112,7 +116,10 @@ class RoutedTorch(RoutedModel):
         return losses
 
     def _distance(self, out: Any, target: Any) -> Tensor:
-        """Mean squared distance of the output from the original's; of rows of tokens, over the real ones."""
+        """Mean squared distance of the output from the original's.
+
+        Of rows of tokens, over the real ones.
+        """
         out, target = (x[0] if isinstance(x, tuple) else x for x in (out, target))  # without attention weights
         distance: Tensor = (out - target).square()
         last, by_row = self.last, getattr(self.found[0].module, "batch_first", True)
@@ -227,7 +234,10 @@ def forward(
 
 
 def _call(module: nn.MultiheadAttention, x: Tensor, values: Tensor, mask: Tensor | None, is_causal: bool) -> AttentionCall:
-    """The attention of x [B, T, D] over itself under a mask as `AttentionCall` has it; a causal mask is recognised."""
+    """The attention of x [B, T, D] over itself under a mask as `AttentionCall` has it.
+
+    A causal mask is recognised.
+    """
     D, weight, bias = module.embed_dim, module.in_proj_weight, module.in_proj_bias
     first, last = (None, None) if bias is None else (bias[: 2 * D], bias[2 * D :])
     heads = torch.cat([F.linear(x, weight[: 2 * D], first), F.linear(values, weight[2 * D :], last)], 2)
@@ -250,7 +260,10 @@ def _call(module: nn.MultiheadAttention, x: Tensor, values: Tensor, mask: Tensor
 
 
 def _merge(key_padding_mask: Tensor | None, attn_mask: Tensor | None, x: Tensor, heads: int) -> Tensor | None:
-    """Both masks in one [B or 1, H or 1, T, T]: bool (True is seen) where neither weighs, else added to the scores."""
+    """Both masks in one [B or 1, H or 1, T, T].
+
+    Bool (True is seen) where neither weighs, else added to the scores.
+    """
     masks: list[Tensor] = []
     if attn_mask is not None:
         masks.append(attn_mask.view(-1, heads, *attn_mask.shape[1:]) if attn_mask.dim() == 3 else attn_mask[None, None])

@@ -1,4 +1,6 @@
-"""The layers of nn.TransformerEncoder around a routed attention: their fused fast path is taken where the original takes it.
+"""The layers of nn.TransformerEncoder around a routed attention.
+
+Their fused fast path is taken where the original takes it.
 
 In evaluation mode PyTorch computes a whole encoder layer in one operator, padded batches without their padding; its
 outputs are zero at padding and differ from the written-out path by rounding. Where every token of a layer is on `full` that
@@ -15,7 +17,10 @@ from bayes_router.integrations.patch.binding import BINDING, Binding, all_on
 
 
 def no_fast_path(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Forward pre-hook that does nothing: with a hook below it, an encoder layer is written out and calls this module."""
+    """Forward pre-hook that does nothing.
+
+    With a hook below it, an encoder layer is written out and calls this module.
+    """
 
 
 def fused(module: nn.Module) -> bool:
@@ -57,7 +62,10 @@ def forward(
 
 
 def batched(x: Tensor, batch_first: bool) -> Tensor:
-    """[B, T, D] of what PyTorch's modules take: a sequence without a batch, or sequences, in either layout."""
+    """[B, T, D] of what PyTorch's modules take.
+
+    A sequence without a batch, or sequences, in either layout.
+    """
     return x[None] if x.dim() == 2 else x if batch_first else x.transpose(0, 1)
 
 

@@ -16,7 +16,9 @@ from bayes_router.routing.risk import Risk
 
 
 class LayerController(nn.Module):
-    """hidden [..., D] -> raw [..., R, E]: linear, or one hidden layer of SiLU neurons, which all routing units share.
+    """hidden [..., D] -> raw [..., R, E].
+
+    Linear, or one hidden layer of SiLU neurons, which all routing units share.
 
     The last layer starts at zero but for its bias, so that every posterior starts at the same chosen concentration.
     """
@@ -57,7 +59,9 @@ class MetaController(nn.Module):
         self.risk: Risk | None = None
 
     def posterior(self, layer: int, hidden: Tensor, units: Sequence[int] | None = None) -> Dirichlet:
-        """The posterior of a layer's routes, batch shape [B, T, R], for hidden [B, T, D]; float32 whatever autocast says.
+        """The posterior of a layer's routes, batch shape [B, T, R], for hidden [B, T, D].
+
+        float32 whatever autocast says.
 
         Of some units alone where `units` names them: only these are computed.
         """
@@ -66,7 +70,10 @@ class MetaController(nn.Module):
 
     @torch.no_grad()
     def start_at(self, concentration: Tensor) -> None:
-        """Set every posterior to `concentration`, [L, E] or [L, R, E], whatever the hidden state: where training starts."""
+        """Set every posterior to `concentration`, [L, E] or [L, R, E], whatever the hidden state.
+
+        Where training starts.
+        """
         for controller, target in zip(self.layers, concentration, strict=True):
             assert isinstance(controller, LayerController)
             above = (target - self.floor).clamp_min(1e-3).double()

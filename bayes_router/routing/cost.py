@@ -31,7 +31,10 @@ def token_cost(route: Tensor, cost: Tensor, sharing: int = 1) -> Tensor:
 
 
 def counted(cost: Tensor, sharing: int = 1) -> Callable[[Tensor], float]:
-    """What hard routes [L, ..., T, R] cost on average: `token_cost` of experts that cost `cost`, [E] or [L, E]."""
+    """What hard routes [L, ..., T, R] cost on average.
+
+    `token_cost` of experts that cost `cost`, [E] or [L, E].
+    """
 
     def count(route: Tensor) -> float:
         flat = route.flatten(1, -2)  # [L, N, R]

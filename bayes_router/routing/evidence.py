@@ -159,7 +159,9 @@ class Evidence(nn.Module):
 
 
 class RunningMean:
-    """Means over the last tokens, exponentially forgotten: m[t] = sum_s g^(t-s) x[s] / sum_s g^(t-s), g = 1 - 1 / memory.
+    """Means over the last tokens, exponentially forgotten.
+
+    m[t] = sum_s g^(t-s) x[s] / sum_s g^(t-s), g = 1 - 1 / memory.
 
     Nothing depends on later tokens. `memory` 1 is the token alone.
     """
@@ -169,7 +171,9 @@ class RunningMean:
         self.state = state  # [2, B]: sum, and sum of weights
 
     def __call__(self, x: Tensor, real: Tensor | None = None) -> Tensor:
-        """The means at x [B, T], which go on from those of the last call; `real` [B, T] is False where there is no token.
+        """The means at x [B, T], which go on from those of the last call.
+
+        `real` [B, T] is False where there is no token.
 
         Padding is as though it were not there; the means on it say nothing.
         """
@@ -213,7 +217,10 @@ class Watch:
         self._means: dict[int, RunningMean] = {}
 
     def see(self, layer: int, hidden: Tensor) -> None:
-        """Take in what the controller of a layer reads. One token goes on with the texts at hand, more start texts anew."""
+        """Take in what the controller of a layer reads.
+
+        One token goes on with the texts at hand, more start texts anew.
+        """
         found = self.evidence.log_evidence(layer, hidden.detach())
         goes_on = found.shape[1] == 1 and layer in self._means
         if not goes_on:
@@ -250,7 +257,10 @@ def watching(controller: Any, memory: int | None = None, real: Tensor | None = N
 
 @contextmanager
 def inputs_of(controller: Any) -> Iterator[list[Tensor]]:
-    """What the controllers read in the pass made inside, by this thread: hidden [B, T, D] of each layer."""
+    """What the controllers read in the pass made inside, by this thread.
+
+    hidden [B, T, D] of each layer.
+    """
     found: list[Tensor] = []
     with _shown(controller, lambda layer, hidden: found.append(hidden.detach())):
         yield found
@@ -300,7 +310,9 @@ def with_total(concentration: Tensor, total: Tensor) -> Tensor:
 
 
 class NaturalController(nn.Module):
-    """q(route | h) = Dirichlet(prior + n(h) mean(h)): the natural posterior, mean included, as a guide's controller.
+    """q(route | h) = Dirichlet(prior + n(h) mean(h)).
+
+    The natural posterior, mean included, as a guide's controller.
 
     On text unlike the fit's it falls back to the prior, routes included: nothing else in the library decides by it.
 

@@ -29,7 +29,9 @@ BEFORE = 0.25
 @register_policy("guard")
 @dataclass(frozen=True)
 class Guard:
-    """argmax of log posterior mean - price x cost; on text unlike the fit's every token on the refuge.
+    """argmax of log posterior mean - price x cost.
+
+    On text unlike the fit's every token on the refuge.
 
     Attributes:
         cost_ratio: of the experts.
@@ -59,7 +61,10 @@ class Guard:
         require(ordered, "policy.release", "at least the level of each layer", self.release)
 
     def __call__(self, concentration: Tensor, alarm: Tensor | None = None) -> Tensor:
-        """Concentration [..., R, E] and alarm bool, [...] -> int64 [..., R]; without an alarm as `Budget`."""
+        """Concentration [..., R, E] and alarm bool, [...] -> int64 [..., R].
+
+        Without an alarm as `Budget`.
+        """
         choice = Budget(self.cost_ratio, self.price)(concentration)
         return choice if alarm is None else torch.where(alarm[..., None], self.refuge, choice)
 
@@ -92,7 +97,10 @@ class Guard:
 
 
 def _last(happened: Tensor, before: Tensor) -> Tensor:
-    """When something happened last, [B, T]: the index of a token; -1 before the first one, -2 never."""
+    """When something happened last, [B, T]: the index of a token.
+
+    -1 before the first one, -2 never.
+    """
     step = torch.arange(happened.shape[1], device=happened.device)
     first = torch.where(before, -1, -2)[:, None]
     return torch.maximum(torch.where(happened, step, -2).cummax(1).values, first)
@@ -110,7 +118,9 @@ def guarded(
     past: Any = None,
     real: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The alarm of a layer under a policy, and what to remember for its next tokens; (None, None) of one that has none.
+    """The alarm of a layer under a policy, and what to remember for its next tokens.
+
+    (None, None) of one that has none.
 
     Args:
         policy: any.

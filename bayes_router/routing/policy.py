@@ -1,4 +1,6 @@
-"""From a posterior over routes to the route that is executed: a draw, the mean, or one expert a token by a policy.
+"""From a posterior over routes to the route that is executed.
+
+A draw, the mean, or one expert a token by a policy.
 
 The hard route is a decision after inference, not a latent.
 """
@@ -70,7 +72,9 @@ def policy_settings(name: str) -> tuple[str, ...]:
 
 
 def at_price(name: str, cost_ratio: Sequence[float], **settings: Any) -> Callable[[float], Policy]:
-    """Price -> the registered policy at it: the family that a budget is met within. Of `argmax`, that is `Budget`.
+    """Price -> the registered policy at it: the family that a budget is met within.
+
+    Of `argmax`, that is `Budget`.
 
     Raises:
         ValueError: no such policy, one without a price, or a setting that it does not have.
@@ -116,7 +120,10 @@ Costs = tuple[float, ...] | tuple[tuple[float, ...], ...]
 
 
 def like(values: Costs, x: Tensor, factor: float = 1.0) -> Tensor:
-    """`factor` times `values`, in the dtype and on the device of x; kept there, as a copy from the host waits for a GPU."""
+    """`factor` times `values`, in the dtype and on the device of x.
+
+    Kept there, as a copy from the host waits for a GPU.
+    """
     return _kept(values, factor, x.dtype, x.device)
 
 
@@ -127,7 +134,9 @@ def _kept(values: Costs, factor: float, dtype: torch.dtype, device: torch.device
 
 
 def priced(concentration: Tensor, cost_ratio: Costs, price: float) -> Tensor:
-    """The concentration whose mean is proportional to mean x exp(-price x cost), at the same total; [..., E].
+    """The concentration whose mean is proportional to mean x exp(-price x cost), at the same total.
+
+    [..., E].
 
     `price` in nats per unit of cost ratio: what a token must be surer of the dearer expert to take it. 0 changes nothing.
     """
@@ -137,7 +146,10 @@ def priced(concentration: Tensor, cost_ratio: Costs, price: float) -> Tensor:
 
 
 def tilted_by(concentration: Tensor, tilt: Tensor) -> Tensor:
-    """The concentration whose mean is proportional to mean x exp(-tilt), at the same total; [..., E]."""
+    """The concentration whose mean is proportional to mean x exp(-tilt), at the same total.
+
+    [..., E].
+    """
     share = (concentration.log() - tilt).softmax(-1)
     least = torch.finfo(concentration.dtype).tiny  # an underflowed concentration is no concentration
     return (share * concentration.sum(-1, keepdim=True)).clamp_min(least)

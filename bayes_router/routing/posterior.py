@@ -13,7 +13,9 @@ from torch.nn import functional as F
 
 
 def posterior(raw: Tensor, floor: float) -> Dirichlet:
-    """q(route | hidden) = Dirichlet(floor + softplus(raw)); raw [B, T, E] is the controller's output.
+    """q(route | hidden) = Dirichlet(floor + softplus(raw)).
+
+    raw [B, T, E] is the controller's output.
 
     Training, diagnostics, decoding: all call this. float32 at least, since Dirichlet sampling has no half precision.
     """
@@ -32,14 +34,20 @@ def entropy_of_mean(concentration: Tensor) -> Tensor:
 
 
 def expected_entropy(concentration: Tensor) -> Tensor:
-    """E[H(route)] = digamma(a_0 + 1) - sum_e (a_e / a_0) digamma(a_e + 1) in nats: what remains were the route known."""
+    """E[H(route)] = digamma(a_0 + 1) - sum_e (a_e / a_0) digamma(a_e + 1) in nats.
+
+    What remains were the route known.
+    """
     total = concentration.sum(-1)
     mean = posterior_mean(concentration)
     return torch.digamma(total + 1) - (mean * torch.digamma(concentration + 1)).sum(-1)
 
 
 def mutual_information(concentration: Tensor) -> Tensor:
-    """H(E[route]) - E[H(route)] in nats: the epistemic part, what a draw of the route would tell."""
+    """H(E[route]) - E[H(route)] in nats.
+
+    The epistemic part, what a draw of the route would tell.
+    """
     return entropy_of_mean(concentration) - expected_entropy(concentration)
 
 
@@ -106,7 +114,10 @@ def probability_of_largest(concentration: Tensor, expert: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _gauss_legendre(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Nodes and weights on [0, 1], kept where they are used: a copy from the host waits for a GPU."""
+    """Nodes and weights on [0, 1], kept where they are used.
+
+    A copy from the host waits for a GPU.
+    """
     node, weight = np.polynomial.legendre.leggauss(NODES)
     with torch.inference_mode(False):
         return torch.tensor((node + 1) / 2, device=device), torch.tensor(weight / 2, device=device)

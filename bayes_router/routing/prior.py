@@ -16,7 +16,10 @@ PriorMap = Callable[[Tensor, float], Tensor]
 
 
 def boltzmann(cost_ratio: Tensor, temperature: float) -> Tensor:
-    """Proportional to exp(-cost / temperature): the map of least information for a given mean cost."""
+    """Proportional to exp(-cost / temperature).
+
+    The map of least information for a given mean cost.
+    """
     return torch.softmax(-cost_ratio / temperature, -1)
 
 
@@ -122,7 +125,9 @@ class ComputeAwarePrior:
         return self.mean * torch.tensor(self.total_concentration)[:, None]
 
     def prior_predictive(self, price: float | None = None) -> PriorPredictive:
-        """Mean cost and entropies implied by the prior: in closed form, or exact to about 1e-9 with a tilt.
+        """Mean cost and entropies implied by the prior.
+
+        In closed form, or exact to about 1e-9 with a tilt.
 
         Args:
             price: another than the prior's own.
@@ -140,7 +145,10 @@ class ComputeAwarePrior:
         )
 
     def sample(self, num_samples: int, price: float | None = None) -> Tensor:
-        """Draws of routes, [num_samples, L, E], exact, also under a tilt; `price` is another than the prior's own."""
+        """Draws of routes, [num_samples, L, E], exact, also under a tilt.
+
+        `price` is another than the prior's own.
+        """
         price = self.price if price is None else price
         if price == 0:
             return Dirichlet(self.concentration).sample(torch.Size([num_samples]))
@@ -158,7 +166,9 @@ class ComputeAwarePrior:
         total_concentration: float | None = None,
         price: float = 0.0,
     ) -> "ComputeAwarePrior":
-        """The prior whose prior predictive costs `target_cost` on average: E[cost_ratio . route] = target_cost.
+        """The prior whose prior predictive costs `target_cost` on average.
+
+        E[cost_ratio . route] = target_cost.
 
         The temperature is solved for; with `target_entropy` the total concentration too, so that E[H(route)] meets it.
         Without a price the two do not interact: mean cost depends on the temperature alone, from the cheapest expert (cold)
@@ -198,7 +208,10 @@ SOLVED = 1e-6
 
 
 def _met(prior: ComputeAwarePrior, target_cost: float, target_entropy: float | None, price: float) -> ComputeAwarePrior:
-    """A prior of one layer moved to the targets: temperature for the cost, total concentration for the entropy."""
+    """A prior of one layer moved to the targets.
+
+    Temperature for the cost, total concentration for the entropy.
+    """
     ratios, map_, (given,) = prior.cost_ratio, prior.map, prior.total_concentration
     energy = ratios.log() if map_ == "inverse" else ratios
     spread = max(float(energy.max() - energy.min()), 1e-6)

@@ -80,7 +80,9 @@ class RiskHead(nn.Module):
 
     @classmethod
     def fit(cls, features: Tensor, kl: Tensor, settings: RiskFit | None = None) -> "RiskHead":
-        """Least squares on log KL of features [N, F] and kl [N]; the caller's generator is left as it was.
+        """Least squares on log KL of features [N, F] and kl [N].
+
+        The caller's generator is left as it was.
 
         Raises:
             ValueError: too few tokens, or routing changed nothing.
@@ -111,7 +113,10 @@ class RiskHead(nn.Module):
 
 
 class Risk:
-    """A fitted head as it is kept beside a controller: no module, so that no optimiser or state dict of the model sees it."""
+    """A fitted head as it is kept beside a controller.
+
+    No module, so that no optimiser or state dict of the model sees it.
+    """
 
     def __init__(self, head: RiskHead):
         self.head = head.requires_grad_(False).eval()

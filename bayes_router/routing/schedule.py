@@ -1,4 +1,7 @@
-"""What changes over training: KL weight, total concentration (soft to hard), the prior's mean and price."""
+"""What changes over training.
+
+KL weight, total concentration (soft to hard), the prior's mean and price.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

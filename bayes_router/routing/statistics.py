@@ -15,7 +15,9 @@ from bayes_router.routing.posterior import (
 
 @dataclass(frozen=True)
 class RoutingStatistics:
-    """How one layer routed one batch; entropies and information in nats, costs relative to full attention.
+    """How one layer routed one batch.
+
+    Entropies and information in nats, costs relative to full attention.
 
     Of a layer of several units everything is the mean over them, and `units` has the same of each.
     """

@@ -1,4 +1,6 @@
-"""A Dirichlet tilted by a price, in numbers: its KL, normaliser, mean, variance, expected entropy, and exact draws.
+"""A Dirichlet tilted by a price, in numbers.
+
+Its KL, normaliser, mean, variance, expected entropy, and exact draws.
 
 p(route) = Dirichlet(route; a) exp(-tilt . route) / Z, tilt = price * cost ratio of each expert.
 With J[f] = (1 / 2 pi i) int f(s) e^s prod_e (s + tilt_e)^(-a_e) ds over a contour around the
@@ -35,7 +37,9 @@ class TiltedMoments(NamedTuple):
 
 
 def tilted_kl(q: Tensor, concentration: Tensor, tilt: Tensor, log_normaliser: Tensor) -> Tensor:
-    """KL(Dirichlet(q) || Dirichlet(concentration) tilted by exp(-tilt . route)), nats, [...]; exact.
+    """KL(Dirichlet(q) || Dirichlet(concentration) tilted by exp(-tilt . route)), nats, [...].
+
+    exact.
 
     = KL(Dirichlet(q) || Dirichlet(concentration)) + tilt . E_q[route] + log Z. q, concentration and
     tilt broadcast over [..., E], log Z over [...]; a tilt of 0 has log Z = 0.
@@ -79,7 +83,9 @@ def tilted_moments(concentration: Tensor, tilt: Tensor) -> TiltedMoments:
 
 
 def _saddle(a: Tensor, cost: Tensor) -> Tensor:
-    """Where the parabola crosses the axis, [...]: near the least of e^s prod_e (s + cost_e)^(-a_e) on it, or at 4 if larger.
+    """Where the parabola crosses the axis, [...].
+
+    Near the least of e^s prod_e (s + cost_e)^(-a_e) on it, or at 4 if larger.
 
     There sum_e a_e / (s + cost_e) = 1; a rough solution, by bisection, does.
     """
@@ -93,7 +99,9 @@ def _saddle(a: Tensor, cost: Tensor) -> Tensor:
 
 
 def sample_tilted(concentration: Tensor, tilt: Tensor, num_samples: int) -> Tensor:
-    """Exact draws [num_samples, ..., E], float64, by rejection; tilt [E], or broadcastable to concentration.
+    """Exact draws [num_samples, ..., E], float64, by rejection.
+
+    tilt [E], or broadcastable to concentration.
 
     The proposal normalises Gamma(a_e) draws of rate 1 + y_e / a_0, y_e = tilt_e - min tilt, whose
     density is that of the Dirichlet times (1 + y . route / a_0)^(-a_0); so a draw is kept with

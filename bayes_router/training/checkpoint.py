@@ -45,7 +45,9 @@ def lowered(before: Config, config: Config) -> set[str]:
 
 
 def prepare_run(out: Path, config: Config, overwrite: bool, resume: bool) -> None:
-    """Make the run folder, or check that it may be resumed: with its own settings, or with lower learning rates.
+    """Make the run folder, or check that it may be resumed.
+
+    With its own settings, or with lower learning rates.
 
     Raises:
         ValueError: the folder exists and neither `overwrite` nor `resume` is set; or `resume` is set and there is nothing
@@ -144,7 +146,10 @@ def _sha256_of_file(path: Path) -> bytes:
 
 
 def bound_settings(config: Config) -> str:
-    """The settings that are kept beside weights, as TOML: all but those that may change behind a run."""
+    """The settings that are kept beside weights, as TOML.
+
+    All but those that may change behind a run.
+    """
     tables = config.to_dict()
     for name in FREE:
         section, key = name.split(".")
@@ -189,7 +194,9 @@ def weights_digest(weights: Mapping[str, Tensor], words: str = "") -> str:
 def load_checkpoint(
     run: Path, model: RoutedLanguageModel, optimiser: torch.optim.Optimizer, steps: int, asked: Config | None = None
 ) -> dict[str, Any]:
-    """Restore `model` and `optimiser` from state.pt; returns the progress saved with them, at most `steps` steps.
+    """Restore `model` and `optimiser` from state.pt.
+
+    Returns the progress saved with them, at most `steps` steps.
 
     `asked` are the settings that the run is resumed with, where learning rates may be lower than its own.
 
@@ -236,7 +243,10 @@ def _checked_progress(progress: Mapping[str, Any], steps: int) -> dict[str, Any]
 
 
 def _check_moments(optimiser: torch.optim.Optimizer) -> None:
-    """The optimiser takes any state that it is given: here it must have the shapes of the parameters."""
+    """The optimiser takes any state that it is given.
+
+    Here it must have the shapes of the parameters.
+    """
     for parameter, state in optimiser.state.items():
         for name in ("exp_avg", "exp_avg_sq"):
             require(state[name].shape == parameter.shape, name, f"shape {tuple(parameter.shape)}", tuple(state[name].shape))
@@ -296,7 +306,10 @@ def _other_version(run: Path) -> str:
 
 
 def _table_of(metadata: Mapping[str, str]) -> Mapping[str, Any]:
-    """What model.safetensors says of its tensors; files of before have the checksum alone, as an entry of its own."""
+    """What model.safetensors says of its tensors.
+
+    Files of before have the checksum alone, as an entry of its own.
+    """
     table = json.loads(metadata["run"]) if "run" in metadata else metadata
     require(isinstance(table, Mapping), "run", "a table", table)
     return dict(table)

@@ -51,7 +51,9 @@ class _End(NamedTuple):
 
 
 class Dial:
-    """Sets the price of a policy so that the executed routes cost a budget; keeps every pass, so a curve costs few.
+    """Sets the price of a policy so that the executed routes cost a budget.
+
+    Keeps every pass, so a curve costs few.
 
     Args:
         model: the fitted model, or a patched one.
@@ -143,7 +145,10 @@ class Dial:
         )
 
     def ends(self) -> tuple[float, float]:
-        """The least and the most that routes can cost: every token on the cheapest expert of its layer, or the costliest."""
+        """The least and the most that routes can cost.
+
+        Every token on the cheapest expert of its layer, or the costliest.
+        """
         if isinstance(self.cost, Tensor):
             return float(self.cost.amin(-1).mean()), float(self.cost.amax(-1).mean())
         self.read(0.0)
@@ -191,7 +196,9 @@ class Dial:
         return high
 
     def curve(self, budgets: Sequence[float] = GRID, tolerance: float = TOLERANCE) -> "pd.DataFrame":
-        """Held-out nll against budget: one row for each budget that lies between the cheapest and the costliest expert.
+        """Held-out nll against budget.
+
+        One row for each budget that lies between the cheapest and the costliest expert.
 
         Columns: budget, cost (executed), price, nll_hard (nats per token), `load NAME` (mean over layers), and met: False
         where the budget lies in a jump and the row is the nearest cost that a price realises.

@@ -1,4 +1,6 @@
-"""Where a process computes, and its place among others: devices, ranks and what ranks tell each other.
+"""Where a process computes, and its place among others.
+
+Devices, ranks and what ranks tell each other.
 
 `torchrun` sets RANK, WORLD_SIZE and LOCAL_RANK; without it there is one rank, and every method here is free of cost.
 """
@@ -56,7 +58,10 @@ class World:
         return self.rank == 0
 
     def replicate(self, objective: nn.Module, device: torch.device) -> nn.Module:
-        """`objective`, whose backward pass also averages gradients over ranks; weights start as those of rank 0."""
+        """`objective`, whose backward pass also averages gradients over ranks.
+
+        Weights start as those of rank 0.
+        """
         if self.size == 1:
             return objective
         devices = [device.index] if device.type == "cuda" else None
@@ -65,7 +70,10 @@ class World:
 
     @staticmethod
     def averaging(replica: Callable[..., Any], now: bool) -> AbstractContextManager[None]:
-        """Keep gradients to this rank unless `now`: of accumulated parts the last alone needs the others."""
+        """Keep gradients to this rank unless `now`.
+
+        Of accumulated parts the last alone needs the others.
+        """
         return nullcontext() if now or not isinstance(replica, DistributedDataParallel) else replica.no_sync()
 
     def mean(self, value: Tensor) -> Tensor:
@@ -96,7 +104,9 @@ class World:
 
 @contextmanager
 def connected(device: torch.device) -> Iterator[World]:
-    """The world that torchrun describes: NCCL between GPUs, gloo between CPUs; the group is taken down at the end.
+    """The world that torchrun describes: NCCL between GPUs, gloo between CPUs.
+
+    The group is taken down at the end.
 
     Raises:
         ValueError: WORLD_SIZE without the other variables that torchrun sets.

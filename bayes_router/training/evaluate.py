@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a fitted model does on held-out text. Losses, entropies and information in nats; lists are per layer.
+    """What a fitted model does on held-out text.
+
+    Losses, entropies and information in nats; lists are per layer.
 
     `executed_cost` weighs the ratios of single experts by their load, whatever the cost model; studies
     compare by it. `executed` counts the FLOPs and bytes of the same routes, every token on full = 1: each
@@ -95,7 +97,10 @@ class Evaluation:
 
 
 class _Prior:
-    """What KL is measured from, in float64: Dirichlet([L, E] or [L, R, E]), tilted by a price [E] if there is one."""
+    """What KL is measured from, in float64.
+
+    Dirichlet([L, E] or [L, R, E]), tilted by a price [E] if there is one.
+    """
 
     def __init__(self, concentration: Tensor, price: Tensor | None):
         concentration = concentration if concentration.dim() == 3 else concentration[:, None]
@@ -163,7 +168,9 @@ def evaluate(
     costs: Sequence[CostModel] = (CostModel.PAPER, CostModel.FLOPS),
     seed: int = 0,
 ) -> Evaluation:
-    """Read `model` on windows of `context` tokens under MEAN, SAMPLE and HARD; its mode (train, eval) is kept.
+    """Read `model` on windows of `context` tokens under MEAN, SAMPLE and HARD.
+
+    Its mode (train, eval) is kept.
 
     Args:
         model: the fitted model.
@@ -238,7 +245,9 @@ def _finish(model: RoutedLanguageModel, sums: _Sums, context: int, costs: Sequen
 
 
 def _executed(model: RoutedLanguageModel, taken: Tensor, read: Tensor) -> dict[str, dict[str, float]]:
-    """Of hard routes, [T, E] units of all layers at each position on each expert; see `Evaluation.executed`.
+    """Of hard routes, [T, E] units of all layers at each position on each expert.
+
+    See `Evaluation.executed`.
 
     `read` [E] counts key heads by the most that one of their query heads reads.
     """

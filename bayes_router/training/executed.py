@@ -1,4 +1,7 @@
-"""One pass over held-out text with the routes executed: what they cost, and what the model then says."""
+"""One pass over held-out text with the routes executed.
+
+What they cost, and what the model then says.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,7 +23,10 @@ does not say it."""
 
 
 class Routed(Protocol):
-    """A model whose hard routes a policy decides: a `RoutedLanguageModel`, or a patch as `Unforced` shows it."""
+    """A model whose hard routes a policy decides.
+
+    A `RoutedLanguageModel`, or a patch as `Unforced` shows it.
+    """
 
     policy: Policy
     training: bool

@@ -1,4 +1,7 @@
-"""How a training step executes the blocks of the network: as they are, compiled, or computed again backwards."""
+"""How a training step executes the blocks of the network.
+
+As they are, compiled, or computed again backwards.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +15,9 @@ from bayes_router.transformer.model import Block, RoutedTransformer
 
 
 class Execution:
-    """Inside `with execution:` the attention and MLP of every block run in the form asked for; outside, as usual.
+    """Inside `with execution:` the attention and MLP of every block run in the form asked for.
+
+    Outside, as usual.
 
     Both are plain functions of tensors: the route is asked for between them, so Pyro's handlers are neither compiled nor
     run twice, and a draw is the same in every form.

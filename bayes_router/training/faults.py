@@ -1,4 +1,7 @@
-"""What can go wrong while training, and what is left then: steps that are not finite, signals, a folder in use."""
+"""What can go wrong while training, and what is left then.
+
+Steps that are not finite, signals, a folder in use.
+"""
 
 import signal
 import threading
@@ -108,7 +111,10 @@ def find_culprit(model: RoutedLanguageModel, tokens: Tensor) -> str:
 
 
 class StopRequest:
-    """Notes SIGTERM and Ctrl-C while a run goes on, so that it ends between two steps; a second one ends it at once."""
+    """Notes SIGTERM and Ctrl-C while a run goes on, so that it ends between two steps.
+
+    A second one ends it at once.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -131,7 +137,9 @@ class StopRequest:
 
 @contextmanager
 def sole_user(run: Path) -> Iterator[None]:
-    """Hold a run folder: a second fit of it, in any process or thread, is refused. A killed process lets go by itself.
+    """Hold a run folder: a second fit of it, in any process or thread, is refused.
+
+    A killed process lets go by itself.
 
     Raises:
         ValueError: another fit holds it.

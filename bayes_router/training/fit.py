@@ -67,7 +67,9 @@ def fit(
     progress: bool = True,
     on_evaluation: Callable[[int, Evaluation], None] | None = None,
 ) -> tuple[RoutedLanguageModel, dict[str, Any]]:
-    """Fit a routed Transformer and write its run folder. Under torchrun, every rank calls it and rank 0 alone writes.
+    """Fit a routed Transformer and write its run folder.
+
+    Under torchrun, every rank calls it and rank 0 alone writes.
 
     Args:
         config: the settings; `model.vocab_size` is set from the data.
@@ -169,7 +171,10 @@ class _Run:
         return step == train.steps or bool(train.eval_every and step % train.eval_every == 0)
 
     def _evaluate(self, step: int) -> Evaluation | None:
-        """The evaluation of a step that has one; on rank 0, while the others wait at the next step."""
+        """The evaluation of a step that has one.
+
+        On rank 0, while the others wait at the next step.
+        """
         if not self.world.main or not self._evaluates(step):
             return None
         evaluation = self.trainer.evaluate()
@@ -178,7 +183,9 @@ class _Run:
         return evaluation
 
     def _save_between(self, step: int, stop: StopRequest) -> None:
-        """A checkpoint where one is due or the run is to stop; one that cannot be written is missed, with a warning.
+        """A checkpoint where one is due or the run is to stop.
+
+        One that cannot be written is missed, with a warning.
 
         Weights whose loss is no number are not written: the checkpoint of an earlier step is worth more.
         """

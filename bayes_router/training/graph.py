@@ -1,4 +1,7 @@
-"""A training step's loss and gradient as a CUDA graph: captured once, replayed every step, without Python in between."""
+"""A training step's loss and gradient as a CUDA graph.
+
+Captured once, replayed every step, without Python in between.
+"""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -19,7 +22,9 @@ Gradient = Callable[[Tensor, Tensor], tuple[Tensor, LossTerms, Tensor]]
 
 
 def wants_graph(config: Config, device: torch.device, processes: int) -> bool:
-    """Whether `train.graph` asks for a graph here: `on`, or `auto` where one can be captured for sure.
+    """Whether `train.graph` asks for a graph here.
+
+    `on`, or `auto` where one can be captured for sure.
 
     Raises:
         ValueError: `on`, where none can be captured.
@@ -61,7 +66,10 @@ class GraphedGradient:
         self._captured: dict[Hashable, _Captured] = {}
 
     def __call__(self, tokens: Tensor, targets: Tensor, seed: int, form: Hashable) -> tuple[Tensor, LossTerms, Tensor]:
-        """Loss, terms and gradient norm of a batch; another `form` of the objective, or shape, is another graph."""
+        """Loss, terms and gradient norm of a batch.
+
+        Another `form` of the objective, or shape, is another graph.
+        """
         key = (tokens.shape, form)
         if key not in self._captured:
             self._captured[key] = self._capture(tokens, targets)

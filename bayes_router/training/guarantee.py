@@ -164,7 +164,10 @@ def promise(
 
 
 def strongest_single(model: Routed, windows: Sequence[Batch], cost: Tensor) -> int:
-    """The expert that loses least where it takes every token: the strongest static choice of a run from scratch."""
+    """The expert that loses least where it takes every token.
+
+    The strongest static choice of a run from scratch.
+    """
     found = [
         execute(model, windows, cost, RoutingMode.HARD, Single(index), math.nan).reading.nll for index in range(cost.shape[-1])
     ]
@@ -172,12 +175,17 @@ def strongest_single(model: Routed, windows: Sequence[Batch], cost: Tensor) -> i
 
 
 def cheaper_from(start: float) -> tuple[float, ...]:
-    """The prices of `PRICES` from `start` on: a run from scratch was trained at 0, and full attention may be no good there."""
+    """The prices of `PRICES` from `start` on.
+
+    A run from scratch was trained at 0, and full attention may be no good there.
+    """
     return tuple(price for price in PRICES if price >= start)
 
 
 def later_windows(source: TokenSource, context: int, batch_size: int, skip: int, limit: int) -> list[Batch]:
-    """At most `limit` tokens of windows after the first `skip` tokens of a source: what was read there promises nothing.
+    """At most `limit` tokens of windows after the first `skip` tokens of a source.
+
+    What was read there promises nothing.
 
     Raises:
         ValueError: there is no text so late.

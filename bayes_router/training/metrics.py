@@ -1,4 +1,7 @@
-"""What a run tells while it goes on: metrics.csv, TensorBoard, a progress bar or one line an evaluation; and its summary."""
+"""What a run tells while it goes on.
+
+metrics.csv, TensorBoard, a progress bar or one line an evaluation; and its summary.
+"""
 
 from pathlib import Path
 from typing import Any

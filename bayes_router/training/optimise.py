@@ -36,7 +36,10 @@ def set_peaks(optimiser: torch.optim.Optimizer, config: TrainConfig) -> None:
 
 
 def set_learning_rate(optimiser: torch.optim.Optimizer, config: TrainConfig, step: int) -> float:
-    """Learning rate of `step`: linear to the peak over `warmup` steps, then half a cosine to `lr_floor` x peak."""
+    """Learning rate of `step`.
+
+    Linear to the peak over `warmup` steps, then half a cosine to `lr_floor` x peak.
+    """
     if step < config.warmup:
         factor = (step + 1) / config.warmup
     else:

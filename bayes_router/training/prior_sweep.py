@@ -90,7 +90,10 @@ def sweep_prior(
 
 
 def one_at_a_time(config: Config, values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Settings that each move one knob of `config`, the others as they are; the configuration itself comes first, once."""
+    """Settings that each move one knob of `config`, the others as they are.
+
+    The configuration itself comes first, once.
+    """
     centre = {name: _value(config, name) for name in values}
     moved = [{**centre, name: value} for name, options in values.items() for value in options if value != centre[name]]
     return [centre, *moved]
@@ -102,7 +105,10 @@ def knobs(config: Config) -> dict[str, Any]:
 
 
 def refit_model(config: Config, data: Data, model: RoutedLanguageModel | None, refit: Refit) -> Trainer:
-    """Train for `config.train.steps` from the weights of `model`; the generator of the caller is left as it was."""
+    """Train for `config.train.steps` from the weights of `model`.
+
+    The generator of the caller is left as it was.
+    """
     device = pick_device(config.train.device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         trainer = Trainer(config, data, device)

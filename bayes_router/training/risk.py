@@ -1,4 +1,7 @@
-"""Fitting the estimate of what routing loses: routed and unrouted passes over some text, then a small network on both."""
+"""Fitting the estimate of what routing loses.
+
+Routed and unrouted passes over some text, then a small network on both.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -46,7 +49,10 @@ def _routed(model: Any, tokens: Tensor) -> tuple[RoutingOutput, Tensor]:
 
 @torch.no_grad()
 def reference_of(model: Any, batches: Iterable[Batch]) -> Callable[[Tensor], Tensor]:
-    """Tokens -> logits of what routing is compared with: the model before its patch, else the best single expert on a text."""
+    """Tokens -> logits of what routing is compared with.
+
+    The model before its patch, else the best single expert on a text.
+    """
     if hasattr(model, "unrouted"):
         unrouted: Callable[[Tensor], Tensor] = model.unrouted
         return unrouted
@@ -68,7 +74,9 @@ def reference_of(model: Any, batches: Iterable[Batch]) -> Callable[[Tensor], Ten
 
 @torch.no_grad()
 def risk_data(model: Any, batches: Iterable[Batch], reference: Callable[[Tensor], Tensor], tokens: int) -> RiskData:
-    """Features and divergences of about so many tokens; the mode (train, eval) of the model is as before afterwards.
+    """Features and divergences of about so many tokens.
+
+    The mode (train, eval) of the model is as before afterwards.
 
     Raises:
         ValueError: no text.

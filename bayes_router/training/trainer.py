@@ -1,4 +1,7 @@
-"""One fit, a step at a time: batches and posterior draws of a step are functions of the seed, the step and the rank."""
+"""One fit, a step at a time.
+
+Batches and posterior draws of a step are functions of the seed, the step and the rank.
+"""
 
 import threading
 from collections.abc import Callable
@@ -141,7 +144,10 @@ class Trainer:
         return Batch(*map(self._to_device, batch))
 
     def _gradient(self, step: int, tokens: Tensor, targets: Tensor) -> tuple[Tensor, LossTerms]:
-        """Add up the gradient over the parts of this rank's rows; loss and terms are means over the parts."""
+        """Add up the gradient over the parts of this rank's rows.
+
+        Loss and terms are means over the parts.
+        """
         parts, world = self.config.train.accumulate, self.world
         losses, terms = [], []
         for part in range(parts):

@@ -18,7 +18,10 @@ def build_experts(config: ModelConfig) -> list[Expert]:
 
 
 def build_prior(prior: PriorConfig, model: ModelConfig, num_layers: int, context: int) -> ComputeAwarePrior:
-    """The prior that the settings describe, its price included; FLOPs and latency are those at `context` tokens."""
+    """The prior that the settings describe, its price included.
+
+    FLOPs and latency are those at `context` tokens.
+    """
     ratios = (
         torch.tensor(prior.cost_ratio)
         if prior.cost_ratio is not None

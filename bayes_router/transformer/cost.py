@@ -75,7 +75,9 @@ def executed_model(
     last_only: bool = False,
     read: Tensor | None = None,
 ) -> dict[str, float]:
-    """The whole of a `RoutedLanguageModel` by hard routes, `taken` [T, E] of all layers and units; options as in `model_cost`.
+    """The whole of a `RoutedLanguageModel` by hard routes, `taken` [T, E] of all layers and units.
+
+    Options as in `model_cost`.
 
     `read` as in `executed_attention`.
 

@@ -1,4 +1,7 @@
-"""Text from a fitted model: the prompt in one pass, then a token at a time from the cache, routes executed."""
+"""Text from a fitted model.
+
+The prompt in one pass, then a token at a time from the cache, routes executed.
+"""
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass

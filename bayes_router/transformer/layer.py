@@ -1,4 +1,7 @@
-"""Routed attention: shared queries, keys, values and output projection; every token takes its own mixture of experts."""
+"""Routed attention: shared queries, keys, values and output projection.
+
+Every token takes its own mixture of experts.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +19,9 @@ Angles = tuple[Tensor, Tensor]
 
 
 class AttentionMixture(nn.Module):
-    """W_o sum_e route_e Expert_e(q, k, v) with one projection to q, k, v for all experts; the route is given.
+    """W_o sum_e route_e Expert_e(q, k, v) with one projection to q, k, v for all experts.
+
+    The route is given.
 
     Deterministic: no controller, no prior. `Expert.rotary` says which experts see rotary positions.
     """

@@ -1,4 +1,7 @@
-"""The Transformer whose layers ask where each token goes. Plain PyTorch: it knows neither Pyro nor the prior."""
+"""The Transformer whose layers ask where each token goes.
+
+Plain PyTorch: it knows neither Pyro nor the prior.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -216,7 +219,10 @@ class RoutedLanguageModel(nn.Module):
         return RoutingOutput(logits, torch.stack(concentrations), torch.stack(routes))
 
     def _alarm(self, layer: int, hidden: Tensor, cache: RoutedCache | None, lengths: Tensor | None) -> Tensor | None:
-        """Which tokens [B, T] a guard is alarmed by; its memory of the texts is kept beside the cache."""
+        """Which tokens [B, T] a guard is alarmed by.
+
+        Its memory of the texts is kept beside the cache.
+        """
         real = None if lengths is None else real_tokens(lengths, hidden.shape[1])
         past: Any = None if cache is None else cache.beside.get(layer)
         if cache is not None and past is None and cache[layer].longest > 0:

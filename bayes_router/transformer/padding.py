@@ -12,7 +12,10 @@ def real_tokens(lengths: Tensor, T: int) -> Tensor:
 
 
 def check_tokens(tokens: Tensor, vocab_size: int, device: torch.device | None = None, name: str = "tokens") -> None:
-    """Refuse what is not a batch of token ids. Values are read on the CPU alone: on a GPU it would wait for the device."""
+    """Refuse what is not a batch of token ids.
+
+    Values are read on the CPU alone: on a GPU it would wait for the device.
+    """
     require(isinstance(tokens, Tensor), name, "a tensor, int64 [B, T]", type(tokens).__name__)
     require(tokens.dim() == 2, name, "shape [B, T]", tuple(tokens.shape))
     require(tokens.dtype == torch.int64, name, "torch.int64", tokens.dtype)
@@ -24,7 +27,10 @@ def check_tokens(tokens: Tensor, vocab_size: int, device: torch.device | None = 
 
 
 def check_lengths(lengths: Tensor, tokens: Tensor, least: int = 0) -> None:
-    """Refuse what does not count the real tokens of the rows of `tokens` [B, T]; values are read on the CPU alone."""
+    """Refuse what does not count the real tokens of the rows of `tokens` [B, T].
+
+    Values are read on the CPU alone.
+    """
     (B, T), wanted = tokens.shape, f"int64 or int32 of shape {(tokens.shape[0],)} on {tokens.device}"
     require(isinstance(lengths, Tensor), "lengths", wanted, type(lengths).__name__)
     fits = lengths.dtype in (torch.int64, torch.int32) and lengths.shape == (B,) and lengths.device == tokens.device
@@ -36,7 +42,10 @@ def check_lengths(lengths: Tensor, tokens: Tensor, least: int = 0) -> None:
 
 
 def last_token(x: Tensor, lengths: Tensor | None, dim: int = 1) -> Tensor:
-    """Of each row its last real token, the first if it has none: 1 along `dim`, the tokens; the batch stands before it."""
+    """Of each row its last real token, the first if it has none: 1 along `dim`, the tokens.
+
+    The batch stands before it.
+    """
     if lengths is None:
         return x.narrow(dim, x.shape[dim] - 1, 1)
     at = (lengths - 1).clamp_min(0).to(torch.int64)  # [B]

@@ -1,4 +1,7 @@
-"""Rotary positions (Su et al. 2021, arXiv 2104.09864): the score of a query and a key depends on their distance."""
+"""Rotary positions (Su et al. 2021, arXiv 2104.09864).
+
+The score of a query and a key depends on their distance.
+"""
 
 import torch
 from torch import Tensor

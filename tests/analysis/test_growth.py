@@ -1,4 +1,7 @@
-"""The growth benchmark at toy size: ratios are those of its own rows, and start anew for each expert."""
+"""The growth benchmark at toy size.
+
+Ratios are those of its own rows, and start anew for each expert.
+"""
 
 import pytest
 

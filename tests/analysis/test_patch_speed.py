@@ -1,4 +1,7 @@
-"""The clock of a patched model: every contender has its rows, and costs are those of the routes that it executed."""
+"""The clock of a patched model.
+
+Every contender has its rows, and costs are those of the routes that it executed.
+"""
 
 import functools
 from pathlib import Path

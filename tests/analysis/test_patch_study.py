@@ -1,4 +1,7 @@
-"""`python -m analysis.pretrained.smollm --quick both` from end to end on a tiny model; costs of static choices and windows."""
+"""`python -m analysis.pretrained.smollm --quick both` from end to end on a tiny model.
+
+Costs of static choices and windows.
+"""
 
 import sys
 from pathlib import Path

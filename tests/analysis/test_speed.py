@@ -1,4 +1,6 @@
-"""The benchmark behind `python -m analysis.speed.kernels`: what it refuses, how it compares, where it says that
+"""The benchmark behind `python -m analysis.speed.kernels`.
+
+What it refuses, how it compares, where it says that
 routing loses."""
 
 from collections.abc import Iterator

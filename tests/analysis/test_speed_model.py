@@ -1,4 +1,7 @@
-"""A model end to end at toy size: both ways are timed on the same tokens, and decoding forgets what it read."""
+"""A model end to end at toy size.
+
+Both ways are timed on the same tokens, and decoding forgets what it read.
+"""
 
 import sys
 from collections.abc import Iterator

@@ -1,4 +1,7 @@
-"""The harness of the study at toy size: every contender trains, is read on the executed route, and is not run twice."""
+"""The harness of the study at toy size.
+
+Every contender trains, is read on the executed route, and is not run twice.
+"""
 
 from pathlib import Path
 

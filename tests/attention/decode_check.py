@@ -120,7 +120,10 @@ def steps_equal_the_full_pass(decoder: Decoder, prompts: tuple[int, ...], steps:
 
 
 def needed_only(decoder: Decoder, prompts: tuple[int, ...], tolerance: float) -> None:
-    """Keys and values that none of a row's own experts sees are NaN, by key head: each step gives what it gave without."""
+    """Keys and values that none of a row's own experts sees are NaN, by key head.
+
+    Each step gives what it gave without.
+    """
     steps, total = len(decoder.experts), max(prompts) + 1
     inputs, route = decoder.draw(total), decoder.routes(total)
     token = decoder.draw(1, seed=5)

@@ -1,4 +1,7 @@
-"""An expert's own pass over every token against the same expert in float64: values and gradients, those of parameters too."""
+"""An expert's own pass over every token against the same expert in float64.
+
+Values and gradients, those of parameters too.
+"""
 
 import copy
 from collections.abc import Callable

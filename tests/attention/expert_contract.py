@@ -1,4 +1,7 @@
-"""What every attention expert must satisfy. Inherit `ExpertContract`, set `name`, and give the oracle."""
+"""What every attention expert must satisfy.
+
+Inherit `ExpertContract`, set `name`, and give the oracle.
+"""
 
 from collections.abc import Sequence
 
@@ -98,7 +101,10 @@ class ExpertContract:
 
 
 def gradient_errors(got: Sequence[Tensor], want: Sequence[Tensor]) -> list[float]:
-    """Relative errors by q, k, v, and by all parameters as one vector: a gate's bias alone is a sum of terms that cancel."""
+    """Relative errors by q, k, v, and by all parameters as one vector.
+
+    A gate's bias alone is a sum of terms that cancel.
+    """
     both = [(*grads[:3], *([torch.cat([x.flatten() for x in grads[3:]])] if grads[3:] else [])) for grads in (got, want)]
     return [relative_error(g, t) for g, t in zip(*both, strict=True)]
 

@@ -1,4 +1,7 @@
-"""One seed drawn for this run of the tests; a failure prints it, and BAYES_ROUTER_SEED repeats it."""
+"""One seed drawn for this run of the tests.
+
+A failure prints it, and BAYES_ROUTER_SEED repeats it.
+"""
 
 import os
 import secrets

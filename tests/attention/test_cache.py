@@ -1,4 +1,7 @@
-"""Prefill and decoding equal the full pass: every route mix, chunked, rows of different lengths; what a cache refuses."""
+"""Prefill and decoding equal the full pass: every route mix, chunked, rows of different lengths.
+
+What a cache refuses.
+"""
 
 import copy
 
@@ -103,7 +106,10 @@ def test_prefill_and_decode_equal_the_full_pass(names: tuple[str, ...], cuts: tu
 
 @pytest.mark.parametrize("names", MODELS)
 def test_rows_of_different_lengths(names: tuple[str, ...]) -> None:
-    """Right-padded prompts, a right-padded second chunk, then steps: each row as if it were alone, whatever the padding."""
+    """Right-padded prompts, a right-padded second chunk, then steps.
+
+    Each row as if it were alone, whatever the padding.
+    """
     experts, inputs = build(*names), tensors()
     route = draw_route("independent", B, T) % len(experts)
     cache = LayerCache(experts, B, T, HKV)

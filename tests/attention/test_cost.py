@@ -43,7 +43,9 @@ def experts() -> list[Expert]:
 
 
 class Loops:
-    """One sequence, token by token, head by head; every multiply-add of a product of vectors is counted as it is done.
+    """One sequence, token by token, head by head.
+
+    Every multiply-add of a product of vectors is counted as it is done.
 
     `updates` [T] is what a token costs whoever reads it, `reads` [T] what its own output costs.
     """
@@ -151,7 +153,10 @@ def counted(call: object, *inputs: object) -> int:
 
 
 def test_torch_counts_the_same_where_it_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A decoding step has no mask; of a causal pass torch counts the full square. Outer products by `*` it does not count."""
+    """A decoding step has no mask; of a causal pass torch counts the full square.
+
+    Outer products by `*` it does not count.
+    """
     full, linear, T, (H, Dh) = make("full"), make("linear"), 32, SHAPE[:2]
     q, k, v = torch.randn(3, 1, H, T, Dh)
     assert counted(full, q[:, :, -1:], k, v) == flops(full, T, Mode.DECODE)
@@ -198,7 +203,10 @@ def test_a_mean_weighs_the_load() -> None:
 
 @pytest.mark.parametrize("last_only", [False, True])
 def test_a_whole_model_as_torch_counts_it(last_only: bool) -> None:
-    """Every token on full; of a causal pass torch counts the full square. The rest of the model costs the same at any route."""
+    """Every token on full; of a causal pass torch counts the full square.
+
+    The rest of the model costs the same at any route.
+    """
     T, model = 12, tiny_model().eval()
     tokens, _ = tiny_batch(1, T)
     found = counted(lambda: model(tokens, force="full", last_only=last_only))
@@ -228,7 +236,10 @@ def test_a_decoding_step_of_a_whole_model_as_torch_counts_it() -> None:
 
 
 def test_a_whole_model_with_other_experts() -> None:
-    """What the rival of a routed model costs: the network alone, every token on full, nothing kept for other experts."""
+    """What the rival of a routed model costs.
+
+    The network alone, every token on full, nothing kept for other experts.
+    """
     T, model, lean = 40, tiny_model(), tiny_model(experts=("full",))
     full = model.network.experts()[0][:1]
     for mode in Mode:

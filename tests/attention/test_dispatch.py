@@ -1,4 +1,7 @@
-"""Every backend of hard routing that runs on the CPU against the oracle: values, gradients, padding, errors."""
+"""Every backend of hard routing that runs on the CPU against the oracle.
+
+Values, gradients, padding, errors.
+"""
 
 import itertools
 

@@ -1,4 +1,7 @@
-"""What `routed_attention` refuses, and how it says so: the field, what was expected, what it got, and what to do."""
+"""What `routed_attention` refuses, and how it says so.
+
+The field, what was expected, what it got, and what to do.
+"""
 
 import re
 

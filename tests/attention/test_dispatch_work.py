@@ -1,4 +1,7 @@
-"""What dispatch does not do: no T x T tensor, no expert that nobody took, no gathering where all take one, few operators."""
+"""What dispatch does not do.
+
+No T x T tensor, no expert that nobody took, no gathering where all take one, few operators.
+"""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,7 @@
-"""The layout in which gradients reach torch's fused attention. On a GPU, with cuDNN: tests/gpu/test_routed_attention.py."""
+"""The layout in which gradients reach torch's fused attention.
+
+On a GPU, with cuDNN: tests/gpu/test_routed_attention.py.
+"""
 
 import torch
 

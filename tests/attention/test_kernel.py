@@ -1,4 +1,7 @@
-"""An expert says which kernel computes it and how far it sees; a subclass that computes something else has no kernel."""
+"""An expert says which kernel computes it and how far it sees.
+
+A subclass that computes something else has no kernel.
+"""
 
 import copy
 from typing import ClassVar

@@ -1,4 +1,7 @@
-"""`calibrate` prints settings that `fit --config` reads and that cost what was asked; `evaluate` meets a budget."""
+"""`calibrate` prints settings that `fit --config` reads and that cost what was asked.
+
+`evaluate` meets a budget.
+"""
 
 import json
 from pathlib import Path
@@ -17,7 +20,10 @@ from tests.tiny import fit_config
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose controllers route every token another way, on text without frequent characters: no jump is large."""
+    """A run whose controllers route every token another way, on text without frequent characters.
+
+    No jump is large.
+    """
     folder, generator = Path(tmp_path_factory.mktemp("commands")), torch.Generator().manual_seed(0)
     text = folder / "text"
     text.mkdir()

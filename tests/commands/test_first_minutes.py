@@ -39,7 +39,10 @@ def test_what_draws_and_fits_is_imported_when_something_is_drawn_or_fitted(comma
 
 
 def test_the_first_line_comes_before_torch(finished_run: Path) -> None:
-    """What takes seconds is the import of torch: held by that, not by a clock, a busy machine does not matter."""
+    """What takes seconds is the import of torch.
+
+    Held by that, not by a clock, a busy machine does not matter.
+    """
     code = (
         "import sys\nfrom bayes_router.commands import parsers\nfrom bayes_router.cli import build_parser\n"
         "arguments = sys.argv[1:]\nparsed = build_parser(arguments).parse_args(arguments)\n"

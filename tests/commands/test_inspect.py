@@ -1,4 +1,7 @@
-"""`bayes-router inspect` without colours: every expert has a mark of its own, and the legend says which."""
+"""`bayes-router inspect` without colours.
+
+Every expert has a mark of its own, and the legend says which.
+"""
 
 import re
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""A page in headless Chromium, driven by the DevTools protocol over its pipe (descriptors 3 and 4): no driver to install."""
+"""A page in headless Chromium, driven by the DevTools protocol over its pipe (descriptors 3 and 4).
+
+No driver to install.
+"""
 
 import base64
 import contextlib

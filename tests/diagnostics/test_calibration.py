@@ -102,7 +102,10 @@ def test_calibration_is_mended_on_sequences_it_was_not_fitted_on():
 
 
 def test_the_temperature_is_that_of_the_sequences_it_is_not_judged_by():
-    """Even sequences want a temperature of 4, odd ones none: what is fitted is the one, what is judged the other."""
+    """Even sequences want a temperature of 4, odd ones none.
+
+    What is fitted is the one, what is judged the other.
+    """
     (even, _), (odd, _) = simulated(4.0), simulated(1.0, seed=1)
     mixed = pd.concat([even[even["sequence"] % 2 == 0], odd[odd["sequence"] % 2 == 1]])
     result = calibrate(mixed, ["a", "b", "c"])

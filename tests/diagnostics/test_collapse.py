@@ -55,7 +55,10 @@ def test_posterior_collapse_says_whether_it_is_the_prior():
 
 
 def test_the_two_collapses_are_told_apart():
-    """One sure expert for every token is routing collapse; soft routes that differ in nothing are posterior collapse alone."""
+    """One sure expert for every token is routing collapse.
+
+    Soft routes that differ in nothing are posterior collapse alone.
+    """
     q = torch.tensor([1.0, 1.1, 1.2]).expand(2, 1, 60, 3).clone()
     q[:, :, :30] = q[:, :, :30] * 1.0001
     choice = (torch.arange(60) % 3).view(60, 1).expand(2, 1, 60, 1)
@@ -94,7 +97,10 @@ def test_figures_of_a_layer_are_the_known_ones():
 
 
 def test_kl_counts_the_tilt():
-    """Against a tilted prior: minus the entropy of q, less the expected log density, by sampling."""
+    """Against a tilted prior.
+
+    Minus the entropy of q, less the expected log density, by sampling.
+    """
     tilted, q = program(price=4.0), torch.tensor([2.0, 1.5, 3.0])
     torch.manual_seed(0)
     guide = torch.distributions.Dirichlet(q)

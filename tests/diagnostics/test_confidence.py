@@ -17,7 +17,10 @@ EXPERTS = ("a", "b", "c")
 
 
 def planted(rows: int = 4000, seed: int = 0) -> pd.DataFrame:
-    """Whether a choice is right depends on the prediction's entropy and the layer; the posterior says nothing of it."""
+    """Whether a choice is right depends on the prediction's entropy and the layer.
+
+    The posterior says nothing of it.
+    """
     random = np.random.default_rng(seed)
     mean = random.dirichlet([2.0, 2.0, 2.0], rows)
     choice, layer, entropy = mean.argmax(1), random.integers(0, 2, rows), random.gamma(1.0, 1.0, rows)

@@ -1,4 +1,7 @@
-"""Diagnostics of several routing units: tables by unit, a layer as the mean of its units, a heat map."""
+"""Diagnostics of several routing units.
+
+Tables by unit, a layer as the mean of its units, a heat map.
+"""
 
 import matplotlib.pyplot as plt
 import pytest

@@ -13,7 +13,10 @@ THETA = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]])  # [E, V]: what each ex
 
 
 class MixtureNetwork(nn.Module):
-    """p(y | route) = sum_e route_e theta[e, y]: every route's posterior is a known mixture of two Dirichlets."""
+    """p(y | route) = sum_e route_e theta[e, y].
+
+    Every route's posterior is a known mixture of two Dirichlets.
+    """
 
     def __init__(self, theta: Tensor = THETA):
         super().__init__()
@@ -41,7 +44,10 @@ def toy(network: nn.Module, prior: Tensor, guide: Tensor, price: float = 0.0) ->
 
 
 def exact_posterior_mean(prior: Tensor, targets: Tensor, theta: Tensor = THETA) -> Tensor:
-    """E[route | y], [..., E], for one prior [E]: mixture over e of Dirichlet(prior + 1_e), weights prior_e theta[e, y]."""
+    """E[route | y], [..., E], for one prior [E].
+
+    Mixture over e of Dirichlet(prior + 1_e), weights prior_e theta[e, y].
+    """
     component = (prior + torch.eye(len(prior))) / (prior.sum() + 1)  # [E of mixture, E]
     weight = prior * theta[:, targets].movedim(0, -1)  # [..., E]
     return (weight / weight.sum(-1, keepdim=True)) @ component

@@ -1,4 +1,7 @@
-"""The examples on models of Hugging Face run at toy size and show what they say; each is a screen."""
+"""The examples on models of Hugging Face run at toy size and show what they say.
+
+Each is a screen.
+"""
 
 from pathlib import Path
 

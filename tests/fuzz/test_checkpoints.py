@@ -1,4 +1,7 @@
-"""Checkpoints that nobody meant to write: one error that names the file, and nothing in them is ever run."""
+"""Checkpoints that nobody meant to write.
+
+One error that names the file, and nothing in them is ever run.
+"""
 
 import io
 import json

@@ -1,4 +1,7 @@
-"""Settings that nobody meant to write: refused with the file and the field named, or valid settings; never a traceback."""
+"""Settings that nobody meant to write.
+
+Refused with the file and the field named, or valid settings; never a traceback.
+"""
 
 import random
 from dataclasses import asdict
@@ -32,7 +35,10 @@ def refused(path: Path) -> str:
 
 @pytest.mark.parametrize(("section", "name"), FIELDS, ids=[".".join(field) for field in FIELDS])
 def test_wrong_types_are_refused_by_name(tmp_path: Path, section: str, name: str) -> None:
-    """A table, a nested list and a date fit no field; text fits no number; no number may be infinite or NaN."""
+    """A table, a nested list and a date fit no field; text fits no number.
+
+    No number may be infinite or NaN.
+    """
     path = tmp_path / "settings.toml"
     lines = ["{ a = 1 }", "[[[1]]]", "[{ class_path = 'os.system', init_args = { command = 'ls' } }]"]
     if (section, name) in NUMBERS:

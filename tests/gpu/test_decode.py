@@ -1,4 +1,7 @@
-"""Decoding on a CUDA device: the kernel of a step against float64, in a CUDA graph, and over a store poisoned with NaN."""
+"""Decoding on a CUDA device.
+
+The kernel of a step against float64, in a CUDA graph, and over a store poisoned with NaN.
+"""
 
 import subprocess
 import sys
@@ -164,7 +167,10 @@ print("silent")
 @pytest.mark.parametrize("wrong", [-1, 3])
 @pytest.mark.parametrize(("dtype", "T"), [("torch.bfloat16", 1), ("torch.bfloat16", 9), ("torch.float64", 1)])
 def test_a_route_out_of_range_ends_the_program(dtype: str, T: int, wrong: int) -> None:
-    """In the kernel, in a chunk, in the masked path; in a process of its own, for the device is lost."""
+    """In the kernel, in a chunk, in the masked path.
+
+    In a process of its own, for the device is lost.
+    """
     code = BAD_ROUTE.format(dtype=dtype, T=T, wrong=wrong)
     root = Path(__file__).parents[2]
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)

@@ -1,4 +1,6 @@
-"""Gated, linear and local attention by the kernels on a CUDA device, over every token and routed: `python -m pytest -m gpu`.
+"""Gated, linear and local attention by the kernels on a CUDA device, over every token and routed.
+
+`python -m pytest -m gpu`.
 
 The truth is each expert's own float64 pass. Tolerances as in `test_routed_attention`: 1e-2 for bfloat16 and float16, 1e-5 for
 float32, twice that for gradients.

@@ -30,7 +30,10 @@ def trainer(corpus: str, **changes: object) -> Trainer:
 
 @pytest.mark.parametrize("changes", [{}, {"train.precision": "bfloat16"}, {"train.recompute": True}])
 def test_replayed_steps_are_eager_steps(corpus: str, changes: dict[str, object]) -> None:
-    """The prior moves between the steps, its price appears, straight-through sets in: each reaches the graph."""
+    """The prior moves between the steps, its price appears, straight-through sets in.
+
+    Each reaches the graph.
+    """
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         eager, graphed = (trainer(corpus, **changes, **{"train.graph": graph}) for graph in ("off", "on"))

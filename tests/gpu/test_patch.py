@@ -1,4 +1,7 @@
-"""A patched model on a CUDA device: routed passes against the same on the CPU, and how often they wait for the device."""
+"""A patched model on a CUDA device.
+
+Routed passes against the same on the CPU, and how often they wait for the device.
+"""
 
 from typing import Any
 

@@ -1,4 +1,6 @@
-"""Hard routing on a CUDA device: `python -m pytest -m gpu tests/gpu`. Every backend against the float64 oracle.
+"""Hard routing on a CUDA device: `python -m pytest -m gpu tests/gpu`.
+
+Every backend against the float64 oracle.
 
 Tolerances are relative errors of whole tensors: 1e-2 for bfloat16 and float16 (rounding of operands is 4e-3), 1e-5 for float32.
 """

@@ -1,4 +1,7 @@
-"""The two launches of short texts on a CUDA device: `python -m pytest -m gpu tests/gpu/test_short.py`."""
+"""The two launches of short texts on a CUDA device.
+
+`python -m pytest -m gpu tests/gpu/test_short.py`.
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -56,7 +56,10 @@ Y = torch.tensor([[0.8, -1.1, 0.2], [0.5, 1.9, 0.1]], dtype=torch.float64)
 
 
 class LinearNetwork(PyroModule):
-    """y ~ Normal(slope * x, 1), slope ~ Normal(0, 1), blind to the route: a known Gaussian posterior over a weight."""
+    """y ~ Normal(slope * x, 1), slope ~ Normal(0, 1), blind to the route.
+
+    A known Gaussian posterior over a weight.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,6 @@
-"""The whole objective by hand, in about a hundred lines and float64: no Pyro, no chunks, no shared code but the weights.
+"""The whole objective by hand, in about a hundred lines and float64.
+
+No Pyro, no chunks, no shared code but the weights.
 
 loss = mean over tokens of -log p(y | x, route) + kl_weight * sum over layers of the mean over
 tokens of KL(q || p)
@@ -72,7 +74,10 @@ def negative_elbo(
     targets: Tensor,
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, nll, KL summed over layers), nats per token; routes drawn after seeding torch with `seed`."""
+    """(loss, nll, KL summed over layers), nats per token.
+
+    Routes drawn after seeding torch with `seed`.
+    """
     torch.manual_seed(seed)
     network, D = model.network, model.config.d_model
     h = network.embed.weight[tokens] * D**0.5

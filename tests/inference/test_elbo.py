@@ -193,7 +193,10 @@ def test_predictive_draws_routes_and_targets() -> None:
 
 
 def test_a_price_tilts_the_prior() -> None:
-    """KL(q || tilted) = KL(q || Dirichlet) + price . E_q[cost] + log Z, and log Z by independent draws."""
+    """The KL to a tilted prior, with its normaliser by independent draws.
+
+    KL(q || tilted) = KL(q || Dirichlet) + price . E_q[cost] + log Z.
+    """
     model, (tokens, targets) = tiny_model(), tiny_batch()
     generative, guide = program(model, price=4.0)
     torch.manual_seed(0)

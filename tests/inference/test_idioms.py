@@ -1,4 +1,7 @@
-"""Every idiom of Pyro on the program, each with a number known in closed form; docs/pyro.md lists them."""
+"""Every idiom of Pyro on the program, each with a number known in closed form.
+
+docs/pyro.md lists them.
+"""
 
 import pyro
 import pyro.distributions as dist
@@ -89,7 +92,10 @@ def test_jit_is_refused_by_name(elbo: type[Trace_ELBO]) -> None:
 
 @pytest.mark.filterwarnings("ignore:TraceEnum_ELBO found no sample sites")
 def test_an_enumerated_route_is_no_idiom_of_this_program() -> None:
-    """Routes are continuous: there is nothing to enumerate, and what is asked for is the ELBO as it was."""
+    """Routes are continuous.
+
+    There is nothing to enumerate, and what is asked for is the ELBO as it was.
+    """
     model, guide = mixture()
     many = {"num_particles": 2000, "vectorize_particles": True, "max_plate_nesting": 2}
     for elbo, program in (
@@ -131,7 +137,10 @@ def test_terms_are_the_mean_over_particles() -> None:
 
 
 def test_importance_weights_are_right() -> None:
-    """A posterior that is the prior: with the prior as guide all weights are the evidence, with another they scatter."""
+    """A posterior that is the prior.
+
+    With the prior as guide all weights are the evidence, with another they scatter.
+    """
     model, guide = blind()
     for proposal in (guide, None):
         posterior = Importance(model, proposal, num_samples=20).run(TOKENS, TARGETS)
@@ -256,7 +265,10 @@ def test_condition_replay_do_block_and_mask() -> None:
 
 
 def test_a_conditioned_or_changed_model_is_not_answered_from_the_pass_of_the_guide() -> None:
-    """The guide leaves its output for the model: other routes, other weights or another text have to be computed anew."""
+    """The guide leaves its output for the model.
+
+    Other routes, other weights or another text have to be computed anew.
+    """
     network = tiny_model()
     model = RoutingModel(network.network, tiny_concentration(network.config))
     guide = RoutingGuide(model, network.controller)

@@ -41,7 +41,10 @@ def losses(fit: Fit, steps: int) -> list[float]:
 
 @pytest.mark.parametrize("before", ["nothing", "another model", "another fit"])
 def test_a_store_that_was_saved_goes_on_where_it_was(before: str, tmp_path: Path) -> None:
-    """In a fresh process or a notebook whose cells ran in another order: fresh modules, then the store is loaded."""
+    """In a fresh process or a notebook whose cells ran in another order.
+
+    Fresh modules, then the store is loaded.
+    """
     first = build()
     losses(first, 25)
     trained = first[2].evaluate_loss(TOKENS, TARGETS)

@@ -1,4 +1,7 @@
-"""Parts of one's own: prior, likelihood, controller, units; and each part that does not fit, refused by name."""
+"""Parts of one's own: prior, likelihood, controller, units.
+
+And each part that does not fit, refused by name.
+"""
 
 from collections.abc import Callable
 

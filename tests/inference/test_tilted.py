@@ -22,7 +22,10 @@ CASES: list[tuple[Pair, Pair]] = [
 
 
 def integral(a: Pair, tilt: Pair, power: int, upto: float = 1.0) -> float:
-    """int_0^upto x^power x^(a_0 - 1) (1 - x)^(a_1 - 1) exp(-tilt . (x, 1 - x)) dx; the ends' powers are quad's own weight."""
+    """int_0^upto x^power x^(a_0 - 1) (1 - x)^(a_1 - 1) exp(-tilt . (x, 1 - x)) dx.
+
+    The ends' powers are quad's own weight.
+    """
 
     def rest(x: float) -> float:
         return float(x**power * np.exp(-tilt[0] * x - tilt[1] * (1 - x)))

@@ -1,4 +1,7 @@
-"""Routed self-attention of nn.MultiheadAttention by its formula: every expert dense, every mask written out."""
+"""Routed self-attention of nn.MultiheadAttention by its formula.
+
+Every expert dense, every mask written out.
+"""
 
 from typing import Any
 
@@ -16,7 +19,10 @@ def dense_attention(
     window: int,
     value: Tensor | None = None,
 ) -> Tensor:
-    """x [B, T, D], route int64 [B, T, 1] over full, linear, local; `value` [B, T, D] where it is not projected from x."""
+    """x [B, T, D], route int64 [B, T, 1] over full, linear, local.
+
+    `value` [B, T, D] where it is not projected from x.
+    """
     B, T, D = x.shape
     H = module.num_heads
     q, k, v = (x @ module.in_proj_weight.T + module.in_proj_bias).view(B, T, 3, H, D // H).permute(2, 0, 3, 1, 4)

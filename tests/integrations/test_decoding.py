@@ -1,4 +1,7 @@
-"""One new token behind a cache: it reads what its route needs and no more, and equals the pass without a cache."""
+"""One new token behind a cache.
+
+It reads what its route needs and no more, and equals the pass without a cache.
+"""
 
 import copy
 import pickle
@@ -35,7 +38,10 @@ def behind(model: Any, ids: Tensor, steps: int, **inputs: Any) -> tuple[Any, Ten
 
 
 def poison(cache: Any, kept: list[int]) -> None:
-    """No number in any cached key and value but those at `kept`; by `data`, which is how nobody writes to a cache."""
+    """No number in any cached key and value but those at `kept`.
+
+    By `data`, which is how nobody writes to a cache.
+    """
     hidden = torch.ones(cache.layers[0].keys.shape[2], dtype=torch.bool)
     hidden[kept] = False
     for layer in cache.layers:

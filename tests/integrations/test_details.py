@@ -71,7 +71,10 @@ def test_a_controller_reads_hidden_states_on_one_scale(scale: float) -> None:
 @pytest.mark.parametrize("way", ["whole", "narrowed"])
 @pytest.mark.parametrize("hidden", range(9))
 def test_first_keys_inside_the_window_count_once(hidden: int, way: str) -> None:
-    """A text behind `hidden` padded slots: its first keys wander into the window of the newest token."""
+    """A text behind `hidden` padded slots.
+
+    Its first keys wander into the window of the newest token.
+    """
     torch.manual_seed(0)
     q, k, v, slots = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 12, 8), torch.randn(1, 2, 12, 8), torch.arange(12)
     mask = (slots >= hidden)[None, None, None]
@@ -92,7 +95,10 @@ def test_cross_attention_is_given_no_hidden_state(name: str) -> None:
 
 
 def test_no_layer_costs_more_than_full_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the clock a window may be slower than all keys; `local` is no dearer than the layer's own shorter window."""
+    """By the clock a window may be slower than all keys.
+
+    `local` is no dearer than the layer's own shorter window.
+    """
     slow = {LocalAttention: 3.0}
     monkeypatch.setattr(cost, "measured_latencies", lambda experts, *_: [slow.get(type(e), 1.0) for e in experts])
     config = ModelConfig(8, d_model=16, num_layers=2, num_heads=2, experts=("full", "local"), window=6)
@@ -132,7 +138,10 @@ def test_the_price_of_a_fit_moves_against_the_budget() -> None:
 
 @pytest.mark.parametrize("kind", ["language", "torch"])
 def test_feature_maps_are_taught_full_attention_wherever_it_stands(kind: str) -> None:
-    """One step's error, by hand: of `mapped` from `full`, which is neither the first expert nor the last."""
+    """One step's error, by hand.
+
+    Of `mapped` from `full`, which is neither the first expert nor the last.
+    """
     names = ("local", "full", "mapped")
     model = encoder().eval() if kind == "torch" else tiny("llama")
     router, errors = patch(model, window=2, experts=names), []

@@ -1,4 +1,7 @@
-"""A fit that serves a range of budgets: a budget and a length drawn each step, held by prices of their own."""
+"""A fit that serves a range of budgets.
+
+A budget and a length drawn each step, held by prices of their own.
+"""
 
 import math
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""The router follows its model: mode, device, dtype (float32 at least), requires_grad where that changes."""
+"""The router follows its model.
+
+Mode, device, dtype (float32 at least), requires_grad where that changes.
+"""
 
 from typing import Any
 

@@ -1,4 +1,7 @@
-"""Units that nobody moves: static routes, controllers that are not run, and a cache that is really freed."""
+"""Units that nobody moves.
+
+Static routes, controllers that are not run, and a cache that is really freed.
+"""
 
 import json
 from pathlib import Path
@@ -18,7 +21,10 @@ TEXT = torch.randint(3, VOCAB, (60,), generator=torch.Generator().manual_seed(0)
 
 
 def moved(route_by: str = "head", static: Any = None) -> Any:
-    """A tiny Llama (4 query heads, 2 key heads, 2 layers): `static` units by layer, the others moved by the token."""
+    """A tiny Llama (4 query heads, 2 key heads, 2 layers).
+
+    `static` units by layer, the others moved by the token.
+    """
     static = static or {0: {2: "local", 3: "local"}, 1: {0: "full"}}
     model = tiny("llama").eval()
     router = patch(model, window=WINDOW, sinks=SINKS, experts=("full", "local"), route_by=route_by, controller_hidden=0)
@@ -64,7 +70,10 @@ def test_freezing_finds_the_units_that_stand_still_and_says_what_they_cost() -> 
 
 
 def test_a_share_freezes_what_moves_little_and_its_loss_is_read_elsewhere() -> None:
-    """A unit that some tokens move is frozen on what most take; the loss and the cost change as a fixed route's do."""
+    """A unit that some tokens move is frozen on what most take.
+
+    The loss and the cost change as a fixed route's do.
+    """
     model, router = moved()
     ids = TEXT[None, :40]
     load = router(ids, "hard").route.float().mean((1, 2))  # of local

@@ -1,4 +1,7 @@
-"""Generation by the ordinary API of a patched model: every route mix, beams, sampling, assisted prefixes, packed text."""
+"""Generation by the ordinary API of a patched model.
+
+Every route mix, beams, sampling, assisted prefixes, packed text.
+"""
 
 from typing import Any
 

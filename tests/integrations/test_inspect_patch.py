@@ -1,4 +1,7 @@
-"""`inspect`, `report` and the diagnostics read a saved patch: from end to end on a tiny Llama and GPT-2."""
+"""`inspect`, `report` and the diagnostics read a saved patch.
+
+From end to end on a tiny Llama and GPT-2.
+"""
 
 import json
 import re

@@ -1,4 +1,7 @@
-"""Models as people hold them: in another precision, offloaded by accelerate, with added tokens, inside a wrapper."""
+"""Models as people hold them.
+
+In another precision, offloaded by accelerate, with added tokens, inside a wrapper.
+"""
 
 from pathlib import Path
 from typing import Any

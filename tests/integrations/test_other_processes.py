@@ -32,7 +32,10 @@ def in_the_other(pipe: Any, things: tuple[Any, ...]) -> None:
 
 @pytest.mark.slow  # a process that imports torch and transformers
 def test_a_spawned_process_routes_alike() -> None:
-    """As loaders of data are on Windows and macOS, and whatever has touched CUDA: everything goes by pickle."""
+    """As loaders of data are on Windows and macOS, and whatever has touched CUDA.
+
+    Everything goes by pickle.
+    """
     model, router = patched("llama")
     things = (model, router, routed_encoder()[0].eval(), tiny_model().eval())
     context = multiprocessing.get_context("spawn")

@@ -1,4 +1,7 @@
-"""Nothing of a call lives on the model: threads, copies and pickles; means are over real tokens; a graph goes with its pass."""
+"""Nothing of a call lives on the model: threads, copies and pickles; means are over real tokens.
+
+A graph goes with its pass.
+"""
 
 import copy
 import gc

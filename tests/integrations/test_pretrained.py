@@ -1,4 +1,7 @@
-"""Routers are saved and loaded as Hugging Face's models are: from a folder, a repository, a cache; with a card."""
+"""Routers are saved and loaded as Hugging Face's models are: from a folder, a repository, a cache.
+
+With a card.
+"""
 
 from pathlib import Path
 from typing import Any

@@ -194,7 +194,10 @@ def test_the_program_tilts_each_layer_by_its_own_costs(likelihood: str) -> None:
 
 
 def test_a_learned_map_has_one_name_and_its_own_cost(tmp_path: Path) -> None:
-    """`linear` was its name in patches once: those that were saved then are read, new ones are told the name of today."""
+    """`linear` was its name in patches once.
+
+    Those that were saved then are read, new ones are told the name of today.
+    """
     names = ("full", "mapped", "gated", "local")
     model, router = patched("llama", experts=names, prior=PriorConfig(cost="flops"), context=128)
     heads, kv_heads, dim = 4, 2, 8

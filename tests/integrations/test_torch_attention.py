@@ -1,4 +1,7 @@
-"""PyTorch's own attention: exact at full in both layouts and modes, masks honoured, cross-attention left alone, refusals."""
+"""PyTorch's own attention.
+
+Exact at full in both layouts and modes, masks honoured, cross-attention left alone, refusals.
+"""
 
 from typing import Any
 

@@ -1,4 +1,7 @@
-"""Hugging Face's Trainer on a patched model: the routes are trained, logged, saved and resumed, or a warning says that not."""
+"""Hugging Face's Trainer on a patched model.
+
+The routes are trained, logged, saved and resumed, or a warning says that not.
+"""
 
 import warnings
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Patches that route by key head or query head: unchanged on full, each unit its own expert, decoded, fitted, saved."""
+"""Patches that route by key head or query head.
+
+Unchanged on full, each unit its own expert, decoded, fitted, saved.
+"""
 
 import json
 from pathlib import Path
@@ -26,7 +29,10 @@ def units(router: Any) -> int:
 @pytest.mark.parametrize("route_by", BY)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_hard_route_is_the_one_hot_mixture(name: str, route_by: str) -> None:
-    """Choices execute what weights of one and zero mix: by the dispatcher, by rows, and with padding."""
+    """Choices execute what weights of one and zero mix.
+
+    By the dispatcher, by rows, and with padding.
+    """
     model, router = patched(name, route_by=route_by)
     ids, mask, _ = left_padded()
     with torch.no_grad():

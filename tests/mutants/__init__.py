@@ -1,1 +1,4 @@
-"""Faults planted on purpose: `python -m tests.mutants` says how many of them the tests beside them catch."""
+"""Faults planted on purpose.
+
+`python -m tests.mutants` says how many of them the tests beside them catch.
+"""

@@ -1,4 +1,7 @@
-"""Any shape, route, window and dtype: dispatch, experts and cache against the oracle and against themselves."""
+"""Any shape, route, window and dtype.
+
+Dispatch, experts and cache against the oracle and against themselves.
+"""
 
 import torch
 from hypothesis import given, settings

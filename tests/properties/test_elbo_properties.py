@@ -1,4 +1,7 @@
-"""The objective for any shape, mask, prior and dtype: the hand-written value, finite gradients, the edges of its numbers."""
+"""The objective for any shape, mask, prior and dtype.
+
+The hand-written value, finite gradients, the edges of its numbers.
+"""
 
 import pytest
 import torch

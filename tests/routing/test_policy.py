@@ -174,7 +174,10 @@ class _Operators(TorchDispatchMode):
 
 @pytest.mark.parametrize("policy", [Argmax(), Budget(COSTS, 1.5), Conservative(COSTS, 0.7, price=1.0)])
 def test_a_policy_brings_its_constants_to_the_device_once(policy: Policy) -> None:
-    """Numbers of the host that become a tensor: on a GPU each such copy waits for all that runs there."""
+    """Numbers of the host that become a tensor.
+
+    On a GPU each such copy waits for all that runs there.
+    """
     concentration = concentrations()
     policy(concentration)
     with _Operators() as seen:

@@ -1,4 +1,7 @@
-"""The prior's known answers: targets met and checked by sampling, the tilt against quadrature, bad targets refused."""
+"""The prior's known answers.
+
+Targets met and checked by sampling, the tilt against quadrature, bad targets refused.
+"""
 
 import math
 

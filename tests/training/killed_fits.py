@@ -1,4 +1,6 @@
-"""Run by test_faults.py: fits in forked children of one process that has imported everything, and kills them.
+"""Run by test_faults.py.
+
+Fits in forked children of one process that has imported everything, and kills them.
 
 `python -m tests.training.killed_fits SETTINGS OUT SEED KILLS` ends with status 0 when a fit has survived KILLS kills and came
 to its end; it prints where each struck.

@@ -171,7 +171,10 @@ def test_layers_that_differ_in_cost_and_a_cost_that_is_counted(budget: float) ->
 
 
 def test_few_passes_are_executed() -> None:
-    """The posteriors of the last pass foresee the price: a jump is found at once, a smooth cost in a few passes."""
+    """The posteriors of the last pass foresee the price.
+
+    A jump is found at once, a smooth cost in a few passes.
+    """
     text, model = source(), tiny_model()
     for budget in (0.16, 0.3, 0.5, 0.7, 0.9, 1.0):
         dial = Dial(model, text, COSTS, **READ)

@@ -1,4 +1,7 @@
-"""Several processes are one run: same losses, own draws, one writer; parts and forms of a step change nothing either."""
+"""Several processes are one run: same losses, own draws, one writer.
+
+Parts and forms of a step change nothing either.
+"""
 
 import json
 import os

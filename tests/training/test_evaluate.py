@@ -101,7 +101,10 @@ def test_the_elbo_carries_the_kl_at_weight_one() -> None:
 
 
 def test_the_kl_is_of_the_posteriors_that_draws_lead_to() -> None:
-    """Above layer 0 a posterior hangs on the routes below it: those of SAMPLE, by which the objective is read, too."""
+    """Above layer 0 a posterior hangs on the routes below it.
+
+    Those of SAMPLE, by which the objective is read, too.
+    """
     model = tiny_model()
     prior = tiny_concentration(model.config)
     text = source()
@@ -178,7 +181,10 @@ def test_the_table_reads_as_the_numbers() -> None:
 
 
 def test_bounds_of_texts_with_unscored_targets_are_the_objective() -> None:
-    """Recall scores few of its tokens: the nll of an ELBO is spread over all of them, as its KL is."""
+    """Recall scores few of its tokens.
+
+    The nll of an ELBO is spread over all of them, as its KL is.
+    """
     data = RecallData()
     config = ModelConfig(data.vocab_size, d_model=32, num_layers=2, num_heads=2)
     torch.manual_seed(0)

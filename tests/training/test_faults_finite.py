@@ -69,7 +69,10 @@ def test_the_count_in_a_row_survives_a_checkpoint(corpus: str, tmp_path: Path, m
 
 
 def explode(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    """Behind this step the weights are numbers, and their loss is none: what a learning rate of 1e9 makes of them."""
+    """Behind this step the weights are numbers, and their loss is none.
+
+    What a learning rate of 1e9 makes of them.
+    """
     usual = Trainer.step
 
     def step(self: Trainer, step: int):  # type: ignore[no-untyped-def]

@@ -30,7 +30,10 @@ def executed(price: float, cost: float, nll: np.ndarray) -> Executed:
 
 
 class Pool:
-    """Windows whose expected excess under each policy is known: it grows with the price, and is skewed as real ones are."""
+    """Windows whose expected excess under each policy is known.
+
+    It grows with the price, and is skewed as real ones are.
+    """
 
     def __init__(self, scale: float = 1.0):
         self.mean = scale * 0.0007 * np.array(PRICES_HERE)  # nats per token

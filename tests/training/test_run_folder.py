@@ -1,4 +1,7 @@
-"""A run folder whose files do not fit each other, or hold no numbers: one line that names what, and the way out."""
+"""A run folder whose files do not fit each other, or hold no numbers.
+
+One line that names what, and the way out.
+"""
 
 import io
 import json
@@ -98,7 +101,10 @@ def test_runs_of_before_have_no_settings_in_their_weights(run: Path, finished_ru
 def test_a_run_of_another_version_names_both(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a later version may bring: a setting that this one does not know, or weights under other names."""
+    """What a later version may bring.
+
+    A setting that this one does not know, or weights under other names.
+    """
     config, model = load_run(run)
     with monkeypatch.context() as later:
         later.setattr(checkpoint, "__version__", "9.9.0")

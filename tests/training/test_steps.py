@@ -1,4 +1,6 @@
-"""What a step owes to its number: draws and batches of its own, a gradient of at most the norm that the settings say; and
+"""What a step owes to its number.
+
+Draws and batches of its own, a gradient of at most the norm that the settings say; and
 what of it is kept: a row of the metrics, a state that is whole before the weights are."""
 
 from pathlib import Path
@@ -68,7 +70,10 @@ def test_the_row_of_the_step_that_a_run_goes_on_from_is_kept(tmp_path: Path) -> 
 def test_the_state_is_whole_before_the_weights_are_written(
     corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kill between the two leaves a state to resume, and weights of a step before: never the other way round."""
+    """A kill between the two leaves a state to resume, and weights of a step before.
+
+    Never the other way round.
+    """
     trainer, written = trainer_of(fit_config(corpus)), []
     usual = checkpoint.write_whole
 

@@ -1,4 +1,7 @@
-"""Run by torchrun in test_distributed.py: trains on every rank and writes what each saw to OUT/rank_N.json."""
+"""Run by torchrun in test_distributed.py.
+
+Trains on every rank and writes what each saw to OUT/rank_N.json.
+"""
 
 import json
 import os
@@ -19,7 +22,10 @@ def build_double(config: Config) -> RoutedLanguageModel:
 
 
 def losses(config: Config, world: World, steps: int = 20) -> dict[str, list[float]]:
-    """The loss of each step, mean over ranks and on this one, in float64; and a weight at the end."""
+    """The loss of each step, mean over ranks and on this one, in float64.
+
+    And a weight at the end.
+    """
     config, data = load_data(config)
     trainer = Trainer(config, data, torch.device("cpu"), build_double, world=world)
     mean, own = [], []

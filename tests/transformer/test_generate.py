@@ -86,7 +86,10 @@ def unequal(junk: int = 22) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("experts", [EXPERTS, ("full", "gated", "local"), ("local", "gated"), ("local",), ("gated",)])
 def test_rows_of_unequal_length_go_on_as_if_each_were_alone(experts: tuple[str, ...]) -> None:
-    """From its own last token and position, by its own routes, whatever the ids on the padding; as a list, the same."""
+    """From its own last token and position, by its own routes, whatever the ids on the padding.
+
+    As a list, the same.
+    """
     model, new = tiny_model(experts=experts), 12
     prompt, lengths = unequal(junk=-7)
     tokens, routes = generate(model, prompt, new, GREEDY, lengths=lengths)

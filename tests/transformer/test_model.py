@@ -45,7 +45,10 @@ def test_no_future_leak_through_any_expert(expert: str) -> None:
 
 
 def test_a_draw_leaks_nothing_either() -> None:
-    """SAMPLE: with the noise of a token fixed, earlier outputs do not move. The gradient says it: d logit_t / d embed_s = 0."""
+    """SAMPLE: with the noise of a token fixed, earlier outputs do not move.
+
+    The gradient says it: d logit_t / d embed_s = 0.
+    """
     model, (tokens, _) = tiny_model(), tiny_batch(B=1, T=12)
     embedded = model.network.embed(tokens).detach().requires_grad_()
     model.network.embed.forward = lambda _: embedded  # type: ignore[method-assign]
@@ -111,7 +114,10 @@ def test_cached_decoding_equals_the_full_pass(mode: str, parts: list[int]) -> No
 @pytest.mark.parametrize("mode", ["mean", "hard", *EXPERTS])
 @pytest.mark.parametrize("cached", [True, False])
 def test_rows_of_different_lengths_are_each_as_if_alone(mode: str, cached: bool) -> None:
-    """Two right-padded chunks and a step; positions, routes and the last logits are each row's own."""
+    """Two right-padded chunks and a step.
+
+    Positions, routes and the last logits are each row's own.
+    """
     model, (tokens, _) = tiny_model(), tiny_batch(B=3)
     named = {"force": mode} if mode in EXPERTS else {"mode": mode}
     cache, start = model.network.new_cache(3, 40) if cached else None, torch.zeros(3, dtype=torch.int64)
@@ -146,7 +152,10 @@ def test_rows_of_different_lengths_are_each_as_if_alone(mode: str, cached: bool)
     ],
 )
 def test_a_cache_of_another_model_is_refused(change: dict[str, object], message: str | None) -> None:
-    """Of the same sizes too: what its states mean depends on the weights of its experts. Nothing is written."""
+    """Of the same sizes too: what its states mean depends on the weights of its experts.
+
+    Nothing is written.
+    """
     model, (tokens, _) = tiny_model(), tiny_batch()
     cache = (tiny_model(**change) if change else model).network.new_cache(2, 40)  # type: ignore[arg-type]
     if message is None:

@@ -1,4 +1,7 @@
-"""Routes by layer, key head and query head: one shape everywhere, no future, cached equals full, old weights load."""
+"""Routes by layer, key head and query head.
+
+One shape everywhere, no future, cached equals full, old weights load.
+"""
 
 import pytest
 import torch
@@ -101,7 +104,10 @@ def test_weights_from_before_units_load_by_layer_alone() -> None:
 @pytest.mark.parametrize("route_by", UNITS)
 @pytest.mark.parametrize("per_unit", [False, True])
 def test_the_kl_is_summed_over_units(route_by: str, per_unit: bool) -> None:
-    """Of a program whose prior may differ by unit, against the sum written out; the gradient reaches every unit."""
+    """Of a program whose prior may differ by unit, against the sum written out.
+
+    The gradient reaches every unit.
+    """
     model, (tokens, targets) = tiny_model(route_by=route_by), tiny_batch()
     R, prior = UNITS[route_by], tiny_concentration(model.config)
     prior = prior[:, None].repeat(1, R, 1) * (1 + torch.arange(R)[:, None]) if per_unit else prior

@@ -1,4 +1,7 @@
-"""A user's file, strictly typed: `mypy --config-file tests/typing/mypy.ini tests/typing/user.py` is clean. It is never run."""
+"""A user's file, strictly typed.
+
+`mypy --config-file tests/typing/mypy.ini tests/typing/user.py` is clean. It is never run.
+"""
 
 from typing import assert_type
 

@@ -1,4 +1,6 @@
-"""What decoding remembers: one store of keys and values for all experts, and the state of each expert that keeps one.
+"""What decoding remembers.
+
+One store of keys and values for all experts, and the state of each expert that keeps one.
 
 Every token enters both, whatever its own route, so a later token may take any expert and decoding step by step equals the
 full pass. Rows of a batch may have different lengths: each appends at its own position.
@@ -111,7 +113,9 @@ class LayerCache:
                 x.copy_(x.index_select(0, index))
 
     def check_owner(self, experts: Iterable[object], name: str = "cache") -> None:
-        """Raise a ValueError unless this cache was built for these very experts; `name` it in the message.
+        """Raise a ValueError unless this cache was built for these very experts.
+
+        `name` it in the message.
 
         Sizes do not tell models apart: another model's gates would read a state that other gates wrote.
         """
@@ -199,12 +203,18 @@ class LayerCache:
         return out
 
     def _fused(self, new: RoutedProblem) -> bool:
-        """Whether the Triton kernel takes this decoding step: all experts that look at keys are its own."""
+        """Whether the Triton kernel takes this decoding step.
+
+        All experts that look at keys are its own.
+        """
         native = all(e.stateful or i in self._native for i, e in enumerate(self.experts))
         return native and _one_token(new) and capability.computes(new.q)
 
     def _decode_fused(self, new: RoutedProblem) -> Tensor:
-        """Full, local, linear and gated experts by the kernel; any other that keeps a state by its own pass."""
+        """Full, local, linear and gated experts by the kernel.
+
+        Any other that keeps a state by its own pass.
+        """
         from bayes_router.attention.kernels.triton.decode import GatedStep, decode_step  # only where it can be imported
 
         full, linear, local, gated = self._native
@@ -268,7 +278,10 @@ class LayerCache:
             raise ValueError(f"cache: capacity is {self.capacity} tokens, {needed} are needed; build it with capacity={needed}")
 
     def _assert_on_device(self, new: RoutedProblem) -> None:
-        """What `_check` and `_make_room` do not read on CUDA: a route out of range or a row without room ends the program."""
+        """What `_check` and `_make_room` do not read on CUDA.
+
+        A route out of range or a row without room ends the program.
+        """
         fits = (new.route >= 0) & (new.route < len(self.experts))  # [B, T, R]
         real = new.real()
         torch._assert_async((fits if real is None else fits | ~real[..., None]).all(), "route out of range")
@@ -299,7 +312,10 @@ class LayerCache:
         return attend_one(held, self.slots, self.ring) if own else run(choice, held)
 
     def _unrolled(self, new: RoutedProblem) -> RoutedProblem:
-        """A chunk behind a ring: of each row what the ring holds, in order, then its new tokens, then what nothing sees."""
+        """A chunk behind a ring.
+
+        Of each row what the ring holds, in order, then its new tokens, then what nothing sees.
+        """
         assert self.keys is not None and self.values is not None  # a ring is kept for local experts, which are rotary
         T = new.q.shape[2]
         held = self.lengths.clamp_max(self.slots)[:, None]  # [B, 1]
@@ -334,7 +350,10 @@ class LayerCache:
 
 
 def _step_kernel(expert: Expert) -> Kernel:
-    """The kernel that computes this expert's part of a decoding step: it knows no other map or gate than the library's."""
+    """The kernel that computes this expert's part of a decoding step.
+
+    It knows no other map or gate than the library's.
+    """
     return Kernel.NONE if isinstance(expert, GatedLinearAttention) and not expert.fixed_map else expert.kernel
 
 
@@ -368,7 +387,10 @@ class RoutedCache:
         self.beside: dict[int, Tensor] = {}  # by layer, [B, n]: what a policy remembers of the rows
 
     def keep(self, layer: int, state: Tensor) -> None:
-        """Remember `state` [B, n] beside a layer, where it was: a captured graph writes there again."""
+        """Remember `state` [B, n] beside a layer, where it was.
+
+        A captured graph writes there again.
+        """
         if layer in self.beside:
             self.beside[layer].copy_(state)
         else:
@@ -385,7 +407,10 @@ class RoutedCache:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> "RoutedCache":
-        """An empty cache for `batch` sequences of at most `capacity` tokens; `experts` are those of each layer."""
+        """An empty cache for `batch` sequences of at most `capacity` tokens.
+
+        `experts` are those of each layer.
+        """
         return cls([LayerCache(e, batch, capacity, num_kv_heads, device=device, dtype=dtype) for e in experts])
 
     def __len__(self) -> int:
@@ -396,7 +421,10 @@ class RoutedCache:
 
     @property
     def lengths(self) -> Tensor:
-        """[B] tokens that every layer holds: the position of each row's next token, also while a pass is under way."""
+        """[B] tokens that every layer holds.
+
+        The position of each row's next token, also while a pass is under way.
+        """
         return self.layers[-1].lengths
 
     @property

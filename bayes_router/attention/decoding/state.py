@@ -1,4 +1,7 @@
-"""What the experts that keep a state remember of new tokens, where rows end at different tokens: masks, no loop over rows."""
+"""What the experts that keep a state remember of new tokens, where rows end at different tokens.
+
+Masks, no loop over rows.
+"""
 
 import torch
 from torch import Tensor

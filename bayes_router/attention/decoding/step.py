@@ -1,4 +1,6 @@
-"""One new token for each row of a batch, each with its own experts and its own length: only what a row sees is read.
+"""One new token for each row of a batch, each with its own experts and its own length.
+
+Only what a row sees is read.
 
 On CUDA `decode` does that; this is what serves the CPU, and CUDA where no kernel can: without Triton, in float64, for
 head sizes beyond 256, or with an expert of the user's that looks at keys.
@@ -13,7 +15,9 @@ from bayes_router.attention.shapes import unit_heads
 
 
 def attend_one(held: RoutedProblem, slots: int, ring: bool) -> Tensor:
-    """[B, H, 1, Dh]: row b sees keys 0..starts[b], its own included; rows of experts `elsewhere` are zero.
+    """[B, H, 1, Dh]: row b sees keys 0..starts[b], its own included.
+
+    Rows of experts `elsewhere` are zero.
 
     The first `slots` slots of the store count; in a ring position p is in slot p mod slots. On CUDA, full and local experts
     wait for nothing, but every slot is read; with any other expert the choices and lengths are read on the host.
@@ -61,7 +65,10 @@ def _fill(
 
 
 def _stored(x: Tensor, first: int, stop: int, slots: int) -> Tensor:
-    """Positions first .. stop - 1 of a store [B, Hkv, S, Dh], in a ring maybe in another order: softmax has none."""
+    """Positions first .. stop - 1 of a store [B, Hkv, S, Dh], in a ring maybe in another order.
+
+    Softmax knows none.
+    """
     start, end = first % slots, (stop - 1) % slots + 1
     if stop - first >= slots:
         return x[:, :, :slots]
@@ -69,7 +76,10 @@ def _stored(x: Tensor, first: int, stop: int, slots: int) -> Tensor:
 
 
 def _softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """One query over all the keys given; queries that share a key head packed, [B, H, 1, Dh] -> [B, Hkv, G, Dh]."""
+    """One query over all the keys given.
+
+    Queries that share a key head packed, [B, H, 1, Dh] -> [B, Hkv, G, Dh].
+    """
     packed = q.unflatten(1, (k.shape[1], -1)).squeeze(3)
     return F.scaled_dot_product_attention(packed, k, v, attn_mask=mask).flatten(1, 2).unsqueeze(2)
 

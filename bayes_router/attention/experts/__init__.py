@@ -1,4 +1,7 @@
-"""Experts: one attention mechanism a file, and the contract that they keep. Importing this registers them all."""
+"""Experts: one attention mechanism a file, and the contract that they keep.
+
+Importing this registers them all.
+"""
 
 from importlib import import_module
 from pkgutil import iter_modules

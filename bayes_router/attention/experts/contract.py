@@ -68,7 +68,10 @@ class Expert(nn.Module):
         self.shape = shape
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend: q [B, H, Tq, Dh], k, v [B, Hkv, Tk, Dh] -> [B, H, Tq, Dh]; the queries are the last Tq of Tk positions."""
+        """Attend: q [B, H, Tq, Dh], k, v [B, Hkv, Tk, Dh] -> [B, H, Tq, Dh].
+
+        The queries are the last Tq of Tk positions.
+        """
         raise NotImplementedError
 
     def flops_per_token(self, context: int) -> float:
@@ -80,18 +83,25 @@ class Expert(nn.Module):
         return 0.0
 
     def reach(self, num_keys: int) -> int | None:
-        """Of `num_keys` keys, how many back a query sees, its own included; None where it is not simply the last so many.
+        """Of `num_keys` keys, how many back a query sees, its own included.
+
+        None where it is not simply the last so many.
 
         Read only of an expert whose `kernel` is a softmax.
         """
         return None
 
     def keys_read(self, context: int) -> int:
-        """Cached keys that a decoding step reads at this context; an expert that keeps a state reads none."""
+        """Cached keys that a decoding step reads at this context.
+
+        An expert that keeps a state reads none.
+        """
         return 0 if self.stateful else context
 
     def attend_rows(self, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor) -> Tensor:
-        """As `forward`, but only rows with `chosen` [B, Tq] bool need be right. Override it to offer a kernel of your own.
+        """As `forward`, but only rows with `chosen` [B, Tq] bool need be right.
+
+        Override it to offer a kernel of your own.
 
         The dispatcher calls it for experts that its kernels do not compute; the default computes every row.
         """
@@ -99,7 +109,9 @@ class Expert(nn.Module):
         return out
 
     def attend_units(self, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor) -> Tensor:
-        """As `attend_rows`, with `chosen` [B, Tq, R]: of unit r (H / R neighbouring query heads) only its own rows count.
+        """As `attend_rows`, with `chosen` [B, Tq, R].
+
+        Of unit r (H / R neighbouring query heads) only its own rows count.
 
         The default computes all heads of a row that any unit chose.
         """
@@ -110,7 +122,10 @@ class Expert(nn.Module):
         raise NotImplementedError(f"expert {self.name!r} keeps no state")
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Attend over what `state` holds and then the new tokens; q, k, v of the new tokens only -> (output, new state)."""
+        """Attend over what `state` holds and then the new tokens.
+
+        q, k, v of the new tokens only -> (output, new state).
+        """
         parts = []
         for a, b in segments(q.shape[2], q.device):
             out, state = self.extend_segment(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], state)
@@ -118,7 +133,10 @@ class Expert(nn.Module):
         return (torch.cat(parts, 2) if parts else torch.zeros_like(q)), state
 
     def extend_segment(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """`extend` for at least one new token, and on a CPU for at most `SEGMENT`: what a stateful expert defines."""
+        """`extend` for at least one new token, and on a CPU for at most `SEGMENT`.
+
+        What a stateful expert defines.
+        """
         raise NotImplementedError(f"expert {self.name!r} keeps no state")
 
 

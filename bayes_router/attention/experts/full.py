@@ -9,7 +9,10 @@ from bayes_router.attention.shapes import causal_positions
 
 @register_expert("full")
 class FullAttention(Expert):
-    """Softmax(q k^T / sqrt(Dh)) v over all positions up to the query's own. O(T^2) work, O(T) memory (fused)."""
+    """Softmax(q k^T / sqrt(Dh)) v over all positions up to the query's own.
+
+    O(T^2) work, O(T) memory (fused).
+    """
 
     kernel = Kernel.FULL
     cost_ratio = 1.0
@@ -29,5 +32,8 @@ class FullAttention(Expert):
         return num_keys
 
     def flops_per_token(self, context: int) -> float:
-        """For q k^T and p v, 2 Dh multiply-adds a visible key and head; a token sees (T + 1) / 2 keys on average."""
+        """For q k^T and p v, 2 Dh multiply-adds a visible key and head.
+
+        A token sees (T + 1) / 2 keys on average.
+        """
         return 4 * self.shape.num_heads * self.shape.head_dim * (context + 1) / 2

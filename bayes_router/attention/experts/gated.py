@@ -84,7 +84,10 @@ class GatedLinearAttention(SumExpert):
         return self.attend_units(q, k, v, chosen[..., None])
 
     def attend_units(self, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor) -> Tensor:
-        """See `Expert.attend_units`. On a CPU the state takes the keys up to a unit's last row, and its chosen rows read it."""
+        """See `Expert.attend_units`.
+
+        On a CPU the state takes the keys up to a unit's last row, and its chosen rows read it.
+        """
         own = self.kernel is Kernel.GATED and q.device.type == "cpu"  # elsewhere the host counts no rows
         if not own or int(chosen.sum()) > MOST_ROWS * chosen.numel():
             return super().attend_rows(q, k, v, chosen.any(-1))

@@ -1,4 +1,7 @@
-"""Linear (kernel) attention: the past is a sum of outer products, so a token costs the same at any position."""
+"""Linear (kernel) attention.
+
+The past is a sum of outer products, so a token costs the same at any position.
+"""
 
 import torch
 from torch import Tensor
@@ -14,7 +17,9 @@ from bayes_router.attention.shapes import repeat_heads, widen
 
 @register_expert("linear")
 class LinearAttention(SumExpert):
-    """phi(q_t) S_t / (phi(q_t) z_t), S_t = sum_{s<=t} phi(k_s) v_s^T, z_t = sum_{s<=t} phi(k_s); phi = elu + 1.
+    """phi(q_t) S_t / (phi(q_t) z_t), S_t = sum_{s<=t} phi(k_s) v_s^T, z_t = sum_{s<=t} phi(k_s).
+
+    phi = elu + 1.
 
     Work and memory O(T): inside a chunk the masked product, between chunks the running state. Katharopoulos et al. 2020
     (arXiv 2006.16236), eqs. 8-12. It takes plain queries and keys: phi of rotated ones no longer depends on their distance

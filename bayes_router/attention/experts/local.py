@@ -1,4 +1,7 @@
-"""Sliding-window attention: every token sees the last W tokens, itself included, and the first `sinks`."""
+"""Sliding-window attention.
+
+Every token sees the last W tokens, itself included, and the first `sinks`.
+"""
 
 import torch
 from torch import Tensor

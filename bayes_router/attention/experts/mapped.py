@@ -22,7 +22,10 @@ class MappedGatedAttention(GatedLinearAttention):
         self.map = nn.Parameter(torch.eye(shape.head_dim).repeat(shape.num_heads, 1, 1))
 
     def feature(self, x: Tensor, heads: slice = ALL) -> Tensor:
-        """phi(M x), of the shape of x, one map M [Dh, Dh] a query head (of `heads`); float32 at least."""
+        """phi(M x), of the shape of x, one map M [Dh, Dh] a query head (of `heads`).
+
+        float32 at least.
+        """
         x = widen(x)
         return super().feature(x @ self.map[heads].mT.to(x.dtype), heads)
 

@@ -17,7 +17,9 @@ class SumExpert(Expert):
     stateful: ClassVar[bool] = True
 
     def entries(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Of tokens, for each head of the state: features [B, Hs, T, Dh], values with ones [B, Hs, T, Dh + 1], log gates.
+        """Of tokens, for each head of the state.
+
+        Features [B, Hs, T, Dh], values with ones [B, Hs, T, Dh + 1], log gates.
 
         Log gates [B, Hs, T] are the logarithms of what is kept of the state before each token; None where nothing fades.
         """
@@ -25,7 +27,10 @@ class SumExpert(Expert):
 
 
 def advance(expert: SumExpert, k: Tensor, v: Tensor, state: Tensor, real: Tensor | None) -> Tensor:
-    """The state after the tokens k, v [B, Hkv, T, Dh] that are `real` [B, T]: nothing is computed of each token's own."""
+    """The state after the tokens k, v [B, Hkv, T, Dh] that are `real` [B, T].
+
+    Nothing is computed of each token's own.
+    """
     for a, b in segments(k.shape[2], k.device):
         phi_k, value, rest = expert.entries(k[:, :, a:b], v[:, :, a:b])
         if real is not None:

@@ -23,7 +23,10 @@ class Backend(Protocol):
     name: str
 
     def refuses(self, problem: RoutedProblem) -> str | None:
-        """Why this backend cannot compute this problem; None where it can. Nothing waits for the device."""
+        """Why this backend cannot compute this problem; None where it can.
+
+        Nothing waits for the device.
+        """
         ...
 
     def attend(self, problem: RoutedProblem) -> Tensor:

@@ -1,4 +1,6 @@
-"""Every expert over every token, then each token's own row: the backend `dense`, which gathers nothing.
+"""Every expert over every token, then each token's own row.
+
+The backend `dense`, which gathers nothing.
 
 In a short text on a CPU the time goes into the number of operators, and there it is the fastest: full and local attention are
 one call, with a mask where a window hides something, and linear attention is one masked product, quadratic as it is. An expert
@@ -44,7 +46,10 @@ DENSE = register_backend(_Dense())
 
 
 def _selected(problem: RoutedProblem) -> Tensor:
-    """[B, H, Tq, Dh] of a problem without `starts`; rows of experts `elsewhere` are zero, those of padding are not."""
+    """[B, H, Tq, Dh] of a problem without `starts`.
+
+    Rows of experts `elsewhere` are zero, those of padding are not.
+    """
     q, route = problem.q, problem.route
     wanted, out = dict(problem.computed()), None
     if q.device.type == "cpu":
@@ -76,7 +81,10 @@ def _outputs(problem: RoutedProblem, wanted: dict[int, Expert]) -> Iterator[tupl
 
 
 def _softmax(problem: RoutedProblem, reaches: dict[int, int]) -> Tensor:
-    """Softmax attention of every token over as many keys back as its expert sees; of other experts' tokens, anything."""
+    """Softmax attention of every token over as many keys back as its expert sees.
+
+    Of other experts' tokens, anything.
+    """
     (_, H, Tq, _), (_, Hkv, Tk, _) = problem.q.shape, problem.k.shape
     inputs, grouped = (problem.q, problem.k, problem.v), Hkv != H
     if Tq == Tk and all(reach == Tk for reach in reaches.values()):

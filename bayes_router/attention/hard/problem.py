@@ -16,7 +16,9 @@ from bayes_router.attention.shapes import ExpertShape, by_head, fits_units
 
 @dataclass(frozen=True)
 class RoutedProblem:
-    """Query t of row b stands at position starts[b] + t and sees keys up to there; unit r of its heads takes route[b, t, r].
+    """Query t of row b stands at position starts[b] + t and sees keys up to there.
+
+    Unit r of its heads takes route[b, t, r].
 
     Attributes:
         q: [B, H, Tq, Dh], rotated.
@@ -73,7 +75,10 @@ class RoutedProblem:
         return (self.q, self.k, self.v) if expert.rotary else (self.plain_q, self.plain_k, self.v)
 
     def sequences(self) -> Iterator["RoutedProblem"]:
-        """Each row of the batch alone, without padding and without keys that it cannot see. Synchronises on CUDA."""
+        """Each row of the batch alone, without padding and without keys that it cannot see.
+
+        Synchronises on CUDA.
+        """
         B, _, Tq, _ = self.q.shape
         if B == 1 and self.lengths is None and self.starts is None:
             yield self

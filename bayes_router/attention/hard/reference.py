@@ -22,7 +22,10 @@ def visible(num_queries: int, num_keys: int, window: int | None = None, sinks: i
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, sinks: int = 0) -> Tensor:
-    """softmax(q k^T / sqrt(Dh)) v over visible keys; q [B, H, Tq, Dh], k and v [B, Hkv, Tk, Dh] -> [B, H, Tq, Dh]."""
+    """softmax(q k^T / sqrt(Dh)) v over visible keys.
+
+    q [B, H, Tq, Dh], k and v [B, Hkv, Tk, Dh] -> [B, H, Tq, Dh].
+    """
     k, v = (repeat_heads(x, q.shape[1]).double() for x in (k, v))
     scores = q.double() @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
     mask = visible(q.shape[2], k.shape[2], window, sinks).to(q.device)
@@ -30,7 +33,10 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, epsilon: float = EPSILON) -> Tensor:
-    """sum_s phi(q_t) phi(k_s) v_s / (sum_s phi(q_t) phi(k_s) + epsilon) over s <= t, phi = elu + 1; shapes as above."""
+    """sum_s phi(q_t) phi(k_s) v_s / (sum_s phi(q_t) phi(k_s) + epsilon) over s <= t, phi = elu + 1.
+
+    Shapes as above.
+    """
     k, v = (repeat_heads(x, q.shape[1]).double() for x in (k, v))
     phi_q, phi_k = F.elu(q.double()) + 1, F.elu(k) + 1
     weights = (phi_q @ phi_k.transpose(-1, -2)).masked_fill(~visible(q.shape[2], k.shape[2]).to(q.device), 0.0)

@@ -1,4 +1,6 @@
-"""The backend `torch`: the queries of each expert gathered by position, in tiles, in plain torch. Any device; made for the CPU.
+"""The backend `torch`: the queries of each expert gathered by position, in tiles, in plain torch.
+
+Any device; made for the CPU.
 
 One sequence and routing unit at a time, q [H, Tq, Dh], k and v [Hkv, Tk, Dh] of the unit's heads, the queries the last Tq of
 Tk positions; `rows` are ascending indices of queries. Queries of a unit that share a key head are packed side by side, so that
@@ -76,7 +78,10 @@ def _attend(problem: RoutedProblem) -> Tensor:
 
 
 def _own_rows(problem: RoutedProblem, index: int, expert: Expert, out: Tensor) -> Tensor:
-    """`out` with the rows of an expert without a plain kernel: it may compute anything, and answers for its own rows."""
+    """`out` with the rows of an expert without a plain kernel.
+
+    It may compute anything, and answers for its own rows.
+    """
     parts = []
     for b, one in enumerate(problem.sequences()):
         chosen = one.route == index  # [1, t, R]
@@ -90,7 +95,10 @@ def _own_rows(problem: RoutedProblem, index: int, expert: Expert, out: Tensor) -
 
 
 def _groups(one: RoutedProblem) -> Iterator[Gathering]:
-    """The plain experts that some token took; those that compute the same, as local attention in a short text, are one."""
+    """The plain experts that some token took.
+
+    Those that compute the same, as local attention in a short text, are one.
+    """
     kinds: dict[tuple[bool, ExpertShape | None], list[int]] = {}
     for index, expert in one.computed():
         if expert.kernel.plain:
@@ -108,7 +116,10 @@ def _groups(one: RoutedProblem) -> Iterator[Gathering]:
 
 
 def _forward(problem: RoutedProblem, kept: list[list[Kept]] | None) -> Tensor:
-    """Rows of the plain experts, zero elsewhere; what the backward pass needs is appended to `kept`, one list a sequence."""
+    """Rows of the plain experts, zero elsewhere.
+
+    What the backward pass needs is appended to `kept`, one list a sequence.
+    """
     B, H, Tq, Dh = problem.q.shape
     out = problem.q.new_zeros(B, Tq, H, Dh)
     for b, one in enumerate(problem.sequences()):

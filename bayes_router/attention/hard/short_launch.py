@@ -18,7 +18,10 @@ from bayes_router.attention.kernels.triton.short import cut, prepare_kernel, wor
 
 
 def launch_short(problem: RoutedProblem) -> Tensor:
-    """[B, H, Tq, Dh] of a checked problem on CUDA: built-in experts, each at most once, few queries, no gradients."""
+    """[B, H, Tq, Dh] of a checked problem on CUDA.
+
+    Built-in experts, each at most once, few queries, no gradients.
+    """
     with torch.cuda.device_of(problem.q):  # kernels run on the current device, whatever their tensors are on
         return _attend(problem)
 

@@ -1,4 +1,6 @@
-"""What the backend `triton` launches: the routed forward and backward pass. Static shapes, no host synchronisation.
+"""What the backend `triton` launches: the routed forward and backward pass.
+
+Static shapes, no host synchronisation.
 
 The kernels compute the first full, the first local and the first linear, gated or mapped expert; any other computes its own
 rows (`Expert.attend_rows`).
@@ -39,7 +41,10 @@ def launch_sorted(problem: RoutedProblem) -> Tensor:
 
 
 def native_experts(problem: RoutedProblem) -> tuple[int, int, int]:
-    """Index among the experts of the one that each kind of kernel computes; -1 where there is none."""
+    """Index among the experts of the one that each kind of kernel computes.
+
+    -1 where there is none.
+    """
     indices = [-1, -1, -1]
     for index, expert in problem.computed():
         place = PLACES.get(expert.kernel)

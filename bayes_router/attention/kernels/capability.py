@@ -18,7 +18,10 @@ HEAD_SIZE, HEAD_SIZE_FLOAT32 = 256, 128
 
 
 def lacks(x: Tensor, most: int = HEAD_SIZE) -> str | None:
-    """What is missing for a kernel to take x [B, H, T, Dh] with heads up to `most`; None where nothing is."""
+    """What is missing for a kernel to take x [B, H, T, Dh] with heads up to `most`.
+
+    None where nothing is.
+    """
     if not x.is_cuda:
         return f"it needs CUDA tensors; these are on {x.device}"
     if not HAS_TRITON:
@@ -37,7 +40,10 @@ def computes(*xs: Tensor) -> bool:
 
 
 def available(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the kernels attend over these: as many queries as keys, and heads whose state fits into registers."""
+    """Whether the kernels attend over these.
+
+    As many queries as keys, and heads whose state fits into registers.
+    """
     most = 64 if q.dtype == torch.float32 else 128
     return computes(q, k, v) and 0 < q.shape[2] == k.shape[2] and q.shape[3] <= most
 
@@ -59,5 +65,8 @@ def packed(x: Tensor) -> Tensor:
 
 
 def feature_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of features and of their gradients: a denominator that is nearly nothing sends these past what float16 holds."""
+    """Of features and of their gradients.
+
+    A denominator that is nearly nothing sends these past what float16 holds.
+    """
     return torch.bfloat16 if dtype == torch.float16 else dtype

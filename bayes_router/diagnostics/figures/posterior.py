@@ -34,7 +34,9 @@ LABELS = {
 
 
 def plot_simplex_density(concentration: Tensor, prior: Tensor, experts: Sequence[str], ax: Axes | None = None) -> Axes:
-    """Where the routes of many tokens lie: draws of their posteriors as log density, draws of the prior as open circles.
+    """Where the routes of many tokens lie.
+
+    Draws of their posteriors as log density, draws of the prior as open circles.
 
     Args:
         concentration: of N tokens in one layer, [N, 3].
@@ -82,7 +84,10 @@ def plot_load_by_layer(layers: pd.DataFrame, experts: Sequence[str], ax: Axes | 
 
 
 def plot_units(units: pd.DataFrame, column: str, label: str, ax: Axes | None = None) -> Axes:
-    """A column of `CollapseSummary.units` as a heat map, layer by unit: which heads look far, and which one token moves."""
+    """A column of `CollapseSummary.units` as a heat map, layer by unit.
+
+    Which heads look far, and which one token moves.
+    """
     table = units.pivot(index="layer", columns="unit", values=column)
     ax = ax or plt.subplots(figsize=(max(3.0, 0.35 * table.shape[1] + 1.5), max(2.5, 0.25 * table.shape[0] + 1)))[1]
     top = 1.0 if column.startswith("load ") else None
@@ -128,7 +133,10 @@ def plot_by_kind(kinds: pd.DataFrame, measure: str = "entropy_of_mean", ax: Axes
 
 
 def plot_reliability(before: pd.DataFrame, after: pd.DataFrame | None = None, ax: Axes | None = None) -> Axes:
-    """Observed against stated probability (`reliability`), two standard errors as bars; on the diagonal is calibrated."""
+    """Observed against stated probability (`reliability`), two standard errors as bars.
+
+    On the diagonal is calibrated.
+    """
     ax = ax or plt.subplots(figsize=(4.4, 4))[1]
     ax.plot([0, 1], [0, 1], color="0.6", linewidth=1, label="calibrated")
     drawn = [(before, "as stated", PALETTE[0], "o", "-")]
@@ -160,7 +168,10 @@ def plot_reliability(before: pd.DataFrame, after: pd.DataFrame | None = None, ax
 
 
 def plot_collapse_over_training(training: pd.DataFrame, measure: str = "effective_experts", ax: Axes | None = None) -> Axes:
-    """A figure of `collapse_over_training` by step, a line a layer; filled where a warning of a collapse was raised."""
+    """A figure of `collapse_over_training` by step, a line a layer.
+
+    Filled where a warning of a collapse was raised.
+    """
     ax = ax or plt.subplots(figsize=(5, 3.2))[1]
     for layer, part in training.groupby("layer"):
         index = int(str(layer))
@@ -203,7 +214,10 @@ def plot_ranks(counts: npt.NDArray[np.int64], ax: Axes | None = None) -> Axes:
 
 
 def plot_other_text(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """AUROC of the routing entropy and of the nll for each other text (`tell_apart`); 0.5 is chance."""
+    """AUROC of the routing entropy and of the nll for each other text (`tell_apart`).
+
+    0.5 is chance.
+    """
     ax = ax or plt.subplots(figsize=(5, 2.6))[1]
     rows = np.arange(len(table))
     ax.axvline(0.5, color="0.6", linestyle="--", linewidth=1)

@@ -1,4 +1,7 @@
-"""Figures of a prior before and after text: its draws, the cost and entropy that they imply, and sweeps over its settings."""
+"""Figures of a prior before and after text.
+
+Its draws, the cost and entropy that they imply, and sweeps over its settings.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +31,10 @@ LABELS = {
 
 
 def plot_simplex(draws: Tensor, experts: Sequence[str], ax: Axes | None = None) -> Axes:
-    """Routes [N, E] on the simplex: a triangle for three experts, one strip an expert for any other number."""
+    """Routes [N, E] on the simplex.
+
+    A triangle for three experts, one strip an expert for any other number.
+    """
     ax = ax or plt.subplots(figsize=(4, 4))[1]
     shown, mean = draws[:SHOWN].double().numpy(), draws.double().mean(0).tolist()
     names = [f"{name}\nmean {share:.1%}" for name, share in zip(experts, mean, strict=True)]
@@ -82,7 +88,9 @@ def draw_prior(
 
 
 def plot_sweep(frame: pd.DataFrame, knob: str, quantity: str, ax: Axes | None = None) -> Axes:
-    """How one quantity of `sweep_prior` moves with one knob: mean over seeds, bars of one standard error.
+    """How one quantity of `sweep_prior` moves with one knob.
+
+    Mean over seeds, bars of one standard error.
 
     `quantity` is "posterior_cost" (with the executed and the prior's cost beside it), "nll" (executed and mean) or
     "route_information".
@@ -105,7 +113,10 @@ def plot_sweep(frame: pd.DataFrame, knob: str, quantity: str, ax: Axes | None = 
 
 
 def draw_sweep(frame: pd.DataFrame, centre: dict[str, float], path: Path) -> Path:
-    """Write one figure: a column for each knob of a one-at-a-time sweep, a row for each quantity; `centre` is marked."""
+    """Write one figure: a column for each knob of a one-at-a-time sweep, a row for each quantity.
+
+    `centre` is marked.
+    """
     quantities = ("posterior_cost", "nll", "route_information")
     with sns.axes_style("ticks"), sns.plotting_context("notebook"):
         size = (4.2 * len(centre), 3.2 * len(quantities))

@@ -1,4 +1,7 @@
-"""Figures. Each function draws on an Axes that it returns; colours stay apart in greyscale and for the colour-blind."""
+"""Figures. Each function draws on an Axes that it returns.
+
+Colours stay apart in greyscale and for the colour-blind.
+"""
 
 import os
 import sys

@@ -1,4 +1,7 @@
-"""What one controller for all tokens costs against concentrations fitted to each sequence; and the guide against NUTS."""
+"""What one controller for all tokens costs against concentrations fitted to each sequence.
+
+And the guide against NUTS.
+"""
 
 from typing import NamedTuple
 
@@ -28,7 +31,10 @@ LEARNING_RATE = 0.1
 
 
 class AmortisationGap(NamedTuple):
-    """Of held-out sequences; nats per token. A bound is -(nll + kl_weight x KL): the ELBO where kl_weight is 1."""
+    """Of held-out sequences; nats per token.
+
+    A bound is -(nll + kl_weight x KL): the ELBO where kl_weight is 1.
+    """
 
     kl_weight: float
     standard_error: float  # of the gap, over the draws

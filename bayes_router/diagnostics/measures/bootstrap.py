@@ -1,4 +1,7 @@
-"""A figure with its interval: the bootstrap over whole windows, whose tokens are not independent of one another."""
+"""A figure with its interval.
+
+The bootstrap over whole windows, whose tokens are not independent of one another.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -147,7 +147,10 @@ def _forced_losses(
 
 
 def tempered(probability: Array, temperature: float) -> Array:
-    """probability^(1 / temperature), normalised over experts [N, E]: 1 changes nothing, large is flat, small is sure."""
+    """probability^(1 / temperature), normalised over experts [N, E].
+
+    1 changes nothing, large is flat, small is sure.
+    """
     log = np.log(np.maximum(probability, 1e-12)) / temperature
     odds = np.exp(log - log.max(1, keepdims=True))
     return np.asarray(odds / odds.sum(1, keepdims=True))
@@ -170,7 +173,10 @@ def fit_temperature(probability: Array, choice: npt.NDArray[np.int64], right: np
 
 
 def reliability(stated: Array, right: npt.NDArray[np.bool_], bins: int = BINS) -> pd.DataFrame:
-    """Stated against observed: one row a bin of equal width that holds a choice; `error` is the binomial standard error."""
+    """Stated against observed: one row a bin of equal width that holds a choice.
+
+    `error` is the binomial standard error.
+    """
     require(bins >= 1, "bins", "at least 1", bins)
     index = np.minimum((np.asarray(stated) * bins).astype(int), bins - 1)
     frame = pd.DataFrame({"bin": index, "stated": stated, "observed": np.asarray(right, float)})
@@ -186,7 +192,10 @@ def expected_calibration_error(table: pd.DataFrame) -> float:
 
 
 class Calibration(NamedTuple):
-    """Before and after a temperature that was fitted on the even sequences; all figures are of the odd ones."""
+    """Before and after a temperature that was fitted on the even sequences.
+
+    All figures are of the odd ones.
+    """
 
     temperature: float
     right: float  # share of choices within the tolerance of the best
@@ -233,7 +242,10 @@ def rank_correlation(x: Array | pd.Series, y: Array | pd.Series) -> float:
 
 
 def auroc(positive: Array, negative: Array) -> float:
-    """P(score of a positive > score of a negative), ties counted half (Mann and Whitney); 0.5 is chance."""
+    """P(score of a positive > score of a negative), ties counted half (Mann and Whitney).
+
+    0.5 is chance.
+    """
     require(len(positive) > 0 and len(negative) > 0, "auroc", "scores on both sides", (len(positive), len(negative)))
     ranks = rankdata(np.concatenate([positive, negative]))
     n = len(positive)

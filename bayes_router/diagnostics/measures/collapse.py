@@ -1,4 +1,7 @@
-"""The collapses of a router, told apart: all tokens on one expert, one route for all tokens, an expert that nobody takes."""
+"""The collapses of a router, told apart.
+
+All tokens on one expert, one route for all tokens, an expert that nobody takes.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -54,7 +57,10 @@ class CollapseThresholds:
 
 
 class LayerState(NamedTuple):
-    """What the verdicts on a layer read; a row of `CollapseSummary.layers`, or of the log of a run."""
+    """What the verdicts on a layer read.
+
+    A row of `CollapseSummary.layers`, or of the log of a run.
+    """
 
     load: Sequence[float]  # [E], HARD
     route_information: float  # nats
@@ -113,7 +119,10 @@ class CollapseSummary:
         return (categorical_entropy(mean) - self._entropy / self.tokens).clamp_min(0)
 
     def units(self) -> pd.DataFrame:
-        """One row a layer and unit: its load on each expert, the largest, and its route information in nats."""
+        """One row a layer and unit.
+
+        Its load on each expert, the largest, and its route information in nats.
+        """
         require(self.tokens > 0, "text", "at least one token", "an empty text", "read a text first")
         load = self._load / self.tokens
         L, R, _ = load.shape
@@ -138,7 +147,10 @@ class CollapseSummary:
 
 
 def kl_to_prior(program: RoutingModel, layer: int, concentration: Tensor) -> Tensor:
-    """KL(Dirichlet(concentration [..., E]) || prior of the layer), nats; exact, the tilt included."""
+    """KL(Dirichlet(concentration [..., E]) || prior of the layer), nats.
+
+    Exact, the tilt included.
+    """
     q = Dirichlet(concentration, validate_args=False)
     return kl_divergence(q, program.token_prior(layer)).double()
 
@@ -233,7 +245,9 @@ def healthy(frame: pd.DataFrame, thresholds: CollapseThresholds | None = None) -
 def collapse_over_training(
     metrics: pd.DataFrame, experts: Sequence[str], thresholds: CollapseThresholds | None = None
 ) -> pd.DataFrame:
-    """The same figures at every evaluation of a run: one row a step and layer, with the topics of its verdicts.
+    """The same figures at every evaluation of a run.
+
+    One row a step and layer, with the topics of its verdicts.
 
     Args:
         metrics: the content of metrics.csv.

@@ -136,7 +136,10 @@ class Quality(NamedTuple):
 
 
 def quality(stated: Array, frame: pd.DataFrame, tolerance: float, base_rate: float, draws: int = 400) -> Quality:
-    """Read stated probabilities [N] against the regret of a frame; `base_rate` is the share right where it was fitted."""
+    """Read stated probabilities [N] against the regret of a frame.
+
+    `base_rate` is the share right where it was fitted.
+    """
     right, regret = right_within(frame, tolerance), frame["regret"].to_numpy()
 
     def gain(rows: npt.NDArray[np.int64]) -> float:

@@ -23,7 +23,9 @@ Scores = dict[str, npt.NDArray[np.float64]]
 
 @torch.no_grad()
 def token_scores(model: Any, tokens: Tensor, context: int) -> Scores:
-    """How foreign each token of a text is, by name of the score; each [windows, T], more is more foreign.
+    """How foreign each token of a text is, by name of the score.
+
+    Each [windows, T], more is more foreign.
 
     `token`: less log evidence of the token alone, mean over layers. `recent`: its running mean over the last tokens, as the
     fit keeps it. `passage`: its mean over stretches of 64 tokens. `posterior`: less the total concentration that the fit

@@ -23,7 +23,9 @@ ROWS = 16  # draws of one sequence that go through the network together
 
 
 def draw_log_route(concentration: Tensor) -> Tensor:
-    """Log of a draw from Dirichlet(concentration), exact where the draw itself underflows: [..., E] -> float64 [..., E].
+    """Log of a draw from Dirichlet(concentration), exact where the draw itself underflows.
+
+    [..., E] -> float64 [..., E].
 
     A Gamma(a) variable is g u^(1/a) with g ~ Gamma(a + 1) and u uniform (Marsaglia and Tsang 2000, section 6), so that
     log gamma = log g + log(u) / a needs no small number, and log route = log gamma - logsumexp(log gamma). At a = 0.01 a
@@ -36,7 +38,9 @@ def draw_log_route(concentration: Tensor) -> Tensor:
 
 
 def log_density_ratio(log_route: Tensor, q: Tensor, program: RoutingModel, layer: int) -> Tensor:
-    """Log prior(route) - log Dirichlet(route; q), nats, float64 [...]; finite for every draw of `draw_log_route`.
+    """Log prior(route) - log Dirichlet(route; q), nats, float64 [...].
+
+    Finite for every draw of `draw_log_route`.
 
     = sum_e (p_e - q_e) log route_e + log B(q) - log B(p), and - tilt . route - log Z where the
     prior is tilted. Written with the difference of the concentrations, so that the two large terms
@@ -55,7 +59,10 @@ def _log_beta(concentration: Tensor) -> Tensor:
 
 
 class ImportanceWeights(NamedTuple):
-    """Draws of the guide for one sequence, and what each is worth, token by token; all in nats, float64 [S, T]."""
+    """Draws of the guide for one sequence, and what each is worth, token by token.
+
+    All in nats, float64 [S, T].
+    """
 
     log_likelihood: Tensor  # log p(y_t | tokens up to t, routes)
     log_ratio: Tensor  # sum over layers of log prior - log guide of the routes of token t
@@ -138,7 +145,10 @@ def _smoother() -> Any:
 
 
 def k_hat_limit(draws: int) -> float:
-    """Below which a k-hat of so many draws is good: min(1 - 1 / log10(draws), 0.7) (Vehtari et al. 2024, arXiv 1507.02646)."""
+    """Below which a k-hat of so many draws is good.
+
+    min(1 - 1 / log10(draws), 0.7) (Vehtari et al. 2024, arXiv 1507.02646).
+    """
     return min(1 - 1 / math.log10(draws), 0.7)
 
 
@@ -148,7 +158,9 @@ def effective_sample_size(log_weight: Tensor) -> float:
 
 
 def importance_bound(log_weight: Tensor, draws: int) -> tuple[float, float]:
-    """IWAE bound E log(1/K sum_k w_k) <= log p(y) (Burda et al. 2016, arXiv 1509.00519): mean over groups, standard error.
+    """IWAE bound E log(1/K sum_k w_k) <= log p(y) (Burda et al. 2016, arXiv 1509.00519).
+
+    Mean over groups, standard error.
 
     K = 1 is the ELBO by sampling. Nats of the whole sequence.
     """

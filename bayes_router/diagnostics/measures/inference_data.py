@@ -70,7 +70,9 @@ def to_inference_data(
     draws: int = 100,
     seed: int = 0,
 ) -> Any:
-    """`draw_groups` as ArviZ reads it: a DataTree with arviz 1.x (Python 3.12), an InferenceData with arviz 0.x.
+    """`draw_groups` as ArviZ reads it.
+
+    A DataTree with arviz 1.x (Python 3.12), an InferenceData with arviz 0.x.
 
     Raises:
         ValueError: arviz is not installed.

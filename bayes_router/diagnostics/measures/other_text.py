@@ -71,7 +71,10 @@ class Score:
 
 
 def passage_scores(model: RoutedLanguageModel, tokens: Tensor, cost_ratio: Tensor, length: int = PASSAGE) -> pd.DataFrame:
-    """Means over layers and tokens of each of the first passages of a text: the routing measures and the nll (nats)."""
+    """Means over layers and tokens of each of the first passages of a text.
+
+    The routing measures and the nll (nats).
+    """
     count = min((len(tokens) - 1) // length, PASSAGES)
     require(count >= 1, "text", f"at least {length + 1} tokens", len(tokens), "give a longer text")
     start = torch.arange(count)[:, None] * length + torch.arange(length)

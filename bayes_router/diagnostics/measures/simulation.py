@@ -1,4 +1,6 @@
-"""Simulation-based calibration: does what infers find what the prior has drawn, as often as it should?
+"""Simulation-based calibration.
+
+Does what infers find what the prior has drawn, as often as it should?
 
 Talts, Betancourt, Simpson, Vehtari and Gelman (2018), arXiv 1804.06788. Draw routes from the prior and
 targets given them; draw from the posterior given the targets; count how many posterior draws lie below

@@ -1,4 +1,7 @@
-"""How sure the posterior is: per token as a frame, and per layer, position and kind of token in one streaming pass."""
+"""How sure the posterior is.
+
+Per token as a frame, and per layer, position and kind of token in one streaming pass.
+"""
 
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -28,14 +31,19 @@ CHUNK = 16_384  # tokens at a time in the quadrature: 96 nodes each, so memory s
 
 
 def probability_right(concentration: Tensor) -> Tensor:
-    """Posterior probability that the argmax of the mean is the largest weight: [..., E] -> float64 [...]; exact to 1e-5."""
+    """Posterior probability that the argmax of the mean is the largest weight.
+
+    [..., E] -> float64 [...]; exact to 1e-5.
+    """
     flat = concentration.reshape(-1, concentration.shape[-1])
     parts = [probability_of_largest(part, part.argmax(-1)) for part in flat.split(CHUNK)]
     return torch.cat(parts).reshape(concentration.shape[:-1])
 
 
 def credible_interval(concentration: Tensor, interval: float = INTERVAL) -> tuple[Tensor, Tensor]:
-    """Equal-tailed interval of each route weight, exact: its marginal is Beta(concentration_e, total - concentration_e).
+    """Equal-tailed interval of each route weight, exact.
+
+    Its marginal is Beta(concentration_e, total - concentration_e).
 
     Args:
         concentration: [..., E].
@@ -180,7 +188,9 @@ def kinds_of_vocabulary(tokeniser: Tokeniser) -> Tensor:
 
 
 class UncertaintySummary:
-    """Means of `Measure` by layer, position and kind of token; sums alone are kept, whatever the length of the text.
+    """Means of `Measure` by layer, position and kind of token.
+
+    Sums alone are kept, whatever the length of the text.
 
     Args:
         cost_ratio: [E].
@@ -232,7 +242,10 @@ class UncertaintySummary:
         return _long(self._position / self._position_count[:, None], "position", list(range(len(self._position_count))))
 
     def kinds_frame(self) -> pd.DataFrame:
-        """One row a layer and kind of token that the text has, with the share of tokens; empty where tokens are no text."""
+        """One row a layer and kind of token that the text has, with the share of tokens.
+
+        Empty where tokens are no text.
+        """
         self.require_text()
         if self.kinds is None:
             return pd.DataFrame(columns=["layer", "kind", "share", *(m.value for m in Measure)])

@@ -1,4 +1,7 @@
-"""One attention call of a patched model, as its own layer made it: queries, keys, values, mask and kernel."""
+"""One attention call of a patched model, as its own layer made it.
+
+Queries, keys, values, mask and kernel.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +19,9 @@ soft cap and sinks."""
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What a layer attends on, after its projections, its positions and its KV cache. The queries are the last of the keys.
+    """What a layer attends on, after its projections, its positions and its KV cache.
+
+    The queries are the last of the keys.
 
     Attributes:
         q: [B, H, Tq, Dh].
@@ -62,7 +67,10 @@ class AttentionCall:
         return seen(self.mask)
 
     def real_keys(self) -> tuple[bool, Tensor | None]:
-        """(known, [B or 1, Tk] or None): the keys that count, where hidden ones are padding and no more."""
+        """(known, [B or 1, Tk] or None).
+
+        The keys that count, where hidden ones are padding and no more.
+        """
         if self.mask is None:
             return self.causal, None
         if self.q.shape[2] > 1:
@@ -97,7 +105,10 @@ class AttentionCall:
         return replace(self, q=q, k=k, v=v, mask=pick(self.mask), padding=pick(self.padding), memory=None)
 
     def heads(self, queries: slice, keys: slice) -> "AttentionCall":
-        """Some query heads and the key heads that they share alone, as views; for experts that know no head by name."""
+        """Some query heads and the key heads that they share alone, as views.
+
+        For experts that know no head by name.
+        """
         mask = self.mask if self.mask is None or self.mask.shape[1] == 1 else self.mask[:, queries]
         q, k, v = self.q[:, queries], self.k[:, keys], self.v[:, keys]
         return replace(self, q=q, k=k, v=v, mask=mask, memory=None)

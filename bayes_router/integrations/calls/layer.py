@@ -1,4 +1,7 @@
-"""One routed attention layer of a patched model: its experts, and how a route over them is executed."""
+"""One routed attention layer of a patched model.
+
+Its experts, and how a route over them is executed.
+"""
 
 from dataclasses import dataclass, replace
 from itertools import product
@@ -45,7 +48,10 @@ def patched_expert(name: str, shape: ExpertShape, kv_heads: int, sinks: int, cau
 
 
 class RoutedLayer(nn.Module):
-    """The experts of one layer; all take the layer's own q, k, v. Parameters are float32 where the model's are narrower."""
+    """The experts of one layer; all take the layer's own q, k, v.
+
+    Parameters are float32 where the model's are narrower.
+    """
 
     def __init__(self, names: tuple[str, ...], shape: ExpertShape, kv_heads: int, sinks: int, causal: bool):
         super().__init__()
@@ -99,7 +105,9 @@ class RoutedLayer(nn.Module):
         return self._by_rows(call, route, taken)
 
     def _by_rows(self, call: AttentionCall, route: Tensor, taken: list[int]) -> Tensor:
-        """Text by text, expert by expert: the queries that some head sends there, and of these the heads that do.
+        """Text by text, expert by expert.
+
+        The queries that some head sends there, and of these the heads that do.
 
         The heads of each key head alone, where an expert computes some heads without the others.
         """
@@ -120,12 +128,18 @@ class RoutedLayer(nn.Module):
         return out
 
     def _dispatchable(self, call: AttentionCall) -> bool:
-        """Whether the dispatcher's kernels compute what this layer means: plain causal attention of a text over itself."""
+        """Whether the dispatcher's kernels compute what this layer means.
+
+        Plain causal attention of a text over itself.
+        """
         same = call.q.shape[3] == call.v.shape[3] == call.k.shape[3]
         return call.plain and call.causal and same and 1 < call.q.shape[2] == call.k.shape[2]
 
     def _dispatch(self, call: AttentionCall, route: Tensor, taken: list[int], lengths: Tensor | None = None) -> Tensor:
-        """By `routed_attention`: only what each token took is computed, in sorted blocks; route [B, T, R] into `taken`."""
+        """By `routed_attention`: only what each token took is computed, in sorted blocks.
+
+        route [B, T, R] into `taken`.
+        """
         experts = [self._native(index, call) for index in taken]
         return routed_attention(
             call.rescaled(),
@@ -168,7 +182,10 @@ class Unpadding:
 
 
 def unpadding(call: AttentionCall) -> Unpadding | None:
-    """The call without its padding, left or right; None without padding, or where there is some inside a text."""
+    """The call without its padding, left or right.
+
+    None without padding, or where there is some inside a text.
+    """
     texts = None if call.padding is None else _texts(call.padding)
     if texts is None:
         return None
@@ -179,7 +196,10 @@ def unpadding(call: AttentionCall) -> Unpadding | None:
 
 @OfLast
 def _texts(padding: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(length [B], beginning [B, 1]) of the one text in each row of real tokens [B, T]; None where there are several."""
+    """(length [B], beginning [B, 1]) of the one text in each row of real tokens [B, T].
+
+    None where there are several.
+    """
     first, lengths = padding.int().argmax(1, keepdim=True), padding.sum(1)
     T = padding.shape[1]
     packed = padding.gather(1, _rotation(first, T))
@@ -199,7 +219,10 @@ def _move(x: Tensor, first: Tensor) -> Tensor:
 
 
 class _Adapter(Expert):
-    """A patched expert behind the contract of `attention`: it takes the layer's own, unscaled queries."""
+    """A patched expert behind the contract of `attention`.
+
+    It takes the layer's own, unscaled queries.
+    """
 
     rotary = False
 

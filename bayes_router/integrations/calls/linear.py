@@ -1,4 +1,7 @@
-"""Linear attention for a pretrained layer: feature maps that are learned from the layer's own softmax attention."""
+"""Linear attention for a pretrained layer.
+
+Feature maps that are learned from the layer's own softmax attention.
+"""
 
 from dataclasses import replace
 
@@ -65,7 +68,10 @@ class LinearExpert(PatchedExpert):
         return torch.is_grad_enabled() and (self.query_map.requires_grad or call.q.requires_grad or call.k.requires_grad)
 
     def running(self, call: AttentionCall) -> Tensor:
-        """The state of all keys of the call, [B, Hkv, F, Dv + 1]: what the memory holds, and the keys since."""
+        """The state of all keys of the call, [B, Hkv, F, Dv + 1].
+
+        What the memory holds, and the keys since.
+        """
         memory = call.memory
         assert memory is not None
         before = memory.running.get(type(self))
@@ -113,7 +119,9 @@ class LinearExpert(PatchedExpert):
 
 
 class GatedExpert(LinearExpert):
-    """Linear attention that forgets: what key s wrote is multiplied by a_r = sigmoid(w . k_r + b) for every later key r.
+    """Linear attention that forgets.
+
+    What key s wrote is multiplied by a_r = sigmoid(w . k_r + b) for every later key r.
 
     One gate a key head, read from the keys. Causal layers only. Heads start with memories of 8 to 1024 tokens, as the
     expert of the same name in `attention`.

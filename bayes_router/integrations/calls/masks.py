@@ -25,7 +25,10 @@ def restrict(mask: Tensor | None, allowed: Tensor) -> Tensor:
 
 
 def near(query: Tensor, key: Tensor, window: int, causal: bool) -> Tensor:
-    """Keys within a window of W: the last W up to the query, or W around it, floor((W - 1) / 2) of them ahead."""
+    """Keys within a window of W.
+
+    The last W up to the query, or W around it, floor((W - 1) / 2) of them ahead.
+    """
     if causal:
         return key > query - window
     return (key >= query - window // 2) & (key <= query + (window - 1) // 2)
@@ -37,7 +40,9 @@ def first_seen(visible: Tensor, count: int) -> Tensor:
 
 
 class OfLast(Generic[Answer]):
-    """`read(...)`, but once while it is asked about the same tensors: all layers of a pass share one mask.
+    """`read(...)`, but once while it is asked about the same tensors.
+
+    All layers of a pass share one mask.
 
     On a GPU reading waits for the device. Tensors are told by identity and not kept alive.
     """
@@ -82,7 +87,10 @@ def seen_by_one(mask: Tensor) -> tuple[bool, Tensor | None]:
 
 @OfLast
 def real_queries(mask: Tensor, num_queries: int) -> Tensor:
-    """[B or 1, Tq] bool, False on padding: a token sees itself, and no query sees padding. The queries are the last keys."""
+    """[B or 1, Tq] bool, False on padding: a token sees itself, and no query sees padding.
+
+    The queries are the last keys.
+    """
     own = mask[(None,) * (4 - mask.dim())][..., mask.shape[-1] - num_queries :]
     own = own.diagonal(dim1=-2, dim2=-1) if mask.shape[-2] == num_queries else own[..., -1, :]  # one row for all queries
     return seen(own).reshape(-1, *own.shape[-2:]).any(1)

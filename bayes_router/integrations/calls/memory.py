@@ -20,7 +20,10 @@ from bayes_router.integrations.calls.masks import OfLast
 
 @dataclass(frozen=True)
 class Running:
-    """sum_s phi(k_s) (v_s, 1)^T over the first `length` keys: [B, Hkv, F, Dv + 1], float32 at least."""
+    """sum_s phi(k_s) (v_s, 1)^T over the first `length` keys.
+
+    [B, Hkv, F, Dv + 1], float32 at least.
+    """
 
     state: Tensor
     length: int
@@ -83,7 +86,10 @@ def version(x: Tensor) -> int:
 
 
 def unchanged(before: Tensor | None, now: Tensor | None) -> bool:
-    """Whether the same ones of the keys of before are real now. Waits for the device, once a pass, where there is padding."""
+    """Whether the same ones of the keys of before are real now.
+
+    Waits for the device, once a pass, where there is padding.
+    """
     return before is now if before is None or now is None else _begins_with(now, before)
 
 

@@ -1,4 +1,7 @@
-"""Autocast around a patched layer: its own kernel runs under it, what the patch adds keeps the precision that it needs."""
+"""Autocast around a patched layer.
+
+Its own kernel runs under it, what the patch adds keeps the precision that it needs.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +25,10 @@ def exact(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def uncached(device: torch.device) -> Iterator[None]:
-    """Autocast as it is, but no cast weight is kept: one that was kept would not see the steps of an optimiser."""
+    """Autocast as it is, but no cast weight is kept.
+
+    One that was kept would not see the steps of an optimiser.
+    """
     kind = device.type
     if not torch.is_autocast_enabled(kind):
         yield
@@ -32,7 +38,9 @@ def uncached(device: torch.device) -> Iterator[None]:
 
 
 def cast(call: AttentionCall) -> AttentionCall:
-    """The call for use outside of the autocast that it was made under: in its dtype, as the layer's kernel would cast it.
+    """The call for use outside of the autocast that it was made under.
+
+    In its dtype, as the layer's kernel would cast it.
 
     Rotary positions leave queries and keys in float32 beside narrower values, and a cache may widen either.
     """

@@ -1,4 +1,6 @@
-"""The experts of a patched layer: they take a call as the layer made it, with its own mask, heads and kernel.
+"""The experts of a patched layer.
+
+They take a call as the layer made it, with its own mask, heads and kernel.
 
 The experts of `attention` are causal and know neither padding nor masks; those of an encoder see both sides, and a
 pretrained layer brings masks of its own. So these are modules beside them, under the same names and costs.
@@ -22,7 +24,10 @@ QUERIES = 256  # in one block of masked attention
 
 
 class PatchedExpert(nn.Module):
-    """One mechanism of a patched layer; `shape` as of any expert, `sinks` first tokens that `local` never loses."""
+    """One mechanism of a patched layer.
+
+    `shape` as of any expert, `sinks` first tokens that `local` never loses.
+    """
 
     def __init__(self, shape: ExpertShape, kv_heads: int, sinks: int = 0):
         super().__init__()
@@ -41,7 +46,10 @@ class PatchedExpert(nn.Module):
         return False
 
     def narrowed(self, call: AttentionCall) -> AttentionCall:
-        """The call of one new token with the keys alone that this expert may read; `read` attends over it."""
+        """The call of one new token with the keys alone that this expert may read.
+
+        `read` attends over it.
+        """
         return call
 
     def read(self, call: AttentionCall) -> Tensor:
@@ -72,7 +80,10 @@ class SoftmaxExpert(PatchedExpert):
         return self._attend(call, call.q, call.mask, call.visible, query, key)
 
     def rows(self, call: AttentionCall, rows: Tensor) -> Tensor:
-        """See `PatchedExpert.rows`: blocks of neighbouring queries, each over the keys that one of them sees."""
+        """See `PatchedExpert.rows`.
+
+        Blocks of neighbouring queries, each over the keys that one of them sees.
+        """
         call = call.explicit()
         query, key = call.positions()
         blocks = []
@@ -152,7 +163,10 @@ class LocalExpert(SoftmaxExpert):
         return not self.sinks or call.mask is None or call.mask.shape[1] == 1
 
     def in_place(self, call: AttentionCall) -> bool:
-        """See `PatchedExpert.in_place`: where attention is plain and matrix products keep its precision, on a CPU."""
+        """See `PatchedExpert.in_place`.
+
+        Where attention is plain and matrix products keep its precision, on a CPU.
+        """
         plain = call.plain and call.causal and (call.mask is None or call.mask.shape[1] == 1)
         return plain and call.q.device.type == "cpu" and call.q.dtype in (torch.float32, torch.float64)
 

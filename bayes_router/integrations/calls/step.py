@@ -1,4 +1,7 @@
-"""One new token for each row of a batch behind a KV cache: only what the rows' own experts read is read."""
+"""One new token for each row of a batch behind a KV cache.
+
+Only what the rows' own experts read is read.
+"""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -40,7 +43,10 @@ def attend_one(experts: nn.ModuleList, call: AttentionCall, route: Tensor) -> Te
 
 
 def _some_heads(expert: PatchedExpert, call: AttentionCall, row: int, mine: list[bool], out: Tensor) -> None:
-    """Write the heads of the units of one row that are `mine` [R]: keys of a key head are read where one of its units asks."""
+    """Write the heads of the units of one row that are `mine` [R].
+
+    Keys of a key head are read where one of its units asks.
+    """
     H, Hkv, R = call.q.shape[1], call.k.shape[1], len(mine)
     if not expert.splits(call):
         found = some(expert, call, [row])[0]
@@ -73,7 +79,10 @@ def some(expert: PatchedExpert, call: AttentionCall, rows: Sequence[int]) -> Ten
 
 
 def remember(experts: nn.ModuleList, call: AttentionCall, route: Tensor | int) -> None:
-    """Bring the linear states up to this call: behind a prompt, and before they lag by more than a window."""
+    """Bring the linear states up to this call.
+
+    Behind a prompt, and before they lag by more than a window.
+    """
     memory = call.memory
     if memory is None or not memory.known:
         return
@@ -94,7 +103,10 @@ def _expert(experts: nn.ModuleList, index: int) -> PatchedExpert:
 
 
 def _fused(experts: nn.ModuleList, call: AttentionCall) -> bool:
-    """Whether the decoding kernel of `attention` computes the rows on `full`: plain attention of all keys, on CUDA."""
+    """Whether the decoding kernel of `attention` computes the rows on `full`.
+
+    Plain attention of all keys, on CUDA.
+    """
     dim = call.q.shape[3]
     return (
         call.q.device.type == "cuda"
@@ -112,7 +124,10 @@ def _fused(experts: nn.ModuleList, call: AttentionCall) -> bool:
 
 
 def _one_fused(experts: nn.ModuleList, call: AttentionCall, route: Tensor) -> Tensor:
-    """Rows on `full` by the kernel, which lets the others read nothing; the other experts read little and do all rows."""
+    """Rows on `full` by the kernel, which lets the others read nothing.
+
+    The other experts read little and do all rows.
+    """
     from bayes_router.attention.kernels.triton.decode import decode_step  # only where it can be imported
 
     full = next(index for index, expert in enumerate(experts) if isinstance(expert, FullExpert))

@@ -111,7 +111,10 @@ def find_layers(model: PreTrainedModel, settings: PatchSettings) -> list[Found]:
 
 
 def left_out(model: PreTrainedModel, found: list[Found]) -> list[str]:
-    """Names of the attention modules that did not run there on a few tokens: a vision tower's, cross-attention, linear ones."""
+    """Names of the attention modules that did not run there on a few tokens.
+
+    A vision tower's, cross-attention, linear ones.
+    """
     ran = {inner for one in found for inner in one.module.modules()}
     names: list[str] = []
     for name, module in model.named_modules():
@@ -123,7 +126,10 @@ def left_out(model: PreTrainedModel, found: list[Found]) -> list[str]:
 
 @torch.no_grad()
 def probe(model: PreTrainedModel) -> Tensor:
-    """The first output of the model on a few tokens, in evaluation mode; mode and random state are left as they were."""
+    """The first output of the model on a few tokens, in evaluation mode.
+
+    Mode and random state are left as they were.
+    """
     device = device_of(model)
     modes = [(module, module.training) for module in model.modules()]
     tokens = torch.arange(3, 3 + PROBE_TOKENS, device=device)[None] % model.config.get_text_config().vocab_size

@@ -1,4 +1,6 @@
-"""Falcon, which does not follow the attention interface: its attention module gets a forward pass that does.
+"""Falcon, which does not follow the attention interface.
+
+Its attention module gets a forward pass that does.
 
 Only the call of the kernel is new; projections, heads, rotary positions and cache are the module's own parts.
 """
@@ -48,7 +50,10 @@ def forward(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """[B, T, D] -> [B, T, D]; ALiBi comes inside the mask. Falcon drops attention weights only with ALiBi."""
+    """[B, T, D] -> [B, T, D]; ALiBi comes inside the mask.
+
+    Falcon drops attention weights only with ALiBi.
+    """
     if output_attentions:
         binding = getattr(self, BINDING, None)
         if isinstance(binding, Binding) and binding.awaits:

@@ -1,4 +1,7 @@
-"""Fitting what a patch added: first distillation of feature maps, then SVI on the ELBO, all by the project's own program."""
+"""Fitting what a patch added.
+
+First distillation of feature maps, then SVI on the ELBO, all by the project's own program.
+"""
 
 import math
 import time
@@ -166,7 +169,9 @@ def default_schedule(num_latents: int, ranged: bool = False) -> ScheduleConfig:
 
 @contextmanager
 def fitting(router: RoutedLanguage, weights: bool) -> Iterator[None]:
-    """Gradients for what is fitted alone, dropout only where the model's own weights are; all flags restored.
+    """Gradients for what is fitted alone, dropout only where the model's own weights are.
+
+    All flags restored.
 
     Under autocast, which may be the caller's, cast weights are not kept from step to step.
     """
@@ -191,7 +196,9 @@ def fitting(router: RoutedLanguage, weights: bool) -> Iterator[None]:
 
 
 def distil(router: RoutedLanguage, source: TokenSource, settings: FitSettings, progress: bool = False) -> list[float]:
-    """Teach every linear expert its own layer's full attention; the mean relative squared error of each step.
+    """Teach every linear expert its own layer's full attention.
+
+    The mean relative squared error of each step.
 
     For layer l and expert e: mean |e(q, k, v) - full(q, k, v)|^2 / mean |full(q, k, v)|^2, on the
     calls of the unchanged model. No gradient enters the model.
@@ -233,7 +240,10 @@ def program(
     likelihood: Likelihood = NextToken,
     controller: Controller | None = None,
 ) -> tuple[RoutingModel, RoutingGuide]:
-    """The project's model and guide around a patched model: routes are latent, the model's logits the likelihood."""
+    """The project's model and guide around a patched model.
+
+    Routes are latent, the model's logits the likelihood.
+    """
     device = router.device
     chosen = router.network if network is None else network
     costs = router.layer_cost.to(device)
@@ -326,7 +336,10 @@ def fit_routes(
 
 
 def _start_in_the_middle(router: RoutedLanguage) -> None:
-    """Posteriors of `BudgetRange.MIDDLE` on full: a dial at 0 then spends what it stands for, before anything is learned."""
+    """Posteriors of `BudgetRange.MIDDLE` on full.
+
+    A dial at 0 then spends what it stands for, before anything is learned.
+    """
     mean = torch.full((len(router.experts),), (1 - BudgetRange.MIDDLE) / max(len(router.experts) - 1, 1))
     mean[router.experts.index("full")] = BudgetRange.MIDDLE
     total = torch.tensor(router.prior.total_concentration)[:, None]
@@ -334,7 +347,10 @@ def _start_in_the_middle(router: RoutedLanguage) -> None:
 
 
 def _groups(router: RoutedLanguage, settings: FitSettings) -> list[dict[str, Any]]:
-    """Parameters with their peak learning rates: controllers, experts, and the model's own where they move."""
+    """Parameters with their peak learning rates.
+
+    Controllers, experts, and the model's own where they move.
+    """
     groups: list[dict[str, Any]] = [{"params": list(router.controller.parameters()), "peak": settings.controller_lr}]
     own = [p for layer in router.layers for p in layer.parameters()]
     if own:

@@ -170,7 +170,10 @@ def cache_bytes(cache: Any) -> int:
 
 
 def attend_freed(layer: FreedLayer, call: AttentionCall, live: Any) -> Tensor:
-    """[B, H, Tq, Dv] of a call whose keys are those that `layer` keeps whole; `live(call, query heads)` answers for them."""
+    """[B, H, Tq, Dv] of a call whose keys are those that `layer` keeps whole.
+
+    `live(call, query heads)` answers for them.
+    """
     H, heads = call.q.shape[1], layer.heads
     group = H // (len(heads.whole) + len(heads.short))
     out = call.v.new_empty(len(call.q), H, call.q.shape[2], call.v.shape[3])

@@ -11,7 +11,9 @@ from bayes_router.checks import require
 
 
 def held_keys(cache: Any, layer: Any) -> Tensor | None:
-    """The keys [B, Hkv, T, Dh] that a cache of transformers keeps for a layer; None where it keeps them otherwise.
+    """The keys [B, Hkv, T, Dh] that a cache of transformers keeps for a layer.
+
+    None where it keeps them otherwise.
 
     The layer's next keys are appended in place, where it concatenates: see `grow`.
     """
@@ -26,7 +28,9 @@ def held_keys(cache: Any, layer: Any) -> Tensor | None:
 
 
 def filled_slots(cache: Any, layer: Any) -> int:
-    """Tokens that a static cache of transformers holds for a layer. On a GPU this waits for the device.
+    """Tokens that a static cache of transformers holds for a layer.
+
+    On a GPU this waits for the device.
 
     Raises:
         ValueError: it is read where there are no values yet, or it does not say.
@@ -49,7 +53,10 @@ LEAST = 64  # tokens at least
 
 
 class _Room:
-    """What the last step of a layer left, and the longer tensors behind it. No copy or pickle takes it along."""
+    """What the last step of a layer left, and the longer tensors behind it.
+
+    No copy or pickle takes it along.
+    """
 
     def __init__(self) -> None:
         self.left: tuple[Tensor, Tensor] | None = None
@@ -60,7 +67,9 @@ class _Room:
 
 
 def grow(layer: Any) -> None:
-    """Let this one layer of a cache append in place where it concatenates: a step copies its own keys and no others.
+    """Let this one layer of a cache append in place where it concatenates.
+
+    A step copies its own keys and no others.
 
     Its class stays; the object gets an `update` of its own, a partial that copies and pickles with it. `keys` and `values`
     become views of a store that is longer. What they show never changes: tokens are only written behind it, and only behind
@@ -105,7 +114,10 @@ def _untouched(layer: Any, room: _Room, *new: Tensor) -> bool:
 
 
 def _longer(x: Tensor, length: int) -> Tensor:
-    """A store [B, H, length, D] that begins with x; a usual tensor, though inference mode makes it."""
+    """A store [B, H, length, D] that begins with x.
+
+    A usual tensor, though inference mode makes it.
+    """
     with torch.inference_mode(False):
         store = x.new_empty(*x.shape[:2], length, x.shape[3])
     store.data[:, :, : x.shape[2]] = x

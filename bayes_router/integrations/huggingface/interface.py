@@ -123,7 +123,10 @@ _padding = OfLast(padding_of)
 
 
 def _readable(mask: Tensor | None, query: Tensor) -> bool:
-    """Whether what a mask hides is worth reading, and can be: an exported program has no values yet."""
+    """Whether what a mask hides is worth reading, and can be.
+
+    An exported program has no values yet.
+    """
     return mask is not None and query.shape[2] > 1 and not torch.compiler.is_exporting()
 
 
@@ -133,7 +136,9 @@ for _base, _mask in MASKS.items():
 
 
 def keep_hidden(binding: Binding, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of an attention module: what its controller reads, unless the call is one that is left alone.
+    """Forward pre-hook of an attention module.
+
+    What its controller reads, unless the call is one that is left alone.
 
     Raises:
         ValueError: the model was switched to attention that cannot be routed, or runs as a replica of `DataParallel`.

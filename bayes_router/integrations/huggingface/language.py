@@ -87,7 +87,10 @@ class RoutedLanguage(RoutedModel):
         return logits
 
     def show_last(self, see: Callable[[Tensor], object]) -> RemovableHandle:
-        """Show `see` what the head reads, [B, T, D], in every pass until the handle is removed; raises as `logits`."""
+        """Show `see` what the head reads, [B, T, D], in every pass until the handle is removed.
+
+        Raises as `logits`.
+        """
         model = self.model
         head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         require(head is not None, "model", "one with a language-modelling head", type(model).__name__)
@@ -127,7 +130,10 @@ class RoutedLanguage(RoutedModel):
 
 
 class Unforced:
-    """A patched model as a dial turns it: its own posteriors decide, every window by itself, whatever it is forced to."""
+    """A patched model as a dial turns it.
+
+    Its own posteriors decide, every window by itself, whatever it is forced to.
+    """
 
     def __init__(self, router: RoutedLanguage):
         self.router = router

@@ -16,7 +16,9 @@ REPLACEMENT = "\ufffd"
 
 
 class PretrainedTokeniser:
-    """A Hugging Face tokenizer behind the `Tokeniser` protocol; special tokens are neither added nor hidden.
+    """A Hugging Face tokenizer behind the `Tokeniser` protocol.
+
+    Special tokens are neither added nor hidden.
 
     Ids of the model beyond the tokenizer's vocabulary (embeddings are often padded) show as a replacement character.
     """
@@ -86,7 +88,9 @@ def load_tokeniser_of(base: str, gguf_file: str | None, vocab_size: int) -> Pret
 
 
 def _gguf(base: str, gguf_file: str | None) -> dict[str, str]:
-    """The keyword for a GGUF file: the one named, or the only one in a folder without a config.json.
+    """The keyword for a GGUF file.
+
+    The one named, or the only one in a folder without a config.json.
 
     Raises:
         ValueError: there are several, and none was named.

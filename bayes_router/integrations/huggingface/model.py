@@ -1,4 +1,7 @@
-"""What `patch` returns for a Hugging Face model: the routed language model, its fit and its budget."""
+"""What `patch` returns for a Hugging Face model.
+
+The routed language model, its fit and its budget.
+"""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -88,7 +91,9 @@ class RoutedPretrained(RoutedLanguage):
         context: int = 512,
         limit: int = 32_768,
     ) -> freezing.Freezing:
-        """Make static what hardly moves: units that the policy of now sends to one expert, but for `share` of the tokens.
+        """Make static what hardly moves.
+
+        Units that the policy of now sends to one expert, but for `share` of the tokens.
 
         Their controllers are not run any more, and no guard moves them. A key head all of whose query heads are frozen on
         `local` keeps sinks and window alone in a cache of transformers that grows (`DynamicCache`),
@@ -117,7 +122,10 @@ class RoutedPretrained(RoutedLanguage):
         return freezing.freeze(self, list(source.windows(context, 1, max(limit, 2 * context))), share)
 
     def attend(self, index: int, hidden: Tensor, call: AttentionCall, cache: Any = None) -> Tensor:
-        """See `RoutedModel.attend`; key heads that are frozen on `local` keep what they read in `cache`."""
+        """See `RoutedModel.attend`.
+
+        Key heads that are frozen on `local` keep what they read in `cache`.
+        """
         place = getattr(self.found[index].module, "layer_idx", None)
         kept = None if self.frozen is None else freezing.short_heads(self, self.frozen, index)
         short = freed(cache, place)
@@ -189,7 +197,9 @@ class RoutedPretrained(RoutedLanguage):
         context: int = 512,
         limit: int = 65_536,
     ) -> Guarded:
-        """Put a guard before the policy: text unlike the fit's takes full attention, see `routing.guard`.
+        """Put a guard before the policy.
+
+        Text unlike the fit's takes full attention, see `routing.guard`.
 
         Args:
             texts: text, texts or tokens like the fit's that `fit` did not read; default what it held out.
@@ -223,7 +233,9 @@ class RoutedPretrained(RoutedLanguage):
     def fit_evidence(
         self, texts: Any, *, tokenizer: Any = None, context: int = 512, batch_size: int = 1, tokens: int = FIT_TOKENS
     ) -> Evidence:
-        """Keep the density of what the controllers read in `texts`, text like the fit's: `routing.evidence` has the formula.
+        """Keep the density of what the controllers read in `texts`, text like the fit's.
+
+        `routing.evidence` has the formula.
 
         Routes, budgets and losses stay. `save` keeps it; `watching(router.controller)` reads it.
 
@@ -273,7 +285,9 @@ class RoutedPretrained(RoutedLanguage):
         return read_risk(self, tokens)
 
     def program(self, schedule: ScheduleConfig | None = None) -> tuple[RoutingModel, RoutingGuide]:
-        """The Pyro model and guide of this patch under the prior at the end of a fit: for SVI of one's own, `Predictive`.
+        """The Pyro model and guide of this patch under the prior at the end of a fit.
+
+        For SVI of one's own, `Predictive`.
 
         Their arguments are (tokens int64 [B, T], targets or None).
         """

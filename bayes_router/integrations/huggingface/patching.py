@@ -1,4 +1,6 @@
-"""Patch a Hugging Face model: by the attention interface of transformers 5, so that every architecture it serves is served.
+"""Patch a Hugging Face model.
+
+By the attention interface of transformers 5, so that every architecture it serves is served.
 
 The interface hands over queries, keys and values after projection, rotary positions and the KV cache; a forward pre-hook
 hands over the hidden state that the controller reads. With every token on `full` the model's own kernel is called with its
@@ -43,7 +45,9 @@ def patch_pretrained(model: PreTrainedModel, settings: PatchSettings) -> RoutedP
 
 
 def verify(router: RoutedPretrained) -> None:
-    """Compare the patched model, every token on full attention, with the original on a few tokens; try a mixed route too.
+    """Compare the patched model, every token on full attention, with the original on a few tokens.
+
+    Try a mixed route too.
 
     Raises:
         ValueError: they differ, a layer was not routed, or the mixed route cannot be executed.

@@ -1,4 +1,7 @@
-"""What holds the cost of executed routes where a fit wants it: the price of the prior, moved as costs come in."""
+"""What holds the cost of executed routes where a fit wants it.
+
+The price of the prior, moved as costs come in.
+"""
 
 import math
 from typing import NamedTuple, Protocol
@@ -158,7 +161,10 @@ class Dialled(nn.Module):
 def pressure_for(
     budget: float | tuple[float, float] | None, layer_cost: Tensor, price: float
 ) -> OneBudget | BudgetRange | None:
-    """What holds a budget, or a range of them, over experts that cost `layer_cost` [..., E]; None without one."""
+    """What holds a budget, or a range of them, over experts that cost `layer_cost` [..., E].
+
+    None without one.
+    """
     if budget is None:
         return None
     if isinstance(budget, float | int):

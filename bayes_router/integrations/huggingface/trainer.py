@@ -22,7 +22,9 @@ _Trainer: Any = Trainer if TYPE_CHECKING else object  # it stands in front of an
 
 
 class RoutedTraining(_Trainer):
-    """What makes a Trainer train the routes of a patched model: `class Mine(RoutedTraining, SFTTrainer)` of any kind of it.
+    """What makes a Trainer train the routes of a patched model.
+
+    `class Mine(RoutedTraining, SFTTrainer)` of any kind of it.
 
     The loss becomes task loss + kl_weight * KL(posterior || prior), the KL in nats per real token
     and summed over layers: a negative ELBO where the task loss is a mean negative log likelihood.
@@ -73,7 +75,10 @@ class RoutedTraining(_Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _share(self, num_items: Any) -> float:
-        """Of the KL in one part of an accumulated batch: the Trainer divides later only a loss that is not scaled yet."""
+        """Of the KL in one part of an accumulated batch.
+
+        The Trainer divides later only a loss that is not scaled yet.
+        """
         scaled = getattr(self, "loss_is_scaled_for_ga", None)
         if scaled is None:
             scaled = self.compute_loss_func is not None or (self.model_accepts_loss_kwargs and num_items is not None)

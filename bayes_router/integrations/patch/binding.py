@@ -1,4 +1,7 @@
-"""What a patched module holds, and by what name: the way from a model's own attention call to its router."""
+"""What a patched module holds, and by what name.
+
+The way from a model's own attention call to its router.
+"""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -48,7 +51,10 @@ class Router(Protocol):
 
 
 class Binding:
-    """What a patched module holds: its router and its index there. What a call hands over lies in `router.here`."""
+    """What a patched module holds: its router and its index there.
+
+    What a call hands over lies in `router.here`.
+    """
 
     def __init__(self, router: Router, index: int):
         self.router, self.index = router, index
@@ -92,7 +98,9 @@ class Binding:
         self.crossed = True
 
     def require_full(self, asked: str) -> None:
-        """Route the call's queries and see that `full` takes them all: the original may answer what no expert can.
+        """Route the call's queries and see that `full` takes them all.
+
+        The original may answer what no expert can.
 
         Raises:
             ValueError: some take another expert; `asked` names the argument.

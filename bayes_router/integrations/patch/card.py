@@ -10,7 +10,10 @@ LIBRARY = "library_name: bayes-router"
 
 
 def foreign(path: Path) -> bool:
-    """Whether somebody else wrote the file, as a trainer does for the model beside a patch: then it stays."""
+    """Whether somebody else wrote the file, as a trainer does for the model beside a patch.
+
+    Then it stays.
+    """
     return path.exists() and LIBRARY not in path.read_text(encoding="utf-8")
 
 

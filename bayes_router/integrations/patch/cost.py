@@ -1,4 +1,7 @@
-"""What the layers of a patched model cost: one that slides already pays for its own window alone."""
+"""What the layers of a patched model cost.
+
+One that slides already pays for its own window alone.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,7 +26,10 @@ from bayes_router.types import CostModel
 
 
 class _Mapped(Expert):
-    """A patched expert with feature maps of its own, as the cost models ask experts: counted, and timed as it is executed."""
+    """A patched expert with feature maps of its own, as the cost models ask experts.
+
+    Counted, and timed as it is executed.
+    """
 
     def __init__(self, shape: ExpertShape, kv_heads: int, inner: PatchedExpert):
         super().__init__(shape)
@@ -61,7 +67,10 @@ COUNTED: dict[str, type[_Mapped]] = {"mapped": Mapped, "gated": MappedGated}
 
 
 def counted_experts(config: ModelConfig) -> list[Expert]:
-    """What the experts of a patch cost: those of `attention`, but where a patch has a mechanism of its own."""
+    """What the experts of a patch cost.
+
+    Those of `attention`, but where a patch has a mechanism of its own.
+    """
     shape, experts = ExpertShape(config.num_heads, config.head_dim, config.window), build_experts(config)
     for index, name in enumerate(config.experts):
         if name in COUNTED:
@@ -71,7 +80,9 @@ def counted_experts(config: ModelConfig) -> list[Expert]:
 
 
 def layer_costs(prior: PriorConfig, config: ModelConfig, context: int, windows: Sequence[int | None]) -> tuple[Tensor, Tensor]:
-    """Costs relative to attention over all keys = 1: of the experts [E], and of the experts in each layer [L, E].
+    """Costs relative to attention over all keys = 1.
+
+    Of the experts [E], and of the experts in each layer [L, E].
 
     In a layer whose own attention sees a window shorter than `context`, `full` is local attention of that window and costs what
     the prior's cost model says of that; `local` costs no more there. Ratios given by hand hold in every layer.

@@ -84,7 +84,9 @@ class Following(nn.Module):
 
     @contextmanager
     def only_this(self, weights: bool = False) -> Iterator[None]:
-        """Gradients for what was added alone, and for the model's own weights where asked; then all flags as they were.
+        """Gradients for what was added alone, and for the model's own weights where asked.
+
+        Then all flags as they were.
 
         Raises:
             ValueError: autograd cannot read the model's weights, or no optimiser could move them.

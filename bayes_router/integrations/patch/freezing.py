@@ -1,4 +1,7 @@
-"""Units that nobody moves: a static expert in place of a controller, and the key heads whose cache that frees."""
+"""Units that nobody moves.
+
+A static expert in place of a controller, and the key heads whose cache that frees.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +41,9 @@ class Frozen:
         return torch.where((static != LIVE)[:, None], one_hot, executed)
 
     def filled(self, layer: int, live: Tensor | None, like: Tensor, num: int, floor: float) -> Tensor:
-        """Concentrations [.., R, E]: `live` [.., n, E] of those that choose, near certainty elsewhere.
+        """Concentrations [.., R, E].
+
+        `live` [.., n, E] of those that choose, near certainty elsewhere.
 
         `like` [.., D] is what the controller read; `num` is E.
         """
@@ -65,7 +70,10 @@ class Frozen:
 
 
 def decided(load: Tensor, share: float) -> Frozen:
-    """Freeze the units of which all but `share` of the tokens take one expert; load [L, R, E] is the fraction on each."""
+    """Freeze the units of which all but `share` of the tokens take one expert.
+
+    load [L, R, E] is the fraction on each.
+    """
     require(0 <= share < 0.5, "share", "0 or more of the tokens, and less than half", share)
     most, expert = load.max(-1)
     chosen = torch.where(most >= 1 - share - 1e-9, expert, torch.full_like(expert, LIVE))

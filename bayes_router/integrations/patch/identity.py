@@ -12,7 +12,9 @@ SAMPLES = 64  # numbers of each tensor that are kept
 
 
 class Identity(NamedTuple):
-    """What tells a model from others: in its own precision by a fingerprint, in another by numbers of its weights.
+    """What tells a model from others.
+
+    In its own precision by a fingerprint, in another by numbers of its weights.
 
     Attributes:
         fingerprint: sha256 of the class, of the parameters' names and shapes, and of 64 numbers of each as bfloat16.
@@ -23,7 +25,10 @@ class Identity(NamedTuple):
     samples: dict[str, Tensor]
 
     def same(self, other: "Identity") -> bool:
-        """Whether both are one model: alike as bfloat16, or one a rounding of the other in the precisions that they have."""
+        """Whether both are one model.
+
+        Alike as bfloat16, or one a rounding of the other in the precisions that they have.
+        """
         if self.fingerprint == other.fingerprint:
             return True
         if not self.samples or self.samples.keys() != other.samples.keys():
@@ -33,7 +38,10 @@ class Identity(NamedTuple):
 
 
 def _rounded(x: Tensor, y: Tensor) -> bool:
-    """Whether numbers of two precisions may be roundings of the same ones; of one precision: whether they are the same."""
+    """Whether numbers of two precisions may be roundings of the same ones.
+
+    Of one precision: whether they are the same.
+    """
     if x.dtype == y.dtype:
         return torch.equal(x, y)
     kinds, a, b = (torch.finfo(x.dtype), torch.finfo(y.dtype)), x.double(), y.double()

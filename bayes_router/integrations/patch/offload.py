@@ -1,4 +1,7 @@
-"""Models whose weights accelerate keeps elsewhere between calls: reading a weight, and the device that they run on."""
+"""Models whose weights accelerate keeps elsewhere between calls.
+
+Reading a weight, and the device that they run on.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -26,7 +29,9 @@ def kept(model: nn.Module, name: str) -> Tensor | None:
 
 
 def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter once, by the name that it has first; what is offloaded is read where it is kept.
+    """Every parameter once, by the name that it has first.
+
+    What is offloaded is read where it is kept.
 
     Offloading takes tied parameters apart, so that one that is tied to an earlier one is left out by its name.
     """

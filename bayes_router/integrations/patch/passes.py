@@ -1,4 +1,7 @@
-"""What belongs to a pass and not to the model: every thread has its own, and no copy, pickle or state dict carries it."""
+"""What belongs to a pass and not to the model.
+
+Every thread has its own, and no copy, pickle or state dict carries it.
+"""
 
 import sys
 import threading
@@ -20,7 +23,9 @@ Observe = Callable[[int, AttentionCall, Tensor], None]
 
 @dataclass(eq=False)
 class Pass:
-    """How one pass routed its tokens: a handle that keeps the pass's graph alive for as long as it is kept.
+    """How one pass routed its tokens.
+
+    A handle that keeps the pass's graph alive for as long as it is kept.
 
     Attributes:
         concentration: by layer, [B, T, R, E], of the posteriors.
@@ -62,13 +67,18 @@ class Given(NamedTuple):
 
 
 class Slot:
-    """Holds the last pass of one thread: its graph goes with the next pass, or with its own backward pass."""
+    """Holds the last pass of one thread.
+
+    Its graph goes with the next pass, or with its own backward pass.
+    """
 
     def __init__(self) -> None:
         self.last = Pass()
 
     def release_after(self, out: Tensor, then: Callable[[Pass], None]) -> None:
-        """Give up the last pass's graph once a backward pass goes through `out`; who holds `last` keeps it.
+        """Give up the last pass's graph once a backward pass goes through `out`.
+
+        Who holds `last` keeps it.
 
         `then(pass)`, a method, is called at that time.
         """
@@ -115,12 +125,18 @@ class Here(threading.local):
 
 
 def recomputing() -> bool:
-    """Whether a backward pass runs this layer once more (gradient checkpointing): its routes are known already."""
+    """Whether a backward pass runs this layer once more (gradient checkpointing).
+
+    Its routes are known already.
+    """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def checkpointed_without_graph() -> bool:
-    """Whether a reentrant checkpoint runs this layer: without a graph, so that no KL taken of this pass has a gradient."""
+    """Whether a reentrant checkpoint runs this layer.
+
+    Without a graph, so that no KL taken of this pass has a gradient.
+    """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     frame = sys._getframe(1)

@@ -123,13 +123,19 @@ class RoutedModel(Following):
         return counted_experts(self.config)
 
     def force(self, force: Force | None) -> None:
-        """Send every token to one expert (its name), or where choices [L, B, T, R] or weights say; None: route again."""
+        """Send every token to one expert (its name), or where choices [L, B, T, R] or weights say.
+
+        None: route again.
+        """
         if force is not None:
             forced_route(force, self.experts, len(self.layers))
         self._force = force
 
     def attend(self, index: int, hidden: Tensor, call: AttentionCall, cache: Any = None) -> Tensor:
-        """What a patched layer calls: hidden [B, Tq, D], the call after the KV cache -> [B, H, Tq, Dv]."""
+        """What a patched layer calls.
+
+        hidden [B, Tq, D], the call after the KV cache -> [B, H, Tq, Dv].
+        """
         return self.execute(index, self.route_call(index, hidden, call), call, hidden)
 
     def route_call(self, index: int, hidden: Tensor, call: AttentionCall) -> Tensor | int:
@@ -141,7 +147,9 @@ class RoutedModel(Following):
             self.here.call = None
 
     def route(self, index: int, hidden: Tensor, real: Tensor | None = None) -> Tensor | int:
-        """Where the tokens of a layer go: weights [B, T, R, E], choices int64 [B, T, R], or one expert for all.
+        """Where the tokens of a layer go.
+
+        Weights [B, T, R, E], choices int64 [B, T, R], or one expert for all.
 
         `real` [B or 1, T] is False on padding; None: every token is one.
         """
@@ -176,7 +184,10 @@ class RoutedModel(Following):
         return executed
 
     def posterior(self, index: int, hidden: Tensor) -> Dirichlet:
-        """Of a layer's routes for what its controller reads, [B, T, D]: frozen units are not computed, and near certain."""
+        """Of a layer's routes for what its controller reads, [B, T, D].
+
+        Frozen units are not computed, and near certain.
+        """
         if self.frozen is None:
             return self.controller.posterior(index, hidden)
         live = self.frozen.live(index)
@@ -200,11 +211,17 @@ class RoutedModel(Following):
 
     @property
     def last(self) -> Pass:
-        """How this thread's last pass was routed: a handle, with the graph that `kl` needs until the pass went backward."""
+        """How this thread's last pass was routed.
+
+        A handle, with the graph that `kl` needs until the pass went backward.
+        """
         return self.here.slot.last
 
     def decide(self, index: int, q: Dirichlet, mode: RoutingMode, hidden: Tensor) -> Tensor:
-        """The route that a layer executes for what its controller reads: a policy that knows costs is told the layer's own."""
+        """The route that a layer executes for what its controller reads.
+
+        A policy that knows costs is told the layer's own.
+        """
         policy: Any = self.policy
         if index in self._own_costs and getattr(policy, "cost_ratio", None) == tuple(self.cost_ratio.tolist()):
             policy = replace(policy, cost_ratio=self._own_costs[index])
@@ -213,7 +230,10 @@ class RoutedModel(Following):
         return executed if self.frozen is None else self.frozen.fix(index, executed)
 
     def _alarm(self, index: int, hidden: Tensor) -> Tensor | None:
-        """Which tokens [B, T] a guard is alarmed by; its memory of the texts goes with the cache of the call under way."""
+        """Which tokens [B, T] a guard is alarmed by.
+
+        Its memory of the texts goes with the cache of the call under way.
+        """
         if not isinstance(self.policy, Guard):
             return None
         call, past = self.here.call, None
@@ -254,7 +274,10 @@ class RoutedModel(Following):
 
     @contextmanager
     def observed_by(self, observe: Observe) -> Iterator[None]:
-        """Run on full attention and show every call to `observe(layer, call, hidden)`; raises as `routed_by`."""
+        """Run on full attention and show every call to `observe(layer, call, hidden)`.
+
+        Raises as `routed_by`.
+        """
         self.require_patched()
         before, self.here.observe = self.here.observe, observe
         try:
@@ -322,7 +345,10 @@ class RoutedModel(Following):
         return self.last.executed
 
     def unpatch(self) -> nn.Module:
-        """Take everything off the model again and return it; its outputs are then exactly what they were."""
+        """Take everything off the model again and return it.
+
+        Its outputs are then exactly what they were.
+        """
         while self.undo:
             self.undo.pop()()
         return self.model
@@ -354,11 +380,16 @@ class RoutedModel(Following):
         save_patch(record, folder)
 
     def save_pretrained(self, folder: Any, held_out: bool = False) -> None:
-        """`save`, by the name that Hugging Face's models have for it; `Router.from_pretrained` reads it."""
+        """`save`, by the name that Hugging Face's models have for it.
+
+        `Router.from_pretrained` reads it.
+        """
         self.save(folder, held_out)
 
     def push_to_hub(self, name: str, *, private: bool = True, token: str | None = None) -> str:
-        """Save to a repository of the Hugging Face hub, with its card; the address. No text is sent.
+        """Save to a repository of the Hugging Face hub, with its card; the address.
+
+        No text is sent.
 
         Args:
             name: OWNER/REPOSITORY, made if it is not there.
@@ -381,5 +412,8 @@ class RoutedModel(Following):
 
 
 def normalised(hidden: Tensor) -> Tensor:
-    """Scaled to unit root mean square, float32 at least: what a controller reads, on one scale in all layers and models."""
+    """Scaled to unit root mean square, float32 at least.
+
+    What a controller reads, on one scale in all layers and models.
+    """
     return F.rms_norm(widen(hidden), hidden.shape[-1:])

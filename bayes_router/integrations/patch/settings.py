@@ -66,7 +66,9 @@ class PatchSettings:
 
 @dataclass(frozen=True)
 class FitRecord:
-    """How a patch was fitted, as its folder remembers it: what its Pyro program and its diagnostics need to know.
+    """How a patch was fitted, as its folder remembers it.
+
+    What its Pyro program and its diagnostics need to know.
 
     Attributes:
         context: tokens of a sequence.

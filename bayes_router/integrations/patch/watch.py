@@ -17,7 +17,10 @@ ADVICE = (
 
 
 class TrainingWatch:
-    """Watches the training passes of one router: whether what was added is trained, and by its KL too."""
+    """Watches the training passes of one router.
+
+    Whether what was added is trained, and by its KL too.
+    """
 
     def __init__(self, router: nn.Module):
         self.router: Any = router
@@ -43,7 +46,10 @@ class TrainingWatch:
             self._tell("its weights and what the patch added are all frozen, and no loss has a gradient: to train routes")
 
     def went_backward(self, of: Pass) -> None:
-        """A backward pass went through the routes of a training pass: were the weights moved since the one before?"""
+        """A backward pass went through the routes of a training pass.
+
+        Were the weights moved since the one before?
+        """
         mine = _first(self.router.controller.layers[-1].out.parameters())
         if self.told or mine is None or not of.executed or not self.router.training:
             return

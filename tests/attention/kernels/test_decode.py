@@ -1,4 +1,7 @@
-"""The kernels of a decoding step in Triton's interpreter: `TRITON_INTERPRET=1 python -m pytest`; float32, small sizes."""
+"""The kernels of a decoding step in Triton's interpreter: `TRITON_INTERPRET=1 python -m pytest`.
+
+float32, small sizes.
+"""
 
 import os
 
@@ -42,7 +45,10 @@ def assertions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def steps(names: tuple[str, ...], H: int, Hkv: int, Dh: int, calls: list[int]) -> None:
-    """Rows of different lengths and experts, those changing at every step; keys in one stretch and in several."""
+    """Rows of different lengths and experts, those changing at every step.
+
+    Keys in one stretch and in several.
+    """
     decoder = Decoder(names, B=3, H=H, Hkv=Hkv, Dh=Dh, window=9, capacity=40)
     steps_equal_the_full_pass(decoder, prompts=(30, 7, 1), steps=4, tolerance=1e-5)
     assert len(calls) == 4

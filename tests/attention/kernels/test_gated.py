@@ -1,4 +1,6 @@
-"""The Triton kernels of gated, linear and local attention in Triton's interpreter: `TRITON_INTERPRET=1 python -m pytest`.
+"""The Triton kernels of gated, linear and local attention in Triton's interpreter.
+
+`TRITON_INTERPRET=1 python -m pytest`.
 
 It needs no GPU; float32 only (the interpreter takes products of bfloat16 for those of integers) and small sizes.
 """
@@ -85,7 +87,10 @@ def test_gates_that_keep_all_or_nothing(log_gate: float) -> None:
 @pytest.mark.parametrize("names", [("full", "gated", "local"), ("gated", "linear", "local"), ("full", "mapped", "local")])
 @pytest.mark.parametrize(("B", "Hkv", "T", "units"), [(2, 1, 130, 1), (1, 2, 1, 1), (2, 1, 130, 2)])
 def test_routed(names: tuple[str, ...], B: int, Hkv: int, T: int, units: int, fresh_seed: int) -> None:
-    """The first of gated and linear has the kernels, the other computes its own rows; rows of padding are zero."""
+    """The first of gated and linear has the kernels, the other computes its own rows.
+
+    Rows of padding are zero.
+    """
     experts = tuple(draw_expert(name, ExpertShape(2, 16, 9)) for name in names)
     q, k, v = draw_inputs(B, 2, Hkv, T, 16, seed=fresh_seed)
     lengths = torch.full((B,), T)

@@ -1,4 +1,6 @@
-"""The two launches of short texts in the interpreter: `TRITON_INTERPRET=1 python -m pytest tests/attention/test_short.py`.
+"""The two launches of short texts in the interpreter.
+
+`TRITON_INTERPRET=1 python -m pytest tests/attention/test_short.py`.
 
 On a GPU, compiled: tests/gpu/test_short.py.
 """

@@ -1,4 +1,7 @@
-"""The routed kernels in Triton's interpreter (`make kernels`): rows split over keys, batches, padding, what launches get."""
+"""The routed kernels in Triton's interpreter (`make kernels`).
+
+Rows split over keys, batches, padding, what launches get.
+"""
 
 import os
 import sys
@@ -128,7 +131,10 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watcher:
 
 
 def test_nothing_that_triton_compiles_for_depends_on_the_route(watch: Watcher) -> None:
-    """Kernels, grids, numbers, constants, and dtypes and shapes of tensors: all that a compiled kernel is chosen by."""
+    """Kernels, grids, numbers, constants, and dtypes and shapes of tensors.
+
+    All that a compiled kernel is chosen by.
+    """
     told: list[Any] = []
     watch(lambda *args, **constants: told.append((*map(shown, args), *constants.items())))
     seen = []

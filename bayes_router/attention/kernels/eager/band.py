@@ -11,7 +11,9 @@ MIN_BLOCK = 64
 
 
 def banded(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int = 0, scale: float | None = None) -> Tensor:
-    """Local attention of every query, the last Tq of Tk positions: [B, H, Tq, Dv]. `scale` of the scores: 1 / sqrt(Dh).
+    """Local attention of every query, the last Tq of Tk positions: [B, H, Tq, Dv].
+
+    `scale` of the scores: 1 / sqrt(Dh).
 
     Queries come in blocks of C = max(W, 64); a block sees the sinks and the keys from W - 1 before it to its own end.
     """

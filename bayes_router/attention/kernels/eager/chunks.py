@@ -15,7 +15,10 @@ def feature_map(x: Tensor) -> Tensor:
 
 
 def with_ones(v: Tensor) -> Tensor:
-    """[..., Dh] -> [..., Dh + 1]: with a column of ones, numerator and normaliser are one product."""
+    """[..., Dh] -> [..., Dh + 1].
+
+    With a column of ones, numerator and normaliser are one product.
+    """
     return F.pad(v, (0, 1), value=1.0)
 
 

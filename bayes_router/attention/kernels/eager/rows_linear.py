@@ -1,4 +1,6 @@
-"""Linear attention, plain or gated, of chosen queries in plain torch: every key enters the state, the chosen queries read it.
+"""Linear attention, plain or gated, of chosen queries in plain torch.
+
+Every key enters the state, the chosen queries read it.
 
 Letters as in `hard.rows`. Keys come in chunks: the masked product of a chunk's chosen queries with its keys, and the state
 before it. A chunk's temporaries stay in the processor's cache and in the memory of those before. With log gates the past fades
@@ -46,7 +48,10 @@ class Span(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Features of a chunk's keys, and of its chosen queries, packed by key head; none, an empty tensor."""
+    """Features of a chunk's keys, and of its chosen queries, packed by key head.
+
+    None, an empty tensor.
+    """
 
     keys: Tensor  # [Hk, C, Dh]
     values: Tensor  # [Hk, C, Dh]
@@ -92,7 +97,9 @@ def linear_rows_backward(
     q: Tensor, k: Tensor, v: Tensor, rows: Tensor, states: list[Before], out: Tensor, dout: Tensor,
     dq: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
-    """Add the gradients of plain `attend` for `rows` of q [H, Tq, Dh] to dq, dk and dv; out and dout are the whole sequence's.
+    """Add the gradients of plain `attend` for `rows` of q [H, Tq, Dh] to dq, dk and dv.
+
+    out and dout are the whole sequence's.
 
     The chunks are computed again, from the last to the first. With w the weights, n their sum, S and z the state before a chunk
     and dS and dz the gradient of the state after it:
@@ -193,10 +200,16 @@ def _add(state: Before, chunk: Chunk) -> State:
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows of x [H, T, Dh]: [H, n, Dh], by tokens, as models lay them out: a token is copied as one piece."""
+    """Rows of x [H, T, Dh]: [H, n, Dh], by tokens, as models lay them out.
+
+    A token is copied as one piece.
+    """
     return x.transpose(0, 1).index_select(0, rows).transpose(0, 1)
 
 
 def add_rows(x: Tensor, rows: Tensor, added: Tensor) -> None:
-    """Add [H, n, Dh] to different rows of x [H, T, Dh]; torch's own index_add_ takes rows one by one."""
+    """Add [H, n, Dh] to different rows of x [H, T, Dh].
+
+    Torch's own index_add_ takes rows one by one.
+    """
     x.transpose(0, 1).index_copy_(0, rows, (take(x, rows) + added).transpose(0, 1))

@@ -57,7 +57,9 @@ def tiles(positions: Tensor, local: ExpertShape | None, groups: int) -> Iterator
 
 
 class _Masks:
-    """Masks of tiles, each written over the one before: fresh pages of memory cost more than filling them.
+    """Masks of tiles, each written over the one before.
+
+    Fresh pages of memory cost more than filling them.
 
     Whether a key is seen depends on its distance alone, but for sinks: a mask is rows of a table that repeats one line, each
     time a key further on, and copying them takes a tenth of the time of comparing positions.
@@ -94,7 +96,10 @@ def _shifted(line: Tensor, width: int) -> Tensor:
 
 
 def softmax_rows(queries: Tensor, k: Tensor, v: Tensor, positions: Tensor, local: ExpertShape | None) -> tuple[Tensor, Tensor]:
-    """Full or local attention of gathered queries [H, n, Dh]: (output, log of the softmax normaliser [H, n])."""
+    """Full or local attention of gathered queries [H, n, Dh].
+
+    (output, log of the softmax normaliser [H, n]).
+    """
     H, n, Dh = queries.shape
     groups = H // k.shape[0]
     masks = _Masks(local, groups, queries, k.shape[1])

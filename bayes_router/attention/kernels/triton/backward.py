@@ -1,5 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
-"""Triton kernels of the routed backward pass. Nothing of size T x T is kept: scores are taken again from q, k and `Lse`.
+"""Triton kernels of the routed backward pass.
+
+Nothing of size T x T is kept: scores are taken again from q, k and `Lse`.
 
 With p the softmax weights, delta = sum(out * dout): ds = p (dout v^T - delta), dq = ds k, dk = ds^T q, dv = p^T dout.
 """
@@ -120,7 +122,10 @@ def _dkv_rows(
     MASKED: tl.constexpr, SORTED: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
     SINKS: tl.constexpr = 0,
 ):  # fmt: skip
-    """What a block of softmax queries adds to the gradients of a block of keys; it sees `reach` keys back."""
+    """What a block of softmax queries adds to the gradients of a block of keys.
+
+    It sees `reach` keys back.
+    """
     r = r0 + tl.arange(0, BM)
     real = r < end
     t = nth_token(Order, u, kind, r, real, T, SORTED)
@@ -145,7 +150,10 @@ def dkv_kernel(
     SINKS: tl.constexpr, FULL: tl.constexpr, LOCAL: tl.constexpr, SORTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of keys and values from the full and local queries that see it; blocks seen by most go first."""
+    """Gradients of a block of keys and values from the full and local queries that see it.
+
+    Blocks seen by most go first.
+    """
     hk, j, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     n0 = j * BN
     n, d = n0 + tl.arange(0, BN), tl.arange(0, D)

@@ -1,4 +1,7 @@
-"""What the launches of a forward and backward pass share: tile sizes, the call's facts, scratch, joining kernels."""
+"""What the launches of a forward and backward pass share.
+
+Tile sizes, the call's facts, scratch, joining kernels.
+"""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +19,10 @@ Sizes = dict[str, int]
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tile sizes, warps and pipeline stages of each kernel; `full_dq` shares the work items, hence BM, of `full`."""
+    """Tile sizes, warps and pipeline stages of each kernel.
+
+    `full_dq` shares the work items, hence BM, of `full`.
+    """
 
     full: Sizes
     local: Sizes
@@ -37,7 +43,10 @@ def _sizes(rows: int, keys: int, warps: int, stages: int, registers: int | None 
 
 
 def tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
-    """What measured fastest on an H100; float32 takes small tiles, its products are not tensor-core ones."""
+    """What measured fastest on an H100.
+
+    float32 takes small tiles, its products are not tensor-core ones.
+    """
     if dtype == torch.float32:
         small = _sizes(32, 32, 4, 1)
         return Tiles(small, small, small, small, small, small, small, small, small, 2, 2)
@@ -65,7 +74,10 @@ def tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
 
 
 class Queries(NamedTuple):
-    """The queries that a kernel takes: those of its kind in a plan, or every one (`sorted` False: the tables are not read)."""
+    """The queries that a kernel takes.
+
+    Those of its kind in a plan, or every one (`sorted` False: the tables are not read).
+    """
 
     order: Tensor
     before: Tensor
@@ -141,5 +153,8 @@ def strides(*xs: Tensor) -> list[int]:
 
 
 def chunk_size(num_keys: int) -> int:
-    """Tokens between two kept states: short enough for the reads, long enough that states take less memory than keys."""
+    """Tokens between two kept states.
+
+    Short enough for the reads, long enough that states take less memory than keys.
+    """
     return 64 if num_keys <= 1024 else 128 if num_keys <= 8192 else 256

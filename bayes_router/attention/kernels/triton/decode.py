@@ -44,7 +44,10 @@ class GatedStep(NamedTuple):
 
 @triton.jit
 def _visible(route, length, full, local, window):
-    """First stored key that a head on this route sees, to length - 1 besides the new one; and whether it sees any."""
+    """First stored key that a head on this route sees, to length - 1 besides the new one.
+
+    And whether it sees any.
+    """
     on_local = route == local
     return tl.where(on_local, tl.maximum(length - window + 1, 0), 0), on_local | (route == full)
 
@@ -71,7 +74,10 @@ def _step_state(
     State, Value, PlainQ, Out, feature, keep, scale, q_h, heads, Route, head, UNIT, r_r, number,
     GATED: tl.constexpr, DIM: tl.constexpr, BC: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """State <- keep State + feature [value, 1]^T, BC columns at a time; it is read by those of `heads` heads on `number`."""
+    """State <- keep State + feature [value, 1]^T, BC columns at a time.
+
+    It is read by those of `heads` heads on `number`.
+    """
     d = tl.arange(0, D)
     real = d < DIM
     rows = State + d * (DIM + 1)
@@ -101,7 +107,10 @@ def decode_kernel(
     SPLITS: tl.constexpr, LINEAR: tl.constexpr, GATED: tl.constexpr, STORE: tl.constexpr, RING: tl.constexpr,
     ROWS: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (part, key head, row of the batch): the parts are SPLITS stretches, the linear state, GROUP gated states."""
+    """Program (part, key head, row of the batch).
+
+    The parts are SPLITS stretches, the linear state, GROUP gated states.
+    """
     part, hk, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     Route += b * r_b
     d, g = tl.arange(0, D), tl.arange(0, ROWS)
@@ -174,7 +183,10 @@ def join_kernel(
     Partial, PartialLse, Route, Lengths, Out, r_b, r_r, H, GROUP, UNIT, room, num_experts, full, local, window,
     ROWS: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Join the stretches of one row and head. A route out of range or a row without room must not pass silently."""
+    """Join the stretches of one row and head.
+
+    A route out of range or a row without room must not pass silently.
+    """
     h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     Route += b * r_b
     length, route = tl.load(Lengths + b).to(tl.int32), tl.load(Route + h // UNIT * r_r)
@@ -212,7 +224,9 @@ def decode_step(
     slots: int | None = None,
     ring: bool = False,
 ) -> Tensor:
-    """Append one token to each row and attend: [B, H, 1, Dh]. Rows of experts that are not named here are not written.
+    """Append one token to each row and attend: [B, H, 1, Dh].
+
+    Rows of experts that are not named here are not written.
 
     Args:
         q: [B, H, 1, Dh]; k, v, plain_q and plain_k likewise, of the new token; the last dimension contiguous.

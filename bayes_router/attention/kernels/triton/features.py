@@ -1,5 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
-"""Triton kernels of what gated linear attention makes of queries and keys: one read of each, one write.
+"""Triton kernels of what gated linear attention makes of queries and keys.
+
+One read of each, one write.
 
     phi(x) = softmax(s_h x),  s_h = exp(log_scale_h)            log_gate = logsigmoid(w_h . k + b_h)
 
@@ -31,7 +33,10 @@ def softmax_rows(x, scale, real):
 
 @triton.jit
 def log_sigmoid(x):
-    """min(x, 0) - log(1 + u), u = exp(-|x|); log(1 + u) = 2 artanh(z), z = u / (2 + u) <= 1/3, exact where u is small."""
+    """min(x, 0) - log(1 + u), u = exp(-|x|).
+
+    log(1 + u) = 2 artanh(z), z = u / (2 + u) <= 1/3, exact where u is small.
+    """
     u = tl.exp(-tl.abs(x))
     z = u / (2.0 + u)
     z2 = z * z

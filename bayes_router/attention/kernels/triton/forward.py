@@ -30,7 +30,10 @@ def load_rows(X, t, real, x_t, D: tl.constexpr):
 
 @triton.jit
 def table_row(b, h, H, UNIT):
-    """Row of the tables of `plan` that query head h of row b reads: that of its routing unit of UNIT heads."""
+    """Row of the tables of `plan` that query head h of row b reads.
+
+    That of its routing unit of UNIT heads.
+    """
     return b * (H // UNIT) + h // UNIT
 
 
@@ -42,7 +45,10 @@ def count_rows(Before, u, kind, T, NB, SORTED: tl.constexpr):
 
 @triton.jit
 def rows_before(Before, u, kind, token, T, NB, SORTED: tl.constexpr):
-    """How many tokens of this kind stand before `token`; SORTED: before the last multiple of 64 up to it."""
+    """How many tokens of this kind stand before `token`.
+
+    SORTED: before the last multiple of 64 up to it.
+    """
     return tl.load(Before + (u * 3 + kind) * (NB + 1) + tl.minimum(token // 64, NB)) if SORTED else tl.minimum(token, T)
 
 
@@ -64,13 +70,19 @@ def gather_rows(Order, Before, u, kind, block, T, NB, SORTED: tl.constexpr, BM: 
 
 @triton.jit
 def sees(pos, n, reach):
-    """Whether a query at `pos` sees key n, no more than `reach` keys back, itself included: one unsigned comparison."""
+    """Whether a query at `pos` sees key n, no more than `reach` keys back, itself included.
+
+    One unsigned comparison.
+    """
     return (pos - n).to(tl.uint32, bitcast=True) < tl.cast(reach, tl.uint32)  # an argument equal to 1 is a constexpr
 
 
 @triton.jit
 def reach_of(n, window, SINKS: tl.constexpr):
-    """How many keys back key n is still seen by a local query, itself included: a sink from everywhere."""
+    """How many keys back key n is still seen by a local query, itself included.
+
+    A sink from everywhere.
+    """
     return tl.where(n < SINKS, 2147483647, window) if SINKS else window
 
 
@@ -120,7 +132,10 @@ def _tile(q, K, V, n0, num_keys, k_t, v_t, pos, reach, m, norm, acc, scale, MASK
 @triton.jit
 def attend_keys(q, K, V, lo, seen, hi, num_keys, k_t, v_t, pos, scale, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
                 PRECISION: tl.constexpr):  # fmt: skip
-    """Softmax over keys lo .. hi, of which every row sees those before `seen`: (maxima, normalisers, weighted sums)."""
+    """Softmax over keys lo .. hi, of which every row sees those before `seen`.
+
+    (maxima, normalisers, weighted sums).
+    """
     m = tl.full([BM], HIDDEN, tl.float32)
     norm = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
@@ -134,7 +149,10 @@ def attend_keys(q, K, V, lo, seen, hi, num_keys, k_t, v_t, pos, scale, BM: tl.co
 @triton.jit
 def attend_band(q, K, V, first, last, num_keys, k_t, v_t, pos, window, scale, SINKS: tl.constexpr, BM: tl.constexpr,
                 BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Softmax over the sinks and the hull of the windows of queries at positions first .. last: as `attend_keys`."""
+    """Softmax over the sinks and the hull of the windows of queries at positions first .. last.
+
+    As `attend_keys`.
+    """
     m = tl.full([BM], HIDDEN, tl.float32)
     norm = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
@@ -151,7 +169,10 @@ def full_kernel(
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, H, GROUP, UNIT, T, NB, num_keys, start, scale, programs,
     STARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Full attention: programs stay resident and take items off the list, longest first; the next two are fetched ahead."""
+    """Full attention: programs stay resident and take items off the list, longest first.
+
+    The next two are fetched ahead.
+    """
     d, r = tl.arange(0, D), tl.arange(0, BM)
     total = tl.load(Counters)
     item = tl.program_id(0)
@@ -193,7 +214,10 @@ def combine_kernel(
     Partial, PartialLse, Out, Lse, Order, Before, Parts, o_b, o_h, o_t, H, UNIT, T, NB, max_blocks,
     S: tl.constexpr, BM: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """Join the partial results of split blocks, ROWS rows at a time: weighed by their normalisers, or summed (SUM)."""
+    """Join the partial results of split blocks, ROWS rows at a time.
+
+    Weighed by their normalisers, or summed (SUM).
+    """
     h, b = tl.program_id(0), tl.program_id(2)
     u = table_row(b, h, H, UNIT)
     count = tl.load(Before + u * 3 * (NB + 1) + NB)

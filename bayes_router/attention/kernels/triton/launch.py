@@ -17,7 +17,10 @@ _DIRECT = triton.__version__.startswith("3.6.")  # the calling convention of a c
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """`kernel[grid](*args, **constants)`; `constants` are its constexpr parameters and the compiler's options."""
+    """`kernel[grid](*args, **constants)`.
+
+    `constants` are its constexpr parameters and the compiler's options.
+    """
     if not _DIRECT or not hasattr(kernel, "params"):  # another version, or the interpreter
         kernel[grid](*args, **constants)
         return

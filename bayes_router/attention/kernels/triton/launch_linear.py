@@ -32,7 +32,10 @@ def linear_forward(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, out: Tensor, lse: Tensor, rows: Queries, tiles: Tiles,
     starts: Tensor | None = None, start: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Writes the rows of out and their denominators to lse; returns the state before each chunk of keys."""
+    """Writes the rows of out and their denominators to lse.
+
+    Returns the state before each chunk of keys.
+    """
     (B, H, Tq, _), (_, HK, T, _) = q.shape, k.shape
     vgroup, chunk, fixed = HK // v.shape[1], chunk_size(T), _fixed(q, decay)
     s, z = empty_states(k, chunk)
@@ -59,7 +62,10 @@ def linear_backward(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, out: Tensor, dout: Tensor, lse: Tensor, delta: Tensor,
     state: list[Tensor], dq: Tensor, dv: Tensor, add: bool, rows: Queries, tiles: Tiles,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Gradients of k and of the log gates; writes its rows of dq and, onto what dv holds if `add`, dv. As many q as k."""
+    """Gradients of k and of the log gates.
+
+    Writes its rows of dq and, onto what dv holds if `add`, dv. As many q as k.
+    """
     (B, H, T, _), HK, count, chunk = q.shape, k.shape[1], state[0].shape[2], chunk_size(k.shape[2])
     group, vgroup, fixed = H // HK, HK // v.shape[1], {**_fixed(q, decay), "SORTED": rows.sorted, "CHUNK": chunk}
     gates, tables = lse if decay is None else decay, (rows.order, rows.before)
@@ -99,7 +105,10 @@ def linear_backward(
 def prefix(
     s: Tensor, z: Tensor, num_keys: int, chunk: int, decay: Tensor | None = None, others: list[Tensor] | None = None
 ) -> Tensor:
-    """In place: what stands before each chunk or, given the states that do, after it; then their products [B HK, parts, NC]."""
+    """In place: what stands before each chunk or, given the states that do, after it.
+
+    Then their products [B HK, parts, NC].
+    """
     B, H, count, D = z.shape
     block, reverse = min(64, D), others is not None
     parts = D * D // block + triton.cdiv(D, block)

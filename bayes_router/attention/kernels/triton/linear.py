@@ -1,5 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
-"""Triton kernels of linear attention: what each chunk of keys adds, the running state before each chunk, and the reads.
+"""Triton kernels of linear attention.
+
+What each chunk of keys adds, the running state before each chunk, and the reads.
 
     out_t = sum_s w_ts v_s / (sum_s w_ts + EPSILON),  s <= t,  w_ts = phi(q_t) . phi(k_s)
     DECAY: queries and keys come as features,         w_ts = (q_t . k_s) exp(decay_t - decay_s)
@@ -136,7 +138,9 @@ def prefix_kernel(
     S, Z, OtherS, OtherZ, Decay, Cross, NC, num_keys,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """In place, the states before each chunk (REVERSE: after it). The last programs of a head take z.
+    """In place, the states before each chunk (REVERSE: after it).
+
+    The last programs of a head take z.
 
     With REVERSE and DECAY, Cross [B HK, parts, NC] adds up over its parts to the product of what stands after each chunk and
     the state (OtherS, OtherZ) that stands before the next: all pairs of a query and a key that the boundary parts.
@@ -161,7 +165,10 @@ def linear_kernel(
     DECAY: tl.constexpr, SORTED: tl.constexpr, STARTS: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Reads of a block of (sorted) queries: the state before the chunk of the first, and the keys from there on."""
+    """Reads of a block of (sorted) queries.
+
+    The state before the chunk of the first, and the keys from there on.
+    """
     h, i, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     u = table_row(b, h, H, UNIT)
     if i * BM >= count_rows(Before, u, 1, T, NB, SORTED):

@@ -35,7 +35,10 @@ def linear_dq_kernel(
     DECAY: tl.constexpr, SORTED: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the queries: through the state before their chunk, and the keys from there on."""
+    """Gradients of the queries.
+
+    Through the state before their chunk, and the keys from there on.
+    """
     h, i, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     u = table_row(b, h, H, UNIT)
     if i * BM >= count_rows(Before, u, 1, T, NB, SORTED):
@@ -125,7 +128,9 @@ def linear_dkv_kernel(
     DECAY: tl.constexpr, SORTED: tl.constexpr, CHUNK: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of keys and values from the queries after it; ADD: values already hold another part.
+    """Gradients of a block of keys and values from the queries after it.
+
+    ADD: values already hold another part.
 
     DV has the heads of K. DDecay comes with the part of the queries and leaves as the difference of both.
     """

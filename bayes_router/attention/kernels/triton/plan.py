@@ -1,5 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
-"""Sorting the tokens by route on the GPU, with static shapes and without the host: the tables that every kernel reads.
+"""Sorting the tokens by route on the GPU, with static shapes and without the host.
+
+The tables that every kernel reads.
 
 For each row of the batch b, each of its R routing units r, as row u = b R + r of the tables (U = B R of them), and each kind
 of expert (0 full, 1 linear, 2 local):
@@ -97,7 +99,10 @@ def _plan_kernel(
 
 @triton.jit
 def _blocks_before(Row, key, begin, NB, BM: tl.constexpr):
-    """Blocks of sorted full queries that stand before `key`; it may tell fewer, as `before` knows every 64th token."""
+    """Blocks of sorted full queries that stand before `key`.
+
+    It may tell fewer, as `before` knows every 64th token.
+    """
     return tl.load(Row + tl.minimum(tl.maximum(key - begin, 0) // 64, NB)) // BM
 
 
@@ -190,7 +195,10 @@ def empty_plan(route: Tensor) -> Plan:
 
 
 def make_plan(route: Tensor, indices: tuple[int, int, int], num_experts: int, lengths: Tensor | None) -> Plan:
-    """Sort the tokens by route [B, T, R]; `indices` are those of full, linear and local among the experts, -1 where absent."""
+    """Sort the tokens by route [B, T, R].
+
+    `indices` are those of full, linear and local among the experts, -1 where absent.
+    """
     (B, T, R), (order, before) = route.shape, empty_plan(route)
     blocks = before.shape[2] - 1
     block = min(PLAN_BLOCK, triton.next_power_of_2(T))
@@ -206,7 +214,9 @@ def make_plan(route: Tensor, indices: tuple[int, int, int], num_experts: int, le
 def make_work(
     plan: Plan, units: int, unit_heads: int, num_keys: int, starts: Tensor | None, tile: tuple[int, int], programs: int
 ) -> WorkList:
-    """Cut full attention into items for `programs` resident programs; `tile` is (queries, keys) of their tiles.
+    """Cut full attention into items for `programs` resident programs.
+
+    `tile` is (queries, keys) of their tiles.
 
     A row of the batch has `units` rows in the tables, each for `unit_heads` query heads.
     """

@@ -31,7 +31,10 @@ def prepare_kernel(
     full, linear, local, num_experts, U, R, HK, T, NB, num_keys, NC, blocks,
     PADDED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The tables of `plan`, a program for each kind of a row of them; then each chunk's sums, a program for each head of K."""
+    """The tables of `plan`, a program for each kind of a row of them.
+
+    Then each chunk's sums, a program for each head of K.
+    """
     x = tl.program_id(0)
     if x < 3 * U:
         u = (x // 3).to(tl.int64)
@@ -90,7 +93,10 @@ def _linear(
     q, Kh, Vh, S, Z, Out, t, real, begin, first, last, num_keys, k_t, v_t, o_t,
     SUMMED: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A block of linear queries: the chunks before that of the first (SUMMED: their sum), and the keys from there on."""
+    """A block of linear queries.
+
+    The chunks before that of the first (SUMMED: their sum), and the keys from there on.
+    """
     d, pos = tl.arange(0, D), t + begin
     feature = phi(q.to(tl.float32)).to(q.dtype)
     chunks = (first + begin) // CHUNK
@@ -127,7 +133,10 @@ def work_kernel(
     SINKS: tl.constexpr, STARTS: tl.constexpr, SPLIT: tl.constexpr, SUMMED: tl.constexpr, CHUNK: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (number, row of the tables): every so many-th item of the row's list, on which its heads come fastest."""
+    """Program (number, row of the tables).
+
+    Every so many-th item of the row's list, on which its heads come fastest.
+    """
     u = tl.program_id(1).to(tl.int64)
     b = u // (H // UNIT)
     begin = start
