@@ -498,8 +498,8 @@ FAULTS = [
     Fault(
         "ties of ranks count whole",
         f"{P}/diagnostics/measures/calibration.py",
-        "ranks = pd.Series(np.concatenate([positive, negative])).rank().to_numpy()",
-        'ranks = pd.Series(np.concatenate([positive, negative])).rank(method="max").to_numpy()',
+        "ranks = rankdata(np.concatenate([positive, negative]))",
+        'ranks = rankdata(np.concatenate([positive, negative]), method="max")',
         f"{T}/diagnostics/test_calibration.py",
     ),
 ]
