@@ -13,6 +13,8 @@ from bayes_router.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OTHERS = [ROOT / name for name in ("DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+LINKED = [*PAGES, *OTHERS, *sorted((ROOT / "analysis").glob("*.md"))]
 RUN = [p for p in PAGES if "```python" in p.read_text(encoding="utf-8") and p.name not in ("README.md",)]
 
 
@@ -43,7 +45,7 @@ def test_its_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
             _REGISTRY.pop(name)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
 def test_its_links_and_names_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([\w./-]+)\)", text):

@@ -4,7 +4,10 @@ import re
 
 import pytest
 
-from analysis.quoted import ROOT, problems
+from analysis.pretrained.table import RESULTS, losses, spread
+from analysis.pretrained.table import lines as lines_of
+from analysis.quoted import ROOT, problems, read
+from analysis.routes.tiny_lm import markdown, summarise
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -27,3 +30,20 @@ def test_it_is_short() -> None:
     prose = re.sub(r"```.*?```", "", README, flags=re.S)
     words = " ".join(line for line in prose.splitlines() if not line.startswith("|")).split()
     assert len(words) <= 900
+
+
+@pytest.mark.parametrize("name", ["tiny_lm", "tiny_lm_cpu", "recipe", "long", "learning_rate", "learning_rate_cpu"])
+def test_the_tables_beside_the_results_are_theirs(name: str) -> None:
+    table = (RESULTS.parent / f"{name}.md").read_text(encoding="utf-8")
+    assert table.strip() == markdown(summarise(read(name))).strip()
+
+
+def test_the_tables_of_the_pretrained_study_are_those_of_its_rows() -> None:
+    page = (ROOT / "analysis" / "PRETRAINED.md").read_text(encoding="utf-8")
+    table = losses(read("pretrained"))
+    for text in ("novels", "wikitext", "python"):
+        chosen = table[(table["context"] == 8192) & (table["text"] == text) & (table["budget"] < 1)]
+        rows = [" ".join(row.replace(".0 |", " |").split()) for row in lines_of(spread(chosen))]
+        flat = " ".join(page.split())
+        missing = [row for row in rows[2:] if row not in flat]
+        assert len(rows) > 9 and not missing, missing[:2]
