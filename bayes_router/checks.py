@@ -10,7 +10,10 @@ from typing import TypeVar
 
 
 def require(ok: bool, name: str, expected: str, got: object, fix: str = "") -> None:
-    """Raise a ValueError that names the field, what was expected, what came and the fix, unless `ok`."""
+    """Raise a ValueError unless `ok`.
+
+    It names the field, what was expected, what came and the fix.
+    """
     if not ok:
         raise ValueError(f"{name}: expected {expected}; got {got!r}" + (f"; {fix}" if fix else ""))
 

@@ -78,7 +78,10 @@ def _refuse(what: str) -> int:
 
 
 def _show_what_can_be_shown() -> None:
-    """An output that is not UTF-8 gets a question mark for what it cannot show, not an error in the middle of a text."""
+    """An output that is not UTF-8 gets a question mark for what it cannot show.
+
+    An error in the middle of a text is worse.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")

@@ -63,7 +63,9 @@ def require_file(run: Path, name: str) -> Path:
 
 
 def check_folder_for(path: Path, name: str = "out") -> None:
-    """Refuse a folder that cannot be made and written to, before the hours whose results it is to hold. Nothing is left there.
+    """Refuse a folder that cannot be made and written to, and leave nothing there.
+
+    Before the hours whose results it is to hold.
 
     Raises:
         ValueError: `path` is a file, lies below one, or may not be written.

@@ -69,7 +69,10 @@ def cost_ratios(
 
 
 def flops(expert: Expert, context: int, mode: Mode = Mode.PREFILL) -> float:
-    """FLOPs per token of one layer's attention when every token takes it, all heads with keys of their own, no projections."""
+    """FLOPs per token of one layer's attention where every token takes this expert.
+
+    All heads with keys of their own, no projections.
+    """
     if mode is Mode.PREFILL:
         return expert.flops_per_token(context)
     before = expert.flops_per_token(context - 1) * (context - 1) if context > 1 else 0.0

@@ -17,7 +17,9 @@ from bayes_router.timing import device_name, median_ms
 
 
 def measured_latencies(experts: Sequence[Expert], context: int, device: torch.device | str | None = None) -> list[float]:
-    """Milliseconds of a causal forward pass of each expert over `context` tokens (batch 1), from the cache or measured.
+    """Milliseconds of a causal forward pass of each expert over `context` tokens (batch 1).
+
+    They are measured, or read from the cache.
 
     Experts are timed in turn, so that a drift of the clock touches all. CUDA takes bfloat16, the CPU float32.
     """

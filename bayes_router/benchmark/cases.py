@@ -1,4 +1,7 @@
-"""What is measured: inputs laid out as a model's, routes drawn from a mix, full attention to compare with, and ideals."""
+"""What is measured: inputs laid out as a model's, and routes drawn from a mix.
+
+Beside them full attention to compare with, and ideals.
+"""
 
 import re
 from contextlib import nullcontext
@@ -103,13 +106,18 @@ def baselines(device: torch.device) -> dict[str, SDPBackend | None]:
 
 
 def ideal_flops(shape: Shape, mix: str) -> float:
-    """FLOPs of full attention over those that hard routes of the mix have to do, states of every token included."""
+    """FLOPs of full attention over those that hard routes of the mix have to do.
+
+    States of every token are included.
+    """
     cost = hard_flops(built(shape), shape.T, shape.H)
     return float(cost.own[0]) / cost.mean(torch.tensor(mix_shares(mix)))
 
 
 def decode_calls(shape: Shape, mix: str, device: torch.device, run: int = 1) -> tuple[dict[str, Call], float]:
-    """One step of a batch in which every row takes its own expert, full attention over the same keys; and the ideal.
+    """One step of a batch in which every row takes its own expert.
+
+    Beside it full attention over the same keys, and the ideal.
 
     With `run` above 1 rows of an expert stand together. The ideal is the bytes that full attention reads over those that the
     mix reads and writes. Keys beyond the step's own are never touched, and the cache forgets the step again, so that every

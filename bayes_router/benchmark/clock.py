@@ -31,7 +31,10 @@ class Clock:
         """Seconds of a turn of the last calls."""
 
     def __call__(self, calls: dict[str, Call]) -> dict[str, Timing]:
-        """Each call once to warm up, once to see how long it takes, then 1 to MOST turns, as many as the budget allows."""
+        """Each call once to warm up, once to time it, then in turns.
+
+        There are 1 to MOST turns, as many as the budget allows.
+        """
         for call in calls.values():
             call()
         start = time.perf_counter()

@@ -250,7 +250,9 @@ class Decoder:
         return torch.cat(found, 2)
 
     def as_graph(self) -> "Decoder":
-        """The same decoding, its step recorded in a CUDA graph and found equal to the step that was recorded.
+        """The same decoding with its step in a CUDA graph.
+
+        The replayed step is found equal to the one that was recorded.
 
         Raises:
             RuntimeError: a step waits for the device, and cannot be recorded.

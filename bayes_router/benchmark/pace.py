@@ -1,4 +1,7 @@
-"""Keeping to a time: what a group of calls will take at the least, from those of its kind that were measured before it."""
+"""Keeping to a time: what a group of calls will take at the least.
+
+It is told by those of its kind that were measured before it.
+"""
 
 import torch
 

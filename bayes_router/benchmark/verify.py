@@ -86,7 +86,9 @@ def _in_time(until: float | None) -> None:
 
 
 def verify_model(device: torch.device, model: ModelConfig) -> None:
-    """`verify` with the experts of a model, then long texts and decoding at its own heads, head size and window.
+    """`verify` with the experts of a model, then long texts and decoding.
+
+    At its own heads, head size and window.
 
     Raises:
         ValueError: as `verify`.

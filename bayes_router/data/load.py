@@ -43,7 +43,7 @@ class Data:
 
 
 def load_data(config: Config) -> tuple[Config, Data]:
-    """The data of a configuration, and the configuration with the vocabulary that the data needs."""
+    """The data of a configuration, and the configuration with the vocabulary of the data."""
     if config.data.corpus == "recall":
         recall = RecallData()
         require(

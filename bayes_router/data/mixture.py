@@ -80,7 +80,10 @@ class Mixture:
             left = None if left is None else left - len(some)
 
     def split(self, valid_fraction: float) -> "tuple[Mixture, TokenStream]":
-        """The beginnings, and the ends in one stream, in pieces of each kind by turns and by share."""
+        """The beginnings, and the ends in one stream.
+
+        They stand in pieces of each kind by turns and by share.
+        """
         parts = {name: stream.split(valid_fraction) for name, stream in self.streams.items()}
         ends = {name: last.tokens for name, (_, last) in parts.items()}
         turns = min(len(end) / self.shares[name] for name, end in ends.items())

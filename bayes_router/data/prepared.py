@@ -79,7 +79,7 @@ class MappedTokens(TokenDataset):
 
 
 def prepared_data(name: str, tokeniser: str, valid_fraction: float, seed: int, folder: str) -> TextData:
-    """The corpus `name` from its prepared files below `folder`, which are made if they are not there.
+    """The corpus `name` from its prepared files below `folder`, made where there are none.
 
     Raises:
         ValueError: as `text_data`; prepared files that are damaged.

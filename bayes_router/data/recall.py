@@ -43,7 +43,9 @@ class RecallBatch(Batch):
 
 @dataclass(frozen=True)
 class RecallData:
-    """The generator; a `TokenSource` with endless training batches and `num_windows` fixed evaluation sequences.
+    """The generator, a `TokenSource` with endless training batches.
+
+    Evaluation reads `num_windows` fixed sequences.
 
     Vocabulary, in this order: the mark, `num_keys` keys, `num_values` values, `num_fillers` filler tokens.
 
@@ -101,7 +103,10 @@ class RecallData:
         return self._as_batch(sequence[rank::world_size])
 
     def windows(self, context: int, batch_size: int, limit: int | None = None) -> Iterator[RecallBatch]:
-        """The first of `num_windows` fixed sequences of `context` tokens, as many as `limit` tokens hold."""
+        """The first of `num_windows` fixed sequences of `context` tokens.
+
+        As many as `limit` tokens hold.
+        """
         check_batch(batch_size)
         count = window_count(self.num_windows, context, limit)
         rng = np.random.default_rng(np.random.SeedSequence(0, spawn_key=(1,)))  # training draws from the keys (0, step)
@@ -150,5 +155,5 @@ class RecallData:
 
 
 def _distinct(rng: np.random.Generator, rows: int, options: int, count: int) -> Tensor:
-    """Int64 [rows, count]: in each row `count` different numbers below `options`, in random order."""
+    """Int64 [rows, count]: different numbers below `options` in each row, in random order."""
     return torch.from_numpy(rng.random((rows, options)).argsort(axis=1)[:, :count])

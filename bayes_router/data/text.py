@@ -1,4 +1,7 @@
-"""Corpora: whole documents as UTF-8 bytes, their fingerprint, and the split into training and validation documents."""
+"""Corpora: whole documents as UTF-8 bytes, their fingerprint, and the split of them.
+
+The split is into training and validation documents.
+"""
 
 import codecs
 import hashlib
@@ -166,7 +169,10 @@ def document_rank(seed: int, blocks: Iterable[bytes]) -> bytes:
 
 
 def cut_document(name: str, document: bytes | mmap, valid_fraction: float) -> int:
-    """Where a document is cut for validation, within half of the smaller side from where the fraction puts it."""
+    """Where a document is cut for validation.
+
+    The cut lies within half of the smaller side from where the fraction puts it.
+    """
     goal = round(len(document) * (1 - valid_fraction))
     reach = min(goal, len(document) - goal) // 2
     for boundary in (b"\n\n", b"\n", b" "):

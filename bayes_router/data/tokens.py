@@ -122,7 +122,10 @@ def step_rng(seed: int, step: int) -> np.random.Generator:
 
 
 def check_batch(batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-    """ValueError unless a batch of that many rows can be shared out evenly and `rank` is one of the ranks."""
+    """Raise a ValueError unless a batch of that many rows can be shared out evenly.
+
+    `rank` must be one of the ranks.
+    """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank: expected 0 <= rank < world_size; got {rank} of {world_size}; correct the launch")
     if batch_size < 1 or batch_size % world_size:

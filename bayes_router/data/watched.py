@@ -7,7 +7,7 @@ from bayes_router.progress import Progress
 
 
 class WatchedSource:
-    """`source` itself, each batch of its windows that was read counted as a step of `progress` for each window.
+    """`source` itself, whose batches count as steps of `progress`, one a window.
 
     Reads of a source overlap neither in time nor in threads, so one progress serves all of them.
     """

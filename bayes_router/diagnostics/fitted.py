@@ -56,7 +56,10 @@ class FittedRun:
 
     @property
     def tokeniser(self) -> Tokeniser | None:
-        """None where the tokens are no text (recall), or a patched model came without its tokenizer."""
+        """The tokeniser, None where the tokens are no text (recall).
+
+        It is None too where a patched model came without one.
+        """
         if self.patched:
             return self.own_tokeniser
         return None if self.config.data.corpus == "recall" else load_tokeniser(self.config.data.tokeniser)
@@ -82,7 +85,10 @@ def load_fitted(run: Path | str, device: str = "cpu") -> FittedRun:
 
 
 def build_program(config: Config, model: RoutedLanguageModel) -> tuple[RoutingModel, RoutingGuide, ComputeAwarePrior, float]:
-    """Program and guide under the prior of the last training step, the compute-aware prior, the KL weight there."""
+    """Program and guide under the prior of the last training step.
+
+    With the compute-aware prior and the KL weight there.
+    """
     prior = build_prior(config.prior, config.model, config.model.num_layers, config.data.context)
     schedule = Schedule(config.schedule, prior, config.train.steps, config.model.experts, config.prior.price)
     end = schedule.at(config.train.steps - 1)

@@ -53,7 +53,10 @@ def read(model: RoutedLanguageModel, batches: Iterator[Batch], mode: RoutingMode
 
 
 def windows(source: TokenSource, config: Config, limit: int | None = None) -> Iterator[Batch]:
-    """Windows of the run's context and batch size, at least one and at most `limit` tokens (the run's eval_tokens)."""
+    """Windows of the run's context and batch size, at least one.
+
+    At most `limit` tokens, by default the run's eval_tokens.
+    """
     context = config.data.context
     return source.windows(context, config.train.batch_size, max(limit or config.data.eval_tokens, context))
 

@@ -1,4 +1,4 @@
-"""The library's own diagnostics that need more than one reading of the text, as a report has them."""
+"""The library's own diagnostics that read the text more than once, for a report."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

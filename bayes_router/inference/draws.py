@@ -1,4 +1,7 @@
-"""Posterior draws that hang on the row of the batch alone, not on who computes it or beside which others."""
+"""Posterior draws that hang on the row of the batch alone.
+
+Who computes it, or beside which others, does not matter.
+"""
 
 from collections.abc import Sequence
 from typing import Any

@@ -21,7 +21,10 @@ class Controller(Protocol):
     """What answers for the posterior: `MetaController`, or one of your own."""
 
     def posterior(self, layer: int, hidden: Tensor) -> Any:
-        """Hidden [B, T, D] -> distribution over routes, batch shape [B, T, R] (or [B, T] where R = 1), event shape [E]."""
+        """Hidden [B, T, D] -> distribution over routes.
+
+        Batch shape [B, T, R] (or [B, T] where R = 1), event shape [E].
+        """
 
 
 class RoutingGuide(Named):
@@ -117,7 +120,10 @@ class RoutingGuide(Named):
 
 
 class _Others(Messenger):
-    """Keeps the sites of a network that are no routes to this pass, at the values that `rest` has drawn."""
+    """Keeps the sites of a network that are no routes to this pass.
+
+    They stand at the values that `rest` has drawn.
+    """
 
     def __init__(self, drawn: dict[str, Any]):
         super().__init__()

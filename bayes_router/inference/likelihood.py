@@ -20,7 +20,10 @@ target a row."""
 
 
 class NextToken(dist.TorchDistribution):
-    """Categorical over the vocabulary by logits [..., V], with the fused log density of cross-entropy; float32 at least."""
+    """Categorical over the vocabulary by logits [..., V].
+
+    Its log density is the fused one of cross-entropy; float32 at least.
+    """
 
     arg_constraints = {"logits": constraints.real_vector}
     support = constraints.nonnegative_integer

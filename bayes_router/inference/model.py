@@ -212,7 +212,10 @@ class RoutingModel(Named):
         return value
 
     def _output(self, tokens: Tensor, plates: Plates) -> Tensor:
-        """Of the network on routes drawn under the prior, or, of a replayed guide, as the guide has left it."""
+        """Output of the network on routes drawn under the prior.
+
+        Of a replayed guide, as the guide has left it.
+        """
         kept, self._kept = self._kept, None
         if kept is None or kept.tokens is not tokens or kept.state != self._state():
             drawn: dict[int, Tensor] = {}
@@ -265,7 +268,10 @@ class RoutingModel(Named):
         return harden(weights) if self.straight_through else weights
 
     def keep(self, tokens: Tensor, routes: list[Tensor], output: Tensor) -> None:
-        """Let the next pass use `output`, if its tokens and draws are these very tensors and nothing moved in between."""
+        """Let the next pass use `output` if nothing moved in between.
+
+        Its tokens and draws must be these very tensors.
+        """
         self._kept = Pass(tokens, routes, output, self._state())
 
     def _state(self) -> tuple[object, ...]:

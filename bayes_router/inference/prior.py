@@ -10,7 +10,9 @@ from bayes_router.routing.tilt import tilted_moments
 
 
 class DirichletPrior(nn.Module):
-    """p(route) = Dirichlet(route; concentration_l), tilted by exp(-price * cost_ratio_l . route) at a price above 0.
+    """p(route) = Dirichlet(route; concentration_l), tilted where the price is above 0.
+
+    The tilt is exp(-price * cost_ratio_l . route).
 
     Its values move inside the same tensors, where a captured CUDA graph reads them.
 

@@ -71,7 +71,10 @@ class Plates:
         return tokens.expand(*self.lead, self.B, self.T).reshape(-1, self.T) if self.lead else tokens
 
     def split(self, output: Tensor) -> Tensor:
-        """What the network says, [rows, ...], with particles as dimensions of their own, [*lead, B, ...]."""
+        """What the network says, [rows, ...], as [*lead, B, ...].
+
+        Particles become dimensions of their own.
+        """
         ones = (1,) * len(self.units)
         return output.reshape(*self.lead, *ones, self.B, *output.shape[1:]) if self.lead else output
 

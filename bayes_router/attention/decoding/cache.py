@@ -180,7 +180,10 @@ class LayerCache:
         return out
 
     def _attend(self, new: RoutedProblem, weights: Tensor | None, choice: Backend) -> Tensor:
-        """Attend and remember; with `weights` [B, T, R, E] every expert is weighed, else `new.route` counts."""
+        """Attend and remember.
+
+        With `weights` [B, T, R, E] every expert is weighed, else `new.route` counts.
+        """
         if new.q.device.type == "cuda":
             self._assert_on_device(new)
         extended = {i: extend(self.experts[i], new, state, self.longest == 0) for i, state in self.states.items()}
@@ -268,7 +271,10 @@ class LayerCache:
             )
 
     def _make_room(self, new: RoutedProblem) -> None:
-        """Check the capacity; true lengths are read only where the bound that the host knows would overflow."""
+        """Check the capacity.
+
+        True lengths are read only where the bound that the host knows would overflow.
+        """
         added = new.q.shape[2]
         if self.longest + added <= self.capacity:
             return

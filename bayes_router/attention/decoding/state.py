@@ -13,7 +13,9 @@ from bayes_router.attention.hard.problem import RoutedProblem
 
 
 def extend(expert: Expert, new: RoutedProblem, state: Tensor, empty: bool) -> tuple[Tensor | None, Tensor]:
-    """(output of every new token, zero on padding; the state after the real ones) of a stateful expert.
+    """The output of every new token and the state after the real ones, of a stateful expert.
+
+    On padding the output is zero.
 
     No output where the state was `empty` and is known without one: any backend computes the pass over a first chunk. With
     padding, an expert of the user's is taken row by row, which reads the lengths on the host; the others wait for nothing.

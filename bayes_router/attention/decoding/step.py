@@ -28,7 +28,10 @@ def attend_one(held: RoutedProblem, slots: int, ring: bool) -> Tensor:
 
 
 def _grouped(held: RoutedProblem, slots: int) -> Tensor:
-    """Rows and units with the same expert and the same number of keys in one call, on views of the store (few are copied)."""
+    """Rows and units with the same expert and the same number of keys in one call.
+
+    They are views of the store; few are copied.
+    """
     assert held.starts is not None
     out = torch.zeros_like(held.q)
     taken, lengths = held.route[:, 0].tolist(), (held.starts + 1).tolist()  # [B][R], [B]
@@ -51,7 +54,10 @@ WHOLE = slice(None), slice(None)
 def _fill(
     out: Tensor, held: RoutedProblem, row: slice, heads: tuple[slice, slice], index: int, length: int, slots: int
 ) -> None:
-    """Write the output of one expert into rows that hold `length` keys, for (query heads, key heads)."""
+    """Write the output of one expert into rows that hold `length` keys.
+
+    `heads` are its query heads and their key heads.
+    """
     if index in held.elsewhere:
         return
     expert = held.experts[index]

@@ -75,11 +75,17 @@ class Expert(nn.Module):
         raise NotImplementedError
 
     def flops_per_token(self, context: int) -> float:
-        """Multiply-adds counted as two, averaged over the tokens of a causal pass over `context` tokens, all heads."""
+        """FLOPs per token of a causal pass over `context` tokens, all heads.
+
+        A multiply-add counts as two.
+        """
         raise NotImplementedError
 
     def query_flops(self) -> float:
-        """Of `flops_per_token`, what a stateful expert does to a token's queries before they read its state, all heads."""
+        """Of `flops_per_token`, what is done to a token's queries before they read a state.
+
+        All heads of a stateful expert.
+        """
         return 0.0
 
     def reach(self, num_keys: int) -> int | None:

@@ -20,7 +20,9 @@ MOST_ROWS = 0.75  # share of the rows beyond which computing all of them is fast
 
 @register_expert("gated")
 class GatedLinearAttention(SumExpert):
-    """phi(q_t) S_t / (phi(q_t) z_t) with S_t = a_t S_{t-1} + phi(k_t) v_t^T, z_t = a_t z_{t-1} + phi(k_t).
+    """phi(q_t) S_t / (phi(q_t) z_t), where the state fades by a gate.
+
+    S_t = a_t S_{t-1} + phi(k_t) v_t^T, z_t = a_t z_{t-1} + phi(k_t).
 
     The gate a_t = sigmoid(w_h . k_t + b_h) in (0, 1) is one number a head, as in Mamba-2 (Dao and Gu 2024, arXiv 2405.21060)
     and, per channel, in Yang et al. 2023 (arXiv 2312.06635); here it reads the shared key. phi(x) = softmax(s_h x), a
@@ -48,7 +50,10 @@ class GatedLinearAttention(SumExpert):
 
     @property
     def fixed_map(self) -> bool:
-        """Whether features and gates are those of this class, which kernels know, and not a subclass's own."""
+        """Whether features and gates are those of this class, which kernels know.
+
+        A subclass may have its own.
+        """
         own, base = type(self), GatedLinearAttention
         return own.feature is base.feature and own.log_gate is base.log_gate
 

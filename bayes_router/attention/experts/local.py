@@ -16,7 +16,9 @@ from bayes_router.attention.shapes import ExpertShape, causal_positions, segment
 
 @register_expert("local")
 class LocalAttention(Expert):
-    """softmax(q k^T / sqrt(Dh)) v over the keys n <= t with t - n < W or n < sinks, for the query at position t.
+    """softmax(q k^T / sqrt(Dh)) v over a window of keys and the sinks.
+
+    The query at position t sees the keys n <= t with t - n < W or n < sinks.
 
     Banded: O(T (W + sinks)) work and O(T) memory for fixed W. Pretrained decoders park attention on their first tokens; a
     window without these sinks costs them much more (Xiao et al. 2023, arXiv 2309.17453).

@@ -10,7 +10,9 @@ from bayes_router.attention.shapes import ExpertShape, widen
 
 @register_expert("mapped")
 class MappedGatedAttention(GatedLinearAttention):
-    """`GatedLinearAttention` with phi(x) = softmax(s_h M_h x), M_h [Dh, Dh] starting at the identity.
+    """`GatedLinearAttention` with phi(x) = softmax(s_h M_h x).
+
+    M_h [Dh, Dh] starts at the identity.
 
     One map for queries and keys, in the manner of Zhang et al. 2024 (arXiv 2402.04347); the gate reads the key as it is.
     """

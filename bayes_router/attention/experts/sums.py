@@ -11,7 +11,10 @@ from bayes_router.attention.shapes import segments
 
 
 class SumExpert(Expert):
-    """An expert whose state is the sum of phi(k) v^T over the past, each term perhaps fading from token to token."""
+    """An expert whose state is the sum of phi(k) v^T over the past.
+
+    Each term may fade from token to token.
+    """
 
     rotary: ClassVar[bool] = False
     stateful: ClassVar[bool] = True

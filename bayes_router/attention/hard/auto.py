@@ -1,4 +1,4 @@
-"""The backend `auto`: whichever of the library's own was measured to be the fastest for a problem."""
+"""The backend `auto`: of the library's own, the one measured to be the fastest for a problem."""
 
 from typing import NamedTuple
 
@@ -45,7 +45,10 @@ A route that all tokens share costs what its expert costs, where the host may lo
 
 
 def choose_backend(problem: RoutedProblem) -> Backend:
-    """What `auto` takes: never an error, and a function of shapes, dtype and device alone (no synchronisation)."""
+    """What `auto` takes.
+
+    Never an error, and a function of shapes, dtype and device alone, so that nothing waits.
+    """
     keys, short, long = BREAK_EVEN[problem.q.device.type == "cuda", problem.needs_grad]
     if problem.k.shape[2] <= keys and short.refuses(problem) is None:
         return short

@@ -39,7 +39,9 @@ def routed_attention(
     starts: Tensor | None = None,
     experts: Sequence[str | Expert] = EXPERTS,
 ) -> Tensor:
-    """`out[b, h, t] = experts[route[b, t, r]](q, k, v)[b, h, t]` for the unit r of head h, computing little else.
+    """Attention of each token by the expert that it takes, computing little else.
+
+    out[b, h, t] = experts[route[b, t, r]](q, k, v)[b, h, t] for the unit r of head h.
 
     Args:
         q: [B, H, Tq, Dh]; query t of row b stands at position starts[b] + t and sees the keys up to there.

@@ -106,7 +106,10 @@ class RoutedProblem:
         return torch.arange(self.q.shape[2], device=self.q.device) < self.lengths[:, None]
 
     def assert_route(self) -> None:
-        """On CUDA, where routes were not read, a device-side assertion that those of real tokens are in range."""
+        """Assert on the device that routes of real tokens are in range.
+
+        On CUDA, where routes were not read on the host.
+        """
         if self.q.device.type == "cuda":
             inside, real = (self.route >= 0) & (self.route < len(self.experts)), self.real()
             inside = inside if real is None else inside | ~real[..., None]
@@ -138,7 +141,10 @@ def _build(kind: type[Expert], shape: ExpertShape) -> Expert:
 
 @lru_cache(256)
 def shared_expert(kind: type[Expert], shape: ExpertShape) -> Expert:
-    """One for all calls: these own no tensors, and building modules takes longer than checking a call."""
+    """One for all calls.
+
+    These own no tensors, and building modules takes longer than checking a call.
+    """
     return kind(shape)
 
 
@@ -203,7 +209,10 @@ def check_window(window: object) -> int:
 
 
 def check_experts(experts: Sequence[object], shape: ExpertShape) -> None:
-    """Raise for an expert that is neither a name nor built, or built for other heads or another window than the call's."""
+    """Raise for an expert that is neither a name nor built for this call.
+
+    It may be built for other heads or another window.
+    """
     for index, expert in enumerate(experts):
         if isinstance(expert, str):
             continue
@@ -228,7 +237,10 @@ def check_tensor(name: str, x: object) -> None:
 
 
 def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise a ValueError that names the first of q, k, v whose shape, dtype or device does not fit the others."""
+    """Raise a ValueError that names the first of q, k, v that does not fit the others.
+
+    What is compared are shapes, dtypes and devices.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x)
         if x.dim() != 4:

@@ -15,7 +15,10 @@ from bayes_router.attention.shapes import repeat_heads
 
 
 def visible(num_queries: int, num_keys: int, window: int | None = None, sinks: int = 0) -> Tensor:
-    """[Tq, Tk] bool: query t (the last Tq of Tk positions) sees key s if s <= t, and t - s < window or s < sinks."""
+    """[Tq, Tk] bool: whether query t, of the last Tq of Tk positions, sees key s.
+
+    It does if s <= t, and t - s < window or s < sinks.
+    """
     t = torch.arange(num_keys - num_queries, num_keys)[:, None]
     s = torch.arange(num_keys)[None]
     return (s <= t) & ((t - s < (window or num_keys + 1)) | (s < sinks))

@@ -1,4 +1,7 @@
-"""The backend `short`: hard routing of short texts in two launches, on CUDA, without a backward pass."""
+"""The backend `short`: hard routing of short texts in two launches.
+
+On CUDA, without a backward pass.
+"""
 
 from torch import Tensor
 
@@ -18,7 +21,10 @@ class _Short:
     name = "short"
 
     def refuses(self, problem: RoutedProblem) -> str | None:
-        """It needs CUDA, Triton, heads of at most 128, one each of the built-in experts, few queries, and no gradients."""
+        """It needs CUDA, Triton, heads of at most 128, few queries, and no gradients.
+
+        The built-in experts stand there at most once each.
+        """
         reason = capability.lacks(problem.q, HEAD_SIZE)
         if reason is not None:
             return reason

@@ -13,7 +13,10 @@ class _Sorted:
     name = "triton"
 
     def refuses(self, problem: RoutedProblem) -> str | None:
-        """It needs CUDA, Triton, heads of at most 256 (float32: 128), and as many queries as keys for a backward pass."""
+        """It needs CUDA, Triton, and heads of at most 256 (float32: 128).
+
+        A backward pass needs as many queries as keys.
+        """
         reason = capability.lacks(problem.q)
         if reason is None and problem.needs_grad and problem.q.shape[2] != problem.k.shape[2]:
             return "its backward pass needs as many queries as keys"

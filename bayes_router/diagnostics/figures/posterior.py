@@ -66,7 +66,10 @@ def plot_simplex_density(concentration: Tensor, prior: Tensor, experts: Sequence
 
 
 def plot_load_by_layer(layers: pd.DataFrame, experts: Sequence[str], ax: Axes | None = None) -> Axes:
-    """Share of tokens on each expert in each layer (`CollapseSummary.layers`), stacked and hatched."""
+    """Share of tokens on each expert in each layer, stacked and hatched.
+
+    From `CollapseSummary.layers`.
+    """
     ax = ax or plt.subplots(figsize=(5, 3))[1]
     left = np.zeros(len(layers))
     for (name, colour), hatch in zip(expert_palette(list(experts)).items(), ("", "//", "..", "xx", "--"), strict=False):
@@ -100,7 +103,10 @@ def plot_units(units: pd.DataFrame, column: str, label: str, ax: Axes | None = N
 
 
 def plot_by_position(positions: pd.DataFrame, measure: str = "entropy_of_mean", ax: Axes | None = None) -> Axes:
-    """A measure by position in the window, a line a layer (`UncertaintySummary.positions`), averaged over about 64 bins."""
+    """A measure by position in the window, a line a layer, in about 64 bins.
+
+    From `UncertaintySummary.positions`.
+    """
     ax = ax or plt.subplots(figsize=(5.5, 3.4))[1]
     width = max(1, (positions["position"].max() + 1) // 64)
     for layer, part in positions.groupby("layer"):
@@ -114,7 +120,10 @@ def plot_by_position(positions: pd.DataFrame, measure: str = "entropy_of_mean", 
 
 
 def plot_by_kind(kinds: pd.DataFrame, measure: str = "entropy_of_mean", ax: Axes | None = None) -> Axes:
-    """A measure by kind of token, a marker a layer (`UncertaintySummary.kinds_frame`), the most frequent kind first."""
+    """A measure by kind of token, a marker a layer, the most frequent kind first.
+
+    From `UncertaintySummary.kinds_frame`.
+    """
     ax = ax or plt.subplots(figsize=(5.5, 3.4))[1]
     shares = kinds.drop_duplicates("kind").sort_values("share", ascending=False)
     order = {kind: row for row, kind in enumerate(shares["kind"])}
@@ -188,7 +197,10 @@ def plot_collapse_over_training(training: pd.DataFrame, measure: str = "effectiv
 
 
 def plot_k_hat(k_hat: pd.DataFrame, threshold: float | None = None, ax: Axes | None = None) -> Axes:
-    """Pareto k-hat against the length of the prefix, a dot a sequence, a line through the medians (`k_hat_frame`)."""
+    """Pareto k-hat against the length of the prefix, a dot a sequence.
+
+    A line goes through the medians; from `k_hat_frame`.
+    """
     threshold = k_hat_limit(int(k_hat["draws"].min())) if threshold is None else threshold
     ax = ax or plt.subplots(figsize=(5, 3.2))[1]
     joint = k_hat[k_hat["target"] == "joint"]
@@ -203,7 +215,10 @@ def plot_k_hat(k_hat: pd.DataFrame, threshold: float | None = None, ax: Axes | N
 
 
 def plot_ranks(counts: npt.NDArray[np.int64], ax: Axes | None = None) -> Axes:
-    """Histogram of the ranks of simulation-based calibration, with the band in which 99% of uniform counts lie."""
+    """Histogram of the ranks of simulation-based calibration.
+
+    The band holds 99% of uniform counts.
+    """
     ax = ax or plt.subplots(figsize=(4.2, 2.8))[1]
     total, bins = int(counts.sum()), len(counts)
     low, high = (float(binom.ppf(tail, total, 1 / bins)) for tail in (0.005, 0.995))

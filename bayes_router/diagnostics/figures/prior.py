@@ -57,7 +57,7 @@ def plot_simplex(draws: Tensor, experts: Sequence[str], ax: Axes | None = None) 
 
 
 def plot_implied(values: Tensor, label: str, ax: Axes | None = None, target: float | None = None) -> Axes:
-    """Histogram of what each draw implies ([N]), its mean, and the target of the mean if there is one."""
+    """Histogram of what each draw implies ([N]), its mean, and the target if there is one."""
     ax = ax or plt.subplots(figsize=(4, 3))[1]
     array: npt.NDArray[np.float64] = values.double().numpy()
     ax.hist(array, bins=50, weights=np.full(len(array), 100 / len(array)), color=PALETTE[2], linewidth=0)
@@ -77,7 +77,10 @@ def draw_prior(
     target_cost: float | None = None,
     target_entropy: float | None = None,
 ) -> Path:
-    """Write one figure: draws [N, E] of the prior on the simplex, and the cost and entropy that each implies."""
+    """Write one figure: draws [N, E] of the prior on the simplex.
+
+    Beside them the cost and entropy that each implies.
+    """
     with sns.axes_style("ticks"), sns.plotting_context("notebook"):
         figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
         plot_simplex(draws, experts, axes[0])

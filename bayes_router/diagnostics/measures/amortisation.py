@@ -63,7 +63,9 @@ def amortisation_gap(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> AmortisationGap:
-    """Fit the concentrations of these sequences by themselves, from the controller's, and compare the ELBOs.
+    """Fit the concentrations of these sequences by themselves, and compare the ELBOs.
+
+    The fit starts from the controller's.
 
     The own fit sees the targets, the controller does not: the gap holds what amortisation loses and also what hindsight
     gains. It starts from the controller's concentrations along the MEAN path and moves log(expm1(concentration - floor)).
@@ -115,7 +117,10 @@ def _executed(program: RoutingModel, route: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _mean_path(program: RoutingModel, guide: RoutingGuide, tokens: Tensor) -> list[Tensor]:
-    """The controller's concentrations [B, T, R, E] of each layer, the layers below executing their means."""
+    """The controller's concentrations [B, T, R, E] of each layer.
+
+    The layers below execute their means.
+    """
     found: list[Tensor] = []
 
     def route(layer: int, hidden: Tensor) -> Tensor:
@@ -205,7 +210,9 @@ def nuts_comparison(
     guide_draws: int = 500,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Posterior means of every route by NUTS and by the guide, on a model small enough for sampling.
+    """Posterior means of every route by NUTS and by the guide.
+
+    On a model small enough for sampling.
 
     NUTS samples the program as it is, the exact joint; wrap it by `tempered` for what a KL weight pursues.
 

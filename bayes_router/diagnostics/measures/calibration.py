@@ -1,4 +1,7 @@
-"""Is the stated uncertainty true? Forced routes give the regret of each choice, and with it what a calibrated router says."""
+"""Is the stated uncertainty true? Forced routes give the regret of each choice.
+
+From the regrets follows what a calibrated router says.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -157,7 +160,9 @@ def tempered(probability: Array, temperature: float) -> Array:
 
 
 def fit_temperature(probability: Array, choice: npt.NDArray[np.int64], right: npt.NDArray[np.bool_]) -> float:
-    """The temperature under which the stated probability of each choice [N] best foretells whether it was right.
+    """The temperature under which the stated probabilities of choices [N] foretell best.
+
+    What they foretell is whether the choice was right.
 
     Least binary cross-entropy over temperatures from exp(-3) to exp(5) (temperature scaling, Guo et al. 2017,
     arXiv 1706.04599, for routes). A single temperature cannot state less than 1 / E or turn the order of tokens round.
@@ -208,7 +213,10 @@ class Calibration(NamedTuple):
 
 
 def calibrate(regret: pd.DataFrame, experts: Sequence[str], thresholds: CalibrationThresholds | None = None) -> Calibration:
-    """Compare the posterior probability that the choice is the largest weight with how often it was as good as the best."""
+    """Compare the posterior probability of the choice with how often it was right.
+
+    Stated is that it is the largest weight; right is to be as good as the best.
+    """
     t = thresholds or CalibrationThresholds()
     probability = regret[[f"largest_{name}" for name in experts]].to_numpy()
     choice = np.array([list(experts).index(name) for name in regret["choice"]])

@@ -68,7 +68,9 @@ class LayerState(NamedTuple):
 
 
 class CollapseSummary:
-    """Load, information and distance from the prior of every layer and unit, by sums over a text of any length.
+    """Load, information and distance from the prior of every layer and unit.
+
+    They are sums, over a text of any length.
 
     Args:
         program: whose prior the posterior is compared with (tilted by cost where it is).

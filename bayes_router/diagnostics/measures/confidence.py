@@ -1,4 +1,6 @@
-"""Is this route right? The probability that a choice is within a tolerance of the best, fitted to measured regret.
+"""Is this route right?
+
+The probability that a choice is within a tolerance of the best, fitted to measured regret.
 
 The posterior's own probability that a weight is the largest is about the weight, not about the
 loss. This is a logistic regression on what a routed pass knows of a token and layer (its estimated
@@ -84,11 +86,17 @@ class Confidence:
         self.model = Logistic.fit(self._columns(frame), right)
 
     def __call__(self, frame: pd.DataFrame) -> Array:
-        """Stated probabilities [N] of the rows of a frame like that of the fit, losses and regret not looked at."""
+        """Stated probabilities [N] of the rows of a frame like that of the fit.
+
+        Losses and regret are not looked at.
+        """
         return self.model(self._columns(frame))
 
     def _columns(self, frame: pd.DataFrame) -> Array:
-        """What the pass knows: how sure the posterior is, how sure the prediction, where, of which layer, unit and expert."""
+        """What the pass knows of a token.
+
+        How sure the posterior is, how sure the prediction, where, of which layer, unit and expert.
+        """
         mean = frame[[f"mean_{name}" for name in self.experts]].to_numpy().clip(LEAST, 1 - LEAST)
         chosen = np.array([self.experts.index(name) for name in frame["choice"]])
         stated = mean[np.arange(len(mean)), chosen]
@@ -170,7 +178,10 @@ def split(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def baselines(fitted: pd.DataFrame, read: pd.DataFrame, experts: Sequence[str], tolerance: float) -> dict[str, Array]:
-    """Stated probabilities [N] of the rows of `read` by the usual means, their parameters fitted on the other frame."""
+    """Stated probabilities [N] of the rows of `read` by the usual means.
+
+    Their parameters are fitted on the other frame.
+    """
     names = [f"largest_{name}" for name in experts]
     p, q = fitted[names].to_numpy(), read[names].to_numpy()
     chosen, taken = (np.array([list(experts).index(name) for name in f["choice"]]) for f in (fitted, read))
@@ -188,7 +199,10 @@ def baselines(fitted: pd.DataFrame, read: pd.DataFrame, experts: Sequence[str], 
 
 
 def _vector_scaled(p: Array, chosen: npt.NDArray[np.int64], right: npt.NDArray[np.bool_], q: Array) -> Array:
-    """softmax(w * log p + b), [N, E], w and b by least cross-entropy of whether the choice was right."""
+    """softmax(w * log p + b), [N, E].
+
+    w and b have the least cross-entropy of whether the choice was right.
+    """
     E, rows = p.shape[1], np.arange(len(p))
 
     def scaled(parameters: Array, of: Array) -> Array:
@@ -213,7 +227,9 @@ class Conformal(NamedTuple):
 
 
 def conformal_sets(fitted: pd.DataFrame, read: pd.DataFrame, experts: Sequence[str], coverage: float = 0.9) -> Conformal:
-    """Every expert whose stated probability is at least the quantile of those of the best ones in `fitted`.
+    """Every expert whose stated probability is high enough.
+
+    The threshold is the quantile of those of the best experts in `fitted`.
 
     Raises:
         ValueError: a coverage that is none, or too few rows for it.

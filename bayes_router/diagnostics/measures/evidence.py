@@ -1,4 +1,7 @@
-"""Does evidence tell text like the fit's from other text, token by token? AUROC with an interval over windows."""
+"""Does evidence tell text like the fit's from other text, token by token?
+
+AUROC with an interval over windows.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -79,7 +82,10 @@ def evidence_apart(model: Any, own: Tensor, others: Mapping[str, Tensor], contex
 
 
 def auroc_of(other: npt.NDArray[np.float64], own: npt.NDArray[np.float64], draws: int = DRAWS) -> Estimate:
-    """P(a token of `other` [windows, T] scores above one of `own`), with its interval over windows."""
+    """P(a token of `other` [windows, T] scores above one of `own`).
+
+    With its interval over windows.
+    """
     score = np.concatenate([other.ravel(), own.ravel()])
     foreign = np.repeat([True, False], [other.size, own.size])
     windows = np.concatenate([np.repeat(np.arange(len(x)), x.shape[1]) for x in (other, own)])

@@ -1,4 +1,7 @@
-"""Is the guide any good? Importance weights against the exact joint, Pareto k-hat, tighter bounds, the amortisation gap."""
+"""Is the guide any good? Importance weights against the exact joint.
+
+Pareto k-hat, tighter bounds, the amortisation gap.
+"""
 
 import math
 from collections.abc import Sequence
@@ -119,7 +122,9 @@ def importance_weights(
 
 
 def pareto_k(log_weight: Tensor | npt.NDArray[np.float64]) -> float:
-    """Shape of the generalised Pareto tail of importance weights [S] (Vehtari et al. 2024, arXiv 1507.02646).
+    """Shape of the generalised Pareto tail of importance weights [S].
+
+    Vehtari et al. 2024, arXiv 1507.02646.
 
     Below 0.5 their variance is finite; up to `k_hat_limit` importance sampling works; above 1 not even their mean exists. For a
     Dirichlet(q) that stands for a Dirichlet(p), k = max_e (1 - p_e / q_e) where that is positive. Weights that are all the
@@ -193,7 +198,9 @@ def k_hat_frame(
     seed: int = 0,
     kl_weight: float = 1.0,
 ) -> pd.DataFrame:
-    """k-hat, effective sample size and importance-weighted bounds of prefixes of held-out sequences.
+    """k-hat, effective sample size and bounds of prefixes of held-out sequences.
+
+    The bounds are importance-weighted.
 
     Args:
         program: the generative program.

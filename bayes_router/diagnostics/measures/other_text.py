@@ -1,4 +1,7 @@
-"""Does uncertainty tell other text from the training text? Code, another language, the text itself shuffled."""
+"""Does uncertainty tell other text from the training text?
+
+Code, another language, the text itself shuffled.
+"""
 
 import ast
 import inspect

@@ -64,7 +64,9 @@ def credible_interval(concentration: Tensor, interval: float = INTERVAL) -> tupl
 def cost_interval(
     concentration: Tensor, cost_ratio: Tensor, interval: float = INTERVAL, draws: int = COST_DRAWS, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Equal-tailed interval of a token's attention cost, mean over layers of cost_ratio . route, given its path.
+    """Equal-tailed interval of a token's attention cost, given its path.
+
+    The cost is the mean over layers of cost_ratio . route.
 
     A weighted sum of Dirichlet weights has no closed quantile for more than two experts, so these are of `draws` draws.
 

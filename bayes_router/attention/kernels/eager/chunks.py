@@ -28,7 +28,9 @@ def in_chunks(x: Tensor, chunk: int) -> Tensor:
 
 
 def decayed_prefix(entries: Tensor, log_decay: Tensor) -> Tensor:
-    """P_n = exp(log_decay_n) P_{n-1} + entries_n, for entries [..., N, M] and log_decay [..., N] <= 0; O(N) work.
+    """P_n = exp(log_decay_n) P_{n-1} + entries_n in O(N) work.
+
+    entries [..., N, M] and log_decay [..., N] <= 0 -> [..., N, M].
 
     A short run is one product with a triangle of decays; a longer one is cut into blocks, whose ends are such a run again.
     """
@@ -47,7 +49,9 @@ def decayed_prefix(entries: Tensor, log_decay: Tensor) -> Tensor:
 
 
 def causal_sum(phi_q: Tensor, phi_k: Tensor, value: Tensor, log_decay: Tensor | None) -> Tensor:
-    """sum_{s <= t} exp(D_t - D_s) (phi_q,t . phi_k,s) value_s, D the cumulative sum of log_decay (or 0); O(T), in chunks.
+    """sum_{s <= t} exp(D_t - D_s) (phi_q,t . phi_k,s) value_s in chunks, O(T).
+
+    D is the cumulative sum of log_decay, or 0.
 
     phi_q and phi_k [B, H, T, F], value [B, H, T, D], log_decay [B, H, T] -> [B, H, T, D].
     """

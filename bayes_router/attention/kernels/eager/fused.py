@@ -13,7 +13,9 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
 
 
 def keep_layout(out: Tensor) -> Tensor:
-    """What fused attention gave, whose backward pass on CUDA then gets its gradient in the layout of this output.
+    """What fused attention gave, with a gradient in the layout of this output.
+
+    Its backward pass on CUDA needs that.
 
     That of cuDNN keeps the graph it built for the first gradient, by the shapes and strides of queries, keys and values alone:
     a later gradient in another layout is read by the strides of the first (torch 2.11, cuDNN 9.19, H100: gradients off by

@@ -74,7 +74,9 @@ def _phi(x: Tensor) -> Tensor:
 def linear_rows(
     q: Tensor, k: Tensor, v: Tensor, rows: Tensor, states: list[Before] | None = None, features: MakeFeatures = plain
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Which of the ascending `rows` of q [H, Tq, Dh], and their output [m, H, Dh] in float32, chunk by chunk.
+    """Which of the ascending `rows` of q [H, Tq, Dh], and their output, chunk by chunk.
+
+    The output [m, H, Dh] is float32.
 
     What `backward` needs is appended to `states`.
     """
@@ -135,7 +137,10 @@ def linear_rows_backward(
 
 
 def _read_backward(chunk: Chunk, state: Before, dout: Tensor, out: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], State]:
-    """Gradients of the chunk's queries (before phi), of its keys' features and values by its own rows, and of the state."""
+    """Gradients of the chunk's queries (before phi) and of the state.
+
+    Also of its keys' features and values, by its own rows.
+    """
     weight, norm, _ = _weigh(chunk, state)
     dsum = dout / norm
     dnorm = (dsum * out).sum(-1, keepdim=True).neg_()
@@ -174,7 +179,10 @@ def _visible(chunk: Chunk) -> Tensor:
 
 
 def _weigh(chunk: Chunk, state: Before) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights of the chunk's keys [Hk, G * m, C], the sum of them and of all before, and the queries as the state sees them."""
+    """Weights of the chunk's keys, their normaliser, and the queries as the state sees them.
+
+    Weights are [Hk, G * m, C]; the normaliser sums them and all before.
+    """
     queries = chunk.queries
     weight = torch.bmm(queries, chunk.keys.transpose(1, 2)).mul_(_visible(chunk))
     if chunk.decay is not None:

@@ -126,7 +126,9 @@ def softmax_rows_backward(
     q: Tensor, k: Tensor, v: Tensor, rows: Tensor, lse: Tensor, out: Tensor, dout: Tensor, local: ExpertShape | None,
     dq: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
-    """Add the gradients of `softmax_rows` at `rows` of q to dq, dk and dv. out and dout are those of the whole sequence.
+    """Add the gradients of `softmax_rows` at `rows` of q to dq, dk and dv.
+
+    out and dout are those of the whole sequence.
 
     Given the output and normaliser over all keys, a gradient is a sum over keys, taken KEYS at a time: p = exp(s - lse),
     dv = p^T dout, ds = p * (dout v^T - rowsum(dout * out)).

@@ -1,5 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
-"""One decoding step of a batch on the GPU in two launches, with static shapes and no host synchronisation.
+"""One decoding step of a batch on the GPU in two launches.
+
+Shapes are static and nothing waits for the host.
 
 Each row reads only what its own experts see: of each key head the most that one of its query heads sees, cut into SPLITS
 stretches, one program each, whose partial results a second kernel joins; query heads that see less are masked. One more
@@ -54,7 +56,10 @@ def _visible(route, length, full, local, window):
 
 @triton.jit
 def _first_read(Route, hk, GROUP, UNIT, r_r, length, full, local, window, ROWS: tl.constexpr):
-    """First stored key that some query head of a key head sees, whether one does, and both of each head [ROWS]."""
+    """First stored key that some query head of a key head sees, and whether one does.
+
+    And both of each head [ROWS].
+    """
     g = tl.arange(0, ROWS)
     route = tl.load(Route + (hk * GROUP + g) // UNIT * r_r, mask=g < GROUP, other=-1)
     first, looks = _visible(route, length, full, local, window)

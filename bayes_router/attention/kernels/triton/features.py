@@ -69,7 +69,9 @@ def feature_backward_kernel(
     X, DPhi, DLogGate, DX, Sums, Gate, Bias, LogScale, x_b, x_h, x_t, g_b, g_h, g_t, d_b, d_h, d_t, H, GROUP, T,
     GATED: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of tokens of one head of X, over its query heads, and its part of those of the parameters.
+    """Gradients of a block of tokens of one head of X, over its query heads.
+
+    And its part of those of the parameters.
 
     Sums [B blocks, H, W]: gate and bias (GATED), then the log of the scale; W = DIM + 2 or 1.
     """

@@ -88,7 +88,10 @@ def reach_of(n, window, SINKS: tl.constexpr):
 
 @triton.jit
 def band_start(first, window, SINKS: tl.constexpr, BN: tl.constexpr):
-    """(start of the tiles of keys in the window of a query at `first`, how many keys of tiles of sinks come before them)."""
+    """Where the tiles of keys in the window of a query at `first` start.
+
+    And how many keys of tiles of sinks come before them.
+    """
     lo = tl.maximum(first - window + 1, 0) // BN * BN
     return lo, tl.minimum((SINKS + BN - 1) // BN * BN, lo) if SINKS else 0
 
@@ -257,7 +260,10 @@ def local_kernel(
     H, GROUP, UNIT, T, NB, num_keys, start, window, scale, SINKS: tl.constexpr,
     SORTED: tl.constexpr, STARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Windowed attention of a block of (sorted) local queries, over the sinks and the hull of their windows."""
+    """Windowed attention of a block of (sorted) local queries.
+
+    It goes over the sinks and the hull of their windows.
+    """
     h, i, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     u = table_row(b, h, H, UNIT)
     if i * BM >= count_rows(Before, u, 2, T, NB, SORTED):

@@ -97,7 +97,9 @@ def _prefix(
     X, Y, Decay, Cross, x, WIDTH: tl.constexpr, NC, num_keys,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """In place, entries x of what stands before each chunk of X [NC, WIDTH] (REVERSE: after it), N chunks at a time.
+    """In place, entries x of what stands before each chunk of X [NC, WIDTH].
+
+    N chunks at a time; REVERSE: after it.
 
     With REVERSE and DECAY, Cross [NC] is its product with Y one chunk on.
     """

@@ -88,7 +88,10 @@ def chunk_reverse_kernel(
     Q, DOut, Lse, Delta, R, RZ, Decay, Order, Before, q_b, q_h, q_t, g_b, g_h, g_t, H, GROUP, UNIT, T, NB, NC,
     DECAY: tl.constexpr, SORTED: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What the queries of one chunk add to R and rz as seen from its start, over the query heads of a key head."""
+    """What the queries of one chunk add to R and rz as seen from its start.
+
+    Over the query heads of a key head.
+    """
     c, hk, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     d = tl.arange(0, D)
     r_acc = tl.zeros([D, D], tl.float32)

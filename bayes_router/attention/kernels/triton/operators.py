@@ -1,4 +1,6 @@
-"""Linear, gated and local attention of every token by the Triton kernels, as operators that torch.compile takes whole.
+"""Linear, gated and local attention of every token by the Triton kernels.
+
+They are operators that torch.compile takes whole.
 
 Triton is imported only where an operator runs. Static shapes, no host synchronisation, memory from torch alone: an operator
 may be captured into a CUDA graph.
@@ -19,7 +21,10 @@ def features(q: Tensor, k: Tensor, gate: Tensor, bias: Tensor, log_scale: Tensor
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor | None = None) -> Tensor:
-    """[B, H, T, Dh]; with log gates [B, H, T] q and k are features, keys one a query head (formulas: `linear`)."""
+    """Linear attention [B, H, T, Dh]; formulas in `linear`.
+
+    With log gates [B, H, T] q and k are features, and there is a key for each query head.
+    """
     nothing = -torch.inf if log_gate is None else 0.0  # the feature map sends -inf to 0
     out: Tensor = _linear(padded(q, nothing), padded(k, nothing), padded(v), log_gate)[0]
     return out[..., : v.shape[3]]

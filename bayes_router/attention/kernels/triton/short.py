@@ -57,7 +57,10 @@ def _full(
     q, Kh, Vh, Out, Partial, PartialLse, Arrived, t, real, begin, first, last, s, segment, num_keys, k_t, v_t, o_t, scale,
     SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A block of full queries against segment s of the keys, and the joining of all its segments if this was the last."""
+    """A block of full queries against segment s of the keys.
+
+    The last segment joins them all.
+    """
     d, r, pos = tl.arange(0, D), tl.arange(0, BM), t + begin
     lo, hi = s * segment, tl.minimum(s * segment + segment, last + begin + 1)
     if lo < hi:
