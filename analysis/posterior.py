@@ -76,7 +76,10 @@ def collapse(run: FittedRun, options: argparse.Namespace) -> Found:
 
 
 def prior_table(run: FittedRun, layers: pd.DataFrame) -> pd.DataFrame:
-    """One row a layer; entropies in nats, of the Dirichlet before the tilt, cost relative to full attention."""
+    """One row a layer; entropies in nats, of the Dirichlet before the tilt.
+
+    Cost is relative to full attention.
+    """
     mean, concentration = prior_mean(run.program).mean(1), run.program.concentration.double().cpu()
     concentration = concentration if concentration.dim() == 2 else concentration.mean(1)  # over units
     table = pd.DataFrame(mean.numpy(), columns=[f"prior mean {name}" for name in run.experts])

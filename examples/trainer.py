@@ -1,4 +1,6 @@
-"""Train a patched model and its router together by Hugging Face's Trainer, which logs KL, cost and load.
+"""Train a patched model and its router together by Hugging Face's Trainer.
+
+It logs KL, cost and load.
 
 Run it: `python examples/trainer.py`. Give `report_to="tensorboard"` or "wandb" and the figures go there.
 """

@@ -1,4 +1,7 @@
-"""Fixtures: a small corpus of real text, and one finished run of it for all tests that read a run."""
+"""Fixtures: a small corpus of real text, and one finished run of it.
+
+All tests that read a run share it.
+"""
 
 import os
 from pathlib import Path

@@ -194,7 +194,10 @@ def test_public_names_exist_and_are_sorted() -> None:
 
 
 def test_public_names_are_those_of_the_type_checker() -> None:
-    """What a type checker reads of the package is what it gives, and nothing of it is loaded before it is asked for."""
+    """What a type checker reads of the package is what it gives.
+
+    Nothing of it is loaded before it is asked for.
+    """
     tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
     block = next(node for node in tree.body if isinstance(node, ast.If))
     seen = {f"{node.module}.{alias.name}" for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}

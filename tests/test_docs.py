@@ -1,4 +1,7 @@
-"""The pages build strictly, their links lead somewhere, their Python runs, and what they name exists."""
+"""The pages build strictly and their links lead somewhere.
+
+Their Python runs, and what they name exists.
+"""
 
 import re
 import subprocess

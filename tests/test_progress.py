@@ -1,4 +1,7 @@
-"""A bar on a terminal, a line every few seconds elsewhere, nothing for work that is done at once."""
+"""A bar on a terminal, a line every few seconds elsewhere.
+
+Nothing for work that is done at once.
+"""
 
 import io
 import time

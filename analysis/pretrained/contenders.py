@@ -32,7 +32,9 @@ def hybrid(fully: Collection[int], full: int, local: int) -> Route:
 
 
 def executed_cost(router: RoutedPretrained, routes: Tensor) -> float:
-    """Keys read over those that full attention reads, position by position, of routes int64 [L, T, R] (or [L, T]).
+    """Keys read over those that full attention reads, position by position.
+
+    The routes are int64 [L, T, R] or [L, T].
 
     `full` reads t + 1 keys at position t and `local` its window and the sinks outside it, so that routes which spend on late
     tokens are charged for it. Experts that read no keys are charged at their cost ratio.
@@ -90,7 +92,10 @@ def windowed(router: RoutedPretrained, window: int) -> Iterator[None]:
 
 
 class Divergence:
-    """Mean KL(original || routed) of a calibration text, nats per token, for routes without controllers."""
+    """Mean KL(original || routed) of a calibration text, for routes without controllers.
+
+    Nats per token.
+    """
 
     def __init__(self, router: RoutedPretrained, tokens: Tensor):
         self.router, self.tokens = router, tokens
@@ -107,7 +112,9 @@ class Divergence:
 
 
 def orders(router: RoutedPretrained, tokens: Tensor, seconds: float) -> dict[str, list[int]]:
-    """Layers in the order in which they go to local, the harmless first, by name of how it was found.
+    """Layers in the order in which they go to local, the harmless first.
+
+    By name of how it was found.
 
     `one by one`: by the harm of each alone. `greedy`: the least harmful next, given those that went before; L (L + 1) / 2
     passes, begun from `one by one` where `seconds` are over.
@@ -144,7 +151,10 @@ def loads(router: RoutedPretrained, stream: TokenStream, context: int, limit: in
 
 
 def meet(router: RoutedPretrained, stream: TokenStream, budget: float, context: int, limit: int) -> float:
-    """Set the policy to a price at which executed routes cost at most `budget`, keys counted, and about as much; that cost."""
+    """Set the policy to a price at which executed routes cost about `budget`, and no more.
+
+    Keys are counted; that cost is returned.
+    """
     dial = Dial(
         Unforced(router),
         stream,

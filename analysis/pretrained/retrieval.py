@@ -55,7 +55,10 @@ class Prompt:
         return sum(map(len, self.items))
 
     def right(self, said: Sequence[int]) -> float:
-        """Share of the items that are right, where `said` is the first choice before each answer token."""
+        """Share of the items that are right.
+
+        `said` is the first choice before each answer token.
+        """
         left, at, good = list(self.items), 0, 0
         for item in self.items:
             first = {other[0] for other in left}
@@ -82,7 +85,10 @@ def _assemble(
     length: int,
     rng: Random,
 ) -> Prompt:
-    """`pieces` in their order at random places of running text, then the question and the answer."""
+    """`pieces` in their order at random places of running text.
+
+    Then come the question and the answer.
+    """
     items = tuple(tuple(hay.encode(one)) for one in answer)
     end = hay.encode(ask)
     room = length - len(end) - sum(map(len, items)) - sum(map(len, pieces))
@@ -187,7 +193,10 @@ class Found(NamedTuple):
 
 @torch.no_grad()
 def score(last: Callable[[Tensor, int], Tensor], asked: Sequence[Prompt], device: torch.device) -> list[Found]:
-    """Of each prompt; `last(tokens [1, T], n)` gives the logits [1, n, V] of the last n positions."""
+    """The score of each prompt.
+
+    `last(tokens [1, T], n)` gives the logits [1, n, V] of the last n positions.
+    """
     found = []
     for prompt in asked:
         tokens = torch.tensor(prompt.tokens, device=device)

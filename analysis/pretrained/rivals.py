@@ -23,7 +23,10 @@ def blind(router: RoutedPretrained) -> None:
 
 
 def choose_by(router: RoutedPretrained, score: Tensor) -> None:
-    """Posteriors that no token moves, full before local in the order of `score` [L, R], the highest first."""
+    """Posteriors that no token moves, full before local, the highest score first.
+
+    `score` is [L, R].
+    """
     for controller, scores in zip(router.controller.layers, score, strict=True):
         assert isinstance(controller, LayerController)
         full = router.experts.index("full")

@@ -1,4 +1,6 @@
-"""Routes SmolLM2-135M: fits a patch on novels, then perplexity, executed cost and time against static choices of layers.
+"""Routes SmolLM2-135M: fits a patch on novels, then compares it.
+
+Perplexity, executed cost and time against static choices of layers.
 
     python -m analysis.pretrained.smollm prepare MODEL TOKENS.npz --corpora DIR      # text to ids, once, on the CPU
     python -m analysis.pretrained.smollm fit MODEL TOKENS.npz PATCH                  # SVI at a budget; writes the patch
@@ -83,7 +85,10 @@ def prepare(args: argparse.Namespace) -> None:
 
 @cache
 def load_model(folder: Path, device: torch.device, dtype: str = "auto") -> Any:
-    """The pretrained model in evaluation mode, by default in bfloat16 on a GPU and float32 on a CPU."""
+    """The pretrained model in evaluation mode.
+
+    By default in bfloat16 on a GPU and float32 on a CPU.
+    """
     gguf = next((file.name for file in folder.glob("*.gguf")), None)
     kind = ("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype
     return load_base(str(folder), gguf, device, dtype=getattr(torch, kind))
@@ -154,7 +159,10 @@ def windows(stream: TokenStream, context: int, limit: int) -> Iterator[tuple[Ten
 
 @torch.no_grad()
 def read(router: RoutedPretrained, stream: TokenStream, route: Optional[Route], context: int, limit: int, device: Any) -> Any:
-    """(nats per token, executed cost) of a text under a route, or under the router's policy where it is None."""
+    """(nats per token, executed cost) of a text under a route.
+
+    Under the router's policy where it is None.
+    """
     total, count, costs = 0.0, 0, []
     for tokens, targets in windows(stream, context, limit):
         executed: list[Tensor] = []

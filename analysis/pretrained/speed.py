@@ -1,4 +1,6 @@
-"""Does routing a pretrained model save time? Prefill and decoding of a patched model against the same model unpatched.
+"""Does routing a pretrained model save time?
+
+Prefill and decoding of a patched model against the same model unpatched.
 
     python -m analysis.pretrained.speed MODEL TOKENS.npz PATCH    # a fitted patch of analysis.patch_smollm at its budgets
     python -m analysis.pretrained.speed                           # four layers of that size, random weights, random routes
@@ -54,7 +56,10 @@ class Watched:
 
 @dataclass(frozen=True)
 class AtRandom:
-    """The first expert (`full`) for a share of the tokens, whatever the posterior says, else the second."""
+    """The first expert (`full`) for a share of the tokens, else the second.
+
+    Whatever the posterior says.
+    """
 
     share: float
 

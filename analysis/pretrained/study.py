@@ -135,7 +135,10 @@ def fit(model: Any, texts: Mixture, contender: str, args: argparse.Namespace) ->
 
 @dataclass
 class Setting:
-    """A route for every token, by a dial of the router's own policy or by a window that all layers share."""
+    """A route for every token.
+
+    By a dial of the router's own policy, or by a window that all layers share.
+    """
 
     router: RoutedPretrained
     dial: float = 0.0
@@ -173,7 +176,10 @@ class Reader:
         self.device = next(router.model.parameters()).device
 
     def pieces(self, stream: TokenStream, context: int, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(tokens, targets) [B, T] of `number` windows spread over the text, at most `LONGEST` tokens of them at once."""
+        """(tokens, targets) [B, T] of `number` windows spread over the text.
+
+        At most `LONGEST` tokens of them at once.
+        """
         number = min(number, (len(stream) - 1) // context)
         starts = torch.from_numpy(np.linspace(0, len(stream) - context - 1, number).astype(int))
         for some in starts.split(max(1, LONGEST // context)):

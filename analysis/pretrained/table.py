@@ -53,7 +53,10 @@ def standard_error(values: pd.Series) -> float:
 
 
 def below(frame: pd.DataFrame, rival: str, window: int) -> pd.DataFrame:
-    """How far the first contender lies below a rival of the same window in each cell, paired by piece; points and SE."""
+    """How far the first contender lies below a rival of the same window in each cell.
+
+    Paired by piece; points and standard error.
+    """
     rows = []
     chosen = frame[frame["lost"].notna() & (frame["window"] == window)]
     for key, cell in chosen.groupby(CELL):

@@ -110,7 +110,9 @@ def pooled(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def verdict(frame: pd.DataFrame, curve: pd.DataFrame) -> str:
-    """In words: at how many costs each policy is ahead by more than two standard errors, and the lowest loss of each.
+    """In words, the lowest loss of each policy.
+
+    And at how many costs each is ahead by more than two standard errors.
 
     A lead at a cost where both lose to a cheaper setting buys nothing: the lowest losses tell.
     """

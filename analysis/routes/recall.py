@@ -1,4 +1,6 @@
-"""Does the router find the tokens that need full attention? `python -m analysis.routes.recall [--steps 1500] [--seed 0]`.
+"""Does the router find the tokens that need full attention?
+
+`python -m analysis.routes.recall [--steps 1500] [--seed 0]`.
 
 Associative recall, where it is known: a queried key needs `full` in the layer that looks it up, filler does not (see
 `bayes_router.data.recall`). The model starts on full attention; then the compute-aware prior is annealed in. Printed and
@@ -54,7 +56,10 @@ def recall_config(steps: int, seed: int, device: str = "auto") -> Config:
 
 @torch.no_grad()
 def rates(model: RoutedLanguageModel, windows: int = 128) -> dict[str, Any]:
-    """Accuracy of HARD on queries and on filler, and the share of tokens on `full` by layer and kind of token."""
+    """Accuracy of HARD on queries and on filler.
+
+    And the share of tokens on `full` by layer and kind of token.
+    """
     device = next(model.parameters()).device
     full = model.config.experts.index("full")
     batch = next(RecallData().windows(128, windows))

@@ -164,7 +164,10 @@ def contenders(size: str) -> dict[str, dict[str, Any]]:
 
 
 def plan(size: str, corpus: str, seeds: int, names: list[str], context: int = 0, lr: float = 0.0) -> list[dict[str, Any]]:
-    """The jobs of a study: `seeds` of each contender, but of the short study's others than the headline at most 2."""
+    """The jobs of a study: `seeds` of each contender.
+
+    Of the short study's others than the headline at most 2.
+    """
     jobs = []
     for seed in range(seeds):
         for name in names:
@@ -183,7 +186,10 @@ def plan(size: str, corpus: str, seeds: int, names: list[str], context: int = 0,
 
 
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
-    """n, mean and standard error of each contender (and learning rate, if there are several), by corpus; best nll first."""
+    """n, mean and standard error of each contender by corpus, best nll first.
+
+    By learning rate too, if there are several.
+    """
     if "lr" in frame and frame["lr"].nunique() > 1:
         frame = frame.assign(contender=frame["contender"] + frame["lr"].map(", rate {:g}".format))
     columns = ["nll_mean", "nll_hard", "cost_paper", "cost_flops", "route_information", "routing_entropy"]
@@ -261,7 +267,10 @@ MARGIN = 0.18
 
 
 def label(ax: Axes, group: pd.DataFrame) -> None:
-    """Names beside the points, at the first of four corners where no other name or point is, in shares of the panel."""
+    """Names beside the points, at the first of four corners that is free of names and points.
+
+    Positions are shares of the panel.
+    """
     at = group[["cost_paper", "nll_hard"]].to_numpy()
     span = (at.max(0) - at.min(0)).clip(min=1e-9)
     places = (at - at.min(0)) / span / (1 + 2 * MARGIN) + MARGIN / (1 + 2 * MARGIN)

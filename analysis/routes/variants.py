@@ -47,7 +47,10 @@ class ShortConvolution(Expert):
 
 
 class ConvolvedController(LayerController):
-    """Reads the hidden states of the last four tokens, through a causal convolution channel by channel."""
+    """Reads the hidden states of the last four tokens.
+
+    Through a causal convolution channel by channel.
+    """
 
     def __init__(self, d_model: int, num_experts: int, hidden: int):
         super().__init__(d_model, num_experts, hidden)

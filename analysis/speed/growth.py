@@ -1,4 +1,6 @@
-"""Do linear and local attention grow linearly? `python -m analysis.speed.growth` (CPU, one thread; B 1, D 256 as 4 x 64, W 32).
+"""Do linear and local attention grow linearly?
+
+`python -m analysis.speed.growth` (CPU, one thread; B 1, D 256 as 4 x 64, W 32).
 
 Median processor time and peak memory of a causal pass at T and 2 T, and their ratios; written to analysis/results/growth.csv.
 """

@@ -1,4 +1,6 @@
-"""Does hard routing save time and memory? `python -m analysis.speed.kernels [options of bayes-router bench]`.
+"""Does hard routing save time and memory?
+
+`python -m analysis.speed.kernels [options of bayes-router bench]`.
 
 The benchmark that `bayes-router bench` runs, written to analysis/results.
 """

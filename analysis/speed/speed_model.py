@@ -28,7 +28,10 @@ LENGTHS = [4096, 16384, 32768]
 
 
 def load(source: str, device: torch.device) -> Subject:
-    """A run folder's model or an untrained one of a preset, in bfloat16 on CUDA, with held-out text."""
+    """A run folder's model or an untrained one of a preset, with held-out text.
+
+    In bfloat16 on CUDA.
+    """
     if Path(source).is_dir() or source not in PRESETS:
         config, model = load_run(source, str(device))
         data, name = load_data(config)[1], source

@@ -183,7 +183,7 @@ class Router:
         revision: str | None = None,
         local_files_only: bool = False,
     ) -> Any:
-        """`load_patch` from a folder, which asks nobody, or from a repository of the Hugging Face hub.
+        """`load_patch` from a folder, which asks nobody, or from a repository of the hub.
 
         Args:
             model: what the router was fitted for.

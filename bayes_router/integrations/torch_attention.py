@@ -283,7 +283,10 @@ def _merge(key_padding_mask: Tensor | None, attn_mask: Tensor | None, x: Tensor,
 
 
 def _shown(masks: Iterable[Tensor]) -> Iterator[Tensor]:
-    """PyTorch's masks (bool, True hides; or float) with what is only 0 and -inf as bool, True is seen."""
+    """PyTorch's masks with what is only 0 and -inf as bool, True is seen.
+
+    They come as bool (True hides) or float.
+    """
     for mask in masks:
         if mask.dtype == torch.bool:
             yield ~mask

@@ -1,4 +1,6 @@
-"""The meta-controller: from the hidden state of a token to the concentration of its route, one small network a layer.
+"""The meta-controller: from a token's hidden state to the concentration of its route.
+
+One small network a layer.
 
 It reads only the token's own hidden state, which a prefix determines: no future, no sequence length.
 """
@@ -42,7 +44,9 @@ class LayerController(nn.Module):
 
 
 class MetaController(nn.Module):
-    """q(route_l[b, t, r] | h_l[b, t]) = Dirichlet(floor + softplus(controller_l(h_l[b, t])[r])), layer l, unit r.
+    """q(route_l[b, t, r] | h_l[b, t]), a Dirichlet for layer l and unit r.
+
+    Its concentration is floor + softplus(controller_l(h_l[b, t])[r]).
 
     Attributes:
         evidence: the density of what it read in its fit, where the fit kept one; no part of the state dict.

@@ -1,4 +1,6 @@
-"""Is this text like the fit's? A density of what the controllers read, and the total concentration that it grants.
+"""Is this text like the fit's?
+
+A density of what the controllers read, and the total concentration that it grants.
 
 Natural posterior networks (arXiv 2105.04471) let an input add to the prior as many pseudo-observations as its density grants:
 
@@ -40,7 +42,10 @@ CHUNK = 128  # tokens at a time in a running mean
 
 
 class Moments:
-    """Mean [D], covariance [D, D] of the rows of a stream, and the mean of one number beside each row; sums in float64."""
+    """Mean [D] and covariance [D, D] of the rows of a stream, by sums in float64.
+
+    And the mean of one number beside each row.
+    """
 
     def __init__(self, width: int):
         self.count, self.beside = 0, 0.0
@@ -304,7 +309,10 @@ def evidence_of(controller: Any) -> Evidence:
 
 
 def with_total(concentration: Tensor, total: Tensor) -> Tensor:
-    """The concentration [..., E] of the same mean whose total is `total`, [...] or lacking trailing dimensions (units)."""
+    """The concentration [..., E] of the same mean whose total is `total`.
+
+    The total is [...] or lacks trailing dimensions (units).
+    """
     mean = posterior_mean(concentration)
     return mean * total.reshape(total.shape + (1,) * (mean.dim() - total.dim())).to(mean)
 

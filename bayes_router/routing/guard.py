@@ -147,7 +147,7 @@ def guarded(
 
 
 def levels(recent: Tensor, share: float, release: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Level and release of each layer so that `share` of tokens like the fit's fall below the level.
+    """Level and release of each layer so that `share` of the fit's tokens fall below.
 
     Args:
         recent: [L, N], running means on text like the fit's.

@@ -33,7 +33,7 @@ Registered = TypeVar("Registered", bound=type[Any])
 
 
 def register_policy(name: str) -> Callable[[Registered], Registered]:
-    """Class decorator: a policy may be named from now on, in `evaluate --policy` and in a saved patch.
+    """Class decorator: names a policy for `evaluate --policy` and saved patches.
 
     It decorates a frozen dataclass that is a `Policy`, whose fields are numbers, names or tuples of them: those are saved. With
     the fields `cost_ratio` and `price` a budget can be met within it (`at_price`).
@@ -200,7 +200,10 @@ class Budget:
     price: float = 0.0
 
     def __call__(self, concentration: Tensor) -> Tensor:
-        """See `Policy`. The log of the total concentration is the same for all experts, and left out."""
+        """See `Policy`.
+
+        The log of the total concentration is the same for all experts, and left out.
+        """
         paid = like(self.cost_ratio, concentration, self.price)
         return (concentration.log() - paid).argmax(-1)
 

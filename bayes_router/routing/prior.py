@@ -46,7 +46,9 @@ class PriorPredictive(NamedTuple):
 
 
 class ComputeAwarePrior:
-    """p(route_l[b, t]) = Dirichlet(total_concentration_l * mean_l), mean_l = map(cost_ratio, temperature_l).
+    """p(route_l[b, t]) = Dirichlet(total_concentration_l * mean_l).
+
+    mean_l = map(cost_ratio, temperature_l).
 
     Fixed, not learned: base rates that follow the tokens press on nothing.
 

@@ -1,4 +1,6 @@
-"""What does routing lose at this token? An estimate of KL(reference || routed) from what the routed pass knows.
+"""What does routing lose at this token?
+
+An estimate of KL(reference || routed) from what the routed pass knows.
 
 The reference is the model as it was before a patch, or, of a run trained from scratch, its strongest static choice. A small
 network reads the last hidden state, the mean route of each layer and the entropy of the prediction, and answers with log KL;

@@ -26,7 +26,9 @@ class ScheduleState:
 
 
 class Schedule:
-    """Moves the prior from a start that favours chosen experts and soft routes to the compute-aware, sparse one.
+    """Moves the prior from a start to the compute-aware, sparse one.
+
+    The start favours chosen experts and soft routes.
 
     With w rising linearly from 0 at `anneal_from` to 1 at `anneal_to` (fractions of training):
     mean = (1 - w) start + w mean_l; log total = (1 - w) log start_total + w log total_l; price = w price.

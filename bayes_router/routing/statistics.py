@@ -1,4 +1,7 @@
-"""How a layer routed: loads, cost, entropies, information, and whether routing or posterior collapsed."""
+"""How a layer routed: loads, cost, entropies, information.
+
+And whether routing or posterior collapsed.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,13 +48,18 @@ POSTERIOR_COLLAPSE_INFORMATION = 1e-3
 
 
 def executed_load(route: Tensor, num_experts: int) -> Tensor:
-    """[E]: the share of the tokens on each expert, of weights [..., E] (their mean) or choices int64 [...]."""
+    """[E]: the share of the tokens on each expert.
+
+    Of weights [..., E] (their mean) or choices int64 [...].
+    """
     weights = route if route.is_floating_point() else nn.functional.one_hot(route, num_experts)
     return weights.reshape(-1, num_experts).float().mean(0)
 
 
 def routing_statistics(concentration: Tensor, route: Tensor, cost_ratio: Tensor, experts: Sequence[str]) -> RoutingStatistics:
-    """Summarise one layer's posteriors [B, T, R, E] and executed routes ([B, T, R, E] or int64 [B, T, R]).
+    """Summarise one layer's posteriors [B, T, R, E] and executed routes.
+
+    The routes are [B, T, R, E] or int64 [B, T, R].
 
     `cost_ratio` is [E], or [R, E]. A layer has collapsed where all of its units have: in the way that they share, or, if some
     in one way and some in the other, by "posterior".

@@ -1,4 +1,6 @@
-"""The run folder: config.toml, metrics.csv, summary.json, model.safetensors (to use), state.pt (to resume), figures/.
+"""The run folder.
+
+config.toml, metrics.csv, summary.json, model.safetensors (to use), state.pt (to resume), figures/.
 
 Every file is written under a temporary name and renamed, so that each is whole or absent. state.pt alone holds all that a
 resumed run needs, weights included: a run killed between two files resumes from one consistent step. state.pt ends with a
@@ -96,7 +98,9 @@ def _differing(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def _check_settings(path: Path, config: Config, stored: Config, asked: Config | None = None) -> None:
-    """Compare config.toml at `path`, read as `config`, with the settings that weights say they were made with.
+    """Compare config.toml with the settings that weights say they were made with.
+
+    The file at `path` was read as `config`.
 
     A learning rate that is lowered as the run is resumed stands in the weights before it stands in the file.
     """
@@ -158,7 +162,9 @@ def bound_settings(config: Config) -> str:
 
 
 def check_bound(run: Path, asked: Config | None = None) -> None:
-    """Compare config.toml with the settings beside the weights of a run, before a model of the size that it claims is built.
+    """Compare config.toml with the settings beside the weights of a run.
+
+    This comes before a model of the size that it claims is built.
 
     What cannot be read here is left to `load_checkpoint`, which names the damage.
     """
@@ -182,7 +188,10 @@ def save_weights(run: Path, model: nn.Module, settings: str) -> None:
 
 
 def weights_digest(weights: Mapping[str, Tensor], words: str = "") -> str:
-    """SHA-256 over the words beside them (settings, version), and over names, types, shapes and bytes of tensors on the CPU."""
+    """SHA-256 over settings and version, and over tensors on the CPU.
+
+    Of tensors it takes names, types, shapes and bytes.
+    """
     digest = hashlib.sha256(words.encode())
     for name in sorted(weights):
         tensor = weights[name].contiguous()
@@ -296,7 +305,7 @@ def _damage_named(path: Path, expected: str = f"the weights of the model in {CON
 
 
 def _other_version(run: Path) -> str:
-    """Where a run was written by another version than this, which it was, as the end of a message."""
+    """By which other version a run was written, as the end of a message."""
     try:
         with safe_open(run / WEIGHTS, framework="pt") as file:
             version = str(_table_of(file.metadata() or {}).get("version", __version__))
@@ -323,7 +332,10 @@ def _settings_in(table: Mapping[str, Any]) -> Config | None:
 
 
 def _check_shapes(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare settings with stored shapes before a model of the size that the settings claim is built."""
+    """Compare settings with stored shapes.
+
+    This comes before a model of the size that the settings claim is built.
+    """
     model = config.model
     layers = {name.split(".")[2] for name in shapes if name.startswith("network.blocks.")}
     require(

@@ -178,7 +178,7 @@ class Dial:
         return tried if low.price < tried < high.price else (low.price + high.price) / 2
 
     def _foreseen(self, aim: float) -> float:
-        """The lowest price at which the posteriors of the last pass cost at most `aim`, by bisection."""
+        """The lowest price at which the last pass's posteriors cost at most `aim`, by bisection."""
         assert self._last is not None
         concentration, shares = self._last.concentration, self._last.concentration.shape[-1]
 
@@ -238,7 +238,9 @@ def solve_price(
     tolerance: float = TOLERANCE,
     policy: Callable[[float], Policy] | None = None,
 ) -> Executed:
-    """The price at which the executed routes of `model` cost `budget` on held-out text, and what they did there.
+    """The price at which the executed routes of `model` cost `budget` on held-out text.
+
+    And what they did there.
 
     `Budget(cost_ratio, reading.price)` is then the policy to deploy. Arguments and errors as for `Dial` and `Dial.solve`.
     """

@@ -1,4 +1,7 @@
-"""The density of a fit's text, from one pass over some of it after SVI, and the file that keeps it beside the weights."""
+"""The density of a fit's text, from one pass over some of it after SVI.
+
+And the file that keeps it beside the weights.
+"""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,7 +32,9 @@ def fit_evidence(
     directions: int = DIRECTIONS,
     memory: int = MEMORY,
 ) -> Evidence:
-    """Read text like the fit's along the HARD path, and keep its density beside the controller of `model`.
+    """Read text like the fit's along the HARD path.
+
+    Its density is kept beside the controller of `model`.
 
     Args:
         model: a fitted model or a patched one; its mode (train, eval) is as before afterwards.

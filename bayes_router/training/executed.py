@@ -60,7 +60,10 @@ class Executed:
         return float(self.window_nll.sum() / self.window_scored.sum())
 
     def nll_above(self, other: "Executed") -> tuple[float, float]:
-        """How many nats per token this reading lies above `other` on the same windows, and the standard error (paired)."""
+        """How many nats per token this reading lies above `other`, with the standard error.
+
+        Both on the same windows, paired.
+        """
         difference = (self.window_nll - other.window_nll) * len(self.window_nll) / self.window_scored.sum()
         return float(difference.mean()), float(difference.std() / len(difference) ** 0.5)
 

@@ -28,7 +28,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StepGuard:
-    """Takes the optimiser's step where loss and gradient are finite, and counts the steps that it skips.
+    """Takes the optimiser's step where loss and gradient are finite.
+
+    Steps that it skips are counted.
 
     On a GPU the decision stays on the device (the fused optimiser reads it there), so that no step waits for the host.
 
@@ -84,7 +86,10 @@ def all_finite(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def find_culprit(model: RoutedLanguageModel, tokens: Tensor) -> str:
-    """The first layer at which a forward pass on `tokens` is not finite, with its range of concentrations, in words."""
+    """The first layer at which a pass on `tokens` is not finite, in words.
+
+    With its range of concentrations.
+    """
     lost = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
     ranges: list[tuple[float, float, bool]] = []  # of each layer: concentration from, to; whether its input is finite
 

@@ -1,4 +1,6 @@
-"""Training: SVI on the ELBO by a torch optimiser, on any number of processes, resumable bit for bit on the CPU.
+"""Training: SVI on the ELBO by a torch optimiser.
+
+On any number of processes, resumable bit for bit on the CPU.
 
 Batches and posterior draws of a step are functions of (seed, step) alone, so a run that stops anywhere goes on from its
 last checkpoint as if it had not stopped.

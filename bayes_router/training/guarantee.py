@@ -1,4 +1,6 @@
-"""The cheapest policy whose expected loss over a reference is at most so much, with a stated confidence.
+"""The cheapest policy whose expected loss is bounded with a stated confidence.
+
+The loss is over a reference.
 
 Learn then Test (arXiv 2110.01052) by a fixed sequence: policies are tried from the strongest to the cheapest, in an order and
 at prices that no text decided, and the last before the first that cannot be told from a broken promise is kept. That needs no
@@ -68,7 +70,10 @@ def upper_bound(excess: Tensor, confidence: float) -> float:
 
 
 def windows_needed(excess: Tensor, allowed: float, confidence: float) -> int:
-    """About how many windows would bring `upper_bound` to `allowed`, were mean and deviation those of `excess` [W]."""
+    """About how many windows would bring `upper_bound` to `allowed`.
+
+    Mean and deviation are taken as those of `excess` [W].
+    """
     room = allowed - float(excess.mean())
     return math.ceil((NormalDist().inv_cdf(confidence) * float(excess.std()) / room) ** 2) + 2 if room > 0 else -1
 
@@ -143,7 +148,9 @@ def promise(
     confidence: float = 0.95,
     prices: Sequence[float] = PRICES,
 ) -> Guarantee:
-    """`keep_promise` by executed passes over calibration windows that neither fit nor search has seen.
+    """`keep_promise` by executed passes over calibration windows.
+
+    Neither fit nor search has seen them.
 
     Args:
         model: a fitted model or a patched one; its policy is as before afterwards.

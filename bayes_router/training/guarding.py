@@ -1,4 +1,6 @@
-"""Setting a guard: where its levels lie so that text like the fit's costs at most so much more, by a stated confidence.
+"""Setting a guard: where its levels lie.
+
+Text like the fit's is to cost at most so much more, by a stated confidence.
 
 The levels of all layers are one quantile of their running means on calibration text. Of a grid of quantiles the highest is
 taken at which the added cost, by the alarms that it would have raised on that text, stays below what may be spent: by the

@@ -67,7 +67,10 @@ def tensorboard_writer(out: Path, step: int) -> Any:
 
 
 class Reporter:
-    """Says how a run goes: a bar on a terminal, elsewhere a line an evaluation and one every few seconds; or nothing."""
+    """Says how a run goes, or nothing.
+
+    A bar on a terminal, elsewhere a line an evaluation and one every few seconds.
+    """
 
     def __init__(self, steps: int, done: int, shown: bool, events: Any = None):
         self.steps, self.events = steps, events

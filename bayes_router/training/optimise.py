@@ -10,7 +10,10 @@ from bayes_router.transformer.model import RoutedLanguageModel
 
 
 def build_optimiser(model: RoutedLanguageModel, config: TrainConfig) -> torch.optim.AdamW:
-    """Groups: matrices (decayed), gains and embeddings (not), controllers (not, with their own learning rate)."""
+    """Groups of parameters with their own decay and rates.
+
+    Matrices (decayed), gains and embeddings (not), controllers (not, with their own learning rate).
+    """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in model.network.named_parameters():

@@ -149,7 +149,10 @@ def posterior_row(trainer: Trainer) -> dict[str, float]:
 
 
 def _settings(config: Config, grid: Grid) -> list[dict[str, Any]]:
-    """The settings of a grid, each tried once against the configuration, so that a wrong one is refused at once."""
+    """The settings of a grid, each tried once against the configuration.
+
+    A wrong one is refused at once.
+    """
     if isinstance(grid, Mapping):
         settings = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
     else:

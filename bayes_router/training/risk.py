@@ -108,7 +108,9 @@ def fit_risk(
     tokens: int = FIT_TOKENS,
     settings: RiskFit | None = None,
 ) -> Risk:
-    """Keep an estimate of KL(reference || routed) beside the controller of `model`, under its policy of now.
+    """Keep an estimate of KL(reference || routed) beside the controller of `model`.
+
+    It holds under the policy of now.
 
     Args:
         model: a fitted model or a patched one.

@@ -120,7 +120,9 @@ class Trainer:
 
     @torch.no_grad()
     def sound(self, step: int) -> bool:
-        """Whether the weights are numbers and their loss at `step`, which a resumed run would take first, is one, too.
+        """Whether the weights are numbers, and their loss at `step`.
+
+        A resumed run would take that step first.
 
         The draws are those of the step; what the next step does is not changed by it.
         """

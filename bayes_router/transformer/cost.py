@@ -28,7 +28,9 @@ def model_cost(
     last_only: bool = False,
     experts: Sequence[Expert] | None = None,
 ) -> ModelCost:
-    """FLOPs and bytes per token of a `RoutedLanguageModel`, or of its network alone, without controllers.
+    """FLOPs and bytes per token of a `RoutedLanguageModel` or of its network alone.
+
+    The network alone has no controllers.
 
     FLOPs: attention, every linear map and the tied head. Bytes: every weight once a pass, and attention's own; the residual
     stream is left out.

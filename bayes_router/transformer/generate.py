@@ -76,7 +76,9 @@ def stream(
     stop_tokens: Collection[int] = (),
     force: str | None = None,
 ) -> Iterator[GeneratedToken]:
-    """Yield the tokens that follow each row of `prompt`, one step at a time, under the model's hard policy.
+    """Yield the tokens that follow each row of `prompt`, one step at a time.
+
+    Routes are those of the model's hard policy.
 
     A row that has met a stop token goes on repeating it; the stream ends when all rows have.
 
@@ -146,7 +148,9 @@ def generate(
     stop_tokens: Collection[int] = (),
     force: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Prompt and continuation int64 [B, T + N], and the routes [L, B, N, R] that led to each new token; see `stream`.
+    """Prompt and continuation int64 [B, T + N], and the routes of each new token.
+
+    The routes are [L, B, N, R]; see `stream`.
 
     A row shorter than T is followed by its N new tokens at once, and then by zeros.
     """

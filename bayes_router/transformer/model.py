@@ -133,7 +133,10 @@ class RoutedTransformer(nn.Module):
         return [list(block.attention.experts) for block in self.blocks]  # type: ignore[union-attr, arg-type]
 
     def new_cache(self, batch: int, capacity: int) -> RoutedCache:
-        """An empty cache for `batch` sequences of at most `capacity` tokens, in the dtype of its keys (autocast: its)."""
+        """An empty cache for `batch` sequences of at most `capacity` tokens.
+
+        In the dtype of the model's keys (autocast: its).
+        """
         weight = self.embed.weight
         kind, dtype = weight.device.type, weight.dtype
         if dtype == torch.float32 and torch.is_autocast_enabled(kind):

@@ -1,4 +1,7 @@
-"""The figures of the README are those of the committed results, and one that is changed is found."""
+"""The figures of the README are those of the committed results.
+
+One that is changed is found.
+"""
 
 import re
 

@@ -1,4 +1,7 @@
-"""Retrieval tasks: what is asked stands in the text, the score is of the answer, a model that cannot see fails."""
+"""Retrieval tasks: what is asked stands in the text, the score is of the answer.
+
+A model that cannot see fails.
+"""
 
 import math
 from collections import Counter

@@ -1,4 +1,7 @@
-"""Rows of a study: none is lost, a table that stands is replaced by a whole one alone, a resumed one goes on."""
+"""Rows of a study: none is lost, and a resumed one goes on.
+
+A table that stands is replaced by a whole one alone.
+"""
 
 from pathlib import Path
 

@@ -51,7 +51,10 @@ def test_nothing_is_reported_while_a_backend_is_wrong(monkeypatch: pytest.Monkey
 
 
 def test_every_backend_is_verified_where_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Split rows, both head sizes, shared key heads, padding, one expert, and a cache of as many keys."""
+    """Split rows, both head sizes, shared key heads, padding, one expert.
+
+    And a cache of as many keys.
+    """
     seen, right = set(), verify.routed_attention
 
     def watched(

@@ -1,4 +1,7 @@
-"""Decoding steps of a cache against the full pass in float64, and against a store poisoned where no row needs it."""
+"""Decoding steps of a cache against the full pass in float64.
+
+And against a store poisoned where no row needs it.
+"""
 
 import copy
 import itertools
@@ -137,7 +140,10 @@ def needed_only(decoder: Decoder, prompts: tuple[int, ...], tolerance: float) ->
 
 
 def poison(cache: LayerCache, choices: list[list[int]]) -> None:
-    """NaN in every slot of a key head that none of its query heads sees with the next token of the row."""
+    """NaN in every slot of a key head that none of its query heads sees.
+
+    They see with the next token of the row.
+    """
     if cache.values is None:
         return
     assert cache.keys is not None

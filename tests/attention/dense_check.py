@@ -36,7 +36,10 @@ def draw_inputs(
 def errors(
     expert: Expert, inputs: tuple[Tensor, Tensor, Tensor], run: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 ) -> dict[str, float]:
-    """Relative errors of the output of `run` (default: the expert), of the gradients of q, k, v and of all parameters."""
+    """Relative errors of the output of `run` (default: the expert) and of the gradients.
+
+    Gradients of q, k, v and of all parameters.
+    """
     true, exact = copy.deepcopy(expert).double(), [x.detach().double().requires_grad_() for x in inputs]
     got, want = (run or expert)(*inputs), true(*exact)
     weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(3)).to(got.device)

@@ -110,7 +110,9 @@ def gradient_errors(got: Sequence[Tensor], want: Sequence[Tensor]) -> list[float
 
 
 def relative_error(got: Tensor, want: Tensor, beside: Tensor | None = None, share: float = 0.05) -> float:
-    """Of the whole tensor; where the truth is next to nothing, absolute, or, below a share of `beside`, relative to that.
+    """Error of the whole tensor, relative.
+
+    Where the truth is next to nothing absolute, or, below a share of `beside`, relative to that.
 
     Attention to one key has no gradient by its query (linear attention: but for EPSILON). What is found there is the rounding
     of terms that cancel, and these are of the size of the gradient by the value.

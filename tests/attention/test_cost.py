@@ -1,4 +1,7 @@
-"""Analytic costs against loops that compute the right output and count as they go, and against torch's own counter."""
+"""Analytic costs against loops that compute the output and count as they go.
+
+And against torch's own counter.
+"""
 
 import pytest
 import torch

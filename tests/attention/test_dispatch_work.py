@@ -27,7 +27,10 @@ VIEWS = {"view", "transpose", "slice", "select", "as_strided", "unsqueeze", "exp
 
 
 class Watch(TorchDispatchMode):
-    """The most elements that a tensor holds in memory of its own, and how many operators were more than views."""
+    """The most elements that a tensor holds in memory of its own.
+
+    And how many operators were more than views.
+    """
 
     def __init__(self) -> None:
         super().__init__()

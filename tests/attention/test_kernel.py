@@ -22,7 +22,7 @@ SHAPE = ExpertShape(4, 16, 9)
 
 
 def negated(name: str, method: str = "forward") -> Expert:
-    """A subclass of the expert `name`, one method of which gives the output with its sign changed."""
+    """A subclass of the expert `name` with one method whose output has its sign changed."""
     parent = expert_class(name)
 
     class Forward(parent):  # type: ignore[valid-type, misc]

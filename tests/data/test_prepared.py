@@ -1,4 +1,7 @@
-"""Prepared corpora: the tokens that memory would hold, written once, mapped after, refused when damaged; and data sets."""
+"""Prepared corpora: the tokens that memory would hold, written once, mapped after.
+
+Refused when damaged; and data sets.
+"""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""Associative recall, walked through token by token by a reader that shares no code with the generator."""
+"""Associative recall, walked through token by token by a reader.
+
+The reader shares no code with the generator.
+"""
 
 import itertools
 
@@ -21,7 +24,7 @@ SETTINGS = [
 
 
 def read(data: RecallData, tokens: list[int], last_target: int) -> tuple[list[int], list[bool], list[int]]:
-    """Targets and queries that a sequence of tokens must have, and how far back each answer lies."""
+    """Targets and queries that a sequence must have, and how far back each answer lies."""
     after = [*tokens, last_target]
     is_key = [1 <= token <= data.num_keys for token in after]
     is_value = [data.num_keys < token <= data.num_keys + data.num_values for token in after]

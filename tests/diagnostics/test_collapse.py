@@ -110,7 +110,10 @@ def test_kl_counts_the_tilt():
 
 
 def test_the_distance_from_the_prior_counts_the_tilt():
-    """Between the mean route and the mean of draws of the tilted prior, half the sum of absolute differences."""
+    """Between the mean route and the mean of draws, half the sum of absolute differences.
+
+    The draws are of the tilted prior.
+    """
     tilted = program(price=4.0)
     torch.manual_seed(0)
     mean = tilted.prior(0).sample(torch.Size([100_000])).mean(0)

@@ -132,7 +132,10 @@ def test_bad_input_is_refused():
 
 
 def test_gap_of_a_blind_likelihood_is_the_kl():
-    """The best concentrations are the prior's, so all of the controller's KL is amortisation gap."""
+    """The best concentrations are the prior's.
+
+    So all of the controller's KL is amortisation gap.
+    """
     prior, q = torch.tensor([[0.8, 1.2]]), torch.tensor([[3.0, 1.0]])
     program, guide = toy(BlindNetwork(), prior, q)
     gap = amortisation_gap(program, guide, TOKENS[None], TARGETS[None], steps=150, draws=4)

@@ -180,7 +180,10 @@ def test_a_route_out_of_range_ends_the_program(dtype: str, T: int, wrong: int) -
 
 @pytest.mark.parametrize("names", [EXPERTS, ("full", "gated", "local"), ("local",)])
 def test_rows_of_a_model_are_each_as_if_alone(names: tuple[str, ...]) -> None:
-    """Padded prompts of several lengths and then steps through the network, on the routes of its controllers."""
+    """Padded prompts of several lengths and then steps through the network.
+
+    On the routes of its controllers.
+    """
     model, tokens = tiny_model(experts=names).cuda(), tiny_batch(B=3)[0].cuda()
     lengths = torch.tensor([30, 4, 17], device="cuda")
     cache, got = model.network.new_cache(3, 40), []

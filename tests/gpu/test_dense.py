@@ -162,7 +162,10 @@ def test_gates_that_keep_all_or_nothing() -> None:
 
 @pytest.mark.parametrize("name", [*NAMES, "routed"])
 def test_a_captured_step_is_the_step(name: str) -> None:
-    """Forward and backward, replayed from a CUDA graph with other inputs, against the same computed anew."""
+    """Forward and backward, replayed from a CUDA graph with other inputs.
+
+    Against the same computed anew.
+    """
     inputs = draw_inputs(2, 4, 2, 700, 64, torch.bfloat16, "cuda")
     experts = tuple(draw_expert(each, ExpertShape(4, 64, 70), "cuda") for each in EXPERTS)
     expert = draw_expert(name, ExpertShape(4, 64, 70), "cuda") if name != "routed" else None

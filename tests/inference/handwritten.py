@@ -20,7 +20,10 @@ def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, base: float) -> Tensor:
-    """Rotate the pairs (i, i + Dh / 2) of x [B, H, T, Dh] by t * base^(-2 i / Dh), as complex numbers."""
+    """Rotate the pairs (i, i + Dh / 2) of x [B, H, T, Dh], as complex numbers.
+
+    By t * base^(-2 i / Dh).
+    """
     T, Dh = x.shape[-2:]
     exponent = torch.arange(0, Dh, 2, dtype=torch.float32) / Dh
     angle = torch.arange(T, dtype=torch.float32)[:, None] * base**-exponent

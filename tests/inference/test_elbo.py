@@ -1,4 +1,4 @@
-"""The objective: the hand-written one, Pyro's, and ours are the same number with the same gradient."""
+"""The objective by hand, by Pyro and by us: the same number and gradient."""
 
 import copy
 

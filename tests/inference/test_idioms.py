@@ -161,7 +161,10 @@ def test_importance_estimates_the_evidence_also_of_the_cold_posterior() -> None:
 
 
 def test_psis_tells_a_narrow_guide_from_the_posterior() -> None:
-    """One token: k of Dirichlet(q) for Dirichlet(p) is max(1 - p / q), here 1 - 1.0 / 4.0 = 0.75."""
+    """One token: k of Dirichlet(q) for Dirichlet(p) is max(1 - p / q).
+
+    Here 1 - 1.0 / 4.0 = 0.75.
+    """
     model, same = blind((1.05, 1.45))
     one, target = TOKENS[:1, :1], TARGETS[:1, :1]
     assert psis_diagnostic(model, same, one, target, num_particles=5000, max_plate_nesting=2) < 0.4

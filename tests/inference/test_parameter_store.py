@@ -1,4 +1,7 @@
-"""Pyro's global store: a store that was loaded is used, models that live together share nothing, order does not count."""
+"""Pyro's global store: a store that was loaded is used.
+
+Models that live together share nothing, and order does not count.
+"""
 
 import copy
 import gc

@@ -1,4 +1,7 @@
-"""Programs written when the model carried the weight of the KL are served, and told where it belongs now."""
+"""Programs written when the model carried the weight of the KL are served.
+
+They are told where it belongs now.
+"""
 
 import pyro
 import pyro.distributions as dist

@@ -94,7 +94,10 @@ def test_draws_fit_the_density_of_three_experts() -> None:
 
 @pytest.mark.parametrize("price", [1.0, 10.0, 100.0])
 def test_no_draw_has_a_zero_and_every_log_density_is_finite(price: float) -> None:
-    """The product's own sparse prior in float32, where a third of the weights lies below what float32 can hold."""
+    """The product's own sparse prior in float32.
+
+    A third of the weights lies below what float32 can hold.
+    """
     torch.manual_seed(0)
     p = TiltedDirichlet(torch.tensor([0.0177, 0.3002, 0.1821]), price * torch.tensor([1.0, 0.15, 0.3]))
     draws = p.expand(torch.Size([20_000])).sample()

@@ -1,4 +1,7 @@
-"""output_attentions: the original's where every token is on full, refused by name where tokens are routed."""
+"""output_attentions: the original's where every token is on full.
+
+Refused by name where tokens are routed.
+"""
 
 from typing import Any
 

@@ -125,7 +125,10 @@ def test_a_cost_above_the_budget_raises_the_price_and_one_below_lowers_it(kind: 
 
 
 def test_the_price_of_a_fit_moves_against_the_budget() -> None:
-    """It starts at 1; the executed costs lie above the one budget at first, and soon below the other."""
+    """It starts at 1, and executed costs move it.
+
+    They lie above the one budget at first, and soon below the other.
+    """
     text = torch.randint(3, VOCAB, (800,), generator=torch.Generator().manual_seed(0))
     settings = {"steps": 24, "context": 32, "batch_size": 4, "controller_lr": 0.03, "warmup": 2}
     ends = {}

@@ -58,7 +58,10 @@ def test_a_patch_saved_without_numbers_of_the_base_is_loaded_by_its_fingerprint(
 
 
 def offload(model: Any, where: str, folder: Path) -> None:
-    """By accelerate: all weights in memory or on disk, or, as a device map has it, some layers here and some there."""
+    """By accelerate: all weights in memory or on disk.
+
+    Or, as a device map has it, some layers here and some there.
+    """
     import accelerate
 
     if where == "memory":

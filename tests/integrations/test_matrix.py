@@ -1,4 +1,7 @@
-"""Every architecture: save and load, padded beams, assisted generation, packed documents, bfloat16 with both kernels."""
+"""Every architecture: save and load, padded beams, assisted generation.
+
+Also packed documents, and bfloat16 with both kernels.
+"""
 
 from collections.abc import Iterable
 from pathlib import Path

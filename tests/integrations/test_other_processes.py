@@ -1,4 +1,7 @@
-"""What was patched in a process that was spawned, behind DistributedDataParallel, and under PEFT's adapters."""
+"""What was patched in a process that was spawned.
+
+Also behind DistributedDataParallel, and under PEFT's adapters.
+"""
 
 import multiprocessing
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""What a patch is: fitted by SVI, budgeted, saved, idempotent, copied with its model, read by diagnostics; and refusals."""
+"""What a patch is: fitted by SVI, budgeted, saved, idempotent.
+
+Copied with its model, read by diagnostics; and refusals.
+"""
 
 import copy
 import warnings

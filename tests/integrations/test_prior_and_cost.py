@@ -1,4 +1,7 @@
-"""What a patch pays: the KL carries the price, a layer that slides already costs less, a budget is met or refused."""
+"""What a patch pays: the KL carries the price, a budget is met or refused.
+
+A layer that slides already costs less.
+"""
 
 from pathlib import Path
 from typing import Any

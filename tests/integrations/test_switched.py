@@ -1,4 +1,7 @@
-"""Autocast where a patch is made and fitted, attention switched after the patch, and torch.export."""
+"""Autocast where a patch is made and fitted, and attention switched after the patch.
+
+Also torch.export.
+"""
 
 from typing import Any
 

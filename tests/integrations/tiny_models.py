@@ -1,4 +1,7 @@
-"""One tiny random model of each architecture that is served, and controllers that route its tokens differently."""
+"""One tiny random model of each architecture that is served.
+
+And controllers that route its tokens differently.
+"""
 
 from collections.abc import Callable
 from typing import Any

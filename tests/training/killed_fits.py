@@ -30,7 +30,10 @@ def die() -> None:
 
 
 def arm(moment: str, countdown: int) -> None:
-    """Make this process kill itself at the `countdown`-th time that a checkpoint comes to `moment`."""
+    """Make this process kill itself when a checkpoint comes to `moment`.
+
+    At the `countdown`-th time.
+    """
     left = countdown
 
     def strike() -> None:

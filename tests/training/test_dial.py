@@ -1,4 +1,7 @@
-"""The dial meets its budget on executed routes, refuses what no price reaches, and leaves the model as it was."""
+"""The dial meets its budget on executed routes and refuses what no price reaches.
+
+It leaves the model as it was.
+"""
 
 import functools
 
@@ -31,7 +34,10 @@ def source(length: int = 700) -> TokenDataset:
 
 
 def executed_cost(model: RoutedLanguageModel, text: TokenDataset, policy: Budget | Conservative) -> float:
-    """By hand: every window through the model under the policy, the cost of each token's own expert."""
+    """By hand: every window through the model under the policy.
+
+    Counted is the cost of each token's own expert.
+    """
     model.policy = policy
     cost = torch.tensor(policy.cost_ratio, dtype=torch.float64)
     with torch.no_grad():

@@ -1,4 +1,7 @@
-"""What a run survives: kills at any moment, signals, disks that fill, gradients that are not finite, neighbours."""
+"""What a run survives: kills at any moment, signals, disks that fill.
+
+Also gradients that are not finite, and neighbours.
+"""
 
 import errno
 import os

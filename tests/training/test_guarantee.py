@@ -54,7 +54,10 @@ class Pool:
 
 
 def outcomes(pool: Pool, truth: Pool, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Share of calibrations that keep the promise on text of `truth`, and the mean cost relative to the best in hindsight."""
+    """Share of calibrations that keep the promise on text of `truth`.
+
+    And the mean cost relative to the best in hindsight.
+    """
     kept, costs = [], []
     allowed = math.log1p(LOST)
     hindsight = truth.cost[truth.mean <= allowed].min()

@@ -55,7 +55,10 @@ def test_a_changed_setting_is_named(run: Path, setting: str, then: str, now: str
 
 
 def test_every_bit_of_the_settings_counts(run: Path) -> None:
-    """Each flip is another setting and is named, is no TOML and is named, or changes nothing that is read."""
+    """Each flip of a bit is found, or changes nothing that is read.
+
+    It is another setting, or no TOML, and is named.
+    """
     whole, settings = (run / CONFIG).read_bytes(), load_run(run)[0]
     for place in range(0, len(whole), 23):
         flipped = bytearray(whole)

@@ -24,7 +24,10 @@ def tensors() -> int:
 
 
 def soak(corpus: str, steps: int) -> tuple[int, int]:
-    """Growth of memory in bytes, and of the number of tensors, after a quarter of `steps` steps, when the prior is annealed."""
+    """Growth of memory in bytes, and of the number of tensors, in a long fit.
+
+    After a quarter of `steps` steps, when the prior is annealed.
+    """
     config = with_changes(
         fit_config(corpus, steps=steps, batch_size=2), {"schedule.anneal_from": 0.05, "schedule.anneal_to": 0.2}
     )

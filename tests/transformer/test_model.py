@@ -21,7 +21,10 @@ def run(model: RoutedLanguageModel, tokens: Tensor, mode: str) -> tuple[Tensor, 
 @pytest.mark.parametrize("mode", ["mean", "hard"])
 @pytest.mark.parametrize("changed", [1, 20, 39])
 def test_no_future_leak(mode: str, changed: int) -> None:
-    """Changing token `changed` changes no earlier logit, concentration or route, and the later ones it does."""
+    """Changing token `changed` changes the later logits, concentrations and routes it should.
+
+    It changes no earlier one.
+    """
     model, (tokens, _) = tiny_model().double(), tiny_batch()
     other = tokens.clone()
     other[:, changed:] = (other[:, changed:] + 7) % 23

@@ -82,7 +82,10 @@ class AttentionCall:
         return None if self.mask is None else real_queries(self.mask, self.q.shape[2])
 
     def rescaled(self) -> Tensor:
-        """Queries for the kernels of `attention`, which divide scores by sqrt(Dh), whatever the layer's own scale."""
+        """Queries for the kernels of `attention`, whatever the layer's own scale.
+
+        The kernels divide scores by sqrt(Dh).
+        """
         factor = self.scaling * self.q.shape[3] ** 0.5
         return self.q if abs(factor - 1) < 1e-6 else self.q * factor
 

@@ -65,7 +65,10 @@ class RoutedLayer(nn.Module):
         return expert
 
     def attend(self, call: AttentionCall, route: Tensor | int) -> Tensor:
-        """[B, H, Tq, Dv] for weights [B, Tq, R, E] (all experts computed), choices int64 [B, Tq, R], or one expert for all.
+        """[B, H, Tq, Dv] for a route.
+
+        Weights [B, Tq, R, E] (all experts are computed), choices int64 [B, Tq, R], or one expert
+        for all.
 
         A route without its unit dimension holds for all heads.
         """
@@ -154,7 +157,10 @@ class RoutedLayer(nn.Module):
         )
 
     def _native(self, index: int, call: AttentionCall) -> Expert:
-        """The dispatcher's own expert where it computes the same, else this layer's behind its contract."""
+        """The dispatcher's own expert where it computes the same.
+
+        Else this layer's behind its contract.
+        """
         name = self.names[index]
         if name == "full":
             return shared_expert(FullAttention, self.shape)

@@ -17,7 +17,9 @@ from bayes_router.integrations.calls.softmax import QUERIES, PatchedExpert
 
 
 class LinearExpert(PatchedExpert):
-    """phi_q(q_t) . sum_s phi_k(k_s) v_s / (phi_q(q_t) . sum_s phi_k(k_s)) over the keys s that the layer's mask shows t.
+    """phi_q(q_t) . sum_s phi_k(k_s) v_s / (phi_q(q_t) . sum_s phi_k(k_s)).
+
+    The sums go over the keys s that the layer's mask shows t.
 
     phi(x) = softmax(M x) with one learned M [F, Dh] a head, F = Dh, in the manner of Zhang et al. 2024 (arXiv 2402.04347);
     M starts at the identity, scaled so that phi_q . phi_k grows with the layer's own scores. It takes the queries and keys

@@ -66,7 +66,10 @@ def _same(known: Any, asked: Any) -> bool:
 
 
 def padding_of(mask: Tensor, num_queries: int, causal: bool) -> Tensor | None:
-    """[B, Tk] real keys, if `mask` [B, 1, Tq, Tk] hides padding (and, where causal, the future) and nothing else."""
+    """[B, Tk] real keys, if `mask` [B, 1, Tq, Tk] hides padding and nothing else.
+
+    Where causal, the future too.
+    """
     if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] != num_queries:
         return None
     Tk = mask.shape[3]
@@ -80,7 +83,10 @@ def padding_of(mask: Tensor, num_queries: int, causal: bool) -> Tensor | None:
 
 @OfLast
 def seen_by_one(mask: Tensor) -> tuple[bool, Tensor | None]:
-    """(usable, [B or 1, Tk] the keys that the last query sees) of a mask that is the same for all heads."""
+    """Whether a mask is the same for all heads, and the keys that the last query sees.
+
+    The keys are [B or 1, Tk].
+    """
     usable = mask.dim() == 4 and mask.shape[1] == 1
     return usable, seen(mask)[:, 0, -1] if usable else None
 

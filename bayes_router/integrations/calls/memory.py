@@ -1,4 +1,6 @@
-"""What decoding a patched model remembers beside the Hugging Face cache, and how that grows without being copied.
+"""What decoding a patched model remembers beside the Hugging Face cache.
+
+And how that grows without being copied.
 
 The state of each linear expert is remembered, where it is valid.
 

@@ -38,7 +38,10 @@ class PatchedExpert(nn.Module):
         raise NotImplementedError
 
     def in_place(self, call: AttentionCall) -> bool:
-        """Whether one new token reads its keys where they lie, so that a part of the batch is attended without copies."""
+        """Whether one new token reads its keys where they lie.
+
+        A part of the batch is then attended without copies.
+        """
         return False
 
     def splits(self, call: AttentionCall) -> bool:
@@ -129,7 +132,9 @@ class FullExpert(SoftmaxExpert):
 
 
 class LocalExpert(SoftmaxExpert):
-    """The layer's own attention under a window of W keys, and, with `sinks`, the first keys that a query sees.
+    """The layer's own attention under a window of W keys.
+
+    With `sinks`, also the first keys that a query sees.
 
     Pretrained decoders park attention on their first tokens; a window without them costs much more (Xiao et al. 2023,
     arXiv 2309.17453). Causal: keys t - W + 1 .. t. Not causal: W keys around the query. Whatever the layer's mask hides
@@ -181,7 +186,10 @@ class LocalExpert(SoftmaxExpert):
         return replace(call, k=k, v=v, mask=mask, padding=None, memory=None)
 
     def _pieces(self, call: AttentionCall) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-        """(keys, values, mask) of the sinks before the window and of the window, slices of the cached; padding moves sinks."""
+        """(keys, values, mask) of the sinks before the window and of the window.
+
+        They are slices of the cached ones; padding moves sinks.
+        """
         window = min(self.shape.window, call.k.shape[2])
         before, sinks = call.k.shape[2] - window, min(self.sinks, call.k.shape[2] - window)
         mask = None if call.mask is None else call.mask[..., before:]

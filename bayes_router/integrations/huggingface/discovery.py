@@ -1,4 +1,7 @@
-"""Which attention layers a Hugging Face model has, which are left out, and whether it can be routed at all."""
+"""Which attention layers a Hugging Face model has, and which are left out.
+
+And whether it can be routed at all.
+"""
 
 import warnings
 from collections import Counter
@@ -61,7 +64,10 @@ def check_model(model: PreTrainedModel) -> str:
 
 
 def find_layers(model: PreTrainedModel, settings: PatchSettings) -> list[Found]:
-    """The attention layers, in the order in which the model runs them, by running it once on a few tokens."""
+    """The attention layers, in the order in which the model runs them.
+
+    It is run once on a few tokens.
+    """
     names = {module: name for name, module in model.named_modules()}
     widths: dict[nn.Module, int] = {}
     calls: dict[nn.Module, Found] = {}

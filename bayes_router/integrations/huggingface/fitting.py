@@ -253,7 +253,10 @@ def program(
 
 
 class Counting(Network):
-    """The network of a patched model that notes in `spent` what each layer's weights cost, by layer_cost [L, E]."""
+    """The network of a patched model that notes what each layer's weights cost.
+
+    The costs layer_cost are [L, E], the notes go to `spent`.
+    """
 
     def __init__(self, router: RoutedLanguage, layer_cost: Tensor, spent: list[Tensor]):
         super().__init__(router)

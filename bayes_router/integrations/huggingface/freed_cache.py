@@ -147,7 +147,9 @@ def freed(cache: Any, layer: Any) -> FreedLayer | None:
 
 
 def free(cache: Any, layer: Any, heads: Heads, call: AttentionCall) -> None:
-    """Drop what the short heads of a layer read no more, once a text is longer than sinks and window.
+    """Drop what the short heads of a layer read no more.
+
+    Once a text is longer than sinks and window.
 
     Nothing is dropped of padded texts, whose sinks lie elsewhere in each row, of a layer that slides or
     is static already, nor where autograd looks on.
@@ -161,7 +163,10 @@ def free(cache: Any, layer: Any, heads: Heads, call: AttentionCall) -> None:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes that a cache of transformers holds, of the tensors that are there, room to grow included."""
+    """Bytes that a cache of transformers holds, of the tensors that are there.
+
+    Room to grow is included.
+    """
     total = 0
     for layer in cache.layers:
         held = [layer.keys, layer.values, *getattr(layer, "near", ())]

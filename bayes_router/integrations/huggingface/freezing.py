@@ -1,4 +1,7 @@
-"""Which units of a patched language model nobody moves, read from a text, and what making them static costs."""
+"""Which units of a patched language model nobody moves, read from a text.
+
+And what making them static costs.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +23,9 @@ SOFTMAX = {"full", "local"}
 
 @dataclass(frozen=True)
 class Freezing:
-    """What `freeze` found. Units are chosen on one half of the text, loss and cost are read on the other.
+    """What `freeze` found.
+
+    Units are chosen on one half of the text, loss and cost are read on the other.
 
     Attributes:
         frozen: units whose route is static now.

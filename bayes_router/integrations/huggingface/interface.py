@@ -1,4 +1,7 @@
-"""The attention function that transformers 5 calls for a patched model, and the hook that hands it hidden states."""
+"""The attention function that transformers 5 calls for a patched model.
+
+And the hook that hands it hidden states.
+"""
 
 import sys
 import threading
@@ -92,7 +95,10 @@ def routed_interface(
 
 
 def without_empty(x: Any, dim: int, filled: int, query: Tensor) -> Any:
-    """Keys, values or mask of a static cache without its empty slots, so that the queries are the last of the keys."""
+    """Keys, values or mask of a static cache without its empty slots.
+
+    The queries are then the last of the keys.
+    """
     return None if x is None else x.narrow(dim, 0, min(filled + query.shape[2], x.shape[dim]))
 
 
@@ -107,7 +113,10 @@ def weights_wanted(module: nn.Module, kwargs: dict[str, Any]) -> bool:
 def folded(
     mask: Tensor | None, kwargs: dict[str, Any], query: Tensor, key: Tensor, causal: bool
 ) -> tuple[Tensor | None, dict[str, Any]]:
-    """Mask and arguments with a bias of positions (T5) in the mask, which experts cut by query and key; both are added."""
+    """Mask and arguments with a bias of positions (T5) in the mask.
+
+    Experts cut the mask by query and key; mask and bias are added.
+    """
     bias = kwargs.get("position_bias")
     if bias is None:
         return mask, kwargs
@@ -178,7 +187,9 @@ def require_answered(binding: Binding, module: nn.Module, args: Any, out: Any) -
 
 
 def follow_switch(module: nn.Module) -> None:
-    """Route under the kernel that the model was switched to after the patch (`set_attn_implementation`, its config).
+    """Route under the kernel that the model was switched to after the patch.
+
+    By `set_attn_implementation` or its config.
 
     Raises:
         ValueError: that kernel cannot be routed.

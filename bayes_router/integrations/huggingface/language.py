@@ -26,7 +26,10 @@ class RoutedLanguage(RoutedModel):
 
     @property
     def config(self) -> ModelConfig:
-        """The routed layers in the terms of the project, with the model's vocabulary as it is now (tokens may be added)."""
+        """The routed layers in the terms of the project.
+
+        With the model's vocabulary as it is now, for tokens may be added.
+        """
         known: ModelConfig = self.__dict__["_config"]
         size = self.model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
         return known if size == known.vocab_size else replace(known, vocab_size=size)
@@ -173,7 +176,10 @@ class Unforced:
 
 
 class Network:
-    """(tokens [B, T], route) -> logits [B, T, V] of a patched model, every layer's route answered by `route(layer, hidden)`."""
+    """(tokens [B, T], route) -> logits [B, T, V] of a patched model.
+
+    Every layer's route is answered by `route(layer, hidden)`.
+    """
 
     def __init__(self, router: RoutedLanguage):
         self.router = router

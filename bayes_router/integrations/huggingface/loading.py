@@ -1,4 +1,7 @@
-"""Loading the pretrained model that a saved patch belongs to, and its tokenizer as the project reads one."""
+"""Loading the pretrained model that a saved patch belongs to.
+
+And its tokenizer as the project reads one.
+"""
 
 from pathlib import Path
 from typing import Any

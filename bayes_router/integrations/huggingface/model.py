@@ -48,7 +48,9 @@ class RoutedPretrained(RoutedLanguage):
         progress: bool = True,
         **settings: Any,
     ) -> "pd.DataFrame":
-        """Distil the linear experts from the layers' own attention, then fit controllers and experts by SVI on the ELBO.
+        """Distil the linear experts, then fit controllers and experts by SVI on the ELBO.
+
+        The linear experts learn from the layers' own attention.
 
         Args:
             texts: a text, several, or token ids int64 [N]; or these by name, kinds of text that are drawn alike (`Mixture`
@@ -162,7 +164,9 @@ class RoutedPretrained(RoutedLanguage):
         context: int = 512,
         limit: int = 65_536,
     ) -> Guarantee:
-        """Take the cheapest policy whose expected loss over the unpatched model is at most `lost`, with that confidence.
+        """Take the cheapest policy whose expected loss is at most `lost`, with that confidence.
+
+        The loss is over the unpatched model.
 
         It holds for windows exchangeable with those of the text: of its kind, and `context` tokens long.
 
@@ -258,7 +262,9 @@ class RoutedPretrained(RoutedLanguage):
     def fit_risk(
         self, texts: Any, *, tokenizer: Any = None, context: int = 512, batch_size: int = 1, tokens: int = RISK_TOKENS
     ) -> Risk:
-        """Keep an estimate of what routing loses, under the policy of now, from routed and unrouted passes over `texts`.
+        """Keep an estimate of what routing loses under the policy of now.
+
+        It is learned from routed and unrouted passes over `texts`.
 
         Args:
             texts: a text, several, or token ids int64 [N].
@@ -276,7 +282,9 @@ class RoutedPretrained(RoutedLanguage):
         return fit_risk(self, stream.windows(context, batch_size, max(tokens, context)), self.unrouted, tokens=tokens)
 
     def risk(self, tokens: Tensor) -> Tensor:
-        """Estimated KL(unrouted || routed) of each of tokens int64 [B, T], nats, [B, T], from one routed pass.
+        """Estimated KL(unrouted || routed) of each token, nats [B, T], from one routed pass.
+
+        The tokens are int64 [B, T].
 
         Raises:
             ValueError: no estimate was fitted: `fit_risk`.
@@ -295,7 +303,7 @@ class RoutedPretrained(RoutedLanguage):
 
     @property
     def kl_weight(self) -> float:
-        """Of the objective at the end of the fit, or of the schedule that a fit takes by default."""
+        """Weight of the KL at the end of the fit, or where there was none by default."""
         return fitting.end_state(self).kl_weight
 
     def set_budget(
@@ -309,7 +317,9 @@ class RoutedPretrained(RoutedLanguage):
         tolerance: float = TOLERANCE,
         by: str = "flops",
     ) -> float:
-        """Let executed attention cost `budget` of attention over all keys, on text held out by `fit` or on `texts`.
+        """Let executed attention cost `budget` of attention over all keys.
+
+        On text held out by `fit`, or on `texts`.
 
         Afterwards `policy` is a `Budget` at the price that was found.
 

@@ -131,7 +131,9 @@ class BudgetRange:
 
 
 class Dialled(nn.Module):
-    """The posteriors of a controller with their means moved by a dial, in the order that `Budget` executes.
+    """The posteriors of a controller with their means moved by a dial.
+
+    They move in the order that `Budget` executes.
 
     The least concentration of the controller is added again after the move: where an expert is left with
     next to none, the KL to any prior would outgrow the rest of the loss.

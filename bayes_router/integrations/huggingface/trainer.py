@@ -1,4 +1,7 @@
-"""Training what a patch added by Hugging Face's Trainer, beside the model's own weights or alone."""
+"""Training what a patch added by Hugging Face's Trainer.
+
+Beside the model's own weights, or alone.
+"""
 
 import warnings
 from pathlib import Path

@@ -106,7 +106,9 @@ def layer_costs(prior: PriorConfig, config: ModelConfig, context: int, windows: 
 
 
 def layer_reads(config: ModelConfig, context: int, windows: Sequence[int | None]) -> Tensor:
-    """Cached keys that a decoding step at `context` tokens reads in each layer under each expert, all = 1: [L, E].
+    """Cached keys that a decoding step at `context` tokens reads, all = 1: [L, E].
+
+    In each layer, under each expert.
 
     `full` reads the window of a layer that slides, `local` no more than that, an expert that keeps a state none.
     """

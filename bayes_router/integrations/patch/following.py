@@ -61,7 +61,9 @@ class Following(nn.Module):
         return self
 
     def follow(self) -> None:
-        """Take over the model's device, its dtype where that is wider than float32, and its flags where they changed.
+        """Take over the model's device, dtype and flags.
+
+        The dtype where it is wider than float32, the flags where they changed.
 
         A pass does, and `fit`; to read `parameters()` of a model that has moved since, or that was frozen, call it before.
         """

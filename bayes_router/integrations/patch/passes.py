@@ -59,7 +59,7 @@ class Pass:
 
 
 class Given(NamedTuple):
-    """What the hook before an attention module hands to the attention function that the module calls."""
+    """What the hook before an attention module hands to its attention function."""
 
     hidden: Tensor
     past: tuple[Any, Tensor | None] | None = None  # the KV cache, and what it held of this layer's keys

@@ -1,4 +1,6 @@
-"""A patched model: controllers and experts beside a model made elsewhere, and how its tokens are routed.
+"""A patched model: controllers and experts beside a model made elsewhere.
+
+And how its tokens are routed.
 
 What is added lives here and not in the model: its parameters, state dict and `save_pretrained` stay its own.
 """

@@ -1,4 +1,7 @@
-"""A patch on disk: router.safetensors (what was added), router.json (settings, policy, the fit, the model it belongs to).
+"""A patch on disk.
+
+router.safetensors holds what was added; router.json the settings, the policy, the fit and the model
+it belongs to.
 
 base.safetensors has numbers of that model's weights, which tell it from others in another precision too. Where it was fitted,
 evidence.safetensors; where asked for, held_out.safetensors: text that the fit did not read, as token ids.
