@@ -241,13 +241,20 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         plt.close(figure)
 
 
+def kind_of(contender: str, routing_entropy: float) -> str:
+    """What a point is drawn as: a route without entropy is static, whatever its name."""
+    for name in ("softmax", "Dirichlet"):
+        if contender.startswith(name):
+            return next(kind for kind in KINDS if kind.startswith(name))
+    return "static" if routing_entropy < 1e-6 else "ours"
+
+
 def panel(ax: Axes, group: pd.DataFrame, title: str) -> None:
     """One corpus and context; the line is the front of the static layouts."""
     high = group["nll_hard"] > group["nll_hard"].min() + SHOWN
     above = "; ".join(f"{r['contender']} {r['nll_hard']:.2f} at {r['cost_paper']:.2f}" for r in group[high].to_dict("records"))
     group = group[~high].sort_values("cost_paper")
-    kind = group["contender"].map(lambda name: name.split(":")[0].split(",")[0])
-    kind = kind.where(kind.isin(list(KINDS)[1:]), "static")
+    kind = pd.Series(map(kind_of, group["contender"], group["routing_entropy"]), group.index)
     static = group[kind == "static"]
     front = static[static["nll_hard"] <= static["nll_hard"].cummin()]
     ax.step(front["cost_paper"], front["nll_hard"], where="post", color=PALETTE[0], alpha=0.4, lw=1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from analysis.routes.sweep import WORDS, identity, planned, run_one, settings, sweep
-from analysis.routes.tiny_lm import HEADLINE, LONG, RECIPE, SHORT, markdown, plan, summarise
+from analysis.routes.tiny_lm import HEADLINE, LONG, RECIPE, SHORT, kind_of, markdown, plan, summarise
 from analysis.routes.variants import ChainedController, ConvolvedController, SegmentController, with_controller
 from bayes_router.attention.experts.contract import expert_class
 from bayes_router.attention.shapes import ExpertShape
@@ -147,3 +147,12 @@ def test_headline_rows_get_the_seeds() -> None:
     jobs = plan("toy", "sotu", 5, list(SHORT))
     seeds = pd.Series([job["name"] for job in jobs]).value_counts()
     assert all(seeds[name] == (5 if name in HEADLINE else 2) for name in SHORT)
+
+
+def test_the_legend_tells_routers_from_static_layouts() -> None:
+    results = Path(__file__).parents[2] / "analysis" / "results"
+    table = summarise(pd.read_csv(results / "long_recipe.csv").assign(lr=0.002))
+    kinds = pd.Series(list(map(kind_of, table["contender"], table["routing_entropy"])), list(table["contender"]))
+    assert kinds.value_counts().to_dict() == {"ours": 28, "static": 4, "softmax router": 3}
+    assert all(name.startswith("static") for name in kinds.index[kinds == "static"])
+    assert kind_of("Dirichlet, literal ELBO", 1.0) == "Dirichlet" and kind_of("gated linear", 3e-11) == "static"
