@@ -45,7 +45,7 @@ from bayes_router.types import Route
 
 SINKS, LONGEST = 4, 8192
 SHARES = (0.03, 0.9)  # of what may be spent beyond the window, the range that a fit serves
-KL_WEIGHT, TOTAL = 2e-5, 1.0
+KL_WEIGHT = 1e-5
 CONTENDERS = {  # name: (unit, whether the token decides)
     "token x query head": ("head", True),
     "token x KV head": ("kv_head", True),
@@ -86,7 +86,7 @@ def fit(model: Any, texts: Mixture, contender: str, args: argparse.Namespace) ->
     """The contender, fitted."""
     unit, by_token = CONTENDERS[contender]
     contexts = tuple(map(int, args.contexts.split(",")))
-    prior = PriorConfig(cost="flops", price=args.price, temperature=0.3, total_concentration=TOTAL)
+    prior = PriorConfig(cost="flops", price=args.price, temperature=0.3, total_concentration=args.total)
     router: RoutedPretrained = patch(
         model,
         window=args.window,
@@ -107,7 +107,7 @@ def fit(model: Any, texts: Mixture, contender: str, args: argparse.Namespace) ->
     least = float(router.layer_cost.amin(-1).mean())
     schedule = ScheduleConfig(
         kl_weight=KL_WEIGHT / (len(router.layers) * router.config.num_units),
-        start_total_concentration=TOTAL,
+        start_total_concentration=args.total,
         anneal_from=0.0,
         anneal_to=0.0,
         straight_through_from=0.0,
@@ -120,6 +120,7 @@ def fit(model: Any, texts: Mixture, contender: str, args: argparse.Namespace) ->
         context=contexts,
         batch_size=args.rows,
         controller_lr=args.lr,
+        bias_lr=5 * args.lr,
         budget=tuple(least + (1 - least) * s for s in SHARES),
         schedule=schedule,
         distil_steps=0,
@@ -329,8 +330,8 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--contender", choices=CONTENDERS, default="token x query head")
     parser.add_argument("--results", type=Path, help="rows that are read, .csv")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    numbers: dict[str, Any] = {"window": 1024, "seed": 0, "steps": 10_000, "rows": 1, "seconds": 110.0, "lr": 3e-3}
-    numbers |= {"price": 2000.0, "pieces": 98_304, "prompts": 12, "read_seconds": 1e9}
+    numbers: dict[str, Any] = {"window": 1024, "seed": 0, "steps": 10_000, "rows": 1, "seconds": 110.0}
+    numbers |= {"lr": 3e-3, "total": 2.0, "price": 2000.0, "pieces": 98_304, "prompts": 12, "read_seconds": 1e9}
     for name, value in numbers.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     parser.add_argument("--contexts", default=f"{LONGEST},4096,2048", help="lengths that a fit draws from")

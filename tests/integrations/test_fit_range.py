@@ -111,3 +111,17 @@ def test_a_range_below_the_cheapest_expert_is_refused() -> None:
     _, router = ranged()
     with pytest.raises(ValueError, match="budget: expected a range above"):
         router.fit(TEXT, steps=1, **{**RANGE, "budget": (0.01, 0.9)})
+
+
+def test_biases_have_a_rate_of_their_own() -> None:
+    """Adam's first step moves every number by its rate."""
+    moved = []
+    for rate in (None, 0.2):
+        _, router = ranged()
+        before = router.controller.layers[0].out.bias.detach().clone()
+        router.fit(TEXT, steps=1, warmup=0, bias_lr=rate, progress=False, **RANGE | {"budget": None})
+        moved.append(float((router.controller.layers[0].out.bias.detach() - before).abs().max()))
+        router.unpatch()
+    assert moved == pytest.approx([0.02, 0.2], rel=0.05)
+    with pytest.raises(ValueError, match="bias_lr: expected a positive number; got 0"):
+        FitSettings(bias_lr=0)

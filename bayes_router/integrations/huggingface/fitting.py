@@ -50,6 +50,7 @@ class FitSettings:
         batch_size: sequences a step; of lengths below the longest so many that a step has as many tokens.
         lr: peak learning rate of the experts' own parameters.
         controller_lr: peak learning rate of the controllers.
+        bias_lr: of the bias of their last layer, which moves a unit's posterior for all tokens at once; None: `controller_lr`.
         weights_lr: of the model's own weights; 0 leaves them as they are.
         warmup: steps of linear warm-up.
         clip: largest gradient norm.
@@ -67,6 +68,7 @@ class FitSettings:
     batch_size: int = 4
     lr: float = 1e-3
     controller_lr: float = 3e-3
+    bias_lr: float | None = None
     weights_lr: float = 0.0
     warmup: int = 10
     clip: float = 1.0
@@ -88,8 +90,9 @@ class FitSettings:
         for name in ("steps", "distil_steps", "weights_lr", "warmup", "seed"):
             require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
         require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
-        for name in ("lr", "controller_lr", "clip", "seconds"):
-            require(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
+        for name in ("lr", "controller_lr", "bias_lr", "clip", "seconds"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name, "a positive number", value)
 
     @property
     def contexts(self) -> tuple[int, ...]:
@@ -354,7 +357,13 @@ def _groups(router: RoutedLanguage, settings: FitSettings) -> list[dict[str, Any
 
     Controllers, experts, and the model's own where they move.
     """
-    groups: list[dict[str, Any]] = [{"params": list(router.controller.parameters()), "peak": settings.controller_lr}]
+    named = list(router.controller.named_parameters())
+    biases = [p for name, p in named if name.endswith("out.bias")]
+    rest = [p for name, p in named if not name.endswith("out.bias")]
+    groups: list[dict[str, Any]] = [
+        {"params": rest, "peak": settings.controller_lr},
+        {"params": biases, "peak": settings.bias_lr or settings.controller_lr},
+    ]
     own = [p for layer in router.layers for p in layer.parameters()]
     if own:
         groups.append({"params": own, "peak": settings.lr})
