@@ -18,6 +18,7 @@ from bayes_router.integrations.patch.binding import router_of
 from bayes_router.integrations.patch.routed import RoutedModel
 from bayes_router.integrations.patch.saving import load_weights, read_fit, read_settings, saved_frozen
 from bayes_router.integrations.patch.settings import PatchSettings
+from bayes_router.integrations.patch.shipped import folder_of
 from bayes_router.routing.policy import Policy
 from bayes_router.training.evidence import load_evidence
 from bayes_router.training.risk import load_risk
@@ -145,11 +146,18 @@ def load_patch(model: nn.Module, folder: Path | str) -> Any:
 
     A model that is patched alike already is filled from the folder.
 
+    Args:
+        model: the one that the patch was made for, in any precision.
+        folder: where the patch was saved, or the name of one that comes with the package:
+            `smollm2-135m` and `smollm2-135m-window256`, for SmolLM2-135M-Instruct from its Q4_1
+            GGUF file. A card lies beside each (`bayes_router/patches/NAME/README.md`).
+
     Raises:
         ValueError: the folder is no saved patch or is damaged, or was made for another model.
     """
     model = unwrapped(model)
     check_weights(model)
+    folder = folder_of(folder)
     settings, policy = read_settings(model, folder)
     known = existing(model, settings)
     router = known or _patch(model, settings)
