@@ -6,8 +6,9 @@ Parts: collapse (load, information, distance from the prior, by layer and over t
 (what it says before any text); uncertainty (by layer, position and kind of token, k-hat, gap,
 stability); evidence (AUROC by token against other text, with intervals; --text NAME=FILE adds a
 text); confidence (forced routes: the first half of --windows is for fitting, the last for reading);
-risk (the estimate against KL(best single expert || routed), on text that neither fit read); quality
-(a promise read on held-out windows, and how often it is kept when the windows are drawn anew).
+risk (the estimate against KL(best single expert || routed), on text that neither fit read; RUN
+keeps it); quality (a promise read on held-out windows, and how often it is kept when the windows
+are drawn anew).
 """
 
 import argparse
@@ -47,7 +48,7 @@ from bayes_router.routing.posterior import categorical_entropy, expected_entropy
 from bayes_router.routing.risk import RiskFit
 from bayes_router.training.executed import Executed, execute
 from bayes_router.training.guarantee import Single, cheaper_from, keep_promise, later_windows, strongest_single
-from bayes_router.training.risk import fit_risk, reference_of, risk_data
+from bayes_router.training.risk import fit_risk, reference_of, risk_data, save_risk
 from bayes_router.types import RoutingMode
 
 DRAWS = 250
@@ -179,6 +180,7 @@ def risk(run: FittedRun, options: argparse.Namespace) -> Found:
     early = list(valid.windows(context, train.batch_size, limit))
     reference = reference_of(run.model, early[:8])
     head = fit_risk(run.model, early, reference, tokens=limit, settings=RiskFit(steps=options.risk_steps))
+    save_risk(run.path, head)
     tested = later_windows(valid, context, train.batch_size, limit, limit)
     texts = {"held out": torch.cat([batch.tokens for batch in tested])}
     if run.tokeniser is not None:

@@ -52,6 +52,7 @@ INNER = {
         "reading": 0,
         "fitted": 1,
         "measures": 1,
+        "shading": 1,
         "amortisation": 2,
         "diagnostic": 2,
         "figures": 2,

@@ -6,7 +6,8 @@ What evidence tells, what a promise is worth there, and what a guard makes of it
 
 TOKENS.npz has token ids by name. Evidence is made from the text --fit; on the first windows of the text --own a price is
 promised for (the cheapest of --prices, tried in that order) and the guard is set; the later windows of --own, and the others,
-are read: AUROC of evidence by token; executed cost and lost perplexity, bare and guarded, with intervals over windows.
+are read: executed cost and lost perplexity, bare and guarded, with intervals over windows; with
+--auroc also that of evidence by token.
 """
 
 import argparse
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--fit-tokens", type=int, default=16_384)
     parser.add_argument("--prices", type=float, nargs="+", default=[0.0, 1.0, 2.0, 4.0])
     parser.add_argument("--quality", type=float, default=0.02)
+    parser.add_argument("--auroc", action="store_true", help="of evidence by token too, for one more pass of each text")
     parser.add_argument("--out", type=Path, default=Path("analysis/results"))
     options = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
@@ -86,18 +88,21 @@ def main() -> None:
             chosen = bare if policy == "bare" else found.policy
             reading = execute(routed, batches, cost, RoutingMode.HARD, chosen, 0.0).reading
             rows.append({"text": name, "policy": policy, **against(reading, base)})
+        print(pd.DataFrame(rows[-2:]).to_string(index=False, header=False), flush=True)
+        write(options.out, {"foreign_smollm_guard": pd.DataFrame(rows)}, {})
+        if not options.auroc:
+            continue
         router.policy, T = bare, batches[0].tokens.shape[1]
         flat = torch.cat([*(batch.tokens.flatten() for batch in batches), batches[-1].targets[0, -1:]])
         scores[name] = token_scores(router, flat, T)
-        print(pd.DataFrame(rows[-2:]).to_string(index=False, header=False), flush=True)
     told = [
         {"text": name, "score": score, **auroc_of(values, scores[options.own][score])._asdict()}
         for name, of in scores.items() if name != options.own for score, values in of.items()
     ]  # fmt: skip
-    tables = {"foreign_smollm_guard": pd.DataFrame(rows), "foreign_smollm_evidence": pd.DataFrame(told)}
-    for table in tables.values():
+    if told:
+        table = pd.DataFrame(told)
         print(table.to_string(index=False, float_format=lambda x: f"{x:.4f}"))
-    write(options.out, tables, {})
+        write(options.out, {"foreign_smollm_evidence": table}, {})
 
 
 if __name__ == "__main__":

@@ -23,9 +23,11 @@ from bayes_router.data.load import load_data
 from bayes_router.diagnostics.fitted import FittedRun
 from bayes_router.diagnostics.measures.uncertainty import probability_right
 from bayes_router.diagnostics.report import ShownText, route_text
+from bayes_router.diagnostics.shading import Scale, scale
 from bayes_router.files import write_text
 
 COLOURS = (25, 172, 72, 133, 185)  # of the 256 of a terminal: dark blue, orange, green, purple, yellow, as in the figures
+REDS = (231, 224, 217, 167, 124)
 WHEN = ("auto", "always", "never")
 WIDTH = 80
 SVG_WIDTH = 100
@@ -36,6 +38,8 @@ def run(options: Namespace) -> None:
     if options.colour not in WHEN:
         raise unknown("colour", options.colour, WHEN)
     require(0 <= options.threshold <= 1, "threshold", "a probability", options.threshold)
+    if options.by != "route":
+        scale(options.by)
     text = read_text(options.text)
     fitted = open_fitted(options, text)
     layers = fitted.config.model.num_layers
@@ -44,16 +48,21 @@ def run(options: Namespace) -> None:
     shown = route_text(fitted, text, options.tokens, source, options.unit)
     terminal = options.colour == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     colour = options.colour == "always" or terminal
-    page = render(fitted, shown, options.layer, options.threshold, colour, options.unit)
+    page = _page(fitted, shown, options, colour)
     if colour:
         painter(sys.stdout).print(page, soft_wrap=True)
     else:
         print(page.plain)
     if options.svg is not None:
-        coloured = render(fitted, shown, options.layer, options.threshold, True, options.unit)
-        write_text(options.svg, picture(coloured, str(options.run)))
+        write_text(options.svg, picture(_page(fitted, shown, options, True), str(options.run)))
     if fitted.patched and fitted.tokeniser is None:
         print("\nshown as token ids: the base model has no tokenizer beside it")
+
+
+def _page(fitted: FittedRun, shown: ShownText, options: Namespace, colour: bool) -> Text:
+    if options.by == "route":
+        return render(fitted, shown, options.layer, options.threshold, colour, options.unit)
+    return shaded(shown, scale(options.by), colour)
 
 
 def painter(file: TextIO | None, record: bool = False) -> Console:
@@ -106,6 +115,33 @@ def render(fitted: FittedRun, shown: ShownText, layer: int, threshold: float, co
     return Text.assemble(f"layer {layer}{of}: ", legend, f"\n{marked}\n\n", body)
 
 
+def shaded(shown: ShownText, by: Scale, colour: bool) -> Text:
+    """The text coloured by a number of each token.
+
+    Without colour, the digit of its shade stands under it.
+
+    Raises:
+        ValueError: the fit cannot say that number.
+    """
+    fix = {
+        "risk": "fit_risk of a patch, then save; of a run: python -m analysis.posterior RUN --parts risk",
+        "foreign": "fit_evidence of a patch, then save; of a run: fit it again",
+    }
+    known = by.name in shown.numbers
+    require(known, "by", "route: the fit keeps no estimate of the other", by.name, fix[by.name])
+    shades = by.shades(shown.numbers[by.name])
+    steps = [f"{digit}: {step}" for digit, step in enumerate(by.steps())]
+    if colour:
+        legend = Text("  ").join(_shade(f" {step} ", s) for s, step in enumerate(steps))
+        runs = groupby(zip(map(printable, shown.pieces), shades, strict=True), key=lambda token: token[1])
+        body = Text().join(_shade("".join(piece for piece, _ in run), shade) for shade, run in runs)
+    else:
+        legend = Text("  ".join(steps))
+        body = Text(_underlined(shown.pieces, list(map(str, shades))))
+    mean = float(shown.numbers[by.name].mean())
+    return Text.assemble(f"{by.name}, {by.meaning}; mean {mean:.4f}\n", legend, "\n\n", body)
+
+
 def letters(experts: Sequence[str]) -> list[str]:
     """A small letter for each expert, all different.
 
@@ -131,6 +167,11 @@ def _paint(text: str, expert: int, doubt: bool) -> Text:
     colour = COLOURS[expert % len(COLOURS)]
     ink = 15 if expert == 0 else 16
     return Text(text, f"underline color({colour})" if doubt else f"color({ink}) on color({colour})")
+
+
+def _shade(text: str, shade: int) -> Text:
+    """On a deeper red the higher the shade."""
+    return Text(text, f"color({16 if shade < 3 else 15}) on color({REDS[shade]})")
 
 
 def _underlined(pieces: Sequence[str], marks: Sequence[str]) -> str:

@@ -215,6 +215,7 @@ def inspect(arguments: Sequence[str]) -> Parser:
     result.add_argument("--unit", type=int, default=0, help="routing unit of it that is shown: 0, or a key head or query head")
     result.add_argument("--tokens", type=int, default=800, help="tokens to show, at most")
     result.add_argument("--threshold", type=float, default=SURE_ENOUGH, help="a token that is right less probably is marked")
+    result.add_argument("--by", type=str, default="route", help="what colours a token: route, risk, foreign")
     result.add_argument("--colour", type=str, default="auto", help="auto, always, never (then letters under the text)")
     result.add_argument("--svg", type=Optional[Path], default=None, help="file to write the coloured text to, as a picture")
     return result

@@ -5,6 +5,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bayes_router.checks import require
 from bayes_router.data.stream import TokenStream, stream_of
@@ -41,6 +42,11 @@ class Mixture:
         self.streams, self.vocab_size, self.name = dict(streams), sizes.pop(), " + ".join(streams)
         total = sum(chosen.values())
         self.shares = {name: chosen[name] / total for name in streams}
+
+    @property
+    def tokens(self) -> Tensor:
+        """Of all kinds, one after another."""
+        return torch.cat([stream.tokens for stream in self.streams.values()])
 
     def __len__(self) -> int:
         """Number of tokens of all kinds."""

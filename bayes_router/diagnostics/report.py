@@ -5,7 +5,8 @@ The verdicts, the figures, and the text itself, coloured by route.
 
 import base64
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -27,7 +28,10 @@ from bayes_router.diagnostics.measures.collapse import kl_to_prior
 from bayes_router.diagnostics.measures.uncertainty import probability_right
 from bayes_router.diagnostics.measures.verdict import Severity
 from bayes_router.diagnostics.reading import pieces, read, text_windows
+from bayes_router.diagnostics.shading import SCALES
+from bayes_router.routing.evidence import watching
 from bayes_router.routing.posterior import mutual_information, posterior_mean
+from bayes_router.training.risk import read_risk
 
 SHOWN_TOKENS = 4000
 DRAWN_LAYERS = 8  # lines of a figure that are told apart
@@ -41,6 +45,7 @@ class ShownText(NamedTuple):
     concentration: Tensor  # [L, N, E], of the unit that is shown
     hard_choice: Tensor  # int64 [L, N], of that unit
     nll: Tensor  # [N], of the token itself given those before it in its window; nan for the first
+    numbers: Mapping[str, Tensor] = {}  # [N] by the name of a `Scale`, those that the fit can say
 
 
 def route_text(
@@ -75,15 +80,36 @@ def route_text(
         assert tokeniser is not None
         batches = text_windows(text, tokeniser, context, limit, run.causal)
     ids, concentration, choice, nll = [], [], [], []
+    numbers: dict[str, list[Tensor]] = {}
     for reading in read(run.model, batches):
         ids += reading.tokens[0].tolist()
         concentration.append(reading.concentration[:, 0, :, unit].cpu())
         choice.append(reading.hard_choice[:, 0, :, unit].cpu())
         nll.append(reading.own_nll(run.causal)[0].cpu())
+        for key, values in token_numbers(run.model, reading.tokens).items():
+            numbers.setdefault(key, []).append(values)
     parts = (torch.cat(concentration, 1), torch.cat(choice, 1), torch.cat(nll))
-    return ShownText(
-        pieces(ids[:limit], run.tokeniser), *(part[..., :limit] if part.dim() < 3 else part[:, :limit] for part in parts)
-    )
+    said = {key: torch.cat(values)[:limit] for key, values in numbers.items()}
+    text_of = pieces(ids[:limit], run.tokeniser)
+    return ShownText(text_of, parts[0][:, :limit], parts[1][:, :limit], parts[2][:limit], said)
+
+
+@torch.no_grad()
+def token_numbers(model: Any, tokens: Tensor) -> dict[str, Tensor]:
+    """Risk [T] and how foreign each of tokens [1, T] is, as far as the fit kept what they need; one more pass."""
+    controller, found = model.controller, dict[str, Tensor]()
+    if controller.risk is None and controller.evidence is None:
+        return found
+    seen = nullcontext() if controller.evidence is None else watching(controller)
+    with seen as watch:
+        if controller.risk is not None:
+            found["risk"] = read_risk(model, tokens)[0].cpu()
+        else:
+            model(tokens)
+    if watch is not None:
+        usual = torch.stack([layer.log_budget.cpu() for layer in controller.evidence.layers])
+        found["foreign"] = (usual[:, None] - watch.log_evidence[:, 0]).mean(0)
+    return found
 
 
 def _kl(run: FittedRun, layer: int, q: Tensor, unit: int) -> Tensor:
@@ -222,6 +248,17 @@ def write_report(
         "pieces": shown.pieces,
         "nll": [None if x != x else round(x, 2) for x in shown.nll.tolist()],
         "layers": layer_tables(run, shown),
+        "scales": [
+            {
+                "name": one.name,
+                "meaning": one.meaning,
+                "steps": one.steps(),
+                "edges": one.edges,
+                "values": [float(f"{x:.4g}") for x in shown.numbers[one.name].tolist()],
+            }
+            for one in SCALES
+            if one.name in shown.numbers
+        ],
     }
     environment = jinja2.Environment(loader=jinja2.PackageLoader("bayes_router.diagnostics", "."), autoescape=True)
     layers = examined.collapse.layers()

@@ -95,3 +95,22 @@ def test_a_guard_asks_for_evidence():
         found.set_guard(text(0, 12, 0, T=1000)[0])
     with pytest.raises(ValueError, match="texts: expected held-out text"):
         found.set_guard()
+
+
+def test_text_that_was_fitted_on_promises_nothing(tmp_path):
+    model = tiny("llama")
+    found = patch(model, window=8, experts=("full", "local"))
+    read = text(0, 200 if found.config.vocab_size >= 200 else found.config.vocab_size, 9, T=4000)[0]
+    found.fit(read, steps=1, distil_steps=0, context=32, batch_size=2, progress=False)
+    found.fit_evidence(read, context=64)
+    for call in (lambda: found.set_guard(read[500:2500]), lambda: found.set_quality(0.5, read[500:2500])):
+        with pytest.raises(ValueError, match="texts: expected text that fit did not read.* about 100% was fitted on"):
+            call()
+    found.set_guard(context=32)  # what was held out is welcome
+    found.save(tmp_path / "patch")
+    found.unpatch()
+    back = load_patch(model, tmp_path / "patch")
+    assert back.fitted == found.fitted
+    with pytest.raises(ValueError, match="was fitted on"):
+        back.set_quality(0.5, read[500:2500])
+    back.unpatch()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bayes_router.checks import choose, require
 from bayes_router.config import ScheduleConfig
+from bayes_router.data.fingerprint import fingerprint, seen_before
 from bayes_router.data.mixture import source_of
 from bayes_router.data.stream import stream_of
 from bayes_router.data.tokens import Batch
@@ -33,6 +34,10 @@ from bayes_router.training.risk import fit_risk, read_risk
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+MOST_SEEN = 0.1
+"""Share of calibration text that may be known from the fit: quotations and what all texts share."""
 
 
 class RoutedPretrained(RoutedLanguage):
@@ -80,7 +85,8 @@ class RoutedPretrained(RoutedLanguage):
             )
             frame = fitting.fit_routes(self, source, chosen, steps, progress)
             self.made_for = None if chosen.weights_lr > 0 else self.made_for
-            self.fitted = fitting.record(self, chosen, steps, frame, len(source), getattr(tokenizer, "name_or_path", None))
+            name, read = getattr(tokenizer, "name_or_path", None), fingerprint(source.tokens)
+            self.fitted = replace(fitting.record(self, chosen, steps, frame, len(source), name), text=read)
         frame.attrs["distillation"] = errors
         return frame
 
@@ -231,6 +237,10 @@ class RoutedPretrained(RoutedLanguage):
         source = self.held_out if texts is None else stream_of(texts, tokenizer, self.config.vocab_size, self.causal)
         if source is None:
             raise ValueError("texts: expected held-out text, from fit() or given here; got None; pass texts=")
+        seen = 0.0 if self.fitted is None else seen_before(source.tokens[:limit], self.fitted.text)
+        fix = "give text that it has not seen, or leave texts out to take what fit held out"
+        got = f"text of which about {seen:.0%} was fitted on"
+        require(seen < MOST_SEEN, "texts", "text that fit did not read: a promise from it would be too good", got, fix)
         context = min(context, len(source) - 1)
         return list(source.windows(context, 1, max(limit, context)))
 

@@ -79,6 +79,7 @@ class FitRecord:
         likelihood: model or text, see `FitSettings`.
         budget: cost at which the fit was held, or (low, high) of the range that it serves; None: at the prior's own price.
         tokenizer: the name of the one that made the tokens; None where ids were given.
+        text: `fingerprint` of what was read; () in a folder of before.
     """
 
     context: int
@@ -89,8 +90,10 @@ class FitRecord:
     likelihood: str
     budget: float | tuple[float, float] | None = None
     tokenizer: str | None = None
+    text: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """A range is a list in a file."""
+        object.__setattr__(self, "text", tuple(self.text))
         if isinstance(self.budget, list):
             object.__setattr__(self, "budget", tuple(self.budget))
