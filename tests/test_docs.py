@@ -65,3 +65,10 @@ def test_every_command_is_on_its_page() -> None:
     page = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
     for name, command in COMMANDS.items():
         assert f"| `{name}` | {command[0]} |" in page
+
+
+def test_every_example_is_on_its_page() -> None:
+    page = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(examples/\w+\.py)`", page, flags=re.M)) == {
+        f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py")
+    }

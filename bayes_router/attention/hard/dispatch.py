@@ -41,7 +41,7 @@ def routed_attention(
 ) -> Tensor:
     """Attention of each token by the expert that it takes, computing little else.
 
-    out[b, h, t] = experts[route[b, t, r]](q, k, v)[b, h, t] for the unit r of head h.
+    `out[b, h, t] = experts[route[b, t, r]](q, k, v)[b, h, t]` for the unit r of head h.
 
     Args:
         q: [B, H, Tq, Dh]; query t of row b stands at position starts[b] + t and sees the keys up to there.
