@@ -41,8 +41,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def test_the_wheel_holds_the_package_alone(built: dict[str, Path]) -> None:
     names = zipfile.ZipFile(built["wheel"]).namelist()
-    inside = {str(p.relative_to(ROOT)) for p in (ROOT / "bayes_router").rglob("*.py")}
-    inside |= {str(p.relative_to(ROOT)) for p in (ROOT / "bayes_router").rglob("*.j2")} | {"bayes_router/py.typed"}
+    files = (p for p in (ROOT / "bayes_router").rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    inside = {str(p.relative_to(ROOT)) for p in files}
+    assert "bayes_router/py.typed" in inside
     assert {name for name in names if ".dist-info/" not in name} == inside
     metadata = zipfile.ZipFile(built["wheel"]).read(next(n for n in names if n.endswith("METADATA"))).decode()
     assert f"\nVersion: {bayes_router.__version__}\n" in metadata and "\nLicense-Expression: Apache-2.0\n" in metadata
