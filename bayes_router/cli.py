@@ -15,6 +15,9 @@ from bayes_router.commands.options import Parser
 from bayes_router.commands.parsers import COMMANDS
 from bayes_router.wording import plain
 
+RENAMED = {"calibrate": "sweep"}
+"""Commands by the name that they had before: what is calibrated are probabilities."""
+
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a command; the exit status is 0, or 2 after one line that says what was wrong.
@@ -23,6 +26,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     _show_what_can_be_shown()
+    for name in arguments[:1]:
+        if name in RENAMED:
+            print(f"bayes-router: `{name}` is called `{RENAMED[name]}` now", file=sys.stderr)
+            arguments[0] = RENAMED[name]
     try:
         parsed = build_parser(arguments).parse_args(arguments)
         options = parsed[parsed.command]

@@ -167,8 +167,8 @@ def _check_utf8(name: str, text: str) -> None:
         raise ValueError(f"{name}: expected text in UTF-8; got the bytes {got!r}; set the terminal to UTF-8") from None
 
 
-def calibrate(arguments: Sequence[str]) -> Parser:
-    """Options of `calibrate`."""
+def sweep(arguments: Sequence[str]) -> Parser:
+    """Options of `sweep`."""
     result = Parser(
         description="Print the settings of a prior whose routes cost a target on average, as TOML for `fit --config`."
     )
@@ -199,12 +199,12 @@ def calibrate(arguments: Sequence[str]) -> Parser:
     return result
 
 
-def _begin_calibrate(options: Namespace) -> None:
+def _begin_sweep(options: Namespace) -> None:
     """As a comment of TOML: all that the command prints is a file that `fit --config` reads."""
     if options.run is not None:
         require_file(options.run, CONFIG)
     _check_folder(options)
-    _say(f"# calibrate: a prior for {options.run or f'the preset {options.preset}'}")
+    _say(f"# sweep: a prior for {options.run or f'the preset {options.preset}'}")
 
 
 def inspect(arguments: Sequence[str]) -> Parser:
@@ -300,9 +300,7 @@ COMMANDS = {
         "read a run on held-out text: losses, costs, loads, information; at a budget", evaluate, _begin_evaluate
     ),
     "generate": Command("continue a prompt, every token by the expert that its route says", generate, _begin_generate),
-    "calibrate": Command(
-        "solve for the prior that costs a target; with a run, sweep its settings", calibrate, _begin_calibrate
-    ),
+    "sweep": Command("solve for the prior that costs a target; with a run, sweep its settings", sweep, _begin_sweep),
     "inspect": Command("print a text coloured by route, the uncertain tokens marked", inspect, _begin_inspect),
     "report": Command("write one HTML file: verdicts, figures, the text coloured by route", report, _begin_report),
     "bench": Command("measure hard routing against the fastest full attention of this device", bench, _begin_bench),

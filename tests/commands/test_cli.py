@@ -28,7 +28,7 @@ def test_help_explains_every_command(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_a_reader_that_stops_is_no_error() -> None:
-    command = [sys.executable, "-m", "bayes_router", "calibrate", "--target-cost", "0.25"]
+    command = [sys.executable, "-m", "bayes_router", "sweep", "--target-cost", "0.25"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
@@ -119,9 +119,9 @@ def test_a_file_and_dotted_options_override_the_preset(corpus: str, tmp_path: Pa
         ),
         (
             ["evalute", "runs/tiny"],
-            "generate, inspect, report; got 'evalute'; did you mean evaluate?",
+            "generate, inspect, report, sweep; got 'evalute'; did you mean evaluate?",
         ),
-        (["calibrate", "--target-cost", "little"], "target_cost: expected a number; got 'little'"),
+        (["sweep", "--target-cost", "little"], "target_cost: expected a number; got 'little'"),
         (["bench", "--lengths", "long"], "lengths: expected an integer; got 'long'"),
         (["generate"], "run and prompt: expected a value; got none"),
         (["fit", "--steps", "0"], "train.steps: expected at least 1"),

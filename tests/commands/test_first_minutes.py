@@ -54,7 +54,7 @@ def test_the_first_line_comes_before_torch(finished_run: Path) -> None:
         ["fit", "--out", "runs/new"],
         ["evaluate", run],
         ["generate", run, "--prompt", "The "],
-        ["calibrate", "--target-cost", "0.25"],
+        ["sweep", "--target-cost", "0.25"],
         ["inspect", run],
         ["report", run],
         ["bench"],
@@ -67,7 +67,7 @@ def test_the_first_line_comes_before_torch(finished_run: Path) -> None:
 def test_the_help_says_what_the_code_does() -> None:
     texts = {name: command.parser([]).format_help() for name, command in COMMANDS.items()}
     assert f"({SURE_ENOUGH})" in texts["evaluate"] and f"within {TOLERANCE}" in " ".join(texts["evaluate"].split())
-    assert ", ".join(sorted(PRIOR_MAPS)) in " ".join(texts["calibrate"].split())
+    assert ", ".join(sorted(PRIOR_MAPS)) in " ".join(texts["sweep"].split())
     options = build_parser([]).parse_args(["report", "runs/tiny"])
     assert options.report.tokens == SHOWN_TOKENS
 
@@ -82,7 +82,7 @@ def test_an_out_that_cannot_be_is_one_line(
     commands = {
         ("fit",): (below, file),
         ("evaluate", finished_run): (file, below),
-        ("calibrate", "--target-cost", 0.25): (file, below),
+        ("sweep", "--target-cost", 0.25): (file, below),
         ("report", finished_run): (folder, below, tmp_path / "none" / "r.html"),
         ("bench", "--quick"): (file, below),
     }

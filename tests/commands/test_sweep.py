@@ -1,4 +1,4 @@
-"""`calibrate` prints settings that `fit --config` reads and that cost what was asked.
+"""`sweep` prints settings that `fit --config` reads and that cost what was asked.
 
 `evaluate` meets a budget.
 """
@@ -42,6 +42,14 @@ def run(*arguments: object) -> int:
     return main([str(a) for a in arguments])
 
 
+def test_the_name_of_before_is_served_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["calibrate", "--target-cost", "0.25", "--samples", "100"]) == 0
+    said = capsys.readouterr()
+    assert said.err.startswith("bayes-router: `calibrate` is called `sweep` now\n")
+    assert main(["sweep", "--target-cost", "0.25", "--samples", "100"]) == 0
+    assert capsys.readouterr().out == said.out
+
+
 @pytest.mark.parametrize(
     "extra",
     [
@@ -55,8 +63,8 @@ def run(*arguments: object) -> int:
 def test_printed_settings_are_a_config_that_costs_the_target(
     extra: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "calibrated"
-    assert run("calibrate", "--target-cost", 0.24, "--samples", 2000, "--out", out, *extra) == 0
+    out = tmp_path / "solved"
+    assert run("sweep", "--target-cost", 0.24, "--samples", 2000, "--out", out, *extra) == 0
     printed = tmp_path / "printed.toml"
     printed.write_text(capsys.readouterr().out)
     config = load_config(printed)
@@ -73,7 +81,7 @@ def test_printed_settings_are_a_config_that_costs_the_target(
 
 def test_with_a_run_it_sweeps_and_draws(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "swept"
-    arguments = ("calibrate", run_folder, "--steps", 1, "--seeds", 1, "--tokens", 64, "--device", "cpu", "--out", out)
+    arguments = ("sweep", run_folder, "--steps", 1, "--seeds", 1, "--tokens", 64, "--device", "cpu", "--out", out)
     assert run(*arguments) == 0
     frame = pd.read_csv(out / "sweep.csv")
     assert len(frame) == 11  # the run's settings, and 3 + 3 + 4 moved one at a time
@@ -98,13 +106,13 @@ def test_with_a_run_it_sweeps_and_draws(run_folder: Path, tmp_path: Path, capsys
     ],
 )
 def test_wrong_input_ends_in_one_line(arguments: list[object], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("calibrate", *arguments) == 2
+    assert run("sweep", *arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 
 
 def test_settings_of_a_solution_need_a_target(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("calibrate", run_folder, "--price", 1.0) == 2
+    assert run("sweep", run_folder, "--price", 1.0) == 2
     assert "a target_cost beside it" in capsys.readouterr().err
 
 

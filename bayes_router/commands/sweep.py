@@ -1,4 +1,4 @@
-"""`bayes-router calibrate`: the prior that costs what a target says, as settings.
+"""`bayes-router sweep`: the prior that costs what a target says, as settings.
 
 With a run, what such priors do to it.
 """

@@ -19,7 +19,7 @@ Fitted = tuple[Config, RoutedLanguageModel]
 
 @pytest.fixture(scope="module")
 def fitted(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> Fitted:
-    run = Path(tmp_path_factory.mktemp("calibrate")) / "run"
+    run = Path(tmp_path_factory.mktemp("sweep")) / "run"
     fit(fit_config(corpus), run, progress=False)
     return load_run(run)
 
