@@ -351,22 +351,22 @@ FAULTS = [
     Fault(
         "linear attention does not see its own token",
         f"{P}/attention/kernels/eager/chunks.py",
-        "out = phi_q @ (added.cumsum(2) - added) + (phi_q @ phi_k.mT).tril() @ value",
-        "out = phi_q @ (added.cumsum(2) - added) + (phi_q @ phi_k.mT).tril(-1) @ value",
+        "out = phi_q @ before + (phi_q @ phi_k.transpose(-1, -2)).tril() @ value",
+        "out = phi_q @ before + (phi_q @ phi_k.transpose(-1, -2)).tril(-1) @ value",
         f"{T}/attention/test_chunks.py",
     ),
     Fault(
         "a state of linear attention is one chunk late",
         f"{P}/attention/kernels/eager/chunks.py",
-        "(added.cumsum(2) - added) +",
-        "added.cumsum(2) +",
+        "(phi_k, value, states[:, :, :-1])",
+        "(phi_k, value, states[:, :, 1:])",
         f"{T}/attention/test_chunks.py",
     ),
     Fault(
         "decay is forgotten between chunks",
         f"{P}/attention/kernels/eager/chunks.py",
-        "state = state * total[:, :, n, None, None].exp() + added[:, :, n]",
-        "state = state + added[:, :, n]",
+        "decayed_prefix(entries, F.pad(total, (1, 0)))",
+        "decayed_prefix(entries, F.pad(0 * total, (1, 0)))",
         f"{T}/attention/test_chunks.py",
     ),
     Fault(

@@ -10,7 +10,7 @@ from bayes_router.attention.experts.contract import Kernel, register_expert
 from bayes_router.attention.experts.sums import SumExpert
 from bayes_router.attention.kernels import capability
 from bayes_router.attention.kernels.eager import rows_linear
-from bayes_router.attention.kernels.eager.chunks import CHUNK, EPSILON, decayed_prefix, with_ones
+from bayes_router.attention.kernels.eager.chunks import causal_sum, normalised, with_ones
 from bayes_router.attention.kernels.triton import operators
 from bayes_router.attention.shapes import ExpertShape, repeat_heads, unit_heads, widen
 
@@ -124,31 +124,10 @@ class GatedLinearAttention(SumExpert):
 
     def extend_segment(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """See `Expert.extend_segment`."""
-        H, T = q.shape[1:3]
-        k, v = repeat_heads(k, H), repeat_heads(v, H)
-        chunk = min(CHUNK, T)
-        pad = -T % chunk
-        log_gate = self.log_gate(k)
+        k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
         phi_q, phi_k = self.feature(q), self.feature(k)
-        value = with_ones(widen(v))  # [B, H, T, Dh + 1]
-        if pad:  # padding keeps the state: gate 1, key 0
-            log_gate = F.pad(log_gate, (0, pad))
-            phi_q, phi_k, value = (F.pad(x, (0, 0, 0, pad)) for x in (phi_q, phi_k, value))
-        phi_q, phi_k, value = (x.unflatten(2, (-1, chunk)) for x in (phi_q, phi_k, value))  # [B, H, N, C, .]
-        decay = log_gate.unflatten(2, (-1, chunk)).cumsum(-1)  # [B, H, N, C], from the start of the chunk
-        before, after = self._states(phi_k, value, decay, state)
-        within = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).tril().exp().tril()  # [B, H, N, C, C], s <= t
-        summed = (phi_q * decay.exp().unsqueeze(-1)) @ before + (phi_q @ phi_k.transpose(-1, -2) * within) @ value
-        out = summed[..., :-1] / (summed[..., -1:] + EPSILON)
-        return out.flatten(2, 3)[:, :, :T].to(v.dtype), after
-
-    def _states(self, phi_k: Tensor, value: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """State before each chunk [B, H, N, Dh, Dh + 1], and after the last."""
-        total = decay[..., -1]  # [B, H, N]
-        update = (phi_k * (total.unsqueeze(-1) - decay).exp().unsqueeze(-1)).transpose(-1, -2) @ value
-        entries = torch.cat([state.unsqueeze(2), update], 2).flatten(-2)  # [B, H, N + 1, Dh (Dh + 1)], the past first
-        states = decayed_prefix(entries, F.pad(total, (1, 0))).unflatten(-1, state.shape[-2:])
-        return states[:, :, :-1], states[:, :, -1]
+        summed, after = causal_sum(phi_q, phi_k, with_ones(widen(v)), self.log_gate(k), state)
+        return normalised(summed).to(v.dtype), after
 
     def flops_per_token(self, context: int) -> float:
         """As linear attention, and 2 Dh for the gate of each head."""

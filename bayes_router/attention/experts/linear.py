@@ -5,14 +5,13 @@ The past is a sum of outer products, so a token costs the same at any position.
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from bayes_router.attention.experts.contract import Kernel, register_expert
 from bayes_router.attention.experts.sums import SumExpert
 from bayes_router.attention.kernels import capability
-from bayes_router.attention.kernels.eager.chunks import CHUNK, EPSILON, feature_map, in_chunks, with_ones
+from bayes_router.attention.kernels.eager.chunks import causal_sum, feature_map, normalised, with_ones
 from bayes_router.attention.kernels.triton import operators
-from bayes_router.attention.shapes import repeat_heads, widen
+from bayes_router.attention.shapes import widen
 
 
 @register_expert("linear")
@@ -46,27 +45,11 @@ class LinearAttention(SumExpert):
 
     def extend_segment(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """See `Expert.extend_segment`."""
-        H, T = q.shape[1:3]
-        if T == 1:
+        if q.shape[2] == 1:
             return _step(q, k, v, state)
-        chunk = min(CHUNK, T)
-        pad = -T % chunk
-        q, k, v = (F.pad(x, (0, 0, 0, pad)) if pad else x for x in (q, k, v))
-        phi_q = in_chunks(feature_map(widen(q)), chunk)  # [B, H, N, C, Dh]
-        phi_k = in_chunks(feature_map(widen(k)), chunk)  # [B, Hkv, N, C, Dh]
-        if pad:  # padding must not enter the state
-            phi_k = phi_k * (torch.arange(T + pad, device=q.device) < T).view(-1, chunk, 1)
-        value = in_chunks(with_ones(widen(v)), chunk)  # [B, Hkv, N, C, Dh + 1]
-
-        update = phi_k.transpose(-1, -2) @ value  # [B, Hkv, N, Dh, Dh + 1], what each chunk adds
-        running = torch.cat([state.unsqueeze(2), update], 2).cumsum(2)
-        before, after = running[:, :, :-1], running[:, :, -1]
-
-        phi_k, value, before = (repeat_heads(x, H) for x in (phi_k, value, before))
-        scores = (phi_q @ phi_k.transpose(-1, -2)).tril()  # [B, H, N, C, C]
-        summed = phi_q @ before + scores @ value  # [B, H, N, C, Dh + 1]
-        out = summed[..., :-1] / (summed[..., -1:] + EPSILON)
-        return out.flatten(2, 3)[:, :, :T].to(v.dtype), after
+        phi_q, phi_k = feature_map(widen(q)), feature_map(widen(k))
+        summed, after = causal_sum(phi_q, phi_k, with_ones(widen(v)), None, state)
+        return normalised(summed).to(v.dtype), after
 
     def entries(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `SumExpert.entries`; the heads are those of the keys."""
@@ -83,5 +66,4 @@ def _step(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tenso
     state = state + feature_map(widen(k)).transpose(-1, -2) * with_ones(widen(v))  # [B, Hkv, Dh, Dh + 1]
     phi_q = feature_map(widen(q)).unflatten(1, (k.shape[1], -1)).squeeze(3)  # [B, Hkv, G, Dh]
     summed = phi_q @ state  # [B, Hkv, G, Dh + 1]
-    out = summed[..., :-1] / (summed[..., -1:] + EPSILON)
-    return out.flatten(1, 2).unsqueeze(2).to(v.dtype), state
+    return normalised(summed).flatten(1, 2).unsqueeze(2).to(v.dtype), state

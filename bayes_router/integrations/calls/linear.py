@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayes_router.attention.kernels.eager.chunks import EPSILON, causal_sum
+from bayes_router.attention.kernels.eager.chunks import causal_sum, normalised, with_ones
 from bayes_router.attention.shapes import ExpertShape, repeat_heads, widen
 from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.integrations.calls.memory import Running
@@ -41,10 +41,10 @@ class LinearExpert(PatchedExpert):
         if call.memory is not None and call.memory.known and call.q.shape[2] == 1 and not self.needs_grad(call):
             phi_q = self._phi(call.q, self.query_map, call).unflatten(1, (call.k.shape[1], -1)).squeeze(3)  # [B, Hkv, G, F]
             summed = (phi_q @ self.running(call)).flatten(1, 2).unsqueeze(2)
-            return (summed[..., :-1] / (summed[..., -1:] + EPSILON)).to(call.v.dtype)
+            return normalised(summed).to(call.v.dtype)
         phi_q = self._phi(call.q, self.query_map, call)  # [B, H, Tq, F]
         phi_k = self._phi(call.k, self.key_map, call)  # [B, Hkv, Tk, F]
-        value = F.pad(widen(call.v), (0, 1), value=1.0)  # [B, Hkv, Tk, Dv + 1]
+        value = with_ones(widen(call.v))  # [B, Hkv, Tk, Dv + 1]
         decay = self._log_decay(call)  # [B, Hkv, Tk], 0 or less; None: nothing is forgotten
         real = self._real(call)
         if real is not None:  # padding adds nothing to the state and keeps it
@@ -56,10 +56,10 @@ class LinearExpert(PatchedExpert):
         if not (call.dense or call.padding is not None) or (call.causal and (Tq != Tk or Tq == 1)):
             summed = self._weights_by_key(call, phi_q, phi_k, value, decay)
         elif call.causal:
-            summed = causal_sum(phi_q, phi_k, value, decay)
+            summed, _ = causal_sum(phi_q, phi_k, value, decay)
         else:
             summed = phi_q @ (phi_k.mT @ value)
-        return (summed[..., :-1] / (summed[..., -1:] + EPSILON)).to(call.v.dtype)
+        return normalised(summed).to(call.v.dtype)
 
     @staticmethod
     def _phi(x: Tensor, weight: Tensor, call: AttentionCall) -> Tensor:
@@ -81,7 +81,7 @@ class LinearExpert(PatchedExpert):
         if before is not None and start == call.k.shape[2]:
             return before.state
         late = replace(call, k=call.k[:, :, start:], v=call.v[:, :, start:])
-        phi_k, value = self._phi(late.k, self.key_map, call), F.pad(widen(late.v), (0, 1), value=1.0)
+        phi_k, value = self._phi(late.k, self.key_map, call), with_ones(widen(late.v))
         decay = self._log_decay(late)  # [B, Hkv, n]
         if memory.real is not None:
             real = memory.real[:, None, start:]

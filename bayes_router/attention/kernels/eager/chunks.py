@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bayes_router.attention.shapes import repeat_heads
+
 CHUNK = 64
 EPSILON = 1e-6
 """Added to the denominator of linear attention, in every kernel."""
@@ -22,8 +24,13 @@ def with_ones(v: Tensor) -> Tensor:
     return F.pad(v, (0, 1), value=1.0)
 
 
+def normalised(summed: Tensor) -> Tensor:
+    """[..., Dh + 1] -> [..., Dh]: the sum of weighted values over that of the weights."""
+    return summed[..., :-1] / (summed[..., -1:] + EPSILON)
+
+
 def in_chunks(x: Tensor, chunk: int) -> Tensor:
-    """[B, H, N * C, D] -> [B, H, N, C, D]."""
+    """[B, H, N * C, ...] -> [B, H, N, C, ...]."""
     return x.unflatten(2, (-1, chunk))
 
 
@@ -48,28 +55,34 @@ def decayed_prefix(entries: Tensor, log_decay: Tensor) -> Tensor:
     return out.flatten(-3, -2)[..., :length, :]
 
 
-def causal_sum(phi_q: Tensor, phi_k: Tensor, value: Tensor, log_decay: Tensor | None) -> Tensor:
-    """sum_{s <= t} exp(D_t - D_s) (phi_q,t . phi_k,s) value_s in chunks, O(T).
+def causal_sum(
+    phi_q: Tensor, phi_k: Tensor, value: Tensor, log_decay: Tensor | None, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """sum_{s <= t} exp(D_t - D_s) (phi_q,t . phi_k,s) value_s in chunks, O(T), and the state after.
 
-    D is the cumulative sum of log_decay, or 0.
-
-    phi_q and phi_k [B, H, T, F], value [B, H, T, D], log_decay [B, H, T] -> [B, H, T, D].
+    D is the cumulative sum of log_decay, or 0. phi_q [B, H, T, F]; phi_k [B, Hk, T, F], value [B, Hk, T, D], log_decay
+    [B, Hk, T]; `state` [B, Hk, F, D], what stands before the first token, fades like a term (default: nothing). Without
+    a decay each of Hk heads may serve several of H. The sums are [B, H, T, D].
     """
-    T = phi_q.shape[2]
+    H, T = phi_q.shape[1:3]
     chunk = min(CHUNK, T)
-    pad = -T % chunk
-    phi_q, phi_k, value = (F.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, chunk)) for x in (phi_q, phi_k, value))
+    pad = -T % chunk  # padding keeps the state: it adds 0, and its gate is 1
+    if pad:
+        phi_q, phi_k, value = (F.pad(x, (0, 0, 0, pad)) for x in (phi_q, phi_k, value))
+    if state is None:
+        state = value.new_zeros(*phi_k.shape[:2], phi_k.shape[3], value.shape[3])
+    phi_q, phi_k, value = (in_chunks(x, chunk) for x in (phi_q, phi_k, value))
     if log_decay is None:
-        added = phi_k.mT @ value  # [B, H, N, F, D], by each chunk
-        out = phi_q @ (added.cumsum(2) - added) + (phi_q @ phi_k.mT).tril() @ value
-        return out.flatten(2, 3)[:, :, :T]
-    elapsed = F.pad(log_decay, (0, pad)).unflatten(2, (-1, chunk)).cumsum(-1)  # [B, H, N, C]
-    total = elapsed[..., -1]  # [B, H, N]
-    added = (phi_k * (total.unsqueeze(-1) - elapsed).exp().unsqueeze(-1)).mT @ value
-    state, states = torch.zeros_like(added[:, :, 0]), []
-    for n in range(added.shape[2]):
-        states.append(state)
-        state = state * total[:, :, n, None, None].exp() + added[:, :, n]
-    within = (elapsed.unsqueeze(-1) - elapsed.unsqueeze(-2)).tril().exp().tril()  # [B, H, N, C, C]
-    out = (phi_q * elapsed.exp().unsqueeze(-1)) @ torch.stack(states, 2) + (phi_q @ phi_k.mT * within) @ value
-    return out.flatten(2, 3)[:, :, :T]
+        update = phi_k.transpose(-1, -2) @ value  # [B, Hk, N, F, D], what each chunk adds
+        states = torch.cat([state.unsqueeze(2), update], 2).cumsum(2)
+        phi_k, value, before = (repeat_heads(x, H) for x in (phi_k, value, states[:, :, :-1]))
+        out = phi_q @ before + (phi_q @ phi_k.transpose(-1, -2)).tril() @ value
+        return out.flatten(2, 3)[:, :, :T], states[:, :, -1]
+    decay = in_chunks(F.pad(log_decay, (0, pad)) if pad else log_decay, chunk).cumsum(-1)  # [B, H, N, C]
+    total = decay[..., -1]  # [B, H, N]
+    update = (phi_k * (total.unsqueeze(-1) - decay).exp().unsqueeze(-1)).transpose(-1, -2) @ value
+    entries = torch.cat([state.unsqueeze(2), update], 2).flatten(-2)  # [B, H, N + 1, F D], the past first
+    states = decayed_prefix(entries, F.pad(total, (1, 0))).unflatten(-1, state.shape[-2:])
+    within = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).tril().exp().tril()  # [B, H, N, C, C], s <= t
+    out = (phi_q * decay.exp().unsqueeze(-1)) @ states[:, :, :-1] + (phi_q @ phi_k.transpose(-1, -2) * within) @ value
+    return out.flatten(2, 3)[:, :, :T], states[:, :, -1]

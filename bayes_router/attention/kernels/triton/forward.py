@@ -9,16 +9,18 @@ under linear attention; the backward pass reads it.
 import triton
 import triton.language as tl
 
+from bayes_router.attention.kernels import capability
 from bayes_router.attention.kernels.eager import chunks
 
 EPSILON = tl.constexpr(chunks.EPSILON)
+LOG2_E = tl.constexpr(capability.LOG2_E)
 HIDDEN = tl.constexpr(-1.0e30)  # below every score, and finite: a row without visible keys gets weight 0, not NaN
 
 
 @triton.jit
 def phi(x):
     """The feature map elu(x) + 1, in float32."""
-    return tl.where(x > 0, x + 1, tl.exp2(tl.minimum(x, 0.0) * 1.4426950408889634))
+    return tl.where(x > 0, x + 1, tl.exp2(tl.minimum(x, 0.0) * LOG2_E))
 
 
 @triton.jit
