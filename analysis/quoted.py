@@ -134,6 +134,24 @@ def dial() -> list[str]:
     return [f"from {curve.min():.2f} nats per byte at a budget of {curve.idxmin():.2f} to {curve[1.0]:.2f} at 1.0"]
 
 
+def uncertainty() -> list[str]:
+    """What evidence, risk and confidence are worth on one run, with intervals over windows."""
+    evidence = read("uncertainty_evidence").set_index(["text", "score"])
+    risk = read("uncertainty_risk").set_index(["text", "figure"]).loc[("held out", "rank correlation")]
+    confidence = read("uncertainty_confidence").set_index(["stated by", "figure"])
+    recent, one = evidence.loc[("code", "recent")], evidence.loc[("code", "token")]
+    right, auroc = confidence.loc[("posterior", "right")], confidence.loc[("confidence", "auroc")]
+    says, better = (confidence.loc[(by, "stated"), "value"] for by in ("posterior", "confidence"))
+    return [
+        f"AUROC {recent['auroc']:.3f} ({recent['low']:.3f} to {recent['high']:.3f}, n = {recent['n']:,.0f} bytes), "
+        f"but a single byte hardly, {one['auroc']:.3f}",
+        f"rank correlation {risk['value']:.3f} ({risk['low']:.3f} to {risk['high']:.3f}, n = {risk['n']:,.0f})",
+        f"it says {says:.3f}, and {right['value']:.3f} are ({right['low']:.3f} to {right['high']:.3f}, n = {right['n']:,.0f})",
+        f"says {better:.3f}, but does not pick the mistakes: AUROC {auroc['value']:.3f} ({auroc['low']:.3f} to "
+        f"{auroc['high']:.3f})",
+    ]
+
+
 def rows() -> list[str]:
     """The table: every contender with five seeds, best first in each text."""
     frame = pd.concat([read("tiny_lm"), read("recipe"), read("long")], ignore_index=True)
@@ -152,7 +170,7 @@ def rows() -> list[str]:
 
 def sentences() -> list[str]:
     """Every passage with figures."""
-    return [*pretrained(), *higher_rate(), *scratch(), *clock(), *dial()]
+    return [*pretrained(), *higher_rate(), *scratch(), *clock(), *dial(), *uncertainty()]
 
 
 def problems(readme: str) -> list[str]:
