@@ -23,7 +23,7 @@ from bayes_router.types import IGNORED
 from tests.integrations.tiny_models import GENERAL, VOCAB, scatter_routes, tiny, transformers
 
 TEXT = torch.randint(3, VOCAB, (400,), generator=torch.Generator().manual_seed(0)).repeat(4)
-EFFORT = Effort(None, 3, 2, 1, 100, (1, 4), 1, 8, 2, 1)
+EFFORT = Effort(None, 4, 2, 1, 100, (1, 4), 1, 8, 2, 1)
 WORDS = [
     "the",
     "a",
