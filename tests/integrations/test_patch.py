@@ -87,7 +87,7 @@ def test_saved_patch_gives_the_same_outputs_and_holds_nothing_else(tmp_path: Pat
     with torch.no_grad():
         routed = model(tokens()).logits
         router.save(tmp_path)
-        assert {p.name for p in tmp_path.iterdir()} == {WEIGHTS, SETTINGS, BASE}
+        assert {p.name for p in tmp_path.iterdir()} == {WEIGHTS, SETTINGS, BASE, "README.md"}
         assert (tmp_path / WEIGHTS).stat().st_size < 200_000
         router.unpatch()
         loaded = load_patch(model, tmp_path)
