@@ -30,7 +30,11 @@ from bayes_router.diagnostics.examine import Effort, Examination
 from bayes_router.diagnostics.figures import posterior as draw
 from bayes_router.diagnostics.fitted import FittedRun, load_fitted
 from bayes_router.diagnostics.measures.bootstrap import clustered
-from bayes_router.diagnostics.measures.calibration import rank_correlation, reliability, routing_regret
+from bayes_router.diagnostics.measures.calibration import (
+    rank_correlation,
+    reliability,
+    routing_regret,
+)
 from bayes_router.diagnostics.measures.collapse import prior_mean
 from bayes_router.diagnostics.measures.confidence import (
     Confidence,
@@ -47,7 +51,13 @@ from bayes_router.routing.policy import at_price
 from bayes_router.routing.posterior import categorical_entropy, expected_entropy
 from bayes_router.routing.risk import RiskFit
 from bayes_router.training.executed import Executed, execute
-from bayes_router.training.guarantee import Single, cheaper_from, keep_promise, later_windows, strongest_single
+from bayes_router.training.guarantee import (
+    Single,
+    cheaper_from,
+    keep_promise,
+    later_windows,
+    strongest_single,
+)
 from bayes_router.training.risk import fit_risk, reference_of, risk_data, save_risk
 from bayes_router.types import RoutingMode
 
@@ -68,12 +78,19 @@ def collapse(run: FittedRun, options: argparse.Namespace) -> Found:
     """Which layers have collapsed, and when."""
     examined = Examination(run, effort=Effort(tokens=options.tokens))
     layers, training = examined.collapse.layers(), examined.training
-    tables, figures = {"collapse_by_layer": layers}, {"load_by_layer": lambda: draw.plot_load_by_layer(layers, run.experts)}
+    tables, figures = (
+        {"collapse_by_layer": layers},
+        {"load_by_layer": lambda: draw.plot_load_by_layer(layers, run.experts)},
+    )
     if len(training):
         tables["collapse_over_training"] = training
         figures["effective_experts"] = lambda: draw.plot_collapse_over_training(training)
-        figures["route_information"] = lambda: draw.plot_collapse_over_training(training, "route_information")
-    return Found(tables, figures, "\n".join([text_of(layers), *map(str, examined.verdicts(quick=True))]))
+        figures["route_information"] = lambda: draw.plot_collapse_over_training(
+            training, "route_information"
+        )
+    return Found(
+        tables, figures, "\n".join([text_of(layers), *map(str, examined.verdicts(quick=True))])
+    )
 
 
 def prior_table(run: FittedRun, layers: pd.DataFrame) -> pd.DataFrame:
@@ -82,7 +99,8 @@ def prior_table(run: FittedRun, layers: pd.DataFrame) -> pd.DataFrame:
     Cost is relative to full attention.
     """
     mean, concentration = prior_mean(run.program).mean(1), run.program.concentration.double().cpu()
-    concentration = concentration if concentration.dim() == 2 else concentration.mean(1)  # over units
+    # over units
+    concentration = concentration if concentration.dim() == 2 else concentration.mean(1)
     table = pd.DataFrame(mean.numpy(), columns=[f"prior mean {name}" for name in run.experts])
     table["prior cost"] = (mean @ run.prior.cost_ratio.double()).numpy()
     table["total concentration"] = concentration.sum(-1).numpy()
@@ -122,13 +140,21 @@ def uncertainty(run: FittedRun, options: argparse.Namespace) -> Found:
         "uncertainty_by_kind": summary.kinds_frame(),
         "figures_to_quote": quoted,
     }
-    figures: dict[str, Callable[[], Axes]] = {"uncertainty_by_position": lambda: draw.plot_by_position(summary.positions())}
-    tables |= {part: table for part in ("regret", "stability", "k_hat") if (table := examined.attempt(part)) is not None}
+    figures: dict[str, Callable[[], Axes]] = {
+        "uncertainty_by_position": lambda: draw.plot_by_position(summary.positions())
+    }
+    tables |= {
+        part: table
+        for part in ("regret", "stability", "k_hat")
+        if (table := examined.attempt(part)) is not None
+    }
     if "k_hat" in tables:
         figures["k_hat"] = lambda: draw.plot_k_hat(tables["k_hat"])
     if (calibration := examined.attempt("calibration")) is not None:
         tables |= {"reliability": calibration.before, "reliability_tempered": calibration.after}
-        figures["reliability"] = lambda: draw.plot_reliability(calibration.before, calibration.after)
+        figures["reliability"] = lambda: draw.plot_reliability(
+            calibration.before, calibration.after
+        )
     other = examined.attempt("other_text")
     if other is not None and len(other):
         tables["other_text"] = other
@@ -152,7 +178,9 @@ def evidence(run: FittedRun, options: argparse.Namespace) -> Found:
 
 def confidence(run: FittedRun, options: argparse.Namespace) -> Found:
     """Is this route right, by a probability fitted to regret."""
-    rows = list(islice(Examination(run).source.windows(run.config.data.context, 1), options.windows))
+    rows = list(
+        islice(Examination(run).source.windows(run.config.data.context, 1), options.windows)
+    )
     frame = routing_regret(run.model, rows, options.pairs)
     fitted, tested = split(frame)
     base = float(right_within(fitted, TOLERANCE).mean())
@@ -164,8 +192,17 @@ def confidence(run: FittedRun, options: argparse.Namespace) -> Found:
         for figure, estimate in quality(p, tested, TOLERANCE, base, options.draws)._asdict().items()
     ]
     sets = conformal_sets(fitted, tested, run.experts)
-    found.append({"stated by": "conformal sets", "figure": "coverage of 0.9", **sets.coverage._asdict()})
-    found.append({"stated by": "conformal sets", "figure": "experts in a set", "value": sets.size, "n": len(tested)})
+    found.append(
+        {"stated by": "conformal sets", "figure": "coverage of 0.9", **sets.coverage._asdict()}
+    )
+    found.append(
+        {
+            "stated by": "conformal sets",
+            "figure": "experts in a set",
+            "value": sets.size,
+            "n": len(tested),
+        }
+    )
     right = right_within(tested, TOLERANCE)
     tables = {"confidence": pd.DataFrame(found), "confidence_regret": frame}
     curves = [reliability(stated[name], right) for name in ("posterior", "confidence")]
@@ -176,29 +213,52 @@ def confidence(run: FittedRun, options: argparse.Namespace) -> Found:
 def risk(run: FittedRun, options: argparse.Namespace) -> Found:
     """What does routing lose, estimated from the routed pass."""
     train, valid = run.config.train, Examination(run).source
-    context, limit = run.config.data.context, max(options.tokens or run.config.data.eval_tokens, run.config.data.context)
+    context, limit = (
+        run.config.data.context,
+        max(options.tokens or run.config.data.eval_tokens, run.config.data.context),
+    )
     early = list(valid.windows(context, train.batch_size, limit))
     reference = reference_of(run.model, early[:8])
-    head = fit_risk(run.model, early, reference, tokens=limit, settings=RiskFit(steps=options.risk_steps))
+    head = fit_risk(
+        run.model, early, reference, tokens=limit, settings=RiskFit(steps=options.risk_steps)
+    )
     save_risk(run.path, head)
     tested = later_windows(valid, context, train.batch_size, limit, limit)
     texts = {"held out": torch.cat([batch.tokens for batch in tested])}
     if run.tokeniser is not None:
         for name, ids in other_texts(texts["held out"].flatten(), run.tokeniser).items():
-            texts[name] = ids[: len(ids) // context * context].view(-1, context)[: len(texts["held out"])]
+            texts[name] = ids[: len(ids) // context * context].view(-1, context)[
+                : len(texts["held out"])
+            ]
     found = []
     for name, rows in texts.items():
-        data = risk_data(run.model, [Batch(part, part) for part in rows.split(train.batch_size)], reference, rows.numel())
+        data = risk_data(
+            run.model,
+            [Batch(part, part) for part in rows.split(train.batch_size)],
+            reference,
+            rows.numel(),
+        )
         estimate, true = (x.double().flatten().numpy() for x in (head(data.features), data.kl))
-        entropy, window = data.features[..., -2].double().flatten().numpy(), np.repeat(np.arange(len(rows)), context)
+        entropy, window = (
+            data.features[..., -2].double().flatten().numpy(),
+            np.repeat(np.arange(len(rows)), context),
+        )
         figures = {
             "rank correlation": lambda i, a=estimate, b=true: rank_correlation(a[i], b[i]),
-            "rank correlation of the entropy": lambda i, a=entropy, b=true: rank_correlation(a[i], b[i]),
+            "rank correlation of the entropy": lambda i, a=entropy, b=true: rank_correlation(
+                a[i], b[i]
+            ),
             "mean over true mean": lambda i, a=estimate, b=true: float(a[i].mean() / b[i].mean()),
             "true mean (nats)": lambda i, b=true: float(b[i].mean()),
         }
         for figure, of in figures.items():
-            found.append({"text": name, "figure": figure, **clustered(of, window, draws=min(options.draws, 100))._asdict()})
+            found.append(
+                {
+                    "text": name,
+                    "figure": figure,
+                    **clustered(of, window, draws=min(options.draws, 100))._asdict(),
+                }
+            )
     table = pd.DataFrame(found)
     return Found({"risk": table}, {}, text_of(table))
 
@@ -213,9 +273,14 @@ def promised(run: FittedRun, options: argparse.Namespace) -> Found:
     best = strongest_single(run.model, list(valid.windows(context, train.batch_size, limit)), cost)
     rows = later_windows(valid, context, train.batch_size, limit, limit)
     family, prices = at_price("argmax", cost.tolist()), cheaper_from(0.0)
-    known = {price: execute(run.model, rows, cost, RoutingMode.HARD, family(price), price).reading for price in prices}
+    known = {
+        price: execute(run.model, rows, cost, RoutingMode.HARD, family(price), price).reading
+        for price in prices
+    }
     base = execute(run.model, rows, cost, RoutingMode.HARD, Single(best), float("nan")).reading
-    excess = {price: (r.window_nll - base.window_nll) / base.window_scored for price, r in known.items()}
+    excess = {
+        price: (r.window_nll - base.window_nll) / base.window_scored for price, r in known.items()
+    }
     found = []
     for lost in (0.005, 0.01, 0.02):
         allowed = float(np.log1p(lost))
@@ -224,16 +289,25 @@ def promised(run: FittedRun, options: argparse.Namespace) -> Found:
         for count in (len(base.window_nll) // 2, len(base.window_nll)):
             kept, spent, refused = [], [], 0
             for seed in range(RESPLITS):
-                i = torch.from_numpy(np.random.default_rng(seed).integers(0, len(base.window_nll), count))
+                i = torch.from_numpy(
+                    np.random.default_rng(seed).integers(0, len(base.window_nll), count)
+                )
                 try:
-                    price = keep_promise(lambda p, i=i: drawn(known[p], i), drawn(base, i), lost, 0.95, prices).kept.price
+                    price = keep_promise(
+                        lambda p, i=i: drawn(known[p], i), drawn(base, i), lost, 0.95, prices
+                    ).kept.price
                 except ValueError:
                     refused += 1
                     continue
                 kept.append(float(excess[price].mean()) <= allowed)
                 spent.append(known[price].cost / hindsight)
             found.append(
-                {"lost": lost, "windows": count, "kept": mean_of(kept), "cost over hindsight": mean_of(spent)}
+                {
+                    "lost": lost,
+                    "windows": count,
+                    "kept": mean_of(kept),
+                    "cost over hindsight": mean_of(spent),
+                }
                 | {"hindsight": hindsight, "refused": refused, "trials": RESPLITS}
             )
     table = pd.DataFrame(found)
@@ -242,7 +316,13 @@ def promised(run: FittedRun, options: argparse.Namespace) -> Found:
 
 def drawn(reading: Executed, index: Tensor) -> Executed:
     """The windows `index` of a reading, with repetition."""
-    return Executed(reading.price, reading.cost, reading.load, reading.window_nll[index], reading.window_scored[index])
+    return Executed(
+        reading.price,
+        reading.cost,
+        reading.load,
+        reading.window_nll[index],
+        reading.window_scored[index],
+    )
 
 
 def held_out(run: FittedRun, tokens: int | None) -> Tensor:
@@ -276,16 +356,34 @@ PARTS: dict[str, Callable[[FittedRun, argparse.Namespace], Found]] = {
 
 def main() -> None:
     """Parse, then each part: examine, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to examine (default: all)")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        help="what to examine (default: all)",
+    )
     parser.add_argument("--out", type=Path, help="folder to write (default: RUN/analysis)")
-    parser.add_argument("--tokens", type=int, help="held-out tokens to read (default: the run's eval_tokens)")
-    parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="another text for evidence")
-    parser.add_argument("--windows", type=int, default=96, help="in which routes are forced, for confidence")
+    parser.add_argument(
+        "--tokens", type=int, help="held-out tokens to read (default: the run's eval_tokens)"
+    )
+    parser.add_argument(
+        "--text", action="append", default=[], metavar="NAME=FILE", help="another text for evidence"
+    )
+    parser.add_argument(
+        "--windows", type=int, default=96, help="in which routes are forced, for confidence"
+    )
     parser.add_argument("--pairs", type=int, default=32, help="of token and layer, forced in each")
-    parser.add_argument("--draws", type=int, default=400, help="of a bootstrap; at most 100 where tokens are many")
-    parser.add_argument("--risk-steps", type=int, default=RiskFit().steps, help="of the estimate of risk")
+    parser.add_argument(
+        "--draws", type=int, default=400, help="of a bootstrap; at most 100 where tokens are many"
+    )
+    parser.add_argument(
+        "--risk-steps", type=int, default=RiskFit().steps, help="of the estimate of risk"
+    )
     options = parser.parse_args()
     options.out = options.out or options.run / "analysis"
     run, count = load_fitted(options.run), 0

@@ -1,9 +1,11 @@
 """Transformers in which every token chooses its attention, by Bayesian inference with Pyro.
 
-The floors of the house, arrows downwards only: types, config, data; attention, routing; transformer; inference; training;
-diagnostics, integrations; commands, cli. DESIGN.md says what lives where.
+The floors of the house, arrows downwards only: types, config, data; attention, routing;
+transformer; inference; training; diagnostics, integrations; commands, cli. DESIGN.md says what
+lives where.
 
-A public name is imported when it is first asked for (PEP 562), so that the command line answers before torch is there.
+A public name is imported when it is first asked for (PEP 562), so that the command line answers
+before torch is there.
 """
 
 from importlib import import_module

@@ -50,7 +50,9 @@ def choose(field: str, value: object, options: type[Choice]) -> Choice:
 def unknown(field: str, value: object, options: Iterable[object]) -> ValueError:
     """The error for a name that is not among `options`, with the nearest of them."""
     names = sorted(map(str, options))
-    return ValueError(f"{field}: expected one of {', '.join(names)}; got {value!r}{nearest(value, names)}")
+    return ValueError(
+        f"{field}: expected one of {', '.join(names)}; got {value!r}{nearest(value, names)}"
+    )
 
 
 def nearest(value: object, options: Iterable[object]) -> str:

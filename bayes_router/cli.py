@@ -40,14 +40,25 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 141
     except UnicodeEncodeError as error:
-        return _refuse(f"expected text in UTF-8; got {error.object!r}; correct the argument or the name of the file")
+        return _refuse(
+            f"expected text in UTF-8; got {error.object!r}; correct the argument or the name of "
+            f"the file"
+        )
     except OSError as error:
-        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else one_line(error)
+        what = (
+            f"{error.filename}: {error.strerror}"
+            if error.filename and error.strerror
+            else one_line(error)
+        )
         return _refuse(f"{what}; free or name another path")
     except (ValueError, ArgumentError) as error:
         return _refuse(plain(one_line(error)))
     except KeyboardInterrupt:
-        again = "; `fit --resume` continues from the last checkpoint" if arguments[:1] == ["fit"] else ""
+        again = (
+            "; `fit --resume` continues from the last checkpoint"
+            if arguments[:1] == ["fit"]
+            else ""
+        )
         print(f"bayes-router: interrupted{again}", file=sys.stderr)
         return 130
     except RuntimeError as error:
@@ -66,7 +77,10 @@ def build_parser(arguments: Sequence[str]) -> Parser:
     """
     parser = Parser(
         prog="bayes-router",
-        description="Transformers in which every token chooses its attention, by Bayesian inference with Pyro.",
+        description=(
+            "Transformers in which every token chooses its attention, by Bayesian "
+            "inference with Pyro."
+        ),
         version=__version__,
     )
     commands = parser.add_subcommands(required=True, dest="command")

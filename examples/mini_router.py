@@ -26,7 +26,9 @@ from torch.nn import functional as F
 
 VOCABULARY, D, LAYERS, HEADS, WINDOW = 128, 32, 2, 2, 8
 COST = torch.tensor([1.00, 0.15, 0.30])  # of full, linear and local attention; full = 1
-CONCENTRATION = 0.5 * torch.softmax(-COST, -1)  # of the prior: sparse, so that a draw is nearly one expert
+CONCENTRATION = 0.5 * torch.softmax(
+    -COST, -1
+)  # of the prior: sparse, so that a draw is nearly one expert
 PRICE, KL_WEIGHT, FLOOR = 2.0, 0.003, 0.01
 
 # Three experts: (q, k, v) [B, H, T, Dh] -> what the queries at positions `at` read.
@@ -34,7 +36,9 @@ PRICE, KL_WEIGHT, FLOOR = 2.0, 0.003, 0.01
 
 def softmax_attention(q, k, v, at, window):
     """Full attention, or over the last `window` keys."""
-    age = at[:, None] - torch.arange(k.shape[2])  # of key j to query t: not from the future, not too old
+    age = at[:, None] - torch.arange(
+        k.shape[2]
+    )  # of key j to query t: not from the future, not too old
     seen = (age >= 0) & (age < window)
     scores = (q[:, :, at] @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~seen, -math.inf)
     return scores.softmax(-1) @ v
@@ -43,16 +47,22 @@ def softmax_attention(q, k, v, at, window):
 def linear_attention(q, k, v, at):
     """sum_j phi(q_t) . phi(k_j) v_j over the past, normalised; phi = elu + 1."""
     phi_q, phi_k = F.elu(q[:, :, at]) + 1, F.elu(k) + 1
-    state = torch.einsum("bhtd,bhte->bhtde", phi_k, v).cumsum(2)[:, :, at]  # every token enters it, whatever its route
+    state = torch.einsum("bhtd,bhte->bhtde", phi_k, v).cumsum(2)[
+        :, :, at
+    ]  # every token enters it, whatever its route
     total = phi_k.cumsum(2)[:, :, at]
-    return torch.einsum("bhtd,bhtde->bhte", phi_q, state) / ((phi_q * total).sum(-1, keepdim=True) + 1e-6)
+    return torch.einsum("bhtd,bhtde->bhte", phi_q, state) / (
+        (phi_q * total).sum(-1, keepdim=True) + 1e-6
+    )
 
 
 def rotate(x):
     """Rotary positions: the pair (i, i + Dh / 2) at position t turned by t / 10000^(2 i / Dh)."""
     half = x.shape[-1] // 2
     angle = torch.arange(x.shape[2])[:, None] * 10_000 ** (-torch.arange(half) / half)
-    turned = torch.view_as_complex(torch.stack([x[..., :half], x[..., half:]], -1)) * torch.polar(torch.ones_like(angle), angle)
+    turned = torch.view_as_complex(torch.stack([x[..., :half], x[..., half:]], -1)) * torch.polar(
+        torch.ones_like(angle), angle
+    )
     return torch.cat([turned.real, turned.imag], -1)
 
 
@@ -114,7 +124,10 @@ class Controllers(nn.Module):
 
     def __init__(self):
         super().__init__()
-        nets = (nn.Sequential(nn.Linear(D, 16), nn.SiLU(), nn.Linear(16, len(COST))) for _ in range(LAYERS))
+        nets = (
+            nn.Sequential(nn.Linear(D, 16), nn.SiLU(), nn.Linear(16, len(COST)))
+            for _ in range(LAYERS)
+        )
         self.layers = nn.ModuleList(nets)
 
     def posterior(self, layer, x):
@@ -141,7 +154,9 @@ class Priced(dist.Dirichlet):
 @register_kl(Dirichlet, Priced)
 def kl_priced(q, p):
     """KL(q || Dirichlet) + tilt . E_q[route]: the expected cost is part of the KL."""
-    return kl_divergence(q, Dirichlet(p.concentration, validate_args=False)) + q.mean @ p.tilt.to(q.mean)
+    return kl_divergence(q, Dirichlet(p.concentration, validate_args=False)) + q.mean @ p.tilt.to(
+        q.mean
+    )
 
 
 class Router(nn.Module):
@@ -164,7 +179,9 @@ class Router(nn.Module):
 
         def route(layer, x):
             with batch, token:
-                return pyro.sample(f"route_{layer}", Priced(CONCENTRATION, PRICE * COST).expand(x.shape[:2]))
+                return pyro.sample(
+                    f"route_{layer}", Priced(CONCENTRATION, PRICE * COST).expand(x.shape[:2])
+                )
 
         logits = self.network(tokens, route)
         with batch, token, poutine.scale(scale=1 / KL_WEIGHT):
@@ -216,7 +233,9 @@ def main(steps=200):
     torch.manual_seed(0)
     pyro.clear_param_store()
     text, router = torch.tensor(list(SPEECH.encode())), Router()
-    svi = SVI(router.model, router.guide, pyro.optim.ClippedAdam({"lr": 5e-3}), TraceMeanField_ELBO())
+    svi = SVI(
+        router.model, router.guide, pyro.optim.ClippedAdam({"lr": 5e-3}), TraceMeanField_ELBO()
+    )
     for step in range(steps + 1):
         starts = torch.randint(len(text) - 64, (8,))
         window = text[starts[:, None] + torch.arange(65)]

@@ -1,7 +1,8 @@
 """Patch a Hugging Face model, fit its router to text, set a budget, save it and open it again.
 
-Run it: `python examples/patch_and_fit.py`. The model is a tiny one with random weights, so that nothing
-is downloaded; `AutoModelForCausalLM.from_pretrained(NAME)` and its tokenizer stand in its place.
+Run it: `python examples/patch_and_fit.py`. The model is a tiny one with random weights, so that
+nothing is downloaded; `AutoModelForCausalLM.from_pretrained(NAME)` and its tokenizer stand in its
+place.
 """
 
 import tempfile
@@ -11,13 +12,20 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bayes_router import Router, patch
 
-SENTENCE = "Four score and seven years ago our fathers brought forth on this continent a new nation. "
+SENTENCE = (
+    "Four score and seven years ago our fathers brought forth on this continent a new nation. "
+)
 
 
 def tiny_model():
     """A Llama of two layers that reads bytes; the same weights every time."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     return LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes)).eval()
 
 
@@ -31,7 +39,10 @@ def main(steps=50, budget=0.5):
     router = patch(model, window=16, sinks=4, experts=("full", "local"))
     fitted = router.fit(text, steps=steps, context=128, batch_size=2, budget=budget)
     last = fitted.iloc[-1]
-    print(f"fit: nll {last['nll']:.3f} nats per token, KL {last['kl']:.3f}, executed cost {last['cost']:.3f}")
+    print(
+        f"fit: nll {last['nll']:.3f} nats per token, KL {last['kl']:.3f}, executed cost "
+        f"{last['cost']:.3f}"
+    )
     cost = router.set_budget(budget, context=128, tolerance=0.2)
     print(f"budget {budget}: executed cost {cost:.3f} on text that the fit did not read")
     prompt = text[None, :40]

@@ -1,7 +1,7 @@
 """A LoRA of PEFT and a router on one model: trained together, saved apart, put together again.
 
-Run it: `python examples/peft_and_router.py` (needs peft). The base weights stay; the adapter moves under
-routes that are drawn, and the router learns beside it.
+Run it: `python examples/peft_and_router.py` (needs peft). The base weights stay; the adapter moves
+under routes that are drawn, and the router learns beside it.
 """
 
 import tempfile
@@ -18,7 +18,9 @@ def main(steps=30):
     """Train both; the losses first and last, and whether what was loaded says the same."""
     text = torch.tensor(list((SENTENCE * 60).encode()))
     torch.manual_seed(0)
-    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"], init_lora_weights=True)
+    lora = LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"], init_lora_weights=True
+    )
     model = get_peft_model(tiny_model(), lora)
     router = patch(model, window=16, sinks=4, experts=("full", "local"))
     router.requires_grad_(True)

@@ -2,7 +2,8 @@
 
 Memory for all keys at once, no growth while it generates.
 
-Run it: `python examples/serve_static_cache.py`. Requests of different lengths are padded on the left.
+Run it: `python examples/serve_static_cache.py`. Requests of different lengths are padded on the
+left.
 """
 
 import torch
@@ -24,7 +25,12 @@ def main(new_tokens=12, steps=20):
     for row, request in enumerate(requests):
         tokens[row, longest - len(request) :] = request
         mask[row, longest - len(request) :] = 1
-    common = {"attention_mask": mask, "max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+    common = {
+        "attention_mask": mask,
+        "max_new_tokens": new_tokens,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
     static = model.generate(tokens, cache_implementation="static", **common)
     growing = model.generate(tokens, **common)
     for row, answer in enumerate(static[:, longest:].tolist()):

@@ -2,7 +2,8 @@
 
 It logs KL, cost and load.
 
-Run it: `python examples/trainer.py`. Give `report_to="tensorboard"` or "wandb" and the figures go there.
+Run it: `python examples/trainer.py`. Give `report_to="tensorboard"` or "wandb" and the figures go
+there.
 """
 
 import tempfile
@@ -51,7 +52,10 @@ def main(steps=60, folder=None):
             trainer.save_model()  # the model, and the patch beside it
     rows = [row for row in trainer.state.log_history if "routing_kl" in row]
     for row in rows:
-        print(f"loss {row['loss']:.3f}  KL {row['routing_kl']:.3f}  executed cost {row['routing_cost']:.3f}")
+        print(
+            f"loss {row['loss']:.3f}  KL {row['routing_kl']:.3f}  executed cost "
+            f"{row['routing_cost']:.3f}"
+        )
     return rows
 
 

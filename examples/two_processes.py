@@ -1,7 +1,8 @@
 """Train on two GPUs, or on two processes of a CPU: data parallel, rank 0 writes the run.
 
-Run it: `torchrun --nproc-per-node 2 examples/two_processes.py runs/two [STEPS [CORPUS]]`. Without torchrun
-it is one process; since each row draws from a stream of its own, the losses are the same up to rounding.
+Run it: `torchrun --nproc-per-node 2 examples/two_processes.py runs/two [STEPS [CORPUS]]`. Without
+torchrun it is one process; since each row draws from a stream of its own, the losses are the same
+up to rounding.
 """
 
 import sys
@@ -18,7 +19,10 @@ def main(out, steps=100, corpus="stdlib"):
     _, summary = fit(with_changes(preset("tiny"), settings), Path(out), progress=False)
     if summary:
         nll = summary["nll"]["hard"]
-        print(f"{summary['processes']} processes, {summary['steps']} steps, HARD {nll:.4f} nats per byte")
+        print(
+            f"{summary['processes']} processes, {summary['steps']} steps, HARD {nll:.4f} nats per "
+            f"byte"
+        )
     return summary
 
 

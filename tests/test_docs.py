@@ -18,19 +18,41 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OTHERS = [ROOT / name for name in ("DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 LINKED = [*PAGES, *OTHERS, *sorted((ROOT / "analysis").glob("*.md"))]
-RUN = [p for p in PAGES if "```python" in p.read_text(encoding="utf-8") and p.name not in ("README.md",)]
+RUN = [
+    p
+    for p in PAGES
+    if "```python" in p.read_text(encoding="utf-8") and p.name not in ("README.md",)
+]
 
 
 def test_the_site_builds_strictly(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings_handlers")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", str(ROOT / "docs" / "mkdocs.yml")]
-    done = subprocess.run([*command, "--site-dir", str(tmp_path)], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--config-file",
+        str(ROOT / "docs" / "mkdocs.yml"),
+    ]
+    done = subprocess.run(
+        [*command, "--site-dir", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+    )
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     assert "excluded from the built site" not in said, said  # a link that works in a checkout alone
     api = (tmp_path / "docs" / "api.html").read_text(encoding="utf-8")
-    missing = [name for name in bayes_router.__all__ if not re.search(rf'id="bayes_router\.[\w.]+\.{name}"', api)]
+    missing = [
+        name
+        for name in bayes_router.__all__
+        if not re.search(rf'id="bayes_router\.[\w.]+\.{name}"', api)
+    ]
     assert not missing
 
 
@@ -39,7 +61,9 @@ def test_its_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     if "transformers" in page.read_text(encoding="utf-8"):
         pytest.importorskip("transformers", minversion="5.0")
     monkeypatch.chdir(tmp_path)
-    source = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S))
+    source = "\n".join(
+        re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
+    )
     before = set(_REGISTRY)
     try:
         exec(compile(source, page.name, "exec"), {"__name__": "page"})

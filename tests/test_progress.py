@@ -17,7 +17,9 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_lines_come_while_one_step_takes_long(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_come_while_one_step_takes_long(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(progress, "SECONDS", 0.05)
     with Progress("reading", 3, unit="window") as bar:
         bar.step()
@@ -54,4 +56,9 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(0.1)
         assert len(terminal.getvalue()) > len(before)  # the clock of the bar goes on by itself
     shown = terminal.getvalue()
-    assert "3/4" in shown and "nll 1.5" in shown and "reading:" in shown and "only without" not in shown
+    assert (
+        "3/4" in shown
+        and "nll 1.5" in shown
+        and "reading:" in shown
+        and "only without" not in shown
+    )

@@ -14,18 +14,26 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.S)
 
 
-def test_the_python_blocks_run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_blocks_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     source = "\n".join(code for language, code in BLOCKS if language == "python")
     assert source.count("\n") > 20
     exec(compile(source, "README.md", "exec"), {"__name__": "readme"})
     printed = capsys.readouterr().out
-    assert all(code in printed for language, code in BLOCKS if language == "text")  # what it shows is what it prints
+    assert all(
+        code in printed for language, code in BLOCKS if language == "text"
+    )  # what it shows is what it prints
 
 
 def test_the_commands_exist() -> None:
     named = set(
-        re.findall(r"^bayes-router (\w+)", "\n".join(code for language, code in BLOCKS if language == "sh"), flags=re.M)
+        re.findall(
+            r"^bayes-router (\w+)",
+            "\n".join(code for language, code in BLOCKS if language == "sh"),
+            flags=re.M,
+        )
     )
     assert named and named <= set(COMMANDS)
 

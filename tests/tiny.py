@@ -46,7 +46,13 @@ def fit_config(path: str, **train: object) -> Config:
     """Settings of a fit that takes seconds."""
     return config_from_dict(
         {
-            "model": {"d_model": 16, "num_layers": 2, "num_heads": 2, "window": 8, "controller_hidden": 4},
+            "model": {
+                "d_model": 16,
+                "num_layers": 2,
+                "num_heads": 2,
+                "window": 8,
+                "controller_hidden": 4,
+            },
             "data": {"corpus": f"text:{path}", "context": 32, "eval_tokens": 512},
             "train": {
                 "steps": 12,

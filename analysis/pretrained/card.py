@@ -24,12 +24,16 @@ from bayes_router.integrations.patching import load_patch
 from bayes_router.routing.policy import Budget
 
 
-def figures(router: RoutedPretrained, texts: dict[str, TokenStream], context: int, pieces: int) -> pd.DataFrame:
+def figures(
+    router: RoutedPretrained, texts: dict[str, TokenStream], context: int, pieces: int
+) -> pd.DataFrame:
     """A row a text."""
     policy, reader, rows = router.policy, Reader(router), []
     assert isinstance(policy, Budget)
     for name, stream in texts.items():
-        found = pd.DataFrame(reader.lost(name, stream, context, pieces, Setting(router, policy.price)))
+        found = pd.DataFrame(
+            reader.lost(name, stream, context, pieces, Setting(router, policy.price))
+        )
         lost, error = percent(found["lost"].mean()), 100 * standard_error(found["lost"])
         rows.append({"text": name, "pieces": len(found), "cost": round(found["cost"].mean(), 3)})
         rows[-1] |= {"lost, %": round(lost, 3), "SE": round(error, 3)}
@@ -38,7 +42,9 @@ def figures(router: RoutedPretrained, texts: dict[str, TokenStream], context: in
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("tokens", type=Path)
     parser.add_argument("patch", help="a name, or the folder of a patch with a budget")

@@ -36,8 +36,9 @@ def executed_cost(router: RoutedPretrained, routes: Tensor) -> float:
 
     The routes are int64 [L, T, R] or [L, T].
 
-    `full` reads t + 1 keys at position t and `local` its window and the sinks outside it, so that routes which spend on late
-    tokens are charged for it. Experts that read no keys are charged at their cost ratio.
+    `full` reads t + 1 keys at position t and `local` its window and the sinks outside it, so that
+    routes which spend on late tokens are charged for it. Experts that read no keys are charged at
+    their cost ratio.
     """
     routes = routes if routes.dim() == 3 else routes[..., None]
     T = routes.shape[1]
@@ -45,7 +46,9 @@ def executed_cost(router: RoutedPretrained, routes: Tensor) -> float:
     local = window_keys(seen, router.settings.window, router.settings.sinks)
     keys = {"full": seen, "local": local}
     ratio = router.cost_ratio.to(routes.device).double()
-    cost = torch.stack([keys.get(name, ratio[i] * seen.mean()).expand(T) for i, name in enumerate(router.experts)])  # [E, T]
+    cost = torch.stack(
+        [keys.get(name, ratio[i] * seen.mean()).expand(T) for i, name in enumerate(router.experts)]
+    )  # [E, T]
     paid = cost[routes.clamp_min(0), torch.arange(T, device=routes.device)[:, None]]  # [L, T, R]
     return float(paid.sum() / (seen.sum() * routes.shape[0] * routes.shape[2]))
 
@@ -116,11 +119,15 @@ def orders(router: RoutedPretrained, tokens: Tensor, seconds: float) -> dict[str
 
     By name of how it was found.
 
-    `one by one`: by the harm of each alone. `greedy`: the least harmful next, given those that went before; L (L + 1) / 2
-    passes, begun from `one by one` where `seconds` are over.
+    `one by one`: by the harm of each alone. `greedy`: the least harmful next, given those that went
+    before; L (L + 1) / 2 passes, begun from `one by one` where `seconds` are over.
     """
     full, local = (router.experts.index(name) for name in ("full", "local"))
-    harm, layers, started = Divergence(router, tokens), list(range(len(router.layers))), time.perf_counter()
+    harm, layers, started = (
+        Divergence(router, tokens),
+        list(range(len(router.layers))),
+        time.perf_counter(),
+    )
 
     def of(gone: Collection[int]) -> float:
         return harm(hybrid([layer for layer in layers if layer not in gone], full, local))
@@ -138,19 +145,27 @@ def orders(router: RoutedPretrained, tokens: Tensor, seconds: float) -> dict[str
 
 
 @torch.no_grad()
-def loads(router: RoutedPretrained, stream: TokenStream, context: int, limit: int, device: Any) -> list[int]:
+def loads(
+    router: RoutedPretrained, stream: TokenStream, context: int, limit: int, device: Any
+) -> list[int]:
     """Layers by the share of tokens that the router leaves on full, the smallest first.
 
     Its own static choice.
     """
     full, shares = router.experts.index("full"), []
     for batch in stream.windows(context, 1, limit):
-        shares.append((router(batch.tokens.to(device), use_cache=False).route == full).double().mean((1, 2, 3)))
+        shares.append(
+            (router(batch.tokens.to(device), use_cache=False).route == full)
+            .double()
+            .mean((1, 2, 3))
+        )
     order: list[int] = torch.stack(shares).mean(0).argsort().tolist()
     return order
 
 
-def meet(router: RoutedPretrained, stream: TokenStream, budget: float, context: int, limit: int) -> float:
+def meet(
+    router: RoutedPretrained, stream: TokenStream, budget: float, context: int, limit: int
+) -> float:
     """Set the policy to a price at which executed routes cost about `budget`, and no more.
 
     Keys are counted; that cost is returned.
@@ -158,7 +173,9 @@ def meet(router: RoutedPretrained, stream: TokenStream, budget: float, context: 
     dial = Dial(
         Unforced(router),
         stream,
-        lambda routes: sum(executed_cost(router, one) for one in routes.unbind(1)) / routes.shape[1],
+        lambda routes: (
+            sum(executed_cost(router, one) for one in routes.unbind(1)) / routes.shape[1]
+        ),
         context=context,
         batch_size=1,
         limit=limit,
@@ -167,7 +184,9 @@ def meet(router: RoutedPretrained, stream: TokenStream, budget: float, context: 
     )
     with suppress(BudgetUnreachable):  # in a jump, the end below it
         dial.solve(budget - NEAR / 2, NEAR / 2)
-    found = max((one for one in dial.readings.values() if one.cost <= budget), key=lambda one: one.cost)
+    found = max(
+        (one for one in dial.readings.values() if one.cost <= budget), key=lambda one: one.cost
+    )
     router.policy = dial.policy(found.price)
     return found.cost
 
@@ -178,14 +197,20 @@ def median_ms(run: Callable[[], Any], device: torch.device, repeats: int) -> flo
 
 
 @torch.no_grad()
-def timings(router: RoutedPretrained, tokens: Tensor, route: Optional[Route], repeats: int) -> dict[Hashable, Any]:
+def timings(
+    router: RoutedPretrained, tokens: Tensor, route: Optional[Route], repeats: int
+) -> dict[Hashable, Any]:
     """Prefill of [1, T], and one decoding step behind it, ms.
 
     The model as it is used, by its own forward pass.
     """
     model, device = router.model, tokens.device
     with nullcontext() if route is None else router.routed_by(route):
-        prefill = median_ms(lambda: model(tokens, use_cache=True, logits_to_keep=1), device, repeats)
+        prefill = median_ms(
+            lambda: model(tokens, use_cache=True, logits_to_keep=1), device, repeats
+        )
         cache = model(tokens[:, :-8], use_cache=True, logits_to_keep=1).past_key_values
-        decode = median_ms(lambda: model(tokens[:, -1:], past_key_values=cache, use_cache=True), device, repeats)
+        decode = median_ms(
+            lambda: model(tokens[:, -1:], past_key_values=cache, use_cache=True), device, repeats
+        )
     return {"prefill_ms": prefill, "decode_ms": decode}

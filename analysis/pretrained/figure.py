@@ -32,7 +32,9 @@ def lost(frame: pd.DataFrame) -> pd.DataFrame:
     """
     base = frame[frame["contender"] == "original"].set_index(["text", "context"])["perplexity"]
     keys = pd.MultiIndex.from_frame(frame[["text", "context"]])
-    return frame.assign(lost=100 * (frame["perplexity"].to_numpy() / base.reindex(keys).to_numpy() - 1))
+    return frame.assign(
+        lost=100 * (frame["perplexity"].to_numpy() / base.reindex(keys).to_numpy() - 1)
+    )
 
 
 def draw(frame: pd.DataFrame, path: Path) -> None:
@@ -40,16 +42,24 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
     texts, lengths = list(dict.fromkeys(frame["text"])), list(dict.fromkeys(frame["context"]))
     with sns.axes_style("ticks"), sns.plotting_context("notebook"):
         size = (6.5 * len(texts), 5 * len(lengths))
-        figure, axes = plt.subplots(len(lengths), len(texts), figsize=size, squeeze=False, layout="constrained")
+        figure, axes = plt.subplots(
+            len(lengths), len(texts), figsize=size, squeeze=False, layout="constrained"
+        )
         for ax, (length, text) in zip(axes.flat, product(lengths, texts), strict=True):
             shown = frame[(frame["text"] == text) & (frame["context"] == length)]
             for place, (name, marker) in enumerate(MARKERS.items()):
                 part = shown[shown["contender"] == name].sort_values("cost")
                 colour = PALETTE[place] if place < len(PALETTE) else "0.5"
                 width = 2.0 if name == "routed" else 0.8
-                ax.plot(part["cost"], part["lost"], marker=marker, color=colour, lw=width, label=name)
+                ax.plot(
+                    part["cost"], part["lost"], marker=marker, color=colour, lw=width, label=name
+                )
             ax.axhline(1.0, color="0.6", lw=0.8, ls="--")
-            ax.set(title=f"{text}, {length} tokens", xlabel="attention cost executed (full = 1)", ylabel="perplexity lost (%)")
+            ax.set(
+                title=f"{text}, {length} tokens",
+                xlabel="attention cost executed (full = 1)",
+                ylabel="perplexity lost (%)",
+            )
         axes[0][-1].legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         sns.despine(figure)
         figure.savefig(path, dpi=130, bbox_inches="tight")
@@ -62,11 +72,17 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="?", default=RESULTS)
     args = parser.parse_args()
     frame = lost(pd.read_csv(args.results))
-    routed = set(frame.loc[frame["contender"] == "routed", "context"])  # a run that was cut off has more originals
-    frame = frame[frame["context"].isin(routed)].sort_values("context", ascending=False, kind="stable")
+    routed = set(
+        frame.loc[frame["contender"] == "routed", "context"]
+    )  # a run that was cut off has more originals
+    frame = frame[frame["context"].isin(routed)].sort_values(
+        "context", ascending=False, kind="stable"
+    )
     draw(frame, args.results.with_suffix(".png"))
     columns = ["context", "text", "budget", "contender", "cost", "perplexity", "lost"]
-    shown = frame[columns].sort_values(columns[:3] + ["perplexity"], ascending=[False, True, False, True])
+    shown = frame[columns].sort_values(
+        columns[:3] + ["perplexity"], ascending=[False, True, False, True]
+    )
     print(shown.to_string(index=False, float_format="{:.3f}".format))
 
 

@@ -4,10 +4,10 @@ What evidence tells, what a promise is worth there, and what a guard makes of it
 
     python -m analysis.pretrained.foreign MODEL PATCH TOKENS.npz --fit NAME --own NAME --others ...
 
-TOKENS.npz has token ids by name. Evidence is made from the text --fit; on the first windows of the text --own a price is
-promised for (the cheapest of --prices, tried in that order) and the guard is set; the later windows of --own, and the others,
-are read: executed cost and lost perplexity, bare and guarded, with intervals over windows; with
---auroc also that of evidence by token.
+TOKENS.npz has token ids by name. Evidence is made from the text --fit; on the first windows of the
+text --own a price is promised for (the cheapest of --prices, tried in that order) and the guard is
+set; the later windows of --own, and the others, are read: executed cost and lost perplexity, bare
+and guarded, with intervals over windows; with --auroc also that of evidence by token.
 """
 
 import argparse
@@ -44,12 +44,20 @@ def against(read: Executed, base: Executed) -> dict[str, float]:
     """Lost perplexity over `base`, with its interval over windows."""
     more, scored = (read.window_nll - base.window_nll).numpy(), base.window_scored.numpy()
     lost = clustered(lambda i: math.expm1(more[i].sum() / scored[i].sum()), np.arange(len(more)))
-    return {"cost": read.cost, "lost": lost.value, "low": lost.low, "high": lost.high, "windows": len(more)}
+    return {
+        "cost": read.cost,
+        "lost": lost.value,
+        "low": lost.low,
+        "high": lost.high,
+        "windows": len(more),
+    }
 
 
 def main() -> None:
     """Parse; evidence, promise, guard; read each text."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("patch", type=Path)
     parser.add_argument("tokens", type=Path)
@@ -57,28 +65,45 @@ def main() -> None:
     parser.add_argument("--own", required=True)
     parser.add_argument("--others", nargs="+", required=True)
     parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=16, help="read of each text; calibration takes as many of --own")
+    parser.add_argument(
+        "--windows",
+        type=int,
+        default=16,
+        help="read of each text; calibration takes as many of --own",
+    )
     parser.add_argument("--fit-tokens", type=int, default=16_384)
     parser.add_argument("--prices", type=float, nargs="+", default=[0.0, 1.0, 2.0, 4.0])
     parser.add_argument("--quality", type=float, default=0.02)
-    parser.add_argument("--auroc", action="store_true", help="of evidence by token too, for one more pass of each text")
+    parser.add_argument(
+        "--auroc",
+        action="store_true",
+        help="of evidence by token too, for one more pass of each text",
+    )
     parser.add_argument("--out", type=Path, default=Path("analysis/results"))
     options = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     router, ids = load_patch(model, options.patch), dict(np.load(options.tokens))
-    texts = {name: torch.from_numpy(ids[name].astype("int64")) for name in (options.fit, options.own, *options.others)}
+    texts = {
+        name: torch.from_numpy(ids[name].astype("int64"))
+        for name in (options.fit, options.own, *options.others)
+    }
     router.fit_evidence(texts[options.fit], context=options.context, tokens=options.fit_tokens)
     routed, cost, full = Unforced(router), router.layer_cost, router.experts.index("full")
     calibration = windows_of(texts[options.own], options.windows, options.context)
     family = at_price("argmax", router.cost_ratio.tolist())
-    promised = promise(routed, calibration, cost, family, full, options.quality, prices=options.prices)
+    promised = promise(
+        routed, calibration, cost, family, full, options.quality, prices=options.prices
+    )
     print(promised, flush=True)
     bare = router.policy = family(promised.kept.price)
     found = set_guard(routed, router.controller, calibration, cost, full)
     print(found, flush=True)
     rows, scores = [], {}
     generator = torch.Generator().manual_seed(0)
-    read = {name: windows_of(texts[name], options.windows, options.context, 1) for name in (options.own, *options.others)}
+    read = {
+        name: windows_of(texts[name], options.windows, options.context, 1)
+        for name in (options.own, *options.others)
+    }
     own = torch.cat([batch.tokens for batch in read[options.own]])
     mixed = own.flatten()[torch.randperm(own.numel(), generator=generator)].view_as(own)
     read["shuffled"] = [Batch(row[None, :-1], row[None, 1:]) for row in mixed]
@@ -93,7 +118,9 @@ def main() -> None:
         if not options.auroc:
             continue
         router.policy, T = bare, batches[0].tokens.shape[1]
-        flat = torch.cat([*(batch.tokens.flatten() for batch in batches), batches[-1].targets[0, -1:]])
+        flat = torch.cat(
+            [*(batch.tokens.flatten() for batch in batches), batches[-1].targets[0, -1:]]
+        )
         scores[name] = token_scores(router, flat, T)
     told = [
         {"text": name, "score": score, **auroc_of(values, scores[options.own][score])._asdict()}

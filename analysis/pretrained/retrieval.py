@@ -24,7 +24,10 @@ NOUNS = "anchor bridge candle desert engine forest garden harbour island jacket 
 NOUNS += " meadow needle orchard parcel quarry river saddle temple umbrella valley window yard"
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 OFTEN, COMMON = 30, 10
-"""How often a common word stands in the list, and how many words are common; the others stand thrice."""
+"""How often a common word stands in the list, and how many words are common.
+
+The others stand thrice.
+"""
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,8 @@ def _assemble(
     room = length - len(end) - sum(map(len, items)) - sum(map(len, pieces))
     if room < 0 or room >= len(hay.ids):
         raise ValueError(
-            f"length: expected {length - room} or more tokens, and running text to fill them; got {length} "
+            f"length: expected {length - room} or more tokens, and running text to fill them; got "
+            f"{length} "
             f"and {len(hay.ids)} tokens of text; lengthen one or the other"
         )
     start = rng.randrange(len(hay.ids) - room)
@@ -109,7 +113,10 @@ def _assemble(
 def needle(hay: Haystack, length: int, rng: Random, keys: int = 1) -> Prompt:
     """`keys` numbers under names of their own in running text, one of them asked for."""
     names, numbers = _keys(rng, keys), [_number(rng) for _ in range(keys)]
-    pieces = [hay.encode(f"\nThe secret number of the {n} is {v}.\n") for n, v in zip(names, numbers, strict=True)]
+    pieces = [
+        hay.encode(f"\nThe secret number of the {n} is {v}.\n")
+        for n, v in zip(names, numbers, strict=True)
+    ]
     asked = rng.randrange(keys)
     return _assemble(
         hay,
@@ -140,8 +147,13 @@ def variables(hay: Haystack, length: int, rng: Random, hops: int = 4) -> Prompt:
     mixed, left = list[str](), [list(reversed(c)) for c in chains]
     while any(left):
         mixed.append(rng.choice([c for c in left if c]).pop())
-    ask = f"\nFollow every assignment above. The {hops + 1} variables whose value is {value}, from the first to the last:"
-    return _assemble(hay, [hay.encode(line) for line in mixed], ask, [f" {n}" for n in mine], length, rng)
+    ask = (
+        f"\nFollow every assignment above. The {hops + 1} variables whose value is {value}, "
+        f"from the first to the last:"
+    )
+    return _assemble(
+        hay, [hay.encode(line) for line in mixed], ask, [f" {n}" for n in mine], length, rng
+    )
 
 
 def common_words(hay: Haystack, length: int, rng: Random) -> Prompt:
@@ -165,7 +177,10 @@ def common_words(hay: Haystack, length: int, rng: Random) -> Prompt:
         listed += [ids] * min(3, often)
         used += min(3, often) * len(ids)
     if not 0 <= room - used < room // 2:
-        raise ValueError(f"length: expected as many tokens as {len(hay.words)} words fill; got {length}; give more words")
+        raise ValueError(
+            f"length: expected as many tokens as {len(hay.words)} words fill; got {length}; give "
+            f"more words"
+        )
     rng.shuffle(listed)
     tokens = [*begin, *(t for ids in listed for t in ids), *ask]
     return Prompt(tuple(tokens) + tuple(t for item in items for t in item), items)
@@ -188,11 +203,14 @@ class Found(NamedTuple):
     """What a model says of the answer of a prompt."""
 
     right: float  # share of the items
-    nats: float  # per token of the answer, teacher-forced: tells models apart where all are right, or none
+    # per token of the answer, teacher-forced: tells models apart where all are right, or none
+    nats: float
 
 
 @torch.no_grad()
-def score(last: Callable[[Tensor, int], Tensor], asked: Sequence[Prompt], device: torch.device) -> list[Found]:
+def score(
+    last: Callable[[Tensor, int], Tensor], asked: Sequence[Prompt], device: torch.device
+) -> list[Found]:
     """The score of each prompt.
 
     `last(tokens [1, T], n)` gives the logits [1, n, V] of the last n positions.

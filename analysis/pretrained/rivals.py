@@ -38,13 +38,19 @@ def choose_by(router: RoutedPretrained, score: Tensor) -> None:
 
 
 def passkeys(
-    router: RoutedPretrained, hay: Haystack, context: int, seconds: float, steps: int, seed: int, lr: float = 0.02
+    router: RoutedPretrained,
+    hay: Haystack,
+    context: int,
+    seconds: float,
+    steps: int,
+    seed: int,
+    lr: float = 0.02,
 ) -> list[float]:
     """Gates as DuoAttention fits them (Xiao et al. 2024, arXiv 2410.10819); the loss of each step.
 
-    One gate a unit mixes full and local attention; the squared error of the last hidden state on the
-    answers of synthetic passkeys, and 0.05 times the mean gate, are minimised. Units are then chosen by
-    their gates. The window and the sinks are those of the study.
+    One gate a unit mixes full and local attention; the squared error of the last hidden state on
+    the answers of synthetic passkeys, and 0.05 times the mean gate, are minimised. Units are then
+    chosen by their gates. The window and the sinks are those of the study.
     """
     device = next(router.model.parameters()).device
     gates = nn.Parameter(torch.ones(len(router.layers), router.config.num_units, device=device))
@@ -77,5 +83,7 @@ def passkeys(
             with torch.no_grad():
                 gates.clamp_(0, 1)
             losses.append(float(loss.detach()))
-    choose_by(router, gates.detach().cpu() + 1e-4 * torch.rand(gates.shape))  # ties broken at random
+    choose_by(
+        router, gates.detach().cpu() + 1e-4 * torch.rand(gates.shape)
+    )  # ties broken at random
     return losses

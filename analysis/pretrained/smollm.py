@@ -2,17 +2,23 @@
 
 Perplexity, executed cost and time against static choices of layers.
 
-    python -m analysis.pretrained.smollm prepare MODEL TOKENS.npz --corpora DIR      # text to ids, once, on the CPU
-    python -m analysis.pretrained.smollm fit MODEL TOKENS.npz PATCH                  # SVI at a budget; writes the patch
-    python -m analysis.pretrained.smollm table MODEL TOKENS.npz PATCH RESULTS.csv    # rows that RESULTS.csv has are kept
-    python -m analysis.pretrained.smollm both MODEL TOKENS.npz PATCH RESULTS.csv     # the model loaded once
+    # text to ids, once, on the CPU
+    python -m analysis.pretrained.smollm prepare MODEL TOKENS.npz --corpora DIR
+    # SVI at a budget; writes the patch
+    python -m analysis.pretrained.smollm fit MODEL TOKENS.npz PATCH
+    # rows that RESULTS.csv has are kept
+    python -m analysis.pretrained.smollm table MODEL TOKENS.npz PATCH RESULTS.csv
+    # the model loaded once
+    python -m analysis.pretrained.smollm both MODEL TOKENS.npz PATCH RESULTS.csv
 
-MODEL is a folder of a Hugging Face checkpoint or of one GGUF file. DIR holds the unpacked corpora of data/README.md.
-`--quick` does everything at toy size, on a CPU in minutes. Costs are keys read, position by position, over those that full
-attention reads (FLOPs of attention, in other words). Routes are fitted by self-distillation, executed as they are drawn, at
-the cost that they are to have; static choices get the same cost. `--seconds` bounds the whole, `--fit-seconds` the fit,
-`--order-seconds` the search for static choices of layers (0: only those that need none), which reads `--order-tokens` of a
-text (0: as many as the row); `--repeats 0` leaves the times out; `--dtype` is bfloat16 on a GPU and float32 on a CPU.
+MODEL is a folder of a Hugging Face checkpoint or of one GGUF file. DIR holds the unpacked corpora
+of data/README.md. `--quick` does everything at toy size, on a CPU in minutes. Costs are keys read,
+position by position, over those that full attention reads (FLOPs of attention, in other words).
+Routes are fitted by self-distillation, executed as they are drawn, at the cost that they are to
+have; static choices get the same cost. `--seconds` bounds the whole, `--fit-seconds` the fit,
+`--order-seconds` the search for static choices of layers (0: only those that need none), which
+reads `--order-tokens` of a text (0: as many as the row); `--repeats 0` leaves the times out;
+`--dtype` is bfloat16 on a GPU and float32 on a CPU.
 """
 
 import argparse
@@ -56,16 +62,26 @@ from bayes_router.transformer.nll import token_nll
 from bayes_router.types import CostModel, Route
 
 BUDGETS = (0.5, 0.3, 0.2)  # the first is what the target names
-TESTS = {"novels": "train", "wikitext103": "wikitext103 valid"}  # and the text on which their prices are set
+TESTS = {
+    "novels": "train",
+    "wikitext103": "wikitext103 valid",
+}  # and the text on which their prices are set
 WINDOW, SINKS = 1024, 4
 KEYS = ("text", "context", "contender", "budget")
-LIMITS = {"train": 2_000_000, "wikitext103 valid": 40_000, "wikitext103": 300_000, "novels": 300_000}  # tokens kept
+LIMITS = {
+    "train": 2_000_000,
+    "wikitext103 valid": 40_000,
+    "wikitext103": 300_000,
+    "novels": 300_000,
+}  # tokens kept
 
 
 def prepare(args: argparse.Namespace) -> None:
     """Write the ids of the texts, as uint16."""
     gguf = next(iter(args.model.glob("*.gguf")), None)
-    tokenizer = AutoTokenizer.from_pretrained(args.model, **({} if gguf is None else {"gguf_file": gguf.name}))
+    tokenizer = AutoTokenizer.from_pretrained(
+        args.model, **({} if gguf is None else {"gguf_file": gguf.name})
+    )
     novels = args.corpora / "novels100"
     texts = {
         "train": sorted((novels / "train").iterdir()),
@@ -77,10 +93,15 @@ def prepare(args: argparse.Namespace) -> None:
     for name, paths in texts.items():
         limit = LIMITS[name] // (100 if args.quick else 1)
         share = limit // len(paths)  # of every document the beginning
-        pieces = [tokenizer(p.read_text(encoding="utf-8")[: 8 * share])["input_ids"][:share] for p in paths]
+        pieces = [
+            tokenizer(p.read_text(encoding="utf-8")[: 8 * share])["input_ids"][:share]
+            for p in paths
+        ]
         ids[name] = np.array([token for piece in pieces for token in piece], dtype=np.uint16)
         print(f"{name}: {len(ids[name]):,} tokens of {len(paths)} documents")
-    write_whole(args.tokens, lambda path: np.savez_compressed(path.open("wb"), allow_pickle=False, **ids))
+    write_whole(
+        args.tokens, lambda path: np.savez_compressed(path.open("wb"), allow_pickle=False, **ids)
+    )
 
 
 @cache
@@ -97,7 +118,10 @@ def load_model(folder: Path, device: torch.device, dtype: str = "auto") -> Any:
 def load_streams(path: Path, vocab_size: int) -> dict[str, TokenStream]:
     """The texts by name."""
     with np.load(path) as held:
-        return {name: TokenStream(torch.from_numpy(held[name].astype(np.int64)), vocab_size, name) for name in held.files}
+        return {
+            name: TokenStream(torch.from_numpy(held[name].astype(np.int64)), vocab_size, name)
+            for name in held.files
+        }
 
 
 def fit(args: argparse.Namespace) -> None:
@@ -154,11 +178,20 @@ def phase(name: str) -> Iterator[None]:
 
 def windows(stream: TokenStream, context: int, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(tokens, targets) [1, T] of consecutive windows, at most `limit` tokens of them."""
-    return ((batch.tokens, batch.targets) for batch in stream.windows(context, 1, max(limit, context)))
+    return (
+        (batch.tokens, batch.targets) for batch in stream.windows(context, 1, max(limit, context))
+    )
 
 
 @torch.no_grad()
-def read(router: RoutedPretrained, stream: TokenStream, route: Optional[Route], context: int, limit: int, device: Any) -> Any:
+def read(
+    router: RoutedPretrained,
+    stream: TokenStream,
+    route: Optional[Route],
+    context: int,
+    limit: int,
+    device: Any,
+) -> Any:
     """(nats per token, executed cost) of a text under a route.
 
     Under the router's policy where it is None.
@@ -173,7 +206,9 @@ def read(router: RoutedPretrained, stream: TokenStream, route: Optional[Route], 
             else:
                 taken = router.policy(router.controller.posterior(layer, hidden).concentration)
             shape = hidden.shape[:2]
-            executed.append(torch.full(shape, taken, device=device) if isinstance(taken, int) else taken)
+            executed.append(
+                torch.full(shape, taken, device=device) if isinstance(taken, int) else taken
+            )
             return taken
 
         logits = router.network(tokens.to(device), watch)
@@ -195,7 +230,9 @@ def table(args: argparse.Namespace) -> None:
     lengths = (256, 512) if args.quick else tuple(map(int, args.lengths.split(",")))
     limit = 512 if args.quick else args.limit
     tails = {  # what prices are set on: the end of a text that is not tested
-        text: TokenStream(streams[source].tokens[-4 * max(lengths) - 1 :].long(), model.config.vocab_size, source)
+        text: TokenStream(
+            streams[source].tokens[-4 * max(lengths) - 1 :].long(), model.config.vocab_size, source
+        )
         for text, source in TESTS.items()
     }
     full, local = (router.experts.index(name) for name in ("full", "local"))
@@ -203,7 +240,14 @@ def table(args: argparse.Namespace) -> None:
     def late() -> bool:
         return time.perf_counter() - started > args.seconds
 
-    def add(text: str, context: int, contender: str, budget: float, route: Optional[Route], window: int = 0) -> None:
+    def add(
+        text: str,
+        context: int,
+        contender: str,
+        budget: float,
+        route: Optional[Route],
+        window: int = 0,
+    ) -> None:
         if (text, context, contender, budget) in done or late():
             return
         begun, chosen = time.perf_counter(), windowed(router, window) if window else nullcontext()
@@ -213,13 +257,28 @@ def table(args: argparse.Namespace) -> None:
             cost = share(context, window, SINKS) if window else cost
             row |= {"perplexity": math.exp(nll), "nll": nll, "cost": cost}
             if text == "novels" and args.repeats:
-                row |= timings(router, streams[text].tokens[None, :context].long().to(device), route, args.repeats)
+                row |= timings(
+                    router,
+                    streams[text].tokens[None, :context].long().to(device),
+                    route,
+                    args.repeats,
+                )
         name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
         row |= {"dtype": str(model.dtype).removeprefix("torch.")}
-        row |= {"tokens": min(limit, len(streams[text])), "window": router.settings.window, "seed": args.seed}
+        row |= {
+            "tokens": min(limit, len(streams[text])),
+            "window": router.settings.window,
+            "seed": args.seed,
+        }
         row |= {"device": name, "seconds": time.perf_counter() - begun}
         rows.add(row)
-        print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+        print(
+            {
+                key: round(value, 4) if isinstance(value, float) else value
+                for key, value in row.items()
+            },
+            flush=True,
+        )
 
     ordered: dict[int, dict[str, list[int]]] = {}
     for context in sorted(lengths, reverse=True):  # the longest first: it is what the target names
@@ -228,22 +287,34 @@ def table(args: argparse.Namespace) -> None:
             add(text, context, "original", 1.0, hybrid(range(len(router.layers)), full, local))
         length = args.order_tokens or context
         for budget in BUDGETS:
-            kept, target = layers_within(router, context, budget)  # what a static choice of layers can cost
+            kept, target = layers_within(
+                router, context, budget
+            )  # what a static choice of layers can cost
             if late():
                 return summarise(rows.frame())
             if kept == 0:
-                print(f"budget {budget} at {context} tokens: below the window alone or within one layer of it; left out")
+                print(
+                    f"budget {budget} at {context} tokens: below the window alone or within one "
+                    f"layer of it; left out"
+                )
                 continue
             for text, tail in tails.items():
                 realised = meet(router, tail, target, context, 2 * context)
-                print(f"{text}: aim {target:.4f}, on {TESTS[text]} {realised:.4f}: {router.policy}", flush=True)
+                print(
+                    f"{text}: aim {target:.4f}, on {TESTS[text]} {realised:.4f}: {router.policy}",
+                    flush=True,
+                )
                 add(text, context, "routed", budget, None)
                 if text == "novels":
                     own = loads(router, tail, context, 2 * context, device)
-            if length not in ordered and args.order_seconds:  # after the first routed row, which is the one that counts
+            if (
+                length not in ordered and args.order_seconds
+            ):  # after the first routed row, which is the one that counts
                 with phase("static orders"):
                     tokens = tails["novels"].tokens[None, :length].long().to(device)
-                    ordered[length] = orders(router, tokens, 2.0 if args.quick else args.order_seconds)
+                    ordered[length] = orders(
+                        router, tokens, 2.0 if args.quick else args.order_seconds
+                    )
             found = ordered.get(length, {}) | {"the router's own": own}
             sets = {name: set(order[len(order) - kept :]) for name, order in found.items()}
             sets["every n-th"] = {round(i * len(router.layers) / kept) for i in range(kept)}
@@ -270,27 +341,65 @@ def summarise(frame: pd.DataFrame) -> None:
     """The table, perplexity relative to the original's beside it."""
     base = frame[frame["contender"] == "original"].set_index(["text", "context"])["perplexity"]
     frame["relative"] = [
-        p / base.get((t, c), math.nan) for t, c, p in zip(frame["text"], frame["context"], frame["perplexity"], strict=True)
+        p / base.get((t, c), math.nan)
+        for t, c, p in zip(frame["text"], frame["context"], frame["perplexity"], strict=True)
     ]
-    columns = ["text", "context", "budget", "contender", "perplexity", "relative", "cost", "prefill_ms", "decode_ms"]
+    columns = [
+        "text",
+        "context",
+        "budget",
+        "contender",
+        "perplexity",
+        "relative",
+        "cost",
+        "prefill_ms",
+        "decode_ms",
+    ]
     shown = frame.reindex(columns=columns)
-    shown = shown.sort_values(["text", "context", "budget", "perplexity"], ascending=[True, True, False, True])
+    shown = shown.sort_values(
+        ["text", "context", "budget", "perplexity"], ascending=[True, True, False, True]
+    )
     with pd.option_context("display.width", 200, "display.max_rows", 200):
         print(shown.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
 
 
 def main() -> None:
     """Parse and run one of the three commands."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="toy size, for a CPU")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of the model")
+    parser.add_argument(
+        "--device",
+        type=torch.device,
+        default=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    parser.add_argument(
+        "--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of the model"
+    )
     commands = parser.add_subparsers(required=True)
     paths = {"model": Path, "tokens": Path, "patch": Path, "results": Path}
-    fitted: dict[str, Any] = {"steps": 400, "distil_steps": 100, "context": 8192, "batch_size": 1, "seed": 0}
-    fitted |= {"price": 30.0, "temperature": 0.3, "kl_weight": 0.002, "controller_lr": 5e-3, "budget": 0.5}
+    fitted: dict[str, Any] = {
+        "steps": 400,
+        "distil_steps": 100,
+        "context": 8192,
+        "batch_size": 1,
+        "seed": 0,
+    }
+    fitted |= {
+        "price": 30.0,
+        "temperature": 0.3,
+        "kl_weight": 0.002,
+        "controller_lr": 5e-3,
+        "budget": 0.5,
+    }
     fitted |= {"experts": "full,local", "window": WINDOW, "fit_seconds": 240.0, "seconds": 540.0}
-    read_at: dict[str, Any] = {"lengths": "8192,4096,2048", "limit": 65_536, "repeats": 5, "seconds": 540.0}
+    read_at: dict[str, Any] = {
+        "lengths": "8192,4096,2048",
+        "limit": 65_536,
+        "repeats": 5,
+        "seconds": 540.0,
+    }
     read_at |= {"order_seconds": 60.0, "order_tokens": 0, "seed": 0}
     options: dict[Callable[[argparse.Namespace], None], tuple[int, dict[str, Any]]] = {
         prepare: (2, {"corpora": Path("corpora")}),
@@ -304,7 +413,11 @@ def main() -> None:
         for name in list(paths)[:count]:
             sub.add_argument(name, type=paths[name])
         for name, default in defaults.items():
-            sub.add_argument("--" + name.replace("_", "-"), type=type(default) if name != "corpora" else Path, default=default)
+            sub.add_argument(
+                "--" + name.replace("_", "-"),
+                type=type(default) if name != "corpora" else Path,
+                default=default,
+            )
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     args.command(args)

@@ -2,13 +2,17 @@
 
 Prefill and decoding of a patched model against the same model unpatched.
 
-    python -m analysis.pretrained.speed MODEL TOKENS.npz PATCH    # a fitted patch of analysis.patch_smollm at its budgets
-    python -m analysis.pretrained.speed                           # four layers of that size, random weights, random routes
+    # a fitted patch of analysis.patch_smollm at its budgets
+    python -m analysis.pretrained.speed MODEL TOKENS.npz PATCH
+    # four layers of that size, random weights, random routes
+    python -m analysis.pretrained.speed
 
-The contenders take turns: `unpatched`; `all on full`, which shows what a patch costs before it saves; and the routes executed.
-`ms` are medians over the turns, `ratio` the median of a turn's ratio to unpatched, `cost` the keys that were read over those
-that full attention reads. A turn of prefill reads a text of that many tokens and fills a cache; a turn of decoding appends one
-token to a cache of that many and grows it. float32 on a CPU, bfloat16 on a GPU. Rows are written as they come.
+The contenders take turns: `unpatched`; `all on full`, which shows what a patch costs before it
+saves; and the routes executed. `ms` are medians over the turns, `ratio` the median of a turn's
+ratio to unpatched, `cost` the keys that were read over those that full attention reads. A turn of
+prefill reads a text of that many tokens and fills a cache; a turn of decoding appends one token to
+a cache of that many and grows it. float32 on a CPU, bfloat16 on a GPU. Rows are written as they
+come.
 """
 
 import argparse
@@ -36,9 +40,15 @@ from bayes_router.timing import device_name, isolated_ms
 from bayes_router.training.distributed import pick_device
 
 RESULTS = Path(__file__).parents[1] / "results"
-BATCHES = {"cpu": {"prefill": [1], "decode": [1, 4]}, "cuda": {"prefill": [1, 8], "decode": [1, 32]}}
+BATCHES = {
+    "cpu": {"prefill": [1], "decode": [1, 4]},
+    "cuda": {"prefill": [1, 8], "decode": [1, 32]},
+}
 SHORTER = 192  # tokens that the longest cache of decoding is shorter than the longest text
-WARM_UP, STEPS = 4, 4  # steps of decoding that are not counted; and steps counted, for a turn of prefill
+WARM_UP, STEPS = (
+    4,
+    4,
+)  # steps of decoding that are not counted; and steps counted, for a turn of prefill
 
 
 @dataclass
@@ -65,7 +75,9 @@ class AtRandom:
 
     def __call__(self, concentration: Tensor) -> Tensor:
         """See `Policy`."""
-        return (torch.rand(concentration.shape[:-1], device=concentration.device) >= self.share).long()
+        return (
+            torch.rand(concentration.shape[:-1], device=concentration.device) >= self.share
+        ).long()
 
 
 @dataclass
@@ -82,7 +94,9 @@ class TimedModel:
         if self.router is not None:
             self.router.force("full" if self.policy is None else None)
             self.router.policy = self.policy or self.router.policy
-        return self.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+        return self.model(
+            tokens, past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).past_key_values
 
     def routes(self) -> Tensor | None:
         """[passes, L, B, T] since the last question; None where nothing is chosen."""
@@ -108,20 +122,29 @@ class Bench:
         """Of the device, and of the clock where it is not the one on the wall."""
         return device_name(self.device) + (", CPU time" if self.now is time.thread_time else "")
 
-    def add(self, what: str, context: int, batch: int, turns: list[dict[str, float]], costs: list[float]) -> None:
+    def add(
+        self, what: str, context: int, batch: int, turns: list[dict[str, float]], costs: list[float]
+    ) -> None:
         """The rows of one group, written and printed."""
         for contender, cost in zip(self.contenders, costs, strict=True):
             name = contender.name
             ratio = statistics.median(turn[name] / turn["unpatched"] for turn in turns)
             row = {"what": what, "context": context, "batch": batch, "contender": name}
-            row |= {"ms": statistics.median(turn[name] for turn in turns), "ratio": ratio, "cost": cost}
+            row |= {
+                "ms": statistics.median(turn[name] for turn in turns),
+                "ratio": ratio,
+                "cost": cost,
+            }
             self.rows.add(row | {"turns": len(turns), "device": self.name})
             numbers = f"{row['ms']:10.1f} ms  ratio {ratio:.3f}  cost {cost:.3f}"
             print(f"{what:8}{context:6}{batch:4}  {name:14}{numbers}", flush=True)
 
     def turn(self, tokens: Tensor, caches: dict[str, Any]) -> dict[str, float]:
         """Milliseconds of each contender, behind its cache if there is one."""
-        return {c.name: isolated_ms(partial(c, tokens, caches.get(c.name)), self.device, self.now)[1] for c in self.contenders}
+        return {
+            c.name: isolated_ms(partial(c, tokens, caches.get(c.name)), self.device, self.now)[1]
+            for c in self.contenders
+        }
 
     def prefill(self, context: int, batch: int) -> None:
         """The first turn warms up."""
@@ -131,17 +154,32 @@ class Bench:
     def decode(self, contexts: list[int], batch: int) -> None:
         """The longest context first: its cache is cut to the others."""
         caches: dict[str, Any] = {}
-        for c in self.contenders:  # without routes a cache holds what the original's does, bit for bit
+        for (
+            c
+        ) in self.contenders:  # without routes a cache holds what the original's does, bit for bit
             chooses = c.policy is not None or not caches
-            caches[c.name] = c(self.texts[:batch, : max(contexts)]) if chooses else copy.deepcopy(caches["unpatched"])
+            caches[c.name] = (
+                c(self.texts[:batch, : max(contexts)])
+                if chooses
+                else copy.deepcopy(caches["unpatched"])
+            )
         for context in sorted(contexts, reverse=True):
             for contender in self.contenders:
                 caches[contender.name].crop(context - caches[contender.name].get_seq_length())
                 if contender.policy is not None:
                     contender.policy.taken.clear()
-            steps = [(context + step) % self.texts.shape[1] for step in range(WARM_UP + STEPS * self.turns)]
+            steps = [
+                (context + step) % self.texts.shape[1]
+                for step in range(WARM_UP + STEPS * self.turns)
+            ]
             turns = [self.turn(self.texts[:batch, step, None], caches) for step in steps]
-            self.add("decode", context, batch, turns[WARM_UP:], [step_cost(c, context) for c in self.contenders])
+            self.add(
+                "decode",
+                context,
+                batch,
+                turns[WARM_UP:],
+                [step_cost(c, context) for c in self.contenders],
+            )
 
 
 def prefill_cost(contender: TimedModel) -> float:
@@ -161,7 +199,9 @@ def step_cost(contender: TimedModel, held: int) -> float:
     local = window_keys(seen, router.settings.window, router.settings.sinks) / seen
     shares = [{"full": torch.ones_like(seen), "local": local}.get(name) for name in router.experts]
     ratio = router.cost_ratio.double()
-    cost = torch.stack([ratio[i].expand(len(seen)) if x is None else x for i, x in enumerate(shares)], 1)  # [passes, E]
+    cost = torch.stack(
+        [ratio[i].expand(len(seen)) if x is None else x for i, x in enumerate(shares)], 1
+    )  # [passes, E]
     return float(cost.gather(1, routes.flatten(1).cpu()).mean())
 
 
@@ -177,7 +217,9 @@ def fitted(args: argparse.Namespace) -> tuple[list[TimedModel], Tensor]:
     contenders = [TimedModel("unpatched", plain), TimedModel("all on full", model, router)]
     longest = max(args.lengths)
     for budget in args.budgets:
-        realised = router.set_budget(budget, streams["train"].tokens[-longest - 1 :].long(), context=longest, limit=longest)
+        realised = router.set_budget(
+            budget, streams["train"].tokens[-longest - 1 :].long(), context=longest, limit=longest
+        )
         print(f"budget {budget}: {realised:.3f} on training text, {router.policy}", flush=True)
         contenders.append(TimedModel(f"routed {budget:g}", model, router, Watched(router.policy)))
     return contenders, streams["novels"].tokens.long()
@@ -201,9 +243,14 @@ def random(args: argparse.Namespace) -> tuple[list[TimedModel], Tensor]:
     dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
     model = LlamaForCausalLM(config).to(args.device, dtype).eval()
     plain = copy.deepcopy(model)
-    router = patch(model, window=1024, sinks=4, experts=("full", "local"), context=max(args.lengths))
+    router = patch(
+        model, window=1024, sinks=4, experts=("full", "local"), context=max(args.lengths)
+    )
     contenders = [TimedModel("unpatched", plain), TimedModel("all on full", model, router)]
-    contenders += [TimedModel(f"random {share:g}", model, router, Watched(AtRandom(share))) for share in args.budgets]
+    contenders += [
+        TimedModel(f"random {share:g}", model, router, Watched(AtRandom(share)))
+        for share in args.budgets
+    ]
     return contenders, torch.randint(1024, (300_000,))
 
 
@@ -215,22 +262,33 @@ def groups(args: argparse.Namespace, bench: Bench) -> Iterator[tuple[str, Callab
             yield f"prefill {length} x {batch}", partial(bench.prefill, length, batch)
     if "decode" in args.what:
         for batch in batches["decode"]:
-            yield f"decode x {batch}", partial(bench.decode, [min(length, longest) for length in args.lengths], batch)
+            yield (
+                f"decode x {batch}",
+                partial(bench.decode, [min(length, longest) for length in args.lengths], batch),
+            )
 
 
 @torch.no_grad()
 def main() -> None:
     """Measure, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in ("model", "tokens", "patch"):
         parser.add_argument(name, type=Path, nargs="?")
     parser.add_argument("--device", type=pick_device, default="auto")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192])
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.3])
-    parser.add_argument("--turns", type=int, default=5, help=f"of prefill; {STEPS} times as many of decoding")
-    parser.add_argument("--what", nargs="+", default=["prefill", "decode"], choices=["prefill", "decode"])
+    parser.add_argument(
+        "--turns", type=int, default=5, help=f"of prefill; {STEPS} times as many of decoding"
+    )
+    parser.add_argument(
+        "--what", nargs="+", default=["prefill", "decode"], choices=["prefill", "decode"]
+    )
     parser.add_argument("--results", type=Path)
-    parser.add_argument("--cpu-time", action="store_true", help="of one thread: for a CPU that others use too")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="of one thread: for a CPU that others use too"
+    )
     args = parser.parse_args()
     if args.cpu_time:
         torch.set_num_threads(1)
@@ -238,7 +296,10 @@ def main() -> None:
     most = max(max(sizes) for sizes in BATCHES[args.device.type].values())
     texts = text[: len(text) // most * most].view(most, -1)[:, : max(args.lengths)].to(args.device)
     if texts.shape[1] < max(args.lengths):
-        parser.error(f"--lengths: {most} texts of {max(args.lengths)} tokens are needed; TOKENS has {len(text)} tokens")
+        parser.error(
+            f"--lengths: {most} texts of {max(args.lengths)} tokens are needed; TOKENS has "
+            f"{len(text)} tokens"
+        )
     path = args.results or RESULTS / f"patch_speed_{args.device.type}.csv"
     now = time.thread_time if args.cpu_time else time.perf_counter
     bench = Bench(contenders, texts, args.device, args.turns, now, Rows(path))

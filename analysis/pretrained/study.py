@@ -5,10 +5,11 @@ Fits, rivals at equal executed cost, texts and retrieval.
     python -m analysis.pretrained.study fit MODEL TOKENS.npz PATCH --contender NAME --window 1024
     python -m analysis.pretrained.study read MODEL TOKENS.npz PATCH --results RESULTS.csv
 
-MODEL is the folder of the checkpoint; TOKENS.npz is written by `analysis.pretrained.texts`. NAME is one of
-`CONTENDERS`. Costs are keys read, position by position, over those that full attention reads. Every contender is
-read at the same executed cost on each text: the dial is set so that it spends the budget there, which needs no
-label. `analysis.pretrained.table` prints what RESULTS.csv holds.
+MODEL is the folder of the checkpoint; TOKENS.npz is written by `analysis.pretrained.texts`. NAME is
+one of `CONTENDERS`. Costs are keys read, position by position, over those that full attention
+reads. Every contender is read at the same executed cost on each text: the dial is set so that it
+spends the budget there, which needs no label. `analysis.pretrained.table` prints what RESULTS.csv
+holds.
 """
 
 import argparse
@@ -86,7 +87,9 @@ def fit(model: Any, texts: Mixture, contender: str, args: argparse.Namespace) ->
     """The contender, fitted."""
     unit, by_token = CONTENDERS[contender]
     contexts = tuple(map(int, args.contexts.split(",")))
-    prior = PriorConfig(cost="flops", price=args.price, temperature=0.3, total_concentration=args.total)
+    prior = PriorConfig(
+        cost="flops", price=args.price, temperature=0.3, total_concentration=args.total
+    )
     router: RoutedPretrained = patch(
         model,
         window=args.window,
@@ -100,7 +103,10 @@ def fit(model: Any, texts: Mixture, contender: str, args: argparse.Namespace) ->
     if contender.startswith("Duo"):
         hay = haystack(args.model, texts.streams["novels"])
         losses = passkeys(router, hay, max(contexts), args.seconds, args.steps, args.seed)
-        print(f"{contender}: {len(losses)} steps, loss {losses[0]:.4f} -> {losses[-1]:.4f}", flush=True)
+        print(
+            f"{contender}: {len(losses)} steps, loss {losses[0]:.4f} -> {losses[-1]:.4f}",
+            flush=True,
+        )
         return router
     if not by_token:
         blind(router)
@@ -176,7 +182,9 @@ class Reader:
         self.router, self.unpatched = router, dict[tuple[str, int, int], list[float]]()
         self.device = next(router.model.parameters()).device
 
-    def pieces(self, stream: TokenStream, context: int, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def pieces(
+        self, stream: TokenStream, context: int, number: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """(tokens, targets) [B, T] of `number` windows spread over the text.
 
         At most `LONGEST` tokens of them at once.
@@ -194,7 +202,9 @@ class Reader:
             yield setting
 
     @torch.no_grad()
-    def nll(self, stream: TokenStream, context: int, number: int, route: Route) -> Iterator[list[float]]:
+    def nll(
+        self, stream: TokenStream, context: int, number: int, route: Route
+    ) -> Iterator[list[float]]:
         """Mean nats per token of each piece, batch by batch."""
         for tokens, targets in self.pieces(stream, context, number):
             logits = self.router.network(tokens, route).flatten(0, 1)
@@ -202,18 +212,24 @@ class Reader:
             each = torch.cat([F.cross_entropy(a.float(), b, reduction="none") for a, b in parts])
             yield each.view_as(targets).mean(1).tolist()
 
-    def lost(self, name: str, stream: TokenStream, context: int, number: int, setting: Setting) -> Iterator[dict[str, Any]]:
+    def lost(
+        self, name: str, stream: TokenStream, context: int, number: int, setting: Setting
+    ) -> Iterator[dict[str, Any]]:
         """A row a piece."""
         key = (name, context, number)
         if key not in self.unpatched:
             full = self.router.experts.index("full")
-            self.unpatched[key] = sum(self.nll(stream, context, number, lambda layer, hidden: full), [])
+            self.unpatched[key] = sum(
+                self.nll(stream, context, number, lambda layer, hidden: full), []
+            )
         said, costs = list[float](), list[float]()
         with self._by(setting):
             for batch in self.nll(stream, context, number, setting):
                 said += batch
                 costs += setting.cost(context).expand(len(batch)).tolist()
-        for piece, (nll, before, cost) in enumerate(zip(said, self.unpatched[key], costs, strict=True)):
+        for piece, (nll, before, cost) in enumerate(
+            zip(said, self.unpatched[key], costs, strict=True)
+        ):
             yield {"piece": piece, "lost": nll - before, "unpatched": before, "cost": cost}
 
     @torch.no_grad()
@@ -226,7 +242,9 @@ class Reader:
             costs += setting.cost(context).tolist()
         return float(np.mean(costs))
 
-    def meet(self, stream: TokenStream, context: int, budget: float, start: float | None = None) -> tuple[float, float]:
+    def meet(
+        self, stream: TokenStream, context: int, budget: float, start: float | None = None
+    ) -> tuple[float, float]:
         """(dial, cost first found).
 
         The dial at which two pieces of a text cost `budget`, from where the fit had it.
@@ -235,7 +253,11 @@ class Reader:
         local = share(context, router.settings.window, SINKS)
         span = 1 - float(router.layer_cost.amin(-1).mean())
         wanted = (budget - local) / (1 - local)
-        dial = BudgetRange.SLOPE * math.log(BudgetRange.MIDDLE / wanted) / span if start is None else start
+        dial = (
+            BudgetRange.SLOPE * math.log(BudgetRange.MIDDLE / wanted) / span
+            if start is None
+            else start
+        )
         first, tried, step = None, list[tuple[float, float]](), BudgetRange.SLOPE / span
         for _ in range(7):
             got = self.spent(stream, context, number, Setting(router, dial))
@@ -248,7 +270,9 @@ class Reader:
             if above and below and len(tried) > 2:
                 dial = (max(above) + min(below)) / 2
             else:
-                dial += step * math.log((max(got - local, 0) / (1 - local) + 0.003) / (wanted + 0.003))
+                dial += step * math.log(
+                    (max(got - local, 0) / (1 - local) + 0.003) / (wanted + 0.003)
+                )
         assert first is not None
         return min(tried, key=lambda t: abs(t[1] - budget))[0], first
 
@@ -280,7 +304,12 @@ class Plan:
 
 
 def read(
-    router: RoutedPretrained, contender: str, texts: dict[str, TokenStream], hay: Haystack, plan: Plan, rows: Rows
+    router: RoutedPretrained,
+    contender: str,
+    texts: dict[str, TokenStream],
+    hay: Haystack,
+    plan: Plan,
+    rows: Rows,
 ) -> None:
     """All rows of a contender; those that count first."""
     reader, started = Reader(router), time.perf_counter()
@@ -292,7 +321,11 @@ def read(
         dial, first = reader.meet(texts[text], context, budget)
         yield contender, Setting(router, dial), first
         if plan.windows:
-            yield "one window of equal cost", Setting(router, width=window_of(context, budget, SINKS)), math.nan
+            yield (
+                "one window of equal cost",
+                Setting(router, width=window_of(context, budget, SINKS)),
+                math.nan,
+            )
 
     for context in plan.lengths:
         for budget in plan.budgets:
@@ -302,7 +335,13 @@ def read(
                 if late():
                     return
                 for name, setting, first in settings(text, context, budget):
-                    facts = {"contender": name, "text": text, "context": context, "budget": budget, "at_fit": first}
+                    facts = {
+                        "contender": name,
+                        "text": text,
+                        "context": context,
+                        "budget": budget,
+                        "at_fit": first,
+                    }
                     found = reader.lost(text, texts[text], context, plan.tokens // context, setting)
                     for row in found:
                         rows.add(facts | row)
@@ -322,19 +361,40 @@ def read(
 
 def options() -> argparse.ArgumentParser:
     """Of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("do", choices=("fit", "read", "both"))
     parser.add_argument("model", type=Path)
     parser.add_argument("tokens", type=Path)
     parser.add_argument("patch", type=Path)
     parser.add_argument("--contender", choices=CONTENDERS, default="token x query head")
     parser.add_argument("--results", type=Path, help="rows that are read, .csv")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    numbers: dict[str, Any] = {"window": 1024, "seed": 0, "steps": 10_000, "rows": 1, "seconds": 110.0}
-    numbers |= {"lr": 3e-3, "total": 2.0, "price": 2000.0, "pieces": 98_304, "prompts": 12, "read_seconds": 1e9}
+    parser.add_argument(
+        "--device",
+        type=torch.device,
+        default=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    numbers: dict[str, Any] = {
+        "window": 1024,
+        "seed": 0,
+        "steps": 10_000,
+        "rows": 1,
+        "seconds": 110.0,
+    }
+    numbers |= {
+        "lr": 3e-3,
+        "total": 2.0,
+        "price": 2000.0,
+        "pieces": 98_304,
+        "prompts": 12,
+        "read_seconds": 1e9,
+    }
     for name, value in numbers.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    parser.add_argument("--contexts", default=f"{LONGEST},4096,2048", help="lengths that a fit draws from")
+    parser.add_argument(
+        "--contexts", default=f"{LONGEST},4096,2048", help="lengths that a fit draws from"
+    )
     parser.add_argument("--lengths", default=f"{LONGEST},4096,2048", help="lengths that are read")
     parser.add_argument("--budgets", default="0.3,0.2,0.5,0.4,0.15,0.7")
     parser.add_argument("--windows", action="store_true", help="read one window of equal cost, too")
@@ -354,8 +414,18 @@ def main() -> None:
         return
     router = load_patch(model, args.patch)
     contender = (args.patch / "contender.txt").read_text()
-    lengths, budgets = tuple(map(int, args.lengths.split(","))), tuple(map(float, args.budgets.split(",")))
-    plan = Plan(lengths, args.pieces, args.prompts, budgets=budgets, windows=args.windows, seconds=args.read_seconds)
+    lengths, budgets = (
+        tuple(map(int, args.lengths.split(","))),
+        tuple(map(float, args.budgets.split(","))),
+    )
+    plan = Plan(
+        lengths,
+        args.pieces,
+        args.prompts,
+        budgets=budgets,
+        windows=args.windows,
+        seconds=args.read_seconds,
+    )
     rows = Rows(args.results, {"window": router.settings.window, "seed": args.seed})
     read(router, contender, texts, haystack(args.model, texts["novels"]), plan, rows)
     rows.finish()

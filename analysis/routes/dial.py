@@ -2,10 +2,11 @@
 
 `python -m analysis.routes.dial RUN ... [--cost flops] [--tokens 16384] [--out FOLDER]`.
 
-Held-out nll against executed cost of fitted runs (one setting, several seeds) under two policies: argmax with a price, and
-conservative (unsure tokens take the stronger expert) with a price, at several thresholds. Each conservative point is compared
-with argmax at the same executed cost, on the same windows, so the difference is paired. Writes dial.csv (argmax) and
-dial_conservative.csv (a row a seed and budget), dial.png (means over seeds), dial.json (what made them, and the verdict).
+Held-out nll against executed cost of fitted runs (one setting, several seeds) under two policies:
+argmax with a price, and conservative (unsure tokens take the stronger expert) with a price, at
+several thresholds. Each conservative point is compared with argmax at the same executed cost, on
+the same windows, so the difference is paired. Writes dial.csv (argmax) and dial_conservative.csv (a
+row a seed and budget), dial.png (means over seeds), dial.json (what made them, and the verdict).
 """
 
 import argparse
@@ -62,7 +63,9 @@ def at_cost(dial: Dial, cost: float) -> Executed:
     )
 
 
-def compare(argmax: Dial, conservative: dict[float, Dial], budgets: Sequence[float]) -> pd.DataFrame:
+def compare(
+    argmax: Dial, conservative: dict[float, Dial], budgets: Sequence[float]
+) -> pd.DataFrame:
     """One row a threshold and budget, and one at price 0 (budget missing).
 
     Both policies at the conservative one's cost.
@@ -103,7 +106,9 @@ def pooled(frame: pd.DataFrame) -> pd.DataFrame:
     That between seeds where there are several, else the one over windows of the only run.
     """
     groups = frame.groupby(["threshold", "budget"], dropna=False)
-    table = groups[["cost", "nll_conservative", "nll_argmax", "difference", "standard_error"]].mean()
+    table = groups[
+        ["cost", "nll_conservative", "nll_argmax", "difference", "standard_error"]
+    ].mean()
     between = groups["difference"].sem()
     table["standard_error"] = between.where(between.notna(), table["standard_error"])
     return table.join(groups.size().rename("n")).reset_index()
@@ -118,15 +123,26 @@ def verdict(frame: pd.DataFrame, curve: pd.DataFrame) -> str:
     """
     frame, curve = pooled(frame), curve.groupby("budget")[["cost", "nll_hard"]].mean()
     clear = frame["difference"].abs() > 2 * frame["standard_error"]
-    better, worse = int((clear & (frame["difference"] < 0)).sum()), int((clear & (frame["difference"] > 0)).sum())
+    better, worse = (
+        int((clear & (frame["difference"] < 0)).sum()),
+        int((clear & (frame["difference"] > 0)).sum()),
+    )
     best = frame.sort_values("difference").iloc[0]
-    plain, cautious = curve.sort_values("nll_hard").iloc[0], frame.sort_values("nll_conservative").iloc[0]
+    plain, cautious = (
+        curve.sort_values("nll_hard").iloc[0],
+        frame.sort_values("nll_conservative").iloc[0],
+    )
     return (
-        f"{frame['n'].max()} seeds; at equal cost, conservative is ahead of argmax by more than two standard errors at "
-        f"{better} of {len(frame)} points, behind at {worse}, undecided at {len(frame) - better - worse}; mean difference "
-        f"{frame['difference'].mean():+.4f} nats per token, best {best['difference']:+.4f} +- {best['standard_error']:.4f} at "
-        f"threshold {best['threshold']:g}, cost {best['cost']:.3f}; lowest nll: argmax {plain['nll_hard']:.4f} at cost "
-        f"{plain['cost']:.3f}, conservative {cautious['nll_conservative']:.4f} at cost {cautious['cost']:.3f}"
+        f"{frame['n'].max()} seeds; at equal cost, conservative is ahead of argmax by more than "
+        f"two standard errors at "
+        f"{better} of {len(frame)} points, behind at {worse}, undecided at "
+        f"{len(frame) - better - worse}; mean difference "
+        f"{frame['difference'].mean():+.4f} nats per token, best {best['difference']:+.4f} +- "
+        f"{best['standard_error']:.4f} at "
+        f"threshold {best['threshold']:g}, cost {best['cost']:.3f}; lowest nll: argmax "
+        f"{plain['nll_hard']:.4f} at cost "
+        f"{plain['cost']:.3f}, conservative {cautious['nll_conservative']:.4f} at cost "
+        f"{cautious['cost']:.3f}"
     )
 
 
@@ -140,14 +156,31 @@ def draw(curve: pd.DataFrame, frame: pd.DataFrame, cost: str, path: Path) -> Non
         figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
         left.plot(curve["cost"], curve["nll_hard"], "o-", color=PALETTE[0], label="argmax")
         right.axhline(0, color="0.7", zorder=0)
-        for (threshold, part), colour, marker in zip(frame.groupby("threshold"), PALETTE[1:], MARKERS, strict=False):
+        for (threshold, part), colour, marker in zip(
+            frame.groupby("threshold"), PALETTE[1:], MARKERS, strict=False
+        ):
             ordered = part.sort_values("cost")
             style = {"color": colour, "marker": marker, "linestyle": "--", "markersize": 5}
-            left.plot(ordered["cost"], ordered["nll_conservative"], label=f"conservative, {threshold:g}", **style)
-            right.errorbar(ordered["cost"], ordered["difference"], 2 * ordered["standard_error"], capsize=3, **style)
-        left.set(xlabel=f"executed attention cost ({cost}, full = 1)", ylabel="held-out nll, HARD (nats per token)")
+            left.plot(
+                ordered["cost"],
+                ordered["nll_conservative"],
+                label=f"conservative, {threshold:g}",
+                **style,
+            )
+            right.errorbar(
+                ordered["cost"],
+                ordered["difference"],
+                2 * ordered["standard_error"],
+                capsize=3,
+                **style,
+            )
+        left.set(
+            xlabel=f"executed attention cost ({cost}, full = 1)",
+            ylabel="held-out nll, HARD (nats per token)",
+        )
         right.set(
-            xlabel=f"executed attention cost ({cost}, full = 1)", ylabel="conservative - argmax (nats)\nbars: 2 standard errors"
+            xlabel=f"executed attention cost ({cost}, full = 1)",
+            ylabel="conservative - argmax (nats)\nbars: 2 standard errors",
         )
         left.legend(frameon=False)
         sns.despine(figure)
@@ -156,7 +189,12 @@ def draw(curve: pd.DataFrame, frame: pd.DataFrame, cost: str, path: Path) -> Non
 
 
 def study(
-    run: Path, cost: CostModel, tokens: int, thresholds: Sequence[float], budgets: Sequence[float], device: str
+    run: Path,
+    cost: CostModel,
+    tokens: int,
+    thresholds: Sequence[float],
+    budgets: Sequence[float],
+    device: str,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The curve of argmax, and the comparison."""
     config, model = load_run(run, str(pick_device(device)))
@@ -176,8 +214,12 @@ def study(
 
     argmax = dial("argmax")
     curve = argmax.curve(budgets)
-    budgets = curve.loc[curve["budget"] < float(ratios.max()), "budget"].tolist()  # at the end there is one route for all
-    return curve, compare(argmax, {t: dial("conservative", threshold=t) for t in thresholds}, budgets)
+    budgets = curve.loc[
+        curve["budget"] < float(ratios.max()), "budget"
+    ].tolist()  # at the end there is one route for all
+    return curve, compare(
+        argmax, {t: dial("conservative", threshold=t) for t in thresholds}, budgets
+    )
 
 
 def main() -> None:
@@ -198,8 +240,12 @@ def main() -> None:
         parser.error(f"runs: expected one run a seed; got seeds {seeds}; leave the others out")
     curves, frames = {}, {}
     for seed, run in zip(seeds, options.runs, strict=True):
-        curves[seed], frames[seed] = study(run, cost, options.tokens, options.thresholds, options.budgets, options.device)
-    curve, frame = (pd.concat(tables, names=["seed"]).reset_index("seed") for tables in (curves, frames))
+        curves[seed], frames[seed] = study(
+            run, cost, options.tokens, options.thresholds, options.budgets, options.device
+        )
+    curve, frame = (
+        pd.concat(tables, names=["seed"]).reset_index("seed") for tables in (curves, frames)
+    )
     options.out.mkdir(parents=True, exist_ok=True)
     curve.to_csv(options.out / "dial.csv", index=False, float_format="%.6g")
     frame.to_csv(options.out / "dial_conservative.csv", index=False, float_format="%.6g")

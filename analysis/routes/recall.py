@@ -2,10 +2,10 @@
 
 `python -m analysis.routes.recall [--steps 1500] [--seed 0]`.
 
-Associative recall, where it is known: a queried key needs `full` in the layer that looks it up, filler does not (see
-`bayes_router.data.recall`). The model starts on full attention; then the compute-aware prior is annealed in. Printed and
-written to analysis/results/recall.csv: accuracy under HARD, and in each layer the share of tokens on `full`, for query
-tokens and for all others.
+Associative recall, where it is known: a queried key needs `full` in the layer that looks it up,
+filler does not (see `bayes_router.data.recall`). The model starts on full attention; then the
+compute-aware prior is annealed in. Printed and written to analysis/results/recall.csv: accuracy
+under HARD, and in each layer the share of tokens on `full`, for query tokens and for all others.
 """
 
 import argparse
@@ -38,7 +38,12 @@ def recall_config(steps: int, seed: int, device: str = "auto") -> Config:
                 "controller_hidden": 32,
             },
             "prior": {"temperature": 0.3, "total_concentration": 0.5, "price": 10.0},
-            "schedule": {"kl_weight": 0.003, "start_experts": ["full"], "anneal_from": 0.5, "anneal_to": 0.8},
+            "schedule": {
+                "kl_weight": 0.003,
+                "start_experts": ["full"],
+                "anneal_from": 0.5,
+                "anneal_to": 0.8,
+            },
             "data": {"corpus": "recall", "context": 128, "eval_tokens": 16_384},
             "train": {
                 "steps": steps,
@@ -87,9 +92,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        model, summary = fit(recall_config(args.steps, args.seed, args.device), Path(folder) / "run")
-    row = {"steps": args.steps, "seed": args.seed, **rates(model), "cost_paper": summary["executed_cost"]["paper"]}
-    row |= {"nll_hard": summary["nll"]["hard"], "seconds": summary["seconds"], "device": summary["device"]}
+        model, summary = fit(
+            recall_config(args.steps, args.seed, args.device), Path(folder) / "run"
+        )
+    row = {
+        "steps": args.steps,
+        "seed": args.seed,
+        **rates(model),
+        "cost_paper": summary["executed_cost"]["paper"],
+    }
+    row |= {
+        "nll_hard": summary["nll"]["hard"],
+        "seconds": summary["seconds"],
+        "device": summary["device"],
+    }
     rows = Rows(args.out, digits=None, resume=True)
     rows.rows = [one for one in rows.rows if (one["seed"], one["steps"]) != (args.seed, args.steps)]
     rows.add(row)

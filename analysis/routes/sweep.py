@@ -3,8 +3,8 @@
 `python -m analysis.routes.sweep PLAN.json RESULTS.csv --jobs 8`.
 
 A plan is a list of {"name", "contender": {...}, "common": {...}}: `contender` holds the fields of
-`analysis.routes.contenders.Contender`, `common` settings by section. Rows that RESULTS.csv already has are not run
-again, unless
+`analysis.routes.contenders.Contender`, `common` settings by section. Rows that RESULTS.csv already
+has are not run again, unless
 their settings have changed; jobs are spread over all GPUs.
 """
 
@@ -75,7 +75,9 @@ def run_one(job: dict[str, Any]) -> dict[str, Any]:
         "cost_paper": result.executed_cost["paper"],
         "cost_flops": result.executed_cost["flops"],
         "route_information": float(torch.tensor(result.route_information_per_layer).mean()),
-        "least_kl": min(result.kl_per_layer) if contender.kind == "svi" else math.nan,  # others have no posterior
+        "least_kl": min(result.kl_per_layer)
+        if contender.kind == "svi"
+        else math.nan,  # others have no posterior
         "kl": sum(result.kl_per_layer) if contender.kind == "svi" else math.nan,
         "routing_entropy": float(torch.tensor(result.entropy_of_mean_per_layer).mean()),
         "load": json.dumps([[round(x, 3) for x in layer] for layer in result.load_per_layer]),
@@ -98,7 +100,9 @@ def commit() -> str:
     """
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=ROOT).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, check=False, cwd=ROOT
+        ).stdout.strip()
 
     if shutil.which("git") is None:
         return ""
@@ -120,7 +124,11 @@ def planned(job: dict[str, Any]) -> tuple[Any, ...]:
 def settings(job: dict[str, Any]) -> str:
     """A fingerprint of all that a job sets but its seed and device."""
     common = {section: dict(table) for section, table in job["common"].items()}
-    common["train"] = {key: value for key, value in common.get("train", {}).items() if key not in ("seed", "device")}
+    common["train"] = {
+        key: value
+        for key, value in common.get("train", {}).items()
+        if key not in ("seed", "device")
+    }
     told = json.dumps([job["contender"], common, job.get("preset", "tiny")], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:10]
 
@@ -140,7 +148,9 @@ def sweep(plan: list[dict[str, Any]], results: Path, jobs: int) -> pd.DataFrame:
     missing = [job for job in plan if planned(job) not in done]
     context = get_context("spawn")
     share = (context.Value("i", 0), torch.cuda.device_count())
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_take_device, initargs=share) as pool:
+    with ProcessPoolExecutor(
+        jobs, mp_context=context, initializer=_take_device, initargs=share
+    ) as pool:
         futures = {pool.submit(run_one, job): job["name"] for job in missing}
         for future in as_completed(futures):
             try:
@@ -148,7 +158,11 @@ def sweep(plan: list[dict[str, Any]], results: Path, jobs: int) -> pd.DataFrame:
             except Exception as error:  # one failed run must not lose the others
                 print(f"{futures[future]}: {type(error).__name__}: {error}", flush=True)
                 continue
-            print(f"{row['contender']}, seed {row['seed']}: {row['nll_hard']:.4f} at {row['cost_paper']:.3f}", flush=True)
+            print(
+                f"{row['contender']}, seed {row['seed']}: {row['nll_hard']:.4f} at "
+                f"{row['cost_paper']:.3f}",
+                flush=True,
+            )
             rows.add(row)
     return rows.frame()
 
@@ -161,9 +175,25 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     frame = sweep(json.loads(args.plan.read_text()), args.results, args.jobs)
-    columns = ["contender", "seed", "nll_mean", "nll_hard", "cost_paper", "route_information", "kl", "load", "seconds"]
-    with pd.option_context("display.width", 220, "display.max_colwidth", 130, "display.max_rows", 500):
-        print(frame[columns].sort_values("nll_hard").to_string(index=False, float_format=lambda x: f"{x:.3f}"))
+    columns = [
+        "contender",
+        "seed",
+        "nll_mean",
+        "nll_hard",
+        "cost_paper",
+        "route_information",
+        "kl",
+        "load",
+        "seconds",
+    ]
+    with pd.option_context(
+        "display.width", 220, "display.max_colwidth", 130, "display.max_rows", 500
+    ):
+        print(
+            frame[columns]
+            .sort_values("nll_hard")
+            .to_string(index=False, float_format=lambda x: f"{x:.3f}")
+        )
 
 
 if __name__ == "__main__":

@@ -79,22 +79,30 @@ class ChainedController(MetaController):
 
     def __init__(self, config: ModelConfig):
         experts = len(config.experts)
-        super().__init__(config.d_model + experts, config.num_layers, experts, config.controller_hidden)
+        super().__init__(
+            config.d_model + experts, config.num_layers, experts, config.controller_hidden
+        )
         self._below: Tensor | None = None
 
     def posterior(self, layer: int, hidden: Tensor) -> Dirichlet:
         """See `MetaController.posterior`."""
         if layer == 0 or self._below is None:
             self._below = hidden.new_zeros(*hidden.shape[:-1], self.layers[0].out.out_features)
-        q = posterior(self.layers[layer](torch.cat([hidden, self._below.to(hidden.dtype)], -1)), self.floor)
+        q = posterior(
+            self.layers[layer](torch.cat([hidden, self._below.to(hidden.dtype)], -1)), self.floor
+        )
         self._below = q.mean.flatten(-2)  # [B, T, E]: these controllers route by layer
         return q
 
 
-def _with_layers(make: Callable[[int, int, int], LayerController]) -> Callable[[ModelConfig], MetaController]:
+def _with_layers(
+    make: Callable[[int, int, int], LayerController],
+) -> Callable[[ModelConfig], MetaController]:
     def build(config: ModelConfig) -> MetaController:
         size = config.d_model, len(config.experts), config.controller_hidden
-        controller = MetaController(size[0], config.num_layers, *size[1:], config.concentration_floor)
+        controller = MetaController(
+            size[0], config.num_layers, *size[1:], config.concentration_floor
+        )
         controller.layers = nn.ModuleList(make(*size) for _ in range(config.num_layers))
         return controller
 

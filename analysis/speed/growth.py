@@ -2,7 +2,8 @@
 
 `python -m analysis.speed.growth` (CPU, one thread; B 1, D 256 as 4 x 64, W 32).
 
-Median processor time and peak memory of a causal pass at T and 2 T, and their ratios; written to analysis/results/growth.csv.
+Median processor time and peak memory of a causal pass at T and 2 T, and their ratios; written to
+analysis/results/growth.csv.
 """
 
 import argparse
@@ -41,12 +42,27 @@ def measure(lengths: list[int]) -> pd.DataFrame:
     for name in ("full", "linear", "local"):
         for length in lengths:
             peak = peak_bytes(
-                name, length, SHAPE.num_heads, SHAPE.head_dim, SHAPE.window, training=False, device=torch.device("cpu")
+                name,
+                length,
+                SHAPE.num_heads,
+                SHAPE.head_dim,
+                SHAPE.window,
+                training=False,
+                device=torch.device("cpu"),
             )
-            rows.append({"expert": name, "T": length, "ms": milliseconds(name, length), "peak_mib": peak / 2**20})
+            rows.append(
+                {
+                    "expert": name,
+                    "T": length,
+                    "ms": milliseconds(name, length),
+                    "peak_mib": peak / 2**20,
+                }
+            )
     frame = pd.DataFrame(rows)
     before = frame.groupby("expert")[["ms", "peak_mib"]].shift()
-    return frame.assign(time_ratio=frame["ms"] / before["ms"], memory_ratio=frame["peak_mib"] / before["peak_mib"])
+    return frame.assign(
+        time_ratio=frame["ms"] / before["ms"], memory_ratio=frame["peak_mib"] / before["peak_mib"]
+    )
 
 
 def main() -> None:

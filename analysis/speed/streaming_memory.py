@@ -2,8 +2,8 @@
 
 `python -m analysis.speed.streaming_memory --gigabytes 8`.
 
-Writes text of that size, prepares it, trains on it, and reads the resident memory of the process all along. The tiny preset
-cut down: what is measured is the data, not the network.
+Writes text of that size, prepares it, trains on it, and reads the resident memory of the process
+all along. The tiny preset cut down: what is measured is the data, not the network.
 """
 
 import argparse
@@ -45,8 +45,18 @@ def resident() -> float:
 
 def settings(text: Path, prepared: Path) -> Config:
     """A network that takes milliseconds a step, batches that touch many places of the file."""
-    changes = {"model.d_model": 32, "model.num_layers": 1, "model.num_heads": 2, "train.steps": 1_000_000}
-    changes |= {"data.corpus": f"text:{text}", "data.prepared": str(prepared), "data.eval_tokens": 4096, "data.context": 64}
+    changes = {
+        "model.d_model": 32,
+        "model.num_layers": 1,
+        "model.num_heads": 2,
+        "train.steps": 1_000_000,
+    }
+    changes |= {
+        "data.corpus": f"text:{text}",
+        "data.prepared": str(prepared),
+        "data.eval_tokens": 4096,
+        "data.context": 64,
+    }
     changes |= {"model.experts": ("local", "linear"), "prior.cost_ratio": (0.3, 0.15)}
     return with_changes(preset("tiny"), {**changes, "train.batch_size": 64, "train.device": "cpu"})
 
@@ -56,13 +66,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=8.0)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--folder", type=Path, default=None, help="with room for twice the size (default: a temporary one)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=None,
+        help="with room for twice the size (default: a temporary one)",
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[dict[str, float | str]] = []
 
     def note(stage: str, seconds: float) -> None:
-        rows.append({"stage": stage, "seconds": round(seconds, 1), "resident_gib": round(resident(), 3)})
+        rows.append(
+            {"stage": stage, "seconds": round(seconds, 1), "resident_gib": round(resident(), 3)}
+        )
         print(rows[-1], flush=True)
 
     with TemporaryDirectory(dir=args.folder) as folder:
@@ -82,7 +99,10 @@ def main() -> None:
     frame["corpus_bytes"], frame["peak_gib"] = size, round(peak(), 3)
     RESULTS.parent.mkdir(exist_ok=True)
     frame.to_csv(RESULTS, index=False)
-    print(f"{data.tokens:,} tokens of training text; peak resident memory {peak():.2f} GiB; written: {RESULTS}")
+    print(
+        f"{data.tokens:,} tokens of training text; peak resident memory {peak():.2f} GiB; written: "
+        f"{RESULTS}"
+    )
 
 
 def peak() -> float:

@@ -2,16 +2,17 @@
 
 `python -m analysis.speed.training_step`, on a GPU with `--device cuda`.
 
-Four ways to train one network, in one process, taking turns step by step; each runs the same Trainer (batch, objective,
-backward pass, clipping, AdamW). Figures are medians over the turns, and ratios are medians of the ratios within a turn:
+Four ways to train one network, in one process, taking turns step by step; each runs the same
+Trainer (batch, objective, backward pass, clipping, AdamW). Figures are medians over the turns, and
+ratios are medians of the ratios within a turn:
 
     bayes      the negative ELBO through Pyro: what `bayes-router fit` does
     no pyro    the same draws and the same KL in plain torch: what `bayes` takes longer is Pyro's
     softmax    the same controllers and experts, routes set to their mean weights: no draw, no KL
     full       plain full attention by the fastest kernel of the device, one expert, no controller
 
-The CPU is timed in seconds of processor time of this process (other processes do not count), a GPU by the wall clock, with
-the device idle before and after each step.
+The CPU is timed in seconds of processor time of this process (other processes do not count), a GPU
+by the wall clock, with the device idle before and after each step.
 """
 
 import argparse
@@ -49,7 +50,11 @@ class Plain(nn.Module):
     No Pyro.
     """
 
-    def __init__(self, model: RoutedLanguageModel, route: Callable[[RoutedLanguageModel, int, Tensor], Tensor | int]):
+    def __init__(
+        self,
+        model: RoutedLanguageModel,
+        route: Callable[[RoutedLanguageModel, int, Tensor], Tensor | int],
+    ):
         super().__init__()
         self.model, self.route = model, route
 
@@ -58,7 +63,9 @@ class Plain(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, LossTerms]:
         """Nats per token; no KL."""
-        logits = self.model.network(tokens, lambda layer, hidden: self.route(self.model, layer, hidden))
+        logits = self.model.network(
+            tokens, lambda layer, hidden: self.route(self.model, layer, hidden)
+        )
         nll = mean_nll(logits, targets)
         return nll, LossTerms(nll.detach(), torch.zeros_like(nll), -nll.detach())
 
@@ -105,7 +112,9 @@ class ByHand(nn.Module):
         if self.state.price > 0:
             kl = kl + posterior_mean(q) @ self.tilt
         total = kl.mean((1, 2)).sum()
-        return nll + self.state.kl_weight * total, LossTerms(nll.detach(), total.detach(), -(nll + total).detach())
+        return nll + self.state.kl_weight * total, LossTerms(
+            nll.detach(), total.detach(), -(nll + total).detach()
+        )
 
 
 def mean_route(model: RoutedLanguageModel, layer: int, hidden: Tensor) -> Tensor:
@@ -130,9 +139,13 @@ class Rival:
 def build(config: Config, device: torch.device) -> dict[str, Rival]:
     """The four, on the same data."""
     config, data = load_data(config)
-    alone = with_changes(config, {"model.experts": ("full",), "prior.price": 0.0, "schedule.start_experts": ()})
+    alone = with_changes(
+        config, {"model.experts": ("full",), "prior.price": 0.0, "schedule.start_experts": ()}
+    )
 
-    def plain(route: Callable[[RoutedLanguageModel, int, Tensor], Tensor | int]) -> Callable[..., Objective]:
+    def plain(
+        route: Callable[[RoutedLanguageModel, int, Tensor], Tensor | int],
+    ) -> Callable[..., Objective]:
         return lambda model, start, cost_ratio: Plain(model, route)
 
     def without_controller(config: Config) -> RoutedLanguageModel:
@@ -162,10 +175,12 @@ def timed_step(contender: Rival, step: int) -> float:
     trainer.step(step)
     torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    # what the others hold does not count; this one's own weights and moments do. A CUDA graph keeps its memory: the first
-    # step, which captures it, is the one that shows the peak
+    # what the others hold does not count; this one's own weights and moments do. A CUDA graph keeps
+    # its memory: the first step, which captures it, is the one that shows the peak
     own = sum(p.numel() * p.element_size() * 3 for p in trainer.model.parameters())
-    contender.peak_bytes = max(contender.peak_bytes, torch.cuda.max_memory_allocated() - before + own)
+    contender.peak_bytes = max(
+        contender.peak_bytes, torch.cuda.max_memory_allocated() - before + own
+    )
     return seconds
 
 
@@ -176,7 +191,8 @@ def measure(contenders: dict[str, Rival], rounds: int, warmup: int) -> None:
         order = list(contenders) if turn % 2 else list(contenders)[::-1]
         for name in order:
             seconds = timed_step(contenders[name], first + turn)
-            # gradients are dropped, so that the next contender does not carry this one's in its peak
+            # gradients are dropped, so that the next contender does not carry this one's in its
+            # peak
             contenders[name].trainer.optimiser.zero_grad(set_to_none=True)
             if turn >= warmup:
                 contenders[name].seconds.append(seconds)
@@ -207,7 +223,12 @@ def table(contenders: dict[str, Rival]) -> pd.DataFrame:
 def settings(args: argparse.Namespace, device: torch.device) -> Config:
     """The preset `tiny` on a CPU; d_model 512, 8 layers, T 2048 in bfloat16 on a GPU."""
     size = "base" if device.type == "cuda" else "tiny"
-    changes: dict[str, Any] = {"train.steps": 100_000, "train.warmup": 0, "train.lr": 1e-5, "train.controller_lr": 1e-5}
+    changes: dict[str, Any] = {
+        "train.steps": 100_000,
+        "train.warmup": 0,
+        "train.lr": 1e-5,
+        "train.controller_lr": 1e-5,
+    }
     changes |= {
         "data.corpus": args.corpus,
         "train.compile": args.compile,
@@ -223,10 +244,14 @@ def settings(args: argparse.Namespace, device: torch.device) -> Config:
 
 def main() -> None:
     """Measure, print, write analysis/results/training_step_DEVICE.csv."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--corpus", default="stdlib", help="any will do: time does not hang on it")
-    parser.add_argument("--batch-size", type=int, default=0, help="sequences a step (default: that of the preset)")
+    parser.add_argument(
+        "--batch-size", type=int, default=0, help="sequences a step (default: that of the preset)"
+    )
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="train.compile for all contenders")
@@ -240,10 +265,18 @@ def main() -> None:
     measure(contenders, args.rounds, args.warmup)
     frame = table(contenders)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    frame["device"], frame["precision"], frame["compiled"] = name, config.train.precision, args.compile
+    frame["device"], frame["precision"], frame["compiled"] = (
+        name,
+        config.train.precision,
+        args.compile,
+    )
     frame["graph"] = args.graph
     frame["d_model"], frame["layers"] = config.model.d_model, config.model.num_layers
-    frame["context"], frame["batch_size"], frame["rounds"] = config.data.context, config.train.batch_size, args.rounds
+    frame["context"], frame["batch_size"], frame["rounds"] = (
+        config.data.context,
+        config.train.batch_size,
+        args.rounds,
+    )
     frame["torch"], frame["commit"] = torch.__version__, commit()
     RESULTS.mkdir(exist_ok=True)
     suffix = ("_compiled" if args.compile else "") + ("_graph" if args.graph else "")
@@ -260,7 +293,11 @@ def report(frame: pd.DataFrame, device: torch.device) -> None:
     print(f"time in Pyro: {1 - 1 / costs['no pyro']:.1%} of a Bayesian step")
     for name, goals in GOALS.items():
         goal = goals[device.type]
-        verdict = "" if goal is None else f" (goal: at most {goal}; {'met' if costs[name] <= goal else 'MISSED'})"
+        verdict = (
+            ""
+            if goal is None
+            else f" (goal: at most {goal}; {'met' if costs[name] <= goal else 'MISSED'})"
+        )
         print(f"a Bayesian step costs {costs[name]:.3f}x {name}{verdict}")
 
 

@@ -2,11 +2,12 @@
 
 Analytic FLOPs and bytes per token by expert, of attention alone and of the whole model.
 
-Multiply-adds count as two. Elementwise work (softmax, feature maps, decay, norms) is left out, as torch's flop counter does.
-Means over a causal pass are over its tokens; a decoding step is the one token that makes the context `context` long.
+Multiply-adds count as two. Elementwise work (softmax, feature maps, decay, norms) is left out, as
+torch's flop counter does. Means over a causal pass are over its tokens; a decoding step is the one
+token that makes the context `context` long.
 
-The hard costs are the least that hard routing has to do. A backend may do more: work in tiles and chunks, or every row of an
-expert that computes no rows of its own (`Expert.attend_rows`).
+The hard costs are the least that hard routing has to do. A backend may do more: work in tiles and
+chunks, or every row of an expert that computes no rows of its own (`Expert.attend_rows`).
 """
 
 from collections.abc import Sequence
@@ -42,13 +43,18 @@ class Cost(NamedTuple):
 
 
 def cost_ratios(
-    experts: Sequence[Expert], model: CostModel, context: int, *, device: torch.device | str | None = None
+    experts: Sequence[Expert],
+    model: CostModel,
+    context: int,
+    *,
+    device: torch.device | str | None = None,
 ) -> Tensor:
     """Cost of each expert relative to full attention (full = 1): float32 [E].
 
-    PAPER takes `Expert.cost_ratio`; FLOPS the analytic count at `context` tokens; LATENCY the median time of a causal pass
-    over `context` tokens on `device` (default: CUDA where there is one), measured once and cached. Under FLOPS and LATENCY
-    a ratio exceeds 1 where the expert loses: linear below about 2 Dh tokens.
+    PAPER takes `Expert.cost_ratio`; FLOPS the analytic count at `context` tokens; LATENCY the
+    median time of a causal pass over `context` tokens on `device` (default: CUDA where there is
+    one), measured once and cached. Under FLOPS and LATENCY a ratio exceeds 1 where the expert
+    loses: linear below about 2 Dh tokens.
 
     Raises:
         ValueError: no experts, `context` below 1, or an unknown cost model.
@@ -79,19 +85,25 @@ def flops(expert: Expert, context: int, mode: Mode = Mode.PREFILL) -> float:
     return expert.flops_per_token(context) * context - before  # what the last token added
 
 
-def hard_flops(experts: Sequence[Expert], context: int, num_kv_heads: int, mode: Mode = Mode.PREFILL) -> Cost:
+def hard_flops(
+    experts: Sequence[Expert], context: int, num_kv_heads: int, mode: Mode = Mode.PREFILL
+) -> Cost:
     """Of one layer's attention: each token its own expert.
 
     Every token also enters the state of each stateful expert.
 
-    A token on a stateful expert reads a state once a query head, 2 FLOPs an element, by what `query_flops` makes of its
-    queries; the rest of the expert's arithmetic is the update, which heads that share a key share too.
+    A token on a stateful expert reads a state once a query head, 2 FLOPs an element, by what
+    `query_flops` makes of its queries; the rest of the expert's arithmetic is the update, which
+    heads that share a key share too.
     """
     own = [_own(expert, context, mode) for expert in experts]
     shared = 0.0
     for expert, read in zip(experts, own, strict=True):
         if expert.stateful:
-            saved = _state(expert, expert.shape.num_heads).numel() - _state(expert, num_kv_heads).numel()
+            saved = (
+                _state(expert, expert.shape.num_heads).numel()
+                - _state(expert, num_kv_heads).numel()
+            )
             shared += max(flops(expert, context, mode) - read - 2 * saved, 0.0)
     return Cost(torch.tensor(own, dtype=torch.float64), shared)
 
@@ -113,17 +125,24 @@ def own_flops(experts: Sequence[Expert], taken: Tensor, start: int = 0) -> float
 
 
 def hard_bytes(
-    experts: Sequence[Expert], context: int, num_kv_heads: int, element_size: int, mode: Mode = Mode.PREFILL
+    experts: Sequence[Expert],
+    context: int,
+    num_kv_heads: int,
+    element_size: int,
+    mode: Mode = Mode.PREFILL,
 ) -> Cost:
     """Bytes that one layer's attention must move at least.
 
-    In a causal pass q, k, v and the output, once. In decoding each row reads the keys and values that its expert sees; all
-    rows write their own, and read and write every state.
+    In a causal pass q, k, v and the output, once. In decoding each row reads the keys and values
+    that its expert sees; all rows write their own, and read and write every state.
     """
     num_heads, head_dim = experts[0].shape[:2]
     pair = 2 * num_kv_heads * head_dim * element_size  # a token's key and value
     if mode is Mode.PREFILL:
-        return Cost(torch.zeros(len(experts), dtype=torch.float64), 2 * num_heads * head_dim * element_size + pair)
+        return Cost(
+            torch.zeros(len(experts), dtype=torch.float64),
+            2 * num_heads * head_dim * element_size + pair,
+        )
     own = [float(pair * expert.keys_read(context)) for expert in experts]
     written = 0 if all(expert.stateful for expert in experts) else pair
     states = sum(_state(expert, num_kv_heads).nbytes for expert in experts if expert.stateful)
@@ -135,7 +154,9 @@ def read_ratios(experts: Sequence[Expert], context: int) -> Tensor:
 
     float64 [E].
     """
-    return torch.tensor([expert.keys_read(context) / context for expert in experts], dtype=torch.float64)
+    return torch.tensor(
+        [expert.keys_read(context) / context for expert in experts], dtype=torch.float64
+    )
 
 
 def executed_attention(
@@ -152,15 +173,21 @@ def executed_attention(
 
     `taken`, `start` as in `own_flops`.
 
-    FLOPs are paid by query head, so that routes by head count in `taken` as the heads do. Bytes are read by key head, the most
-    that one of its query heads reads: `read` [E] counts key heads by that expert; default as `taken`.
+    FLOPs are paid by query head, so that routes by head count in `taken` as the heads do. Bytes are
+    read by key head, the most that one of its query heads reads: `read` [E] counts key heads by
+    that expert; default as `taken`.
     """
     context, full = start + len(taken), [FullAttention(experts[0].shape)]
-    flops = own_flops(experts, taken, start) + hard_flops(experts, context, num_kv_heads, mode).shared
-    moved, all_moved = (hard_bytes(made, context, num_kv_heads, element_size, mode) for made in (experts, full))
+    flops = (
+        own_flops(experts, taken, start) + hard_flops(experts, context, num_kv_heads, mode).shared
+    )
+    moved, all_moved = (
+        hard_bytes(made, context, num_kv_heads, element_size, mode) for made in (experts, full)
+    )
     return {
         "flops": flops / own_flops(full, taken.sum(1, keepdim=True), start),
-        "bytes": moved.mean(shares(taken.sum(0) if read is None else read)) / all_moved.mean(torch.ones(1)),
+        "bytes": moved.mean(shares(taken.sum(0) if read is None else read))
+        / all_moved.mean(torch.ones(1)),
     }
 
 

@@ -16,12 +16,15 @@ from bayes_router.attention.experts.contract import Expert
 from bayes_router.timing import device_name, median_ms
 
 
-def measured_latencies(experts: Sequence[Expert], context: int, device: torch.device | str | None = None) -> list[float]:
+def measured_latencies(
+    experts: Sequence[Expert], context: int, device: torch.device | str | None = None
+) -> list[float]:
     """Milliseconds of a causal forward pass of each expert over `context` tokens (batch 1).
 
     They are measured, or read from the cache.
 
-    Experts are timed in turn, so that a drift of the clock touches all. CUDA takes bfloat16, the CPU float32.
+    Experts are timed in turn, so that a drift of the clock touches all. CUDA takes bfloat16, the
+    CPU float32.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     path = cache_path()

@@ -56,7 +56,11 @@ def unit_heads(units: int, num_heads: int, num_kv_heads: int) -> list[tuple[slic
 
 def fits_units(units: int, num_heads: int, num_kv_heads: int) -> bool:
     """Whether R units cut the heads evenly, each into whole key heads or a part of one."""
-    return 1 <= units <= num_heads and num_heads % units == 0 and (num_kv_heads % units == 0 or units % num_kv_heads == 0)
+    return (
+        1 <= units <= num_heads
+        and num_heads % units == 0
+        and (num_kv_heads % units == 0 or units % num_kv_heads == 0)
+    )
 
 
 SEGMENT = 2048
@@ -78,7 +82,9 @@ def merge_tokens(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def causal_positions(num_queries: int, num_keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def causal_positions(
+    num_queries: int, num_keys: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Positions of the queries (the last of the keys') [Tq, 1] and of the keys [1, Tk]."""
     keys = torch.arange(num_keys, device=device)
     return keys[num_keys - num_queries :, None], keys[None]

@@ -52,7 +52,10 @@ class Shape:
 def mix_shares(mix: str) -> tuple[float, float, float]:
     """Shares of full, linear and local from percentages such as "10/60/30"."""
     if not re.fullmatch(r"\d+/\d+/\d+", mix) or sum(map(int, mix.split("/"))) != 100:
-        raise ValueError(f"mixes: expected percentages FULL/LINEAR/LOCAL that add up to 100, as 10/60/30; got {mix!r}")
+        raise ValueError(
+            f"mixes: expected percentages FULL/LINEAR/LOCAL that add up to 100, as 10/60/30; got "
+            f"{mix!r}"
+        )
     full, linear, local = (int(part) / 100 for part in mix.split("/"))
     return full, linear, local
 
@@ -60,14 +63,23 @@ def mix_shares(mix: str) -> tuple[float, float, float]:
 def draw_route(mix: str, B: int, T: int, run: int = 1) -> Tensor:
     """Routes [B, T] drawn from a mix: every token by itself, or `run` neighbours together."""
     shares = torch.tensor(mix_shares(mix))
-    return torch.multinomial(shares, B * -(-T // run), True).view(B, -1).repeat_interleave(run, 1)[:, :T]
+    return (
+        torch.multinomial(shares, B * -(-T // run), True)
+        .view(B, -1)
+        .repeat_interleave(run, 1)[:, :T]
+    )
 
 
-def draw_inputs(shape: Shape, device: torch.device, grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def draw_inputs(
+    shape: Shape, device: torch.device, grad: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v of a model: [B, T, H, Dh] in memory; bfloat16 on CUDA, float32 elsewhere."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     B, H, T, Dh = shape.B, shape.H, shape.T, shape.Dh
-    q, k, v = (torch.randn(B, T, H, Dh, device=device, dtype=dtype).transpose(1, 2).requires_grad_(grad) for _ in range(3))
+    q, k, v = (
+        torch.randn(B, T, H, Dh, device=device, dtype=dtype).transpose(1, 2).requires_grad_(grad)
+        for _ in range(3)
+    )
     return q, k, v
 
 
@@ -76,7 +88,9 @@ def built(shape: Shape) -> list[Expert]:
     return [expert_class(name)(ExpertShape(shape.H, shape.Dh, WINDOW)) for name in EXPERTS]
 
 
-def full_attention(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend | None, causal: bool = True) -> Tensor:
+def full_attention(
+    q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend | None, causal: bool = True
+) -> Tensor:
     """Fused full attention, by one of torch's kernels or its own choice."""
     with sdpa_kernel(backend) if backend else nullcontext():
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
@@ -101,7 +115,10 @@ def baselines(device: torch.device) -> dict[str, SDPBackend | None]:
             continue
         found[name] = backend
     if not found:
-        raise ValueError(f"device: expected one with cuDNN or flash attention; {device} has neither; choose another")
+        raise ValueError(
+            f"device: expected one with cuDNN or flash attention; {device} has neither; choose "
+            f"another"
+        )
     return found
 
 
@@ -114,14 +131,16 @@ def ideal_flops(shape: Shape, mix: str) -> float:
     return float(cost.own[0]) / cost.mean(torch.tensor(mix_shares(mix)))
 
 
-def decode_calls(shape: Shape, mix: str, device: torch.device, run: int = 1) -> tuple[dict[str, Call], float]:
+def decode_calls(
+    shape: Shape, mix: str, device: torch.device, run: int = 1
+) -> tuple[dict[str, Call], float]:
     """One step of a batch in which every row takes its own expert.
 
     Beside it full attention over the same keys, and the ideal.
 
-    With `run` above 1 rows of an expert stand together. The ideal is the bytes that full attention reads over those that the
-    mix reads and writes. Keys beyond the step's own are never touched, and the cache forgets the step again, so that every
-    turn is the same.
+    With `run` above 1 rows of an expert stand together. The ideal is the bytes that full attention
+    reads over those that the mix reads and writes. Keys beyond the step's own are never touched,
+    and the cache forgets the step again, so that every turn is the same.
     """
     experts = built(shape)
     q, k, v = (x[:, :, :1] for x in draw_inputs(Shape(shape.B, shape.H, 1, shape.Dh), device))
@@ -144,7 +163,8 @@ def decode_calls(shape: Shape, mix: str, device: torch.device, run: int = 1) -> 
         return out
 
     calls: dict[str, Call] = {
-        name: partial(full_attention, q, keys, values, backend, causal=False) for name, backend in baselines(device).items()
+        name: partial(full_attention, q, keys, values, backend, causal=False)
+        for name, backend in baselines(device).items()
     }
     calls["cache"] = step
     cost = hard_bytes(experts, shape.T, shape.H, q.element_size(), Mode.DECODE)

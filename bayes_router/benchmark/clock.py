@@ -21,7 +21,8 @@ class Clock:
     Args:
         device: where the calls run.
         budget: seconds for a group of calls.
-        cpu_time: on a CPU, count the processor time of this process instead of the clock on the wall.
+        cpu_time: on a CPU, count the processor time of this process instead of the clock on the
+            wall.
     """
 
     def __init__(self, device: torch.device, budget: float = 1.0, cpu_time: bool = False):
@@ -41,7 +42,10 @@ class Clock:
         turns = [self._turn(calls)]
         self.once = max(time.perf_counter() - start, 1e-6)
         turns += [self._turn(calls) for _ in range(min(int(self.budget / self.once), MOST - 1))]
-        return {name: Timing(*(statistics.median(turn[name][i] for turn in turns) for i in (0, 1))) for name in calls}
+        return {
+            name: Timing(*(statistics.median(turn[name][i] for turn in turns) for i in (0, 1)))
+            for name in calls
+        }
 
     def _turn(self, calls: dict[str, Call]) -> dict[str, Timing]:
         return {name: read_call(call, self.device, self.now) for name, call in calls.items()}

@@ -46,20 +46,28 @@ def _usual(rows: pd.DataFrame) -> pd.DataFrame:
 def note(figure: Figure, table: pd.DataFrame) -> None:
     """The device, versions and command of a table, below its figure."""
     first = table.iloc[0]
-    figure.supxlabel(f"{first['device']}; {first['versions']}\n{first['command']}", fontsize=8, color="0.4")
+    figure.supxlabel(
+        f"{first['device']}; {first['versions']}\n{first['command']}", fontsize=8, color="0.4"
+    )
 
 
 def _speedup(data: pd.DataFrame, axes: Axes, title: str, ideal: bool) -> None:
     if data.empty:
         axes.set(title=f"{title}: not measured")
         return
-    data = data.assign(routes=data["run"].map(lambda run: "one by one" if run == 1 else f"runs of {run:g}"))
+    data = data.assign(
+        routes=data["run"].map(lambda run: "one by one" if run == 1 else f"runs of {run:g}")
+    )
     styled = "routes" if data["routes"].nunique() > 1 else None
-    sns.lineplot(data, x="T", y="speedup", hue="mix", style=styled, marker="o", errorbar=None, ax=axes)
+    sns.lineplot(
+        data, x="T", y="speedup", hue="mix", style=styled, marker="o", errorbar=None, ax=axes
+    )
     if ideal:
         for index, (_, group) in enumerate(data.groupby("mix", sort=False)):
             group = group.sort_values("T").drop_duplicates("T")
-            axes.plot(group["T"], group["ideal"], ":", color=sns.color_palette()[index % 10], linewidth=1)
+            axes.plot(
+                group["T"], group["ideal"], ":", color=sns.color_palette()[index % 10], linewidth=1
+            )
     _scales(data, axes, title)
 
 
@@ -75,16 +83,29 @@ def _clocks(table: pd.DataFrame, axes: Axes) -> None:
             graph.assign(clock="graph over graph"),
         ]
     )
-    _speedup(data[data["mix"].eq(mix)].assign(mix=lambda rows: rows["clock"]), axes, f"Forward pass {mix} by clock", False)
+    _speedup(
+        data[data["mix"].eq(mix)].assign(mix=lambda rows: rows["clock"]),
+        axes,
+        f"Forward pass {mix} by clock",
+        False,
+    )
 
 
 def _scales(data: pd.DataFrame, axes: Axes, title: str) -> None:
     axes.axhline(1, color="0.3", linewidth=1)
     low = min(float(data["speedup"].min()), 0.9) / 1.15
     axes.axhspan(low, 1, color="tab:red", alpha=0.06)  # where routing loses
-    axes.set(xscale="log", yscale="log", title=title, xlabel="tokens T", ylabel="times faster than full attention")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        title=title,
+        xlabel="tokens T",
+        ylabel="times faster than full attention",
+    )
     axes.set_ylim(bottom=low)
-    axes.set_xticks(sorted(data["T"].unique()), [str(t) for t in sorted(data["T"].unique())], rotation=45)
+    axes.set_xticks(
+        sorted(data["T"].unique()), [str(t) for t in sorted(data["T"].unique())], rotation=45
+    )
     ticks = [2.0**n for n in range(-5, 6) if low <= 2.0**n <= axes.get_ylim()[1]]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
@@ -98,7 +119,11 @@ def _memory(data: pd.DataFrame, axes: Axes) -> None:
         return
     sns.barplot(data, x="variant", y="over_full", errorbar=None, ax=axes)
     axes.axhline(1, color="0.3", linewidth=1)
-    axes.set(title=f"Training memory at T {data['T'].iloc[0]}", xlabel="", ylabel="times full attention's")
+    axes.set(
+        title=f"Training memory at T {data['T'].iloc[0]}",
+        xlabel="",
+        ylabel="times full attention's",
+    )
     for place, peak in enumerate(data["peak_mib"]):
         axes.annotate(f"{peak:.0f} MiB", (place, 0.02), ha="center", color="white", fontsize=9)
 
@@ -110,6 +135,15 @@ def _alone(data: pd.DataFrame, axes: Axes) -> None:
     if "peak_mib" in data and data["peak_mib"].notna().any():
         twin = axes.twinx()
         twin.grid(False)
-        sns.lineplot(data, x="T", y="peak_mib", hue="variant", linestyle="--", marker="s", ax=twin, legend=False)
+        sns.lineplot(
+            data,
+            x="T",
+            y="peak_mib",
+            hue="variant",
+            linestyle="--",
+            marker="s",
+            ax=twin,
+            legend=False,
+        )
         twin.set_ylabel("MiB beyond the inputs (dashed)")
         twin.set_ylim(bottom=0)

@@ -18,7 +18,14 @@ WARM = 256  # tokens of a first call that is not measured
 
 
 def peak_bytes(
-    kind: str | Sequence[float], T: int, H: int, Dh: int, window: int, *, training: bool, device: torch.device
+    kind: str | Sequence[float],
+    T: int,
+    H: int,
+    Dh: int,
+    window: int,
+    *,
+    training: bool,
+    device: torch.device,
 ) -> int:
     """Of one expert by name, or of a route drawn with these shares of the three.
 
@@ -49,16 +56,33 @@ def measurable(device: torch.device) -> bool:
     return device.type == "cuda" or CLEAR.exists()
 
 
-def _peak(kind: str | Sequence[float], T: int, H: int, Dh: int, window: int, training: bool, device: torch.device) -> int:
+def _peak(
+    kind: str | Sequence[float],
+    T: int,
+    H: int,
+    Dh: int,
+    window: int,
+    training: bool,
+    device: torch.device,
+) -> int:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     if device.type == "cpu":
         torch.set_num_threads(1)
     if T > WARM:  # code is loaded into memory too, once for a process, whatever it computes
         _peak(kind, WARM, H, Dh, window, training, device)
-    q, k, v = (torch.randn(1, T, H, Dh, device=device, dtype=dtype).transpose(1, 2).requires_grad_(training) for _ in range(3))
+    q, k, v = (
+        torch.randn(1, T, H, Dh, device=device, dtype=dtype)
+        .transpose(1, 2)
+        .requires_grad_(training)
+        for _ in range(3)
+    )
     gradient = torch.randn_like(q)
-    route = EXPERTS.index(kind) if isinstance(kind, str) else torch.multinomial(torch.tensor(kind), T, True)[None].to(device)
+    route = (
+        EXPERTS.index(kind)
+        if isinstance(kind, str)
+        else torch.multinomial(torch.tensor(kind), T, True)[None].to(device)
+    )
 
     def call() -> None:
         with torch.set_grad_enabled(training):
@@ -76,7 +100,10 @@ def _start(device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     if not CLEAR.exists():
-        raise ValueError(f"peak memory: expected Linux, which keeps {STATUS}; this system has none; measure on CUDA or Linux")
+        raise ValueError(
+            f"peak memory: expected Linux, which keeps {STATUS}; this system has none; measure on "
+            f"CUDA or Linux"
+        )
     CLEAR.write_text("5")  # the high-water mark starts again
     return _read(device)
 

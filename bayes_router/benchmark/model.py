@@ -11,10 +11,12 @@ The model is the same, the variants take turns. Variants:
                     experts: the leanest rival
     graph ...       a decoding step replayed from a CUDA graph
 
-Costs in the rows are those of the routes that were executed, each token at its own position: `cost_flops` and `cost_bytes` of
-attention, `model_flops` and `model_bytes` of the whole model, over the leanest rival's; `model_mflops`, `model_mbytes` a token.
+Costs in the rows are those of the routes that were executed, each token at its own position:
+`cost_flops` and `cost_bytes` of attention, `model_flops` and `model_bytes` of the whole model, over
+the leanest rival's; `model_mflops`, `model_mbytes` a token.
 
-Prefill is one pass over the prompt, logits of the last token. Decoding reads STEPS real tokens after it, one at a time.
+Prefill is one pass over the prompt, logits of the last token. Decoding reads STEPS real tokens
+after it, one at a time.
 """
 
 import multiprocessing
@@ -44,7 +46,9 @@ from bayes_router.transformer.cost import executed_model, model_experts
 from bayes_router.transformer.model import RoutedLanguageModel, RoutedTransformer
 from bayes_router.types import CostModel, RoutingMode
 
-PIECE = 4096  # tokens of a prompt that enter a cache at a time on CUDA; elsewhere all do, in one causal pass without a mask
+# tokens of a prompt that enter a cache at a time on CUDA; elsewhere all do, in one causal pass
+# without a mask
+PIECE = 4096
 STEPS = 16  # tokens decoded in a turn
 TURNS, SECONDS = 5, 6.0  # of decoding: turns at most, and seconds after which no further one begins
 BATCHES = {"cpu": (1, 4), "cuda": (1, 16)}  # of decoding
@@ -78,7 +82,13 @@ class Subject:
 def measure(subject: Subject, lengths: Sequence[int]) -> Iterator[Row]:
     """Rows of prefill and decoding at each length."""
     experts = list(subject.config.model.experts)
-    require("full" in experts, "run", "a model with the expert full", experts, "there is nothing to compare with")
+    require(
+        "full" in experts,
+        "run",
+        "a model with the expert full",
+        experts,
+        "there is nothing to compare with",
+    )
     for length in lengths:
         require(length >= 1, "lengths", "at least 1 token", length)
         yield from _prefill(subject, length)
@@ -93,8 +103,10 @@ def note_on_context(subject: Subject, lengths: Sequence[int]) -> str:
     if not beyond:
         return ""
     return (
-        f"{subject.name} was made for {context} tokens: at {', '.join(map(str, beyond))} its rotary positions work, but its "
-        "routes and losses there are beyond what it was trained on; times are those of the routes that it takes"
+        f"{subject.name} was made for {context} tokens: at {', '.join(map(str, beyond))} its "
+        f"rotary positions work, but its "
+        "routes and losses there are beyond what it was trained on; times are those of the routes "
+        "that it takes"
     )
 
 
@@ -112,7 +124,9 @@ def _prefill(subject: Subject, length: int) -> Iterator[Row]:
     times = Clock(device, 2.0 if device.type == "cuda" else 4.0)(prefills(model, tokens))
     facts = _routes(subject, model(tokens, RoutingMode.HARD, last_only=True).route, Mode.PREFILL)
     for row in _compared(times, what="prefill", B=1, T=length, tokens=length):
-        row["peak_mib"] = _peak(subject, tokens, row["variant"]) / 2**20 if memory.measurable(device) else None
+        row["peak_mib"] = (
+            _peak(subject, tokens, row["variant"]) / 2**20 if memory.measurable(device) else None
+        )
         yield {**row, **(facts if row["variant"] == "routed" else {})}
 
 
@@ -167,12 +181,18 @@ def _decode(subject: Subject, batch: int, length: int) -> Iterator[Row]:
             except (RuntimeError, ValueError) as error:
                 problems[name] = str(error).splitlines()[0]
     turns = _turns(decoders, subject.device)
-    times = {name: Timing(*(2 * [statistics.median(turn[name] for turn in turns)])) for name in decoders}
+    times = {
+        name: Timing(*(2 * [statistics.median(turn[name] for turn in turns)])) for name in decoders
+    }
     facts = _routes(subject, decoders["routed"].routes(), Mode.DECODE, length)
     for row in _compared(times, what="decode", B=batch, T=length, tokens=STEPS * batch):
         decoder = decoders[row["variant"]]
         row["cache_mib"] = decoder.cache.bytes / 2**20
-        yield {**row, **(facts if row["variant"] == "routed" else {}), "problem": problems.get(row["variant"])}
+        yield {
+            **row,
+            **(facts if row["variant"] == "routed" else {}),
+            "problem": problems.get(row["variant"]),
+        }
 
 
 def _turns(decoders: dict[str, "Decoder"], device: torch.device) -> list[dict[str, float]]:
@@ -193,10 +213,13 @@ class Decoder:
         model: the model.
         prompt: int64 [B, T].
         following: int64 [B, STEPS], read one at a time.
-        way: None for the model's routes, "full" for force="full", "alone" for the network with nothing but full attention.
+        way: None for the model's routes, "full" for force="full", "alone" for the network with
+            nothing but full attention.
     """
 
-    def __init__(self, model: RoutedLanguageModel, prompt: Tensor, following: Tensor, way: str | None):
+    def __init__(
+        self, model: RoutedLanguageModel, prompt: Tensor, following: Tensor, way: str | None
+    ):
         self.model, self.following, self.way = model, following, way
         self.token = following[:, :1].clone()  # where a captured step reads its input
         batch, capacity = len(prompt), prompt.shape[1] + following.shape[1]
@@ -205,7 +228,9 @@ class Decoder:
         for part in prompt.split(PIECE if prompt.device.type == "cuda" else prompt.shape[1], 1):
             self.read(part)
         self.length = prompt.shape[1]
-        self.states = [{i: state.clone() for i, state in layer.states.items()} for layer in self.cache.layers]
+        self.states = [
+            {i: state.clone() for i, state in layer.states.items()} for layer in self.cache.layers
+        ]
         self.run: Callable[[], object] = self.step
 
     def read(self, tokens: Tensor) -> Tensor:
@@ -213,7 +238,9 @@ class Decoder:
         if self.way == "alone":
             logits: Tensor = self.network(tokens, _only, self.cache, last_only=True)
             return logits
-        return self.model(tokens, RoutingMode.HARD, force=self.way, cache=self.cache, last_only=True).logits
+        return self.model(
+            tokens, RoutingMode.HARD, force=self.way, cache=self.cache, last_only=True
+        ).logits
 
     def step(self) -> Tensor:
         """`token` into the cache."""
@@ -279,18 +306,29 @@ def _routes(subject: Subject, route: Tensor, mode: Mode, start: int = 0) -> Row:
     route [L, B, T, R] of positions start and on.
     """
     model, experts = subject.model, model_experts(subject.model)
-    names, (heads, size) = model.config.experts, (model.config.kv_heads, model.network.embed.weight.element_size())
+    names, (heads, size) = (
+        model.config.experts,
+        (model.config.kv_heads, model.network.embed.weight.element_size()),
+    )
     taken = F.one_hot(route.cpu(), len(names)).sum((0, 1, 3))  # [T, E]
     keys = torch.tensor([expert.keys_read(start + route.shape[2]) for expert in experts])
-    shared = route.cpu().unflatten(-1, (-1, max(route.shape[3] // heads, 1)))  # units that read the same key heads
+    shared = route.cpu().unflatten(
+        -1, (-1, max(route.shape[3] // heads, 1))
+    )  # units that read the same key heads
     most = shared.gather(-1, keys[shared].argmax(-1, keepdim=True))
     read = F.one_hot(most.flatten(), len(names)).sum(0)
     load = taken.sum(0).double() / taken.sum()
     facts: Row = {f"load_{name}": float(share) for name, share in zip(names, load, strict=True)}
     facts["cost_paper"] = float(load @ cost_ratios(experts, CostModel.PAPER, 1).double())
     attention = executed_attention(experts, taken, heads, size, mode, start, read=read)
-    whole = executed_model(model, taken, mode, start=start, batch=route.shape[1], last_only=True, read=read)
-    return facts | {f"cost_{key}": x for key, x in attention.items()} | {f"model_{key}": x for key, x in whole.items()}
+    whole = executed_model(
+        model, taken, mode, start=start, batch=route.shape[1], last_only=True, read=read
+    )
+    return (
+        facts
+        | {f"cost_{key}": x for key, x in attention.items()}
+        | {f"model_{key}": x for key, x in whole.items()}
+    )
 
 
 def _compared(times: dict[str, Timing], tokens: int, **facts: Any) -> Iterator[Row]:
@@ -300,6 +338,17 @@ def _compared(times: dict[str, Timing], tokens: int, **facts: Any) -> Iterator[R
     """
     for name, (ms, wall_ms) in times.items():
         graph = name.startswith("graph")
-        rivals = [t for other, t in times.items() if other.startswith("graph") == graph and "full" in other]
+        rivals = [
+            t
+            for other, t in times.items()
+            if other.startswith("graph") == graph and "full" in other
+        ]
         speedup = min(t.ms for t in rivals) / ms if rivals else None
-        yield {**facts, "variant": name, "ms": ms, "wall_ms": wall_ms, "tokens_per_s": 1e3 * tokens / ms, "speedup": speedup}
+        yield {
+            **facts,
+            "variant": name,
+            "ms": ms,
+            "wall_ms": wall_ms,
+            "tokens_per_s": 1e3 * tokens / ms,
+            "speedup": speedup,
+        }

@@ -20,10 +20,14 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     """Prefill time, decoding rate for each batch, and the speed-up of the routed model."""
     sns.set_theme(style="whitegrid", context="paper", font_scale=1.1)
     batches = sorted(table.loc[table["what"] == "decode", "B"].unique())
-    figure, axes = plt.subplots(1, 2 + len(batches), figsize=(4.6 * (2 + len(batches)), 4.4), layout="constrained")
+    figure, axes = plt.subplots(
+        1, 2 + len(batches), figsize=(4.6 * (2 + len(batches)), 4.4), layout="constrained"
+    )
     prefill = table[table["what"] == "prefill"]
     sns.lineplot(prefill, x="T", y="ms", hue="variant", marker="o", ax=axes[0])
-    axes[0].set(title="Prefill", xlabel="tokens of the prompt T", ylabel="milliseconds", yscale="log")
+    axes[0].set(
+        title="Prefill", xlabel="tokens of the prompt T", ylabel="milliseconds", yscale="log"
+    )
     axes[0].yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes[0].yaxis.set_major_formatter(ScalarFormatter())
     for place, batch in zip(axes[1:-1], batches, strict=True):

@@ -20,12 +20,15 @@ SHARE = 1 / 3
 class Pace:
     """Learns how fast this device is, and says whether a group still fits.
 
-    On a GPU a new length takes seconds to compile, which no earlier one foretells: there everything fits.
+    On a GPU a new length takes seconds to compile, which no earlier one foretells: there everything
+    fits.
     """
 
     def __init__(self, device: torch.device, share: float = SHARE):
         self.learns, self.share = device.type == "cpu", share
-        self.seconds: dict[str, float] = {}  # for a unit of work, of each kind of pass; the slowest so far
+        self.seconds: dict[
+            str, float
+        ] = {}  # for a unit of work, of each kind of pass; the slowest so far
 
     def learn(self, what: str, shape: Shape, once: float) -> None:
         """A turn of the calls of a group took `once` seconds."""
@@ -36,7 +39,11 @@ class Pace:
         """Seconds that a group will take at the least; 0 where nothing like it was measured."""
         if what == "training memory":  # each variant once, on one thread, in a process of its own
             forward = self.seconds.get("forward", 0.0) * torch.get_num_threads()
-            return variants * (PROCESS + forward * work("forward+backward", shape)) if self.learns else 0.0
+            return (
+                variants * (PROCESS + forward * work("forward+backward", shape))
+                if self.learns
+                else 0.0
+            )
         return ROUNDS * self.seconds.get(what, 0.0) * work(what, shape)
 
     def fits(self, what: str, shape: Shape, left: float, variants: int = 1) -> bool:
@@ -47,4 +54,11 @@ class Pace:
 def work(what: str, shape: Shape) -> float:
     """Operations of the calls of a kind, up to a factor that is the same for all lengths."""
     keys = {"decode": 1, "alone": WINDOW}.get(what, shape.T)
-    return shape.B * shape.H * shape.Dh * shape.T * keys * (BACKWARD if what == "forward+backward" else 1.0)
+    return (
+        shape.B
+        * shape.H
+        * shape.Dh
+        * shape.T
+        * keys
+        * (BACKWARD if what == "forward+backward" else 1.0)
+    )

@@ -21,8 +21,8 @@ class BenchmarkPlan:
         mixes: percentages full/linear/local; None for three, or one if quick.
         cpu_time: on a CPU, processor time of one thread instead of the clock on the wall.
         shapes: BxHxTxDh, measured instead of the usual ones (or beside `lengths`).
-        seconds: time for all, the comparison with the reference and the drawing included: nothing begins that would not
-            end within it, as far as can be foreseen; None for SECONDS.
+        seconds: time for all, the comparison with the reference and the drawing included: nothing
+            begins that would not end within it, as far as can be foreseen; None for SECONDS.
     """
 
     quick: bool = False
@@ -77,10 +77,20 @@ def plan_groups(plan: BenchmarkPlan, cuda: bool, longest: int = LENGTHS[-1]) -> 
     usual = (512, 2048) if plan.quick else [T for T in LENGTHS if longest >= T]
     lengths = plan.lengths or (() if asked else usual)
     shapes = [Shape.parse(text) for text in plan.shapes or ()]
-    pairs = [(Shape(1, heads, T, 64), Shape(batch, 8, T, 64)) for T in lengths] + [(shape, shape) for shape in shapes]
-    groups = [] if asked or plan.quick else [replace(group, target=True) for group in _targets(mixes, cuda)]
-    compiled = {group.shape.T for group in groups if group.mix} if cuda else set()  # a GPU takes seconds for a new length
-    ready, others = ([pair for pair in pairs if (pair[0].T in compiled) is known] for known in (True, False))
+    pairs = [(Shape(1, heads, T, 64), Shape(batch, 8, T, 64)) for T in lengths] + [
+        (shape, shape) for shape in shapes
+    ]
+    groups = (
+        []
+        if asked or plan.quick
+        else [replace(group, target=True) for group in _targets(mixes, cuda)]
+    )
+    compiled = (
+        {group.shape.T for group in groups if group.mix} if cuda else set()
+    )  # a GPU takes seconds for a new length
+    ready, others = (
+        [pair for pair in pairs if (pair[0].T in compiled) is known] for known in (True, False)
+    )
     single, runs = RUNS
     for some, of, run in (
         *((ready, mixes, run) for run in RUNS),
@@ -95,8 +105,12 @@ def plan_groups(plan: BenchmarkPlan, cuda: bool, longest: int = LENGTHS[-1]) -> 
     if asked or plan.quick:
         alone = sorted({Shape(1, one.H, one.T, one.Dh) for one, _ in pairs}, key=lambda one: one.T)
         groups += [Group("alone", one) for one in alone]
-        most = [max(lengths) if cuda else min(max(lengths), 8192)] if lengths else []  # a CPU takes minutes for one longer
-        trained = [Shape(1, heads, T, 64) for T in most] + [Shape(1, one.H, one.T, one.Dh) for one in shapes]
+        most = (
+            [max(lengths) if cuda else min(max(lengths), 8192)] if lengths else []
+        )  # a CPU takes minutes for one longer
+        trained = [Shape(1, heads, T, 64) for T in most] + [
+            Shape(1, one.H, one.T, one.Dh) for one in shapes
+        ]
         groups += [Group("training memory", one) for one in trained]
     return list(dict.fromkeys(groups))
 

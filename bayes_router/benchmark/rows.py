@@ -16,8 +16,9 @@ class Rows:
         path: NAME.csv, its folder made if need be; None to write nothing.
         facts: columns of every row, after its own.
         digits: significant ones of a number; None for all.
-        resume: the rows that stand in `path` already are kept, and new ones added to them. Otherwise rows stand in
-            NAME.partial.csv until `finish`, so that an older table is replaced by a whole one alone.
+        resume: the rows that stand in `path` already are kept, and new ones added to them.
+            Otherwise rows stand in NAME.partial.csv until `finish`, so that an older table is
+            replaced by a whole one alone.
         words: columns that are text, even if every letter is a digit.
     """
 
@@ -45,7 +46,10 @@ class Rows:
         """One more."""
         self.rows.append({**row, **self.facts})
         if self._now is not None:
-            write_whole(self._now, lambda path: self.frame().to_csv(path, index=False, float_format=self._format))
+            write_whole(
+                self._now,
+                lambda path: self.frame().to_csv(path, index=False, float_format=self._format),
+            )
 
     def frame(self) -> pd.DataFrame:
         """All rows so far."""

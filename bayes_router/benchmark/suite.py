@@ -1,11 +1,13 @@
 """The benchmark: verify, measure in turn, write one CSV and one figure.
 
-The rows that have a target come first, then all other combinations of length, mix, clustering and pass: on a GPU those of the
-lengths that were compiled for the targets, then the first mix before the others and single tokens before runs. After SECONDS no
-further group is begun, and `left_out` names those: on a GPU with nothing compiled yet, mixes but the first at other lengths.
+The rows that have a target come first, then all other combinations of length, mix, clustering and
+pass: on a GPU those of the lengths that were compiled for the targets, then the first mix before
+the others and single tokens before runs. After SECONDS no further group is begun, and `left_out`
+names those: on a GPU with nothing compiled yet, mixes but the first at other lengths.
 
-Never measured: heads that share keys, sinks, padding, gated attention, other windows; the backends behind `auto` by name and
-CUDA graphs but for targets and the first mix, token by token; on a CPU the peak memory of a single pass.
+Never measured: heads that share keys, sinks, padding, gated attention, other windows; the backends
+behind `auto` by name and CUDA graphs but for targets and the first mix, token by token; on a CPU
+the peak memory of a single pass.
 """
 
 import math
@@ -27,7 +29,14 @@ from bayes_router.attention.hard.short import SHORT
 from bayes_router.attention.hard.sorted import TRITON
 from bayes_router.attention.shapes import ExpertShape
 from bayes_router.benchmark import cases, memory
-from bayes_router.benchmark.cases import WINDOW, Shape, baselines, draw_inputs, draw_route, full_attention
+from bayes_router.benchmark.cases import (
+    WINDOW,
+    Shape,
+    baselines,
+    draw_inputs,
+    draw_route,
+    full_attention,
+)
 from bayes_router.benchmark.clock import Call, Clock, captured
 from bayes_router.benchmark.pace import SHARE, Pace
 from bayes_router.benchmark.plan import LENGTHS, BenchmarkPlan, Group, plan_groups
@@ -58,9 +67,9 @@ def run_benchmark(
 
     One row a measurement.
 
-    What was left out for want of time stands in `attrs["left_out"]`. Rows measured so far stand in speed_<device>.partial.csv
-    until all are there; `on_row` is called with each. `started` is when the time of `plan.seconds` began, by
-    `time.perf_counter`; now by default.
+    What was left out for want of time stands in `attrs["left_out"]`. Rows measured so far stand in
+    speed_<device>.partial.csv until all are there; `on_row` is called with each. `started` is when
+    the time of `plan.seconds` began, by `time.perf_counter`; now by default.
 
     Raises:
         ValueError: a backend disagrees with the reference on this device, or a package is missing.
@@ -77,7 +86,10 @@ def run_benchmark(
     torch.manual_seed(0)
     limit = plan.seconds or SECONDS[device.type]
     suite = Suite(device, plan, verify(device, until=started + limit), started)
-    facts = {"device": f"{device_name(device)}{', processor time' if plan.cpu_time else ''}", "versions": versions(device)}
+    facts = {
+        "device": f"{device_name(device)}{', processor time' if plan.cpu_time else ''}",
+        "versions": versions(device),
+    }
     facts["command"] = command_line()
     path = None if out is None else out / f"speed_{device.type}.csv"
     rows = Rows(path, facts)
@@ -85,9 +97,17 @@ def run_benchmark(
         rows.add(row)
         on_row(row)
     table = rows.finish()
-    require(len(table) > 0, "seconds", "time to measure something", limit, "give more; nothing was written")
+    require(
+        len(table) > 0,
+        "seconds",
+        "time to measure something",
+        limit,
+        "give more; nothing was written",
+    )
     table.attrs["left_out"] = _named(suite.left_out)
-    table.attrs["missed"] = [(g.what, g.mix, g.run, g.shape.B, g.shape.H, g.shape.Dh, g.shape.T) for g in suite.left_out]
+    table.attrs["missed"] = [
+        (g.what, g.mix, g.run, g.shape.B, g.shape.H, g.shape.Dh, g.shape.T) for g in suite.left_out
+    ]
     if path is not None:
         draw(table, path.with_suffix(".png"))
     return table
@@ -106,13 +126,19 @@ def drawing_packages() -> None:
         import pandas  # noqa: F401
         import seaborn  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"bench: expected the packages pandas and seaborn; got: {error}; run: pip install seaborn") from None
+        raise ValueError(
+            f"bench: expected the packages pandas and seaborn; got: {error}; run: pip install "
+            f"seaborn"
+        ) from None
 
 
 def command_line() -> str:
     """What was typed, shorter: programs by their names."""
     name = Path(sys.argv[0]).name
-    known = {"kernels.py": "python -m analysis.speed.kernels", "speed_model.py": "python -m analysis.speed.speed_model"}
+    known = {
+        "kernels.py": "python -m analysis.speed.kernels",
+        "speed_model.py": "python -m analysis.speed.speed_model",
+    }
     return " ".join([known.get(name, "bayes-router"), *sys.argv[1:]])
 
 
@@ -136,7 +162,13 @@ class Suite:
     `left_out` is what there was no time for.
     """
 
-    def __init__(self, device: torch.device, plan: BenchmarkPlan, backends: Sequence[Backend], started: float | None = None):
+    def __init__(
+        self,
+        device: torch.device,
+        plan: BenchmarkPlan,
+        backends: Sequence[Backend],
+        started: float | None = None,
+    ):
         self.device, self.plan, self.cuda = device, plan, device.type == "cuda"
         self.budget = QUICK_BUDGET if plan.quick else CUDA_BUDGET if self.cuda else CPU_BUDGET
         self.clock = Clock(device, self.budget, plan.cpu_time)
@@ -150,14 +182,20 @@ class Suite:
 
     def _longest(self) -> int:
         """Tokens of the longest usual text."""
-        large = self.cuda and torch.cuda.get_device_properties(self.device).total_memory >= BIG_MEMORY
+        large = (
+            self.cuda and torch.cuda.get_device_properties(self.device).total_memory >= BIG_MEMORY
+        )
         return LENGTHS[-1] if large else LENGTHS[-2]
 
     def rows(self, progress: Progress | None = None) -> Iterator[dict[str, Any]]:
         """Every measurement that there is time for."""
         progress = progress or Progress("bench", shown=False)
         progress.total = len(self.groups)
-        measures = {"decode": self.decode, "alone": self.alone, "training memory": self.training_memory}
+        measures = {
+            "decode": self.decode,
+            "alone": self.alone,
+            "training memory": self.training_memory,
+        }
         for number, group in enumerate(self.groups):
             left = self.end - time.perf_counter()
             progress.step()
@@ -165,7 +203,9 @@ class Suite:
                 self.left_out.append(group)
                 continue
             progress.say(f"{group.kind} T{group.shape.T}")
-            share = left / (len(self.groups) - number)  # half of it for drawing, compiling and warming up
+            share = left / (
+                len(self.groups) - number
+            )  # half of it for drawing, compiling and warming up
             self.clock.budget = self.budget if group.target else min(self.budget, share / 2)
             yield from measures.get(group.what, self.causal)(group)
             if group.what != "training memory":
@@ -191,19 +231,36 @@ class Suite:
                 return lambda: torch.autograd.grad(call(), inputs, gradient)
             return torch.no_grad()(call)
 
-        calls = {name: whole(partial(full_attention, *inputs, backend)) for name, backend in baselines(self.device).items()}
+        calls = {
+            name: whole(partial(full_attention, *inputs, backend))
+            for name, backend in baselines(self.device).items()
+        }
         q, k, v = inputs
         experts = resolve_experts(EXPERTS, ExpertShape(shape.H, shape.Dh, WINDOW))
         problem = RoutedProblem(q, k, v, q, k, route, experts)
         for backend in (*(self.own if leads else ()), AUTO):
             if backend.refuses(problem):
                 continue
-            calls[backend.name] = whole(partial(routed_attention, *inputs, route, window=WINDOW, backend=backend))
-        peaks = {name: memory.peak_of(call, self.device) / 2**20 for name, call in calls.items()} if self.cuda else {}
+            calls[backend.name] = whole(
+                partial(routed_attention, *inputs, route, window=WINDOW, backend=backend)
+            )
+        peaks = (
+            {name: memory.peak_of(call, self.device) / 2**20 for name, call in calls.items()}
+            if self.cuda
+            else {}
+        )
         if self.own and leads and not training:
-            calls.update({GRAPH + name: captured(calls[name]) for name in calls if name.startswith("full") or name == "auto"})
+            calls.update(
+                {
+                    GRAPH + name: captured(calls[name])
+                    for name in calls
+                    if name.startswith("full") or name == "auto"
+                }
+            )
         facts = {"what": group.what, "mix": group.mix, "run": group.run, **vars(shape)}
-        yield from compared(self.clock(calls), peaks, **facts, ideal=cases.ideal_flops(shape, group.mix))
+        yield from compared(
+            self.clock(calls), peaks, **facts, ideal=cases.ideal_flops(shape, group.mix)
+        )
 
     def decode(self, group: Group) -> Iterator[dict[str, Any]]:
         """One decoding step of a batch."""
@@ -212,14 +269,22 @@ class Suite:
         if self.own and self._leads(group):
             calls.update({GRAPH + name: captured(calls[name]) for name in tuple(calls)})
         yield from compared(
-            self.clock(calls), {}, what="decode", mix=group.mix, run=group.run, **vars(group.shape), ideal=ideal
+            self.clock(calls),
+            {},
+            what="decode",
+            mix=group.mix,
+            run=group.run,
+            **vars(group.shape),
+            ideal=ideal,
         )
 
     def alone(self, group: Group) -> Iterator[dict[str, Any]]:
         """Linear and local attention of every token, to see them grow with T."""
         shape, inputs = group.shape, draw_inputs(group.shape, self.device)
         calls: dict[str, Call] = {
-            name: torch.no_grad()(partial(routed_attention, *inputs, EXPERTS.index(name), window=WINDOW))
+            name: torch.no_grad()(
+                partial(routed_attention, *inputs, EXPERTS.index(name), window=WINDOW)
+            )
             for name in ("linear", "local")
         }
         for name, (ms, wall_ms) in self.clock(calls).items():
@@ -236,11 +301,23 @@ class Suite:
         full = self._peak("full", group.shape, training=True)
         mixes = dict.fromkeys(group.mix for group in self.groups if group.mix)
         for variant in ("full", *mixes):
-            peak = full if variant == "full" else self._peak(cases.mix_shares(variant), group.shape, training=True)
-            yield {"what": group.what, "variant": variant, **vars(group.shape), "peak_mib": peak, "over_full": peak / full}
+            peak = (
+                full
+                if variant == "full"
+                else self._peak(cases.mix_shares(variant), group.shape, training=True)
+            )
+            yield {
+                "what": group.what,
+                "variant": variant,
+                **vars(group.shape),
+                "peak_mib": peak,
+                "over_full": peak / full,
+            }
 
     def _peak(self, kind: str | Sequence[float], shape: Shape, training: bool) -> float:
-        found = memory.peak_bytes(kind, shape.T, shape.H, shape.Dh, WINDOW, training=training, device=self.device)
+        found = memory.peak_bytes(
+            kind, shape.T, shape.H, shape.Dh, WINDOW, training=training, device=self.device
+        )
         return found / 2**20
 
 
@@ -249,14 +326,24 @@ def doubling(before: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, fl
 
     2 is linear.
     """
-    if before is None or before["T"] >= row["T"] or any(before[key] != row[key] for key in ("B", "H", "Dh")):
+    if (
+        before is None
+        or before["T"] >= row["T"]
+        or any(before[key] != row[key] for key in ("B", "H", "Dh"))
+    ):
         return {}
     power = 1 / math.log2(row["T"] / before["T"])
     pairs = {"time_growth": "ms", "memory_growth": "peak_mib"}
-    return {name: (row[key] / before[key]) ** power for name, key in pairs.items() if row.get(key) and before.get(key)}
+    return {
+        name: (row[key] / before[key]) ** power
+        for name, key in pairs.items()
+        if row.get(key) and before.get(key)
+    }
 
 
-def compared(times: dict[str, Timing], peaks: dict[str, float], **facts: Any) -> Iterator[dict[str, Any]]:
+def compared(
+    times: dict[str, Timing], peaks: dict[str, float], **facts: Any
+) -> Iterator[dict[str, Any]]:
     """One row a variant, with its speed-up over the fastest full attention, graphs over graphs."""
     for name, (ms, wall_ms) in times.items():
         prefix = GRAPH if name.startswith(GRAPH) else ""
@@ -265,5 +352,8 @@ def compared(times: dict[str, Timing], peaks: dict[str, float], **facts: Any) ->
         row = {**facts, "variant": name, "ms": ms, "wall_ms": wall_ms, "speedup": speedup}
         row["wall_speedup"] = min(rival.wall_ms for rival in rivals) / wall_ms
         routed = not name.startswith(f"{prefix}full")
-        row |= {"ideal": facts["ideal"] if routed else None, "share": speedup / facts["ideal"] if routed else None}
+        row |= {
+            "ideal": facts["ideal"] if routed else None,
+            "share": speedup / facts["ideal"] if routed else None,
+        }
         yield {**row, "peak_mib": peaks.get(name)}

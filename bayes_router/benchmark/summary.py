@@ -15,7 +15,13 @@ CLOCKS = {"busy stream": "speedup", "isolated calls": "wall_speedup"}
 
 def closing(table: "pd.DataFrame") -> list[str]:
     """All of them."""
-    return [*break_even(table), *worst(table), *training_memory(table), *growth(table), *_left_out(table)]
+    return [
+        *break_even(table),
+        *worst(table),
+        *training_memory(table),
+        *growth(table),
+        *_left_out(table),
+    ]
 
 
 def break_even(table: "pd.DataFrame") -> list[str]:
@@ -25,9 +31,15 @@ def break_even(table: "pd.DataFrame") -> list[str]:
     """
     lines, rows, keys = [], _automatic(table), ["what", "mix", "run", "B", "H", "Dh"]
     for (what, mix, run, *sizes), group in rows.groupby(keys, sort=False) if len(rows) else ():
-        regions = {clock: _region(group, column) for clock, column in CLOCKS.items() if column in group}
+        regions = {
+            clock: _region(group, column) for clock, column in CLOCKS.items() if column in group
+        }
         one = len(set(regions.values())) == 1  # a CPU has one clock
-        said = regions["busy stream"] if one else "; ".join(f"{clock}: {said}" for clock, said in regions.items())
+        said = (
+            regions["busy stream"]
+            if one
+            else "; ".join(f"{clock}: {said}" for clock, said in regions.items())
+        )
         said += _missed(table, (what, mix, run, *sizes), sorted(group["T"].unique()))
         lines.append(f"{what} {mix}, runs of {run}, B{sizes[0]} H{sizes[1]} Dh{sizes[2]}: {said}")
     return lines
@@ -61,7 +73,11 @@ def _missed(table: "pd.DataFrame", case: tuple[Any, ...], measured: list[int]) -
     lengths = sorted(T for *of, T in table.attrs.get("missed", []) if tuple(of) == case)
     shorter = [str(T) for T in lengths if measured[0] > T]
     others = [str(T) for T in lengths if measured[0] < T]
-    said = f"; not measured, and shorter, where routing may lose: {', '.join(shorter)}" if shorter else ""
+    said = (
+        f"; not measured, and shorter, where routing may lose: {', '.join(shorter)}"
+        if shorter
+        else ""
+    )
     return said + (f"; not measured: {', '.join(others)}" if others else "")
 
 
@@ -72,9 +88,17 @@ def worst(table: "pd.DataFrame") -> list[str]:
     for clock, column in CLOCKS.items():
         if column in rows and rows[column].notna().any():
             row = rows.nsmallest(1, column).iloc[0]
-            where = f"{row['what']} {row['mix']}, runs of {row['run']}, B{row['B']} H{row['H']} T{row['T']} Dh{row['Dh']}"
-            said.setdefault(f"{1 / row[column]:.2f}x full attention's time ({where})", []).append(clock)
-    return [f"worst auto, {', '.join(clocks)}: {text}; at most {ALLOWED}x is the aim" for text, clocks in said.items()]
+            where = (
+                f"{row['what']} {row['mix']}, runs of {row['run']}, B{row['B']} H{row['H']} "
+                f"T{row['T']} Dh{row['Dh']}"
+            )
+            said.setdefault(f"{1 / row[column]:.2f}x full attention's time ({where})", []).append(
+                clock
+            )
+    return [
+        f"worst auto, {', '.join(clocks)}: {text}; at most {ALLOWED}x is the aim"
+        for text, clocks in said.items()
+    ]
 
 
 def training_memory(table: "pd.DataFrame") -> list[str]:
@@ -97,7 +121,10 @@ def growth(table: "pd.DataFrame") -> list[str]:
     for (name, H, Dh), group in alone.groupby(["variant", "H", "Dh"], sort=False):
         ends = group.sort_values("T").iloc[[0, -1]]
         if ends["T"].nunique() == 2:
-            span = f"{name} alone, H{H} Dh{Dh}, a doubling from T {ends['T'].iloc[0]} to {ends['T'].iloc[1]}"
+            span = (
+                f"{name} alone, H{H} Dh{Dh}, a doubling from T {ends['T'].iloc[0]} to "
+                f"{ends['T'].iloc[1]}"
+            )
             lines.append(f"{span}: {', '.join(_doublings(group))}")
     return lines
 

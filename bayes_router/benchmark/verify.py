@@ -58,31 +58,49 @@ CASES = (
 )
 
 
-def verify(device: torch.device, experts: Sequence[str] = EXPERTS, until: float | None = None) -> list[Backend]:
+def verify(
+    device: torch.device, experts: Sequence[str] = EXPERTS, until: float | None = None
+) -> list[Backend]:
     """The backends that compute something here, each compared in values and gradients.
 
     Decoding from a cache in values.
 
-    Mixed routes and every token on one expert; short, long enough to be split over keys, padded; heads that share keys, two
-    head sizes. `experts` are registered names.
+    Mixed routes and every token on one expert; short, long enough to be split over keys, padded;
+    heads that share keys, two head sizes. `experts` are registered names.
 
     Raises:
-        ValueError: one disagrees; no speed-up may be reported then. Or the clock (`time.perf_counter`) passes `until`.
+        ValueError: one disagrees; no speed-up may be reported then. Or the clock
+            (`time.perf_counter`) passes `until`.
     """
-    alone = [Case(Shape(1, 2, LONG, 64), 1, run=0, grad=False, expert=i) for i in range(len(experts))]
+    alone = [
+        Case(Shape(1, 2, LONG, 64), 1, run=0, grad=False, expert=i) for i in range(len(experts))
+    ]
     compared: dict[str, Backend] = {}
     for case in (*CASES, *alone):
         _in_time(until)
-        compared |= {backend.name: backend for backend in _verify(case, _built(experts, case.shape, device), device)}
+        compared |= {
+            backend.name: backend
+            for backend in _verify(case, _built(experts, case.shape, device), device)
+        }
     _in_time(until)
     batch = max(3, len(experts))
-    _verify_cache(Case(Shape(batch, 4, LONG, 64), 2, grad=False), _built(experts, Shape(batch, 4, LONG, 64), device), device)
+    _verify_cache(
+        Case(Shape(batch, 4, LONG, 64), 2, grad=False),
+        _built(experts, Shape(batch, 4, LONG, 64), device),
+        device,
+    )
     return list(compared.values())
 
 
 def _in_time(until: float | None) -> None:
     ended = until is not None and time.perf_counter() > until
-    require(not ended, "seconds", "time to hold every backend against the reference first", "less", "give more")
+    require(
+        not ended,
+        "seconds",
+        "time to hold every backend against the reference first",
+        "less",
+        "give more",
+    )
 
 
 def verify_model(device: torch.device, model: ModelConfig) -> None:
@@ -100,16 +118,25 @@ def verify_model(device: torch.device, model: ModelConfig) -> None:
     _verify_cache(case, experts, device)
 
 
-def _built(experts: Sequence[str], shape: Shape, device: torch.device, window: int = WINDOW) -> list[Expert]:
-    return [expert_class(name)(ExpertShape(shape.H, shape.Dh, window)).to(device) for name in experts]
+def _built(
+    experts: Sequence[str], shape: Shape, device: torch.device, window: int = WINDOW
+) -> list[Expert]:
+    return [
+        expert_class(name)(ExpertShape(shape.H, shape.Dh, window)).to(device) for name in experts
+    ]
 
 
 def _draw(case: Case, device: torch.device, experts: int) -> tuple[list[Tensor], Tensor]:
     """q, k, v as slices of one projection, and the route."""
     B, T, run = case.shape.B, case.shape.T, case.run
     q, k, v = draw_inputs(case.shape, device)
-    inputs = [x.detach().requires_grad_(case.grad) for x in (q, k[:, : case.kv_heads], v[:, : case.kv_heads])]
-    route = torch.randint(experts, (B, -(-T // (run or T)))) if run else torch.full((B, 1), case.expert)
+    inputs = [
+        x.detach().requires_grad_(case.grad)
+        for x in (q, k[:, : case.kv_heads], v[:, : case.kv_heads])
+    ]
+    route = (
+        torch.randint(experts, (B, -(-T // (run or T)))) if run else torch.full((B, 1), case.expert)
+    )
     return inputs, route.repeat_interleave(run or T, 1)[:, :T].to(device)
 
 
@@ -126,21 +153,28 @@ def _verify(case: Case, experts: list[Expert], device: torch.device) -> list[Bac
         return torch.cat([out[:, :, a:b] for a, b in stretches], 2)
 
     def call(backend: Backend, taken: Tensor | int) -> Tensor:
-        return routed_attention(q, k, v, taken, window=window, backend=backend, experts=experts, lengths=lengths)
+        return routed_attention(
+            q, k, v, taken, window=window, backend=backend, experts=experts, lengths=lengths
+        )
 
     want = _reference(exact, route, experts, lengths, stretches)
     weight = torch.randn_like(want)
     true = torch.autograd.grad((want * weight).sum(), exact) if case.grad else ()
     problem, found_right = RoutedProblem(q, k, v, q, k, route, tuple(experts), lengths), []
     for backend in backends():
-        if backend in (REFERENCE, AUTO):  # what all are compared with, and what is one of the others
+        if backend in (
+            REFERENCE,
+            AUTO,
+        ):  # what all are compared with, and what is one of the others
             continue
         with torch.no_grad():
             if backend.refuses(replace(problem)):
                 continue
             _compare(backend.name, device, "out", compared(call(backend, route)), want)
         found_right.append(backend)
-        lean = T < LONG or backend is not DENSE  # whose gradients are those of the experts' own passes
+        lean = (
+            T < LONG or backend is not DENSE
+        )  # whose gradients are those of the experts' own passes
         if case.grad and lean and not backend.refuses(replace(problem)):
             out = compared(call(backend, route))
             _compare(backend.name, device, "out", out, want)
@@ -148,12 +182,22 @@ def _verify(case: Case, experts: list[Expert], device: torch.device) -> list[Bac
             for name, got, right in zip(("dq", "dk", "dv"), found, true, strict=True):
                 _compare(backend.name, device, name, got, right)
     if not case.run:  # an int is a route, too
-        _compare(f"{experts[case.expert].name} alone", device, "out", compared(call(AUTO, case.expert)), want)
+        _compare(
+            f"{experts[case.expert].name} alone",
+            device,
+            "out",
+            compared(call(AUTO, case.expert)),
+            want,
+        )
     return found_right
 
 
 def _reference(
-    exact: Sequence[Tensor], route: Tensor, experts: list[Expert], lengths: Tensor | None, stretches: list[tuple[int, int]]
+    exact: Sequence[Tensor],
+    route: Tensor,
+    experts: list[Expert],
+    lengths: Tensor | None,
+    stretches: list[tuple[int, int]],
 ) -> Tensor:
     """Queries of each stretch over the keys up to its end.
 
@@ -198,6 +242,8 @@ def _compare(who: str, device: torch.device, what: str, got: Tensor, want: Tenso
     error = float((got.detach().double() - want.detach()).norm() / want.detach().norm())
     if not error < limit:
         raise ValueError(
-            f"bench: expected results within {limit:g} of the float64 reference; {who} on {device}: {what} is off by "
-            f"{error:.1e}; no speed-up is reported; `python -m pytest tests/attention tests/gpu` shows where"
+            f"bench: expected results within {limit:g} of the float64 reference; {who} on "
+            f"{device}: {what} is off by "
+            f"{error:.1e}; no speed-up is reported; `python -m pytest tests/attention tests/gpu` "
+            f"shows where"
         )

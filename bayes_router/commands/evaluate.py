@@ -18,7 +18,13 @@ from bayes_router.training.checkpoint import load_run
 from bayes_router.training.dial import Dial
 from bayes_router.training.distributed import pick_device
 from bayes_router.training.evaluate import evaluate
-from bayes_router.training.guarantee import Guarantee, cheaper_from, later_windows, promise, strongest_single
+from bayes_router.training.guarantee import (
+    Guarantee,
+    cheaper_from,
+    later_windows,
+    promise,
+    strongest_single,
+)
 from bayes_router.transformer.build import build_experts, build_prior
 from bayes_router.transformer.model import RoutedLanguageModel
 from bayes_router.types import CostModel
@@ -41,7 +47,15 @@ def run(options: Namespace) -> None:
 
     def dial(tokens: int, progress: Progress) -> Dial:
         source = WatchedSource(data.valid, progress)
-        return Dial(model, source, ratios, context=context, batch_size=batch_size, limit=tokens, policy=family)
+        return Dial(
+            model,
+            source,
+            ratios,
+            context=context,
+            batch_size=batch_size,
+            limit=tokens,
+            policy=family,
+        )
 
     price = 0.0
     if options.budget is not None:
@@ -49,7 +63,8 @@ def run(options: Namespace) -> None:
             setting = dial(limit, progress).solve(options.budget)
         price = setting.price
         print(
-            f"budget {options.budget:g} ({cost.value}), policy {policy}: price {price:.4f} nats per unit of cost, "
+            f"budget {options.budget:g} ({cost.value}), policy {policy}: price {price:.4f} nats "
+            f"per unit of cost, "
             f"executed cost {setting.cost:.4f}"
         )
     if options.quality is not None:
@@ -75,11 +90,16 @@ def run(options: Namespace) -> None:
         tokens = max(min(options.curve_tokens, limit), context)
         with Progress("nll against budget", unit="window") as progress:
             curve = dial(tokens, progress).curve()
-        print(f"\nheld-out nll against budget ({cost.value}, full = 1), {tokens:,} tokens, every route executed:")
+        print(
+            f"\nheld-out nll against budget ({cost.value}, full = 1), {tokens:,} tokens, every "
+            f"route executed:"
+        )
         print(curve_table(curve))
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        write_json(options.out / "evaluation.json", {"policy": policy, "price": price, **result.to_dict()})
+        write_json(
+            options.out / "evaluation.json", {"policy": policy, "price": price, **result.to_dict()}
+        )
         if curve is not None:
             write_text(options.out / "dial.csv", curve.to_csv(index=False))
 
@@ -101,9 +121,13 @@ def _promise(
     with Progress("promising a quality", unit="window") as progress:
         early = WatchedSource(data.valid, progress).windows(context, batch_size, limit)
         best = strongest_single(model, list(early), ratios)
-        windows = later_windows(WatchedSource(data.valid, progress), context, batch_size, limit, limit)
+        windows = later_windows(
+            WatchedSource(data.valid, progress), context, batch_size, limit, limit
+        )
         prices = cheaper_from(0.0)
-        return promise(model, windows, ratios, family, best, options.quality, options.confidence, prices)
+        return promise(
+            model, windows, ratios, family, best, options.quality, options.confidence, prices
+        )
 
 
 def _check(options: Namespace) -> tuple[str, CostModel, dict[str, float]]:
@@ -113,8 +137,15 @@ def _check(options: Namespace) -> tuple[str, CostModel, dict[str, float]]:
     """
     policy, cost = options.policy, choose("cost", options.cost, CostModel)
     used = options.threshold is None or "threshold" in policy_settings(policy)
-    require(used, "threshold", f"none under {policy}", options.threshold, "give --policy conservative")
-    require(options.quality is None or options.budget is None, "quality", "no --budget beside it", options.budget)
+    require(
+        used, "threshold", f"none under {policy}", options.threshold, "give --policy conservative"
+    )
+    require(
+        options.quality is None or options.budget is None,
+        "quality",
+        "no --budget beside it",
+        options.budget,
+    )
     for name in ("tokens", "curve_tokens"):
         require(options[name] is None or options[name] >= 1, name, "at least 1", options[name])
     return policy, cost, {} if options.threshold is None else {"threshold": options.threshold}
@@ -139,6 +170,15 @@ def curve_table(curve: "pd.DataFrame") -> str:
 
     A star marks a budget in a jump, where the nearest cost is shown.
     """
-    shown = curve.assign(budget=[f"{b:.2f}{'' if met else '*'}" for b, met in zip(curve["budget"], curve["met"], strict=True)])
+    shown = curve.assign(
+        budget=[
+            f"{b:.2f}{'' if met else '*'}"
+            for b, met in zip(curve["budget"], curve["met"], strict=True)
+        ]
+    )
     text = shown.drop(columns="met").to_string(index=False, float_format=lambda x: f"{x:.3f}")
-    return text if curve["met"].all() else text + "\n* no price realises this budget; the nearest cost is shown"
+    return (
+        text
+        if curve["met"].all()
+        else text + "\n* no price realises this budget; the nearest cost is shown"
+    )

@@ -10,7 +10,12 @@ from bayes_router.config import Config, config_from_dict
 from bayes_router.training.evaluate import Evaluation
 from bayes_router.training.fit import fit
 
-SHORT = {"corpus": "data.corpus", "steps": "train.steps", "seed": "train.seed", "device": "train.device"}
+SHORT = {
+    "corpus": "data.corpus",
+    "steps": "train.steps",
+    "seed": "train.seed",
+    "device": "train.device",
+}
 
 
 def run(options: Namespace) -> None:
@@ -22,10 +27,14 @@ def run(options: Namespace) -> None:
             values[section][key] = options[short]
     config = config_from_dict(values)
     out = options.out or Path("runs") / options.preset
-    _, summary = fit(config, out, overwrite=options.overwrite, resume=options.resume, progress=not options.quiet)
+    _, summary = fit(
+        config, out, overwrite=options.overwrite, resume=options.resume, progress=not options.quiet
+    )
     if not summary:  # another rank than 0
         return
-    from bayes_router.diagnostics.figures.run import draw_run  # seaborn, now that there is something to draw
+    from bayes_router.diagnostics.figures.run import (
+        draw_run,
+    )  # seaborn, now that there is something to draw
 
     draw_run(out)
     print_summary(summary)
@@ -36,7 +45,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     """The table of a finished fit."""
     fields = {key: summary[key] for key in Evaluation.__dataclass_fields__}
     print(
-        f"{summary['parameters']:,} parameters, {summary['steps']} steps, {summary['tokens_seen']:,} tokens of "
+        f"{summary['parameters']:,} parameters, {summary['steps']} steps, "
+        f"{summary['tokens_seen']:,} tokens of "
         f"{summary['corpus']['name']} in {summary['seconds']:.0f} s on {summary['device']}"
     )
     print(Evaluation(**fields).table())

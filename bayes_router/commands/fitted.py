@@ -41,23 +41,40 @@ def open_fitted(options: Namespace, text: Optional[bytes] = None) -> FittedRun:
     """The fit that `options.run` holds, with its held-out text where it is not the run's own.
 
     Raises:
-        ValueError: the folder is neither a run nor a patch, the base model is missing or another, or there is no text.
+        ValueError: the folder is neither a run nor a patch, the base model is missing or another,
+            or there is no text.
     """
     if is_patch(options.run):
         return _open_patch(options, text)
     for name in ("base", "gguf_file", "context"):
-        require(options[name] is None, name, "none for a run (a patch has a base model)", options[name], "leave it out")
+        require(
+            options[name] is None,
+            name,
+            "none for a run (a patch has a base model)",
+            options[name],
+            "leave it out",
+        )
     fitted = load_fitted(options.run, str(pick_device(options.device)))
     if options.corpus is not None:
-        config, data = load_data(config_from_dict({"data": {"corpus": options.corpus}}, fitted.config))
+        config, data = load_data(
+            config_from_dict({"data": {"corpus": options.corpus}}, fitted.config)
+        )
         known, got = fitted.config.model.vocab_size, config.model.vocab_size
-        require(known == got, "corpus", f"one of the run's vocabulary, {known} ids", f"{options.corpus} with {got}")
+        require(
+            known == got,
+            "corpus",
+            f"one of the run's vocabulary, {known} ids",
+            f"{options.corpus} with {got}",
+        )
         return FittedRun(**{**vars(fitted), "config": config, "held_out": data.valid})
     return fitted
 
 
 def _open_patch(options: Namespace, text: Optional[bytes]) -> FittedRun:
-    from bayes_router.integrations.huggingface.loading import load_base, load_tokeniser_of  # transformers, where it is needed
+    from bayes_router.integrations.huggingface.loading import (
+        load_base,
+        load_tokeniser_of,
+    )  # transformers, where it is needed
 
     origin = read_origin(options.run)
     kind, name = origin.model, origin.base
@@ -67,7 +84,8 @@ def _open_patch(options: Namespace, text: Optional[bytes]) -> FittedRun:
         "run",
         "the patch of a language model, whose tokens can be shown and scored",
         f"{options.run}, the patch of a torch module {kind}",
-        "it reads tensors, not tokens: see statistics() and kl() of what load_patch returns, after a pass",
+        "it reads tensors, not tokens: see statistics() and kl() of what load_patch returns, after "
+        "a pass",
     )
     require(
         options.base is not None,
@@ -82,29 +100,60 @@ def _open_patch(options: Namespace, text: Optional[bytes]) -> FittedRun:
     tokeniser = load_tokeniser_of(options.base, options.gguf_file, router.config.vocab_size)
     shown, source = "the fit", router.held_out
     if options.corpus is not None:
-        require(tokeniser is not None, "corpus", "a base model with a tokenizer, to read text", options.base, _NO_TOKENIZER)
+        require(
+            tokeniser is not None,
+            "corpus",
+            "a base model with a tokenizer, to read text",
+            options.base,
+            _NO_TOKENIZER,
+        )
         assert tokeniser is not None
         documents = split_documents(load_corpus(options.corpus))[1]
         shown, source = options.corpus, _stream(documents, tokeniser, options.corpus, router.causal)
     elif text is not None and source is None:
-        require(tokeniser is not None, "text", "a base model with a tokenizer, to read text", options.base, _NO_TOKENIZER)
+        require(
+            tokeniser is not None,
+            "text",
+            "a base model with a tokenizer, to read text",
+            options.base,
+            _NO_TOKENIZER,
+        )
         assert tokeniser is not None
-        require(len(text) > 0, "text", "at least one token", "an empty text", "name a file with text in it")
-        shown, source = options.text.name, _stream([text], tokeniser, options.text.name, router.causal)
+        require(
+            len(text) > 0,
+            "text",
+            "at least one token",
+            "an empty text",
+            "name a file with text in it",
+        )
+        shown, source = (
+            options.text.name,
+            _stream([text], tokeniser, options.text.name, router.causal),
+        )
     if source is None:
         raise ValueError(
-            f"text: expected held-out text; the patch {options.run} was saved without any; give --corpus NAME or --text FILE"
+            f"text: expected held-out text; the patch {options.run} was saved without any; give "
+            f"--corpus NAME or --text FILE"
         )
     context = _context(options.context, router.fitted, model, source)
-    return fitted_patch(router, source, context=context, tokeniser=tokeniser, path=options.run, name=shown)
+    return fitted_patch(
+        router, source, context=context, tokeniser=tokeniser, path=options.run, name=shown
+    )
 
 
-def _stream(documents: Sequence[bytes], tokeniser: "PretrainedTokeniser", name: str, causal: bool) -> TokenDataset:
+def _stream(
+    documents: Sequence[bytes], tokeniser: "PretrainedTokeniser", name: str, causal: bool
+) -> TokenDataset:
     """Next tokens to predict, or for an encoder hidden ones."""
     text = TokenDataset(documents, tokeniser, name)
     if causal:
         return text
-    require(tokeniser.mask_token is not None, "tokenizer", "one with a mask token, for an encoder", tokeniser.name)
+    require(
+        tokeniser.mask_token is not None,
+        "tokenizer",
+        "one with a mask token, for an encoder",
+        tokeniser.name,
+    )
     assert tokeniser.mask_token is not None
     return MaskedStream(text.tokens.long(), tokeniser.vocab_size, tokeniser.mask_token, name)
 
@@ -121,5 +170,7 @@ def _context(asked: Optional[int], fitted: object, model: object, source: TokenS
     assert isinstance(source, TokenDataset)
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None) or CONTEXT
     wanted = asked or min(int(getattr(fitted, "context", CONTEXT)), CONTEXT)
-    require(wanted <= positions, "context", f"at most the {positions} positions of the model", wanted)
+    require(
+        wanted <= positions, "context", f"at most the {positions} positions of the model", wanted
+    )
     return max(1, min(wanted, (len(source) - 1) // LEAST_WINDOWS))

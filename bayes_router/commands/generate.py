@@ -27,31 +27,51 @@ def run(options: Namespace) -> None:
         routes.append(token.route[:, 0])
         pending.append(int(token.tokens[0]))
         text = tokeniser.decode(pending)
-        if not text.endswith("\ufffd") or len(pending) > 3:  # an unfinished character waits for its other bytes
+        if (
+            not text.endswith("\ufffd") or len(pending) > 3
+        ):  # an unfinished character waits for its other bytes
             print(text, end="", flush=True)
             pending = []
     print(tokeniser.decode(pending))
     if options.routes:
-        load = torch.nn.functional.one_hot(torch.stack(routes), len(config.model.experts)).double().mean((0, 1, 2))
-        print(", ".join(f"{name} {share:.1%}" for name, share in zip(config.model.experts, load.tolist(), strict=True)))
+        load = (
+            torch.nn.functional.one_hot(torch.stack(routes), len(config.model.experts))
+            .double()
+            .mean((0, 1, 2))
+        )
+        print(
+            ", ".join(
+                f"{name} {share:.1%}"
+                for name, share in zip(config.model.experts, load.tolist(), strict=True)
+            )
+        )
 
 
 def _begin(options: Namespace) -> tuple[Config, Tokeniser, Iterator[GeneratedToken]]:
     device = pick_device(options.device)
     config, model = load_run(options.run, str(device))
     if config.data.corpus == "recall":
-        raise ValueError("run: expected a run on text; this one was fitted on recall, whose tokens are no text")
+        raise ValueError(
+            "run: expected a run on text; this one was fitted on recall, whose tokens are no text"
+        )
     tokeniser = load_tokeniser(config.data.tokeniser)
-    prompt = torch.from_numpy(tokeniser.encode(options.prompt.encode()).astype("int64"))[None].to(device)
+    prompt = torch.from_numpy(tokeniser.encode(options.prompt.encode()).astype("int64"))[None].to(
+        device
+    )
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     stops = [_stop_token(tokeniser, text) for text in options.stop]
-    return config, tokeniser, iter(stream(model, prompt, options.tokens, sampling, stop_tokens=stops))
+    return (
+        config,
+        tokeniser,
+        iter(stream(model, prompt, options.tokens, sampling, stop_tokens=stops)),
+    )
 
 
 def _stop_token(tokeniser: Tokeniser, text: str) -> int:
     ids = tokeniser.encode(text.encode())
     if len(ids) != 1:
         raise ValueError(
-            f"stop: expected texts of one token of the tokeniser {tokeniser.name!r}; got {text!r}, {len(ids)} tokens"
+            f"stop: expected texts of one token of the tokeniser {tokeniser.name!r}; got {text!r}, "
+            f"{len(ids)} tokens"
         )
     return int(ids[0])

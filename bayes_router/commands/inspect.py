@@ -26,7 +26,13 @@ from bayes_router.diagnostics.report import ShownText, route_text
 from bayes_router.diagnostics.shading import Scale, scale
 from bayes_router.files import write_text
 
-COLOURS = (25, 172, 72, 133, 185)  # of the 256 of a terminal: dark blue, orange, green, purple, yellow, as in the figures
+COLOURS = (
+    25,
+    172,
+    72,
+    133,
+    185,
+)  # of the 256 of a terminal: dark blue, orange, green, purple, yellow, as in the figures
 REDS = (231, 224, 217, 167, 124)
 WHEN = ("auto", "always", "never")
 WIDTH = 80
@@ -43,7 +49,13 @@ def run(options: Namespace) -> None:
     text = read_text(options.text)
     fitted = open_fitted(options, text)
     layers = fitted.config.model.num_layers
-    require(0 <= options.layer < layers, "layer", f"0 to {layers - 1}", options.layer, f"there are {layers} layers")
+    require(
+        0 <= options.layer < layers,
+        "layer",
+        f"0 to {layers - 1}",
+        options.layer,
+        f"there are {layers} layers",
+    )
     source = None if text is not None else fitted.held_out or load_data(fitted.config)[1].valid
     shown = route_text(fitted, text, options.tokens, source, options.unit)
     terminal = options.colour == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -89,7 +101,9 @@ def picture(page: Text, title: str) -> str:
     return console.export_svg(title=title, code_format=form, unique_id="routes")
 
 
-def render(fitted: FittedRun, shown: ShownText, layer: int, threshold: float, colour: bool, unit: int = 0) -> Text:
+def render(
+    fitted: FittedRun, shown: ShownText, layer: int, threshold: float, colour: bool, unit: int = 0
+) -> Text:
     """The text with a legend.
 
     Without colour, a letter for each expert stands under its token, in capitals if uncertain.
@@ -97,9 +111,12 @@ def render(fitted: FittedRun, shown: ShownText, layer: int, threshold: float, co
     choice = shown.hard_choice[layer].tolist()
     doubt = (probability_right(shown.concentration[layer]) < threshold).tolist()
     load = torch.bincount(shown.hard_choice[layer], minlength=len(fitted.experts)) / len(choice)
-    shares = [f"{name} {share:.1%}" for name, share in zip(fitted.experts, load.tolist(), strict=True)]
+    shares = [
+        f"{name} {share:.1%}" for name, share in zip(fitted.experts, load.tolist(), strict=True)
+    ]
     marked = (
-        f"{sum(doubt)} of {len(doubt)} tokens marked: the probability that their weight is the largest is below {threshold:g}"
+        f"{sum(doubt)} of {len(doubt)} tokens marked: the probability that their weight is "
+        f"the largest is below {threshold:g}"
     )
     if colour:
         legend = Text("  ").join(_paint(f" {share} ", e, False) for e, share in enumerate(shares))
@@ -108,10 +125,16 @@ def render(fitted: FittedRun, shown: ShownText, layer: int, threshold: float, co
         body = Text().join(_paint("".join(piece for piece, *_ in run), *kind) for kind, run in runs)
     else:
         marks = letters(fitted.experts)
-        legend = Text("  ".join(f"{mark}: {share}" for mark, share in zip(marks, shares, strict=True)))
+        legend = Text(
+            "  ".join(f"{mark}: {share}" for mark, share in zip(marks, shares, strict=True))
+        )
         letter = [marks[e].upper() if d else marks[e] for e, d in zip(choice, doubt, strict=True)]
         body = Text(_underlined(shown.pieces, letter))
-    of = f", {fitted.config.model.route_by.replace('_', ' ')} {unit}" if fitted.config.model.num_units > 1 else ""
+    of = (
+        f", {fitted.config.model.route_by.replace('_', ' ')} {unit}"
+        if fitted.config.model.num_units > 1
+        else ""
+    )
     return Text.assemble(f"layer {layer}{of}: ", legend, f"\n{marked}\n\n", body)
 
 
@@ -124,7 +147,10 @@ def shaded(shown: ShownText, by: Scale, colour: bool) -> Text:
         ValueError: the fit cannot say that number.
     """
     fix = {
-        "risk": "fit_risk of a patch, then save; of a run: python -m analysis.posterior RUN --parts risk",
+        "risk": (
+            "fit_risk of a patch, then save; of a run: python -m analysis.posterior RUN "
+            "--parts risk"
+        ),
         "foreign": "fit_evidence of a patch, then save; of a run: fit it again",
     }
     known = by.name in shown.numbers
@@ -133,7 +159,9 @@ def shaded(shown: ShownText, by: Scale, colour: bool) -> Text:
     steps = [f"{digit}: {step}" for digit, step in enumerate(by.steps())]
     if colour:
         legend = Text("  ").join(_shade(f" {step} ", s) for s, step in enumerate(steps))
-        runs = groupby(zip(map(printable, shown.pieces), shades, strict=True), key=lambda token: token[1])
+        runs = groupby(
+            zip(map(printable, shown.pieces), shades, strict=True), key=lambda token: token[1]
+        )
         body = Text().join(_shade("".join(piece for piece, _ in run), shade) for shade, run in runs)
     else:
         legend = Text("  ".join(steps))
@@ -149,14 +177,21 @@ def letters(experts: Sequence[str]) -> list[str]:
     """
     found: list[str] = []
     for name in experts:
-        free = (c for c in (*name.lower(), *ascii_lowercase) if c in ascii_lowercase and c not in found)
+        free = (
+            c for c in (*name.lower(), *ascii_lowercase) if c in ascii_lowercase and c not in found
+        )
         found.append(next(free, "?"))
     return found
 
 
 def printable(piece: str) -> str:
     """The piece without control characters: a text must not steer the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else " " if c == "\t" else "\u00b7" for c in piece) or "\u00b7"
+    return (
+        "".join(
+            c if c.isprintable() or c == "\n" else " " if c == "\t" else "\u00b7" for c in piece
+        )
+        or "\u00b7"
+    )
 
 
 def _paint(text: str, expert: int, doubt: bool) -> Text:

@@ -32,10 +32,31 @@ def add_run(parser: Parser) -> None:
 def add_fitted(parser: Parser) -> None:
     """Options that name what is opened, a run or a patch, and the text it is read on."""
     add_run(parser)
-    parser.add_argument("--text", type=Optional[Path], default=None, help="UTF-8 file to show (default: held-out text)")
-    parser.add_argument("--corpus", type=Optional[str], default=None, help="corpus whose held-out documents are read")
-    parser.add_argument("--base", type=Optional[str], default=None, help="of a patch: the model's folder or Hugging Face name")
     parser.add_argument(
-        "--gguf_file", "--gguf-file", type=Optional[str], default=None, help="of a patch: GGUF file of the base"
+        "--text",
+        type=Optional[Path],
+        default=None,
+        help="UTF-8 file to show (default: held-out text)",
     )
-    parser.add_argument("--context", type=Optional[int], default=None, help="of a patch: tokens of a window")
+    parser.add_argument(
+        "--corpus",
+        type=Optional[str],
+        default=None,
+        help="corpus whose held-out documents are read",
+    )
+    parser.add_argument(
+        "--base",
+        type=Optional[str],
+        default=None,
+        help="of a patch: the model's folder or Hugging Face name",
+    )
+    parser.add_argument(
+        "--gguf_file",
+        "--gguf-file",
+        type=Optional[str],
+        default=None,
+        help="of a patch: GGUF file of the base",
+    )
+    parser.add_argument(
+        "--context", type=Optional[int], default=None, help="of a patch: tokens of a window"
+    )

@@ -17,10 +17,18 @@ def run(options: Namespace) -> None:
     """Read, print what was found, write the report and say where it is."""
     text = read_text(options.text)
     examined = Examination(open_fitted(options, text))
-    with Progress("report", 1 if options.quick else 1 + len(diagnostics()), unit="part") as progress:
+    with Progress(
+        "report", 1 if options.quick else 1 + len(diagnostics()), unit="part"
+    ) as progress:
         examined.read(options.quick, progress)
         progress.say("drawing")
-        html = write_report(examined, text, options.tokens, options.quick, "" if options.text is None else options.text.name)
+        html = write_report(
+            examined,
+            text,
+            options.tokens,
+            options.quick,
+            "" if options.text is None else options.text.name,
+        )
     for verdict in examined.verdicts(options.quick):
         print(verdict)
     for reason in examined.left_out(options.quick):
@@ -37,6 +45,8 @@ def write_somewhere(out: Path, html: str) -> str:
         write_text(out, html)
         return str(out)
     except OSError as error:
-        with tempfile.NamedTemporaryFile("w", suffix=".html", delete=False, encoding="utf-8") as file:
+        with tempfile.NamedTemporaryFile(
+            "w", suffix=".html", delete=False, encoding="utf-8"
+        ) as file:
             file.write(html)
         return f"{file.name}, for {out} could not be written: {error.strerror or error}"

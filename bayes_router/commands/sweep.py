@@ -32,7 +32,15 @@ FACTORS = {
     "prior.temperature": (0.25, 0.5, 2.0, 4.0),
 }
 """What the sweep multiplies each knob by, one at a time."""
-SHOWN = ["prior_cost", "posterior_cost", "executed_cost", "nll_mean", "nll_hard", "route_information", "kl"]
+SHOWN = [
+    "prior_cost",
+    "posterior_cost",
+    "executed_cost",
+    "nll_mean",
+    "nll_hard",
+    "route_information",
+    "kl",
+]
 
 
 def run(options: Namespace) -> None:
@@ -50,7 +58,9 @@ def run(options: Namespace) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         write_text(options.out / "prior.toml", toml)
         targets = options.target_cost, options.target_entropy
-        draw_prior(draws, prior.cost_ratio, config.model.experts, options.out / "prior.png", *targets)
+        draw_prior(
+            draws, prior.cost_ratio, config.model.experts, options.out / "prior.png", *targets
+        )
     if options.run is not None and options.steps > 0:
         _sweep(config, options)
 
@@ -69,7 +79,12 @@ def _check(options: Namespace) -> None:
         require(not alone, name, "a target_cost beside it", options[name], "give --target-cost too")
     for name, least in (("samples", 1), ("steps", 0), ("seeds", 1), ("tokens", 1)):
         require(options[name] >= least, name, f"at least {least}", options[name])
-    require(options.context is None or options.context >= 1, "context", "at least 1 token", options.context)
+    require(
+        options.context is None or options.context >= 1,
+        "context",
+        "at least 1 token",
+        options.context,
+    )
     price_ok = options.price is None or options.price >= 0
     require(price_ok, "price", "0 or more nats per unit of cost", options.price)
     choose("refit", options.refit, Refit)
@@ -79,7 +94,11 @@ def _check(options: Namespace) -> None:
 
 def _starting_config(options: Namespace) -> Config:
     """The settings of the run or the preset, with the cost model and context of the options."""
-    config = preset(options.preset) if options.run is None else load_config(require_file(options.run, CONFIG))
+    config = (
+        preset(options.preset)
+        if options.run is None
+        else load_config(require_file(options.run, CONFIG))
+    )
     if options.cost is not None:
         cost = choose("cost", options.cost, CostModel).value
         config = replace(config, prior=replace(config.prior, cost=cost, cost_ratio=None))
@@ -97,7 +116,9 @@ def _solve(config: Config, options: Namespace) -> tuple[ComputeAwarePrior, Confi
     total, price = options.total_concentration, options.price or 0.0
     if total is None and options.target_entropy is None:
         total = config.prior.total_concentration
-    plain = replace(config.prior, layer_mean=None, layer_temperature=None, layer_total_concentration=None)
+    plain = replace(
+        config.prior, layer_mean=None, layer_temperature=None, layer_total_concentration=None
+    )
     ratios = build_prior(plain, config.model, 1, config.data.context).cost_ratio
     prior = ComputeAwarePrior.for_target_cost(
         ratios,
@@ -122,15 +143,22 @@ def _tables(prior: ComputeAwarePrior, config: Config, options: Namespace) -> dic
     """The settings to print, as TOML tables that `fit --config` reads over any preset."""
     started = _starting_config(options).prior
     settings = config.prior
-    table = {name: getattr(settings, name) for name in ("cost", "map", "temperature", "total_concentration", "price")}
+    table = {
+        name: getattr(settings, name)
+        for name in ("cost", "map", "temperature", "total_concentration", "price")
+    }
     if settings.cost_ratio is not None or settings.cost == CostModel.LATENCY.value:
-        table["cost_ratio"] = prior.cost_ratio.tolist()  # measured here: another machine would measure others
+        table["cost_ratio"] = (
+            prior.cost_ratio.tolist()
+        )  # measured here: another machine would measure others
     per_layer = {
         "layer_mean": prior.mean.tolist(),
         "layer_temperature": list(prior.temperature),
         "layer_total_concentration": list(prior.total_concentration),
     }
-    table |= {name: value for name, value in per_layer.items() if getattr(started, name) is not None}
+    table |= {
+        name: value for name, value in per_layer.items() if getattr(started, name) is not None
+    }
     uses_context = options.context is not None or settings.cost != CostModel.PAPER.value
     return {"prior": table} | ({"data": {"context": config.data.context}} if uses_context else {})
 
@@ -141,17 +169,24 @@ def _summary(prior: ComputeAwarePrior, draws: Tensor, config: Config) -> str:
     cost = draws.double() @ prior.cost_ratio.double()
     implied = {"cost": cost, "entropy (nats)": categorical_entropy(draws.double())}
     rows = {
-        name: [float(x) for x in values.quantile(torch.tensor(QUANTILES, dtype=torch.float64))] + [float(values.mean())]
+        name: [float(x) for x in values.quantile(torch.tensor(QUANTILES, dtype=torch.float64))]
+        + [float(values.mean())]
         for name, values in implied.items()
     }
     table = pd.DataFrame(rows, index=[*(f"{q:.0%}" for q in QUANTILES), "mean"]).T
-    ratios = ", ".join(f"{n} {r:.3f}" for n, r in zip(config.model.experts, prior.cost_ratio.tolist(), strict=True))
-    load = ", ".join(f"{n} {r:.1%}" for n, r in zip(config.model.experts, predictive.load.tolist(), strict=True))
+    ratios = ", ".join(
+        f"{n} {r:.3f}" for n, r in zip(config.model.experts, prior.cost_ratio.tolist(), strict=True)
+    )
+    load = ", ".join(
+        f"{n} {r:.1%}" for n, r in zip(config.model.experts, predictive.load.tolist(), strict=True)
+    )
     return (
         f"cost ratios ({config.prior.cost} at {config.data.context} tokens): {ratios}\n"
-        f"prior predictive: cost {predictive.cost:.4f}, expected entropy {predictive.expected_entropy:.4f} nats, "
+        f"prior predictive: cost {predictive.cost:.4f}, expected entropy "
+        f"{predictive.expected_entropy:.4f} nats, "
         f"entropy of mean {predictive.entropy_of_mean:.4f} nats\nload: {load}\n"
-        f"{len(draws):,} draws: cost {float(cost.mean()):.4f} +- {float(cost.std()) / len(cost) ** 0.5:.4f}; "
+        f"{len(draws):,} draws: cost {float(cost.mean()):.4f} +- "
+        f"{float(cost.std()) / len(cost) ** 0.5:.4f}; "
         "quantiles of a draw:\n" + table.to_string(float_format=lambda x: f"{x:.4f}")
     )
 
@@ -160,7 +195,9 @@ def _sweep(config: Config, options: Namespace) -> None:
     """Refit the run around the settings, one knob at a time; print, and draw where asked."""
     _, model = load_run(options.run, str(pick_device(options.device)))
     centre = knobs(config)
-    values = {name: [factor * centre[name] for factor in factors] for name, factors in FACTORS.items()}
+    values = {
+        name: [factor * centre[name] for factor in factors] for name, factors in FACTORS.items()
+    }
     frame = sweep_prior(
         replace(config, train=replace(config.train, device=options.device)),
         one_at_a_time(config, values),
@@ -171,11 +208,20 @@ def _sweep(config: Config, options: Namespace) -> None:
         eval_tokens=options.tokens,
         progress=True,
     )
-    shown = frame.groupby(list(centre), sort=False)[SHOWN].mean().reset_index().rename(columns=lambda c: c.split(".")[-1])
-    title = (
-        f"posterior after {options.steps} steps of {options.refit}, mean of {options.seeds} seeds, {options.tokens:,} tokens:"
+    shown = (
+        frame.groupby(list(centre), sort=False)[SHOWN]
+        .mean()
+        .reset_index()
+        .rename(columns=lambda c: c.split(".")[-1])
     )
-    print("\n" + _comment(title + "\n" + shown.to_string(index=False, float_format=lambda x: f"{x:.4f}")))
+    title = (
+        f"posterior after {options.steps} steps of {options.refit}, mean of {options.seeds} "
+        f"seeds, {options.tokens:,} tokens:"
+    )
+    print(
+        "\n"
+        + _comment(title + "\n" + shown.to_string(index=False, float_format=lambda x: f"{x:.4f}"))
+    )
     if options.out is not None:
         write_text(options.out / "sweep.csv", frame.to_csv(index=False))
         draw_sweep(frame, centre, options.out / "sweep.png")

@@ -1,7 +1,10 @@
-"""Was this text read before? A sketch of a text that knows its own passages again and gives none of them away.
+"""Was this text read before?
 
-Every 16 neighbouring tokens have a hash; the sketch keeps the smallest of all. Text of which passages
-were in the first shows the same numbers below the largest that was kept; other text shows others.
+A sketch of a text that knows its own passages again and gives none of them away.
+
+Every 16 neighbouring tokens have a hash; the sketch keeps the smallest of all. Text of which
+passages were in the first shows the same numbers below the largest that was kept; other text shows
+others.
 """
 
 from collections.abc import Collection
@@ -15,7 +18,10 @@ LEAST_SEEN = 3  # passages: fewer may be quotations
 
 
 def fingerprint(tokens: Tensor, kept: int = KEPT) -> tuple[int, ...]:
-    """The `kept` smallest hashes of token ids [N], ascending; () of a text shorter than a passage."""
+    """The `kept` smallest hashes of token ids [N], ascending.
+
+    ) of a text shorter than a passage.
+    """
     found = torch.empty(0, dtype=torch.int64)
     for start in range(0, len(tokens) - LENGTH + 1, AT_A_TIME):
         part = tokens[start : start + AT_A_TIME + LENGTH - 1].to("cpu", torch.int64)
@@ -24,7 +30,9 @@ def fingerprint(tokens: Tensor, kept: int = KEPT) -> tuple[int, ...]:
 
 
 def seen_before(tokens: Tensor, sketch: Collection[int]) -> float:
-    """About which share of the passages of token ids [N] are in the text that `sketch` is the fingerprint of."""
+    """About which share of the passages of token ids [N] are in the text that `sketch` is the
+    fingerprint of.
+    """
     if not sketch or len(tokens) < LENGTH:
         return 0.0
     hashes = _hashes(tokens.to("cpu", torch.int64)).unique()

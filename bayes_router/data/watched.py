@@ -20,7 +20,15 @@ class WatchedSource:
         """Number of token ids."""
         return self.source.vocab_size
 
-    def batch(self, step: int, batch_size: int, context: int, seed: int, rank: int = 0, world_size: int = 1) -> Batch:
+    def batch(
+        self,
+        step: int,
+        batch_size: int,
+        context: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Batch:
         """See `TokenSource.batch`."""
         return self.source.batch(step, batch_size, context, seed, rank, world_size)
 

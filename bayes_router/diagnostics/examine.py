@@ -21,7 +21,11 @@ from bayes_router.diagnostics.measures.calibration import (
     CalibrationThresholds,
     routing_regret,
 )
-from bayes_router.diagnostics.measures.collapse import CollapseSummary, CollapseThresholds, collapse_over_training
+from bayes_router.diagnostics.measures.collapse import (
+    CollapseSummary,
+    CollapseThresholds,
+    collapse_over_training,
+)
 from bayes_router.diagnostics.measures.importance import FitThresholds
 from bayes_router.diagnostics.measures.uncertainty import UncertaintySummary, kinds_of_vocabulary
 from bayes_router.diagnostics.measures.verdict import Verdict
@@ -69,7 +73,13 @@ class Thresholds:
 
 
 PATCHED = Effort(
-    regret_sequences=16, guide_sequences=2, guide_draws=100, gap_sequences=1, gap_length=64, gap_steps=20, noisy_sequences=4
+    regret_sequences=16,
+    guide_sequences=2,
+    guide_draws=100,
+    gap_sequences=1,
+    gap_length=64,
+    gap_steps=20,
+    noisy_sequences=4,
 )
 """Of a pretrained model, whose passes cost far more than those of a small one."""
 
@@ -77,7 +87,8 @@ PATCHED = Effort(
 class Examination:
     """The diagnostics of a run on held-out text, each computed when it is first asked for.
 
-    Verdicts, figures to quote and reports hold what could be computed; `left_out` says what could not, and why.
+    Verdicts, figures to quote and reports hold what could be computed; `left_out` says what could
+    not, and why.
 
     Args:
         run: the run.
@@ -107,7 +118,9 @@ class Examination:
         if part not in self._failed:
             try:
                 return getattr(self, part)
-            except Exception as error:  # of whatever kind: a package that is missing, memory that ends
+            except (
+                Exception
+            ) as error:  # of whatever kind: a package that is missing, memory that ends
                 self.leave_out(part, error)
         return None
 
@@ -170,15 +183,26 @@ class Examination:
         if not path.is_file():
             return pd.DataFrame()
         try:
-            return collapse_over_training(pd.read_csv(path), self.run.experts, self.thresholds.collapse)
-        except (ValueError, LookupError, TypeError, OSError) as error:  # whatever a damaged table makes pandas say
-            raise ValueError(f"{path}: expected the metrics of this run; it is damaged; {one_line(error)}") from error
+            return collapse_over_training(
+                pd.read_csv(path), self.run.experts, self.thresholds.collapse
+            )
+        except (
+            ValueError,
+            LookupError,
+            TypeError,
+            OSError,
+        ) as error:  # whatever a damaged table makes pandas say
+            raise ValueError(
+                f"{path}: expected the metrics of this run; it is damaged; {one_line(error)}"
+            ) from error
 
     @cached_property
     def regret(self) -> pd.DataFrame:
         """`routing_regret`."""
         batches = self.rows(self.effort.regret_sequences)
-        return routing_regret(self.run.model, batches, self.effort.regret_per_sequence, causal=self.run.causal)
+        return routing_regret(
+            self.run.model, batches, self.effort.regret_per_sequence, causal=self.run.causal
+        )
 
     def result(self, name: str) -> Any:
         """What the registered diagnostic `name` found, read when it is first asked for.
@@ -191,7 +215,10 @@ class Examination:
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name not in diagnostics():
-            raise AttributeError(f"{type(self).__name__} has no {name!r}: neither its own nor a registered diagnostic")
+            raise AttributeError(
+                f"{type(self).__name__} has no {name!r}: neither its own nor a registered "
+                f"diagnostic"
+            )
         return self.result(name)
 
     def found(self) -> Iterator[tuple[Diagnostic, Any]]:
@@ -219,19 +246,40 @@ class Examination:
         if training is None:
             found.append(f"over training, cost against nll: {self._failed['training']}")
         elif not len(training):
-            kept = "a patch keeps no log of evaluations" if self.run.patched else f"the run has no {METRICS}"
+            kept = (
+                "a patch keeps no log of evaluations"
+                if self.run.patched
+                else f"the run has no {METRICS}"
+            )
             found.append(f"over training, cost against nll: {kept}")
         if experts != 3:
-            found.append(f"posteriors on the simplex: a triangle has three corners, and there are {experts} experts")
+            found.append(
+                f"posteriors on the simplex: a triangle has three corners, and there are {experts} "
+                f"experts"
+            )
         if quick:
-            found.append("guide, amortisation, calibration, other text: they need more than one reading (--quick)")
+            found.append(
+                "guide, amortisation, calibration, other text: they need more than one reading "
+                "(--quick)"
+            )
         if self.run.tokeniser is None:
-            of = "the patched model came without a tokenizer" if self.run.patched else "the tokens of recall are no text"
+            of = (
+                "the patched model came without a tokenizer"
+                if self.run.patched
+                else "the tokens of recall are no text"
+            )
             found.append(f"kinds of token{'' if quick else ', other text'}: {of}")
         if not self.run.causal and not quick:
-            found.append("guide of a prefix, other text: an encoder reads both sides and predicts hidden tokens alone")
+            found.append(
+                "guide of a prefix, other text: an encoder reads both sides and predicts hidden "
+                "tokens alone"
+            )
         titles = {name: diagnostic.title for name, diagnostic in diagnostics().items()}
-        failed = {titles.get(part, part): reason for part, reason in self._failed.items() if part != "training"}
+        failed = {
+            titles.get(part, part): reason
+            for part, reason in self._failed.items()
+            if part != "training"
+        }
         return found + [f"{name}: {reason}" for name, reason in failed.items()]
 
     def figures(self) -> pd.Series:

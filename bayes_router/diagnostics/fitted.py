@@ -2,7 +2,8 @@
 
 The model, its prior at the end of training, and the Pyro pair of program and guide.
 
-Of a run folder (`load_fitted`) or of a patched pretrained model (`fitted_patch`): diagnostics read both alike.
+Of a run folder (`load_fitted`) or of a patched pretrained model (`fitted_patch`): diagnostics read
+both alike.
 """
 
 from dataclasses import dataclass
@@ -62,14 +63,19 @@ class FittedRun:
         """
         if self.patched:
             return self.own_tokeniser
-        return None if self.config.data.corpus == "recall" else load_tokeniser(self.config.data.tokeniser)
+        return (
+            None
+            if self.config.data.corpus == "recall"
+            else load_tokeniser(self.config.data.tokeniser)
+        )
 
 
 def load_fitted(run: Path | str, device: str = "cpu") -> FittedRun:
     """Read a run folder.
 
     Raises:
-        ValueError: a file is missing or damaged, or the weights hold no controller: there is no posterior to look at.
+        ValueError: a file is missing or damaged, or the weights hold no controller: there is no
+            posterior to look at.
     """
     run = Path(run)
     weights = require_file(run, WEIGHTS)
@@ -77,20 +83,32 @@ def load_fitted(run: Path | str, device: str = "cpu") -> FittedRun:
         with safe_open(weights, framework="pt") as file:
             guided = any(name.startswith("controller.") for name in file.keys())  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{weights}: expected the weights of a run; the file is damaged: {error}") from error
-    require(guided, "run", f"a fitted guide (weights controller.* in {WEIGHTS})", str(run), "fit it with `bayes-router fit`")
+        raise ValueError(
+            f"{weights}: expected the weights of a run; the file is damaged: {error}"
+        ) from error
+    require(
+        guided,
+        "run",
+        f"a fitted guide (weights controller.* in {WEIGHTS})",
+        str(run),
+        "fit it with `bayes-router fit`",
+    )
     config, model = load_run(run, device)
     program, guide, prior, kl_weight = build_program(config, model)
     return FittedRun(run, config, model, prior, program, guide, kl_weight)
 
 
-def build_program(config: Config, model: RoutedLanguageModel) -> tuple[RoutingModel, RoutingGuide, ComputeAwarePrior, float]:
+def build_program(
+    config: Config, model: RoutedLanguageModel
+) -> tuple[RoutingModel, RoutingGuide, ComputeAwarePrior, float]:
     """Program and guide under the prior of the last training step.
 
     With the compute-aware prior and the KL weight there.
     """
     prior = build_prior(config.prior, config.model, config.model.num_layers, config.data.context)
-    schedule = Schedule(config.schedule, prior, config.train.steps, config.model.experts, config.prior.price)
+    schedule = Schedule(
+        config.schedule, prior, config.train.steps, config.model.experts, config.prior.price
+    )
     end = schedule.at(config.train.steps - 1)
     cost_ratio = prior.cost_ratio.to(next(model.parameters()).device)
     program = RoutingModel(model.network, end.concentration, cost_ratio, end.price)
@@ -111,11 +129,13 @@ def fitted_patch(
     """A patched language model as diagnostics read it.
 
     Args:
-        router: what `bayes_router.patch` or `load_patch` returned, of a model with a language-modelling head, a masked one
-            for an encoder.
-        held_out: text that `fit` did not read; for an encoder with tokens hidden, as `fit` holds it out.
+        router: what `bayes_router.patch` or `load_patch` returned, of a model with a
+            language-modelling head, a masked one for an encoder.
+        held_out: text that `fit` did not read; for an encoder with tokens hidden, as `fit` holds it
+            out.
         context: tokens of a window of it.
-        tokeniser: the model's; without one, token ids are shown and diagnostics that need text are left out.
+        tokeniser: the model's; without one, token ids are shown and diagnostics that need text are
+            left out.
         path: folder of the patch, for the heading.
         name: of the text, for the heading.
         tokens: read at most.
@@ -126,7 +146,8 @@ def fitted_patch(
     require(
         getattr(router, "predicts", False),
         "model",
-        "a patched language model with its head: diagnostics read how routes change the tokens that it predicts",
+        "a patched language model with its head: diagnostics read how routes change the tokens "
+        "that it predicts",
         type(router.model).__name__,
         "of torch modules and models without a head read statistics() and kl() after a pass",
     )

@@ -33,15 +33,19 @@ class Reading(NamedTuple):
         Said a token before, or where it was hidden.
         """
         nll = self.nll.masked_fill(self.targets == IGNORED, torch.nan)
-        return torch.cat([torch.full_like(nll[:, :1], torch.nan), nll[:, :-1]], 1) if causal else nll
+        return (
+            torch.cat([torch.full_like(nll[:, :1], torch.nan), nll[:, :-1]], 1) if causal else nll
+        )
 
 
 @torch.no_grad()
-def read(model: RoutedLanguageModel, batches: Iterator[Batch], mode: RoutingMode = RoutingMode.HARD) -> Iterator[Reading]:
+def read(
+    model: RoutedLanguageModel, batches: Iterator[Batch], mode: RoutingMode = RoutingMode.HARD
+) -> Iterator[Reading]:
     """Run `model` over batches one at a time; nothing is kept between them.
 
-    The posterior of a layer depends on the routes executed below it, so `mode` says along which path it is read: HARD is
-    what is deployed.
+    The posterior of a layer depends on the routes executed below it, so `mode` says along which
+    path it is read: HARD is what is deployed.
     """
     device = next(model.parameters()).device
     for batch in batches:
@@ -58,7 +62,9 @@ def windows(source: TokenSource, config: Config, limit: int | None = None) -> It
     At most `limit` tokens, by default the run's eval_tokens.
     """
     context = config.data.context
-    return source.windows(context, config.train.batch_size, max(limit or config.data.eval_tokens, context))
+    return source.windows(
+        context, config.train.batch_size, max(limit or config.data.eval_tokens, context)
+    )
 
 
 def text_windows(
@@ -68,8 +74,8 @@ def text_windows(
 
     Every token is in exactly one.
 
-    The last token of all has nothing to predict, so its target is not scored; for an encoder, from which nothing is hidden
-    here, none is.
+    The last token of all has nothing to predict, so its target is not scored; for an encoder, from
+    which nothing is hidden here, none is.
 
     Raises:
         ValueError: an empty text, or one that is not UTF-8.
@@ -77,10 +83,16 @@ def text_windows(
     try:
         text.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"text: expected UTF-8; got an invalid byte at {error.start}; convert the file") from error
+        raise ValueError(
+            f"text: expected UTF-8; got an invalid byte at {error.start}; convert the file"
+        ) from error
     ids = torch.from_numpy(tokeniser.encode(text).astype("int64"))[:limit]
-    require(len(ids) > 0, "text", "at least one token", "an empty text", "name a file with text in it")
-    targets = torch.cat([ids[1:], ids.new_tensor([IGNORED])]) if causal else torch.full_like(ids, IGNORED)
+    require(
+        len(ids) > 0, "text", "at least one token", "an empty text", "name a file with text in it"
+    )
+    targets = (
+        torch.cat([ids[1:], ids.new_tensor([IGNORED])]) if causal else torch.full_like(ids, IGNORED)
+    )
     pairs = zip(ids.split(context), targets.split(context), strict=True)
     return (Batch(part[None], target[None]) for part, target in pairs)
 
@@ -96,7 +108,9 @@ def pieces(ids: list[int], tokeniser: Tokeniser | None) -> list[str]:
     for token in ids:
         pending.append(token)
         text = tokeniser.decode(pending)
-        whole = not text.endswith("\ufffd") or len(pending) > 3  # no character has more than 4 bytes
+        whole = (
+            not text.endswith("\ufffd") or len(pending) > 3
+        )  # no character has more than 4 bytes
         shown.append(text if whole else "")
         pending = [] if whole else pending
     if pending:

@@ -49,7 +49,11 @@ class ShownText(NamedTuple):
 
 
 def route_text(
-    run: FittedRun, text: bytes | None = None, limit: int = SHOWN_TOKENS, source: Any = None, unit: int = 0
+    run: FittedRun,
+    text: bytes | None = None,
+    limit: int = SHOWN_TOKENS,
+    source: Any = None,
+    unit: int = 0,
 ) -> ShownText:
     """Read a text, or the first held-out windows of the run, window by window.
 
@@ -61,21 +65,34 @@ def route_text(
         unit: of routing, that is shown.
 
     Raises:
-        ValueError: a unit that the run has not, an empty text, one that is not UTF-8, or text for a run whose tokens are none.
+        ValueError: a unit that the run has not, an empty text, one that is not UTF-8, or text for a
+            run whose tokens are none.
     """
     require(limit >= 1, "limit", "at least one token", limit)
     units = run.config.model.num_units
-    require(0 <= unit < units, "unit", f"0 to {units - 1}", unit, f"the fit routes by {run.config.model.route_by}")
+    require(
+        0 <= unit < units,
+        "unit",
+        f"0 to {units - 1}",
+        unit,
+        f"the fit routes by {run.config.model.route_by}",
+    )
     context = run.config.data.context
     if text is None:
         require(source is not None, "source", "held-out data where no text is given", None)
         shown = -(-limit // context) * context  # whole windows
         batches: Iterator[Batch] = (
-            Batch(t[None], y[None]) for b in source.windows(context, 8, shown) for t, y in zip(*b, strict=True)
+            Batch(t[None], y[None])
+            for b in source.windows(context, 8, shown)
+            for t, y in zip(*b, strict=True)
         )
     else:
         tokeniser = run.tokeniser
-        of = "a patched model without its tokenizer" if run.patched else "a run on recall, whose tokens are no text"
+        of = (
+            "a patched model without its tokenizer"
+            if run.patched
+            else "a run on recall, whose tokens are no text"
+        )
         require(tokeniser is not None, "text", "a fit on text", of)
         assert tokeniser is not None
         batches = text_windows(text, tokeniser, context, limit, run.causal)
@@ -96,7 +113,10 @@ def route_text(
 
 @torch.no_grad()
 def token_numbers(model: Any, tokens: Tensor) -> dict[str, Tensor]:
-    """Risk [T] and how foreign each of tokens [1, T] is, as far as the fit kept what they need; one more pass."""
+    """Risk [T] and how foreign each of tokens [1, T] is, as far as the fit kept what they need.
+
+    One more pass.
+    """
     controller, found = model.controller, dict[str, Tensor]()
     if controller.risk is None and controller.evidence is None:
         return found
@@ -114,7 +134,9 @@ def token_numbers(model: Any, tokens: Tensor) -> dict[str, Tensor]:
 
 def _kl(run: FittedRun, layer: int, q: Tensor, unit: int) -> Tensor:
     """KL of one unit's posteriors [N, E] to its prior, [N]."""
-    return kl_to_prior(run.program, layer, q[:, None].expand(-1, run.config.model.num_units, -1))[:, unit]
+    return kl_to_prior(run.program, layer, q[:, None].expand(-1, run.config.model.num_units, -1))[
+        :, unit
+    ]
 
 
 def layer_tables(run: FittedRun, shown: ShownText, unit: int = 0) -> list[dict[str, Any]]:
@@ -154,7 +176,8 @@ def figures(examined: Examination, shown: ShownText, quick: bool) -> list[dict[s
     run, layers = examined.run, examined.collapse.layers()
     experts = run.experts
     found = [("Load by layer", "Share of held-out tokens on each expert, the route executed.",
-              lambda: posterior_plots.plot_load_by_layer(layers, experts, tall(len(layers))))]  # fmt: skip
+              lambda: posterior_plots.plot_load_by_layer(layers, experts,
+                  tall(len(layers))))]  # fmt: skip
     if run.config.model.num_units > 1:
         found += _of_units(examined.collapse.units(), run)
     if len(experts) == 3:
@@ -163,8 +186,10 @@ def figures(examined: Examination, shown: ShownText, quick: bool) -> list[dict[s
             torch.manual_seed(0)
             prior = run.program.token_prior(layer).sample(torch.Size([250])).flatten(0, -2)
         found.append(
-            (f"Posteriors on the simplex, layer {layer}", "Draws from the posteriors of the tokens below, and from the prior.",
-             lambda: posterior_plots.plot_simplex_density(shown.concentration[layer], prior, experts))
+            (f"Posteriors on the simplex, layer {layer}",
+                ("Draws from the posteriors of the " "tokens below, and from the prior."),
+             lambda: posterior_plots.plot_simplex_density(shown.concentration[layer], prior,
+                 experts))
         )  # fmt: skip
     positions, few = few_layers(examined.uncertainty.positions())
     found.append(
@@ -177,20 +202,34 @@ def figures(examined: Examination, shown: ShownText, quick: bool) -> list[dict[s
     kinds, few = few_layers(examined.uncertainty.kinds_frame())
     if len(kinds):
         caption = f"Mean over held-out text{few}."
-        found.append(("Uncertainty by kind of token", caption, lambda: posterior_plots.plot_by_kind(kinds)))
+        found.append(
+            ("Uncertainty by kind of token", caption, lambda: posterior_plots.plot_by_kind(kinds))
+        )
     training = examined.attempt("training")
     if training is not None and len(training):
         found.append(("Over training", "Filled where a collapse was raised.",
                       lambda: posterior_plots.plot_collapse_over_training(training)))  # fmt: skip
         metrics = pd.read_csv(run.path / "metrics.csv")
-        found.append(("Cost against nll", "One point an evaluation, joined in time.", lambda: plots.plot_cost(metrics)))
+        found.append(
+            (
+                "Cost against nll",
+                "One point an evaluation, joined in time.",
+                lambda: plots.plot_cost(metrics),
+            )
+        )
     if not quick:
-        found += [plot for diagnostic, result in examined.found() for plot in diagnostic.plots(examined, result)]
+        found += [
+            plot
+            for diagnostic, result in examined.found()
+            for plot in diagnostic.plots(examined, result)
+        ]
     drawn = []
     for title, caption, draw in found:
         try:
             drawn.append({"title": title, "caption": caption, "image": figure(draw)})
-        except Exception as error:  # of whatever kind: the other figures and the text are worth more than it
+        except (
+            Exception
+        ) as error:  # of whatever kind: the other figures and the text are worth more than it
             examined.leave_out(f"figure '{title}'", error)
     return drawn
 
@@ -202,7 +241,8 @@ def _of_units(units: pd.DataFrame, run: FittedRun) -> list[tuple[str, str, Calla
     return [
         (f"Heads on {dearest}", f"Share of held-out tokens on {dearest}, the route executed.",
          lambda: posterior_plots.plot_units(units, load, f"share on {dearest}")),
-        ("What the token decides", "Route information: 0 where a unit takes one route whatever the token.",
+        ("What the token decides",
+            ("Route information: 0 where a unit takes one route whatever " "the token."),
          lambda: posterior_plots.plot_units(units, information, "nats")),
     ]  # fmt: skip
 
@@ -223,7 +263,11 @@ def few_layers(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
 
 
 def write_report(
-    examined: Examination, text: bytes | None = None, limit: int = SHOWN_TOKENS, quick: bool = False, name: str = ""
+    examined: Examination,
+    text: bytes | None = None,
+    limit: int = SHOWN_TOKENS,
+    quick: bool = False,
+    name: str = "",
 ) -> str:
     """The report of a run as HTML.
 
@@ -231,7 +275,8 @@ def write_report(
         examined: the diagnostics of the run.
         text: UTF-8 to show; None shows held-out text of the run.
         limit: tokens shown at most; the page was tried with 20,000.
-        quick: leave out what needs more than one reading of the text (guide, calibration, other text).
+        quick: leave out what needs more than one reading of the text (guide, calibration, other
+            text).
         name: of the text, for the heading.
 
     Raises:
@@ -260,11 +305,17 @@ def write_report(
             if one.name in shown.numbers
         ],
     }
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("bayes_router.diagnostics", "."), autoescape=True)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("bayes_router.diagnostics", "."), autoescape=True
+    )
     layers = examined.collapse.layers()
     drawn = figures(examined, shown, quick)
     numbers = [] if quick else [(str(k), f"{v:.3f}") for k, v in examined.figures().items()]
-    summary = layers.join(examined.uncertainty.layers()[["entropy_of_mean", "mutual_information", "probability_right"]])
+    summary = layers.join(
+        examined.uncertainty.layers()[
+            ["entropy_of_mean", "mutual_information", "probability_right"]
+        ]
+    )
     return environment.get_template(TEMPLATE).render(
         run=str(run.path),
         text_name=name or f"held-out text of {run.config.data.corpus}",
@@ -281,4 +332,7 @@ def write_report(
 
 
 def _rows(frame: pd.DataFrame) -> Sequence[tuple[str, list[str]]]:
-    return [(str(index), [f"{value:.3f}" for value in row]) for index, row in zip(frame.index, frame.to_numpy(), strict=True)]
+    return [
+        (str(index), [f"{value:.3f}" for value in row])
+        for index, row in zip(frame.index, frame.to_numpy(), strict=True)
+    ]

@@ -17,7 +17,9 @@ class Scale(NamedTuple):
 
     def shades(self, values: Tensor) -> list[int]:
         """Of values [N]."""
-        found: list[int] = torch.bucketize(values.double(), torch.tensor(self.edges, dtype=torch.float64)).tolist()
+        found: list[int] = torch.bucketize(
+            values.double(), torch.tensor(self.edges, dtype=torch.float64)
+        ).tolist()
         return found
 
     def steps(self) -> list[str]:
@@ -28,7 +30,11 @@ class Scale(NamedTuple):
 
 SCALES = (
     Scale("risk", (0.001, 0.01, 0.03, 0.1), "estimated KL(unrouted || routed), nats"),
-    Scale("foreign", (0.5, 1.0, 2.0, 4.0), "nats by which log evidence of the last tokens lies below the fit's budget"),
+    Scale(
+        "foreign",
+        (0.5, 1.0, 2.0, 4.0),
+        "nats by which log evidence of the last tokens lies below the fit's budget",
+    ),
 )
 """Edges fixed, so that shades of two texts compare."""
 

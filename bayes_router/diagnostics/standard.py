@@ -50,7 +50,10 @@ def _k_hat(examined: Any) -> pd.DataFrame:
 
 def _k_hat_numbers(examined: Any, frame: pd.DataFrame) -> dict[str, float]:
     median = frame.groupby(["target", "length"], as_index=False)["k_hat"].median()
-    values = {f"k-hat, {row.target}, {row.length} tokens (median)": row.k_hat for row in median.itertuples()}
+    values = {
+        f"k-hat, {row.target}, {row.length} tokens (median)": row.k_hat
+        for row in median.itertuples()
+    }
     joint = frame[frame["target"] == "joint"].dropna(axis=1)
     last = joint.groupby("length").mean(numeric_only=True).iloc[-1]
     bounds = [name for name in last.index if name.startswith("bound_")]
@@ -60,7 +63,9 @@ def _k_hat_numbers(examined: Any, frame: pd.DataFrame) -> dict[str, float]:
 def _k_hat_plots(examined: Any, frame: pd.DataFrame) -> Sequence[Plot]:
     caption = "Below the line its draws can be reweighted to the posterior."
     limit = examined.thresholds.fit.k_hat
-    return [Plot("Guide against the exact joint", caption, lambda: figures.plot_k_hat(frame, limit))]
+    return [
+        Plot("Guide against the exact joint", caption, lambda: figures.plot_k_hat(frame, limit))
+    ]
 
 
 class Gaps(NamedTuple):
@@ -76,13 +81,18 @@ def _gaps(examined: Any) -> Gaps:
     tokens, targets = (torch.cat(column)[:, : effort.gap_length] for column in columns)
 
     def gap(weight: float) -> AmortisationGap:
-        return amortisation_gap(run.program, run.guide, tokens, targets, kl_weight=weight, steps=effort.gap_steps)
+        return amortisation_gap(
+            run.program, run.guide, tokens, targets, kl_weight=weight, steps=effort.gap_steps
+        )
 
     return Gaps(gap(run.kl_weight), gap(1.0))
 
 
 def _gap_numbers(examined: Any, gaps: Gaps) -> dict[str, float]:
-    return {f"amortisation gap, {name} (KL weight {gap.kl_weight:g})": gap.gap for name, gap in gaps._asdict().items()}
+    return {
+        f"amortisation gap, {name} (KL weight {gap.kl_weight:g})": gap.gap
+        for name, gap in gaps._asdict().items()
+    }
 
 
 def _calibration(examined: Any) -> Calibration:
@@ -103,7 +113,9 @@ def _calibration_numbers(examined: Any, c: Calibration) -> dict[str, float]:
     values |= {f"... all on {name}": losses[f"loss_{name}"].mean() for name in experts}
     return values | {
         "mean regret (nats)": regret["regret"].mean(),
-        "rank correlation of entropy and regret": rank_correlation(regret["entropy_of_mean"], regret["regret"]),
+        "rank correlation of entropy and regret": rank_correlation(
+            regret["entropy_of_mean"], regret["regret"]
+        ),
     }
 
 
@@ -178,7 +190,13 @@ register_diagnostic(
         "stability",
         "stability",
         _stability,
-        numbers=lambda examined, frame: {"routes that flip under noise of 0.1": frame["flips"].mean()},
+        numbers=lambda examined, frame: {
+            "routes that flip under noise of 0.1": frame["flips"].mean()
+        },
     )
 )
-register_diagnostic(Diagnostic("other_text", "other text", _other_text, _other_verdicts, _other_numbers, _other_plots))
+register_diagnostic(
+    Diagnostic(
+        "other_text", "other text", _other_text, _other_verdicts, _other_numbers, _other_plots
+    )
+)

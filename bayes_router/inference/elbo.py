@@ -37,7 +37,10 @@ UNCHECKED = dict.fromkeys(
     ),
     False,
 )
-"""Pyro's and torch's checks of values wait for the device, several times a layer; here the program is known to be right."""
+"""Pyro's and torch's checks of values wait for the device, several times a layer.
+
+Here the program is known to be right.
+"""
 
 
 class Tempered(nn.Module):
@@ -94,9 +97,10 @@ class RoutingELBO(TraceMeanField_ELBO):
 
     See `LossTerms`.
 
-    Without a weight it is TraceMeanField_ELBO in value and gradient, nats of the batch, whatever the
-    model and the guide; with kl_weight 1 it is that divided by B T. For Dirichlet routes under a
-    (tilted) Dirichlet prior, and no other latent, it is computed without what Pyro's estimator does
+    Without a weight it is TraceMeanField_ELBO in value and gradient, nats of the batch, whatever
+    the model and the guide; with kl_weight 1 it is that divided by B T. For Dirichlet routes under
+    a (tilted) Dirichlet prior, and no other latent, it is computed without what Pyro's estimator
+    does
     besides: log densities of the routes, which the analytic KL replaces, one KL a site, and waiting
     for the device twice a step (a CUDA graph can hold the step). Anything else is left to Pyro's
     estimator, the KL of every latent weighted alike.
@@ -105,7 +109,8 @@ class RoutingELBO(TraceMeanField_ELBO):
     in them carries weight 1.
 
     Args:
-        kl_weight: of the KL, the loss then in nats per token; None: the literal ELBO, nats of the batch.
+        kl_weight: of the KL, the loss then in nats per token; None: the literal ELBO, nats of the
+            batch.
         settings: of Pyro's estimator: num_particles, vectorize_particles, ...
 
     Raises:
@@ -129,18 +134,28 @@ class RoutingELBO(TraceMeanField_ELBO):
         self._kl_weight, self.per_token = float(kl_weight), True
         self._weight: float | Tensor = self._kl_weight if on_device is None else on_device
 
-    def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+    def loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> float:
         """The loss, without its gradient."""
         with torch.no_grad():
             return float(self.differentiable_loss(model, guide, *args, **kwargs))
 
-    def differentiable_loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+    def differentiable_loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
         """The loss, [], with its gradient; the mean over particles."""
         with self._collecting() as terms:
-            losses = [self._particle(p, q, terms) for p, q in self._get_traces(model, guide, args, kwargs)]
-        return losses[0] if self.num_particles == 1 else torch.stack(losses).sum() / self.num_particles
+            losses = [
+                self._particle(p, q, terms) for p, q in self._get_traces(model, guide, args, kwargs)
+            ]
+        return (
+            losses[0] if self.num_particles == 1 else torch.stack(losses).sum() / self.num_particles
+        )
 
-    def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+    def loss_and_grads(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> float:
         """The loss; its gradient is added to the parameters, particle by particle."""
         total = 0.0
         with self._collecting() as terms:
@@ -156,7 +171,9 @@ class RoutingELBO(TraceMeanField_ELBO):
         """The terms of each particle; their mean is kept in the end."""
         terms: list[LossTerms] = []
         yield terms
-        nll, kl = (sum(parts[1:], parts[0]) for parts in zip(*((t.nll, t.kl) for t in terms), strict=True))
+        nll, kl = (
+            sum(parts[1:], parts[0]) for parts in zip(*((t.nll, t.kl) for t in terms), strict=True)
+        )
         if self.num_particles > 1:
             nll, kl = nll / self.num_particles, kl / self.num_particles
         self.terms = LossTerms(nll, kl, -(nll + kl))
@@ -171,7 +188,9 @@ class RoutingELBO(TraceMeanField_ELBO):
         else:
             guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
             with Literal(self.kl_weight):
-                model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+                model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(
+                    *args, **kwargs
+                )
         model_trace, guide_trace = (
             prune_subsample_sites(model_trace),
             prune_subsample_sites(guide_trace),
@@ -192,7 +211,9 @@ class RoutingELBO(TraceMeanField_ELBO):
         tokens = torch.Size(model_trace.nodes[routes[0]]["fn"].batch_shape[-2:]).numel()
         if _stackable(model_trace, guide_trace, routes):
             observed = model_trace.nodes[TARGETS]
-            nll = -_unmasked(observed, observed["fn"].log_prob(observed["value"])).sum() * (1 / tokens)
+            nll = -_unmasked(observed, observed["fn"].log_prob(observed["value"])).sum() * (
+                1 / tokens
+            )
             kl = _stacked_kl(model_trace, guide_trace, routes)
         else:
             nll, kl = self._by_pyro(model_trace, guide_trace, 1 / tokens)
@@ -202,7 +223,9 @@ class RoutingELBO(TraceMeanField_ELBO):
         loss = nll + weighted
         return loss if self.per_token else loss * tokens
 
-    def _by_pyro(self, model_trace: Trace, guide_trace: Trace, scale: float) -> tuple[Tensor, Tensor]:
+    def _by_pyro(
+        self, model_trace: Trace, guide_trace: Trace, scale: float
+    ) -> tuple[Tensor, Tensor]:
         """Nll and KL by Pyro's estimator."""
         model_trace.compute_log_prob()
         guide_trace.compute_score_parts()
@@ -215,13 +238,19 @@ class RoutingELBO(TraceMeanField_ELBO):
 
 
 def _check_weight(kl_weight: float) -> None:
-    require(kl_weight > 0, "kl_weight", "a positive number", kl_weight, "a tiny one stands for zero")
+    require(
+        kl_weight > 0, "kl_weight", "a positive number", kl_weight, "a tiny one stands for zero"
+    )
 
 
 def _check_sites(model_trace: Trace, guide_trace: Trace) -> None:
     """Model and guide are over the same latents."""
-    latents = [n for n, s in model_trace.nodes.items() if s["type"] == "sample" and not s["is_observed"]]
-    drawn = {n: s for n, s in guide_trace.nodes.items() if s["type"] == "sample" and not s["is_observed"]}
+    latents = [
+        n for n, s in model_trace.nodes.items() if s["type"] == "sample" and not s["is_observed"]
+    ]
+    drawn = {
+        n: s for n, s in guide_trace.nodes.items() if s["type"] == "sample" and not s["is_observed"]
+    }
     missing = [name for name in latents if name not in drawn]
     require(
         not missing,
@@ -229,11 +258,21 @@ def _check_sites(model_trace: Trace, guide_trace: Trace) -> None:
         f"a site for each latent of the model: {', '.join(latents)}",
         f"none of {', '.join(missing)}",
     )
-    extra = [name for name, site in drawn.items() if name not in latents and not site["infer"].get("is_auxiliary")]
+    extra = [
+        name
+        for name, site in drawn.items()
+        if name not in latents and not site["infer"].get("is_auxiliary")
+    ]
     require(not extra, "guide", f"sites that the model has: {', '.join(latents)}", ", ".join(extra))
     for name in latents:
-        wanted, got = (tuple(trace.nodes[name]["fn"].shape()) for trace in (model_trace, guide_trace))
-        fits = wanted[-len(got) :] == got and all(size == 1 for size in wanted[: -len(got)]) if got else not wanted
+        wanted, got = (
+            tuple(trace.nodes[name]["fn"].shape()) for trace in (model_trace, guide_trace)
+        )
+        fits = (
+            wanted[-len(got) :] == got and all(size == 1 for size in wanted[: -len(got)])
+            if got
+            else not wanted
+        )
         require(fits, f"guide of {name}", f"the shape of the model's site, {wanted}", got)
 
 
@@ -244,21 +283,32 @@ def _stackable(model_trace: Trace, guide_trace: Trace, routes: list[str]) -> boo
     """
     kinds = {type(model_trace.nodes[name]["fn"]) for name in routes}
     plain = kinds in ({pyro.distributions.Dirichlet}, {TiltedDirichlet})
-    sites = [s for trace in (model_trace, guide_trace) for s in trace.nodes.values() if s["type"] == "sample"]
+    sites = [
+        s
+        for trace in (model_trace, guide_trace)
+        for s in trace.nodes.values()
+        if s["type"] == "sample"
+    ]
     known = all(is_route_site(site["name"]) or site["name"] == TARGETS for site in sites)
     mine = [trace.nodes[name] for trace in (model_trace, guide_trace) for name in routes]
     unscaled = all(site["scale"] == 1.0 and site["mask"] is None for site in mine)
     observed = model_trace.nodes.get(TARGETS)
     literal = observed is not None and observed["is_observed"] and observed["scale"] == 1.0
     guided = all(isinstance(guide_trace.nodes[name]["fn"], Dirichlet) for name in routes)
-    shapes = {trace.nodes[name]["fn"].shape() for trace in (model_trace, guide_trace) for name in routes}
+    shapes = {
+        trace.nodes[name]["fn"].shape() for trace in (model_trace, guide_trace) for name in routes
+    }
     return plain and known and unscaled and literal and guided and len(shapes) == 1
 
 
 def _unmasked(site: dict[str, Any], density: Tensor) -> Tensor:
     """A site's log density where it counts, 0 elsewhere."""
     mask = site["mask"]
-    return density if mask is None or mask is True else density.masked_fill(~torch.as_tensor(mask), 0.0)
+    return (
+        density
+        if mask is None or mask is True
+        else density.masked_fill(~torch.as_tensor(mask), 0.0)
+    )
 
 
 def _shared(value: Tensor, dims: int) -> Tensor:
@@ -269,12 +319,18 @@ def _shared(value: Tensor, dims: int) -> Tensor:
 
 def _stacked_kl(model_trace: Trace, guide_trace: Trace, routes: list[str]) -> Tensor:
     """Sum over layers and units of KL(q || p), per token: one expression for all."""
-    q = torch.stack([guide_trace.nodes[name]["fn"].concentration for name in routes])  # [L, ..., B, T, E]
+    q = torch.stack(
+        [guide_trace.nodes[name]["fn"].concentration for name in routes]
+    )  # [L, ..., B, T, E]
     priors = [model_trace.nodes[name]["fn"] for name in routes]
-    p = _stacked([_shared(prior.concentration, 1) for prior in priors])  # [L, 1, 1, E] of one for all tokens
+    p = _stacked(
+        [_shared(prior.concentration, 1) for prior in priors]
+    )  # [L, 1, 1, E] of one for all tokens
     if isinstance(priors[0], TiltedDirichlet):
         log_z = _stacked([_shared(prior.log_normaliser, 0) for prior in priors])
-        tilt = _stacked([_shared(prior.tilt, 1) for prior in priors])  # [L, E], or as the concentration
+        tilt = _stacked(
+            [_shared(prior.tilt, 1) for prior in priors]
+        )  # [L, E], or as the concentration
         tilt = tilt.view(len(routes), *[1] * (q.dim() - 2), -1) if tilt.dim() == 2 else tilt
         kl = tilted_kl(q, p, tilt, log_z)
     else:

@@ -41,7 +41,8 @@ class RoutingGuide(Named):
     Args:
         model: whose network is run.
         controller: (layer, hidden) -> posterior; a module's parameters are shown to Pyro.
-        rest: a guide, (tokens, targets), of all other latents of the model: an autoguide over weights that are random.
+        rest: a guide, (tokens, targets), of all other latents of the model: an autoguide over
+            weights that are random.
         name: of the controller's parameters in Pyro's store, see `Named`.
     """
 
@@ -65,7 +66,8 @@ class RoutingGuide(Named):
         """Draw all latents; the values of the routes by site.
 
         Raises:
-            ValueError: the network draws a latent that `rest` does not, or the controller answers in another shape.
+            ValueError: the network draws a latent that `rest` does not, or the controller answers
+                in another shape.
         """
         refuse_tracing()
         model = self.model
@@ -100,7 +102,9 @@ class RoutingGuide(Named):
         if isinstance(q, Dirichlet):
             return dist.Dirichlet(plates.to_site(q.concentration), validate_args=False)
         plain = not plates.lead and not plates.units
-        require(plain, f"posterior of {name}", "a Dirichlet, for particles in a plate or units", str(q))
+        require(
+            plain, f"posterior of {name}", "a Dirichlet, for particles in a plate or units", str(q)
+        )
         return q
 
     def _draw_rest(self, tokens: Tensor, targets: Tensor | None, plates: Plates) -> dict[str, Any]:

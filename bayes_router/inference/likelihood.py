@@ -46,7 +46,9 @@ class NextToken(dist.TorchDistribution):
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         """Token ids, int64."""
-        return torch.distributions.Categorical(logits=self.logits, validate_args=False).sample(sample_shape)
+        return torch.distributions.Categorical(logits=self.logits, validate_args=False).sample(
+            sample_shape
+        )
 
     def expand(self, batch_shape: torch.Size, _instance: object = None) -> "NextToken":
         """Broadcast over outer plates (particles)."""
@@ -70,7 +72,9 @@ class ExpectedToken(NextToken):
         """Nats, [...]."""
         logits, value = self._together(value)
         teacher = self.teacher.expand_as(logits).float().softmax(-1)
-        loss = F.cross_entropy(logits.flatten(0, -2), teacher.flatten(0, -2).to(logits), reduction="none")
+        loss = F.cross_entropy(
+            logits.flatten(0, -2), teacher.flatten(0, -2).to(logits), reduction="none"
+        )
         return -loss.view(value.shape)
 
     def expand(self, batch_shape: torch.Size, _instance: object = None) -> "ExpectedToken":
@@ -96,7 +100,8 @@ class Teacher:
 class Observed(Enum):
     """Whose next tokens a fit of a patch observes."""
 
-    MODEL = "model"  # the unpatched model's, in expectation over its whole distribution: self-distillation
+    # the unpatched model's, in expectation over its whole distribution: self-distillation
+    MODEL = "model"
     TEXT = "text"  # the text's, one draw a token: far noisier
 
 

@@ -28,7 +28,8 @@ from bayes_router.types import IGNORED, Route
 Prior = Callable[[int, torch.Size], dist.TorchDistribution]
 """(layer, shape) -> distribution of the routes of a layer, event shape [E].
 
-Its batch shape is `shape`, or broadcasts to it: [B, T], and [R, B, T] where a layer has R > 1 routing units."""
+Its batch shape is `shape`, or broadcasts to it: [B, T], and [R, B, T] where a layer has R > 1
+routing units."""
 
 
 class Pass(NamedTuple):
@@ -72,8 +73,9 @@ class RoutingModel(Named):
     or `tempered(model, ...)` for an estimator or sampler of Pyro's own.
 
     Args:
-        network: (tokens [B, T], route callback) -> output [B, ...]; see `RoutedTransformer`. Weights of it may be random
-            variables (PyroSample): they are drawn once a pass, outside of all plates.
+        network: (tokens [B, T], route callback) -> output [B, ...]; see `RoutedTransformer`.
+            Weights of it may be random variables (PyroSample): they are drawn once a pass, outside
+            of all plates.
         prior: concentration [L, E] of a `DirichletPrior`, or any (layer, shape) -> distribution
             over the E experts.
         cost_ratio: of the experts, [E], or of the experts in each layer, [L, E]; what `price`
@@ -82,13 +84,15 @@ class RoutingModel(Named):
         likelihood: output of the network -> distribution of the targets, one a token (batch shape
             [B, T]) or one a row ([B, 1]); next tokens by default.
         name: of the network's parameters in Pyro's store, see `Named`.
-        kl_weight: of programs of before, (network, prior, cost_ratio, kl_weight, price); see `inference/weighted.py`.
+        kl_weight: of programs of before, (network, prior, cost_ratio, kl_weight, price); see
+            `inference/weighted.py`.
 
     With `straight_through` set, the network executes the argmax of each draw, and its gradient is
     the draw's.
 
     Raises:
-        ValueError: concentration not positive or not [L, E]; a price below 0, without costs, or beside a prior of one's own.
+        ValueError: concentration not positive or not [L, E]; a price below 0, without costs, or
+            beside a prior of one's own.
     """
 
     def __init__(
@@ -118,7 +122,9 @@ class RoutingModel(Named):
             price,
             fix,
         )
-        self.prior: Prior = DirichletPrior(prior, cost_ratio, price) if isinstance(prior, Tensor) else prior
+        self.prior: Prior = (
+            DirichletPrior(prior, cost_ratio, price) if isinstance(prior, Tensor) else prior
+        )
         self._kept: Pass | None = None
         experts = getattr(network, "num_experts", None)
         if isinstance(prior, Tensor) and experts is not None:
@@ -174,7 +180,10 @@ class RoutingModel(Named):
     @property
     def kl_weight(self) -> float:
         """Not here: the model is the joint."""
-        raise AttributeError("kl_weight belongs to the objective: RoutingELBO(kl_weight=...), NegativeELBO or tempered(...)")
+        raise AttributeError(
+            "kl_weight belongs to the objective: RoutingELBO(kl_weight=...), NegativeELBO or "
+            "tempered(...)"
+        )
 
     @property
     def num_units(self) -> int:
@@ -190,7 +199,8 @@ class RoutingModel(Named):
         """Tokens int64 [B, T] -> targets, observed where given; a target of -100 is not scored.
 
         Raises:
-            ValueError: a prior or a likelihood of a shape that does not fit, or a pass under `torch.jit`'s tracer.
+            ValueError: a prior or a likelihood of a shape that does not fit, or a pass under
+                `torch.jit`'s tracer.
         """
         refuse_tracing()
         self.show_network()
@@ -225,7 +235,9 @@ class RoutingModel(Named):
                 return kept.output
 
         def route(layer: int, hidden: Tensor) -> Tensor:  # [rows, T, D] -> [rows, T, (R,) E]
-            return self.executed(plates, drawn[layer] if layer in drawn else self._draw(layer, plates))
+            return self.executed(
+                plates, drawn[layer] if layer in drawn else self._draw(layer, plates)
+            )
 
         with _OneDraw():
             return self.network(plates.repeat(tokens), route)
@@ -284,7 +296,9 @@ class RoutingModel(Named):
     def _check_likelihood(self, said: Any, plates: Plates, targets: Tensor | None) -> bool:
         """Whether there is one target a token; a ValueError where the shapes do not fit."""
         B, T = plates.B, plates.T
-        shape = tuple(said.batch_shape)[-2:] if len(said.batch_shape) >= 2 else tuple(said.batch_shape)
+        shape = (
+            tuple(said.batch_shape)[-2:] if len(said.batch_shape) >= 2 else tuple(said.batch_shape)
+        )
         require(
             shape in ((B, T), (B, 1)),
             "likelihood",

@@ -30,7 +30,8 @@ class Named(nn.Module):
     Under `pyro.settings.context(module_local_params=True)` nothing is registered.
 
     Args:
-        name: in the store; give one where several models are saved together, so that no order of construction counts.
+        name: in the store; give one where several models are saved together, so that no order of
+            construction counts.
     """
 
     def __init__(self, name: str | None = None) -> None:
@@ -48,12 +49,15 @@ class Named(nn.Module):
         """Show the trainable parameters of `module` to Pyro.
 
         Raises:
-            ValueError: the store holds a parameter of this name and another shape, or the name belongs to another model.
+            ValueError: the store holds a parameter of this name and another shape, or the name
+                belongs to another model.
         """
         if pyro.settings.get("module_local_params"):
             return
         name, store = self.pyro_name, pyro.get_param_store()
-        trainable = {f"{name}$$${inner}": p for inner, p in module.named_parameters() if p.requires_grad}
+        trainable = {
+            f"{name}$$${inner}": p for inner, p in module.named_parameters() if p.requires_grad
+        }
         for full, parameter in trainable.items():
             if full in store:
                 require(

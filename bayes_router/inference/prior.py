@@ -18,12 +18,13 @@ class DirichletPrior(nn.Module):
 
     Args:
         concentration: [L, E], or of each unit, [L, R, E].
-        cost_ratio: of the experts, [E], or of the experts in each layer, [L, E], or of each unit, [L, R, E]; what `price`
-            multiplies.
+        cost_ratio: of the experts, [E], or of the experts in each layer, [L, E], or of each unit,
+            [L, R, E]; what `price` multiplies.
         price: nats per unit of cost, see `TiltedDirichlet`.
 
     Raises:
-        ValueError: a concentration that is not positive or of another shape, a price below 0 or without costs.
+        ValueError: a concentration that is not positive or of another shape, a price below 0 or
+            without costs.
     """
 
     concentration: Tensor
@@ -37,7 +38,10 @@ class DirichletPrior(nn.Module):
         costs = torch.zeros(0) if cost_ratio is None else cost_ratio
         self.register_buffer("cost_ratio", costs, persistent=False)
         for name, value in (
-            ("log_normaliser", torch.zeros(self._of_layers(concentration, costs)[0].shape[:-1]).to(costs)),
+            (
+                "log_normaliser",
+                torch.zeros(self._of_layers(concentration, costs)[0].shape[:-1]).to(costs),
+            ),
             ("tilt", torch.zeros_like(costs)),
         ):
             self.register_buffer(name, value, persistent=False)
@@ -54,8 +58,15 @@ class DirichletPrior(nn.Module):
 
         A schedule calls this between steps.
         """
-        shape = f"shape {list(self.concentration.shape)}" if self.concentration.numel() else "shape [L, E] or [L, R, E]"
-        fits = concentration.dim() in (2, 3) and self.concentration.shape in ((0,), concentration.shape)
+        shape = (
+            f"shape {list(self.concentration.shape)}"
+            if self.concentration.numel()
+            else "shape [L, E] or [L, R, E]"
+        )
+        fits = concentration.dim() in (2, 3) and self.concentration.shape in (
+            (0,),
+            concentration.shape,
+        )
         require(fits, "concentration", shape, tuple(concentration.shape))
         require(
             bool((concentration > 0).all()),
@@ -64,13 +75,21 @@ class DirichletPrior(nn.Module):
             concentration.tolist(),
         )
         require(price >= 0, "price", "0 or more", price)
-        require(price == 0 or len(self.cost_ratio) > 0, "price", "0 where no cost_ratio was given", price)
+        require(
+            price == 0 or len(self.cost_ratio) > 0,
+            "price",
+            "0 where no cost_ratio was given",
+            price,
+        )
         experts = f"the {concentration.shape[-1]} experts of the concentration"
         costs = tuple(self.cost_ratio.shape)
-        require(costs in ((0,), costs[:-1] + concentration.shape[-1:]), "cost_ratio", experts, costs)
+        require(
+            costs in ((0,), costs[:-1] + concentration.shape[-1:]), "cost_ratio", experts, costs
+        )
         moved = price != self._price or not torch.equal(concentration, self._given)
         if moved and price > 0:
-            # log Z of every layer; from values on the CPU, where small float64 work is cheap and no GPU waits for it
+            # log Z of every layer; from values on the CPU, where small float64 work is cheap and no
+            # GPU waits for it
             of_layers, paid = self._of_layers(concentration.cpu(), torch.tensor(self._cost))
             moments = tilted_moments(of_layers, price * paid)
             self.log_normaliser.copy_(moments.log_normaliser, non_blocking=True)
@@ -86,7 +105,12 @@ class DirichletPrior(nn.Module):
 
         By default that of one token.
         """
-        require(0 <= layer < len(self.concentration), "prior", f"{layer + 1} layers or more", len(self.concentration))
+        require(
+            0 <= layer < len(self.concentration),
+            "prior",
+            f"{layer + 1} layers or more",
+            len(self.concentration),
+        )
         concentration = _of_units(self.concentration[layer], 1, shape)
         batch = shape if len(shape) else concentration.shape[:-1]  # [R], where units differ
         if self.price == 0:
@@ -100,7 +124,9 @@ class DirichletPrior(nn.Module):
         """Both by layer, and by unit where one of them is."""
         if concentration.dim() == 2 and costs.dim() == 3:
             return concentration[:, None], costs
-        return concentration, costs[:, None] if concentration.dim() == 3 and costs.dim() == 2 else costs
+        return concentration, costs[
+            :, None
+        ] if concentration.dim() == 3 and costs.dim() == 2 else costs
 
 
 def _of_units(x: Tensor, rest: int, shape: torch.Size) -> Tensor:

@@ -68,7 +68,9 @@ class Plates:
 
     def repeat(self, tokens: Tensor) -> Tensor:
         """Tokens for the network, [rows, T]: every particle reads the same."""
-        return tokens.expand(*self.lead, self.B, self.T).reshape(-1, self.T) if self.lead else tokens
+        return (
+            tokens.expand(*self.lead, self.B, self.T).reshape(-1, self.T) if self.lead else tokens
+        )
 
     def split(self, output: Tensor) -> Tensor:
         """What the network says, [rows, ...], as [*lead, B, ...].

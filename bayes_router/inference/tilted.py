@@ -17,7 +17,8 @@ class TiltedDirichlet(dist.TorchDistribution):
 
     Args:
         concentration: [..., E], positive.
-        tilt: nats per unit of weight on each expert (price times cost ratio), [E] or one that broadcasts to [..., E].
+        tilt: nats per unit of weight on each expert (price times cost ratio), [E] or one that
+            broadcasts to [..., E].
         log_normaliser: log Z [...], if it is known already.
         validate_args: whether values are checked to lie on the simplex, its faces included.
 
@@ -48,7 +49,9 @@ class TiltedDirichlet(dist.TorchDistribution):
         self.concentration, self.tilt = concentration, tilt
         self.base = dist.Dirichlet(concentration, validate_args=False)
         if log_normaliser is None:
-            log_normaliser = tilted_moments(concentration, tilt).log_normaliser.to(concentration.dtype)
+            log_normaliser = tilted_moments(concentration, tilt).log_normaliser.to(
+                concentration.dtype
+            )
         self.log_normaliser = log_normaliser
         super().__init__(concentration.shape[:-1], E, validate_args=validate_args)
 
@@ -57,7 +60,9 @@ class TiltedDirichlet(dist.TorchDistribution):
         shape = (*batch_shape, self.concentration.shape[-1])
         tilt = self.tilt if self.tilt.dim() == 1 else self.tilt.expand(shape)
         log_normaliser = self.log_normaliser.expand(batch_shape)
-        return TiltedDirichlet(self.concentration.expand(shape), tilt, log_normaliser, self._validate_args)
+        return TiltedDirichlet(
+            self.concentration.expand(shape), tilt, log_normaliser, self._validate_args
+        )
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Normalised log density, [...].
@@ -66,7 +71,9 @@ class TiltedDirichlet(dist.TorchDistribution):
         """
         if self._validate_args:
             self._validate_sample(value)
-        return self.base.log_prob(value) - (value * self.tilt.to(value)).sum(-1) - self.log_normaliser
+        return (
+            self.base.log_prob(value) - (value * self.tilt.to(value)).sum(-1) - self.log_normaliser
+        )
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         """Exact draws, by rejection.
@@ -74,7 +81,9 @@ class TiltedDirichlet(dist.TorchDistribution):
         Weights below the least normal number are that number, as torch's Dirichlet has it.
         """
         draws = sample_tilted(self.concentration, self.tilt, max(1, sample_shape.numel()))
-        draws = draws.to(self.concentration.dtype).clamp_min(torch.finfo(self.concentration.dtype).tiny)
+        draws = draws.to(self.concentration.dtype).clamp_min(
+            torch.finfo(self.concentration.dtype).tiny
+        )
         return draws.reshape(*sample_shape, *self.batch_shape, *self.event_shape)
 
     def _moments(self) -> TiltedMoments:

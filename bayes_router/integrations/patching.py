@@ -16,7 +16,12 @@ from bayes_router.checks import one_line, require
 from bayes_router.config import PriorConfig
 from bayes_router.integrations.patch.binding import router_of
 from bayes_router.integrations.patch.routed import RoutedModel
-from bayes_router.integrations.patch.saving import load_weights, read_fit, read_settings, saved_frozen
+from bayes_router.integrations.patch.saving import (
+    load_weights,
+    read_fit,
+    read_settings,
+    saved_frozen,
+)
 from bayes_router.integrations.patch.settings import PatchSettings
 from bayes_router.integrations.patch.shipped import folder_of
 from bayes_router.routing.policy import Policy
@@ -82,25 +87,29 @@ def patch(
 
     `unpatch()` of the result takes it back.
 
-    Unfitted, in evaluation mode, every token takes `full` attention and the outputs are the original's; training mode draws
-    routes. Patching twice alike gives the same object. Attention weights (`output_attentions`, or `need_weights`, the default
-    of a bare `nn.MultiheadAttention`) are the original's where every token is on `full`, and refused elsewhere.
+    Unfitted, in evaluation mode, every token takes `full` attention and the outputs are the
+    original's; training mode draws routes. Patching twice alike gives the same object. Attention
+    weights (`output_attentions`, or `need_weights`, the default of a bare `nn.MultiheadAttention`)
+    are the original's where every token is on `full`, and refused elsewhere.
 
     Args:
-        model: a Hugging Face model of the attention interface (transformers 5) or Falcon, also inside a wrapper (PEFT,
-            torch.compile, DistributedDataParallel, a module of your own), which is used on as it was; or
-            `nn.TransformerEncoder`, `nn.TransformerDecoder`, one of their layers, or `nn.MultiheadAttention`
-            (self-attention alone is routed, what is not is named in a warning).
+        model: a Hugging Face model of the attention interface (transformers 5) or Falcon, also
+            inside a wrapper (PEFT, torch.compile, DistributedDataParallel, a module of your own),
+            which is used on as it was; or `nn.TransformerEncoder`, `nn.TransformerDecoder`, one of
+            their layers, or `nn.MultiheadAttention` (self-attention alone is routed, what is not is
+            named in a warning).
         window: keys that `local` sees, the token itself included.
         experts: of full, mapped, local, gated; `full` must be among them.
-        route_by: what chooses an expert for a token: `layer` (all heads together), `kv_head` (each key and value head, with the
-            query heads that share it) or `head` (each query head).
-        layers: indices of the attention layers to route, in the order in which the model runs them; None: all.
-        sinks: first tokens that `local` sees beside its window; about 4 for decoders, which park attention there.
+        route_by: what chooses an expert for a token: `layer` (all heads together), `kv_head` (each
+            key and value head, with the query heads that share it) or `head` (each query head).
+        layers: indices of the attention layers to route, in the order in which the model runs them;
+            None: all.
+        sinks: first tokens that `local` sees beside its window; about 4 for decoders, which park
+            attention there.
         prior: of `fit`.
         policy: from posterior to route under HARD; the largest posterior mean by default.
-        context: tokens at which costs are compared, where the prior's cost model asks; a layer whose own window is shorter
-            pays for that window.
+        context: tokens at which costs are compared, where the prior's cost model asks; a layer
+            whose own window is shorter pays for that window.
         controller_hidden: hidden width of each layer's controller; 0 for a linear one.
         concentration_floor: least concentration of the posterior.
 
@@ -166,7 +175,9 @@ def load_patch(model: nn.Module, folder: Path | str) -> Any:
         router.fitted, held_out = read_fit(folder, router.config.vocab_size)
         evidence = load_evidence(Path(folder), len(router.layers), router.found[0].width)
         risk = load_risk(Path(folder))
-        frozen = saved_frozen(folder, len(router.layers), router.config.num_units, len(router.experts))
+        frozen = saved_frozen(
+            folder, len(router.layers), router.config.num_units, len(router.experts)
+        )
     except ValueError:
         if known is None:
             router.unpatch()
@@ -195,9 +206,11 @@ class Router:
 
         Args:
             model: what the router was fitted for.
-            folder_or_name: of `save_pretrained`; or OWNER/REPOSITORY, which is kept in the hub's cache.
+            folder_or_name: of `save_pretrained`; or OWNER/REPOSITORY, which is kept in the hub's
+                cache.
             revision: branch, tag or commit of a repository.
-            local_files_only: of a repository: take what the cache has and ask nobody (also HF_HUB_OFFLINE=1).
+            local_files_only: of a repository: take what the cache has and ask nobody (also
+                HF_HUB_OFFLINE=1).
 
         Raises:
             ValueError: there is no such folder or repository, or it was made for another model.
@@ -217,7 +230,8 @@ class Router:
             )
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"folder_or_name: expected a folder, or a repository of the hub; got {name}: {one_line(error)}; "
+                f"folder_or_name: expected a folder, or a repository of the hub; got {name}: "
+                f"{one_line(error)}; "
                 "give the folder that save_pretrained wrote"
             ) from error
         return load_patch(model, found)
@@ -229,7 +243,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: there are several.
     """
-    kind = getattr(sys.modules.get("transformers"), "PreTrainedModel", None)  # its models cannot exist without it
+    kind = getattr(
+        sys.modules.get("transformers"), "PreTrainedModel", None
+    )  # its models cannot exist without it
     if kind is None or not isinstance(model, nn.Module) or isinstance(model, kind):
         return model
     found: dict[str, nn.Module] = {}
@@ -266,9 +282,17 @@ def check_weights(model: nn.Module) -> None:
         model,
         "load it first: transformers.AutoModelForCausalLM.from_pretrained(...)",
     )
-    kinds = [(name, type(part)) for name, part in (*model.named_modules(), *model.named_parameters())]
-    packed = [f"{name} ({kind.__module__}.{kind.__qualname__})" for name, kind in kinds if QUANTISED.match(kind.__module__)]
-    packed += [f"{name} ({p.dtype})" for name, p in model.named_parameters() if p.dtype not in FLOATS]
+    kinds = [
+        (name, type(part)) for name, part in (*model.named_modules(), *model.named_parameters())
+    ]
+    packed = [
+        f"{name} ({kind.__module__}.{kind.__qualname__})"
+        for name, kind in kinds
+        if QUANTISED.match(kind.__module__)
+    ]
+    packed += [
+        f"{name} ({p.dtype})" for name, p in model.named_parameters() if p.dtype not in FLOATS
+    ]
     require(
         not packed,
         "model",
@@ -282,7 +306,13 @@ def _patch(model: nn.Module, settings: PatchSettings) -> RoutedModel:
     transformers = sys.modules.get("transformers")  # its models cannot exist without it
     if transformers is not None and isinstance(model, transformers.PreTrainedModel):
         version = int(transformers.__version__.split(".")[0])
-        require(version >= 5, "transformers", "version 5 or later", transformers.__version__, "pip install 'transformers>=5'")
+        require(
+            version >= 5,
+            "transformers",
+            "version 5 or later",
+            transformers.__version__,
+            "pip install 'transformers>=5'",
+        )
         from bayes_router.integrations.huggingface.patching import patch_pretrained
 
         return patch_pretrained(model, settings)
@@ -303,7 +333,8 @@ def existing(model: nn.Module, settings: PatchSettings) -> RoutedModel | None:
     assert isinstance(router, RoutedModel)
     if router.model is not model or router.settings != settings:
         raise ValueError(
-            f"model: expected one that is not patched, or was patched alike; it is, with {router.settings}; "
+            f"model: expected one that is not patched, or was patched alike; it is, with "
+            f"{router.settings}; "
             "call unpatch() on what patch returned first"
         )
     return router

@@ -2,9 +2,10 @@
 
 nn.MultiheadAttention, alone or inside nn.TransformerEncoder and nn.TransformerDecoder.
 
-Weights stay where they are. Self-attention is routed, also where values are another tensor than queries and keys (DETR adds
-positions to these alone); a call whose query and key are not one tensor is cross-attention, runs as before, and is named in a
-warning. A token on `full` sees what it saw; where all tokens are, the module's own forward pass is run.
+Weights stay where they are. Self-attention is routed, also where values are another tensor than
+queries and keys (DETR adds positions to these alone); a call whose query and key are not one tensor
+is cross-attention, runs as before, and is named in a warning. A token on `full` sees what it saw;
+where all tokens are, the module's own forward pass is run.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,9 +37,10 @@ Loss = Callable[[Any], Tensor]
 class RoutedTorch(RoutedModel):
     """A patched PyTorch module; see `RoutedModel`. Calling it calls the module.
 
-    In training mode draws carry gradients to the controllers, so that task loss + weight * `kl()` is a negative ELBO. A mixture
-    of experts has no attention weights: where tokens are routed, in training mode hence always, a bare `nn.MultiheadAttention`
-    is called with need_weights=False (its own default is True).
+    In training mode draws carry gradients to the controllers, so that task loss + weight * `kl()`
+    is a negative ELBO. A mixture of experts has no attention weights: where tokens are routed, in
+    training mode hence always, a bare `nn.MultiheadAttention` is called with need_weights=False
+    (its own default is True).
     """
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
@@ -82,15 +84,22 @@ class RoutedTorch(RoutedModel):
                 losses.append(float(loss.detach()))
         return losses
 
-    def fit(self, inputs: Sequence[Any], loss: Loss | None = None, *, kl_weight: float = 3e-3, lr: float = 3e-3) -> list[float]:
+    def fit(
+        self,
+        inputs: Sequence[Any],
+        loss: Loss | None = None,
+        *,
+        kl_weight: float = 3e-3,
+        lr: float = 3e-3,
+    ) -> list[float]:
         """Fit controllers and experts by SVI, one step an input.
 
         Minimise loss(model(x)) + kl_weight * kl over draws of routes.
 
         Args:
             inputs: what the module is called with, a tensor or a tuple of arguments each.
-            loss: of the module's output, a mean; by default the squared distance from the original module's output,
-                over real tokens where that is one row a token.
+            loss: of the module's output, a mean; by default the squared distance from the original
+                module's output, over real tokens where that is one row a token.
             kl_weight: of the KL, nats per token.
             lr: learning rate of Adam.
         """
@@ -120,7 +129,9 @@ class RoutedTorch(RoutedModel):
 
         Of rows of tokens, over the real ones.
         """
-        out, target = (x[0] if isinstance(x, tuple) else x for x in (out, target))  # without attention weights
+        out, target = (
+            x[0] if isinstance(x, tuple) else x for x in (out, target)
+        )  # without attention weights
         distance: Tensor = (out - target).square()
         last, by_row = self.last, getattr(self.found[0].module, "batch_first", True)
         real = last.real.get(0)
@@ -139,7 +150,12 @@ def patch_torch(model: nn.Module, settings: PatchSettings) -> RoutedTorch:
     """Route the self-attention in `model`; see `bayes_router.patch`."""
     modules = _attention(model)
     chosen = range(len(modules)) if settings.layers is None else settings.layers
-    require(all(0 <= i < len(modules) for i in chosen), "layers", f"indices of the {len(modules)} layers", settings.layers)
+    require(
+        all(0 <= i < len(modules) for i in chosen),
+        "layers",
+        f"indices of the {len(modules)} layers",
+        settings.layers,
+    )
     found = []
     for name, module in (modules[i] for i in chosen):
         shape = ExpertShape(module.num_heads, module.head_dim, settings.window)
@@ -154,8 +170,12 @@ def patch_torch(model: nn.Module, settings: PatchSettings) -> RoutedTorch:
     for layer in layers:
         router.undo.append(replace_forward(layer, torch_layer.forward))
     for encoder in (m for m in model.modules() if isinstance(m, nn.TransformerEncoder)):
-        if any(layer not in layers and routed & set(layer.modules()) for layer in encoder.layers):  # takes no nested tensors
-            router.undo.append(partial(setattr, encoder, "use_nested_tensor", encoder.use_nested_tensor))
+        if any(
+            layer not in layers and routed & set(layer.modules()) for layer in encoder.layers
+        ):  # takes no nested tensors
+            router.undo.append(
+                partial(setattr, encoder, "use_nested_tensor", encoder.use_nested_tensor)
+            )
             encoder.use_nested_tensor = False
     return router
 
@@ -166,23 +186,52 @@ def _attention(model: nn.Module) -> list[tuple[str, nn.MultiheadAttention]]:
     Raises:
         ValueError: there is none, or one that cannot be routed.
     """
-    crossing = {m.multihead_attn for m in model.modules() if isinstance(m, nn.TransformerDecoderLayer)}
-    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention) and m not in crossing]
+    crossing = {
+        m.multihead_attn for m in model.modules() if isinstance(m, nn.TransformerDecoderLayer)
+    }
+    found = [
+        (n, m)
+        for n, m in model.named_modules()
+        if isinstance(m, nn.MultiheadAttention) and m not in crossing
+    ]
     require(
         bool(found),
         "model",
-        "a Hugging Face model (transformers 5), nn.TransformerEncoder, nn.TransformerDecoder or nn.MultiheadAttention",
+        "a Hugging Face model (transformers 5), nn.TransformerEncoder, nn.TransformerDecoder or "
+        "nn.MultiheadAttention",
         type(model).__name__,
         "no attention was found in it",
     )
     for name, m in found:
         where = f"{type(model).__name__}.{name}" if name else type(m).__name__
         require(
-            type(m) is nn.MultiheadAttention, where, "torch.nn.MultiheadAttention", type(m).__name__, "not served (quantised?)"
+            type(m) is nn.MultiheadAttention,
+            where,
+            "torch.nn.MultiheadAttention",
+            type(m).__name__,
+            "not served (quantised?)",
         )
-        require(m._qkv_same_embed_dim, where, "one size of query, key and value", (m.embed_dim, m.kdim, m.vdim), "not served")
-        require(m.bias_k is None and not m.add_zero_attn, where, "no bias_k and no add_zero_attn", "one of them", "not served")
-        require(not m.in_proj_weight.is_meta, where, "weights in memory", "the meta device", "load them first")
+        require(
+            m._qkv_same_embed_dim,
+            where,
+            "one size of query, key and value",
+            (m.embed_dim, m.kdim, m.vdim),
+            "not served",
+        )
+        require(
+            m.bias_k is None and not m.add_zero_attn,
+            where,
+            "no bias_k and no add_zero_attn",
+            "one of them",
+            "not served",
+        )
+        require(
+            not m.in_proj_weight.is_meta,
+            where,
+            "weights in memory",
+            "the meta device",
+            "load them first",
+        )
     return found
 
 
@@ -207,7 +256,15 @@ def forward(
 
     def original() -> tuple[Tensor, Tensor | None]:
         return nn.MultiheadAttention.forward(
-            self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            self,
+            query,
+            key,
+            value,
+            key_padding_mask,
+            need_weights,
+            attn_mask,
+            average_attn_weights,
+            is_causal,
         )
 
     if query is not key:
@@ -224,30 +281,44 @@ def forward(
         "need_weights",
         "False where tokens are routed (a mixture of experts has no attention weights)",
         True,
-        f"{'training mode draws routes: ' if self.training else ''}pass need_weights=False, or force('full')",
+        f"{'training mode draws routes: ' if self.training else ''}pass need_weights=False, or "
+        f"force('full')",
     )
     if is_causal and attn_mask is None:
-        raise RuntimeError("is_causal: expected attn_mask beside it, as its hint; got None; pass the causal mask too")
+        raise RuntimeError(
+            "is_causal: expected attn_mask beside it, as its hint; got None; pass the causal mask "
+            "too"
+        )
     call = _call(self, x, values, _merge(key_padding_mask, attn_mask, x, self.num_heads), is_causal)
     out = self.out_proj(merge_tokens(router.execute(binding.index, route, call, x)))  # [B, T, D]
     return (out[0] if query.dim() == 2 else out if self.batch_first else out.transpose(0, 1)), None
 
 
-def _call(module: nn.MultiheadAttention, x: Tensor, values: Tensor, mask: Tensor | None, is_causal: bool) -> AttentionCall:
+def _call(
+    module: nn.MultiheadAttention, x: Tensor, values: Tensor, mask: Tensor | None, is_causal: bool
+) -> AttentionCall:
     """The attention of x [B, T, D] over itself under a mask as `AttentionCall` has it.
 
     A causal mask is recognised.
     """
     D, weight, bias = module.embed_dim, module.in_proj_weight, module.in_proj_bias
     first, last = (None, None) if bias is None else (bias[: 2 * D], bias[2 * D :])
-    heads = torch.cat([F.linear(x, weight[: 2 * D], first), F.linear(values, weight[2 * D :], last)], 2)
-    q, k, v = heads.unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, T, Dh] each
+    heads = torch.cat(
+        [F.linear(x, weight[: 2 * D], first), F.linear(values, weight[2 * D :], last)], 2
+    )
+    q, k, v = heads.unflatten(2, (3, module.num_heads, -1)).permute(
+        2, 0, 3, 1, 4
+    )  # [B, H, T, Dh] each
     T, dropout = x.shape[1], module.dropout if module.training else 0.0
     causal, padding = False, None
     if mask is not None:
         visible = seen(mask)
         causal = is_causal or not bool(visible.triu(1).any())
-        if causal and mask.dtype == torch.bool and bool(visible.tril().sum() == visible[..., 0, 0].numel() * T * (T + 1) // 2):
+        if (
+            causal
+            and mask.dtype == torch.bool
+            and bool(visible.tril().sum() == visible[..., 0, 0].numel() * T * (T + 1) // 2)
+        ):
             mask = None  # causal and nothing more
         else:
             padding = padding_of(mask.expand(len(x), -1, -1, -1), T, causal)
@@ -256,17 +327,25 @@ def _call(module: nn.MultiheadAttention, x: Tensor, values: Tensor, mask: Tensor
         whole = mask is None and causal and q.shape[2] > 1
         return fused_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=whole)
 
-    return AttentionCall(q, k, v, mask, causal, kernel, q.shape[-1] ** -0.5, dropout == 0.0, padding)
+    return AttentionCall(
+        q, k, v, mask, causal, kernel, q.shape[-1] ** -0.5, dropout == 0.0, padding
+    )
 
 
-def _merge(key_padding_mask: Tensor | None, attn_mask: Tensor | None, x: Tensor, heads: int) -> Tensor | None:
+def _merge(
+    key_padding_mask: Tensor | None, attn_mask: Tensor | None, x: Tensor, heads: int
+) -> Tensor | None:
     """Both masks in one [B or 1, H or 1, T, T].
 
     Bool (True is seen) where neither weighs, else added to the scores.
     """
     masks: list[Tensor] = []
     if attn_mask is not None:
-        masks.append(attn_mask.view(-1, heads, *attn_mask.shape[1:]) if attn_mask.dim() == 3 else attn_mask[None, None])
+        masks.append(
+            attn_mask.view(-1, heads, *attn_mask.shape[1:])
+            if attn_mask.dim() == 3
+            else attn_mask[None, None]
+        )
     if key_padding_mask is not None:
         padding = key_padding_mask[None] if key_padding_mask.dim() == 1 else key_padding_mask
         masks.append(padding[:, None, None].expand(-1, -1, x.shape[1], -1))
@@ -276,7 +355,9 @@ def _merge(key_padding_mask: Tensor | None, attn_mask: Tensor | None, x: Tensor,
     if all(mask.dtype == torch.bool for mask in masks):
         return masks[0] if len(masks) == 1 else masks[0] & masks[1]
     added = [
-        torch.zeros_like(m, dtype=x.dtype).masked_fill(~m, -torch.inf) if m.dtype == torch.bool else m.to(x.dtype)
+        torch.zeros_like(m, dtype=x.dtype).masked_fill(~m, -torch.inf)
+        if m.dtype == torch.bool
+        else m.to(x.dtype)
         for m in masks
     ]
     return added[0] if len(added) == 1 else added[0] + added[1]

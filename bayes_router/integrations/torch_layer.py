@@ -2,9 +2,10 @@
 
 Their fused fast path is taken where the original takes it.
 
-In evaluation mode PyTorch computes a whole encoder layer in one operator, padded batches without their padding; its
-outputs are zero at padding and differ from the written-out path by rounding. Where every token of a layer is on `full` that
-operator is run, so the outputs are the original's; else the layer is written out, and padding comes out as the original's.
+In evaluation mode PyTorch computes a whole encoder layer in one operator, padded batches without
+their padding; its outputs are zero at padding and differ from the written-out path by rounding.
+Where every token of a layer is on `full` that operator is run, so the outputs are the original's;
+else the layer is written out, and padding comes out as the original's.
 """
 
 from collections import OrderedDict
@@ -44,7 +45,11 @@ def forward(
     router, index, own = binding.router, binding.index, type(self).forward
     if self.training:
         return own(self, src, src_mask, src_key_padding_mask, is_causal)
-    lengths = torch.tensor([len(row) for row in src.unbind()], device=src.device) if src.is_nested else None
+    lengths = (
+        torch.tensor([len(row) for row in src.unbind()], device=src.device)
+        if src.is_nested
+        else None
+    )
     x, padding = src, src_key_padding_mask
     if lengths is not None:
         x = src.to_padded_tensor(0.0)
@@ -58,7 +63,9 @@ def forward(
     out = own(self, x, src_mask, padding, is_causal)
     if lengths is None:
         return out
-    return torch.nested.as_nested_tensor([row[:length] for row, length in zip(out, lengths.tolist(), strict=True)])
+    return torch.nested.as_nested_tensor(
+        [row[:length] for row, length in zip(out, lengths.tolist(), strict=True)]
+    )
 
 
 def batched(x: Tensor, batch_first: bool) -> Tensor:
@@ -81,7 +88,9 @@ def unhooked(layer: nn.TransformerEncoderLayer) -> nn.TransformerEncoderLayer:
     """The layer over the same parameters as it was before the patch: a view, made for one call."""
     attention, outer = view(layer.self_attn), view(layer)
     attention.__dict__["_forward_pre_hooks"] = OrderedDict(
-        (key, hook) for key, hook in layer.self_attn._forward_pre_hooks.items() if hook is not no_fast_path
+        (key, hook)
+        for key, hook in layer.self_attn._forward_pre_hooks.items()
+        if hook is not no_fast_path
     )
     outer.__dict__["_modules"] = {**layer._modules, "self_attn": attention}
     return outer

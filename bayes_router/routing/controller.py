@@ -2,7 +2,8 @@
 
 One small network a layer.
 
-It reads only the token's own hidden state, which a prefix determines: no future, no sequence length.
+It reads only the token's own hidden state, which a prefix determines: no future, no sequence
+length.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,8 @@ class LayerController(nn.Module):
 
     Linear, or one hidden layer of SiLU neurons, which all routing units share.
 
-    The last layer starts at zero but for its bias, so that every posterior starts at the same chosen concentration.
+    The last layer starts at zero but for its bias, so that every posterior starts at the same
+    chosen concentration.
     """
 
     def __init__(self, d_model: int, num_experts: int, hidden: int, num_units: int = 1):
@@ -39,7 +41,10 @@ class LayerController(nn.Module):
         if units is None:
             raw: Tensor = self.out(read)
             return raw.unflatten(-1, (self.num_units, -1))
-        weight, bias = (x.unflatten(0, (self.num_units, -1))[list(units)] for x in (self.out.weight, self.out.bias))
+        weight, bias = (
+            x.unflatten(0, (self.num_units, -1))[list(units)]
+            for x in (self.out.weight, self.out.bias)
+        )
         return F.linear(read, weight.flatten(0, 1), bias.flatten()).unflatten(-1, (len(units), -1))
 
 
@@ -49,20 +54,31 @@ class MetaController(nn.Module):
     Its concentration is floor + softplus(controller_l(h_l[b, t])[r]).
 
     Attributes:
-        evidence: the density of what it read in its fit, where the fit kept one; no part of the state dict.
+        evidence: the density of what it read in its fit, where the fit kept one; no part of the
+            state dict.
         risk: the estimate of what routing loses, where one was fitted; idem.
     """
 
     def __init__(
-        self, d_model: int, num_layers: int, num_experts: int, hidden: int = 64, floor: float = 0.01, num_units: int = 1
+        self,
+        d_model: int,
+        num_layers: int,
+        num_experts: int,
+        hidden: int = 64,
+        floor: float = 0.01,
+        num_units: int = 1,
     ):
         super().__init__()
-        self.layers = nn.ModuleList(LayerController(d_model, num_experts, hidden, num_units) for _ in range(num_layers))
+        self.layers = nn.ModuleList(
+            LayerController(d_model, num_experts, hidden, num_units) for _ in range(num_layers)
+        )
         self.floor = floor
         self.evidence: Evidence | None = None
         self.risk: Risk | None = None
 
-    def posterior(self, layer: int, hidden: Tensor, units: Sequence[int] | None = None) -> Dirichlet:
+    def posterior(
+        self, layer: int, hidden: Tensor, units: Sequence[int] | None = None
+    ) -> Dirichlet:
         """The posterior of a layer's routes, batch shape [B, T, R], for hidden [B, T, D].
 
         float32 whatever autocast says.

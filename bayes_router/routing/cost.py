@@ -11,7 +11,9 @@ class CostBy(Enum):
     """Which cost of a route a budget is over."""
 
     FLOPS = "flops"  # the prior's cost model: every routing unit pays for its own expert
-    BYTES = "bytes"  # keys and values that a decoding step reads: a key head pays for the most that one of its heads reads
+    # keys and values that a decoding step reads: a key head pays for the most that one of its heads
+    # reads
+    BYTES = "bytes"
 
 
 def token_cost(route: Tensor, cost: Tensor, sharing: int = 1) -> Tensor:
@@ -20,7 +22,8 @@ def token_cost(route: Tensor, cost: Tensor, sharing: int = 1) -> Tensor:
     Args:
         route: int64 [..., T, R].
         cost: of the experts, [E], or with the leading dimensions of `route` before T, [..., E].
-        sharing: neighbouring units that pay together, the most that one of them costs: the query heads of a key head, in bytes.
+        sharing: neighbouring units that pay together, the most that one of them costs: the query
+            heads of a key head, in bytes.
     """
     paid = cost.expand(*route.shape[:-2], -1).flatten(0, -2) if cost.dim() > 1 else cost
     flat = route.reshape(-1, route.shape[-2] * route.shape[-1]) if cost.dim() > 1 else route

@@ -2,21 +2,25 @@
 
 A density of what the controllers read, and the total concentration that it grants.
 
-Natural posterior networks (arXiv 2105.04471) let an input add to the prior as many pseudo-observations as its density grants:
+Natural posterior networks (arXiv 2105.04471) let an input add to the prior as many
+pseudo-observations as its density grants:
 
     n_post(h) = n_prior + n(h)        chi_post(h) = (n_prior chi_prior + n(h) chi(h)) / n_post(h)
 
-For a Dirichlet, n is the total concentration and chi the mean. `Watch.total` is n_post; the mean that routes tokens stays
-the controller's, so that budgets, losses and times do. `NaturalController` gives the guide of the paper whole, mean
+For a Dirichlet, n is the total concentration and chi the mean. `Watch.total` is n_post; the mean
+that routes tokens stays the controller's, so that budgets, losses and times do. `NaturalController`
+gives the guide of the paper whole, mean
 included: Dirichlet(prior + n(h) mean(h)).
 
-The density is a multivariate Student t in K whitened directions of h, those in which the text of the fit varies least:
-p(h) is proportional to (1 + d2(h) / K)^-K, with d2 the squared distance from the mean in standard deviations. n is its K-th
-root (the paper, too, lets its budget grow with the dimension),
+The density is a multivariate Student t in K whitened directions of h, those in which the text of
+the fit varies least: p(h) is proportional to (1 + d2(h) / K)^-K, with d2 the squared distance from
+the mean in standard deviations. n is its K-th root (the paper, too, lets its budget grow with the
+dimension),
 
     n(h) = 2 budget / (1 + d2(h) / K)
 
-which is the budget for a token at the mean squared distance of the fit's text, d2 = K, and underflows nowhere in float32.
+which is the budget for a token at the mean squared distance of the fit's text, d2 = K, and
+underflows nowhere in float32.
 """
 
 import math
@@ -49,8 +53,13 @@ class Moments:
 
     def __init__(self, width: int):
         self.count, self.beside = 0, 0.0
-        self._shift: Tensor | None = None  # near the mean: sums of squares of what is far from zero lose digits
-        self._sum, self._square = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
+        self._shift: Tensor | None = (
+            None  # near the mean: sums of squares of what is far from zero lose digits
+        )
+        self._sum, self._square = (
+            torch.zeros(width, dtype=torch.float64),
+            torch.zeros(width, width, dtype=torch.float64),
+        )
 
     def add(self, rows: Tensor, beside: Tensor) -> None:
         """Take in rows [..., D] and numbers [...]."""
@@ -85,8 +94,14 @@ class LayerEvidence(nn.Module):
 
     def __init__(self, centre: Tensor, directions: Tensor, log_budget: Tensor):
         super().__init__()
-        for name, value in (("centre", centre), ("directions", directions), ("log_budget", log_budget)):
-            self.register_buffer(name, value, persistent=False)  # a file of its own: runs of before have none
+        for name, value in (
+            ("centre", centre),
+            ("directions", directions),
+            ("log_budget", log_budget),
+        ):
+            self.register_buffer(
+                name, value, persistent=False
+            )  # a file of its own: runs of before have none
 
     @classmethod
     def of(cls, moments: Moments, dimensions: int = DIRECTIONS) -> "LayerEvidence":
@@ -96,13 +111,21 @@ class LayerEvidence(nn.Module):
             ValueError: fewer rows than numbers in a row.
         """
         width = len(moments.mean)
-        require(moments.count > width, "texts", f"more than {width} tokens", moments.count, "give more text")
+        require(
+            moments.count > width,
+            "texts",
+            f"more than {width} tokens",
+            moments.count,
+            "give more text",
+        )
         variance, axes = torch.linalg.eigh(moments.covariance)  # ascending
         scale = variance.clamp_min(FLATTEST * variance.mean()).rsqrt()
         kept = min(dimensions, width)
         directions = (axes * scale).T[:kept]
         budget = torch.tensor(moments.beside / moments.count)
-        return cls((directions @ moments.mean).float(), directions.float().contiguous(), budget.log())
+        return cls(
+            (directions @ moments.mean).float(), directions.float().contiguous(), budget.log()
+        )
 
     def distance(self, hidden: Tensor) -> Tensor:
         """Squared distance over K, about 1 on text like the fit's; [...]."""
@@ -141,8 +164,14 @@ class Evidence(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """What is kept on disk."""
         parts = [layer for layer in self.layers if isinstance(layer, LayerEvidence)]
-        stacked = {n: torch.stack([getattr(p, n).cpu() for p in parts]) for n in ("centre", "directions", "log_budget")}
-        return stacked | {"prior_total": self.prior_total.cpu(), "memory": torch.tensor(self.memory)}
+        stacked = {
+            n: torch.stack([getattr(p, n).cpu() for p in parts])
+            for n in ("centre", "directions", "log_budget")
+        }
+        return stacked | {
+            "prior_total": self.prior_total.cpu(),
+            "memory": torch.tensor(self.memory),
+        }
 
     @classmethod
     def from_tensors(cls, kept: dict[str, Tensor], num_layers: int, width: int) -> "Evidence":
@@ -154,9 +183,18 @@ class Evidence(nn.Module):
         names = {"centre", "directions", "log_budget", "prior_total", "memory"}
         require(set(kept) == names, "evidence", f"tensors {', '.join(sorted(names))}", sorted(kept))
         L, K, D = kept["directions"].shape if kept["directions"].dim() == 3 else (0, 0, 0)
-        shapes = {"directions": (num_layers, K, width), "centre": (num_layers, K), "log_budget": (num_layers,)}
+        shapes = {
+            "directions": (num_layers, K, width),
+            "centre": (num_layers, K),
+            "log_budget": (num_layers,),
+        }
         for name, shape in (shapes | {"prior_total": (num_layers,), "memory": ()}).items():
-            require(tuple(kept[name].shape) == shape, f"evidence {name}", f"shape {shape}", tuple(kept[name].shape))
+            require(
+                tuple(kept[name].shape) == shape,
+                f"evidence {name}",
+                f"shape {shape}",
+                tuple(kept[name].shape),
+            )
         finite = all(bool(torch.isfinite(kept[name]).all()) for name in names)
         require(finite, "evidence", "finite numbers", "others")
         rows = zip(kept["centre"], kept["directions"], kept["log_budget"], strict=True)
@@ -203,7 +241,9 @@ class RunningMean:
         found = []
         for part in both.split(CHUNK, -1):
             n = part.shape[-1]
-            found.append(part @ mix[:n, :n].T + state[..., None] * self.decay ** (power[:n] + 1).to(x))
+            found.append(
+                part @ mix[:n, :n].T + state[..., None] * self.decay ** (power[:n] + 1).to(x)
+            )
             state = found[-1][..., -1] if n else state
         return torch.cat(found, -1)
 
@@ -243,7 +283,9 @@ class Watch:
 
 
 @contextmanager
-def watching(controller: Any, memory: int | None = None, real: Tensor | None = None) -> Iterator[Watch]:
+def watching(
+    controller: Any, memory: int | None = None, real: Tensor | None = None
+) -> Iterator[Watch]:
     """Compute the evidence of the passes of this thread inside; nothing is computed outside.
 
     Args:
@@ -302,7 +344,8 @@ def evidence_of(controller: Any) -> Evidence:
     evidence: Evidence | None = getattr(controller, "evidence", None)
     if evidence is None:
         raise ValueError(
-            "evidence: expected a density of the fit's text beside the controller; got a fit without one; make it from text "
+            "evidence: expected a density of the fit's text beside the controller; got a fit "
+            "without one; make it from text "
             "that is like the fit's: fit_evidence(texts)"
         )
     return evidence
@@ -322,7 +365,8 @@ class NaturalController(nn.Module):
 
     The natural posterior, mean included, as a guide's controller.
 
-    On text unlike the fit's it falls back to the prior, routes included: nothing else in the library decides by it.
+    On text unlike the fit's it falls back to the prior, routes included: nothing else in the
+    library decides by it.
 
     Args:
         controller: with evidence.

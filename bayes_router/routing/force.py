@@ -9,7 +9,10 @@ from bayes_router.checks import require, unknown
 from bayes_router.types import Route
 
 Force = str | Tensor
-"""The name of an expert, choices int64 [L, B, T, R], or weights [L, B, T, R, E]; without the dimension R for all units."""
+"""The name of an expert, choices int64 [L, B, T, R], or weights [L, B, T, R, E].
+
+Without the dimension R for all units.
+"""
 
 
 def forced_route(force: Force, experts: Sequence[str], num_layers: int) -> Route:
@@ -19,11 +22,21 @@ def forced_route(force: Force, experts: Sequence[str], num_layers: int) -> Route
             raise unknown("force", force, experts)
         index = list(experts).index(force)
         return lambda layer, hidden: index
-    require(force.shape[0] == num_layers, "force", f"a first dimension of {num_layers} layers", tuple(force.shape))
+    require(
+        force.shape[0] == num_layers,
+        "force",
+        f"a first dimension of {num_layers} layers",
+        tuple(force.shape),
+    )
 
     def route(layer: int, hidden: Tensor) -> Tensor:
         choice = force[layer].to(hidden.device)
-        require(choice.shape[:2] == hidden.shape[:2], "force", f"[L, {hidden.shape[0]}, {hidden.shape[1]}]", tuple(force.shape))
+        require(
+            choice.shape[:2] == hidden.shape[:2],
+            "force",
+            f"[L, {hidden.shape[0]}, {hidden.shape[1]}]",
+            tuple(force.shape),
+        )
         return choice
 
     return route

@@ -1,14 +1,16 @@
 """A policy that spends more on text unlike the fit's: the guard.
 
-In each layer a running mean of log evidence over the last tokens, `m[t]`, is held against two levels:
+In each layer a running mean of log evidence over the last tokens, `m[t]`, is held against two
+levels:
 
     alarm[t] = m[t] < level,  or  alarm[t - 1] and m[t] < release        level <= release
 
-Under alarm a token takes the refuge (full attention, of a patch), else what the posterior says at the guard's price. Two
-levels, not one, keep a text near the level from switching at every token. Nothing depends on later tokens, so that decoding
-step by step decides as one pass does. A text begins as though a few tokens like the fit's stood before it: one odd token is
-no alarm. Where what was seen of a text is gone (its cache was cropped, reordered or copied), the guard does not know, and
-takes the refuge.
+Under alarm a token takes the refuge (full attention, of a patch), else what the posterior says at
+the guard's price. Two levels, not one, keep a text near the level from switching at every token.
+Nothing depends on later tokens, so that decoding step by step decides as one pass does. A text
+begins as though a few tokens like the fit's stood before it: one odd token is no alarm. Where what
+was seen of a text is gone (its cache was cropped, reordered or copied), the guard does not know,
+and takes the refuge.
 """
 
 from collections.abc import Sequence
@@ -69,7 +71,11 @@ class Guard:
         return choice if alarm is None else torch.where(alarm[..., None], self.refuge, choice)
 
     def alarm(
-        self, layer: int, log_evidence: Tensor, before: Tensor | None = None, real: Tensor | None = None
+        self,
+        layer: int,
+        log_evidence: Tensor,
+        before: Tensor | None = None,
+        real: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Whether each token is under alarm, and what decoding goes on from.
 
@@ -137,16 +143,24 @@ def guarded(
         return None, None
     if evidence is None:
         raise ValueError(
-            "policy: expected evidence beside a guard; got a fit without; make it from text like the fit's: fit_evidence(texts)"
+            "policy: expected evidence beside a guard; got a fit without; make it from text like "
+            "the fit's: fit_evidence(texts)"
         )
     layers = len(evidence.layers)
-    require(len(policy.level) == layers, "policy.level", f"one for each of {layers} layers", len(policy.level))
+    require(
+        len(policy.level) == layers,
+        "policy.level",
+        f"one for each of {layers} layers",
+        len(policy.level),
+    )
     if past is UNKNOWN:
         return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device), None
     return policy.alarm(layer, evidence.log_evidence(layer, hidden.detach()), past, real)
 
 
-def levels(recent: Tensor, share: float, release: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def levels(
+    recent: Tensor, share: float, release: float
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Level and release of each layer so that `share` of the fit's tokens fall below.
 
     Args:
@@ -154,7 +168,9 @@ def levels(recent: Tensor, share: float, release: float) -> tuple[tuple[float, .
         share: of these tokens, below the level.
         release: of these tokens, below the release.
     """
-    found = torch.quantile(recent.double(), torch.tensor([share, max(share, release)], dtype=torch.float64), dim=1)
+    found = torch.quantile(
+        recent.double(), torch.tensor([share, max(share, release)], dtype=torch.float64), dim=1
+    )
     return _numbers(found[0]), _numbers(found[1])
 
 

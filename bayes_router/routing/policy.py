@@ -35,8 +35,9 @@ Registered = TypeVar("Registered", bound=type[Any])
 def register_policy(name: str) -> Callable[[Registered], Registered]:
     """Class decorator: names a policy for `evaluate --policy` and saved patches.
 
-    It decorates a frozen dataclass that is a `Policy`, whose fields are numbers, names or tuples of them: those are saved. With
-    the fields `cost_ratio` and `price` a budget can be met within it (`at_price`).
+    It decorates a frozen dataclass that is a `Policy`, whose fields are numbers, names or tuples of
+    them: those are saved. With the fields `cost_ratio` and `price` a budget can be met within it
+    (`at_price`).
 
     Raises:
         TypeError: the class is no frozen dataclass.
@@ -45,10 +46,16 @@ def register_policy(name: str) -> Callable[[Registered], Registered]:
 
     def register(kind: Registered) -> Registered:
         if not is_dataclass(kind) or not kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]
-            raise TypeError(f"register_policy: expected a frozen dataclass; got {kind!r}; put @dataclass(frozen=True) below")
+            raise TypeError(
+                f"register_policy: expected a frozen dataclass; got {kind!r}; put "
+                f"@dataclass(frozen=True) below"
+            )
         known = _REGISTRY.get(name)
         if known is not None and known.__qualname__ != kind.__qualname__:
-            raise ValueError(f"register_policy: {name!r} is already {known.__module__}.{known.__qualname__}; take another name")
+            raise ValueError(
+                f"register_policy: {name!r} is already {known.__module__}.{known.__qualname__}; "
+                f"take another name"
+            )
         _REGISTRY[name] = kind
         return kind
 
@@ -68,7 +75,11 @@ def policy_class(name: str) -> type[Any]:
 
 def policy_settings(name: str) -> tuple[str, ...]:
     """What a registered policy can be told beside the costs and the price."""
-    return tuple(field.name for field in fields(policy_class(name)) if field.name not in ("cost_ratio", "price"))
+    return tuple(
+        field.name
+        for field in fields(policy_class(name))
+        if field.name not in ("cost_ratio", "price")
+    )
 
 
 def at_price(name: str, cost_ratio: Sequence[float], **settings: Any) -> Callable[[float], Policy]:
@@ -82,12 +93,27 @@ def at_price(name: str, cost_ratio: Sequence[float], **settings: Any) -> Callabl
     kind = policy_class(name)
     kind = getattr(kind, "at_a_price", kind)
     own = {field.name for field in fields(kind)}
-    require({"cost_ratio", "price"} <= own, "policy", "one with the fields cost_ratio and price", name)
-    for key in settings:
-        require(key in own, f"policy.{key}", f"a field of {kind.__name__}, {', '.join(sorted(own))}", key)
-    missing = [f.name for f in fields(kind) if f.default is MISSING and f.name != "cost_ratio" and f.name not in settings]
     require(
-        not missing, "policy", f"one that its price makes; {name} wants {', '.join(missing)} too", name, "set_guard sets one"
+        {"cost_ratio", "price"} <= own, "policy", "one with the fields cost_ratio and price", name
+    )
+    for key in settings:
+        require(
+            key in own,
+            f"policy.{key}",
+            f"a field of {kind.__name__}, {', '.join(sorted(own))}",
+            key,
+        )
+    missing = [
+        f.name
+        for f in fields(kind)
+        if f.default is MISSING and f.name != "cost_ratio" and f.name not in settings
+    ]
+    require(
+        not missing,
+        "policy",
+        f"one that its price makes; {name} wants {', '.join(missing)} too",
+        name,
+        "set_guard sets one",
     )
     costs = tuple(map(float, cost_ratio))
     return lambda price: kind(cost_ratio=costs, price=price, **settings)
@@ -104,13 +130,18 @@ def policy_to_dict(policy: Policy) -> dict[str, Any]:
             return {"name": name, **asdict(policy)}  # type: ignore[call-overload]
     known = ", ".join(sorted(_REGISTRY))
     raise ValueError(
-        f"policy: expected one of {known}, which can be saved; got {type(policy).__name__}; register_policy it, or set another"
+        f"policy: expected one of {known}, which can be saved; got {type(policy).__name__}; "
+        f"register_policy it, or set another"
     )
 
 
 def policy_from_dict(saved: dict[str, Any]) -> Policy:
     """The policy that `policy_to_dict` described; before 0.2 names were those of the classes."""
-    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items() if key != "name"}
+    settings = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in saved.items()
+        if key != "name"
+    }
     policy: Policy = policy_class(str(saved["name"]).lower())(**settings)
     return policy
 
@@ -138,7 +169,8 @@ def priced(concentration: Tensor, cost_ratio: Costs, price: float) -> Tensor:
 
     [..., E].
 
-    `price` in nats per unit of cost ratio: what a token must be surer of the dearer expert to take it. 0 changes nothing.
+    `price` in nats per unit of cost ratio: what a token must be surer of the dearer expert to take
+    it. 0 changes nothing.
     """
     if price == 0:
         return concentration
@@ -151,7 +183,9 @@ def tilted_by(concentration: Tensor, tilt: Tensor) -> Tensor:
     [..., E].
     """
     share = (concentration.log() - tilt).softmax(-1)
-    least = torch.finfo(concentration.dtype).tiny  # an underflowed concentration is no concentration
+    least = torch.finfo(
+        concentration.dtype
+    ).tiny  # an underflowed concentration is no concentration
     return (share * concentration.sum(-1, keepdim=True)).clamp_min(least)
 
 
@@ -160,10 +194,12 @@ def tilted_by(concentration: Tensor, tilt: Tensor) -> Tensor:
 class Conservative:
     """Argmax, but a token that is unsure takes the stronger expert.
 
-    Where the posterior probability that the argmax is the largest weight falls below `threshold`, the token takes the
-    costliest expert whose posterior mean is at least `least_mean` (cost stands for strength).
+    Where the posterior probability that the argmax is the largest weight falls below `threshold`,
+    the token takes the costliest expert whose posterior mean is at least `least_mean` (cost stands
+    for strength).
 
-    `price` moves the posterior first, see `priced`: so that a budget can be met, as `Budget` meets one by argmax.
+    `price` moves the posterior first, see `priced`: so that a budget can be met, as `Budget` meets
+    one by argmax.
     """
 
     cost_ratio: Costs
@@ -192,8 +228,8 @@ class Conservative:
 class Budget:
     """argmax of log posterior mean - price x cost: one trained model, many budgets.
 
-    `price` in nats per unit of cost ratio. 0 is argmax; a negative price spends more than that, up to every token on the
-    costliest expert.
+    `price` in nats per unit of cost ratio. 0 is argmax; a negative price spends more than that, up
+    to every token on the costliest expert.
     """
 
     cost_ratio: Costs
@@ -220,15 +256,20 @@ class Argmax:
         return concentration.argmax(-1)
 
 
-def execute(posterior: Dirichlet, mode: RoutingMode, policy: Policy, alarm: Tensor | None = None) -> Tensor:
+def execute(
+    posterior: Dirichlet, mode: RoutingMode, policy: Policy, alarm: Tensor | None = None
+) -> Tensor:
     """The route of every token: weights [..., E] for SAMPLE and MEAN, choices int64 [...] for HARD.
 
-    `alarm` [B, T] is what a guard decided of the text (`routing.guard`); None under any other policy.
+    `alarm` [B, T] is what a guard decided of the text (`routing.guard`); None under any other
+    policy.
     """
     if mode is RoutingMode.SAMPLE:
         return posterior.rsample()
     if mode is RoutingMode.MEAN:
         return posterior_mean(posterior.concentration)
     guard: Any = policy
-    choice: Tensor = policy(posterior.concentration) if alarm is None else guard(posterior.concentration, alarm)
+    choice: Tensor = (
+        policy(posterior.concentration) if alarm is None else guard(posterior.concentration, alarm)
+    )
     return choice

@@ -1,6 +1,7 @@
 """The one formula of the posterior over a route, and what is known of a Dirichlet in closed form.
 
-Every function takes `concentration` [..., E] > 0 in float32 or float64 and reduces the last dimension.
+Every function takes `concentration` [..., E] > 0 in float32 or float64 and reduces the last
+dimension.
 """
 
 from functools import lru_cache
@@ -17,7 +18,8 @@ def posterior(raw: Tensor, floor: float) -> Dirichlet:
 
     raw [B, T, E] is the controller's output.
 
-    Training, diagnostics, decoding: all call this. float32 at least, since Dirichlet sampling has no half precision.
+    Training, diagnostics, decoding: all call this. float32 at least, since Dirichlet sampling has
+    no half precision.
     """
     concentration = floor + F.softplus(raw if raw.dtype == torch.float64 else raw.float())
     return Dirichlet(concentration, validate_args=False)
@@ -59,7 +61,8 @@ def categorical_entropy(probability: Tensor) -> Tensor:
 def dirichlet_kl(q: Tensor, p: Tensor) -> Tensor:
     """KL(Dirichlet(q) || Dirichlet(p)) in nats, q and p [..., E]; exact.
 
-    = lgamma(q_0) - sum lgamma(q) - lgamma(p_0) + sum lgamma(p) + sum (q - p) (digamma(q) - digamma(q_0))
+    = lgamma(q_0) - sum lgamma(q) - lgamma(p_0) + sum lgamma(p) + sum (q - p) (digamma(q) -
+    digamma(q_0))
     """
     q_total, p_total = q.sum(-1), p.sum(-1)
     normalisers = q_total.lgamma() - q.lgamma().sum(-1) - p_total.lgamma() + p.lgamma().sum(-1)
@@ -69,7 +72,8 @@ def dirichlet_kl(q: Tensor, p: Tensor) -> Tensor:
 def route_information(probability: Tensor) -> Tensor:
     """Mutual information of token and route over a text, nats: H(mean over tokens) - mean H(token).
 
-    `probability` [..., N, E]: the distribution over experts of each of N tokens. Zero when all tokens route alike.
+    `probability` [..., N, E]: the distribution over experts of each of N tokens. Zero when all
+    tokens route alike.
     """
     return categorical_entropy(probability.mean(-2)) - categorical_entropy(probability).mean(-1)
 
@@ -81,9 +85,10 @@ TAIL = -12.0
 def probability_of_largest(concentration: Tensor, expert: Tensor) -> Tensor:
     """P(route_e > route_f for all f != e) under Dirichlet(concentration), for one expert e a token.
 
-    With independent g_f ~ Gamma(a_f), route = g / sum g, so the probability is int p_{a_e}(x) prod_f P(a_f, x) dx, P the
-    regularised lower incomplete gamma function. Gauss-Legendre in log x over where p_{a_e} has its mass; below
-    x = exp(-12), where P(a, x) = x^a / Gamma(a + 1) up to 1e-5 relative, in closed form.
+    With independent g_f ~ Gamma(a_f), route = g / sum g, so the probability is int p_{a_e}(x)
+    prod_f P(a_f, x) dx, P the regularised lower incomplete gamma function. Gauss-Legendre in log x
+    over where p_{a_e} has its mass; below x = exp(-12), where P(a, x) = x^a / Gamma(a + 1) up to
+    1e-5 relative, in closed form.
 
     Args:
         concentration: [..., E].
@@ -94,14 +99,18 @@ def probability_of_largest(concentration: Tensor, expert: Tensor) -> Tensor:
     """
     alpha = concentration.double()
     chosen = alpha.gather(-1, expert.unsqueeze(-1)).squeeze(-1)
-    others = alpha.masked_fill(torch.zeros_like(alpha).scatter(-1, expert.unsqueeze(-1), 1).bool(), torch.inf)
+    others = alpha.masked_fill(
+        torch.zeros_like(alpha).scatter(-1, expert.unsqueeze(-1), 1).bool(), torch.inf
+    )
     spread = 9 / chosen.sqrt()
     low = (chosen.log() - spread).clamp_min(TAIL)
     high = (chosen + 9 * chosen.sqrt() + 30).log()
     node, weight = _gauss_legendre(alpha.device)
     u = low.unsqueeze(-1) + (high - low).unsqueeze(-1) * node  # [..., N], log x
     x = u.exp()
-    density = chosen.unsqueeze(-1) * u - x - chosen.lgamma().unsqueeze(-1)  # log p(x) + log x, of log x
+    density = (
+        chosen.unsqueeze(-1) * u - x - chosen.lgamma().unsqueeze(-1)
+    )  # log p(x) + log x, of log x
     for f in range(alpha.shape[-1]):
         other = others[..., f].unsqueeze(-1)
         below = torch.special.gammainc(other.clamp_max(1e300), x).log()

@@ -59,10 +59,12 @@ class ComputeAwarePrior:
         temperature: one number, or one a layer.
         map: name of a map from cost ratio to mean, see `PRIOR_MAPS`.
         layer_mean: the mean of every layer by hand, [L, E] probabilities; overrides the map.
-        price: nats per unit of cost ratio; the density is tilted by exp(-tilt . route), tilt = price * cost_ratio.
+        price: nats per unit of cost ratio; the density is tilted by exp(-tilt . route), tilt =
+            price * cost_ratio.
 
     Raises:
-        ValueError: costs out of range or all zero, a concentration or temperature not positive, an unknown map.
+        ValueError: costs out of range or all zero, a concentration or temperature not positive, an
+            unknown map.
     """
 
     def __init__(
@@ -79,21 +81,28 @@ class ComputeAwarePrior:
         self.price = price
         ratios = torch.as_tensor(cost_ratio, dtype=torch.float32)
         given = [round(float(r), 6) for r in ratios]
-        require(ratios.dim() == 1 and len(given) >= 1, "cost_ratio", "one number for each expert", given)
+        require(
+            ratios.dim() == 1 and len(given) >= 1, "cost_ratio", "one number for each expert", given
+        )
         require(any(r > 0 for r in given), "cost_ratio", "not all zero", given)
         require(
             all(0 < r <= 1 for r in given),
             "cost_ratio",
             "numbers in (0, 1], the cost relative to full attention",
             given,
-            "divide by the cost of full attention; where an expert costs more than full, take a longer context or leave it out",
+            "divide by the cost of full attention; where an expert costs more than full, take a "
+            "longer context or leave it out",
         )
         if map not in PRIOR_MAPS:
             raise unknown("prior.map", map, PRIOR_MAPS)
         self.cost_ratio, self.map = ratios, map
         self.temperature = _per_layer("temperature", temperature, num_layers)
-        self.total_concentration = _per_layer("total_concentration", total_concentration, num_layers)
-        self._layer_mean = None if layer_mean is None else torch.tensor([list(map_) for map_ in layer_mean])
+        self.total_concentration = _per_layer(
+            "total_concentration", total_concentration, num_layers
+        )
+        self._layer_mean = (
+            None if layer_mean is None else torch.tensor([list(map_) for map_ in layer_mean])
+        )
         if self._layer_mean is not None:
             require(
                 self._layer_mean.shape == (num_layers, len(given))
@@ -172,23 +181,24 @@ class ComputeAwarePrior:
 
         E[cost_ratio . route] = target_cost.
 
-        The temperature is solved for; with `target_entropy` the total concentration too, so that E[H(route)] meets it.
-        Without a price the two do not interact: mean cost depends on the temperature alone, from the cheapest expert (cold)
-        to the plain mean over experts (hot), and the expected entropy rises with the total concentration, from 0 to the
-        entropy of the mean.
+        The temperature is solved for; with `target_entropy` the total concentration too, so that
+        E[H(route)] meets it. Without a price the two do not interact: mean cost depends on the
+        temperature alone, from the cheapest expert (cold) to the plain mean over experts (hot), and
+        the expected entropy rises with the total concentration, from 0 to the entropy of the mean.
 
         Args:
             cost_ratio: as for the class.
             num_layers: L; all layers get the same prior.
             target_cost: mean cost ratio of a route, full = 1.
-            target_entropy: expected entropy of a route, nats; None leaves `total_concentration` as given.
+            target_entropy: expected entropy of a route, nats; None leaves `total_concentration` as
+                given.
             map: as for the class.
             total_concentration: 0.5 by default.
             price: of the prior that is returned, nats per unit of cost.
 
         Raises:
-            ValueError: a target out of reach (the message names the range), or both `target_entropy` and
-                `total_concentration` given.
+            ValueError: a target out of reach (the message names the range), or both
+                `target_entropy` and `total_concentration` given.
         """
         require(
             target_entropy is None or total_concentration is None,
@@ -196,7 +206,9 @@ class ComputeAwarePrior:
             "None beside target_entropy, which determines it",
             total_concentration,
         )
-        prior = cls(cost_ratio, 1, 0.5 if total_concentration is None else total_concentration, 1.0, map)
+        prior = cls(
+            cost_ratio, 1, 0.5 if total_concentration is None else total_concentration, 1.0, map
+        )
         solved = _met(prior, target_cost, target_entropy, price)
         total, temperature = solved.total_concentration[0], solved.temperature[0]
         return cls(prior.cost_ratio, num_layers, total, temperature, map, price=price)
@@ -209,7 +221,9 @@ LEAST_MEAN = 1e-12
 SOLVED = 1e-6
 
 
-def _met(prior: ComputeAwarePrior, target_cost: float, target_entropy: float | None, price: float) -> ComputeAwarePrior:
+def _met(
+    prior: ComputeAwarePrior, target_cost: float, target_entropy: float | None, price: float
+) -> ComputeAwarePrior:
     """A prior of one layer moved to the targets.
 
     Temperature for the cost, total concentration for the entropy.
@@ -218,7 +232,9 @@ def _met(prior: ComputeAwarePrior, target_cost: float, target_entropy: float | N
     energy = ratios.log() if map_ == "inverse" else ratios
     spread = max(float(energy.max() - energy.min()), 1e-6)
     cold, hot = spread / -math.log(LEAST_MEAN), spread * 1e5
-    fix = "change the target" + (", lower the price or raise total_concentration" if price > 0 else "")
+    fix = "change the target" + (
+        ", lower the price or raise total_concentration" if price > 0 else ""
+    )
 
     def cost(prior: ComputeAwarePrior) -> float:
         return prior.prior_predictive(price).cost
@@ -238,9 +254,24 @@ def _met(prior: ComputeAwarePrior, target_cost: float, target_entropy: float | N
     if target_entropy is None:
         return at(given)
     low, high = TOTALS
-    if cost(heated(low)) < target_cost:  # under a price a sparse prior cannot cost so much; where does it begin to?
-        low = 1.01 * _solve(heated, cost, target_cost, low, high, "target_cost", "lower the price").total_concentration[0]
-    return _solve(at, entropy, target_entropy, low, high, "target_entropy", f"change it or target_cost {target_cost:g}")
+    if (
+        cost(heated(low)) < target_cost
+    ):  # under a price a sparse prior cannot cost so much; where does it begin to?
+        low = (
+            1.01
+            * _solve(
+                heated, cost, target_cost, low, high, "target_cost", "lower the price"
+            ).total_concentration[0]
+        )
+    return _solve(
+        at,
+        entropy,
+        target_entropy,
+        low,
+        high,
+        "target_entropy",
+        f"change it or target_cost {target_cost:g}",
+    )
 
 
 def _solve(
@@ -257,15 +288,33 @@ def _solve(
 
     least, most = value(build(low)), value(build(high))
     inside = least - SOLVED <= target <= most + SOLVED
-    require(inside, name, f"a number from {least:.4f} to {most:.4f}, which this prior can reach", target, fix)
+    require(
+        inside,
+        name,
+        f"a number from {least:.4f} to {most:.4f}, which this prior can reach",
+        target,
+        fix,
+    )
     if target <= least or target >= most:  # at an end, up to rounding
         return build(low if target <= least else high)
-    root = brentq(lambda log_x: value(build(math.exp(log_x))) - target, math.log(low), math.log(high), xtol=1e-9)
+    root = brentq(
+        lambda log_x: value(build(math.exp(log_x))) - target,
+        math.log(low),
+        math.log(high),
+        xtol=1e-9,
+    )
     return build(math.exp(root))
 
 
 def _per_layer(name: str, value: float | Sequence[float], num_layers: int) -> tuple[float, ...]:
-    values = tuple(map(float, value)) if isinstance(value, Sequence) else (float(value),) * num_layers
-    require(len(values) == num_layers, name, f"one number, or one for each of {num_layers} layers", value)
+    values = (
+        tuple(map(float, value)) if isinstance(value, Sequence) else (float(value),) * num_layers
+    )
+    require(
+        len(values) == num_layers,
+        name,
+        f"one number, or one for each of {num_layers} layers",
+        value,
+    )
     require(all(0 < v < float("inf") for v in values), name, "positive numbers", value)
     return values

@@ -2,9 +2,10 @@
 
 An estimate of KL(reference || routed) from what the routed pass knows.
 
-The reference is the model as it was before a patch, or, of a run trained from scratch, its strongest static choice. A small
-network reads the last hidden state, the mean route of each layer and the entropy of the prediction, and answers with log KL;
-a factor brings the mean of its estimates to that of the fit's text, which the exponential of a mean logarithm falls short of.
+The reference is the model as it was before a patch, or, of a run trained from scratch, its
+strongest static choice. A small network reads the last hidden state, the mean route of each layer
+and the entropy of the prediction, and answers with log KL; a factor brings the mean of its
+estimates to that of the fit's text, which the exponential of a mean logarithm falls short of.
 """
 
 import math
@@ -64,10 +65,18 @@ class RiskHead(nn.Module):
         super().__init__()
         self.linear = nn.Linear(features, 1)
         self.body = nn.Sequential(
-            nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)
+            nn.Linear(features, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, 1),
         )
         nn.init.zeros_(self.body[-1].weight)  # type: ignore[arg-type]
-        for name, value in (("mean", torch.zeros(features)), ("scale", torch.ones(features)), ("factor", torch.tensor(1.0))):
+        for name, value in (
+            ("mean", torch.zeros(features)),
+            ("scale", torch.ones(features)),
+            ("factor", torch.tensor(1.0)),
+        ):
             self.register_buffer(name, value)
 
     def log_kl(self, features: Tensor) -> Tensor:
@@ -91,19 +100,32 @@ class RiskHead(nn.Module):
         """
         settings = settings or RiskFit()
         require(len(kl) >= 64, "texts", "at least 64 tokens", len(kl), "give more text")
-        require(float(kl.max()) > LEAST_KL, "texts", "tokens at which routing changes the prediction", "none", "set a budget")
+        require(
+            float(kl.max()) > LEAST_KL,
+            "texts",
+            "tokens at which routing changes the prediction",
+            "none",
+            "set a budget",
+        )
         target = kl.clamp_min(LEAST_KL).log()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            head, order = cls(features.shape[1], settings.width), torch.Generator().manual_seed(settings.seed)
+            head, order = (
+                cls(features.shape[1], settings.width),
+                torch.Generator().manual_seed(settings.seed),
+            )
             head.mean.copy_(features.mean(0))
             spread = features.std(0)
             head.scale.copy_(torch.where(spread > 1e-6, spread, 1.0))
             nn.init.constant_(head.linear.bias, float(target.mean()))
             nn.init.zeros_(head.linear.weight)
-            optimiser = torch.optim.AdamW(head.parameters(), settings.lr, weight_decay=settings.weight_decay)
+            optimiser = torch.optim.AdamW(
+                head.parameters(), settings.lr, weight_decay=settings.weight_decay
+            )
             for step in range(settings.steps):
-                optimiser.param_groups[0]["lr"] = settings.lr * (1 + math.cos(math.pi * step / settings.steps)) / 2
+                optimiser.param_groups[0]["lr"] = (
+                    settings.lr * (1 + math.cos(math.pi * step / settings.steps)) / 2
+                )
                 rows = torch.randint(len(kl), (settings.batch_size,), generator=order)
                 loss = (head.log_kl(features[rows]) - target[rows]).square().mean()
                 optimiser.zero_grad()

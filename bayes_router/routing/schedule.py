@@ -31,7 +31,8 @@ class Schedule:
     The start favours chosen experts and soft routes.
 
     With w rising linearly from 0 at `anneal_from` to 1 at `anneal_to` (fractions of training):
-    mean = (1 - w) start + w mean_l; log total = (1 - w) log start_total + w log total_l; price = w price.
+    mean = (1 - w) start + w mean_l; log total = (1 - w) log start_total + w log total_l; price = w
+    price.
 
     Args:
         config: the settings.
@@ -42,7 +43,12 @@ class Schedule:
     """
 
     def __init__(
-        self, config: ScheduleConfig, prior: ComputeAwarePrior, steps: int, experts: Sequence[str], price: float = 0.0
+        self,
+        config: ScheduleConfig,
+        prior: ComputeAwarePrior,
+        steps: int,
+        experts: Sequence[str],
+        price: float = 0.0,
     ):
         self.config, self.prior, self.steps, self.price = config, prior, steps, price
         self._end_mean = self._start_mean = prior.mean  # [L, E]
@@ -62,7 +68,9 @@ class Schedule:
         total = config.start_total_concentration ** (1 - w) * self._total**w
         warm = _ramp(progress, 0.0, config.kl_warmup)
         kl_weight = config.kl_weight * (KL_WARMUP_START + (1 - KL_WARMUP_START) * warm)
-        return ScheduleState(kl_weight, mean * total, w * self.price, progress >= config.straight_through_from)
+        return ScheduleState(
+            kl_weight, mean * total, w * self.price, progress >= config.straight_through_from
+        )
 
 
 def _ramp(progress: float, start: float, end: float) -> float:

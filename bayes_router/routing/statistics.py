@@ -32,13 +32,17 @@ class RoutingStatistics:
     expected_entropy: float  # mean over tokens
     route_information: float  # between token and route
     total_concentration: float  # mean over tokens
-    collapse: str  # "none", "routing" (nearly all tokens on one expert) or "posterior" (one route for all tokens)
+    # "none", "routing" (nearly all tokens on one expert) or "posterior" (one route for all tokens)
+    collapse: str
     units: tuple["RoutingStatistics", ...] = ()  # of each unit, where there are several
 
     def __repr__(self) -> str:
-        load = ", ".join(f"{name} {share:.1%}" for name, share in zip(self.experts, self.load, strict=True))
+        load = ", ".join(
+            f"{name} {share:.1%}" for name, share in zip(self.experts, self.load, strict=True)
+        )
         return (
-            f"RoutingStatistics(load: {load}; cost {self.cost:.3f}; information {self.route_information:.3f} nats; "
+            f"RoutingStatistics(load: {load}; cost {self.cost:.3f}; information "
+            f"{self.route_information:.3f} nats; "
             f"entropy {self.entropy_of_mean:.3f}; collapse: {self.collapse})"
         )
 
@@ -56,17 +60,21 @@ def executed_load(route: Tensor, num_experts: int) -> Tensor:
     return weights.reshape(-1, num_experts).float().mean(0)
 
 
-def routing_statistics(concentration: Tensor, route: Tensor, cost_ratio: Tensor, experts: Sequence[str]) -> RoutingStatistics:
+def routing_statistics(
+    concentration: Tensor, route: Tensor, cost_ratio: Tensor, experts: Sequence[str]
+) -> RoutingStatistics:
     """Summarise one layer's posteriors [B, T, R, E] and executed routes.
 
     The routes are [B, T, R, E] or int64 [B, T, R].
 
-    `cost_ratio` is [E], or [R, E]. A layer has collapsed where all of its units have: in the way that they share, or, if some
-    in one way and some in the other, by "posterior".
+    `cost_ratio` is [E], or [R, E]. A layer has collapsed where all of its units have: in the way
+    that they share, or, if some in one way and some in the other, by "posterior".
     """
     R = concentration.shape[2]
     costs = cost_ratio.expand(R, -1)
-    units = tuple(_of_unit(concentration[:, :, r], route[:, :, r], costs[r], experts) for r in range(R))
+    units = tuple(
+        _of_unit(concentration[:, :, r], route[:, :, r], costs[r], experts) for r in range(R)
+    )
     if R == 1:
         return units[0]
     ways = {unit.collapse for unit in units}
@@ -79,7 +87,9 @@ def routing_statistics(concentration: Tensor, route: Tensor, cost_ratio: Tensor,
 MEANS = ("cost", "entropy_of_mean", "expected_entropy", "route_information", "total_concentration")
 
 
-def _of_unit(concentration: Tensor, route: Tensor, cost_ratio: Tensor, experts: Sequence[str]) -> RoutingStatistics:
+def _of_unit(
+    concentration: Tensor, route: Tensor, cost_ratio: Tensor, experts: Sequence[str]
+) -> RoutingStatistics:
     """Of one unit: posteriors [B, T, E], routes [B, T, E] or int64 [B, T], costs [E]."""
     num_experts = len(experts)
     concentration = concentration.reshape(-1, num_experts)

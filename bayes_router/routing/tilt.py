@@ -44,7 +44,9 @@ def tilted_kl(q: Tensor, concentration: Tensor, tilt: Tensor, log_normaliser: Te
     = KL(Dirichlet(q) || Dirichlet(concentration)) + tilt . E_q[route] + log Z. q, concentration and
     tilt broadcast over [..., E], log Z over [...]; a tilt of 0 has log Z = 0.
     """
-    return dirichlet_kl(q, concentration) + (posterior_mean(q) * tilt.to(q)).sum(-1) + log_normaliser
+    return (
+        dirichlet_kl(q, concentration) + (posterior_mean(q) * tilt.to(q)).sum(-1) + log_normaliser
+    )
 
 
 def tilted_moments(concentration: Tensor, tilt: Tensor) -> TiltedMoments:
@@ -52,13 +54,16 @@ def tilted_moments(concentration: Tensor, tilt: Tensor) -> TiltedMoments:
 
     Args:
         concentration: [..., E] > 0.
-        tilt: [E], or broadcastable to concentration: nats per unit of weight on each expert; of either sign.
+        tilt: [E], or broadcastable to concentration: nats per unit of weight on each expert; of
+            either sign.
 
     Returns:
         Exact to about 1e-9 for total concentrations from 1e-3 to 1e4.
     """
     a, cost = concentration.double(), tilt.double()
-    shift = cost.min()  # exp(-tilt . route) = exp(-shift) exp(-(tilt - shift) . route), for weights sum to 1
+    shift = (
+        cost.min()
+    )  # exp(-tilt . route) = exp(-shift) exp(-(tilt - shift) . route), for weights sum to 1
     cost = cost - shift
     m = _saddle(a, cost).unsqueeze(-1)  # [..., 1]
     step = 6 / (m.sqrt() * NODES)  # |e^s| has fallen to e^-36 of its top at the last node

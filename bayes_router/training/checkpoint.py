@@ -2,9 +2,10 @@
 
 config.toml, metrics.csv, summary.json, model.safetensors (to use), state.pt (to resume), figures/.
 
-Every file is written under a temporary name and renamed, so that each is whole or absent. state.pt alone holds all that a
-resumed run needs, weights included: a run killed between two files resumes from one consistent step. state.pt ends with a
-SHA-256 of what stands before it, model.safetensors names that of its tensors; both hold the settings too, under the same
+Every file is written under a temporary name and renamed, so that each is whole or absent. state.pt
+alone holds all that a resumed run needs, weights included: a run killed between two files resumes
+from one consistent step. state.pt ends with a SHA-256 of what stands before it, model.safetensors
+names that of its tensors; both hold the settings too, under the same
 sum: a flipped bit is found in any of the three, not trained on.
 """
 
@@ -27,7 +28,15 @@ from torch import Tensor, nn
 from bayes_router import __version__
 from bayes_router.checks import require
 from bayes_router.config import Config, config_from_toml, load_config
-from bayes_router.files import CONFIG, STATE, WEIGHTS, first_line, require_file, write_text, write_whole
+from bayes_router.files import (
+    CONFIG,
+    STATE,
+    WEIGHTS,
+    first_line,
+    require_file,
+    write_text,
+    write_whole,
+)
 from bayes_router.training.evidence import load_evidence
 from bayes_router.training.faults import sole_user
 from bayes_router.training.risk import load_risk
@@ -52,13 +61,18 @@ def prepare_run(out: Path, config: Config, overwrite: bool, resume: bool) -> Non
     With its own settings, or with lower learning rates.
 
     Raises:
-        ValueError: the folder exists and neither `overwrite` nor `resume` is set; or `resume` is set and there is nothing
-            to resume, or the run was made with other settings (the message names them).
+        ValueError: the folder exists and neither `overwrite` nor `resume` is set; or `resume` is
+            set and there is nothing to resume, or the run was made with other settings (the message
+            names them).
     """
     if resume:
         before = load_config(require_file(out, CONFIG))
         slower, found = lowered(before, config), _differing(before, config)
-        differing = [f"{name} (run {theirs!r}, now {ours!r})" for name, (theirs, ours) in found.items() if name not in slower]
+        differing = [
+            f"{name} (run {theirs!r}, now {ours!r})"
+            for name, (theirs, ours) in found.items()
+            if name not in slower
+        ]
         if differing:
             raise ValueError(
                 f"resume: expected the settings that {out} was made with, or lower learning rates; "
@@ -70,10 +84,15 @@ def prepare_run(out: Path, config: Config, overwrite: bool, resume: bool) -> Non
         return
     if out.exists():
         if not overwrite:
-            raise ValueError(f"out: expected a new folder; {out} exists; choose another, or give --overwrite or --resume")
+            raise ValueError(
+                f"out: expected a new folder; {out} exists; choose another, or give --overwrite or "
+                f"--resume"
+            )
         foreign = out.is_dir() and any(path.suffix != ".tmp" for path in out.iterdir())
         if foreign and not (out / CONFIG).exists():
-            raise ValueError(f"out: expected a run folder to overwrite; {out} holds other files; choose another")
+            raise ValueError(
+                f"out: expected a run folder to overwrite; {out} holds other files; choose another"
+            )
         if out.is_dir():
             with sole_user(out):
                 shutil.rmtree(out)
@@ -83,7 +102,9 @@ def prepare_run(out: Path, config: Config, overwrite: bool, resume: bool) -> Non
         out.mkdir(parents=True)
         write_text(out / CONFIG, config.to_toml())
     except OSError as error:
-        raise ValueError(f"out: expected a folder that can be made; got {out}: {error.strerror}; choose another") from error
+        raise ValueError(
+            f"out: expected a folder that can be made; got {out}: {error.strerror}; choose another"
+        ) from error
 
 
 def _differing(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
@@ -97,22 +118,29 @@ def _differing(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _check_settings(path: Path, config: Config, stored: Config, asked: Config | None = None) -> None:
+def _check_settings(
+    path: Path, config: Config, stored: Config, asked: Config | None = None
+) -> None:
     """Compare config.toml with the settings that weights say they were made with.
 
     The file at `path` was read as `config`.
 
-    A learning rate that is lowered as the run is resumed stands in the weights before it stands in the file.
+    A learning rate that is lowered as the run is resumed stands in the weights before it stands in
+    the file.
     """
     slower = set() if asked is None else lowered(config, asked)
     found = {
         name: pair
         for name, pair in _differing(stored, config).items()
-        if name not in FREE and not (name in slower and name not in _differing(stored, asked or config))
+        if name not in FREE
+        and not (name in slower and name not in _differing(stored, asked or config))
     }
     if found:
         words = ", ".join(f"{name} is {now!r}, was {then!r}" for name, (then, now) in found.items())
-        raise ValueError(f"{path}: expected the settings that the weights were made with; {words}; put back what it was")
+        raise ValueError(
+            f"{path}: expected the settings that the weights were made with; {words}; put back "
+            f"what it was"
+        )
 
 
 def save_checkpoint(
@@ -181,9 +209,17 @@ def check_bound(run: Path, asked: Config | None = None) -> None:
 
 def save_weights(run: Path, model: nn.Module, settings: str) -> None:
     """Write model.safetensors, with `bound_settings` of what the model was made with."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    table = {"sha256": weights_digest(weights, settings + __version__), "settings": settings, "version": __version__}
-    metadata = {"run": json.dumps(table)}  # one entry: the order of several is another in each process
+    weights = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    }
+    table = {
+        "sha256": weights_digest(weights, settings + __version__),
+        "settings": settings,
+        "version": __version__,
+    }
+    metadata = {
+        "run": json.dumps(table)
+    }  # one entry: the order of several is another in each process
     write_whole(run / WEIGHTS, lambda p: save_file(weights, p, metadata))
 
 
@@ -201,22 +237,30 @@ def weights_digest(weights: Mapping[str, Tensor], words: str = "") -> str:
 
 
 def load_checkpoint(
-    run: Path, model: RoutedLanguageModel, optimiser: torch.optim.Optimizer, steps: int, asked: Config | None = None
+    run: Path,
+    model: RoutedLanguageModel,
+    optimiser: torch.optim.Optimizer,
+    steps: int,
+    asked: Config | None = None,
 ) -> dict[str, Any]:
     """Restore `model` and `optimiser` from state.pt.
 
     Returns the progress saved with them, at most `steps` steps.
 
-    `asked` are the settings that the run is resumed with, where learning rates may be lower than its own.
+    `asked` are the settings that the run is resumed with, where learning rates may be lower than
+    its own.
 
     Raises:
-        ValueError: the file is damaged or fits another model. Nothing in it is executed: only tensors and plain values load.
+        ValueError: the file is damaged or fits another model. Nothing in it is executed: only
+            tensors and plain values load.
     """
     path = require_file(run, STATE)
     with _damage_named(path, "a checkpoint of this model"):
         content = path.read_bytes()
         payload, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
-        require(hashlib.sha256(payload).digest() == digest, "checksum", "that of the content", "another")
+        require(
+            hashlib.sha256(payload).digest() == digest, "checksum", "that of the content", "another"
+        )
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
         progress, stored = _checked_progress(state["progress"], steps), _settings_in(state)
     if stored is not None:
@@ -225,7 +269,9 @@ def load_checkpoint(
         _check_finite(state["model"])
         model.load_state_dict(state["model"])
         for group in state["optimiser"]["param_groups"]:
-            group["fused"] = optimiser.defaults["fused"]  # of this device, whatever device wrote the file
+            group["fused"] = optimiser.defaults[
+                "fused"
+            ]  # of this device, whatever device wrote the file
         optimiser.load_state_dict(state["optimiser"])
         _check_moments(optimiser)
     return progress
@@ -234,10 +280,26 @@ def load_checkpoint(
 def _check_finite(weights: Mapping[str, Tensor]) -> None:
     """Weights that are no numbers give text and figures that are none."""
     for name, tensor in weights.items():
-        require(bool(torch.isfinite(tensor).all()), name, "numbers", "NaN or infinity", "take an earlier copy, or fit again")
+        require(
+            bool(torch.isfinite(tensor).all()),
+            name,
+            "numbers",
+            "NaN or infinity",
+            "take an earlier copy, or fit again",
+        )
 
 
-DAMAGE = (RuntimeError, LookupError, EOFError, ValueError, TypeError, AttributeError, OSError, OverflowError, MemoryError)
+DAMAGE = (
+    RuntimeError,
+    LookupError,
+    EOFError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    OSError,
+    OverflowError,
+    MemoryError,
+)
 """What readers raise on files that nobody meant to write."""
 
 
@@ -245,9 +307,16 @@ def _checked_progress(progress: Mapping[str, Any], steps: int) -> dict[str, Any]
     """The counters of a checkpoint, which must be numbers within their range."""
     for name in ("step", "skipped", "in_a_row"):
         value = progress[name]
-        require(type(value) is int and 0 <= value <= steps, name, f"an integer from 0 to {steps}", value)
+        require(
+            type(value) is int and 0 <= value <= steps, name, f"an integer from 0 to {steps}", value
+        )
     seconds = progress["seconds"]
-    require(isinstance(seconds, (int, float)) and 0 <= seconds < float("inf"), "seconds", "0 or more", seconds)
+    require(
+        isinstance(seconds, (int, float)) and 0 <= seconds < float("inf"),
+        "seconds",
+        "0 or more",
+        seconds,
+    )
     return dict(progress)
 
 
@@ -258,7 +327,12 @@ def _check_moments(optimiser: torch.optim.Optimizer) -> None:
     """
     for parameter, state in optimiser.state.items():
         for name in ("exp_avg", "exp_avg_sq"):
-            require(state[name].shape == parameter.shape, name, f"shape {tuple(parameter.shape)}", tuple(state[name].shape))
+            require(
+                state[name].shape == parameter.shape,
+                name,
+                f"shape {tuple(parameter.shape)}",
+                tuple(state[name].shape),
+            )
 
 
 def load_run(run: Path | str, device: str = "cpu") -> tuple[Config, RoutedLanguageModel]:
@@ -280,7 +354,12 @@ def load_run(run: Path | str, device: str = "cpu") -> tuple[Config, RoutedLangua
         table = _table_of(metadata)
         if metadata:
             wanted = weights_digest(weights, table.get("settings", "") + table.get("version", ""))
-            require(table.get("sha256") == wanted, "checksum", "that of the tensors", table.get("sha256"))
+            require(
+                table.get("sha256") == wanted,
+                "checksum",
+                "that of the tensors",
+                table.get("sha256"),
+            )
         stored = _settings_in(table)
     if stored is not None:
         _check_settings(run / CONFIG, config, stored)
@@ -295,12 +374,15 @@ def load_run(run: Path | str, device: str = "cpu") -> tuple[Config, RoutedLangua
 
 
 @contextmanager
-def _damage_named(path: Path, expected: str = f"the weights of the model in {CONFIG}") -> Iterator[None]:
+def _damage_named(
+    path: Path, expected: str = f"the weights of the model in {CONFIG}"
+) -> Iterator[None]:
     try:
         yield
     except (*DAMAGE, SafetensorError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"{path}: expected {expected}; damaged or another's: {first_line(error)}{_other_version(path.parent)}"
+            f"{path}: expected {expected}; damaged or another's: "
+            f"{first_line(error)}{_other_version(path.parent)}"
         ) from error
 
 
@@ -311,7 +393,11 @@ def _other_version(run: Path) -> str:
             version = str(_table_of(file.metadata() or {}).get("version", __version__))
     except (*DAMAGE, SafetensorError):
         return ""
-    return "" if version == __version__ else f"; bayes-router {version} wrote this run, this is {__version__}"
+    return (
+        ""
+        if version == __version__
+        else f"; bayes-router {version} wrote this run, this is {__version__}"
+    )
 
 
 def _table_of(metadata: Mapping[str, str]) -> Mapping[str, Any]:
@@ -346,6 +432,11 @@ def _check_shapes(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> None
     )
     with torch.device("meta"):
         wanted = RoutedLanguageModel(model).state_dict()
-    require(set(wanted) == set(shapes), "names", "those of the model", sorted(set(wanted) ^ set(shapes))[:3])
+    require(
+        set(wanted) == set(shapes),
+        "names",
+        "those of the model",
+        sorted(set(wanted) ^ set(shapes))[:3],
+    )
     for name, tensor in wanted.items():
         require(tuple(tensor.shape) == shapes[name], name, str(tuple(tensor.shape)), shapes[name])

@@ -1,8 +1,9 @@
 """The compute dial: one fitted model, many budgets.
 
 The price of a policy is set on held-out text so that the executed routes cost what a budget says.
-Routes interact: a route changed in one layer moves the hidden states, hence the posteriors, of all later ones. So every
-cost here is that of a pass that was executed, not one projected from stored posteriors.
+Routes interact: a route changed in one layer moves the hidden states, hence the posteriors, of all
+later ones. So every cost here is that of a pass that was executed, not one projected from stored
+posteriors.
 """
 
 import itertools
@@ -58,7 +59,8 @@ class Dial:
     Args:
         model: the fitted model, or a patched one.
         source: held-out data.
-        cost_ratio: [E], or [L, E] where layers differ, full = 1; or a function that counts the cost of executed routes.
+        cost_ratio: [E], or [L, E] where layers differ, full = 1; or a function that counts the cost
+            of executed routes.
         context: tokens of a window.
         batch_size: windows at a time.
         limit: read at most this many tokens in each pass.
@@ -79,51 +81,71 @@ class Dial:
         experts: Sequence[str] | None = None,
     ):
         self.model, self.source = model, source
-        self.cost = cost_ratio if callable(cost_ratio) else torch.as_tensor(cost_ratio, dtype=torch.float64)
+        self.cost = (
+            cost_ratio if callable(cost_ratio) else torch.as_tensor(cost_ratio, dtype=torch.float64)
+        )
         self.context, self.batch_size, self.limit = context, batch_size, limit
         if policy is None:
             one = isinstance(self.cost, Tensor) and self.cost.dim() == 1
-            require(one, "policy", "one, where layers differ in what an expert costs", None, "give at_price(name, cost_ratio)")
+            require(
+                one,
+                "policy",
+                "one, where layers differ in what an expert costs",
+                None,
+                "give at_price(name, cost_ratio)",
+            )
             policy = at_price("argmax", self.cost.tolist())  # type: ignore[union-attr]
         self.policy = policy
         self.experts = experts
         self.readings: dict[float, Executed] = {}
-        self._foresees = isinstance(policy(0.0), Budget)  # others take longer than a pass on posteriors that are held
+        self._foresees = isinstance(
+            policy(0.0), Budget
+        )  # others take longer than a pass on posteriors that are held
         self._last: Pass | None = None
 
     def read(self, price: float) -> Executed:
         """What the policy at `price` does, executed."""
         if price not in self.readings:
             windows = self.source.windows(self.context, self.batch_size, self.limit)
-            self._last = execute(self.model, windows, self.cost, RoutingMode.HARD, self.policy(price), price)
+            self._last = execute(
+                self.model, windows, self.cost, RoutingMode.HARD, self.policy(price), price
+            )
             self.readings[price] = self._last.reading
         return self.readings[price]
 
-    def solve(self, budget: float, tolerance: float = TOLERANCE, jump: float | None = None) -> Executed:
+    def solve(
+        self, budget: float, tolerance: float = TOLERANCE, jump: float | None = None
+    ) -> Executed:
         """The reading whose cost is within `tolerance` of `budget`.
 
-        The cost is a step function of the price, and need not be monotone: the search keeps one price that costs at least the
-        budget and a higher one that costs less. Between them, the next is in turn the one that would do were the posteriors
-        those of the last pass, the one just below (a jump is found at once), and the middle.
+        The cost is a step function of the price, and need not be monotone: the search keeps one
+        price that costs at least the budget and a higher one that costs less. Between them, the
+        next is in turn the one that would do were the posteriors those of the last pass, the one
+        just below (a jump is found at once), and the middle.
 
         Args:
             budget: full attention = 1.
             tolerance: how far from it the cost may lie.
-            jump: how far the nearest cost may lie where the budget is in a jump: many tokens share one posterior, as under a
-                collapsed guide, and change expert at one price. Default `tolerance`.
+            jump: how far the nearest cost may lie where the budget is in a jump: many tokens share
+                one posterior, as under a collapsed guide, and change expert at one price. Default
+                `tolerance`.
 
         Raises:
-            BudgetUnreachable: (a ValueError) the budget is outside the costs of the experts, or in a jump.
+            BudgetUnreachable: (a ValueError) the budget is outside the costs of the experts, or in
+                a jump.
         """
         for name, value in (("tolerance", tolerance), ("jump", jump)):
             require(value is None or value >= 0, name, "0 or more", value)
         least, most = self.ends()
         if not least - tolerance <= budget <= most + tolerance:
             raise BudgetUnreachable(
-                f"budget: expected a cost from {least:.3f} (every token on the cheapest expert) to {most:.3f} (on the "
+                f"budget: expected a cost from {least:.3f} (every token on the cheapest expert) to "
+                f"{most:.3f} (on the "
                 f"costliest); got {budget:g}; choose one in this range"
             )
-        margin = max(tolerance / 2, torch.finfo(torch.float32).eps)  # at an end, the price that just leads there
+        margin = max(
+            tolerance / 2, torch.finfo(torch.float32).eps
+        )  # at an end, the price that just leads there
         aim = min(max(budget, least + margin), most - margin)
         self.read(0.0)
         for turn in itertools.count():
@@ -138,9 +160,12 @@ class Dial:
         if abs(nearest.cost - budget) <= (tolerance if jump is None else jump):
             return nearest
         raise BudgetUnreachable(
-            f"budget: expected a cost that some price realises within {max(tolerance, jump or 0.0):g}; got {budget:g}, in a "
-            f"jump: at price {low.price:.4g} the executed cost goes from {low.cost:.3f} to {high.cost:.3f}, for many tokens "
-            f"share one posterior; choose {nearest.cost:.3f}, another cost outside the jump, or a larger tolerance",
+            f"budget: expected a cost that some price realises within "
+            f"{max(tolerance, jump or 0.0):g}; got {budget:g}, in a "
+            f"jump: at price {low.price:.4g} the executed cost goes from {low.cost:.3f} to "
+            f"{high.cost:.3f}, for many tokens "
+            f"share one posterior; choose {nearest.cost:.3f}, another cost outside the jump, or a "
+            f"larger tolerance",
             nearest,
         )
 
@@ -160,11 +185,18 @@ class Dial:
     def _around(self, aim: float) -> tuple[Executed | _End, Executed | _End]:
         """Neighbouring prices, the first costing at least `aim`, the second less."""
         least, most = self.ends()
-        known: list[Executed | _End] = [_End(-STEEPEST, most), *(self.readings[price] for price in sorted(self.readings))]
+        known: list[Executed | _End] = [
+            _End(-STEEPEST, most),
+            *(self.readings[price] for price in sorted(self.readings)),
+        ]
         known.append(_End(STEEPEST, least))
-        return next((low, high) for low, high in itertools.pairwise(known) if low.cost >= aim > high.cost)
+        return next(
+            (low, high) for low, high in itertools.pairwise(known) if low.cost >= aim > high.cost
+        )
 
-    def _next(self, low: Executed | _End, high: Executed | _End, aim: float, near: float, turn: int) -> float:
+    def _next(
+        self, low: Executed | _End, high: Executed | _End, aim: float, near: float, turn: int
+    ) -> float:
         """A price between two."""
         ends = isinstance(low, _End), isinstance(high, _End)
         if self._foresees and turn % 3 < 2:
@@ -174,7 +206,11 @@ class Dial:
             tried = high.price - step if ends[0] else low.price + step
         else:
             share = (low.cost - aim) / (low.cost - high.cost)
-            tried = low.price + min(max(share, 0.05), 0.95) * (high.price - low.price) if turn % 3 < 2 else torch.inf
+            tried = (
+                low.price + min(max(share, 0.05), 0.95) * (high.price - low.price)
+                if turn % 3 < 2
+                else torch.inf
+            )
         return tried if low.price < tried < high.price else (low.price + high.price) / 2
 
     def _foreseen(self, aim: float) -> float:
@@ -186,7 +222,9 @@ class Dial:
             route = self.policy(price)(concentration)
             if not isinstance(self.cost, Tensor):
                 return self.cost(route)
-            load = torch.stack([(route == index).double().mean((1, 2, 3)) for index in range(shares)], -1)
+            load = torch.stack(
+                [(route == index).double().mean((1, 2, 3)) for index in range(shares)], -1
+            )
             return cost_of(route, load.cpu(), self.cost)
 
         low, high = -STEEPEST, STEEPEST
@@ -195,13 +233,16 @@ class Dial:
             low, high = (middle, high) if spent(middle) > aim else (low, middle)
         return high
 
-    def curve(self, budgets: Sequence[float] = GRID, tolerance: float = TOLERANCE) -> "pd.DataFrame":
+    def curve(
+        self, budgets: Sequence[float] = GRID, tolerance: float = TOLERANCE
+    ) -> "pd.DataFrame":
         """Held-out nll against budget.
 
         One row for each budget that lies between the cheapest and the costliest expert.
 
-        Columns: budget, cost (executed), price, nll_hard (nats per token), `load NAME` (mean over layers), and met: False
-        where the budget lies in a jump and the row is the nearest cost that a price realises.
+        Columns: budget, cost (executed), price, nll_hard (nats per token), `load NAME` (mean over
+        layers), and met: False where the budget lies in a jump and the row is the nearest cost that
+        a price realises.
         """
         import pandas as pd
 
@@ -242,7 +283,16 @@ def solve_price(
 
     And what they did there.
 
-    `Budget(cost_ratio, reading.price)` is then the policy to deploy. Arguments and errors as for `Dial` and `Dial.solve`.
+    `Budget(cost_ratio, reading.price)` is then the policy to deploy. Arguments and errors as for
+    `Dial` and `Dial.solve`.
     """
-    dial = Dial(model, source, cost_ratio, context=context, batch_size=batch_size, limit=limit, policy=policy)
+    dial = Dial(
+        model,
+        source,
+        cost_ratio,
+        context=context,
+        batch_size=batch_size,
+        limit=limit,
+        policy=policy,
+    )
     return dial.solve(budget, tolerance)

@@ -2,7 +2,8 @@
 
 Devices, ranks and what ranks tell each other.
 
-`torchrun` sets RANK, WORLD_SIZE and LOCAL_RANK; without it there is one rank, and every method here is free of cost.
+`torchrun` sets RANK, WORLD_SIZE and LOCAL_RANK; without it there is one rank, and every method here
+is free of cost.
 """
 
 import os
@@ -40,7 +41,8 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         message = str(error).splitlines()[0]
         raise ValueError(
-            f"train.device: expected auto, cpu or a device that torch has here; got {name!r}: {message}"
+            f"train.device: expected auto, cpu or a device that torch has here; got {name!r}: "
+            f"{message}"
         ) from error
     return device
 
@@ -66,7 +68,9 @@ class World:
             return objective
         devices = [device.index] if device.type == "cuda" else None
         # buffers hold the prior, which every rank computes from the schedule
-        return DistributedDataParallel(objective, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            objective, devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
     @staticmethod
     def averaging(replica: Callable[..., Any], now: bool) -> AbstractContextManager[None]:
@@ -74,7 +78,11 @@ class World:
 
         Of accumulated parts the last alone needs the others.
         """
-        return nullcontext() if now or not isinstance(replica, DistributedDataParallel) else replica.no_sync()
+        return (
+            nullcontext()
+            if now or not isinstance(replica, DistributedDataParallel)
+            else replica.no_sync()
+        )
 
     def mean(self, value: Tensor) -> Tensor:
         """Mean over ranks."""
@@ -90,7 +98,11 @@ class World:
 
     def any(self, value: bool, device: torch.device) -> bool:
         """Whether a bool holds on some rank."""
-        return value if self.size == 1 else bool(self.mean(torch.tensor(float(value), device=device)) > 0)
+        return (
+            value
+            if self.size == 1
+            else bool(self.mean(torch.tensor(float(value), device=device)) > 0)
+        )
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -115,8 +127,18 @@ def connected(device: torch.device) -> Iterator[World]:
     if size == 1:
         yield World()
         return
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    require(not missing, "WORLD_SIZE", "with it all that torchrun sets", f"no {', '.join(missing)}", "launch with torchrun")
+    missing = [
+        name
+        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        if name not in os.environ
+    ]
+    require(
+        not missing,
+        "WORLD_SIZE",
+        "with it all that torchrun sets",
+        f"no {', '.join(missing)}",
+        "launch with torchrun",
+    )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)

@@ -30,20 +30,25 @@ class Evaluation:
 
     Losses, entropies and information in nats; lists are per layer.
 
-    `executed_cost` weighs the ratios of single experts by their load, whatever the cost model; studies
-    compare by it. `executed` counts the FLOPs and bytes of the same routes, every token on full = 1: each
-    token at its own position, every token entering every linear state. Its keys: `attention_prefill`, of
-    a causal pass; `attention_decode`, of a step with this load that completes the context;
-    `model_prefill` and `model_decode`, of the whole model, with `mflops` and `mbytes`, 10^6 a token.
+    `executed_cost` weighs the ratios of single experts by their load, whatever the cost model;
+    studies compare by it. `executed` counts the FLOPs and bytes of the same routes, every token on
+    full = 1: each token at its own position, every token entering every linear state. Its keys:
+    `attention_prefill`, of a causal pass; `attention_decode`, of a step with this load that
+    completes the context; `model_prefill` and `model_decode`, of the whole model, with `mflops` and
+    `mbytes`, 10^6 a token.
     """
 
     tokens: int  # scored
     experts: list[str]
     nll: dict[str, float]  # mean, sample, hard: nats per scored token, the route executed
     accuracy: float  # share of scored tokens that HARD predicts
-    elbo: float  # nats per token, as the objective's: the nll of SAMPLE spread over all tokens, and the KL at weight 1
+    # nats per token, as the objective's: the nll of SAMPLE spread over all tokens, and the KL at
+    # weight 1
+    elbo: float
     gap: float  # nll hard - nll mean
-    executed_cost: dict[str, float]  # of the routes executed under HARD, by cost model: load times each expert's own ratio
+    executed_cost: dict[
+        str, float
+    ]  # of the routes executed under HARD, by cost model: load times each expert's own ratio
     executed: dict[str, dict[str, float]]  # the same routes counted, see the class
     load_per_layer: list[list[float]]  # HARD; this and the next are means over units
     kl_per_layer: list[float]  # summed over units
@@ -77,7 +82,8 @@ class Evaluation:
         costs = ", ".join(f"{name} {value:.3f}" for name, value in cost.items())
         return (
             f"held-out nll, nats per token ({self.tokens:,} tokens): "
-            f"MEAN {nll['mean']:.4f}  SAMPLE {nll['sample']:.4f}  HARD {nll['hard']:.4f}  (gap {self.gap:+.4f})\n"
+            f"MEAN {nll['mean']:.4f}  SAMPLE {nll['sample']:.4f}  HARD {nll['hard']:.4f}  (gap "
+            f"{self.gap:+.4f})\n"
             f"ELBO {self.elbo:.4f}   attention cost of the executed route, full = 1: {costs}\n"
             f"{self._counted()}\n"
             f"{self.layers().to_string(float_format=lambda x: f'{x:.3f}')}"
@@ -91,7 +97,8 @@ class Evaluation:
                 whole, step = self.executed[f"{what}_prefill"], self.executed[f"{what}_decode"]
                 amount = f" ({whole['mflops']:.3g} MFLOP a token)" if "mflops" in whole else ""
                 words.append(
-                    f"{what} FLOPs {whole['flops']:.3f}{amount}, decoding {step['flops']:.3f}, bytes {step['bytes']:.3f}"
+                    f"{what} FLOPs {whole['flops']:.3f}{amount}, decoding {step['flops']:.3f}, "
+                    f"bytes {step['bytes']:.3f}"
                 )
         return f"counted with every state, full = 1: {'; '.join(words)}"
 
@@ -107,7 +114,9 @@ class _Prior:
         self.concentration = concentration.to("cpu", torch.float64)  # [L, R or 1, E]
         self.price = torch.zeros(self.concentration.shape[-1]) if price is None else price.cpu()
         self.price = self.price.double()
-        self.log_normaliser = tilted_moments(self.concentration, self.price).log_normaliser  # [L, R or 1]
+        self.log_normaliser = tilted_moments(
+            self.concentration, self.price
+        ).log_normaliser  # [L, R or 1]
 
     def to(self, device: torch.device) -> "_Prior":
         """Moved there."""
@@ -117,7 +126,9 @@ class _Prior:
 
     def kl(self, concentration: Tensor) -> Tensor:
         """KL(Dirichlet(concentration [L, N, R, E]) || prior), [L, N], summed over units."""
-        return tilted_kl(concentration, self.concentration[:, None], self.price, self.log_normaliser[:, None]).sum(-1)
+        return tilted_kl(
+            concentration, self.concentration[:, None], self.price, self.log_normaliser[:, None]
+        ).sum(-1)
 
 
 @dataclass
@@ -136,7 +147,9 @@ class _Sums:
     total: Tensor | float = 0.0  # [L, R]
     kl: Tensor | float = 0.0  # [L]
 
-    def add_routes(self, concentration: Tensor, hard_choice: Tensor, keys_read: Tensor, sharing: int) -> None:
+    def add_routes(
+        self, concentration: Tensor, hard_choice: Tensor, keys_read: Tensor, sharing: int
+    ) -> None:
         """Concentration [L, B, T, R, E] and the choices executed [L, B, T, R].
 
         `keys_read` [E] by a decoding step; `sharing` neighbouring units read the same key heads.
@@ -144,7 +157,9 @@ class _Sums:
         flat = concentration.flatten(1, 2).double()  # [L, N, R, E]
         mean = posterior_mean(flat)
         self.taken = self.taken + F.one_hot(hard_choice, flat.shape[-1]).double().sum(1)
-        shared = hard_choice.unflatten(-1, (-1, sharing))  # [L, B, T, units that read apart, sharing]
+        shared = hard_choice.unflatten(
+            -1, (-1, sharing)
+        )  # [L, B, T, units that read apart, sharing]
         most = shared.gather(-1, keys_read[shared].argmax(-1, keepdim=True))
         self.read = self.read + F.one_hot(most.flatten(), flat.shape[-1]).double().sum(0)
         self.mean = self.mean + mean.sum(1)
@@ -176,7 +191,8 @@ def evaluate(
         model: the fitted model.
         source: held-out data.
         prior_concentration: [L, E] or [L, R, E], of the prior that KL is measured from.
-        prior_price: [E], nats per unit of weight by which that prior is tilted (price x cost ratio); none by default.
+        prior_price: [E], nats per unit of weight by which that prior is tilted (price x cost
+            ratio); none by default.
         context: tokens of a window; the first tokens of each have little to go by.
         batch_size: windows at a time.
         limit: read at most this many tokens.
@@ -200,7 +216,9 @@ def evaluate(
     return _finish(model, sums, context, costs)
 
 
-def _read(model: RoutedLanguageModel, batch: Batch, prior: "_Prior", sums: _Sums, context: int) -> None:
+def _read(
+    model: RoutedLanguageModel, batch: Batch, prior: "_Prior", sums: _Sums, context: int
+) -> None:
     scored = batch.targets != IGNORED
     for mode in RoutingMode:
         out = model(batch.tokens, mode)
@@ -208,16 +226,25 @@ def _read(model: RoutedLanguageModel, batch: Batch, prior: "_Prior", sums: _Sums
         if mode is RoutingMode.SAMPLE:
             sums.kl = sums.kl + prior.kl(out.concentration.flatten(1, 2).double()).sum(1)
         if mode is RoutingMode.HARD:
-            keys = torch.tensor([expert.keys_read(context) for expert in model.counted_experts], device=out.route.device)
+            keys = torch.tensor(
+                [expert.keys_read(context) for expert in model.counted_experts],
+                device=out.route.device,
+            )
             sharing = max(model.config.num_units // model.config.kv_heads, 1)
             sums.add_routes(out.concentration, out.route, keys, sharing)
             sums.correct += int(((out.logits.argmax(-1) == batch.targets) & scored).sum())
     sums.scored += int(scored.sum())
 
 
-def _finish(model: RoutedLanguageModel, sums: _Sums, context: int, costs: Sequence[CostModel]) -> Evaluation:
+def _finish(
+    model: RoutedLanguageModel, sums: _Sums, context: int, costs: Sequence[CostModel]
+) -> Evaluation:
     n = sums.seen
-    assert isinstance(sums.taken, Tensor) and isinstance(sums.mean, Tensor) and isinstance(sums.kl, Tensor)
+    assert (
+        isinstance(sums.taken, Tensor)
+        and isinstance(sums.mean, Tensor)
+        and isinstance(sums.kl, Tensor)
+    )
     assert isinstance(sums.entropy_of_mean, Tensor)
     experts = model.counted_experts
     of_units, mean, kl = (x.cpu() / n for x in (sums.taken.sum(1), sums.mean, sums.kl))
@@ -231,7 +258,9 @@ def _finish(model: RoutedLanguageModel, sums: _Sums, context: int, costs: Sequen
         accuracy=sums.correct / sums.scored,
         elbo=-(sums.nll["sample"] / n + float(kl.sum())),
         gap=nll["hard"] - nll["mean"],
-        executed_cost={c.value: float((load @ cost_ratios(experts, c, context).double()).mean()) for c in costs},
+        executed_cost={
+            c.value: float((load @ cost_ratios(experts, c, context).double()).mean()) for c in costs
+        },
         executed=_executed(model, sums.taken.sum((0, 2)).cpu(), sums.read.cpu()),  # type: ignore[union-attr]
         load_per_layer=load.tolist(),
         kl_per_layer=kl.tolist(),
@@ -244,26 +273,42 @@ def _finish(model: RoutedLanguageModel, sums: _Sums, context: int, costs: Sequen
     )
 
 
-def _executed(model: RoutedLanguageModel, taken: Tensor, read: Tensor) -> dict[str, dict[str, float]]:
+def _executed(
+    model: RoutedLanguageModel, taken: Tensor, read: Tensor
+) -> dict[str, dict[str, float]]:
     """Of hard routes, [T, E] units of all layers at each position on each expert.
 
     See `Evaluation.executed`.
 
     `read` [E] counts key heads by the most that one of their query heads reads.
     """
-    experts, heads, size = model.counted_experts, model.config.kv_heads, next(model.parameters()).element_size()
+    experts, heads, size = (
+        model.counted_experts,
+        model.config.kv_heads,
+        next(model.parameters()).element_size(),
+    )
     step = taken.sum(0, keepdim=True)
     found = {}
     for mode, routes, start in ((Mode.PREFILL, taken, 0), (Mode.DECODE, step, len(taken) - 1)):
-        found[f"attention_{mode.value}"] = executed_attention(experts, routes, heads, size, mode, start, read=read)
+        found[f"attention_{mode.value}"] = executed_attention(
+            experts, routes, heads, size, mode, start, read=read
+        )
         if isinstance(model, RoutedLanguageModel):  # of a patched model only the attention is known
-            found[f"model_{mode.value}"] = executed_model(model, routes, mode, start=start, read=read)
+            found[f"model_{mode.value}"] = executed_model(
+                model, routes, mode, start=start, read=read
+            )
     return found
 
 
 @torch.no_grad()
 def forced_nll(
-    model: RoutedLanguageModel, source: TokenSource, force: Force, *, context: int, batch_size: int, limit: int
+    model: RoutedLanguageModel,
+    source: TokenSource,
+    force: Force,
+    *,
+    context: int,
+    batch_size: int,
+    limit: int,
 ) -> float:
     """Nats per scored token with every token sent where `force` says."""
     device, total, count = next(model.parameters()).device, 0.0, 0

@@ -15,7 +15,14 @@ from torch import Tensor
 from bayes_router.checks import require
 from bayes_router.data.tokens import Batch, TokenSource
 from bayes_router.files import first_line, write_whole
-from bayes_router.routing.evidence import DIRECTIONS, MEMORY, Evidence, LayerEvidence, Moments, inputs_of
+from bayes_router.routing.evidence import (
+    DIRECTIONS,
+    MEMORY,
+    Evidence,
+    LayerEvidence,
+    Moments,
+    inputs_of,
+)
 from bayes_router.types import RoutingMode
 
 EVIDENCE = "evidence.safetensors"
@@ -74,7 +81,9 @@ def fit_evidence(
     return found
 
 
-def training_batches(source: TokenSource, first: int, batch_size: int, context: int, seed: int) -> Iterable[Batch]:
+def training_batches(
+    source: TokenSource, first: int, batch_size: int, context: int, seed: int
+) -> Iterable[Batch]:
     """Random windows of a fit's text, from step `first` on: without end."""
     step = first
     while True:
@@ -104,5 +113,6 @@ def load_evidence(folder: Path, num_layers: int, width: int) -> Evidence | None:
         return Evidence.from_tensors(load_file(path), num_layers, width)
     except (ValueError, SafetensorError, OSError, RuntimeError) as error:
         raise ValueError(
-            f"{path}: expected the evidence of this fit; damaged or another's: {first_line(error)}; delete it to go without"
+            f"{path}: expected the evidence of this fit; damaged or another's: "
+            f"{first_line(error)}; delete it to go without"
         ) from error

@@ -50,7 +50,8 @@ class Executed:
 
     price: float  # nats per unit of cost ratio
     cost: float  # cost ratio of the executed routes, mean over tokens, layers and units
-    load: Tensor  # [L, E] float64, share of the tokens (of the weight, where routes are soft) on each expert
+    # [L, E] float64, share of the tokens (of the weight, where routes are soft) on each expert
+    load: Tensor
     window_nll: Tensor  # [windows] float64, sum over the scored tokens of each window, nats
     window_scored: Tensor  # [windows] float64, number of scored tokens
 
@@ -64,7 +65,9 @@ class Executed:
 
         Both on the same windows, paired.
         """
-        difference = (self.window_nll - other.window_nll) * len(self.window_nll) / self.window_scored.sum()
+        difference = (
+            (self.window_nll - other.window_nll) * len(self.window_nll) / self.window_scored.sum()
+        )
         return float(difference.mean()), float(difference.std() / len(difference) ** 0.5)
 
 
@@ -129,7 +132,11 @@ def execute(
             for batch in windows:
                 out, targets = model(batch.tokens.to(device), mode), batch.targets.to(device)
                 num_experts = out.concentration.shape[-1]
-                weights = out.route if out.route.is_floating_point() else F.one_hot(out.route, num_experts)
+                weights = (
+                    out.route
+                    if out.route.is_floating_point()
+                    else F.one_hot(out.route, num_experts)
+                )
                 loads.append(weights.double().mean((2, 3)))  # [L, B, E], of [L, B, T, R, E]
                 nlls.append(token_nll(out.logits, targets).double().sum(1))
                 scored.append((targets != IGNORED).sum(1).double())
@@ -139,7 +146,9 @@ def execute(
         model.train(was_training)
         model.policy = usual
     load, route = torch.cat(loads, 1).mean(1).cpu(), torch.cat(routes, 1)
-    reading = Executed(price, cost_of(route, load, cost), load, torch.cat(nlls).cpu(), torch.cat(scored).cpu())
+    reading = Executed(
+        price, cost_of(route, load, cost), load, torch.cat(nlls).cpu(), torch.cat(scored).cpu()
+    )
     return Pass(reading, torch.cat(concentrations, 1), route)
 
 
@@ -148,5 +157,10 @@ def cost_of(route: Tensor, load: Tensor, cost: Tensor | CountedCost) -> float:
     if not isinstance(cost, Tensor):
         return cost(route)
     fits = cost.shape in (load.shape, load.shape[1:])
-    require(fits, "cost_ratio", f"one number for each of {load.shape[1]} experts, or that in each layer", cost.tolist())
+    require(
+        fits,
+        "cost_ratio",
+        f"one number for each of {load.shape[1]} experts, or that in each layer",
+        cost.tolist(),
+    )
     return float((load * cost.to("cpu", torch.float64)).sum(-1).mean())

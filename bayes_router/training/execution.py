@@ -19,17 +19,21 @@ class Execution:
 
     Outside, as usual.
 
-    Both are plain functions of tensors: the route is asked for between them, so Pyro's handlers are neither compiled nor
-    run twice, and a draw is the same in every form.
+    Both are plain functions of tensors: the route is asked for between them, so Pyro's handlers are
+    neither compiled nor run twice, and a draw is the same in every form.
 
     Args:
         network: whose blocks are executed.
-        compile: by torch.compile. The shapes of training are fixed, so it happens in the first step and not again.
-        recompute: activations inside are dropped and computed again in the backward pass (activation checkpointing).
+        compile: by torch.compile. The shapes of training are fixed, so it happens in the first step
+            and not again.
+        recompute: activations inside are dropped and computed again in the backward pass
+            (activation checkpointing).
         backend: of torch.compile.
     """
 
-    def __init__(self, network: RoutedTransformer, compile: bool, recompute: bool, backend: str = "inductor"):  # noqa: A002
+    def __init__(
+        self, network: RoutedTransformer, compile: bool, recompute: bool, backend: str = "inductor"
+    ):  # noqa: A002
         self.forms: list[tuple[nn.Module, str, Callable[..., Any]]] = []
         if not (compile or recompute):
             return
@@ -46,7 +50,9 @@ class Execution:
 
     def __enter__(self) -> None:
         for owner, name, form in self.forms:
-            object.__setattr__(owner, name, form)  # in front of the method of the class, on this instance alone
+            object.__setattr__(
+                owner, name, form
+            )  # in front of the method of the class, on this instance alone
 
     def __exit__(self, *_: object) -> None:
         for owner, name, _form in self.forms:

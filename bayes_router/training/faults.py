@@ -32,7 +32,8 @@ class StepGuard:
 
     Steps that it skips are counted.
 
-    On a GPU the decision stays on the device (the fused optimiser reads it there), so that no step waits for the host.
+    On a GPU the decision stays on the device (the fused optimiser reads it there), so that no step
+    waits for the host.
 
     Args:
         model: that is trained.
@@ -65,7 +66,8 @@ class StepGuard:
         if in_a_row == 0 or (in_a_row <= self.max_skipped and all_finite(self.model)):
             return
         raise TrainingDiverged(
-            f"step {step}: loss {float(loss):.4g}, gradient norm {float(norm):.4g}; {in_a_row} steps in a row were skipped; "
+            f"step {step}: loss {float(loss):.4g}, gradient norm {float(norm):.4g}; {in_a_row} "
+            f"steps in a row were skipped; "
             f"{find_culprit(self.model, tokens)}; lower train.lr or raise model.concentration_floor"
         )
 
@@ -91,11 +93,19 @@ def find_culprit(model: RoutedLanguageModel, tokens: Tensor) -> str:
     With its range of concentrations.
     """
     lost = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
-    ranges: list[tuple[float, float, bool]] = []  # of each layer: concentration from, to; whether its input is finite
+    ranges: list[
+        tuple[float, float, bool]
+    ] = []  # of each layer: concentration from, to; whether its input is finite
 
     def route(layer: int, hidden: Tensor) -> Tensor:
         concentration = model.controller.posterior(layer, hidden).concentration
-        ranges.append((float(concentration.min()), float(concentration.max()), bool(torch.isfinite(hidden).all())))
+        ranges.append(
+            (
+                float(concentration.min()),
+                float(concentration.max()),
+                bool(torch.isfinite(hidden).all()),
+            )
+        )
         return posterior_mean(concentration)
 
     logits = model.network(tokens, route)
@@ -103,15 +113,24 @@ def find_culprit(model: RoutedLanguageModel, tokens: Tensor) -> str:
     for layer, (low, high, finite) in enumerate(ranges):
         if not finite or not 0 < low <= high < float("inf"):
             what = "its concentrations" if finite else "its input"
-            words.append(f"layer {layer} is the first where {what} are not finite (concentration {low:.3g} to {high:.3g})")
+            words.append(
+                f"layer {layer} is the first where {what} are not finite (concentration {low:.3g} "
+                f"to {high:.3g})"
+            )
             return "; ".join(words)
-    grads = [name for name, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    grads = [
+        name
+        for name, p in model.named_parameters()
+        if p.grad is not None and not torch.isfinite(p.grad).all()
+    ]
     if grads:
         words.append(f"gradients that are not finite: {', '.join(grads[:3])}")
     widest = max(range(len(ranges)), key=lambda layer: ranges[layer][1] / ranges[layer][0])
     low, high, _ = ranges[widest]
     words.append(f"logits are {'finite' if torch.isfinite(logits).all() else 'not finite'}")
-    words.append(f"the widest range of concentrations is that of layer {widest} ({low:.3g} to {high:.3g})")
+    words.append(
+        f"the widest range of concentrations is that of layer {widest} ({low:.3g} to {high:.3g})"
+    )
     return "; ".join(words)
 
 
@@ -126,7 +145,9 @@ class StopRequest:
         self._usual: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # Python takes signals there alone
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # Python takes signals there alone
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._usual[number] = signal.signal(number, self._note)
         return self
@@ -151,5 +172,8 @@ def sole_user(run: Path) -> Iterator[None]:
     """
     with held(run) as mine:
         if not mine:
-            raise ValueError(f"out: expected a run folder that no other fit writes; {run} is in use; choose another")
+            raise ValueError(
+                f"out: expected a run folder that no other fit writes; {run} is in use; choose "
+                f"another"
+            )
         yield

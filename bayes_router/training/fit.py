@@ -2,8 +2,8 @@
 
 On any number of processes, resumable bit for bit on the CPU.
 
-Batches and posterior draws of a step are functions of (seed, step) alone, so a run that stops anywhere goes on from its
-last checkpoint as if it had not stopped.
+Batches and posterior draws of a step are functions of (seed, step) alone, so a run that stops
+anywhere goes on from its last checkpoint as if it had not stopped.
 """
 
 import math
@@ -30,7 +30,13 @@ from bayes_router.training.distributed import World, connected, pick_device
 from bayes_router.training.evaluate import Evaluation
 from bayes_router.training.evidence import save_evidence
 from bayes_router.training.faults import Interrupted, StopRequest, TrainingDiverged, sole_user
-from bayes_router.training.metrics import MetricsLog, Reporter, evaluation_row, summarise, tensorboard_writer
+from bayes_router.training.metrics import (
+    MetricsLog,
+    Reporter,
+    evaluation_row,
+    summarise,
+    tensorboard_writer,
+)
 from bayes_router.training.optimise import set_peaks
 from bayes_router.training.trainer import (
     CHECK_EVERY,
@@ -77,7 +83,8 @@ def fit(
         config: the settings; `model.vocab_size` is set from the data.
         out: the run folder; with several hosts, one that all of them see.
         overwrite: replace an existing run.
-        resume: continue an existing run of the same settings, or with lower learning rates where it diverged.
+        resume: continue an existing run of the same settings, or with lower learning rates where it
+            diverged.
         progress: show a bar, or one line an evaluation where there is no terminal.
         on_evaluation: called with the step and each evaluation, on rank 0.
 
@@ -85,9 +92,10 @@ def fit(
         The fitted model and the content of summary.json (empty on other ranks than 0).
 
     Raises:
-        ValueError: settings, data or folder that cannot be used; nothing was changed then. Or the last files could not be
-            written; the last complete checkpoint was kept.
-        TrainingDiverged: loss or gradient were not finite more than `train.max_skipped` steps in a row.
+        ValueError: settings, data or folder that cannot be used; nothing was changed then. Or the
+            last files could not be written; the last complete checkpoint was kept.
+        TrainingDiverged: loss or gradient were not finite more than `train.max_skipped` steps in a
+            row.
         Interrupted: SIGTERM or Ctrl-C (a KeyboardInterrupt); the run was saved before.
     """
     out = Path(out)
@@ -124,7 +132,9 @@ def _callers_generator_kept(device: torch.device) -> Iterator[None]:
 class _Run:
     """A trainer at work in its folder."""
 
-    def __init__(self, trainer: Trainer, out: Path, on_evaluation: Callable[[int, Evaluation], None] | None):
+    def __init__(
+        self, trainer: Trainer, out: Path, on_evaluation: Callable[[int, Evaluation], None] | None
+    ):
         self.trainer, self.out, self.on_evaluation = trainer, out, on_evaluation
         self.world: World = trainer.world
         self.done, self.seconds, self.started = 0, 0.0, time.perf_counter()
@@ -134,7 +144,9 @@ class _Run:
     def restore(self) -> None:
         """Go on from the last checkpoint."""
         trainer, config = self.trainer, self.trainer.config
-        saved = load_checkpoint(self.out, trainer.model, trainer.optimiser, config.train.steps, config)
+        saved = load_checkpoint(
+            self.out, trainer.model, trainer.optimiser, config.train.steps, config
+        )
         set_peaks(trainer.optimiser, config.train)
         self.done = self.kept = saved["step"]
         self.seconds = saved["seconds"]
@@ -159,7 +171,10 @@ class _Run:
                 if evaluation is not None:
                     row = evaluation_row(evaluation)
                 if self._evaluates(step + 1) or step % LOG_EVERY == 0:
-                    means = {name: float(self.world.mean(value)) for name, value in terms._asdict().items()}
+                    means = {
+                        name: float(self.world.mean(value))
+                        for name, value in terms._asdict().items()
+                    }
                     row |= means | extra | {"skipped": float(trainer.guard.skipped)}
                     self.log.add(step + 1, row)
                     reporter.report(step + 1, row, evaluation)
@@ -189,7 +204,8 @@ class _Run:
 
         One that cannot be written is missed, with a warning.
 
-        Weights whose loss is no number are not written: the checkpoint of an earlier step is worth more.
+        Weights whose loss is no number are not written: the checkpoint of an earlier step is worth
+        more.
         """
         every, device = self.trainer.config.train.checkpoint_every, self.trainer.device
         # ranks agree to stop; between GPUs not at every step, as that would wait for the device
@@ -209,15 +225,24 @@ class _Run:
             missed = f"the checkpoint could not be written ({error})"
         if stops:
             raise Interrupted(
-                f"stopped by signal {stop.signal or 'of another rank'} after step {step}; {missed or 'the run was saved'}"
+                f"stopped by signal {stop.signal or 'of another rank'} after step {step}; "
+                f"{missed or 'the run was saved'}"
             )
         if missed:
-            warnings.warn(f"step {step}: {missed}; training goes on and tries again at the next", RuntimeWarning, stacklevel=2)
+            warnings.warn(
+                f"step {step}: {missed}; training goes on and tries again at the next",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _what_is_kept(self, go_on: bool = False) -> str:
         if self.kept is None:
             return "there is no checkpoint yet"
-        how = f": --resume goes on from it, with a --train.lr below {self.trainer.config.train.lr:g}" if go_on else ""
+        how = (
+            f": --resume goes on from it, with a --train.lr below {self.trainer.config.train.lr:g}"
+            if go_on
+            else ""
+        )
         return f"the checkpoint of step {self.kept} was kept{how}"
 
     def _save(self, step: int) -> None:
@@ -258,7 +283,8 @@ class _Run:
 
     def _cannot_write(self, error: OSError) -> ValueError:
         return ValueError(
-            f"out: expected to write to {self.out}; got: {error}; the last complete checkpoint was kept; make room, then resume"
+            f"out: expected to write to {self.out}; got: {error}; the last complete checkpoint was "
+            f"kept; make room, then resume"
         )
 
     def _seconds(self) -> float:

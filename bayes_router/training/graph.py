@@ -18,7 +18,10 @@ WARMUP = 3
 """Passes before capture: kernels are compiled and libraries set up in them."""
 
 Gradient = Callable[[Tensor, Tensor], tuple[Tensor, LossTerms, Tensor]]
-"""(tokens, targets) -> loss [], its terms, gradient norm []; leaves the gradient in the parameters."""
+"""(tokens, targets) -> loss [], its terms, gradient norm [].
+
+Leaves the gradient in the parameters.
+"""
 
 
 def wants_graph(config: Config, device: torch.device, processes: int) -> bool:
@@ -34,9 +37,16 @@ def wants_graph(config: Config, device: torch.device, processes: int) -> bool:
     facts |= {"train.accumulate": (train.accumulate, 1), "train.draws": (train.draws, "batch")}
     against = [f"{name} {value}" for name, (value, needed) in facts.items() if value != needed]
     needs = ", ".join(f"{name} {needed}" for name, (_, needed) in facts.items())
-    require(not (graph == "on" and against), "train.graph", f"auto or off, as on needs {needs}", ", ".join(against))
+    require(
+        not (graph == "on" and against),
+        "train.graph",
+        f"auto or off, as on needs {needs}",
+        ", ".join(against),
+    )
     # experts made elsewhere may wait for the device, which cannot be captured
-    ours = all(expert_class(name).__module__.startswith("bayes_router.") for name in config.model.experts)
+    ours = all(
+        expert_class(name).__module__.startswith("bayes_router.") for name in config.model.experts
+    )
     return graph == "on" or (graph == "auto" and ours and not against)
 
 
@@ -52,9 +62,10 @@ class _Captured:
 class GraphedGradient:
     """Replays `gradient`, whose shapes and control flow must be fixed, from a CUDA graph.
 
-    Everything that changes from step to step has to lie in tensors that stay where they are: parameters, the prior's
-    concentration, its price and the KL weight (`NegativeELBO.follow`). torch's generator is read at every replay, so
-    draws are those of the step's seed, the same as without a graph.
+    Everything that changes from step to step has to lie in tensors that stay where they are:
+    parameters, the prior's concentration, its price and the KL weight (`NegativeELBO.follow`).
+    torch's generator is read at every replay, so draws are those of the step's seed, the same as
+    without a graph.
 
     Args:
         gradient: what to capture.
@@ -65,7 +76,9 @@ class GraphedGradient:
         self.gradient, self.model = gradient, model
         self._captured: dict[Hashable, _Captured] = {}
 
-    def __call__(self, tokens: Tensor, targets: Tensor, seed: int, form: Hashable) -> tuple[Tensor, LossTerms, Tensor]:
+    def __call__(
+        self, tokens: Tensor, targets: Tensor, seed: int, form: Hashable
+    ) -> tuple[Tensor, LossTerms, Tensor]:
         """Loss, terms and gradient norm of a batch.
 
         Another `form` of the objective, or shape, is another graph.
@@ -80,7 +93,9 @@ class GraphedGradient:
         known.graph.replay()
         for parameter, gradient in known.gradients:
             parameter.grad = gradient
-        loss, nll, kl, elbo, norm = known.outputs.clone().unbind()  # the next replay writes over them
+        loss, nll, kl, elbo, norm = (
+            known.outputs.clone().unbind()
+        )  # the next replay writes over them
         return loss, LossTerms(nll, kl, elbo), norm
 
     def _capture(self, tokens: Tensor, targets: Tensor) -> _Captured:
@@ -92,7 +107,9 @@ class GraphedGradient:
                 self.model.zero_grad(set_to_none=True)
                 self.gradient(tokens, targets)
         torch.cuda.current_stream().wait_stream(side)
-        self.model.zero_grad(set_to_none=True)  # so that the backward pass allocates the gradient inside the graph
+        self.model.zero_grad(
+            set_to_none=True
+        )  # so that the backward pass allocates the gradient inside the graph
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             loss, terms, norm = self.gradient(tokens, targets)

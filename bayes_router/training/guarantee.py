@@ -2,12 +2,14 @@
 
 The loss is over a reference.
 
-Learn then Test (arXiv 2110.01052) by a fixed sequence: policies are tried from the strongest to the cheapest, in an order and
-at prices that no text decided, and the last before the first that cannot be told from a broken promise is kept. That needs no
-correction for having tried several. The test is Student's t over windows, of the mean excess of nats per token.
+Learn then Test (arXiv 2110.01052) by a fixed sequence: policies are tried from the strongest to the
+cheapest, in an order and at prices that no text decided, and the last before the first that cannot
+be told from a broken promise is kept. That needs no correction for having tried several. The test
+is Student's t over windows, of the mean excess of nats per token.
 
-It holds for windows exchangeable with those that it was read on: text of the same kind, of the same length, in the same
-order of magnitude of number. It says nothing of text of another kind; that is what evidence is for.
+It holds for windows exchangeable with those that it was read on: text of the same kind, of the same
+length, in the same order of magnitude of number. It says nothing of text of another kind; that is
+what evidence is for.
 """
 
 import math
@@ -28,8 +30,17 @@ from bayes_router.training.executed import CountedCost, Executed, Routed, execut
 from bayes_router.types import RoutingMode
 
 STEP = 2**0.5
-PRICES = (-STEEPEST, *(-0.05 * STEP**i for i in range(23, -1, -1)), 0.0, *(0.05 * STEP**i for i in range(24)), STEEPEST)
-"""Nats per unit of cost, from every token on the costliest expert to every token on the cheapest; fixed before any text."""
+PRICES = (
+    -STEEPEST,
+    *(-0.05 * STEP**i for i in range(23, -1, -1)),
+    0.0,
+    *(0.05 * STEP**i for i in range(24)),
+    STEEPEST,
+)
+"""Nats per unit of cost, from every token on the costliest expert to every token on the cheapest.
+
+Fixed before any text.
+"""
 LEAST_WINDOWS = 8
 
 
@@ -53,8 +64,10 @@ class Guarantee(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"quality {self.lost:g}: price {self.kept.price:.4g}, executed cost {self.kept.cost:.4f}; lost "
-            f"{self.kept.lost:+.4f} of perplexity, at most {self.kept.bound:+.4f} with confidence {self.confidence:g} "
+            f"quality {self.lost:g}: price {self.kept.price:.4g}, executed cost "
+            f"{self.kept.cost:.4f}; lost "
+            f"{self.kept.lost:+.4f} of perplexity, at most {self.kept.bound:+.4f} with confidence "
+            f"{self.confidence:g} "
             f"({self.windows} windows, {len(self.tried)} policies kept to it)\n"
             "holds for windows exchangeable with these: text of this kind and length, no other"
         )
@@ -75,7 +88,11 @@ def windows_needed(excess: Tensor, allowed: float, confidence: float) -> int:
     Mean and deviation are taken as those of `excess` [W].
     """
     room = allowed - float(excess.mean())
-    return math.ceil((NormalDist().inv_cdf(confidence) * float(excess.std()) / room) ** 2) + 2 if room > 0 else -1
+    return (
+        math.ceil((NormalDist().inv_cdf(confidence) * float(excess.std()) / room) ** 2) + 2
+        if room > 0
+        else -1
+    )
 
 
 def keep_promise(
@@ -95,8 +112,8 @@ def keep_promise(
         prices: in the order of trial, decided before any of the text was read.
 
     Raises:
-        ValueError: a level outside (0, 1), too few windows to say anything (with how many it would take), or a quality that
-            the first policy does not meet.
+        ValueError: a level outside (0, 1), too few windows to say anything (with how many it would
+            take), or a quality that the first policy does not meet.
     """
     require(0 < confidence < 1, "confidence", "a probability between 0 and 1", confidence)
     require(lost > 0, "quality", "a share of perplexity above 0, such as 0.005", lost)
@@ -114,13 +131,16 @@ def keep_promise(
             needed = windows_needed(excess, allowed, confidence)
             if needed > 0:
                 raise ValueError(
-                    f"texts: expected about {needed} windows to promise a loss of {lost:g} at confidence {confidence:g}; got "
-                    f"{W}, on which {shown.lost:.4f} was lost, at most {shown.bound:.4f}; give more text, or promise less"
+                    f"texts: expected about {needed} windows to promise a loss of {lost:g} at "
+                    f"confidence {confidence:g}; got "
+                    f"{W}, on which {shown.lost:.4f} was lost, at most {shown.bound:.4f}; give "
+                    f"more text, or promise less"
                 )
             if tried:
                 break
             raise ValueError(
-                f"quality: expected a loss that the strongest policy meets; got {lost:g}, and that loses {shown.lost:.4f} "
+                f"quality: expected a loss that the strongest policy meets; got {lost:g}, and that "
+                f"loses {shown.lost:.4f} "
                 f"at a cost of {shown.cost:.3f}; promise less"
             )
         tried.append(shown)
@@ -157,7 +177,8 @@ def promise(
         windows: of the text.
         cost: [E] or [L, E], full = 1.
         family: price -> policy.
-        reference: index of the expert that takes every token in the pass that the loss is measured from.
+        reference: index of the expert that takes every token in the pass that the loss is measured
+            from.
         lost: see `keep_promise`.
         confidence: idem.
         prices: idem.
@@ -176,7 +197,8 @@ def strongest_single(model: Routed, windows: Sequence[Batch], cost: Tensor) -> i
     The strongest static choice of a run from scratch.
     """
     found = [
-        execute(model, windows, cost, RoutingMode.HARD, Single(index), math.nan).reading.nll for index in range(cost.shape[-1])
+        execute(model, windows, cost, RoutingMode.HARD, Single(index), math.nan).reading.nll
+        for index in range(cost.shape[-1])
     ]
     return min(range(len(found)), key=found.__getitem__)
 
@@ -189,7 +211,9 @@ def cheaper_from(start: float) -> tuple[float, ...]:
     return tuple(price for price in PRICES if price >= start)
 
 
-def later_windows(source: TokenSource, context: int, batch_size: int, skip: int, limit: int) -> list[Batch]:
+def later_windows(
+    source: TokenSource, context: int, batch_size: int, skip: int, limit: int
+) -> list[Batch]:
     """At most `limit` tokens of windows after the first `skip` tokens of a source.
 
     What was read there promises nothing.
@@ -200,5 +224,11 @@ def later_windows(source: TokenSource, context: int, batch_size: int, skip: int,
     past = -(-skip // (context * batch_size))
     batches = source.windows(context, batch_size, past * context * batch_size + limit)
     found = list(islice(batches, past, None))
-    require(len(found) > 0, "texts", f"more than {skip} tokens of held-out text", "none so late", "lower --tokens")
+    require(
+        len(found) > 0,
+        "texts",
+        f"more than {skip} tokens of held-out text",
+        "none so late",
+        "lower --tokens",
+    )
     return found

@@ -2,10 +2,11 @@
 
 Text like the fit's is to cost at most so much more, by a stated confidence.
 
-The levels of all layers are one quantile of their running means on calibration text. Of a grid of quantiles the highest is
-taken at which the added cost, by the alarms that it would have raised on that text, stays below what may be spent: by the
-bound of Student's t over windows, as in `guarantee`. It holds for text like that; what the guard then does to other text is
-read, not promised.
+The levels of all layers are one quantile of their running means on calibration text. Of a grid of
+quantiles the highest is taken at which the added cost, by the alarms that it would have raised on
+that text, stays below what may be spent: by the bound of Student's t over windows, as in
+`guarantee`. It holds for text like that; what the guard then does to other text is read, not
+promised.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,9 @@ from bayes_router.training.executed import Routed, execute
 from bayes_router.training.guarantee import LEAST_WINDOWS, upper_bound
 from bayes_router.types import RoutingMode
 
-SHARES = tuple(0.2 * 0.8**i for i in range(36))  # of tokens below the level, from a fifth down to less than 1 in 10,000
+SHARES = tuple(
+    0.2 * 0.8**i for i in range(36)
+)  # of tokens below the level, from a fifth down to less than 1 in 10,000
 RELEASE = 4.0  # the release is the quantile of four times the share
 
 
@@ -40,7 +43,8 @@ class Guarded(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"guard: executed cost {self.cost:.4f}, {self.bare:.4f} without; at most {self.bound:.2%} more on text like this "
+            f"guard: executed cost {self.cost:.4f}, {self.bare:.4f} without; at most "
+            f"{self.bound:.2%} more on text like this "
             f"({self.windows} windows)"
         )
 
@@ -52,7 +56,13 @@ def price_of(policy: Policy) -> float:
         ValueError: it is none of argmax, budget and guard.
     """
     known = isinstance(policy, Argmax | Budget | Guard)
-    require(known, "policy", "argmax, a budget or a guard, to stand a guard before", type(policy).__name__, "set_budget first")
+    require(
+        known,
+        "policy",
+        "argmax, a budget or a guard, to stand a guard before",
+        type(policy).__name__,
+        "set_budget first",
+    )
     return float(getattr(policy, "price", 0.0))
 
 
@@ -78,7 +88,8 @@ def set_guard(
         confidence: of that.
 
     Raises:
-        ValueError: no evidence, too few windows, levels outside (0, 1), or a policy without a price.
+        ValueError: no evidence, too few windows, levels outside (0, 1), or a policy without a
+            price.
     """
     require(0 < spend < 1, "spend", "a share of cost between 0 and 1", spend)
     require(0 < confidence < 1, "confidence", "a probability between 0 and 1", confidence)
@@ -88,7 +99,9 @@ def set_guard(
     for batch in windows:
         with inputs_of(controller) as inputs:
             found = execute(model, [batch], cost, RoutingMode.HARD, policy, price)
-        logs.append(torch.stack([evidence.log_evidence(i, hidden).cpu() for i, hidden in enumerate(inputs)]))
+        logs.append(
+            torch.stack([evidence.log_evidence(i, hidden).cpu() for i, hidden in enumerate(inputs)])
+        )
         of_token = _costs(found.route, cost)  # [L, B, T]
         bare.append(of_token)
         added.append(_refuge_cost(cost, refuge, len(of_token)) - of_token)
@@ -99,7 +112,9 @@ def set_guard(
     recent = torch.stack([_means(log[i], float(usual[i]), memory) for i in range(len(log))])
     for share in SHARES:
         level, release = levels(recent.flatten(1), share, min(RELEASE * share, 0.5))
-        guard = Guard(_mean_cost(cost), refuge, tuple(map(float, usual)), level, release, memory, price)
+        guard = Guard(
+            _mean_cost(cost), refuge, tuple(map(float, usual)), level, release, memory, price
+        )
         alarm = torch.stack([guard.alarm(i, log[i])[0] for i in range(len(log))])
         extra = (alarm * more).mean((0, 2)) / paid.mean()  # [W]
         bound = upper_bound(extra.double(), confidence)

@@ -32,10 +32,14 @@ class MetricsLog:
 
                 frame = pd.read_csv(self.path).astype(float)
                 kept = frame[frame["step"] <= step].to_dict("records")
-                self.rows = [{**{str(name): value for name, value in row.items()}, "step": int(row["step"])} for row in kept]
+                self.rows = [
+                    {**{str(name): value for name, value in row.items()}, "step": int(row["step"])}
+                    for row in kept
+                ]
             except (ValueError, KeyError, OSError, OverflowError) as error:
                 raise ValueError(
-                    f"{self.path}: expected the metrics of this run; it is damaged: {type(error).__name__}; remove it to "
+                    f"{self.path}: expected the metrics of this run; it is damaged: "
+                    f"{type(error).__name__}; remove it to "
                     "resume without the earlier rows"
                 ) from error
 
@@ -61,7 +65,8 @@ def tensorboard_writer(out: Path, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError(
-            f"train.tensorboard: expected the package tensorboard; got: {error}; {get_extra('tensorboard')}"
+            f"train.tensorboard: expected the package tensorboard; got: {error}; "
+            f"{get_extra('tensorboard')}"
         ) from None
     return SummaryWriter(str(out / EVENTS), purge_step=step + 1 if step else None)
 
@@ -91,7 +96,10 @@ class Reporter:
         self.evaluation = evaluation or self.evaluation
         words = f"nll {row['nll']:.3f} kl {row['kl']:.2f}"
         if self.evaluation is not None:
-            words += f" hard {self.evaluation.nll['hard']:.3f} at cost {self.evaluation.executed_cost['paper']:.3f}"
+            words += (
+                f" hard {self.evaluation.nll['hard']:.3f} at cost "
+                f"{self.evaluation.executed_cost['paper']:.3f}"
+            )
         self.progress.say(words)
         if evaluation is not None:
             self.progress.line(f"step {step}/{self.steps}: {words}")
@@ -106,17 +114,24 @@ class Reporter:
 
 def evaluation_row(evaluation: Evaluation) -> dict[str, float]:
     """An evaluation as flat columns."""
-    row = {f"valid_nll_{mode}": value for mode, value in evaluation.nll.items()} | {"valid_elbo": evaluation.elbo}
+    row = {f"valid_nll_{mode}": value for mode, value in evaluation.nll.items()} | {
+        "valid_elbo": evaluation.elbo
+    }
     row |= {f"cost_{name}": value for name, value in evaluation.executed_cost.items()}
     for layer, load in enumerate(evaluation.load_per_layer):
-        row |= {f"load_{layer}_{name}": share for name, share in zip(evaluation.experts, load, strict=True)}
+        row |= {
+            f"load_{layer}_{name}": share
+            for name, share in zip(evaluation.experts, load, strict=True)
+        }
         row[f"route_information_{layer}"] = evaluation.route_information_per_layer[layer]
         row[f"kl_{layer}"] = evaluation.kl_per_layer[layer]
         row[f"total_concentration_{layer}"] = evaluation.total_concentration_per_layer[layer]
     return row
 
 
-def summarise(config: Config, data: Data, evaluation: Evaluation, run: dict[str, Any]) -> dict[str, Any]:
+def summarise(
+    config: Config, data: Data, evaluation: Evaluation, run: dict[str, Any]
+) -> dict[str, Any]:
     """The content of summary.json; `run` holds what the settings and the evaluation do not know."""
     return {
         "corpus": {"name": data.name, "sha256": data.sha256, "tokens": data.tokens},

@@ -21,10 +21,14 @@ def build_optimiser(model: RoutedLanguageModel, config: TrainConfig) -> torch.op
     parameters = (decayed, plain, list(model.controller.parameters()))
     groups = [
         {"params": one, "peak": peak, "weight_decay": decay}
-        for one, peak, decay in zip(parameters, peak_rates(config), (config.weight_decay, 0.0, 0.0), strict=True)
+        for one, peak, decay in zip(
+            parameters, peak_rates(config), (config.weight_decay, 0.0, 0.0), strict=True
+        )
     ]
     # fused on a GPU: one kernel, and it can skip a step without asking the host
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=True if plain[0].is_cuda else None)
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=(0.9, 0.98), fused=True if plain[0].is_cuda else None
+    )
 
 
 def peak_rates(config: TrainConfig) -> tuple[float, float, float]:
@@ -47,7 +51,9 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, config: TrainConfig, ste
         factor = (step + 1) / config.warmup
     else:
         progress = (step - config.warmup) / max(1, config.steps - config.warmup)
-        factor = config.lr_floor + (1 - config.lr_floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        factor = config.lr_floor + (1 - config.lr_floor) * 0.5 * (
+            1 + math.cos(math.pi * min(1.0, progress))
+        )
     for group in optimiser.param_groups:
         group["lr"] = group["peak"] * factor
     return config.lr * factor

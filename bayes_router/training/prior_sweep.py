@@ -27,7 +27,9 @@ Grid = Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]
 class Refit(Enum):
     """Which weights a refit moves."""
 
-    CONTROLLERS = "controllers"  # the guide alone: what the prior does to the routes of a given network
+    CONTROLLERS = (
+        "controllers"  # the guide alone: what the prior does to the routes of a given network
+    )
     EVERYTHING = "everything"  # the network too, which learns to live with the routes
 
 
@@ -44,39 +46,52 @@ def sweep_prior(
 ) -> "pd.DataFrame":
     """Refit under every setting of `grid` and read each refit on held-out text.
 
-    A refit starts at the weights of `model` and runs under its final objective from the first step: no annealing of the
-    prior, no KL warm-up. Settings that share a seed see the same batches and draws, so their differences are paired.
+    A refit starts at the weights of `model` and runs under its final objective from the first step:
+    no annealing of the prior, no KL warm-up. Settings that share a seed see the same batches and
+    draws, so their differences are paired.
 
         config, model = load_run("runs/tiny")
-        frame = sweep_prior(config, {"prior.temperature": [0.1, 0.3, 1.0]}, steps=100, seeds=(0, 1), model=model)
+        frame = sweep_prior(config, {"prior.temperature": [0.1, 0.3, 1.0]}, steps=100, seeds=(0, 1),
+        model=model)
 
     Args:
         config: settings of the run; what `grid` does not name stays.
-        grid: dotted settings of `prior` and `schedule` to values: every combination; or a list of settings to try as
-            they are, see `one_at_a_time`.
+        grid: dotted settings of `prior` and `schedule` to values: every combination; or a list of
+            settings to try as they are, see `one_at_a_time`.
         steps: of each refit.
         seeds: one refit a setting and seed.
-        model: fitted weights to start from, unchanged afterwards; None starts at the initial weights of each seed.
-        refit: controllers or everything; by default controllers where `model` is given, else everything.
-        eval_tokens: held-out tokens to read after each refit; by default the run's `data.eval_tokens`.
+        model: fitted weights to start from, unchanged afterwards; None starts at the initial
+            weights of each seed.
+        refit: controllers or everything; by default controllers where `model` is given, else
+            everything.
+        eval_tokens: held-out tokens to read after each refit; by default the run's
+            `data.eval_tokens`.
         progress: show a bar, or without a terminal a line every few seconds.
 
     Returns:
-        One row a setting and seed: the settings named in `grid` and those of `KNOBS`, steps, seed; prior_cost (of the prior
-        predictive), posterior_cost (E_q of the cost, SAMPLE) and executed_cost (HARD) in the unit of the prior, cost_paper
-        and cost_flops (executed), all ratios to full attention; nll_mean, nll_sample, nll_hard (nats per token);
-        route_information (nats, mean over layers); kl (nats per token, summed over layers, from the prior as trained with,
-        its price included); `load NAME` (HARD).
+        One row a setting and seed: the settings named in `grid` and those of `KNOBS`, steps, seed;
+        prior_cost (of the prior predictive), posterior_cost (E_q of the cost, SAMPLE) and
+        executed_cost (HARD) in the unit of the prior, cost_paper and cost_flops (executed), all
+        ratios to full attention; nll_mean, nll_sample, nll_hard (nats per token); route_information
+        (nats, mean over layers); kl (nats per token, summed over layers, from the prior as trained
+        with, its price included); `load NAME` (HARD).
 
     Raises:
-        ValueError: settings that are unknown, refused, outside `prior` and `schedule`, or overruled by one of the run's own;
-            steps below 1; no seeds; controllers to refit and no model.
+        ValueError: settings that are unknown, refused, outside `prior` and `schedule`, or overruled
+            by one of the run's own; steps below 1; no seeds; controllers to refit and no model.
         TrainingDiverged: the loss of a refit is not finite.
     """
     import pandas as pd
 
-    mode = choose("refit", refit or (Refit.EVERYTHING if model is None else Refit.CONTROLLERS), Refit)
-    require(model is not None or mode is Refit.EVERYTHING, "model", "fitted weights, to refit controllers alone", model)
+    mode = choose(
+        "refit", refit or (Refit.EVERYTHING if model is None else Refit.CONTROLLERS), Refit
+    )
+    require(
+        model is not None or mode is Refit.EVERYTHING,
+        "model",
+        "fitted weights, to refit controllers alone",
+        model,
+    )
     require(steps >= 1, "steps", "at least 1", steps)
     require(len(seeds) >= 1, "seeds", "at least one", list(seeds))
     settings = _settings(config, grid)
@@ -85,7 +100,9 @@ def sweep_prior(
     for setting, seed in Progress("sweep", len(tries), unit="refit", shown=progress).over(tries):
         changed = _refit_config(with_changes(config, setting), steps, seed, eval_tokens)
         trainer = refit_model(changed, data, model, mode)
-        rows.append({**setting, **knobs(changed), "steps": steps, "seed": seed, **posterior_row(trainer)})
+        rows.append(
+            {**setting, **knobs(changed), "steps": steps, "seed": seed, **posterior_row(trainer)}
+        )
     return pd.DataFrame(rows)
 
 
@@ -95,7 +112,12 @@ def one_at_a_time(config: Config, values: Mapping[str, Sequence[Any]]) -> list[d
     The configuration itself comes first, once.
     """
     centre = {name: _value(config, name) for name in values}
-    moved = [{**centre, name: value} for name, options in values.items() for value in options if value != centre[name]]
+    moved = [
+        {**centre, name: value}
+        for name, options in values.items()
+        for value in options
+        if value != centre[name]
+    ]
     return [centre, *moved]
 
 
@@ -104,7 +126,9 @@ def knobs(config: Config) -> dict[str, Any]:
     return {name: _value(config, name) for name in KNOBS}
 
 
-def refit_model(config: Config, data: Data, model: RoutedLanguageModel | None, refit: Refit) -> Trainer:
+def refit_model(
+    config: Config, data: Data, model: RoutedLanguageModel | None, refit: Refit
+) -> Trainer:
     """Train for `config.train.steps` from the weights of `model`.
 
     The generator of the caller is left as it was.
@@ -145,7 +169,9 @@ def posterior_row(trainer: Trainer) -> dict[str, float]:
         "route_information": sum(result.route_information_per_layer) / prior.num_layers,
         "kl": sum(result.kl_per_layer),
     }
-    return row | {f"load {name}": share for name, share in zip(result.experts, shares.tolist(), strict=True)}
+    return row | {
+        f"load {name}": share for name, share in zip(result.experts, shares.tolist(), strict=True)
+    }
 
 
 def _settings(config: Config, grid: Grid) -> list[dict[str, Any]]:
@@ -161,7 +187,13 @@ def _settings(config: Config, grid: Grid) -> list[dict[str, Any]]:
     for setting in settings:
         for name in setting:
             known = name.partition(".")[0] in ("prior", "schedule") and name.count(".") == 1
-            require(known, "grid", "settings named prior.FIELD or schedule.FIELD", name, "others do not fit the run's weights")
+            require(
+                known,
+                "grid",
+                "settings named prior.FIELD or schedule.FIELD",
+                name,
+                "others do not fit the run's weights",
+            )
             _check_not_overruled(config, name)
         with_changes(config, setting)
     return settings
@@ -179,7 +211,13 @@ def _check_not_overruled(config: Config, name: str) -> None:
     section, _, field = name.partition(".")
     for other in OVERRULED_BY.get(field, ()) if section == "prior" else ():
         set_ = getattr(config.prior, other)
-        require(set_ is None, name, f"a run without prior.{other}, which overrules it", set_, f"sweep prior.{other} instead")
+        require(
+            set_ is None,
+            name,
+            f"a run without prior.{other}, which overrules it",
+            set_,
+            f"sweep prior.{other} instead",
+        )
 
 
 def _refit_config(config: Config, steps: int, seed: int, eval_tokens: int | None) -> Config:

@@ -62,7 +62,11 @@ def reference_of(model: Any, batches: Iterable[Batch]) -> Callable[[Tensor], Ten
         targets = batch.targets.to(device).flatten()
         for name in totals:
             logits = model(batch.tokens.to(device), force=name).logits.flatten(0, 1).float()
-            totals[name] += float(torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum"))
+            totals[name] += float(
+                torch.nn.functional.cross_entropy(
+                    logits, targets, ignore_index=IGNORED, reduction="sum"
+                )
+            )
     best = min(totals, key=lambda name: totals[name])
 
     def static(tokens: Tensor) -> Tensor:
@@ -73,7 +77,9 @@ def reference_of(model: Any, batches: Iterable[Batch]) -> Callable[[Tensor], Ten
 
 
 @torch.no_grad()
-def risk_data(model: Any, batches: Iterable[Batch], reference: Callable[[Tensor], Tensor], tokens: int) -> RiskData:
+def risk_data(
+    model: Any, batches: Iterable[Batch], reference: Callable[[Tensor], Tensor], tokens: int
+) -> RiskData:
     """Features and divergences of about so many tokens.
 
     The mode (train, eval) of the model is as before afterwards.
@@ -138,7 +144,10 @@ def read_risk(model: Any, tokens: Tensor) -> Tensor:
     """
     risk: Risk | None = getattr(model.controller, "risk", None)
     if risk is None:
-        raise ValueError("risk: expected a fitted estimate of what routing loses; got none; fit one: fit_risk(texts)")
+        raise ValueError(
+            "risk: expected a fitted estimate of what routing loses; got none; fit one: "
+            "fit_risk(texts)"
+        )
     return risk(_routed(model, tokens)[1])
 
 
@@ -147,7 +156,9 @@ def save_risk(folder: Path, risk: Risk | None) -> None:
     if risk is None:
         (folder / RISK).unlink(missing_ok=True)
         return
-    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in risk.head.state_dict().items()}
+    kept = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in risk.head.state_dict().items()
+    }
     write_whole(folder / RISK, lambda path: save_file(kept, path))
 
 
@@ -166,6 +177,7 @@ def load_risk(folder: Path) -> Risk | None:
         head.load_state_dict(kept)
     except (KeyError, SafetensorError, OSError, RuntimeError) as error:
         raise ValueError(
-            f"{path}: expected an estimate of risk; damaged: {first_line(error)}; delete it to go without"
+            f"{path}: expected an estimate of risk; damaged: {first_line(error)}; delete it to go "
+            f"without"
         ) from error
     return Risk(head)

@@ -50,7 +50,9 @@ class Objective(Protocol):
         """Move to what the schedule says."""
 
 
-def svi_objective(model: RoutedLanguageModel, start: ScheduleState, cost_ratio: Tensor) -> Objective:
+def svi_objective(
+    model: RoutedLanguageModel, start: ScheduleState, cost_ratio: Tensor
+) -> Objective:
     """The negative ELBO of `model` under the prior of `start`."""
     program = RoutingModel(model.network, start.concentration, cost_ratio, start.price)
     return NegativeELBO(program, RoutingGuide(program, model.controller), start.kl_weight)
@@ -59,7 +61,8 @@ def svi_objective(model: RoutedLanguageModel, start: ScheduleState, cost_ratio: 
 class Trainer:
     """One fit: the model, the objective, the optimiser and the schedule, moved a step at a time.
 
-    `build_model` and `build_objective` are there for studies that compare: contenders differ in these two alone.
+    `build_model` and `build_objective` are there for studies that compare: contenders differ in
+    these two alone.
     """
 
     def __init__(
@@ -68,7 +71,9 @@ class Trainer:
         data: Data,
         device: torch.device,
         build_model: Callable[[Config], RoutedLanguageModel] = RoutedLanguageModel.from_config,
-        build_objective: Callable[[RoutedLanguageModel, ScheduleState, Tensor], Objective] = svi_objective,
+        build_objective: Callable[
+            [RoutedLanguageModel, ScheduleState, Tensor], Objective
+        ] = svi_objective,
         world: World | None = None,
     ):
         self.config, self.data, self.device, self.world = config, data, device, world or World()
@@ -83,8 +88,16 @@ class Trainer:
         with ONE_AT_A_TIME:
             torch.manual_seed(config.train.seed)
             self.model = build_model(config).to(device)
-        self.prior = build_prior(config.prior, config.model, config.model.num_layers, config.data.context)
-        self.schedule = Schedule(config.schedule, self.prior, config.train.steps, config.model.experts, config.prior.price)
+        self.prior = build_prior(
+            config.prior, config.model, config.model.num_layers, config.data.context
+        )
+        self.schedule = Schedule(
+            config.schedule,
+            self.prior,
+            config.train.steps,
+            config.model.experts,
+            config.prior.price,
+        )
         start = self.schedule.at(0)
         self.model.controller.start_at(start.concentration.to(device))
         self.objective = build_objective(self.model, start, self.prior.cost_ratio.to(device))
@@ -108,7 +121,9 @@ class Trainer:
         if self.graphed is not None:
             form = (state.price > 0, state.straight_through)
             with ONE_AT_A_TIME:
-                loss, terms, norm = self.graphed(tokens, targets, draw_seed(config.seed, step), form)
+                loss, terms, norm = self.graphed(
+                    tokens, targets, draw_seed(config.seed, step), form
+                )
         else:
             self.optimiser.zero_grad(set_to_none=True)
             loss, terms = self._gradient(step, tokens, targets)
@@ -141,7 +156,12 @@ class Trainer:
         """This rank's rows of a step, on its device."""
         config, world = self.config, self.world
         batch = self.data.train.batch(
-            step, config.train.batch_size, config.data.context, config.train.seed, world.rank, world.size
+            step,
+            config.train.batch_size,
+            config.data.context,
+            config.train.seed,
+            world.rank,
+            world.size,
         )
         return Batch(*map(self._to_device, batch))
 
@@ -153,14 +173,18 @@ class Trainer:
         parts, world = self.config.train.accumulate, self.world
         losses, terms = [], []
         for part in range(parts):
-            shard = part * world.size + world.rank  # holds the rows shard, shard + shards, ... of the whole batch
+            shard = (
+                part * world.size + world.rank
+            )  # holds the rows shard, shard + shards, ... of the whole batch
             with world.averaging(self.replica, now=part == parts - 1):
                 with ONE_AT_A_TIME, self.execution, self._autocast(), self._draws(step, shard):
                     loss, of_part = self.replica(tokens[part::parts], targets[part::parts])
                 (loss / parts).backward()
             losses.append(loss.detach())
             terms.append(of_part)
-        return torch.stack(losses).mean(), LossTerms(*(torch.stack(term).mean() for term in zip(*terms, strict=True)))
+        return torch.stack(losses).mean(), LossTerms(
+            *(torch.stack(term).mean() for term in zip(*terms, strict=True))
+        )
 
     def _graphed(self) -> GraphedGradient:
         """The step in a CUDA graph."""
@@ -181,14 +205,22 @@ class Trainer:
             torch.manual_seed(draw_seed(config.seed, step, shard))
             return nullcontext()
         shards = self.world.size * config.accumulate
-        return RowDraws([draw_seed(config.seed, step, row) for row in range(shard, config.batch_size, shards)])
+        return RowDraws(
+            [draw_seed(config.seed, step, row) for row in range(shard, config.batch_size, shards)]
+        )
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bfloat16")
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bfloat16"
+        )
 
     def _to_device(self, tokens: Tensor) -> Tensor:
         # a copy from pageable memory would wait for the device
-        return tokens.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tokens.to(self.device)
+        return (
+            tokens.pin_memory().to(self.device, non_blocking=True)
+            if self.device.type == "cuda"
+            else tokens.to(self.device)
+        )
 
     def evaluate(self) -> Evaluation:
         """Read the model on held-out data."""
@@ -207,9 +239,13 @@ class Trainer:
     def fit_evidence(self) -> Evidence:
         """One pass over some of the text after the last step; see `training.evidence`."""
         train, context = self.config.train, self.config.data.context
-        batches = training_batches(self.data.train, train.steps, train.batch_size, context, train.seed)
+        batches = training_batches(
+            self.data.train, train.steps, train.batch_size, context, train.seed
+        )
         tokens = min(FIT_TOKENS, train.steps * train.batch_size * context)
-        return fit_evidence(self.model, batches, torch.tensor(self.prior.total_concentration), tokens=tokens)
+        return fit_evidence(
+            self.model, batches, torch.tensor(self.prior.total_concentration), tokens=tokens
+        )
 
 
 def draw_seed(seed: int, step: int, stream: int = 0) -> int:

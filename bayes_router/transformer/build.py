@@ -17,7 +17,9 @@ def build_experts(config: ModelConfig) -> list[Expert]:
     return [expert_class(name)(shape) for name in config.experts]
 
 
-def build_prior(prior: PriorConfig, model: ModelConfig, num_layers: int, context: int) -> ComputeAwarePrior:
+def build_prior(
+    prior: PriorConfig, model: ModelConfig, num_layers: int, context: int
+) -> ComputeAwarePrior:
     """The prior that the settings describe, its price included.
 
     FLOPs and latency are those at `context` tokens.

@@ -32,8 +32,8 @@ def model_cost(
 
     The network alone has no controllers.
 
-    FLOPs: attention, every linear map and the tied head. Bytes: every weight once a pass, and attention's own; the residual
-    stream is left out.
+    FLOPs: attention, every linear map and the tied head. Bytes: every weight once a pass, and
+    attention's own; the residual stream is left out.
 
     Args:
         model: has a `ModelConfig` as `config`.
@@ -44,7 +44,9 @@ def model_cost(
         experts: count as if every layer had these; default its own.
     """
     config, made = _config(model), experts or model_experts(model)
-    head = config.vocab_size * config.d_model / (context if last_only and mode is Mode.PREFILL else 1)
+    head = (
+        config.vocab_size * config.d_model / (context if last_only and mode is Mode.PREFILL else 1)
+    )
     maps = sum(part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear))
     passed = batch * (context if mode is Mode.PREFILL else 1)
     weights = sum(p.nbytes for p in model.parameters()) / passed
@@ -83,17 +85,32 @@ def executed_model(
 
     `read` as in `executed_attention`.
 
-    `mflops` and `mbytes` are 10^6 a token; `flops` and `bytes` relate them to the leanest rival, the network alone with every
-    token on full: no controller, no state.
+    `mflops` and `mbytes` are 10^6 a token; `flops` and `bytes` relate them to the leanest rival,
+    the network alone with every token on full: no controller, no state.
     """
     experts, layers, context = model_experts(model), _config(model).num_layers, start + len(taken)
     full = [FullAttention(experts[0].shape)]
     own = model_cost(model, context, mode, batch=batch, last_only=last_only)
-    rival = model_cost(model.get_submodule("network"), context, mode, batch=batch, last_only=last_only, experts=full)
+    rival = model_cost(
+        model.get_submodule("network"),
+        context,
+        mode,
+        batch=batch,
+        last_only=last_only,
+        experts=full,
+    )
     flops = layers * own_flops(experts, taken, start) + own.flops.shared
     full_flops = layers * own_flops(full, taken.sum(1, keepdim=True), start) + rival.flops.shared
-    moved, full_moved = own.bytes.mean(shares(taken.sum(0) if read is None else read)), rival.bytes.mean(torch.ones(1))
-    return {"flops": flops / full_flops, "bytes": moved / full_moved, "mflops": flops / 1e6, "mbytes": moved / 1e6}
+    moved, full_moved = (
+        own.bytes.mean(shares(taken.sum(0) if read is None else read)),
+        rival.bytes.mean(torch.ones(1)),
+    )
+    return {
+        "flops": flops / full_flops,
+        "bytes": moved / full_moved,
+        "mflops": flops / 1e6,
+        "mbytes": moved / 1e6,
+    }
 
 
 def _config(model: nn.Module) -> ModelConfig:

@@ -54,7 +54,9 @@ def choose_token(logits: Tensor, sampling: Sampling, generator: torch.Generator)
         return logits.argmax(-1)
     ordered, ids = (logits.float() / sampling.temperature).sort(-1, descending=True)
     probability = ordered.softmax(-1)
-    drop = probability.cumsum(-1) - probability >= sampling.top_p  # the likeliest token always stays
+    drop = (
+        probability.cumsum(-1) - probability >= sampling.top_p
+    )  # the likeliest token always stays
     if sampling.top_k:
         drop[:, sampling.top_k :] = True
     kept = probability.masked_fill(drop, 0.0)
@@ -87,20 +89,29 @@ def stream(
         prompt: int64 [B, T], or a list of B tensors int64 [T_b].
         max_new_tokens: of each row.
         sampling: default `Sampling()`.
-        lengths: [B] real tokens of each row of a tensor; the rest is right padding, whatever its ids. Default all.
+        lengths: [B] real tokens of each row of a tensor; the rest is right padding, whatever its
+            ids. Default all.
         stop_tokens: ids after which a row has ended.
         force: the name of the expert that every token takes.
 
     Raises:
-        ValueError: at the call: a prompt that is empty, on another device or no tensor of ids of the vocabulary; lengths that
-            do not fit; stop tokens out of the vocabulary; max_new_tokens below 1; an unknown expert.
+        ValueError: at the call: a prompt that is empty, on another device or no tensor of ids of
+            the vocabulary; lengths that do not fit; stop tokens out of the vocabulary;
+            max_new_tokens below 1; an unknown expert.
     """
     tokens, real = _rows(model, prompt, lengths)
     vocab, config = model.config.vocab_size, model.config
     require(max_new_tokens >= 1, "max_new_tokens", "at least 1", max_new_tokens)
     stops = sorted(stop_tokens)
-    require(all(0 <= stop < vocab for stop in stops), "stop_tokens", f"ids from 0 to {vocab - 1}", stops)
-    require(force is None or isinstance(force, str), "force", "the name of an expert", type(force).__name__)
+    require(
+        all(0 <= stop < vocab for stop in stops), "stop_tokens", f"ids from 0 to {vocab - 1}", stops
+    )
+    require(
+        force is None or isinstance(force, str),
+        "force",
+        "the name of an expert",
+        type(force).__name__,
+    )
     if force is not None:
         forced_route(force, config.experts, config.num_layers)
     return _steps(model, tokens, real, max_new_tokens, sampling or Sampling(), stops, force)
@@ -127,10 +138,14 @@ def _steps(
     model.eval()
     try:
         for _ in range(max_new_tokens):
-            out = model(tokens, RoutingMode.HARD, force=force, cache=cache, last_only=True, lengths=lengths)
+            out = model(
+                tokens, RoutingMode.HARD, force=force, cache=cache, last_only=True, lengths=lengths
+            )
             last = torch.where(finished, last, choose_token(out.logits[:, -1], sampling, generator))
             yield GeneratedToken(last, last_token(out.route, lengths, dim=2)[:, :, 0])
-            finished = torch.isin(last, stops)  # a row that has ended repeats its stop token, so it stays so
+            finished = torch.isin(
+                last, stops
+            )  # a row that has ended repeats its stop token, so it stays so
             if stop_tokens and bool(finished.all()):
                 return
             tokens, lengths = last[:, None], None
@@ -154,7 +169,17 @@ def generate(
 
     A row shorter than T is followed by its N new tokens at once, and then by zeros.
     """
-    steps = list(stream(model, prompt, max_new_tokens, sampling, lengths=lengths, stop_tokens=stop_tokens, force=force))
+    steps = list(
+        stream(
+            model,
+            prompt,
+            max_new_tokens,
+            sampling,
+            lengths=lengths,
+            stop_tokens=stop_tokens,
+            force=force,
+        )
+    )
     tokens, real = _rows(model, prompt, lengths)
     new = torch.stack([step.tokens for step in steps], 1)  # [B, N]
     out = torch.cat([tokens, torch.zeros_like(new)], 1)
@@ -163,22 +188,42 @@ def generate(
     return out.scatter(1, place, new), torch.stack([step.route for step in steps], 2)
 
 
-def _rows(model: RoutedLanguageModel, prompt: Prompt, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _rows(
+    model: RoutedLanguageModel, prompt: Prompt, lengths: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Checked tokens [B, T] with zeros for padding, and the lengths [B] of rows that may differ."""
     vocab, device = model.config.vocab_size, model.network.embed.weight.device
     if not isinstance(prompt, Tensor):
-        require(isinstance(prompt, Sequence), "prompt", "a tensor [B, T] or a list of tensors [T]", type(prompt).__name__)
+        require(
+            isinstance(prompt, Sequence),
+            "prompt",
+            "a tensor [B, T] or a list of tensors [T]",
+            type(prompt).__name__,
+        )
         for row in prompt:
             fine = isinstance(row, Tensor) and row.dim() == 1 and len(row) > 0
-            require(fine, "prompt", "a tensor [B, T] or a list of tensors [T], at least one token each", row)
+            require(
+                fine,
+                "prompt",
+                "a tensor [B, T] or a list of tensors [T], at least one token each",
+                row,
+            )
             check_tokens(row[None], vocab, device, "prompt")
         require(len(prompt) > 0, "prompt", "at least one row", prompt)
         require(lengths is None, "lengths", "None with a list of prompts", lengths)
         lengths = torch.tensor([len(row) for row in prompt], device=device)
         prompt = pad_sequence(list(prompt), batch_first=True)
-    require(prompt.dim() == 2 and prompt.shape[1] >= 1, "prompt", "at least one token, shape [B, T]", tuple(prompt.shape))
+    require(
+        prompt.dim() == 2 and prompt.shape[1] >= 1,
+        "prompt",
+        "at least one token, shape [B, T]",
+        tuple(prompt.shape),
+    )
     if lengths is not None:
         check_lengths(lengths, prompt, least=1)
-        prompt, lengths = torch.where(real_tokens(lengths, prompt.shape[1]), prompt, 0), lengths.to(torch.int64)
+        prompt, lengths = (
+            torch.where(real_tokens(lengths, prompt.shape[1]), prompt, 0),
+            lengths.to(torch.int64),
+        )
     check_tokens(prompt, vocab, device, "prompt")
     return prompt, lengths

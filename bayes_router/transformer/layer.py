@@ -46,8 +46,9 @@ class AttentionMixture(nn.Module):
 
         Args:
             x: [B, T, D], normalised.
-            route: weights [B, T, R, E] (every expert computed), choices int64 [B, T, R] (only the chosen ones), or one expert;
-                R routing units of H / R neighbouring query heads. Without its dimension R a route holds for all heads.
+            route: weights [B, T, R, E] (every expert computed), choices int64 [B, T, R] (only the
+                chosen ones), or one expert; R routing units of H / R neighbouring query heads.
+                Without its dimension R a route holds for all heads.
             angles: rotary angles of the tokens; positions 0 .. T - 1 by default.
             cache: what came before, of this layer's own experts; the tokens are added to it.
             lengths: [B] real tokens of each row; the rest is right padding and comes out as zero.
@@ -60,12 +61,16 @@ class AttentionMixture(nn.Module):
         if cache is not None:
             cache.check_owner(self.experts)
         if angles is None:
-            angles = rotary_angles(torch.arange(T, device=x.device), config.head_dim, config.rope_base)
+            angles = rotary_angles(
+                torch.arange(T, device=x.device), config.head_dim, config.rope_base
+            )
         heads = self.qkv(x).view(B, T, -1, config.head_dim).transpose(1, 2)  # [B, H + 2 Hkv, T, Dh]
         plain_q, plain_k, v = heads.split(self.head_sizes, 1)
         q, k = rotate(plain_q, angles), rotate(plain_k, angles)
         if cache is not None:
-            mixed = cache.attend(q, k, v, route, linear_q=plain_q, linear_k=plain_k, lengths=lengths)
+            mixed = cache.attend(
+                q, k, v, route, linear_q=plain_q, linear_k=plain_k, lengths=lengths
+            )
         elif isinstance(route, Tensor) and route.is_floating_point():
             mixed = self._soft(q, k, v, plain_q, plain_k, route)
             if lengths is not None:
@@ -84,9 +89,13 @@ class AttentionMixture(nn.Module):
             )
         return self.out(merge_tokens(mixed))
 
-    def _soft(self, q: Tensor, k: Tensor, v: Tensor, plain_q: Tensor, plain_k: Tensor, route: Tensor) -> Tensor:
+    def _soft(
+        self, q: Tensor, k: Tensor, v: Tensor, plain_q: Tensor, plain_k: Tensor, route: Tensor
+    ) -> Tensor:
         weights, mixed = with_units(route).to(q.dtype).unbind(-1), torch.zeros_like(q)
         for weight, expert in zip(weights, self.experts, strict=True):
             assert isinstance(expert, Expert)
-            mixed = mixed + by_head(weight, q.shape[1]) * (expert(q, k, v) if expert.rotary else expert(plain_q, plain_k, v))
+            mixed = mixed + by_head(weight, q.shape[1]) * (
+                expert(q, k, v) if expert.rotary else expert(plain_q, plain_k, v)
+            )
         return mixed

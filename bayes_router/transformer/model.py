@@ -45,8 +45,8 @@ class Block(nn.Module):
 class RoutedTransformer(nn.Module):
     """Token embedding, L routed blocks, tied head.
 
-    `route(layer, hidden)` is called once a layer with the normalised hidden state [B, T, D] that the layer attends on, and
-    answers with weights [B, T, R, E] or choices int64 [B, T, R].
+    `route(layer, hidden)` is called once a layer with the normalised hidden state [B, T, D] that
+    the layer attends on, and answers with weights [B, T, R, E] or choices int64 [B, T, R].
     """
 
     def __init__(self, config: ModelConfig):
@@ -61,7 +61,9 @@ class RoutedTransformer(nn.Module):
         """N(0, 1 / fan_in); what writes to the residual stream is divided by sqrt(2 L)."""
         for name, weight in self.named_parameters():
             if weight.dim() == 2 and "experts" not in name:
-                std = self.config.d_model**-0.5 if name == "embed.weight" else weight.shape[1] ** -0.5
+                std = (
+                    self.config.d_model**-0.5 if name == "embed.weight" else weight.shape[1] ** -0.5
+                )
                 if name.endswith(("attention.out.weight", "down.weight")):
                     std /= (2 * self.config.num_layers) ** 0.5
                 nn.init.normal_(weight, std=std)
@@ -76,15 +78,22 @@ class RoutedTransformer(nn.Module):
     ) -> Tensor:
         """Logits [B, T, V] for tokens int64 [B, T], which continue `cache` if given.
 
-        With `lengths` [B], the first so many tokens of each row are real, the rest is right padding, whose logits mean nothing.
-        With `last_only` [B, 1, V], of each row's last real token.
+        With `lengths` [B], the first so many tokens of each row are real, the rest is right
+        padding, whose logits mean nothing. With `last_only` [B, 1, V], of each row's last real
+        token.
         """
         hidden = self.hidden(tokens, route, cache, lengths)
         if last_only:
             hidden = last_token(hidden, lengths)
         return F.linear(self.norm(hidden), self.embed.weight)
 
-    def hidden(self, tokens: Tensor, route: Route, cache: RoutedCache | None = None, lengths: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        tokens: Tensor,
+        route: Route,
+        cache: RoutedCache | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
         """The residual stream after the last block, [B, T, D]."""
         check_tokens(tokens, self.config.vocab_size, self.embed.weight.device)
         if lengths is not None:
@@ -106,11 +115,23 @@ class RoutedTransformer(nn.Module):
         """Refuse a cache of another model or batch before anything is written."""
         fix = "build it with new_cache of this model"
         require(isinstance(cache, RoutedCache), "cache", "a RoutedCache", type(cache).__name__, fix)
-        require(len(cache) == self.config.num_layers, "cache", f"{self.config.num_layers} layers", len(cache), fix)
+        require(
+            len(cache) == self.config.num_layers,
+            "cache",
+            f"{self.config.num_layers} layers",
+            len(cache),
+            fix,
+        )
         for layer, experts in enumerate(self.experts()):
             cache[layer].check_owner(experts, f"cache[{layer}]")
         rows = len(cache.lengths)
-        require(rows == tokens.shape[0], "cache", f"the batch of tokens, {tokens.shape[0]} rows", rows, fix)
+        require(
+            rows == tokens.shape[0],
+            "cache",
+            f"the batch of tokens, {tokens.shape[0]} rows",
+            rows,
+            fix,
+        )
 
     def _angles(self, tokens: Tensor, cache: RoutedCache | None) -> Angles:
         positions = torch.arange(tokens.shape[1], device=tokens.device)  # [T]
@@ -173,7 +194,9 @@ class RoutedLanguageModel(nn.Module):
 
     def show_last(self, see: Callable[[Tensor], object]) -> RemovableHandle:
         """Show `see` what the head reads, [B, T, D], in every pass until the handle is removed."""
-        return self.network.norm.register_forward_hook(lambda module, inputs, output: (see(output), None)[1])
+        return self.network.norm.register_forward_hook(
+            lambda module, inputs, output: (see(output), None)[1]
+        )
 
     @classmethod
     def from_config(cls, config: Config) -> "RoutedLanguageModel":
@@ -199,21 +222,28 @@ class RoutedLanguageModel(nn.Module):
         Args:
             tokens: int64 [B, T]; padding too must be ids.
             mode: SAMPLE, MEAN or HARD.
-            force: send tokens where it says instead: an expert's name, choices [L, B, T, R] or weights [L, B, T, R, E]; without
-                the dimension R for all units.
+            force: send tokens where it says instead: an expert's name, choices [L, B, T, R] or
+                weights [L, B, T, R, E]; without the dimension R for all units.
             cache: what came before; the tokens are added to it.
             last_only: logits of each row's last real token alone.
-            lengths: [B] real tokens of each row; what comes out for the rest, right padding, means nothing. Default all.
+            lengths: [B] real tokens of each row; what comes out for the rest, right padding, means
+                nothing. Default all.
         """
         chosen = choose("mode", mode, RoutingMode)
-        forced = None if force is None else forced_route(force, self.config.experts, self.config.num_layers)
+        forced = (
+            None
+            if force is None
+            else forced_route(force, self.config.experts, self.config.num_layers)
+        )
         watched = isinstance(self.policy, Guard) and chosen is RoutingMode.HARD
         concentrations, routes = [], []
 
         def route(layer: int, hidden: Tensor) -> Tensor | int:
             q = self.controller.posterior(layer, hidden)
             alarm = self._alarm(layer, hidden, cache, lengths) if watched else None
-            executed = execute(q, chosen, self.policy, alarm) if forced is None else forced(layer, hidden)
+            executed = (
+                execute(q, chosen, self.policy, alarm) if forced is None else forced(layer, hidden)
+            )
             concentrations.append(q.concentration)
             routes.append(as_units(executed, q.concentration))
             return executed
@@ -221,7 +251,9 @@ class RoutedLanguageModel(nn.Module):
         logits = self.network(tokens, route, cache, last_only, lengths)
         return RoutingOutput(logits, torch.stack(concentrations), torch.stack(routes))
 
-    def _alarm(self, layer: int, hidden: Tensor, cache: RoutedCache | None, lengths: Tensor | None) -> Tensor | None:
+    def _alarm(
+        self, layer: int, hidden: Tensor, cache: RoutedCache | None, lengths: Tensor | None
+    ) -> Tensor | None:
         """Which tokens [B, T] a guard is alarmed by.
 
         Its memory of the texts is kept beside the cache.

@@ -13,7 +13,9 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     logits [..., V], targets int64 [...] -> [...], at least float32; 0 where IGNORED.
     """
     logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    flat = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    flat = F.cross_entropy(
+        logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    )
     return flat.view(targets.shape)
 
 

@@ -11,7 +11,9 @@ def real_tokens(lengths: Tensor, T: int) -> Tensor:
     return torch.arange(T, device=lengths.device) < lengths[:, None]
 
 
-def check_tokens(tokens: Tensor, vocab_size: int, device: torch.device | None = None, name: str = "tokens") -> None:
+def check_tokens(
+    tokens: Tensor, vocab_size: int, device: torch.device | None = None, name: str = "tokens"
+) -> None:
     """Refuse what is not a batch of token ids.
 
     Values are read on the CPU alone: on a GPU it would wait for the device.
@@ -20,10 +22,19 @@ def check_tokens(tokens: Tensor, vocab_size: int, device: torch.device | None = 
     require(tokens.dim() == 2, name, "shape [B, T]", tuple(tokens.shape))
     require(tokens.dtype == torch.int64, name, "torch.int64", tokens.dtype)
     if device is not None and tokens.device != device:
-        raise ValueError(f"{name}: expected the device of the model, {device}; got {tokens.device}; move one with .to(device)")
+        raise ValueError(
+            f"{name}: expected the device of the model, {device}; got {tokens.device}; move one "
+            f"with .to(device)"
+        )
     if tokens.device.type == "cpu" and tokens.numel():
         low, high = (int(x) for x in tokens.aminmax())
-        require(low >= 0 and high < vocab_size, name, f"ids from 0 to {vocab_size - 1}", (low, high), "check the tokeniser")
+        require(
+            low >= 0 and high < vocab_size,
+            name,
+            f"ids from 0 to {vocab_size - 1}",
+            (low, high),
+            "check the tokeniser",
+        )
 
 
 def check_lengths(lengths: Tensor, tokens: Tensor, least: int = 0) -> None:
@@ -31,11 +42,21 @@ def check_lengths(lengths: Tensor, tokens: Tensor, least: int = 0) -> None:
 
     Values are read on the CPU alone.
     """
-    (B, T), wanted = tokens.shape, f"int64 or int32 of shape {(tokens.shape[0],)} on {tokens.device}"
+    (B, T), wanted = (
+        tokens.shape,
+        f"int64 or int32 of shape {(tokens.shape[0],)} on {tokens.device}",
+    )
     require(isinstance(lengths, Tensor), "lengths", wanted, type(lengths).__name__)
-    fits = lengths.dtype in (torch.int64, torch.int32) and lengths.shape == (B,) and lengths.device == tokens.device
+    fits = (
+        lengths.dtype in (torch.int64, torch.int32)
+        and lengths.shape == (B,)
+        and lengths.device == tokens.device
+    )
     if not fits:
-        raise ValueError(f"lengths: expected {wanted}; got {lengths.dtype} of shape {tuple(lengths.shape)} on {lengths.device}")
+        raise ValueError(
+            f"lengths: expected {wanted}; got {lengths.dtype} of shape {tuple(lengths.shape)} on "
+            f"{lengths.device}"
+        )
     if lengths.device.type == "cpu" and B:
         low, high = (int(x) for x in lengths.aminmax())
         require(low >= least and high <= T, "lengths", f"values in {least}..{T}", (low, high))

@@ -12,7 +12,9 @@ def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor
 
     The positions are integers [..., T].
     """
-    frequency = base ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    frequency = base ** (
+        -torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    )
     angle = positions[..., None].float() * frequency
     return angle.cos(), angle.sin()
 

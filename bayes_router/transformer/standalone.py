@@ -22,7 +22,8 @@ class RoutedAttentionOutput:
     """What the standalone layer returns."""
 
     output: Tensor  # [B, T, D]
-    kl: Tensor  # [], KL(posterior || prior), the price of the prior included; nats per token, summed over units
+    # [], KL(posterior || prior), the price of the prior included; nats per token, summed over units
+    kl: Tensor
     concentration: Tensor  # [B, T, R, E]
     route: Tensor  # as executed: [B, T, R, E] or int64 [B, T, R]
     statistics: RoutingStatistics
@@ -31,15 +32,26 @@ class RoutedAttentionOutput:
 class RoutedAttention(nn.Module):
     """The standalone layer: attention routed by its own posterior, for a plain PyTorch loop.
 
-    loss = task_loss + kl_weight * layer(x).kl is the negative ELBO of this layer's routes, with x [B, T, D] normalised.
-    Training mode draws routes (SAMPLE), evaluation mode executes them (HARD); `mode` overrides.
+    loss = task_loss + kl_weight * layer(x).kl is the negative ELBO of this layer's routes, with x
+    [B, T, D] normalised. Training mode draws routes (SAMPLE), evaluation mode executes them (HARD);
+    `mode` overrides.
     """
 
-    def __init__(self, config: ModelConfig | None = None, prior: PriorConfig | None = None, policy: Policy | None = None):
+    def __init__(
+        self,
+        config: ModelConfig | None = None,
+        prior: PriorConfig | None = None,
+        policy: Policy | None = None,
+    ):
         super().__init__()
         self.config = config or ModelConfig()
         self.attention = AttentionMixture(self.config)
-        sizes = self.config.d_model, len(self.config.experts), self.config.controller_hidden, self.config.num_units
+        sizes = (
+            self.config.d_model,
+            len(self.config.experts),
+            self.config.controller_hidden,
+            self.config.num_units,
+        )
         self.controller = LayerController(*sizes)
         self.policy = policy or Argmax()
         prior_ = build_prior(prior or PriorConfig(), self.config, num_layers=1, context=1024)
@@ -68,7 +80,11 @@ class RoutedAttention(nn.Module):
         route = execute(q, chosen, self.policy)
         concentration, prior = q.concentration, self.get_buffer("prior_concentration")
         cost_ratio = self.get_buffer("cost_ratio")
-        statistics = routing_statistics(concentration.detach(), route.detach(), cost_ratio, self.config.experts)
-        of_units = tilted_kl(concentration, prior, self.get_buffer("tilt"), self.get_buffer("log_normaliser"))
+        statistics = routing_statistics(
+            concentration.detach(), route.detach(), cost_ratio, self.config.experts
+        )
+        of_units = tilted_kl(
+            concentration, prior, self.get_buffer("tilt"), self.get_buffer("log_normaliser")
+        )
         kl = of_units.mean((0, 1)).sum()
         return RoutedAttentionOutput(self.attention(x, route), kl, concentration, route, statistics)

@@ -14,5 +14,12 @@ def test_it_prints_every_measurement_and_the_break_even_points(
     monkeypatch.setattr("torch.set_num_threads", lambda count: None)  # other tests keep theirs
     break_even.main()
     shown = capsys.readouterr().out
-    assert len(re.findall(r"^ +(8|16) +[18] +\d+/\d+/\d+ +[\d.]+ +[\d.]+x +[\d.]+x$", shown, re.MULTILINE)) == 2 * 2 * 2 * 2
+    assert (
+        len(
+            re.findall(
+                r"^ +(8|16) +[18] +\d+/\d+/\d+ +[\d.]+ +[\d.]+x +[\d.]+x$", shown, re.MULTILINE
+            )
+        )
+        == 2 * 2 * 2 * 2
+    )
     assert len(re.findall(r"^dense up to (0|8|16) keys, then torch$", shown, re.MULTILINE)) == 2

@@ -14,11 +14,26 @@ from bayes_router.integrations.patching import patch
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_every_contender_is_timed_and_costs_what_it_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_contender_is_timed_and_costs_what_it_executed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     narrow = functools.partial(patch, sinks=0, experts=("full", "local"), window=16)
-    monkeypatch.setattr(patch_speed, "patch", lambda model, context, **_: narrow(model, context=context))
+    monkeypatch.setattr(
+        patch_speed, "patch", lambda model, context, **_: narrow(model, context=context)
+    )
     path = tmp_path / "rows.csv"
-    options = ["--lengths", "256", "--turns", "1", "--budgets", "0.5", "--results", str(path), "--device", "cpu"]
+    options = [
+        "--lengths",
+        "256",
+        "--turns",
+        "1",
+        "--budgets",
+        "0.5",
+        "--results",
+        str(path),
+        "--device",
+        "cpu",
+    ]
     monkeypatch.setattr("sys.argv", ["patch_speed", *options])
     patch_speed.main()
     rows = pd.read_csv(path)

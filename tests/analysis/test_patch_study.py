@@ -42,28 +42,58 @@ def test_a_wider_window_is_taken_back_and_greedy_begins_with_the_harmless() -> N
         torch.testing.assert_close(model(ids).logits, original)
     assert not torch.allclose(model(ids).logits, original)
     found = contenders.orders(router, ids, 60.0)
-    assert all(sorted(order) == [0, 1] for order in found.values()) and found["greedy"][0] == found["one by one"][0]
+    assert (
+        all(sorted(order) == [0, 1] for order in found.values())
+        and found["greedy"][0] == found["one by one"][0]
+    )
 
 
 @pytest.mark.slow
-def test_the_study_runs_and_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_the_study_runs_and_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
     from analysis.pretrained import smollm as patch_smollm
 
     torch.manual_seed(0)
-    config = {**GROUPED, "max_position_embeddings": 1024, "num_hidden_layers": 4}  # half of the cost keeps one layer on full
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).save_pretrained(tmp_path / "model")
+    config = {
+        **GROUPED,
+        "max_position_embeddings": 1024,
+        "num_hidden_layers": 4,
+    }  # half of the cost keeps one layer on full
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).save_pretrained(
+        tmp_path / "model"
+    )
     random = np.random.default_rng(0)
     texts = ("train", "wikitext103 valid", "wikitext103", "novels")
     ids = {name: random.integers(3, VOCAB, 4000).astype(np.uint16) for name in texts}
     np.savez(tmp_path / "tokens.npz", allow_pickle=False, **ids)
     results = tmp_path / "results.csv"
     paths = [str(tmp_path / name) for name in ("model", "tokens.npz", "patch", "results.csv")]
-    arguments = ["patch_smollm", "--quick", "--device", "cpu", "both", *paths, "--repeats", "1", "--window", "32"]
+    arguments = [
+        "patch_smollm",
+        "--quick",
+        "--device",
+        "cpu",
+        "both",
+        *paths,
+        "--repeats",
+        "1",
+        "--window",
+        "32",
+    ]
     monkeypatch.setattr(sys, "argv", arguments)
     patch_smollm.main()
     frame = pd.read_csv(results)
-    assert {"original", "routed", "one window", "static, greedy", "static, the router's own"} <= set(frame["contender"])
-    half = frame[(frame["budget"] == 0.5) & (frame["text"] == "novels") & (frame["context"] == 512)].set_index("contender")
+    assert {
+        "original",
+        "routed",
+        "one window",
+        "static, greedy",
+        "static, the router's own",
+    } <= set(frame["contender"])
+    half = frame[
+        (frame["budget"] == 0.5) & (frame["text"] == "novels") & (frame["context"] == 512)
+    ].set_index("contender")
     assert half["cost"].max() <= 0.5 and half["cost"].max() - half["cost"].min() < 0.2
     results.write_text("\n".join(results.read_text().splitlines()[:4]) + "\n")
     capsys.readouterr()

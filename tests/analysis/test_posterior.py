@@ -12,23 +12,46 @@ QUICK = examine.Effort(512, 4, 3, 2, 100, (1, 4), 2, 16, 4, 2)
 @pytest.mark.parametrize(
     ("part", "tables", "figures"),
     [
-        ("collapse", {"collapse_by_layer", "collapse_over_training"}, {"load_by_layer", "route_information"}),
+        (
+            "collapse",
+            {"collapse_by_layer", "collapse_over_training"},
+            {"load_by_layer", "route_information"},
+        ),
         ("prior", {"prior_by_layer"}, {"simplex"}),
-        ("uncertainty", {"regret", "reliability", "k_hat", "other_text", "figures_to_quote"}, {"reliability", "k_hat"}),
+        (
+            "uncertainty",
+            {"regret", "reliability", "k_hat", "other_text", "figures_to_quote"},
+            {"reliability", "k_hat"},
+        ),
         ("evidence", {"evidence"}, set()),
         ("confidence", {"confidence", "confidence_regret"}, {"confidence_reliability"}),
         ("risk", {"risk"}, set()),
         ("quality", {"quality"}, set()),
     ],
 )
-def test_each_part_writes_its_tables_and_figures(part, tables, figures, finished_run, tmp_path, monkeypatch, capsys):
+def test_each_part_writes_its_tables_and_figures(
+    part, tables, figures, finished_run, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(posterior, "Effort", lambda tokens: QUICK)
     monkeypatch.setattr(posterior, "RESPLITS", 5)
     other = tmp_path / "other.txt"
     other.write_text("Es war einmal ein Mann. " * 50)
-    arguments = ["--parts", part, "--out", str(tmp_path / "out"), "--tokens", "512", "--windows", "8", "--pairs", "8"]
+    arguments = [
+        "--parts",
+        part,
+        "--out",
+        str(tmp_path / "out"),
+        "--tokens",
+        "512",
+        "--windows",
+        "8",
+        "--pairs",
+        "8",
+    ]
     arguments += ["--draws", "4", "--risk-steps", "10"]
-    monkeypatch.setattr(sys, "argv", ["posterior", str(finished_run), *arguments, "--text", f"tale={other}"])
+    monkeypatch.setattr(
+        sys, "argv", ["posterior", str(finished_run), *arguments, "--text", f"tale={other}"]
+    )
     posterior.main()
     told = capsys.readouterr()
     assert "left out" not in told.err and str(tmp_path / "out") in told.out
@@ -37,7 +60,9 @@ def test_each_part_writes_its_tables_and_figures(part, tables, figures, finished
     assert {f"{f}.{suffix}" for f in figures for suffix in ("pdf", "png")} <= written
     assert all(len(pd.read_csv(tmp_path / "out" / f"{t}.csv")) for t in tables)
     if part == "evidence":
-        assert {"code", "German", "shuffled", "tale"} == set(pd.read_csv(tmp_path / "out" / "evidence.csv")["text"])
+        assert {"code", "German", "shuffled", "tale"} == set(
+            pd.read_csv(tmp_path / "out" / "evidence.csv")["text"]
+        )
 
 
 def test_without_arviz_stats_the_rest_is_written(finished_run, tmp_path, monkeypatch, capsys):

@@ -19,7 +19,9 @@ def test_every_figure_is_in_the_results() -> None:
     assert problems(README) == []
 
 
-@pytest.mark.parametrize("old, new", [("0.39%", "0.29%"), ("1.273 | 0.001", "1.263 | 0.001"), ("1.11%", "2.11%")])
+@pytest.mark.parametrize(
+    "old, new", [("0.39%", "0.29%"), ("1.273 | 0.001", "1.263 | 0.001"), ("1.11%", "2.11%")]
+)
 def test_a_figure_that_was_changed_is_found(old: str, new: str) -> None:
     assert old in README
     assert problems(README.replace(old, new))
@@ -35,7 +37,9 @@ def test_it_is_short() -> None:
     assert len(words) <= 900
 
 
-@pytest.mark.parametrize("name", ["tiny_lm", "tiny_lm_cpu", "recipe", "long", "learning_rate", "learning_rate_cpu"])
+@pytest.mark.parametrize(
+    "name", ["tiny_lm", "tiny_lm_cpu", "recipe", "long", "learning_rate", "learning_rate_cpu"]
+)
 def test_the_tables_beside_the_results_are_theirs(name: str) -> None:
     table = (RESULTS.parent / f"{name}.md").read_text(encoding="utf-8")
     assert table.strip() == markdown(summarise(read(name))).strip()

@@ -18,7 +18,9 @@ def encode(text):
     return list(text.encode())
 
 
-HAY = Haystack(encode, encode("It was a bright cold day and the clocks were striking. " * 200), WORDS)
+HAY = Haystack(
+    encode, encode("It was a bright cold day and the clocks were striking. " * 200), WORDS
+)
 
 
 def text_of(prompt):
@@ -50,24 +52,34 @@ def test_a_seed_names_its_texts_and_texts_differ(task):
 def test_the_common_words_are_the_most_common():
     for prompt in prompts("common words", HAY, 4000, 3):
         listed = text_of(prompt)[: -prompt.answer].split(":")[1].split("\n")[0].split()
-        assert {w for w, _ in Counter(listed).most_common(COMMON)} == {bytes(i).decode().strip() for i in prompt.items}
+        assert {w for w, _ in Counter(listed).most_common(COMMON)} == {
+            bytes(i).decode().strip() for i in prompt.items
+        }
 
 
 def test_the_chain_of_variables_hands_the_number_on_in_order():
     for prompt in prompts("variables", HAY, 2000, 5):
         held, named = {}, []
-        lines = [line for line in text_of(prompt)[: -prompt.answer].split("\n") if line.startswith("Let ")]
+        lines = [
+            line
+            for line in text_of(prompt)[: -prompt.answer].split("\n")
+            if line.startswith("Let ")
+        ]
         for line in lines:
             name, value = line[4:-1].split(" = ")
             held[name] = held.get(value, value)
             named.append(name)
         asked = text_of(prompt).split("whose value is ")[1][:5]
-        assert [bytes(i).decode().strip() for i in prompt.items] == [n for n in named if held[n] == asked]
+        assert [bytes(i).decode().strip() for i in prompt.items] == [
+            n for n in named if held[n] == asked
+        ]
         assert len(lines) == 10
 
 
 def test_needles_stand_at_every_depth():
-    depths = [text_of(p).index("The secret number") / 2000 for p in prompts("needle", HAY, 2000, 40)]
+    depths = [
+        text_of(p).index("The secret number") / 2000 for p in prompts("needle", HAY, 2000, 40)
+    ]
     assert min(depths) < 0.15 and max(depths) > 0.8
 
 
@@ -87,7 +99,9 @@ def test_an_oracle_gets_all_and_one_that_repeats_the_last_token_nothing():
     asked = [p for task in TASKS for p in prompts(task, HAY, 1500, 2)]
     found = score(oracle(asked), asked, torch.device("cpu"))
     assert [f.right for f in found] == [1.0] * len(asked)
-    assert [f.nats for f in found] == pytest.approx([math.log(1 + 255 * math.exp(-1))] * len(asked), rel=1e-4)
+    assert [f.nats for f in found] == pytest.approx(
+        [math.log(1 + 255 * math.exp(-1))] * len(asked), rel=1e-4
+    )
     blind = score(
         lambda tokens, n: torch.nn.functional.one_hot(tokens[:, -n:], 256),
         asked,
@@ -99,7 +113,9 @@ def test_an_oracle_gets_all_and_one_that_repeats_the_last_token_nothing():
 def test_items_may_come_in_any_order_but_whole():
     prompt = Prompt((1, 2, 3, 4, 5, 6), ((3, 4), (5, 6)))
     assert prompt.right([3, 4, 5, 6]) == 1.0
-    assert prompt.right([5, 4, 5, 6]) == 1.0  # the other item's first token, then led on by the text
+    assert (
+        prompt.right([5, 4, 5, 6]) == 1.0
+    )  # the other item's first token, then led on by the text
     assert prompt.right([3, 9, 5, 6]) == 0.5
     assert prompt.right([3, 4, 3, 6]) == 0.5  # the first was named already
     assert prompt.right([9, 9, 9, 9]) == 0.0

@@ -16,9 +16,13 @@ def test_an_older_table_stands_until_all_rows_are_there(tmp_path: Path) -> None:
     path.write_text("old\n1\n")
     rows = Rows(path, {"device": "cpu"})
     rows.add({"ms": 1.23456})
-    assert path.read_text() == "old\n1\n" and "1.235" in path.with_suffix(".partial.csv").read_text()
+    assert (
+        path.read_text() == "old\n1\n" and "1.235" in path.with_suffix(".partial.csv").read_text()
+    )
     rows.add({"ms": 2.0})
-    assert rows.finish()["device"].tolist() == ["cpu", "cpu"] and pd.read_csv(path)["ms"].tolist() == [1.235, 2.0]
+    assert rows.finish()["device"].tolist() == ["cpu", "cpu"] and pd.read_csv(path)[
+        "ms"
+    ].tolist() == [1.235, 2.0]
     assert not path.with_suffix(".partial.csv").exists()
 
 

@@ -37,7 +37,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def test_nothing_is_reported_while_a_backend_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_nothing_is_reported_while_a_backend_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     right = verify.routed_attention
 
     def wrong(*inputs: object, backend: Backend | str, **options: object) -> torch.Tensor:
@@ -45,7 +47,9 @@ def test_nothing_is_reported_while_a_backend_is_wrong(monkeypatch: pytest.Monkey
         return out * 1.01 if backend is TORCH else out
 
     monkeypatch.setattr(verify, "routed_attention", wrong)
-    with pytest.raises(ValueError, match="torch on cpu: out is off by 1.0e-02; no speed-up is reported"):
+    with pytest.raises(
+        ValueError, match="torch on cpu: out is off by 1.0e-02; no speed-up is reported"
+    ):
         run_benchmark(CPU, BenchmarkPlan(quick=True), tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -58,21 +62,39 @@ def test_every_backend_is_verified_where_it_is_timed(monkeypatch: pytest.MonkeyP
     seen, right = set(), verify.routed_attention
 
     def watched(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, route: torch.Tensor | int, **options: object
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        route: torch.Tensor | int,
+        **options: object,
     ) -> torch.Tensor:
         kinds = 1 if isinstance(route, int) else len(route.unique())
-        facts = (q.shape[2] > 4000, q.shape[3], q.shape[1] > k.shape[1], options.get("lengths") is not None, kinds == 1)
+        facts = (
+            q.shape[2] > 4000,
+            q.shape[3],
+            q.shape[1] > k.shape[1],
+            options.get("lengths") is not None,
+            kinds == 1,
+        )
         seen.add((options["backend"], q.requires_grad and torch.is_grad_enabled(), *facts))
         return right(q, k, v, route, **options)  # type: ignore[arg-type]
 
     held = []
     cache = verify.LayerCache
     monkeypatch.setattr(verify, "routed_attention", watched)
-    monkeypatch.setattr(verify, "LayerCache", lambda *a, **o: held.append(cache(*a, **o)) or held[-1])
+    monkeypatch.setattr(
+        verify, "LayerCache", lambda *a, **o: held.append(cache(*a, **o)) or held[-1]
+    )
     assert set(verify.verify(CPU)) == {TORCH, DENSE}
     for backend in (TORCH, DENSE):
-        assert {(backend, False, True, 64, True, False, False), (backend, False, True, 128, True, False, False)} <= seen
-        assert {(backend, False, False, 64, True, True, False), (backend, False, True, 64, True, False, True)} <= seen
+        assert {
+            (backend, False, True, 64, True, False, False),
+            (backend, False, True, 128, True, False, False),
+        } <= seen
+        assert {
+            (backend, False, False, 64, True, True, False),
+            (backend, False, True, 64, True, False, True),
+        } <= seen
         assert (backend, True, False, 64, True, False, False) in seen and (
             backend,
             True,
@@ -82,14 +104,24 @@ def test_every_backend_is_verified_where_it_is_timed(monkeypatch: pytest.MonkeyP
             False,
             False,
         ) in seen
-    assert (TORCH, True, True, 64, True, False, False) in seen and (AUTO, False, True, 64, True, False, True) in seen
+    assert (TORCH, True, True, 64, True, False, False) in seen and (
+        AUTO,
+        False,
+        True,
+        64,
+        True,
+        False,
+        True,
+    ) in seen
     assert held[0].slots >= 4000 and held[0].lengths.tolist() == [held[0].slots] * 3
 
 
 def test_what_is_wrong_only_in_long_texts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     right = verify.routed_attention
 
-    def wrong(q: torch.Tensor, *inputs: object, backend: Backend | str, **options: object) -> torch.Tensor:
+    def wrong(
+        q: torch.Tensor, *inputs: object, backend: Backend | str, **options: object
+    ) -> torch.Tensor:
         out = right(q, *inputs, backend=backend, **options)  # type: ignore[arg-type]
         late = torch.arange(out.shape[2]) > 4000
         return out * (1 + 0.1 * late[:, None]) if backend is TORCH else out
@@ -107,13 +139,17 @@ def test_a_cache_that_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         return right(self, q, *inputs) * (1.01 if q.shape[2] == 1 else 1.0)
 
     monkeypatch.setattr(verify.LayerCache, "attend", wrong)
-    with pytest.raises(ValueError, match="the cache on cpu: out is off by 1.0e-02; no speed-up is reported"):
+    with pytest.raises(
+        ValueError, match="the cache on cpu: out is off by 1.0e-02; no speed-up is reported"
+    ):
         case = verify.Case(Shape(3, 2, 700, 32), 1, grad=False)
         verify._verify_cache(case, verify._built(EXPERTS, case.shape, CPU), CPU)
 
 
 @pytest.mark.parametrize("experts", [("full", "gated", "local"), ("gated",)])
-def test_other_experts_are_verified_too(experts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_experts_are_verified_too(
+    experts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(verify, "CASES", (verify.Case(Shape(2, 2, 300, 32), 1),))
     monkeypatch.setattr(verify, "LONG", 700)
     assert set(verify.verify(CPU, experts)) == {TORCH, DENSE}
@@ -125,13 +161,20 @@ def test_a_model_is_verified_at_its_own_sizes(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(verify, "verify", lambda device, experts: [TORCH])
     right = verify._verify
     monkeypatch.setattr(
-        verify, "_verify", lambda case, experts, *rest: seen.append((case, experts)) or right(case, experts, *rest)
+        verify,
+        "_verify",
+        lambda case, experts, *rest: seen.append((case, experts)) or right(case, experts, *rest),
     )
-    config = ModelConfig(d_model=32, num_heads=4, num_kv_heads=2, experts=("gated", "local"), window=9)
+    config = ModelConfig(
+        d_model=32, num_heads=4, num_kv_heads=2, experts=("gated", "local"), window=9
+    )
     verify.verify_model(CPU, config)
     (case, experts), *none = seen
     assert not none and case.shape == Shape(1, 4, 700, 8) and case.kv_heads == 2
-    assert [(expert.name, *expert.shape[:3]) for expert in experts] == [("gated", 4, 8, 9), ("local", 4, 8, 9)]
+    assert [(expert.name, *expert.shape[:3]) for expert in experts] == [
+        ("gated", 4, 8, 9),
+        ("local", 4, 8, 9),
+    ]
 
 
 def test_calls_take_turns_and_medians_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,9 +186,19 @@ def test_calls_take_turns_and_medians_are_told(monkeypatch: pytest.MonkeyPatch) 
 
 def test_graphs_are_compared_with_graphs() -> None:
     names = ("full cudnn", "full flash", "auto", "graph full cudnn", "graph auto")
-    times = dict(zip(names, (Timing(2, 8), Timing(4, 4), Timing(1, 8), Timing(2, 6), Timing(4, 3)), strict=True))
+    times = dict(
+        zip(
+            names,
+            (Timing(2, 8), Timing(4, 4), Timing(1, 8), Timing(2, 6), Timing(4, 3)),
+            strict=True,
+        )
+    )
     rows = {row["variant"]: row for row in compared(times, {"auto": 7.0}, ideal=4.0)}
-    assert (rows["auto"]["speedup"], rows["auto"]["wall_speedup"], rows["auto"]["share"]) == (2.0, 0.5, 0.5)
+    assert (rows["auto"]["speedup"], rows["auto"]["wall_speedup"], rows["auto"]["share"]) == (
+        2.0,
+        0.5,
+        0.5,
+    )
     assert (rows["graph auto"]["speedup"], rows["graph auto"]["wall_speedup"]) == (0.5, 2.0)
     assert rows["full flash"]["share"] is None and rows["auto"]["peak_mib"] == 7.0
 
@@ -154,7 +207,9 @@ FACTS = {"what": "forward", "variant": "auto", "run": 1, "B": 1, "H": 16, "Dh": 
 
 
 def table(*points: tuple[int, float, float], **changes: object) -> pd.DataFrame:
-    return pd.DataFrame([{**FACTS, "T": T, "speedup": s, "wall_speedup": w, **changes} for T, s, w in points])
+    return pd.DataFrame(
+        [{**FACTS, "T": T, "speedup": s, "wall_speedup": w, **changes} for T, s, w in points]
+    )
 
 
 def test_the_losing_region_is_said_for_each_shape_and_clock() -> None:
@@ -169,15 +224,21 @@ def test_the_losing_region_is_said_for_each_shape_and_clock() -> None:
         ]
     )
     assert summary.break_even(rows) == [
-        "forward a, runs of 1, B1 H16 Dh64: ahead from 4096 tokens, loses up to 2048 (0.50x at 512), "
+        "forward a, runs of 1, B1 H16 Dh64: ahead from 4096 tokens, loses up to 2048 (0.50x at "
+        "512), "
         "slower than 1.05x full at 512",
-        "forward a, runs of 1, B1 H16 Dh128: ahead nowhere, loses up to 4096 (0.60x at 4096), slower than 1.05x full at 4096",
-        "forward a, runs of 64, B1 H16 Dh64: ahead nowhere, loses up to 4096 (0.20x at 4096), slower than 1.05x full at 4096",
-        "forward b, runs of 1, B1 H16 Dh64: busy stream: ahead at all 2 lengths measured (512, 1024); isolated calls: ahead "
+        "forward a, runs of 1, B1 H16 Dh128: ahead nowhere, loses up to 4096 (0.60x at 4096), "
+        "slower than 1.05x full at 4096",
+        "forward a, runs of 64, B1 H16 Dh64: ahead nowhere, loses up to 4096 (0.20x at 4096), "
+        "slower than 1.05x full at 4096",
+        "forward b, runs of 1, B1 H16 Dh64: busy stream: ahead at all 2 lengths measured (512, "
+        "1024); isolated calls: ahead "
         "from 1024 tokens, loses up to 512 (0.30x at 512), slower than 1.05x full at 512",
         "decode a, runs of 1, B64 H8 Dh64: ahead at the one length measured (512)",
     ]
-    where = "full attention's time (forward a, runs of 64, B1 H16 T4096 Dh64); at most 1.05x is the aim"
+    where = (
+        "full attention's time (forward a, runs of 64, B1 H16 T4096 Dh64); at most 1.05x is the aim"
+    )
     assert summary.worst(rows) == [f"worst auto, busy stream, isolated calls: 5.00x {where}"]
     other = pd.concat([rows, table((512, 1.0, 0.1), run=64)])
     assert summary.worst(other)[0] == f"worst auto, busy stream: 5.00x {where}"
@@ -193,14 +254,24 @@ def test_memory_and_growth_are_said() -> None:
         row = {"what": "alone", "variant": "linear", "T": T, "ms": ms, "peak_mib": mib, **size}
         alone.append(row | doubling(alone[-1] if alone else None, row))
     assert "time_growth" not in alone[0] and alone[1]["time_growth"] == pytest.approx(2.2)
-    assert alone[2]["time_growth"] == pytest.approx(2.0) and alone[2]["memory_growth"] == pytest.approx(2.0)
+    assert alone[2]["time_growth"] == pytest.approx(2.0) and alone[2][
+        "memory_growth"
+    ] == pytest.approx(2.0)
     assert not doubling({**alone[0], "H": 8}, alone[1])
-    trained = {"what": "training memory", "variant": "10/60/30", "T": 8192, "peak_mib": 126.0, "over_full": 1.26, **size}
+    trained = {
+        "what": "training memory",
+        "variant": "10/60/30",
+        "T": 8192,
+        "peak_mib": 126.0,
+        "over_full": 1.26,
+        **size,
+    }
     whole = pd.DataFrame([*alone, trained, {**trained, "variant": "full", "over_full": 1.0}])
     whole.attrs["left_out"] = ["decode b", "decode c"]
     assert summary.closing(whole) == [
         "training memory 10/60/30, B1 H16 T8192 Dh64: 1.26x full attention's (126 MiB)",
-        "linear alone, H16 Dh64, a doubling from T 2048 to 16384: time 2.10x (at most 2.20x), memory 2.00x (at most 2.00x)",
+        "linear alone, H16 Dh64, a doubling from T 2048 to 16384: time 2.10x (at most 2.20x), "
+        "memory 2.00x (at most 2.00x)",
         "left out for want of time: decode b",
         "left out for want of time: decode c",
     ]
@@ -219,28 +290,58 @@ def test_targets_come_first_and_nothing_is_measured_twice() -> None:
         "decode 10/60/30, runs of 1 B64 H8 T32768 Dh64",
         "training memory B1 H16 T8192 Dh64",
     ]
-    assert all(group.target for group in groups[: len(first)]) and first[-1] == "alone B1 H16 T65536 Dh64"
-    ready = groups[len(first) :][: 2 * 2 * 9 - 4]  # lengths x runs x mixes and passes, less those measured already
-    assert {group.shape.T for group in ready} == {8192, 32768} and {group.mix for group in ready} == {*cases.MIXES}
-    assert groups[len(first) + len(ready)].shape.T == 512 and {group.run for group in ready} == {1, 64}
+    assert (
+        all(group.target for group in groups[: len(first)])
+        and first[-1] == "alone B1 H16 T65536 Dh64"
+    )
+    ready = groups[len(first) :][
+        : 2 * 2 * 9 - 4
+    ]  # lengths x runs x mixes and passes, less those measured already
+    assert {group.shape.T for group in ready} == {8192, 32768} and {
+        group.mix for group in ready
+    } == {*cases.MIXES}
+    assert groups[len(first) + len(ready)].shape.T == 512 and {group.run for group in ready} == {
+        1,
+        64,
+    }
     assert len(set(groups)) == len(groups)
     for cuda, most in ((True, 65536), (False, 32768)):
-        combined = {(g.what, g.mix, g.run, g.shape.T) for g in plan_groups(BenchmarkPlan(), cuda, most)}
+        combined = {
+            (g.what, g.mix, g.run, g.shape.T) for g in plan_groups(BenchmarkPlan(), cuda, most)
+        }
         for what in ("forward", "forward+backward", "decode"):
             for mix in cases.MIXES:
-                assert {(what, mix, run, T) for run in (1, 64) for T in LENGTHS if most >= T} <= combined
+                assert {
+                    (what, mix, run, T) for run in (1, 64) for T in LENGTHS if most >= T
+                } <= combined
 
 
 def test_one_shape_is_measured_alone() -> None:
     groups = plan_groups(BenchmarkPlan(shapes=("2x4x300x32",), mixes=("10/60/30",)), cuda=False)
     assert {group.shape for group in groups if group.mix} == {Shape(2, 4, 300, 32)}
-    assert {group.what for group in groups} == {"forward", "forward+backward", "decode", "alone", "training memory"}
-    assert {group.shape for group in groups if not group.mix} == {Shape(1, 4, 300, 32)}  # one sequence
+    assert {group.what for group in groups} == {
+        "forward",
+        "forward+backward",
+        "decode",
+        "alone",
+        "training memory",
+    }
+    assert {group.shape for group in groups if not group.mix} == {
+        Shape(1, 4, 300, 32)
+    }  # one sequence
     both = plan_groups(BenchmarkPlan(shapes=("2x4x300x32",), lengths=(64,)), cuda=False)
     assert {group.shape.T for group in both} == {300, 64}
-    longest = [g.shape.T for g in plan_groups(BenchmarkPlan(lengths=(32768, 512)), cuda=False) if g.what == "training memory"]
+    longest = [
+        g.shape.T
+        for g in plan_groups(BenchmarkPlan(lengths=(32768, 512)), cuda=False)
+        if g.what == "training memory"
+    ]
     assert longest == [8192]
-    assert [g.shape.T for g in plan_groups(BenchmarkPlan(lengths=(600, 512)), cuda=False) if g.what == "alone"] == [512, 600]
+    assert [
+        g.shape.T
+        for g in plan_groups(BenchmarkPlan(lengths=(600, 512)), cuda=False)
+        if g.what == "alone"
+    ] == [512, 600]
 
 
 @pytest.mark.parametrize("shape", ["1x2x3", "0x1x2x3", "1x2x3xa", "1x2x3x-4", ""])
@@ -249,7 +350,9 @@ def test_a_shape_that_is_none_is_refused(shape: str) -> None:
         BenchmarkPlan(shapes=(shape,))
 
 
-def test_a_group_that_would_not_end_in_time_is_left_out_and_shorter_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_that_would_not_end_in_time_is_left_out_and_shorter_ones_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Of a device on which full attention of 8192 tokens takes half an hour."""
     now = [0.0]
     monkeypatch.setattr(suite.time, "perf_counter", lambda: now[0])
@@ -273,15 +376,20 @@ def test_a_group_that_would_not_end_in_time_is_left_out_and_shorter_ones_are_not
 
 def test_what_was_not_measured_is_said_beside_what_was() -> None:
     rows = table((8192, 2.0, 2.0), (16384, 3.0, 3.0))
-    rows.attrs["missed"] = [("forward", "a", 1, 1, 16, 64, T) for T in (1024, 512, 32768)] + [("decode", "a", 1, 1, 16, 64, 64)]
+    rows.attrs["missed"] = [("forward", "a", 1, 1, 16, 64, T) for T in (1024, 512, 32768)] + [
+        ("decode", "a", 1, 1, 16, 64, 64)
+    ]
     assert summary.break_even(rows) == [
-        "forward a, runs of 1, B1 H16 Dh64: ahead at all 2 lengths measured (8192, 16384); not measured, and shorter, where "
+        "forward a, runs of 1, B1 H16 Dh64: ahead at all 2 lengths measured (8192, 16384); not "
+        "measured, and shorter, where "
         "routing may lose: 512, 1024; not measured: 32768"
     ]
 
 
 def test_no_time_at_all_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="seconds: expected time to hold every backend against the reference first"):
+    with pytest.raises(
+        ValueError, match="seconds: expected time to hold every backend against the reference first"
+    ):
         suite.run_benchmark(CPU, BenchmarkPlan(quick=True, seconds=1e-9))
     monkeypatch.setattr(suite, "verify", lambda device, until: [])
     with pytest.raises(ValueError, match="seconds: expected time to measure something; got 0.001"):
@@ -302,8 +410,13 @@ def test_what_there_is_no_time_for_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     assert [row["what"] for row in timed.rows()] == ["forward", "forward+backward"]
     assert [group.what for group in timed.left_out][:3] == ["decode", "forward", "forward+backward"]
     named = suite._named(timed.left_out)
-    assert named[0] == "decode 10/60/30, runs of 1: T 64" and named[-2:] == ["alone: T 64", "training memory: T 64"]
-    assert timed.clock.budget == pytest.approx((10 - suite.DRAWING - 4) / (len(timed.groups) - 1) / 2)
+    assert named[0] == "decode 10/60/30, runs of 1: T 64" and named[-2:] == [
+        "alone: T 64",
+        "training memory: T 64",
+    ]
+    assert timed.clock.budget == pytest.approx(
+        (10 - suite.DRAWING - 4) / (len(timed.groups) - 1) / 2
+    )
     with pytest.raises(ValueError, match="seconds: expected a positive number; got 0"):
         BenchmarkPlan(seconds=0.0)
 
@@ -318,17 +431,26 @@ def test_the_ideal_counts_the_state_of_every_token() -> None:
     )
 
 
-def test_rows_of_every_kind_have_their_columns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_rows_of_every_kind_have_their_columns(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(suite, "verify", lambda device, until: [TORCH])
-    monkeypatch.setattr(memory, "peak_bytes", lambda kind, T, *_, **__: T * (1 if kind == "full" else 2))
+    monkeypatch.setattr(
+        memory, "peak_bytes", lambda kind, T, *_, **__: T * (1 if kind == "full" else 2)
+    )
     monkeypatch.setattr(suite, "CPU_BUDGET", 0.0)
     rows = run_benchmark(CPU, BenchmarkPlan(shapes=("1x2x64x16", "1x2x128x16")), tmp_path)
     for what in ("forward", "forward+backward", "decode"):
         found = rows[rows["what"] == what]
-        assert set(zip(found["mix"], found["run"], strict=True)) == {(mix, run) for mix in cases.MIXES for run in (1, 64)}
+        assert set(zip(found["mix"], found["run"], strict=True)) == {
+            (mix, run) for mix in cases.MIXES for run in (1, 64)
+        }
     alone = rows[(rows["what"] == "alone") & (rows["T"] == 128)]
     assert (alone["memory_growth"] == 2).all() and (alone["time_growth"] > 0).all()
-    assert rows.loc[rows["what"] == "training memory", "over_full"].tolist() == [1.0, 2.0, 2.0, 2.0] * 2
+    assert (
+        rows.loc[rows["what"] == "training memory", "over_full"].tolist()
+        == [1.0, 2.0, 2.0, 2.0] * 2
+    )
     assert not rows.attrs["left_out"] and len(pd.read_csv(tmp_path / "speed_cpu.csv")) == len(rows)
     assert not (tmp_path / "speed_cpu.partial.csv").exists()
     draw(rows[rows["what"] == "decode"], tmp_path / "part.png")  # whatever was cut off
@@ -337,7 +459,9 @@ def test_rows_of_every_kind_have_their_columns(monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize("mix", ["10/60", "10/60/40", "a/b/c", "-10/60/50"])
 def test_a_mix_that_is_none_is_refused(mix: str) -> None:
-    with pytest.raises(ValueError, match="mixes: expected percentages FULL/LINEAR/LOCAL that add up to 100"):
+    with pytest.raises(
+        ValueError, match="mixes: expected percentages FULL/LINEAR/LOCAL that add up to 100"
+    ):
         BenchmarkPlan(mixes=(mix,))
 
 
@@ -351,5 +475,8 @@ def test_routes_follow_the_mix() -> None:
 
 def test_a_missing_package_is_named_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "seaborn", None)
-    with pytest.raises(ValueError, match="expected the packages pandas and seaborn; got: .* run: pip install seaborn"):
+    with pytest.raises(
+        ValueError,
+        match="expected the packages pandas and seaborn; got: .* run: pip install seaborn",
+    ):
         suite.drawing_packages()

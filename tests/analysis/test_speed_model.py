@@ -24,23 +24,40 @@ from bayes_router.transformer.cost import model_cost
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "measurable", lambda device: False)  # a process for each variant takes seconds
+    monkeypatch.setattr(
+        memory, "measurable", lambda device: False
+    )  # a process for each variant takes seconds
     monkeypatch.setattr(model, "BATCHES", {"cpu": (2,)})
     monkeypatch.setattr(model, "SECONDS", 0.0)
 
 
 def command(run: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    argv = ["speed_model.py", str(run), "--device", "cpu", "--lengths", "40", "60", "--out", str(out)]
+    argv = [
+        "speed_model.py",
+        str(run),
+        "--device",
+        "cpu",
+        "--lengths",
+        "40",
+        "60",
+        "--out",
+        str(out),
+    ]
     monkeypatch.setattr(sys, "argv", argv)
     speed_model.main()
 
 
 @pytest.mark.usefixtures("quick")
 def test_the_command_prints_and_writes(
-    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     asked: list[object] = []
-    monkeypatch.setattr(speed_model, "verify_model", lambda device, config: asked.append(config.experts))
+    monkeypatch.setattr(
+        speed_model, "verify_model", lambda device, config: asked.append(config.experts)
+    )
     command(finished_run, tmp_path, monkeypatch)
     assert asked == [("full", "gated", "local")]
     table = pd.read_csv(tmp_path / "speed_model_cpu.csv")
@@ -53,7 +70,10 @@ def test_the_command_prints_and_writes(
 
 @pytest.mark.usefixtures("quick")
 def test_nothing_is_printed_while_a_backend_is_wrong(
-    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     right = verify.routed_attention
 
@@ -63,13 +83,17 @@ def test_nothing_is_printed_while_a_backend_is_wrong(
 
     monkeypatch.setattr(verify, "CASES", (verify.Case(Shape(1, 2, 100, 16), 1),))
     monkeypatch.setattr(verify, "routed_attention", wrong)
-    with pytest.raises(ValueError, match="dense on cpu: out is off by 1.0e-02; no speed-up is reported"):
+    with pytest.raises(
+        ValueError, match="dense on cpu: out is off by 1.0e-02; no speed-up is reported"
+    ):
         command(finished_run, tmp_path, monkeypatch)
     assert not capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_run_that_is_cut_off_keeps_its_rows(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_is_cut_off_keeps_its_rows(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def cut(subject: model.Subject, lengths: list[int]) -> Iterator[model.Row]:
         for number, row in enumerate(measure(subject, lengths)):
             if number == 4:
@@ -81,7 +105,9 @@ def test_a_run_that_is_cut_off_keeps_its_rows(finished_run: Path, tmp_path: Path
     with pytest.raises(KeyboardInterrupt):
         command(finished_run, tmp_path, monkeypatch)
     kept = pd.read_csv(tmp_path / "speed_model_cpu.partial.csv")
-    assert len(kept) == 4 and kept["ms"].gt(0).all() and kept["versions"].str.contains("torch").all()
+    assert (
+        len(kept) == 4 and kept["ms"].gt(0).all() and kept["versions"].str.contains("torch").all()
+    )
 
 
 @torch.no_grad()
@@ -98,30 +124,50 @@ def test_rows_of_a_fitted_run(finished_run: Path) -> None:
     subject = load(str(finished_run), torch.device("cpu"))
     rows = list(measure(subject, [40]))
     names = ["routed", "force full", "full"]
-    assert [(row["what"], row["variant"]) for row in rows] == [(what, n) for what in ("prefill", "decode") for n in names]
+    assert [(row["what"], row["variant"]) for row in rows] == [
+        (what, n) for what in ("prefill", "decode") for n in names
+    ]
     for row in rows:
         assert row["ms"] > 0 and row["tokens_per_s"] == pytest.approx(
             1e3 * (40 if row["what"] == "prefill" else 2 * model.STEPS) / row["ms"]
         )
-        rivals = [other["ms"] for other in rows if other["what"] == row["what"] and "full" in other["variant"]]
+        rivals = [
+            other["ms"]
+            for other in rows
+            if other["what"] == row["what"] and "full" in other["variant"]
+        ]
         assert row["speedup"] == pytest.approx(min(rivals) / row["ms"])
         if row["variant"] == "routed":
-            assert sum(row[f"load_{name}"] for name in subject.config.model.experts) == pytest.approx(1)
+            assert sum(
+                row[f"load_{name}"] for name in subject.config.model.experts
+            ) == pytest.approx(1)
             assert 0 < row["cost_paper"] <= 1
             assert row["cost_flops"] > 0 and row["model_flops"] > 0 and row["model_mbytes"] > 0
     context = subject.config.data.context
     assert not note_on_context(subject, [context])
-    assert f"made for {context} tokens: at {2 * context}" in note_on_context(subject, [context, 2 * context])
+    assert f"made for {context} tokens: at {2 * context}" in note_on_context(
+        subject, [context, 2 * context]
+    )
 
 
 def test_costs_are_those_of_the_routes_at_their_positions(finished_run: Path) -> None:
     subject = load(str(finished_run), torch.device("cpu"))
     network, (L, B, T, start) = subject.model.network, (2, 3, 5, 30)
-    route, experts, heads = torch.randint(3, (L, B, T, 1)), network.experts()[0], network.config.kv_heads
+    route, experts, heads = (
+        torch.randint(3, (L, B, T, 1)),
+        network.experts()[0],
+        network.config.kv_heads,
+    )
     row = model._routes(subject, route, Mode.DECODE, start)
     at = [hard_flops(experts, start + t + 1, heads, Mode.DECODE) for t in range(T)]
     own = (
-        sum(float(at[t].own[e]) for rows in route[..., 0].tolist() for some in rows for t, e in enumerate(some)) / route.numel()
+        sum(
+            float(at[t].own[e])
+            for rows in route[..., 0].tolist()
+            for some in rows
+            for t, e in enumerate(some)
+        )
+        / route.numel()
     )
     full = sum(float(cost.own[0]) for cost in at) / T
     assert row["cost_flops"] == pytest.approx((own + at[0].shared) / full)

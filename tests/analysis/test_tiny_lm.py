@@ -10,8 +10,22 @@ import pytest
 import torch
 
 from analysis.routes.sweep import WORDS, identity, planned, run_one, settings, sweep
-from analysis.routes.tiny_lm import HEADLINE, LONG, RECIPE, SHORT, kind_of, markdown, plan, summarise
-from analysis.routes.variants import ChainedController, ConvolvedController, SegmentController, with_controller
+from analysis.routes.tiny_lm import (
+    HEADLINE,
+    LONG,
+    RECIPE,
+    SHORT,
+    kind_of,
+    markdown,
+    plan,
+    summarise,
+)
+from analysis.routes.variants import (
+    ChainedController,
+    ConvolvedController,
+    SegmentController,
+    with_controller,
+)
 from bayes_router.attention.experts.contract import expert_class
 from bayes_router.attention.shapes import ExpertShape
 from bayes_router.benchmark.rows import Rows
@@ -92,7 +106,11 @@ def test_controllers_see_what_they_say() -> None:
     chained = ChainedController(ModelConfig(d_model=8, num_heads=2, num_layers=2))
     for layer in chained.layers:
         torch.nn.init.normal_(layer.out.weight)
-    second = [chained.posterior(1, hidden).concentration for x in (hidden, hidden + 1.0) if chained.posterior(0, x)]
+    second = [
+        chained.posterior(1, hidden).concentration
+        for x in (hidden, hidden + 1.0)
+        if chained.posterior(0, x)
+    ]
     assert not torch.allclose(*second)
 
 
@@ -114,11 +132,19 @@ def test_cheap_experts_see_no_future(expert: str) -> None:
 def test_a_run_of_other_settings_is_another_run() -> None:
     jobs = [plan("toy", "sotu", 1, ["ours"], lr=lr)[0] for lr in (1e-3, 3e-3)]
     assert planned(jobs[0]) != planned(jobs[1])
-    row = {"contender": "ours", "corpus": "sotu", "context": 64, "seed": 0, "settings": settings(jobs[0])}
+    row = {
+        "contender": "ours",
+        "corpus": "sotu",
+        "context": 64,
+        "seed": 0,
+        "settings": settings(jobs[0]),
+    }
     assert identity(row) == planned(jobs[0])
 
 
-def test_a_finished_row_is_not_run_again(corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_row_is_not_run_again(
+    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     jobs = plan("toy", f"text:{corpus}", 1, ["local"])
     first = sweep(jobs, tmp_path / "r.csv", 1)
     monkeypatch.setattr("analysis.routes.sweep.run_one", lambda job: pytest.fail("ran again"))
@@ -128,12 +154,22 @@ def test_a_finished_row_is_not_run_again(corpus: str, tmp_path: Path, monkeypatc
 def test_a_hash_of_digits_alone_is_read_as_it_was_written(tmp_path: Path) -> None:
     written = pd.DataFrame({"settings": ["0123456789"], "commit": ["7038747"], "nll_hard": [1.5]})
     written.to_csv(tmp_path / "r.csv", index=False)
-    pd.testing.assert_frame_equal(Rows(tmp_path / "r.csv", resume=True, words=WORDS).frame(), written)
+    pd.testing.assert_frame_equal(
+        Rows(tmp_path / "r.csv", resume=True, words=WORDS).frame(), written
+    )
 
 
 def test_the_table_counts_seeds_and_their_error() -> None:
     rows = [
-        {"corpus": "c", "context": 8, "contender": "a", "nll_mean": x, "nll_hard": x, "cost_paper": 0.3, "cost_flops": 0.2}
+        {
+            "corpus": "c",
+            "context": 8,
+            "contender": "a",
+            "nll_mean": x,
+            "nll_hard": x,
+            "cost_paper": 0.3,
+            "cost_flops": 0.2,
+        }
         | {"route_information": 0.1, "routing_entropy": 0.5}
         for x in (1.0, 2.0, 3.0)
     ]
@@ -152,7 +188,12 @@ def test_headline_rows_get_the_seeds() -> None:
 def test_the_legend_tells_routers_from_static_layouts() -> None:
     results = Path(__file__).parents[2] / "analysis" / "results"
     table = summarise(pd.read_csv(results / "long_recipe.csv").assign(lr=0.002))
-    kinds = pd.Series(list(map(kind_of, table["contender"], table["routing_entropy"])), list(table["contender"]))
+    kinds = pd.Series(
+        list(map(kind_of, table["contender"], table["routing_entropy"])), list(table["contender"])
+    )
     assert kinds.value_counts().to_dict() == {"ours": 28, "static": 4, "softmax router": 3}
     assert all(name.startswith("static") for name in kinds.index[kinds == "static"])
-    assert kind_of("Dirichlet, literal ELBO", 1.0) == "Dirichlet" and kind_of("gated linear", 3e-11) == "static"
+    assert (
+        kind_of("Dirichlet, literal ELBO", 1.0) == "Dirichlet"
+        and kind_of("gated linear", 3e-11) == "static"
+    )

@@ -55,13 +55,17 @@ class Decoder:
 
     def __post_init__(self) -> None:
         shape = ExpertShape(self.H, self.Dh, self.window)
-        self.experts: tuple[Expert, ...] = tuple(draw_expert(name, shape, self.device) for name in self.names)
+        self.experts: tuple[Expert, ...] = tuple(
+            draw_expert(name, shape, self.device) for name in self.names
+        )
         for index, expert in enumerate(self.experts):  # two of a kind are not the same
             for parameter in expert.parameters():
                 parameter.data += 0.3 * index
 
     def cache(self) -> LayerCache:
-        return LayerCache(self.experts, self.B, self.capacity, self.Hkv, device=self.device, dtype=self.dtype)
+        return LayerCache(
+            self.experts, self.B, self.capacity, self.Hkv, device=self.device, dtype=self.dtype
+        )
 
     def draw(self, T: int, seed: int = 0) -> Inputs:
         """Laid out as a model's: [B, T, H, Dh] in memory."""
@@ -72,7 +76,11 @@ class Decoder:
 
     def routes(self, T: int) -> Tensor:
         """[B, T, R]: rows and units on different experts, another at every token."""
-        rows = torch.arange(self.B)[:, None, None] + torch.arange(T)[:, None] + torch.arange(self.units)
+        rows = (
+            torch.arange(self.B)[:, None, None]
+            + torch.arange(T)[:, None]
+            + torch.arange(self.units)
+        )
         return (rows % len(self.experts)).to(self.device)
 
     def exact(self, inputs: Inputs, route: Tensor, row: int, length: int) -> Tensor:
@@ -82,13 +90,21 @@ class Decoder:
         for index, expert in enumerate(self.experts):
             rows = copy.deepcopy(expert).double()(*((q, k) if expert.rotary else (pq, pk)), v)
             of_unit = (route[row, :length] == index).mT  # [R, length]
-            out = torch.where(of_unit.repeat_interleave(self.H // self.units, 0)[None, ..., None], rows, out)
+            out = torch.where(
+                of_unit.repeat_interleave(self.H // self.units, 0)[None, ..., None], rows, out
+            )
         return out[0]
 
 
-def feed(cache: LayerCache, inputs: Inputs, route: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+def feed(
+    cache: LayerCache, inputs: Inputs, route: Tensor | None = None, lengths: Tensor | None = None
+) -> Tensor:
     q, k, v, pq, pk = inputs
-    route = torch.zeros(len(q), q.shape[2], 1, dtype=torch.int64, device=q.device) if route is None else route
+    route = (
+        torch.zeros(len(q), q.shape[2], 1, dtype=torch.int64, device=q.device)
+        if route is None
+        else route
+    )
     return cache.attend(q, k, v, route, linear_q=pq, linear_k=pk, lengths=lengths)
 
 
@@ -98,23 +114,35 @@ def per_row(inputs: Inputs, starts: Tensor, T: int) -> Inputs:
     return Inputs(*(x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in inputs))
 
 
-def prefilled(decoder: Decoder, inputs: Inputs, route: Tensor, prompts: tuple[int, ...]) -> LayerCache:
+def prefilled(
+    decoder: Decoder, inputs: Inputs, route: Tensor, prompts: tuple[int, ...]
+) -> LayerCache:
     """Right-padded prompts of these lengths; what stands on the padding is large."""
     cache, lengths = decoder.cache(), torch.tensor(prompts, device=decoder.device)
     longest = max(prompts)
     padding = torch.arange(longest, device=decoder.device) >= lengths[:, None]
-    first = Inputs(*(x.masked_fill(padding[:, None, :, None], 1e4) for x in inputs.part(0, longest)))
+    first = Inputs(
+        *(x.masked_fill(padding[:, None, :, None], 1e4) for x in inputs.part(0, longest))
+    )
     feed(cache, first, route[:, :longest], lengths)
     return cache
 
 
-def steps_equal_the_full_pass(decoder: Decoder, prompts: tuple[int, ...], steps: int, tolerance: float) -> None:
+def steps_equal_the_full_pass(
+    decoder: Decoder, prompts: tuple[int, ...], steps: int, tolerance: float
+) -> None:
     total = max(prompts) + steps
     inputs, route = decoder.draw(total), decoder.routes(total)
     cache, got = prefilled(decoder, inputs, route, prompts), []
     for _ in range(steps):
         at = cache.lengths.clone()
-        got.append(feed(cache, per_row(inputs, at, 1), route.gather(1, at[:, None, None].expand(-1, 1, decoder.units))))
+        got.append(
+            feed(
+                cache,
+                per_row(inputs, at, 1),
+                route.gather(1, at[:, None, None].expand(-1, 1, decoder.units)),
+            )
+        )
     assert cache.lengths.tolist() == [n + steps for n in prompts]
     for b, n in enumerate(prompts):
         want = decoder.exact(inputs, route, b, n + steps)[:, n:]
@@ -154,7 +182,9 @@ def poison(cache: LayerCache, choices: list[list[int]]) -> None:
         firsts = [length]
         for expert in (cache.experts[choices[b][h * units // H]] for h in heads):
             if not expert.stateful:
-                firsts.append(length - expert.shape.window + 1 if expert.kernel is Kernel.LOCAL else 0)
+                firsts.append(
+                    length - expert.shape.window + 1 if expert.kernel is Kernel.LOCAL else 0
+                )
         seen = torch.zeros(cache.slots + 1, dtype=torch.bool)
         seen[torch.arange(max(min(firsts), 0), length) % cache.slots] = True
         for store in (cache.keys, cache.values):

@@ -15,7 +15,9 @@ from bayes_router.attention.shapes import ExpertShape
 WINDOW = 7
 
 
-def draw(B: int, H: int, Hkv: int, T: int, Dh: int = 16, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def draw(
+    B: int, H: int, Hkv: int, T: int, Dh: int = 16, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(B, H, T, Dh, generator=generator)
     k, v = torch.randn(2, B, Hkv, T, Dh, generator=generator)
@@ -31,7 +33,9 @@ class ExpertContract:
     def build(self, num_heads: int = 4, head_dim: int = 16, window: int = WINDOW) -> Expert:
         return expert_class(self.name)(ExpertShape(num_heads, head_dim, window))
 
-    @pytest.mark.parametrize(("B", "Hkv", "T"), [(2, 4, 1), (1, 4, 5), (2, 2, 64), (3, 1, 65), (1, 4, 200), (2, 4, 131)])
+    @pytest.mark.parametrize(
+        ("B", "Hkv", "T"), [(2, 4, 1), (1, 4, 5), (2, 2, 64), (3, 1, 65), (1, 4, 200), (2, 4, 131)]
+    )
     def test_agrees_with_the_oracle_in_value_and_gradient(self, B: int, Hkv: int, T: int) -> None:
         inputs = [x.requires_grad_() for x in draw(B, 4, Hkv, T)]
         exact = [x.detach().double().requires_grad_() for x in inputs]
@@ -57,7 +61,9 @@ class ExpertContract:
     def test_the_last_queries_equal_the_full_pass(self, new: int) -> None:
         q, k, v = draw(2, 4, 2, 150)
         expert = self.build()
-        torch.testing.assert_close(expert(q[:, :, -new:], k, v), expert(q, k, v)[:, :, -new:], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            expert(q[:, :, -new:], k, v), expert(q, k, v)[:, :, -new:], rtol=1e-5, atol=1e-6
+        )
 
     def test_a_state_carried_over_chunks_equals_the_full_pass(self) -> None:
         expert = self.build()
@@ -105,17 +111,23 @@ def gradient_errors(got: Sequence[Tensor], want: Sequence[Tensor]) -> list[float
 
     A gate's bias alone is a sum of terms that cancel.
     """
-    both = [(*grads[:3], *([torch.cat([x.flatten() for x in grads[3:]])] if grads[3:] else [])) for grads in (got, want)]
+    both = [
+        (*grads[:3], *([torch.cat([x.flatten() for x in grads[3:]])] if grads[3:] else []))
+        for grads in (got, want)
+    ]
     return [relative_error(g, t) for g, t in zip(*both, strict=True)]
 
 
-def relative_error(got: Tensor, want: Tensor, beside: Tensor | None = None, share: float = 0.05) -> float:
+def relative_error(
+    got: Tensor, want: Tensor, beside: Tensor | None = None, share: float = 0.05
+) -> float:
     """Error of the whole tensor, relative.
 
     Where the truth is next to nothing absolute, or, below a share of `beside`, relative to that.
 
-    Attention to one key has no gradient by its query (linear attention: but for EPSILON). What is found there is the rounding
-    of terms that cancel, and these are of the size of the gradient by the value.
+    Attention to one key has no gradient by its query (linear attention: but for EPSILON). What is
+    found there is the rounding of terms that cancel, and these are of the size of the gradient by
+    the value.
     """
     got, want = got.detach().double(), want.detach()
     scale = want.norm().clamp_min(1.0)

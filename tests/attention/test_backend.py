@@ -42,16 +42,25 @@ def test_a_backend_from_elsewhere_is_called_by_name_and_as_an_object(doubled: Ba
         assert torch.equal(routed_attention(q, k, v, route, window=9, backend=backend), want)
     experts = resolve_experts(("full", "linear", "local"), ExpertShape(4, 16, 9))
     cache = LayerCache(experts, 2, 20, 2)
-    assert torch.equal(cache.attend(q, k, v, torch.zeros_like(route), backend="doubled")[:, :, :1], 2 * v[:, [0, 0, 1, 1], :1])
+    assert torch.equal(
+        cache.attend(q, k, v, torch.zeros_like(route), backend="doubled")[:, :, :1],
+        2 * v[:, [0, 0, 1, 1], :1],
+    )
 
 
 @pytest.mark.usefixtures("doubled")
 def test_it_says_why_it_refuses_a_problem() -> None:
     q, k, v = draw(1, 4, 2, 21)
     route = torch.arange(21)[None] % 3
-    with pytest.raises(RuntimeError, match="backend 'doubled' cannot run here: it counts to 20; backend='auto' picks one"):
+    with pytest.raises(
+        RuntimeError,
+        match="backend 'doubled' cannot run here: it counts to 20; backend='auto' picks one",
+    ):
         routed_attention(q, k, v, route, window=9, backend="doubled")
-    with pytest.raises(ValueError, match="backend: expected one of auto, dense, doubled, reference, .*; got 'trebled'"):
+    with pytest.raises(
+        ValueError,
+        match="backend: expected one of auto, dense, doubled, reference, .*; got 'trebled'",
+    ):
         routed_attention(q, k, v, route, window=9, backend="trebled")
 
 
@@ -60,7 +69,10 @@ def test_a_name_belongs_to_one_class() -> None:
     class Other(Doubled):
         """Of the same name."""
 
-    with pytest.raises(ValueError, match="'doubled' is already a tests.attention.test_backend.Doubled; take another name"):
+    with pytest.raises(
+        ValueError,
+        match="'doubled' is already a tests.attention.test_backend.Doubled; take another name",
+    ):
         register_backend(Other())
     for nothing in (Doubled, "dense"):
         with pytest.raises(TypeError, match="expected an object with name, refuses and attend"):

@@ -50,7 +50,9 @@ class Running(Expert):
     def init_state(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.zeros(*q.shape[:2], v.shape[3] + 1, device=v.device)
 
-    def extend_segment(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def extend_segment(
+        self, q: Tensor, k: Tensor, v: Tensor, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
         value = with_ones(repeat_heads(v, q.shape[1]))
         summed = state[:, :, None] + value.cumsum(2)
         return summed[..., :-1] / summed[..., -1:], summed[:, :, -1]
@@ -92,11 +94,15 @@ MODELS = [
 @pytest.mark.parametrize("names", MODELS)
 @pytest.mark.parametrize("cuts", [(), (25,), (1, 2, 30), tuple(range(1, T))])
 @pytest.mark.parametrize("kind", ROUTES)
-def test_prefill_and_decode_equal_the_full_pass(names: tuple[str, ...], cuts: tuple[int, ...], kind: str) -> None:
+def test_prefill_and_decode_equal_the_full_pass(
+    names: tuple[str, ...], cuts: tuple[int, ...], kind: str
+) -> None:
     experts, inputs = build(*names), tensors()
     route = draw_route(kind, B, T) % len(experts)
     q, k, v, lq, lk = inputs
-    whole = routed_attention(q, k, v, route, window=WINDOW, linear_q=lq, linear_k=lk, backend="dense", experts=experts)
+    whole = routed_attention(
+        q, k, v, route, window=WINDOW, linear_q=lq, linear_k=lk, backend="dense", experts=experts
+    )
     cache = LayerCache(experts, B, T, HKV)
     edges = (0, *cuts, T)
     parts = [feed(cache, inputs, route, a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
@@ -131,7 +137,15 @@ def test_rows_of_different_lengths(names: tuple[str, ...]) -> None:
     for b, n in enumerate(at.tolist()):
         q, k, v, lq, lk = (x[b : b + 1, :, :n] for x in inputs)
         alone = routed_attention(
-            q, k, v, route[b : b + 1, :n], window=WINDOW, linear_q=lq, linear_k=lk, experts=experts, backend="dense"
+            q,
+            k,
+            v,
+            route[b : b + 1, :n],
+            window=WINDOW,
+            linear_q=lq,
+            linear_k=lk,
+            experts=experts,
+            backend="dense",
         )
         torch.testing.assert_close(torch.cat(got[b], 1), alone[0], rtol=1e-5, atol=1e-5)
 
@@ -141,13 +155,18 @@ def test_soft_weights_mix_every_expert(names: tuple[str, ...]) -> None:
     experts, inputs = build(*names), tensors()
     weights = torch.rand(B, T, len(experts)).softmax(-1)
     q, k, v, lq, lk = inputs
-    want = sum(weights[:, None, :, i, None] * e(*((q, k) if e.rotary else (lq, lk)), v) for i, e in enumerate(experts))
+    want = sum(
+        weights[:, None, :, i, None] * e(*((q, k) if e.rotary else (lq, lk)), v)
+        for i, e in enumerate(experts)
+    )
     cache = LayerCache(experts, B, T, HKV)
     parts = [feed(cache, inputs, weights, a, b) for a, b in ((0, 30), (30, 58), (58, 59), (59, T))]
     torch.testing.assert_close(torch.cat(parts, 2), want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("names", [("full", "gated", "local"), ("gated", "linear", "local"), ("local",)])
+@pytest.mark.parametrize(
+    "names", [("full", "gated", "local"), ("gated", "linear", "local"), ("local",)]
+)
 def test_long_text_chunked_and_then_steps_equal_the_full_pass(names: tuple[str, ...]) -> None:
     """2000 tokens in three chunks, then 50 one at a time."""
     length, steps, window = 2000, 50, 64
@@ -180,7 +199,11 @@ def test_steps_of_rows_of_different_lengths(names: tuple[str, ...], capacity: in
 @pytest.mark.parametrize("names", [*DECODERS, ("local",), ("gated", "local")])
 @pytest.mark.parametrize("prompts", [(30, 20, 3), (20, 20, 20)])
 def test_what_no_row_needs_is_not_read(names: tuple[str, ...], prompts: tuple[int, ...]) -> None:
-    needed_only(Decoder(names, B=3, H=H, Hkv=HKV, Dh=DH, window=WINDOW, capacity=40), prompts, tolerance=1e-5)
+    needed_only(
+        Decoder(names, B=3, H=H, Hkv=HKV, Dh=DH, window=WINDOW, capacity=40),
+        prompts,
+        tolerance=1e-5,
+    )
 
 
 def test_a_ring_of_several_windows_reads_each_row_its_own() -> None:
@@ -194,15 +217,21 @@ def test_a_ring_of_several_windows_reads_each_row_its_own() -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "dense", "reference"])
 @pytest.mark.parametrize("names", MODELS)
-def test_a_named_backend_computes_steps_too(names: tuple[str, ...], backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_named_backend_computes_steps_too(
+    names: tuple[str, ...], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cache_module, "attend_one", None)  # a name is obeyed
     experts, inputs, route = build(*names), tensors(), draw_route("independent", B, T) % len(names)
     q, k, v, lq, lk = inputs
-    whole = routed_attention(q, k, v, route, window=WINDOW, linear_q=lq, linear_k=lk, backend="dense", experts=experts)
+    whole = routed_attention(
+        q, k, v, route, window=WINDOW, linear_q=lq, linear_k=lk, backend="dense", experts=experts
+    )
     cache, parts = LayerCache(experts, B, T, HKV), []
     for a, b in ((0, 30), (30, 31), (31, 32)):
         q, k, v, lq, lk = (x[:, :, a:b] for x in inputs)
-        parts.append(cache.attend(q, k, v, route[:, a:b], linear_q=lq, linear_k=lk, backend=backend))
+        parts.append(
+            cache.attend(q, k, v, route[:, a:b], linear_q=lq, linear_k=lk, backend=backend)
+        )
     torch.testing.assert_close(torch.cat(parts, 2), whole[:, :, :32], rtol=1e-5, atol=1e-5)
 
 
@@ -212,7 +241,11 @@ def test_a_named_backend_computes_steps_too(names: tuple[str, ...], backend: str
 def test_a_backend_that_cannot_run_is_refused_before_anything_is_written(
     names: tuple[str, ...], backend: str, held: int
 ) -> None:
-    cache, inputs, route = LayerCache(build(*names), B, T, HKV), tensors(), torch.zeros(B, T, dtype=torch.int64)
+    cache, inputs, route = (
+        LayerCache(build(*names), B, T, HKV),
+        tensors(),
+        torch.zeros(B, T, dtype=torch.int64),
+    )
     feed(cache, inputs, route, 0, held)
     before = copy.deepcopy((cache.lengths, cache.longest, cache.keys, cache.values, cache.states))
     q, k, v, *_ = (x[:, :, held : held + 1] for x in inputs)
@@ -221,7 +254,12 @@ def test_a_backend_that_cannot_run_is_refused_before_anything_is_written(
     with pytest.raises(RuntimeError) as known:
         routed_attention(q, k, v, route[:, :1], window=WINDOW, backend=backend)
     assert str(found.value) == str(known.value)
-    torch.testing.assert_close((cache.lengths, cache.longest, cache.keys, cache.values, cache.states), before, rtol=0, atol=0)
+    torch.testing.assert_close(
+        (cache.lengths, cache.longest, cache.keys, cache.values, cache.states),
+        before,
+        rtol=0,
+        atol=0,
+    )
 
 
 def test_an_int_is_a_route() -> None:
@@ -230,7 +268,9 @@ def test_an_int_is_a_route() -> None:
         caches = [LayerCache(build("full", "local"), B, T, HKV) for _ in range(2)]
         for start in (0, b):
             q, k, v, *_ = (x[:, :, start + a : start + b] for x in inputs)
-            torch.testing.assert_close(caches[0].attend(q, k, v, 1), caches[1].attend(q, k, v, route[:, : b - a]))
+            torch.testing.assert_close(
+                caches[0].attend(q, k, v, 1), caches[1].attend(q, k, v, route[:, : b - a])
+            )
 
 
 def test_a_step_keeps_its_states_where_they_are() -> None:
@@ -243,7 +283,10 @@ def test_a_step_keeps_its_states_where_they_are() -> None:
 
 
 def test_a_window_only_model_keeps_a_ring() -> None:
-    ring, whole = LayerCache(build("local"), B, 1000, HKV), LayerCache(build("full", "local"), B, 1000, HKV)
+    ring, whole = (
+        LayerCache(build("local"), B, 1000, HKV),
+        LayerCache(build("full", "local"), B, 1000, HKV),
+    )
     assert ring.bytes == 2 * B * HKV * (WINDOW + 1) * DH * 4
     assert whole.bytes == 2 * B * HKV * 1001 * DH * 4
     linear = LayerCache(build("linear"), B, 1000, HKV)
@@ -265,24 +308,37 @@ def test_reorder_and_reset() -> None:
     feed(other, tuple(x[index] for x in inputs), route[index], 0, 20)
     torch.testing.assert_close(feed(one, inputs, route, 20, 21), feed(other, inputs, route, 20, 21))
     one.reset()
-    torch.testing.assert_close(feed(one, inputs, route, 0, 20), feed(LayerCache(experts, B, T, HKV), inputs, route, 0, 20))
+    torch.testing.assert_close(
+        feed(one, inputs, route, 0, 20), feed(LayerCache(experts, B, T, HKV), inputs, route, 0, 20)
+    )
     one.reset()
     fresh = LayerCache(experts, B, T, HKV)
     for t in range(3):  # tokens one by one add to the states that are there
-        torch.testing.assert_close(feed(one, inputs, route, t, t + 1), feed(fresh, inputs, route, t, t + 1))
+        torch.testing.assert_close(
+            feed(one, inputs, route, t, t + 1), feed(fresh, inputs, route, t, t + 1)
+        )
 
 
 def test_a_cache_that_is_too_small_says_how_large() -> None:
-    cache, inputs, route = LayerCache(build("full"), B, 12, HKV), tensors(), torch.zeros(B, T, dtype=torch.int64)
+    cache, inputs, route = (
+        LayerCache(build("full"), B, 12, HKV),
+        tensors(),
+        torch.zeros(B, T, dtype=torch.int64),
+    )
     feed(cache, inputs, route, 0, 10)
-    with pytest.raises(ValueError, match="capacity is 12 tokens, 15 are needed; build it with capacity=15"):
+    with pytest.raises(
+        ValueError, match="capacity is 12 tokens, 15 are needed; build it with capacity=15"
+    ):
         feed(cache, inputs, route, 10, 15)
     assert cache.lengths.tolist() == [10] * B  # nothing was written
     feed(cache, inputs, route, 10, 12)
 
 
 def test_padding_does_not_use_up_the_capacity() -> None:
-    cache, (q, k, v, _, _) = LayerCache(build("full"), B, 12, HKV), (x[:, :, :10] for x in tensors())
+    cache, (q, k, v, _, _) = (
+        LayerCache(build("full"), B, 12, HKV),
+        (x[:, :, :10] for x in tensors()),
+    )
     route = torch.zeros(B, 10, dtype=torch.int64)
     cache.attend(q, k, v, route, lengths=torch.tensor([4, 2, 1]))
     cache.attend(q, k, v, route, lengths=torch.tensor([8, 2, 0]))
@@ -295,16 +351,24 @@ def test_prompts_padded_beyond_the_capacity(names: tuple[str, ...]) -> None:
     route, lengths = draw_route("independent", B, T) % len(names), torch.tensor([12, 2, 0])
     cache = LayerCache(experts, B, 12, HKV)
     out = cache.attend(q, k, v, route, linear_q=lq, linear_k=lk, lengths=lengths)
-    whole = routed_attention(q, k, v, route, window=WINDOW, linear_q=lq, linear_k=lk, experts=experts, lengths=lengths)
+    whole = routed_attention(
+        q, k, v, route, window=WINDOW, linear_q=lq, linear_k=lk, experts=experts, lengths=lengths
+    )
     torch.testing.assert_close(out, whole, rtol=1e-5, atol=1e-5)
-    one = cache.attend(*(x[:, :, :1] for x in (q, k, v)), route[:, :1], lengths=torch.tensor([0, 1, 1]))
+    one = cache.attend(
+        *(x[:, :, :1] for x in (q, k, v)), route[:, :1], lengths=torch.tensor([0, 1, 1])
+    )
     assert cache.lengths.tolist() == [12, 3, 1] and not one[0].any()
 
 
 @pytest.mark.parametrize("change", ["batch", "heads", "key heads", "head_dim", "dtype"])
 def test_a_cache_of_another_model_or_batch_is_refused(change: str) -> None:
     cache = LayerCache(build("full"), B, 12, HKV)
-    sizes = {"batch": (B + 1, H, HKV, 4, DH), "heads": (B, 8, HKV, 4, DH), "key heads": (B, H, 4, 4, DH)}
+    sizes = {
+        "batch": (B + 1, H, HKV, 4, DH),
+        "heads": (B, 8, HKV, 4, DH),
+        "key heads": (B, H, 4, 4, DH),
+    }
     q, k, v = draw(*sizes.get(change, (B, H, HKV, 4, 32 if change == "head_dim" else DH)))
     if change == "dtype":
         q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
@@ -316,14 +380,20 @@ def test_a_cache_of_another_model_or_batch_is_refused(change: str) -> None:
     ("changes", "message"),
     [
         ({"q": [1.0]}, "q: expected a tensor; got list"),
-        ({"k": torch.zeros(B, HKV, DH)}, r"k: expected 4 dimensions \[B, H, T, Dh\]; got shape \(3, 2, 16\)"),
+        (
+            {"k": torch.zeros(B, HKV, DH)},
+            r"k: expected 4 dimensions \[B, H, T, Dh\]; got shape \(3, 2, 16\)",
+        ),
         ({"linear_q": [1.0]}, "linear_q: expected a tensor; got list"),
         ({"lengths": [1, 1, 1]}, "lengths: expected a tensor; got list"),
         ({"route": [[0]]}, "route: expected a tensor; got list"),
         ({"route": 2}, "route: expected values in 0..1; got 2"),
         ({"route": torch.full((B, 1), -1)}, "route: expected values in 0..1; got -1..-1"),
         ({"route": torch.zeros(B, 1, 3)}, r"route: expected \[B, T, R\] or \[B, T, R, 2\]"),
-        ({"backend": "trtion"}, "backend: expected one of auto, dense, reference, short, torch, triton; got 'trtion'"),
+        (
+            {"backend": "trtion"},
+            "backend: expected one of auto, dense, reference, short, torch, triton; got 'trtion'",
+        ),
     ],
 )
 def test_bad_arguments_are_named(changes: dict[str, object], message: str) -> None:
@@ -336,7 +406,10 @@ def test_bad_arguments_are_named(changes: dict[str, object], message: str) -> No
 
 @pytest.mark.parametrize("heads", [0, 3, 8])
 def test_key_heads_that_do_not_divide_the_query_heads_are_refused(heads: int) -> None:
-    with pytest.raises(ValueError, match=f"num_kv_heads: expected a number that divides the 4 query heads; got {heads}"):
+    with pytest.raises(
+        ValueError,
+        match=f"num_kv_heads: expected a number that divides the 4 query heads; got {heads}",
+    ):
         LayerCache(build("full"), B, 12, heads)
 
 
@@ -344,7 +417,10 @@ def test_key_heads_that_do_not_divide_the_query_heads_are_refused(heads: int) ->
     ("index", "message"),
     [
         ([0, 1, 2], "index: expected a tensor; got list"),
-        (torch.tensor([0, 1]), "index: expected int64 of shape .3,. on cpu; got torch.int64 of shape .2,."),
+        (
+            torch.tensor([0, 1]),
+            "index: expected int64 of shape .3,. on cpu; got torch.int64 of shape .2,.",
+        ),
         (torch.tensor([0, 1, 3]), "index: expected rows 0..2; got .0, 1, 3."),
         (torch.tensor([0.0, 1.0, 2.0]), "index: expected int64"),
     ],
@@ -360,7 +436,10 @@ def test_a_cache_knows_whose_it_is() -> None:
     cache = LayerCache(experts, B, 12, HKV)
     cache.check_owner(torch.nn.ModuleList(experts))
     for wrong in (others, experts[:1], (*experts, *others), experts[::-1], build("full", "linear")):
-        with pytest.raises(ValueError, match=r"layer 2.experts: expected this layer's own experts, \(.* \(4, 16, 9, 0\)"):
+        with pytest.raises(
+            ValueError,
+            match=r"layer 2.experts: expected this layer's own experts, \(.* \(4, 16, 9, 0\)",
+        ):
             cache.check_owner(wrong, "layer 2")
 
 
@@ -371,7 +450,11 @@ def test_local_attention_with_sinks_is_refused() -> None:
 
 
 def test_the_whole_cache_moves_on_when_its_last_layer_has() -> None:
-    cache, inputs, route = RoutedCache.build([build("full"), build("local")], B, T, HKV), tensors(), draw_route("full", B, T)
+    cache, inputs, route = (
+        RoutedCache.build([build("full"), build("local")], B, T, HKV),
+        tensors(),
+        draw_route("full", B, T),
+    )
     assert len(cache) == 2 and cache.capacity == T
     feed(cache[0], inputs, route, 0, 5)
     assert cache.lengths.tolist() == [0] * B

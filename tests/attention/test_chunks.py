@@ -38,7 +38,9 @@ def test_a_causal_sum_goes_on_from_its_state(decays: bool) -> None:
     state, parts = None, []
     for part in (slice(0, cut), slice(cut, T)):
         decay = None if log_decay is None else log_decay[..., part]
-        found, state = causal_sum(phi_q[..., part, :], phi_k[..., part, :], value[..., part, :], decay, state)
+        found, state = causal_sum(
+            phi_q[..., part, :], phi_k[..., part, :], value[..., part, :], decay, state
+        )
         parts.append(found)
     torch.testing.assert_close(torch.cat(parts, 2), whole)
     torch.testing.assert_close(state, after)

@@ -72,7 +72,10 @@ class Loops:
             keys, values = self.k[h * self.Hkv // self.H], self.v[h * self.Hkv // self.H]
             for t in range(self.T):
                 seen = [s for s in range(t + 1) if t - s < window or s < sinks]
-                scores = torch.stack([self._dot(self.reads, t, self.q[h, t], keys[s]) for s in seen]) / self.Dh**0.5
+                scores = (
+                    torch.stack([self._dot(self.reads, t, self.q[h, t], keys[s]) for s in seen])
+                    / self.Dh**0.5
+                )
                 for weight, s in zip(scores.softmax(0), seen, strict=True):
                     self.out[h, t] += weight * values[s]
                     self.reads[t] += 2 * self.Dh
@@ -81,34 +84,52 @@ class Loops:
         expert, gated = self.expert, isinstance(self.expert, GatedLinearAttention)
         heads = self.H if gated else self.Hkv  # a gate is a query head's own
         for own in range(heads):
-            head, mine = own * self.Hkv // heads, range(own * self.H // heads, (own + 1) * self.H // heads)
+            head, mine = (
+                own * self.Hkv // heads,
+                range(own * self.H // heads, (own + 1) * self.H // heads),
+            )
             state = torch.zeros(self.Dh, self.Dh + 1).double()
             for t in range(self.T):
                 k, v = self.k[head, t], torch.cat([self.v[head, t], torch.ones(1)])
                 if isinstance(expert, GatedLinearAttention):
-                    state *= torch.sigmoid(self._dot(self.updates, t, expert.gate[own].double(), k) + expert.gate_bias[own])
+                    state *= torch.sigmoid(
+                        self._dot(self.updates, t, expert.gate[own].double(), k)
+                        + expert.gate_bias[own]
+                    )
                 for i, feature in enumerate(self._feature(k, own, self.updates, t)):
                     state[i] += feature * v
                     self.updates[t] += 2 * len(v)
                 for h in mine:
                     phi = self._feature(self.q[h, t], own, self.reads, t)
-                    summed = torch.stack([self._dot(self.reads, t, phi, column) for column in state.T])
+                    summed = torch.stack(
+                        [self._dot(self.reads, t, phi, column) for column in state.T]
+                    )
                     self.out[h, t] = summed[:-1] / (summed[-1] + 1e-6)
 
     def _feature(self, x: Tensor, head: int, counts: list[int], t: int) -> Tensor:
         expert = self.expert
         if isinstance(expert, MappedGatedAttention):
             x = torch.stack([self._dot(counts, t, row.double(), x) for row in expert.map[head]])
-        return (x * expert.log_scale[head].exp()).softmax(-1) if isinstance(expert, GatedLinearAttention) else feature_map(x)
+        return (
+            (x * expert.log_scale[head].exp()).softmax(-1)
+            if isinstance(expert, GatedLinearAttention)
+            else feature_map(x)
+        )
 
 
 @torch.no_grad()
 def looped(case: str, T: int, Hkv: int = 4) -> tuple[Expert, Loops]:
     """An expert, and the loops that gave the same output."""
     expert = make(case)
-    q, k, v = torch.randn(4, T, 6).double(), torch.randn(Hkv, T, 6).double(), torch.randn(Hkv, T, 6).double()
+    q, k, v = (
+        torch.randn(4, T, 6).double(),
+        torch.randn(Hkv, T, 6).double(),
+        torch.randn(Hkv, T, 6).double(),
+    )
     loops = Loops(expert, q, k, v)
-    torch.testing.assert_close(expert(q[None], k[None], v[None])[0], loops.out, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        expert(q[None], k[None], v[None])[0], loops.out, rtol=1e-6, atol=1e-6
+    )
     return expert, loops
 
 
@@ -126,8 +147,12 @@ def test_hard_flops_are_those_of_the_loops(case: str, Hkv: int) -> None:
     T = 9
     expert, loops = looped(case, T, Hkv)
     whole, step = (hard_flops([expert], T, Hkv, mode) for mode in Mode)
-    assert whole.own[0] == pytest.approx(sum(loops.reads) / T) and whole.shared == pytest.approx(loops.updates[0])
-    assert step.own[0] == pytest.approx(loops.reads[-1]) and step.shared == pytest.approx(loops.updates[-1])
+    assert whole.own[0] == pytest.approx(sum(loops.reads) / T) and whole.shared == pytest.approx(
+        loops.updates[0]
+    )
+    assert step.own[0] == pytest.approx(loops.reads[-1]) and step.shared == pytest.approx(
+        loops.updates[-1]
+    )
     assert set(loops.updates) == {loops.updates[0]}  # the same at every position
 
 
@@ -141,11 +166,15 @@ def test_routes_are_counted_at_their_positions() -> None:
     made = [looped(case, start + T, Hkv=2) for case in MADE]
     route = torch.randint(len(made), (B, T))
     taken = torch.nn.functional.one_hot(route, len(made)).sum(0)
-    want = sum(made[int(route[b, t])][1].reads[start + t] for b in range(B) for t in range(T)) / (B * T)
+    want = sum(made[int(route[b, t])][1].reads[start + t] for b in range(B) for t in range(T)) / (
+        B * T
+    )
     assert own_flops([expert for expert, _ in made], taken, start) == pytest.approx(want)
     whole = torch.ones(start + T, 1)
     for expert, loops in made:
-        assert own_flops([expert], whole) == pytest.approx(float(hard_flops([expert], start + T, 2).own[0]))
+        assert own_flops([expert], whole) == pytest.approx(
+            float(hard_flops([expert], start + T, 2).own[0])
+        )
         assert own_flops([expert], whole) == pytest.approx(sum(loops.reads) / (start + T))
 
 
@@ -166,22 +195,35 @@ def test_torch_counts_the_same_where_it_is_right(monkeypatch: pytest.MonkeyPatch
     assert counted(full, q, k, v) * (T + 1) / (2 * T) == flops(full, T) * T
     kv = k[:, :2]
     last = [x[:, :, -1:] for x in (q, kv, kv)]
-    assert counted(linear.extend, *last, linear.init_state(q, kv, kv)) == hard_flops([linear], T, 2, Mode.DECODE).own[0]
-    monkeypatch.setattr(linear_module, "CHUNK", 1)  # a chunk of one token: two products of its own with itself beside
+    assert (
+        counted(linear.extend, *last, linear.init_state(q, kv, kv))
+        == hard_flops([linear], T, 2, Mode.DECODE).own[0]
+    )
+    monkeypatch.setattr(
+        linear_module, "CHUNK", 1
+    )  # a chunk of one token: two products of its own with itself beside
     cost = hard_flops([linear], T, 2)
-    assert counted(linear, q, kv, kv) == T * (cost.own[0] + cost.shared + 2 * H * Dh + 2 * H * (Dh + 1))
+    assert counted(linear, q, kv, kv) == T * (
+        cost.own[0] + cost.shared + 2 * H * Dh + 2 * H * (Dh + 1)
+    )
 
 
 def test_ratios_are_relative_to_full() -> None:
     three = [expert_class(name)(ExpertShape(2, 8, 5)) for name in ("full", "linear", "local")]
-    torch.testing.assert_close(cost_ratios(three, CostModel.PAPER, 64), torch.tensor([1.0, 0.15, 0.30]))
+    torch.testing.assert_close(
+        cost_ratios(three, CostModel.PAPER, 64), torch.tensor([1.0, 0.15, 0.30])
+    )
     ratios = cost_ratios(three, CostModel.FLOPS, 1000)
     assert ratios.dtype == torch.float32
-    torch.testing.assert_close(ratios, torch.tensor([1.0, 18 / 1001, 4.99 / 500.5]), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        ratios, torch.tensor([1.0, 18 / 1001, 4.99 / 500.5]), rtol=1e-3, atol=0
+    )
     assert cost_ratios(three[2:], CostModel.FLOPS, 1000)[0] == ratios[2]
 
 
-@pytest.mark.parametrize("names", [("full", "linear", "local"), ("full", "gated", "local"), ("linear",), ("full",)])
+@pytest.mark.parametrize(
+    "names", [("full", "linear", "local"), ("full", "gated", "local"), ("linear",), ("full",)]
+)
 @pytest.mark.parametrize("Hkv", [4, 2])
 def test_bytes_of_a_step_are_those_that_the_cache_holds(names: tuple[str, ...], Hkv: int) -> None:
     """A step on full reads every slot but the spare one, and every state is read and written."""
@@ -195,13 +237,18 @@ def test_bytes_of_a_step_are_those_that_the_cache_holds(names: tuple[str, ...], 
     assert cost.own.tolist() == [read.get(name, 0) for name in names]
     assert cost.shared == (token if slots else 0) + 2 * states
     whole = hard_bytes(made, T, Hkv, two_bytes)
-    assert whole.own.tolist() == [0] * len(names) and whole.shared == 2 * (4 + Hkv) * SHAPE.head_dim * two_bytes
+    assert (
+        whole.own.tolist() == [0] * len(names)
+        and whole.shared == 2 * (4 + Hkv) * SHAPE.head_dim * two_bytes
+    )
 
 
 def test_a_mean_weighs_the_load() -> None:
     cost = hard_flops([make("full"), make("linear")], 100, 4)
     assert cost.mean(torch.tensor([0.0, 1.0])) == pytest.approx(flops(make("linear"), 100))
-    assert cost.mean(torch.tensor([1.0, 0.0])) == pytest.approx(flops(make("full"), 100) + cost.shared)
+    assert cost.mean(torch.tensor([1.0, 0.0])) == pytest.approx(
+        flops(make("full"), 100) + cost.shared
+    )
 
 
 @pytest.mark.parametrize("last_only", [False, True])
@@ -216,10 +263,14 @@ def test_a_whole_model_as_torch_counts_it(last_only: bool) -> None:
     heads = model.config.num_layers * model.config.d_model
     cost = model_cost(model, T, last_only=last_only).flops
     square = 4 * heads * T * (T - 1) // 2  # pairs that are masked
-    states = model.config.num_layers * hard_flops(model.network.experts()[0], T, model.config.kv_heads).shared
+    states = (
+        model.config.num_layers
+        * hard_flops(model.network.experts()[0], T, model.config.kv_heads).shared
+    )
     assert T * (float(cost.own[0]) + cost.shared - states) == pytest.approx(found - square)
     assert cost.own.tolist() == [
-        pytest.approx(model.config.num_layers * float(x)) for x in hard_flops(model.network.experts()[0], T, 2).own
+        pytest.approx(model.config.num_layers * float(x))
+        for x in hard_flops(model.network.experts()[0], T, 2).own
     ]
 
 
@@ -232,10 +283,14 @@ def test_a_decoding_step_of_a_whole_model_as_torch_counts_it() -> None:
     assert counted(lambda: model(tokens[:, -1:], cache=cache)) == cost.flops.mean(torch.ones(1))
     weights = sum(p.numel() for p in model.parameters())
     token = 2 * model.config.kv_heads * model.config.head_dim
-    assert cost.bytes.mean(torch.ones(1)) == 4 * (weights + 3 * (T + 1) * token)  # 3 layers; its own key and value written
+    assert cost.bytes.mean(torch.ones(1)) == 4 * (
+        weights + 3 * (T + 1) * token
+    )  # 3 layers; its own key and value written
     shared = model_cost(model, T, Mode.DECODE, batch=10).bytes
     assert shared.mean(torch.ones(1)) == pytest.approx(4 * (weights / 10 + 3 * (T + 1) * token))
-    assert model_cost(model, T, batch=2).bytes.shared == pytest.approx(4 * (weights / (2 * T) + 3 * (2 * 16 + token)))
+    assert model_cost(model, T, batch=2).bytes.shared == pytest.approx(
+        4 * (weights / (2 * T) + 3 * (2 * 16 + token))
+    )
 
 
 def test_a_whole_model_with_other_experts() -> None:
@@ -246,7 +301,10 @@ def test_a_whole_model_with_other_experts() -> None:
     T, model, lean = 40, tiny_model(), tiny_model(experts=("full",))
     full = model.network.experts()[0][:1]
     for mode in Mode:
-        got, want = model_cost(model.network, T, mode, experts=full), model_cost(lean.network, T, mode)
+        got, want = (
+            model_cost(model.network, T, mode, experts=full),
+            model_cost(lean.network, T, mode),
+        )
         assert got.flops.mean(torch.ones(1)) == want.flops.mean(torch.ones(1))
         assert model_cost(model, T, mode).flops.shared > got.flops.shared  # controllers, states
 

@@ -32,29 +32,46 @@ def draw_route(kind: str, B: int, T: int, seed: int = 0, units: int | None = Non
         return torch.stack(drawn, 2)
     generator = torch.Generator().manual_seed(seed)
     if kind == "independent":
-        return torch.multinomial(torch.tensor([0.2, 0.5, 0.3]), B * T, True, generator=generator).view(B, T)
+        return torch.multinomial(
+            torch.tensor([0.2, 0.5, 0.3]), B * T, True, generator=generator
+        ).view(B, T)
     if kind == "clustered":
-        return torch.randint(3, (B, -(-T // 17)), generator=generator).repeat_interleave(17, 1)[:, :T]
+        return torch.randint(3, (B, -(-T // 17)), generator=generator).repeat_interleave(17, 1)[
+            :, :T
+        ]
     if kind == "rows differ":
         return (torch.arange(B) % 3)[:, None].expand(B, T).contiguous()
     return torch.full((B, T), ("full", "linear", "local").index(kind))
 
 
 ROUTES = ("independent", "clustered", "rows differ", "full", "linear", "local")
-SHAPES = [(1, 4, 1, 16), (2, 2, 37, 16), (3, 1, 130, 32), (1, 4, 300, 16), (1, 2, 1100, 16)]  # B, Hkv, T, Dh
+SHAPES = [
+    (1, 4, 1, 16),
+    (2, 2, 37, 16),
+    (3, 1, 130, 32),
+    (1, 4, 300, 16),
+    (1, 2, 1100, 16),
+]  # B, Hkv, T, Dh
 
 
-@pytest.mark.parametrize(("backend", "kind", "shape"), list(itertools.product(BACKENDS, ROUTES, SHAPES)))
+@pytest.mark.parametrize(
+    ("backend", "kind", "shape"), list(itertools.product(BACKENDS, ROUTES, SHAPES))
+)
 def test_agrees_with_the_oracle_in_value_and_gradient(
     backend: str, kind: str, shape: tuple[int, int, int, int], seed: int
 ) -> None:
     B, Hkv, T, Dh = shape
     route = draw_route(kind, B, T, seed)
-    inputs = [x.requires_grad_() for x in (*draw(B, 4, Hkv, T, Dh, seed), *draw(B, 4, Hkv, T, Dh, seed + 1)[:2])]
+    inputs = [
+        x.requires_grad_()
+        for x in (*draw(B, 4, Hkv, T, Dh, seed), *draw(B, 4, Hkv, T, Dh, seed + 1)[:2])
+    ]
     exact = [x.detach().double().requires_grad_() for x in inputs]
 
     def run(q: Tensor, k: Tensor, v: Tensor, lq: Tensor, lk: Tensor, backend: str) -> Tensor:
-        return routed_attention(q, k, v, route, window=WINDOW, linear_q=lq, linear_k=lk, backend=backend)
+        return routed_attention(
+            q, k, v, route, window=WINDOW, linear_q=lq, linear_k=lk, backend=backend
+        )
 
     got, want = run(*inputs, backend=backend), run(*exact, backend="reference")
     assert relative_error(got, want) < 1e-5
@@ -62,7 +79,12 @@ def test_agrees_with_the_oracle_in_value_and_gradient(
     gradients = torch.autograd.grad((got * weight).sum(), inputs, allow_unused=True)
     truths = torch.autograd.grad((want * weight).sum(), exact, allow_unused=True)
     for name, g, t in zip(("q", "k", "v", "linear_q", "linear_k"), gradients, truths, strict=True):
-        assert relative_error(torch.zeros(1) if g is None else g, torch.zeros(1).double() if t is None else t) < 1e-5, name
+        assert (
+            relative_error(
+                torch.zeros(1) if g is None else g, torch.zeros(1).double() if t is None else t
+            )
+            < 1e-5
+        ), name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -91,22 +113,32 @@ def test_chunks_segments_and_far_keys_join(monkeypatch: pytest.MonkeyPatch, wind
         route = draw_route(kind, 2, 330)
         want = routed_attention(q, k, v, route, window=window, backend="reference")
         with torch.no_grad():
-            assert relative_error(routed_attention(q, k, v, route, window=window, backend="torch"), want.double()) < 1e-5
+            assert (
+                relative_error(
+                    routed_attention(q, k, v, route, window=window, backend="torch"), want.double()
+                )
+                < 1e-5
+            )
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
         got = routed_attention(*inputs, route, window=window, backend="torch")
-        truth = torch.autograd.grad(routed_attention(*inputs, route, window=window, backend="dense").sum(), inputs)
+        truth = torch.autograd.grad(
+            routed_attention(*inputs, route, window=window, backend="dense").sum(), inputs
+        )
         for g, t in zip(torch.autograd.grad(got.sum(), inputs), truth, strict=True):
             assert relative_error(g, t.double()) < 1e-5
 
 
-# (window, sinks): sinks fewer and more than the window and than the text; window shorter and longer than the text
+# (window, sinks): sinks fewer and more than the window and than the text; window shorter and longer
+# than the text
 SINKS = [(WINDOW, 1), (WINDOW, 4), (WINDOW, 30), (WINDOW, 1000), (1, 4), (1000, 4), (150, 200)]
 
 
 @pytest.mark.parametrize(("window", "sinks"), SINKS)
 @pytest.mark.parametrize("kind", ["independent", "clustered", "rows differ", "local"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_sinks_agree_with_the_oracle_in_value_and_gradient(backend: str, kind: str, window: int, sinks: int) -> None:
+def test_sinks_agree_with_the_oracle_in_value_and_gradient(
+    backend: str, kind: str, window: int, sinks: int
+) -> None:
     B, T = 3, 300
     experts = resolve_experts(("full", "linear", "local"), ExpertShape(4, 16, window, sinks))
     route, lengths = draw_route(kind, B, T), torch.tensor([T, 1, 170])
@@ -115,7 +147,9 @@ def test_sinks_agree_with_the_oracle_in_value_and_gradient(backend: str, kind: s
 
     def run(xs: list[Tensor], backend: str) -> Tensor:
         q, k, v = xs
-        return routed_attention(q, k, v, route, window=window, backend=backend, lengths=lengths, experts=experts)
+        return routed_attention(
+            q, k, v, route, window=window, backend=backend, lengths=lengths, experts=experts
+        )
 
     got, want = run(inputs, backend), run(exact, "reference")
     assert relative_error(got, want) < 1e-5
@@ -151,13 +185,17 @@ def test_gradients_of_both_ways_to_compute_a_tile(
     route, lengths = draw_route("independent", 2, 300), torch.tensor([300, 170])
     experts = resolve_experts(("full", "linear", "local"), ExpertShape(4, 16, WINDOW, sinks))
     got, want = (
-        routed_attention(*x, route, window=WINDOW, backend=backend, lengths=lengths, experts=experts)
+        routed_attention(
+            *x, route, window=WINDOW, backend=backend, lengths=lengths, experts=experts
+        )
         for x, backend in ((inputs, "torch"), (exact, "reference"))
     )
     assert relative_error(got, want) < limit
     weight = torch.randn(got.shape)
     truth = torch.autograd.grad((want * weight.double()).sum(), exact)
-    for g, t in zip(torch.autograd.grad((got * weight.to(dtype)).sum(), inputs), truth, strict=True):
+    for g, t in zip(
+        torch.autograd.grad((got * weight.to(dtype)).sum(), inputs), truth, strict=True
+    ):
         assert relative_error(g, t) < 2 * limit
 
 
@@ -168,7 +206,9 @@ def test_half_precision_stays_close(backend: str, dtype: torch.dtype) -> None:
     route = draw_route("independent", 2, 200)
     got = routed_attention(q, k, v, route, window=WINDOW, backend=backend)
     assert got.dtype == dtype
-    want = routed_attention(q.double(), k.double(), v.double(), route, window=WINDOW, backend="reference")
+    want = routed_attention(
+        q.double(), k.double(), v.double(), route, window=WINDOW, backend="reference"
+    )
     assert relative_error(got, want) < 2e-2
 
 
@@ -178,7 +218,9 @@ def test_padding_is_zero_and_unseen(backend: str) -> None:
     route, lengths = draw_route("independent", 3, 90), torch.tensor([90, 1, 40])
     out = routed_attention(q, k, v, route, window=WINDOW, backend=backend, lengths=lengths)
     for b, n in enumerate(lengths.tolist()):
-        alone = routed_attention(*(x[b : b + 1, :, :n] for x in (q, k, v)), route[b : b + 1, :n], window=WINDOW)
+        alone = routed_attention(
+            *(x[b : b + 1, :, :n] for x in (q, k, v)), route[b : b + 1, :n], window=WINDOW
+        )
         torch.testing.assert_close(out[b : b + 1, :, :n], alone, rtol=1e-4, atol=1e-5)
         assert not out[b, :, n:].any()
 
@@ -193,10 +235,21 @@ def test_queries_at_starts_equal_the_full_pass(backend: str, sinks: int) -> None
     starts, new = torch.tensor([0, 100, 37]), 20
     rows = starts[:, None] + torch.arange(new)
     picked = torch.stack([q[b, :, rows[b]] for b in range(3)])
-    out = routed_attention(picked, k, v, route.gather(1, rows), window=WINDOW, experts=experts, backend=backend, starts=starts)
+    out = routed_attention(
+        picked,
+        k,
+        v,
+        route.gather(1, rows),
+        window=WINDOW,
+        experts=experts,
+        backend=backend,
+        starts=starts,
+    )
     want = torch.stack([whole[b, :, rows[b]] for b in range(3)])
     torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
-    last = routed_attention(q[:, :, -7:], k, v, route[:, -7:], window=WINDOW, experts=experts, backend=backend)
+    last = routed_attention(
+        q[:, :, -7:], k, v, route[:, -7:], window=WINDOW, experts=experts, backend=backend
+    )
     torch.testing.assert_close(last, whole[:, :, -7:], rtol=1e-4, atol=1e-5)
 
 
@@ -209,7 +262,9 @@ def test_no_future_leak(backend: str, sinks: int) -> None:
     before = routed_attention(q, k, v, route, window=WINDOW, experts=experts, backend=backend)
     for x in (q, k, v):
         x[:, :, 100:] += 3.0
-    route[:, 100:] = (route[:, 100:] + 1) % 3  # later routes may change what is gathered with an earlier token
+    route[:, 100:] = (
+        route[:, 100:] + 1
+    ) % 3  # later routes may change what is gathered with an earlier token
     after = routed_attention(q, k, v, route, window=WINDOW, experts=experts, backend=backend)
     torch.testing.assert_close(before[:, :, :100], after[:, :, :100], rtol=1e-5, atol=1e-6)
 
@@ -232,12 +287,16 @@ class OwnKernel(Squared):
         return self(q, k, v).masked_fill(~chosen[:, None, :, None], torch.nan)
 
 
-@pytest.mark.parametrize(("kind", "backend"), list(itertools.product((Squared, OwnKernel), ("torch", "dense", "auto"))))
+@pytest.mark.parametrize(
+    ("kind", "backend"), list(itertools.product((Squared, OwnKernel), ("torch", "dense", "auto")))
+)
 def test_custom_experts_compute_their_own_rows(kind: type[Squared], backend: str) -> None:
     q, k, v = draw(2, 4, 2, 100)
     route = draw_route("independent", 2, 100)
     mine = kind(ExpertShape(4, 16, WINDOW))
-    out = routed_attention(q, k, v, route, window=WINDOW, backend=backend, experts=("full", mine, "local"))
+    out = routed_attention(
+        q, k, v, route, window=WINDOW, backend=backend, experts=("full", mine, "local")
+    )
     plain = routed_attention(q, k, v, route, window=WINDOW, backend="reference")
     want = torch.where((route == 1)[:, None, :, None], mine(q, k, v), plain)
     torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
@@ -247,22 +306,33 @@ def test_custom_experts_compute_their_own_rows(kind: type[Squared], backend: str
 def test_one_int_routes_every_token() -> None:
     q, k, v = draw(2, 4, 2, 50)
     for index in range(3):
-        want = routed_attention(q, k, v, torch.full((2, 50), index), window=WINDOW, backend="reference")
-        torch.testing.assert_close(routed_attention(q, k, v, index, window=WINDOW), want, rtol=1e-4, atol=1e-5)
+        want = routed_attention(
+            q, k, v, torch.full((2, 50), index), window=WINDOW, backend="reference"
+        )
+        torch.testing.assert_close(
+            routed_attention(q, k, v, index, window=WINDOW), want, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_no_tokens_and_no_rows() -> None:
     for B, T in ((2, 0), (0, 5)):
         q, k, v = draw(B, 4, 2, T)
         for backend in (*BACKENDS, "auto"):
-            assert routed_attention(q, k, v, torch.zeros(B, T, dtype=torch.long), window=3, backend=backend).shape == q.shape
+            assert (
+                routed_attention(
+                    q, k, v, torch.zeros(B, T, dtype=torch.long), window=3, backend=backend
+                ).shape
+                == q.shape
+            )
 
 
 UNITS = [(1, 1), (4, 1), (2, 2), (4, 2), (4, 4)]  # R, Hkv of 4 query heads
 
 
 @pytest.mark.parametrize(("units", "Hkv"), UNITS)
-@pytest.mark.parametrize("kind", ["independent", "clustered", "rows differ", "units differ", "local"])
+@pytest.mark.parametrize(
+    "kind", ["independent", "clustered", "rows differ", "units differ", "local"]
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_unit_agrees_with_the_oracle_in_value_and_gradient(
     backend: str, kind: str, units: int, Hkv: int, fresh_seed: int
@@ -270,7 +340,10 @@ def test_every_unit_agrees_with_the_oracle_in_value_and_gradient(
     B, T = 2, 210
     route, lengths = draw_route(kind, B, T, fresh_seed, units), torch.tensor([T, 130])
     experts = resolve_experts(("full", "linear", "local"), ExpertShape(4, 16, WINDOW, 2))
-    inputs = [x.requires_grad_() for x in (*draw(B, 4, Hkv, T, 16, fresh_seed), *draw(B, 4, Hkv, T, 16, fresh_seed + 1)[:2])]
+    inputs = [
+        x.requires_grad_()
+        for x in (*draw(B, 4, Hkv, T, 16, fresh_seed), *draw(B, 4, Hkv, T, 16, fresh_seed + 1)[:2])
+    ]
     exact = [x.detach().double().requires_grad_() for x in inputs]
 
     def run(xs: list[Tensor], backend: str) -> Tensor:
@@ -283,8 +356,12 @@ def test_every_unit_agrees_with_the_oracle_in_value_and_gradient(
     with torch.no_grad():
         assert relative_error(run(inputs, backend), want) < 1e-5
     weight = torch.randn(got.shape)
-    gradients = torch.autograd.grad((got * weight).sum(), inputs, allow_unused=True, materialize_grads=True)
-    truths = torch.autograd.grad((want * weight.double()).sum(), exact, allow_unused=True, materialize_grads=True)
+    gradients = torch.autograd.grad(
+        (got * weight).sum(), inputs, allow_unused=True, materialize_grads=True
+    )
+    truths = torch.autograd.grad(
+        (want * weight.double()).sum(), exact, allow_unused=True, materialize_grads=True
+    )
     for name, g, t in zip(("q", "k", "v", "linear_q", "linear_k"), gradients, truths, strict=True):
         assert relative_error(g, t) < 1e-5, name
 
@@ -297,7 +374,9 @@ def test_the_oracle_takes_each_head_as_its_unit_says(units: int, Hkv: int) -> No
     out = routed_attention(q, k, v, route, window=WINDOW, backend="reference")
     for h in range(4):
         key = slice(h * Hkv // 4, h * Hkv // 4 + 1)
-        alone = routed_attention(q[:, h : h + 1], k[:, key], v[:, key], route[:, :, h * units // 4], window=WINDOW)
+        alone = routed_attention(
+            q[:, h : h + 1], k[:, key], v[:, key], route[:, :, h * units // 4], window=WINDOW
+        )
         torch.testing.assert_close(out[:, h : h + 1], alone, rtol=1e-4, atol=1e-5)
 
 
@@ -320,7 +399,9 @@ def test_experts_with_heads_of_their_own_compute_each_units_rows(name: str, unit
     q, k, v = (x.requires_grad_() for x in draw(2, 4, 2, 150))
     route = draw_route("independent", 2, 150, units=units)
     out, want = (
-        routed_attention(q, k, v, route, window=WINDOW, backend=backend, experts=("full", mine, "local"))
+        routed_attention(
+            q, k, v, route, window=WINDOW, backend=backend, experts=("full", mine, "local")
+        )
         for backend in ("torch", "reference")
     )
     torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)

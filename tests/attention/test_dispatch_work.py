@@ -23,7 +23,19 @@ from bayes_router.attention.shapes import ExpertShape
 from tests.attention.expert_contract import draw, gradient_errors, relative_error
 from tests.attention.test_dispatch import draw_route
 
-VIEWS = {"view", "transpose", "slice", "select", "as_strided", "unsqueeze", "expand", "t", "alias", "detach", "unbind"}
+VIEWS = {
+    "view",
+    "transpose",
+    "slice",
+    "select",
+    "as_strided",
+    "unsqueeze",
+    "expand",
+    "t",
+    "alias",
+    "detach",
+    "unbind",
+}
 
 
 class Watch(TorchDispatchMode):
@@ -51,14 +63,18 @@ def largest(T: int, kind: str, gradients: bool, sinks: int) -> int:
     inputs = [x.requires_grad_(gradients) for x in draw(1, H, H, T)]
     experts = resolve_experts(("full", "linear", "local"), ExpertShape(H, 16, W, sinks))
     with Watch() as watch:
-        out = routed_attention(*inputs, draw_route(kind, 1, T), window=W, backend="torch", experts=experts)
+        out = routed_attention(
+            *inputs, draw_route(kind, 1, T), window=W, backend="torch", experts=experts
+        )
         if gradients:
             out.sum().backward()
     return watch.largest // H
 
 
 @pytest.mark.parametrize("gradients", [False, True])
-@pytest.mark.parametrize(("kind", "sinks"), [("independent", 0), ("clustered", 4), ("full", 0), ("local", 0)])
+@pytest.mark.parametrize(
+    ("kind", "sinks"), [("independent", 0), ("clustered", 4), ("full", 0), ("local", 0)]
+)
 def test_no_tensor_is_quadratic_in_the_text(kind: str, sinks: int, gradients: bool) -> None:
     short, long = (largest(T, kind, gradients, sinks) for T in (2048, 4096))
     assert long < 200 * 4096 and long <= 2.2 * short
@@ -84,14 +100,20 @@ def test_an_expert_that_no_token_took_is_not_computed(backend: str, T: int) -> N
     q, k, v = draw(2, 4, 2, T)
     unwanted = Unwanted(ExpertShape(4, 16, 9))
     route = draw_route("independent", 2, T) % 2
-    got = routed_attention(q, k, v, route, window=9, backend=backend, experts=("full", "local", unwanted))
-    want = routed_attention(q, k, v, route, window=9, backend="reference", experts=("full", "local"))
+    got = routed_attention(
+        q, k, v, route, window=9, backend=backend, experts=("full", "local", unwanted)
+    )
+    want = routed_attention(
+        q, k, v, route, window=9, backend="reference", experts=("full", "local")
+    )
     assert relative_error(got, want.double()) < 1e-5
 
 
 @pytest.mark.parametrize("index", [0, 1, 2, 3])
 @pytest.mark.parametrize("T", [20, 300])
-def test_where_all_take_one_expert_its_own_pass_is_taken(index: int, T: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_all_take_one_expert_its_own_pass_is_taken(
+    index: int, T: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*args: object) -> Tensor:
         raise AssertionError("dispatched")
 
@@ -112,7 +134,12 @@ def test_auto_takes_the_faster_backend_by_length(gradients: bool) -> None:
     experts = resolve_experts(("full", "linear", "local"), ExpertShape(2, 16, 9))
     for T, want in ((1, short), (keys, short), (keys + 1, long), (8192, long)):
         q, k, v = (x.requires_grad_(gradients) for x in torch.zeros(3, 1, 2, T, 16))
-        assert choose_backend(RoutedProblem(q, k, v, q, k, torch.zeros(1, T, dtype=torch.long), experts)) is want
+        assert (
+            choose_backend(
+                RoutedProblem(q, k, v, q, k, torch.zeros(1, T, dtype=torch.long), experts)
+            )
+            is want
+        )
 
 
 @pytest.mark.parametrize(("T", "most"), [(16, 20), (128, 20), (256, 85)])
@@ -137,8 +164,12 @@ class TestGatedRows:
         return expert
 
     @pytest.mark.parametrize("share", [0.02, 0.5, 1.0])
-    @pytest.mark.parametrize(("B", "Hkv", "T", "Tk"), [(2, 2, 37, 37), (1, 4, 300, 300), (2, 1, 150, 400), (1, 4, 1, 9)])
-    def test_they_are_those_of_the_recurrence(self, B: int, Hkv: int, T: int, Tk: int, share: float, seed: int) -> None:
+    @pytest.mark.parametrize(
+        ("B", "Hkv", "T", "Tk"), [(2, 2, 37, 37), (1, 4, 300, 300), (2, 1, 150, 400), (1, 4, 1, 9)]
+    )
+    def test_they_are_those_of_the_recurrence(
+        self, B: int, Hkv: int, T: int, Tk: int, share: float, seed: int
+    ) -> None:
         expert, exact = self.expert(seed), self.expert(seed).double()
         q, k, v = (x.requires_grad_() for x in draw(B, 4, Hkv, Tk, seed=seed))
         eq, ek, ev = (x.detach().double().requires_grad_() for x in (q, k, v))
@@ -150,7 +181,9 @@ class TestGatedRows:
         assert relative_error(got, want) < 1e-5
         weight = torch.randn(got.shape)
         leaves, truths = [q, k, v, *expert.parameters()], [eq, ek, ev, *exact.parameters()]
-        found = torch.autograd.grad((got * weight).sum(), leaves, allow_unused=True, materialize_grads=True)
+        found = torch.autograd.grad(
+            (got * weight).sum(), leaves, allow_unused=True, materialize_grads=True
+        )
         true = torch.autograd.grad((want * weight.double()).sum(), truths)
         assert max(gradient_errors(found, true)) < 1e-5
 
@@ -160,7 +193,10 @@ class TestGatedRows:
         expert.get_parameter("gate_bias").data.fill_(bias)
         q, k, v = (x.requires_grad_() for x in draw(1, 4, 4, 300))
         chosen = torch.rand(1, 300) < 0.5
-        got, want = (x.where(chosen[:, None, :, None], 0) for x in (expert.attend_rows(q, k, v, chosen), expert(q, k, v)))
+        got, want = (
+            x.where(chosen[:, None, :, None], 0)
+            for x in (expert.attend_rows(q, k, v, chosen), expert(q, k, v))
+        )
         assert relative_error(got, want.double()) < 1e-5
         assert all(g.isfinite().all() for g in torch.autograd.grad(got.sum(), (q, k, v)))
 

@@ -36,7 +36,9 @@ class TestLocal(ExpertContract):
     def test_window_counts_the_token_itself(self, window: int) -> None:
         q, k, v = draw(1, 4, 4, 200)
         want = reference.softmax_attention(q, k, v, window)
-        torch.testing.assert_close(self.build(window=window)(q, k, v).double(), want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            self.build(window=window)(q, k, v).double(), want, rtol=1e-4, atol=1e-5
+        )
 
 
 class TestLocalWithSinks(TestLocal):
@@ -52,7 +54,9 @@ class TestLocalWithSinks(TestLocal):
     def test_window_counts_the_token_itself(self, window: int) -> None:
         q, k, v = draw(1, 4, 4, 200)
         want = reference.softmax_attention(q, k, v, window, self.sinks)
-        torch.testing.assert_close(self.build(window=window)(q, k, v).double(), want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            self.build(window=window)(q, k, v).double(), want, rtol=1e-4, atol=1e-5
+        )
 
     def test_changing_a_sink_reaches_the_last_token_and_the_key_after_them_does_not(self) -> None:
         q, k, v = draw(1, 4, 2, 200)
@@ -71,7 +75,9 @@ class TestLocalWithMoreSinksThanWindow(TestLocalWithSinks):
 def test_as_many_sinks_as_tokens_is_full_attention() -> None:
     q, k, v = draw(2, 4, 2, 150)
     local = expert_class("local")(ExpertShape(4, 16, WINDOW, 150))
-    torch.testing.assert_close(local(q, k, v), expert_class("full")(ExpertShape(4, 16, WINDOW))(q, k, v))
+    torch.testing.assert_close(
+        local(q, k, v), expert_class("full")(ExpertShape(4, 16, WINDOW))(q, k, v)
+    )
 
 
 def test_a_window_of_one_is_the_value_itself() -> None:
@@ -80,7 +86,9 @@ def test_a_window_of_one_is_the_value_itself() -> None:
 
 
 def test_unknown_expert_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="expert: expected one of .*full, gated, linear, local.*got 'fulll'"):
+    with pytest.raises(
+        ValueError, match="expert: expected one of .*full, gated, linear, local.*got 'fulll'"
+    ):
         expert_class("fulll")
 
 
@@ -103,7 +111,14 @@ def test_window_below_one_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "field"), [((2, 3, 5, 8), "k"), ((1, 4, 5, 8), "k"), ((2, 4, 3, 8), "k"), ((2, 4, 5, 4), "k"), ((2, 4, 8), "k")]
+    ("shape", "field"),
+    [
+        ((2, 3, 5, 8), "k"),
+        ((1, 4, 5, 8), "k"),
+        ((2, 4, 3, 8), "k"),
+        ((2, 4, 5, 4), "k"),
+        ((2, 4, 8), "k"),
+    ],
 )
 def test_shapes_that_do_not_fit_are_named(shape: tuple[int, ...], field: str) -> None:
     q = torch.zeros(2, 4, 5, 8)
@@ -124,7 +139,12 @@ class TestGated(ExpertContract):
     def oracle(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The recurrence, one token after another."""
         expert = self.build().double()
-        gate, bias, log_scale, features = expert.gate, expert.gate_bias, expert.log_scale, self.features
+        gate, bias, log_scale, features = (
+            expert.gate,
+            expert.gate_bias,
+            expert.log_scale,
+            self.features,
+        )
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         scale = log_scale.exp()[:, None]
         state, total, outputs = 0.0, 0.0, []
@@ -133,7 +153,9 @@ class TestGated(ExpertContract):
             phi_k, phi_q = ((features(expert, x[:, :, t]) * scale).softmax(-1) for x in (k, q))
             state = a[..., None] * state + phi_k[..., None] * v[:, :, t, None]
             total = a * total + phi_k
-            outputs.append((phi_q[..., None] * state).sum(-2) / ((phi_q * total).sum(-1, keepdim=True) + 1e-6))
+            outputs.append(
+                (phi_q[..., None] * state).sum(-2) / ((phi_q * total).sum(-1, keepdim=True) + 1e-6)
+            )
         return torch.stack(outputs, 2)
 
     def features(self, expert: Expert, x: Tensor) -> Tensor:

@@ -30,7 +30,9 @@ def negated(name: str, method: str = "forward") -> Expert:
             return -super().forward(q, k, v)
 
     class Segment(parent):  # type: ignore[valid-type, misc]
-        def extend_segment(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        def extend_segment(
+            self, q: Tensor, k: Tensor, v: Tensor, state: Tensor
+        ) -> tuple[Tensor, Tensor]:
             out, after = super().extend_segment(q, k, v, state)
             return -out, after
 
@@ -52,13 +54,16 @@ def declared(name: str) -> Expert:
 @pytest.mark.parametrize("name", ["full", "local", "linear", "gated"])
 @pytest.mark.parametrize("backend", ["torch", "dense", "auto", "reference"])
 @pytest.mark.parametrize("T", [20, 300])
-def test_what_overrides_forward_is_not_computed_by_its_parents_kernel(name: str, backend: str, T: int) -> None:
+def test_what_overrides_forward_is_not_computed_by_its_parents_kernel(
+    name: str, backend: str, T: int
+) -> None:
     q, k, v = draw(2, 4, 2, T)
     route, parent = draw_route("independent", 2, T) % 2, expert_class(name)(SHAPE)
     mine = negated(name)
     assert mine.kernel is Kernel.NONE and parent.kernel is not Kernel.NONE
     got, plain = (
-        routed_attention(q, k, v, route, window=9, backend=backend, experts=("full", expert)) for expert in (mine, parent)
+        routed_attention(q, k, v, route, window=9, backend=backend, experts=("full", expert))
+        for expert in (mine, parent)
     )
     want = torch.where((route == 1)[:, None, :, None], -plain, plain)
     assert relative_error(got, want.double()) < 1e-5
@@ -76,7 +81,9 @@ def test_nor_when_decoding(name: str, lengths: tuple[int, int] | None) -> None:
         cut = None if lengths is None else torch.tensor(lengths)
         parts = [cache.attend(q[:, :, :12], k[:, :, :12], v[:, :, :12], 0, lengths=cut)]
         for t in range(12, 20):
-            parts.append(cache.attend(q[:, :, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1], 0))
+            parts.append(
+                cache.attend(q[:, :, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1], 0)
+            )
         return torch.cat(parts, 2)
 
     assert relative_error(decoded(mine), -decoded(parent).double()) < 1e-5
@@ -85,23 +92,36 @@ def test_nor_when_decoding(name: str, lengths: tuple[int, int] | None) -> None:
 @pytest.mark.parametrize("name", ["full", "local", "linear", "gated"])
 def test_a_subclass_may_say_that_it_computes_the_same(name: str) -> None:
     q, k, v = draw(2, 4, 2, 300)
-    route, mine, parent = draw_route("independent", 2, 300) % 2, declared(name), expert_class(name)(SHAPE)
+    route, mine, parent = (
+        draw_route("independent", 2, 300) % 2,
+        declared(name),
+        expert_class(name)(SHAPE),
+    )
     assert mine.kernel is parent.kernel
     for backend in ("torch", "dense"):
-        got, want = (routed_attention(q, k, v, route, window=9, backend=backend, experts=("full", e)) for e in (mine, parent))
+        got, want = (
+            routed_attention(q, k, v, route, window=9, backend=backend, experts=("full", e))
+            for e in (mine, parent)
+        )
         assert torch.equal(got, want)
 
 
 def test_reach_is_how_many_keys_back_a_query_sees() -> None:
     """Read off the experts themselves: a change of a key counts or does not."""
-    for name, shape in (("full", SHAPE), ("local", SHAPE), ("local", ExpertShape(4, 16, 9, sinks=2))):
+    for name, shape in (
+        ("full", SHAPE),
+        ("local", SHAPE),
+        ("local", ExpertShape(4, 16, 9, sinks=2)),
+    ):
         expert, (q, k, v) = expert_class(name)(shape), draw(1, 4, 4, 30)
         for T in (5, 30):
             seen = []
             for back in range(T):
                 changed = v.clone()
                 changed[:, :, T - 1 - back] += 1.0
-                pair = (expert(q[:, :, :T], k[:, :, :T], x[:, :, :T])[:, :, -1] for x in (v, changed))
+                pair = (
+                    expert(q[:, :, :T], k[:, :, :T], x[:, :, :T])[:, :, -1] for x in (v, changed)
+                )
                 seen.append(not torch.equal(*pair))
             reach = expert.reach(T)
             assert reach is None or seen == [back < reach for back in range(T)]
@@ -116,5 +136,9 @@ def test_the_decoding_kernel_knows_the_librarys_features_alone() -> None:
             return super().feature(x + 1.0)
 
     experts = [expert_class(name)(SHAPE) for name in ("gated", "mapped")] + [Shifted(SHAPE)]
-    assert [e.fixed_map for e in experts if isinstance(e, GatedLinearAttention)] == [True, False, False]
+    assert [e.fixed_map for e in experts if isinstance(e, GatedLinearAttention)] == [
+        True,
+        False,
+        False,
+    ]
     assert [LayerCache([copy.deepcopy(e)], 1, 4, 4)._native[3] for e in experts] == [0, -1, -1]

@@ -18,7 +18,10 @@ CPU = torch.device("cpu")
 
 
 def experts() -> list[Expert]:
-    return [expert_class(name)(ExpertShape(num_heads=2, head_dim=8, window=5)) for name in ("full", "linear", "local")]
+    return [
+        expert_class(name)(ExpertShape(num_heads=2, head_dim=8, window=5))
+        for name in ("full", "linear", "local")
+    ]
 
 
 @pytest.fixture
@@ -34,7 +37,10 @@ def test_latency_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert first[0] > 0 and (first > 0).all()
     monkeypatch.setattr(latency, "_measure", lambda *_: pytest.fail("measured again"))
     torch.testing.assert_close(cost_ratios(experts(), CostModel.LATENCY, 64, device="cpu"), first)
-    assert all(key.startswith(f"{timing.device_name(CPU)} | 2.") for key in json.loads(latency.cache_path().read_text()))
+    assert all(
+        key.startswith(f"{timing.device_name(CPU)} | 2.")
+        for key in json.loads(latency.cache_path().read_text())
+    )
 
 
 def test_a_damaged_cache_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,12 +51,18 @@ def test_a_damaged_cache_is_measured_again(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_processor_has_its_name(cpuinfo: Path) -> None:
-    cpuinfo.write_text("processor\t: 0\nmodel name\t: Some CPU: 3.0 GHz\nflags\t: fpu\n\nprocessor\t: 1\nmodel name\t: other\n")
+    cpuinfo.write_text(
+        "processor\t: 0\nmodel name\t: Some CPU: 3.0 GHz\nflags\t: fpu\n\nprocessor\t: "
+        "1\nmodel "
+        "name\t: other\n"
+    )
     assert timing.device_name(CPU) == f"Some CPU: 3.0 GHz, {torch.get_num_threads()} threads"
 
 
 @pytest.mark.parametrize("content", [None, "", "CPU implementer\t: 0x41\n", "model name\t:  \n"])
-def test_a_processor_without_a_name_there(cpuinfo: Path, monkeypatch: pytest.MonkeyPatch, content: str | None) -> None:
+def test_a_processor_without_a_name_there(
+    cpuinfo: Path, monkeypatch: pytest.MonkeyPatch, content: str | None
+) -> None:
     if content is not None:
         cpuinfo.write_text(content)
     monkeypatch.setattr(platform, "processor", lambda: "arm")
@@ -60,7 +72,9 @@ def test_a_processor_without_a_name_there(cpuinfo: Path, monkeypatch: pytest.Mon
     assert timing.device_name(CPU).startswith("aarch64, ")
 
 
-def test_another_processor_is_measured_anew(cpuinfo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_processor_is_measured_anew(
+    cpuinfo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(latency, "_measure", lambda *_: [1.0, 2.0, 3.0])
     cpuinfo.write_text("model name\t: A\n")

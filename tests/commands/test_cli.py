@@ -11,7 +11,13 @@ import pytest
 from bayes_router.cli import COMMANDS, main
 from bayes_router.config import load_config
 
-QUICK = ["--model.d_model=16", "--model.num_layers=2", "--model.num_heads=2", "--data.context=32", "--data.eval_tokens=512"]
+QUICK = [
+    "--model.d_model=16",
+    "--model.num_layers=2",
+    "--model.num_heads=2",
+    "--data.context=32",
+    "--data.eval_tokens=512",
+]
 
 
 def run(*arguments: object) -> int:
@@ -37,7 +43,9 @@ def test_a_reader_that_stops_is_no_error() -> None:
     process.stderr.close()
 
 
-def test_fit_evaluate_generate(corpus: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_evaluate_generate(
+    corpus: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     arguments = [
         "fit",
@@ -59,14 +67,24 @@ def test_fit_evaluate_generate(corpus: str, tmp_path: Path, capsys: pytest.Captu
     assert "HARD" in text and str(out) in text
     config = load_config(out / "config.toml")
     assert (config.train.steps, config.train.seed, config.model.d_model) == (8, 3, 16)
-    assert {path.name for path in (out / "figures").iterdir()} == {"losses.png", "cost_nll.png", "load.png"}
+    assert {path.name for path in (out / "figures").iterdir()} == {
+        "losses.png",
+        "cost_nll.png",
+        "load.png",
+    }
     summary = json.loads((out / "summary.json").read_text())
     assert run("evaluate", out) == 0
     assert f"HARD {summary['nll']['hard']:.4f}" in capsys.readouterr().out
-    assert run("generate", out, "--prompt", "def ", "--tokens", 12, "--temperature", 0, "--routes") == 0
+    assert (
+        run("generate", out, "--prompt", "def ", "--tokens", 12, "--temperature", 0, "--routes")
+        == 0
+    )
     first = capsys.readouterr().out
     assert first.startswith("def ") and "full" in first
-    assert run("generate", out, "--prompt", "def ", "--tokens", 12, "--temperature", 0, "--routes") == 0
+    assert (
+        run("generate", out, "--prompt", "def ", "--tokens", 12, "--temperature", 0, "--routes")
+        == 0
+    )
     assert capsys.readouterr().out == first
     assert run("fit", "--resume", "--out", out, "--quiet") == 0
     assert run(*arguments) == 2
@@ -102,20 +120,33 @@ def test_a_file_and_dotted_options_override_the_preset(corpus: str, tmp_path: Pa
         ([], "command"),
         (["fit", "--preset", "huge"], "preset: expected one of base, small, tiny; got 'huge'"),
         (["fit", "--preset", "tiniy"], "got 'tiniy'; did you mean tiny?"),
-        (["fit", "--corpus", "bible"], "corpus: expected one of hf:NAME, recall, sotu, stdlib, text:PATH; got 'bible'"),
+        (
+            ["fit", "--corpus", "bible"],
+            "corpus: expected one of hf:NAME, recall, sotu, stdlib, text:PATH; got 'bible'",
+        ),
         (["fit", "--corpus", "stdlb"], "text:PATH; got 'stdlb'; did you mean stdlib?"),
-        (["fit", "--corpus", "/proc"], "expected text:PATH for a file or folder; got '/proc'; did you mean text:/proc?"),
+        (
+            ["fit", "--corpus", "/proc"],
+            "expected text:PATH for a file or folder; got '/proc'; did you mean text:/proc?",
+        ),
         (["fit", "--corpus", "text:/nowhere"], "no such path"),
         (["fit", "--steps", "many"], "steps: expected an integer; got 'many'"),
         (["fit", "--steps"], "--steps: expected a value; got none"),
         (["fit", "--train.lr", "fast"], "train.lr: expected a number; got 'fast'"),
         (["fit", "--train.compile", "maybe"], "train.compile: expected true or false; got 'maybe'"),
-        (["fit", "--model.experts", "full"], "model.experts: expected a list, as [a,b]; got 'full'"),
-        (["fit", "--prior.cost_ratio", "[a]"], "prior.cost_ratio: expected a list, as [a,b]; got \"['a']\""),
+        (
+            ["fit", "--model.experts", "full"],
+            "model.experts: expected a list, as [a,b]; got 'full'",
+        ),
+        (
+            ["fit", "--prior.cost_ratio", "[a]"],
+            "prior.cost_ratio: expected a list, as [a,b]; got \"['a']\"",
+        ),
         (["fit", "--preset"], "--preset: expected a value; got none"),
         (
             ["fit", "--train.precison", "float32"],
-            "--train.precison: expected an option of this command; got another; did you mean --train.prec",
+            "--train.precison: expected an option of this command; got another; did you mean "
+            "--train.prec",
         ),
         (
             ["evalute", "runs/tiny"],
@@ -130,7 +161,10 @@ def test_a_file_and_dotted_options_override_the_preset(corpus: str, tmp_path: Pa
         (["fit", "--model.window", "0"], "model.window: expected at least 1"),
         (["fit", "--prior.cost_ratio", "[0,0,0]"], "cost_ratio: expected not all zero"),
         (["fit", "--prior.cost_ratio", "[1,2,0.3]"], "cost_ratio: expected numbers in (0, 1]"),
-        (["fit", "--prior.total_concentration", "0"], "prior.total_concentration: expected a positive number"),
+        (
+            ["fit", "--prior.total_concentration", "0"],
+            "prior.total_concentration: expected a positive number",
+        ),
         (["fit", "--config", "/nowhere.toml"], "/nowhere.toml does not exist"),
         (["fit", "--resume", "--out", "/nowhere"], "/nowhere does not exist"),
         (["fit", "--colour", "blue"], "--colour: expected an option of this command"),
@@ -139,7 +173,11 @@ def test_a_file_and_dotted_options_override_the_preset(corpus: str, tmp_path: Pa
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
@@ -158,9 +196,16 @@ def test_bad_input_is_one_line_and_status_2(
         ("--tokens", "0", "max_new_tokens: expected at least 1"),
     ],
 )
-def test_bad_generation(finished_run: Path, option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_generation(
+    finished_run: Path, option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = {"--prompt": "x", "--tokens": "3", option: value}
-    assert main(["generate", str(finished_run), *(word for pair in arguments.items() for word in pair)]) == 2
+    assert (
+        main(
+            ["generate", str(finished_run), *(word for pair in arguments.items() for word in pair)]
+        )
+        == 2
+    )
     assert message in capsys.readouterr().err
 
 

@@ -20,20 +20,29 @@ def test_help_needs_no_torch_and_takes_no_second(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom bayes_router.cli import main\n"
         f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
-        "print(*sorted({'torch', 'numpy', 'pandas', 'pyro', 'scipy', 'seaborn', 'matplotlib'} & set(sys.modules)))"
+        "print(*sorted({'torch', 'numpy', 'pandas', 'pyro', 'scipy', 'seaborn', 'matplotlib'} & "
+        "set(sys.modules)))"
     )
     before = os.times()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == ""
     assert len(done.stdout) > 5
     after = os.times()  # processor time of the whole process, which a busy machine does not change
-    assert after.children_user + after.children_system - before.children_user - before.children_system < 1
+    assert (
+        after.children_user + after.children_system - before.children_user - before.children_system
+        < 1
+    )
 
 
 @pytest.mark.parametrize("command", ["generate", "evaluate", "fit"])
 def test_what_draws_and_fits_is_imported_when_something_is_drawn_or_fitted(command: str) -> None:
-    missing = {"scipy", "seaborn", "matplotlib", "pandas", "transformers"} | ({"pyro"} if command != "fit" else set())
-    code = f"import sys, bayes_router.cli, bayes_router.commands.{command}\nprint(*sorted({missing!r} & set(sys.modules)))"
+    missing = {"scipy", "seaborn", "matplotlib", "pandas", "transformers"} | (
+        {"pyro"} if command != "fit" else set()
+    )
+    code = (
+        f"import sys, bayes_router.cli, "
+        f"bayes_router.commands.{command}\nprint(*sorted({missing!r} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 
@@ -44,7 +53,8 @@ def test_the_first_line_comes_before_torch(finished_run: Path) -> None:
     Held by that, not by a clock, a busy machine does not matter.
     """
     code = (
-        "import sys\nfrom bayes_router.commands import parsers\nfrom bayes_router.cli import build_parser\n"
+        "import sys\nfrom bayes_router.commands import parsers\nfrom bayes_router.cli import "
+        "build_parser\n"
         "arguments = sys.argv[1:]\nparsed = build_parser(arguments).parse_args(arguments)\n"
         "parsers.COMMANDS[parsed.command].begin(parsed[parsed.command])\n"
         "print('|', 'torch' in sys.modules)"
@@ -59,21 +69,28 @@ def test_the_first_line_comes_before_torch(finished_run: Path) -> None:
         ["report", run],
         ["bench"],
     ):
-        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+        )
         first, _, loaded = done.stdout.partition("|")
         assert len(first) > 3 and loaded.strip() == "False", arguments
 
 
 def test_the_help_says_what_the_code_does() -> None:
     texts = {name: command.parser([]).format_help() for name, command in COMMANDS.items()}
-    assert f"({SURE_ENOUGH})" in texts["evaluate"] and f"within {TOLERANCE}" in " ".join(texts["evaluate"].split())
+    assert f"({SURE_ENOUGH})" in texts["evaluate"] and f"within {TOLERANCE}" in " ".join(
+        texts["evaluate"].split()
+    )
     assert ", ".join(sorted(PRIOR_MAPS)) in " ".join(texts["sweep"].split())
     options = build_parser([]).parse_args(["report", "runs/tiny"])
     assert options.report.tokens == SHOWN_TOKENS
 
 
 def test_an_out_that_cannot_be_is_one_line(
-    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    finished_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file, folder = tmp_path / "file", tmp_path / "folder"
     file.write_text("kept")
@@ -87,12 +104,18 @@ def test_an_out_that_cannot_be_is_one_line(
         ("bench", "--quick"): (file, below),
     }
     if Path("/proc/version").exists():
-        commands = {command: (*outs, Path("/proc/none")) for command, outs in commands.items()}  # nobody may write there
+        commands = {
+            command: (*outs, Path("/proc/none")) for command, outs in commands.items()
+        }  # nobody may write there
     for command, outs in commands.items():
         for out in outs:
             assert main([*map(str, command), "--out", str(out)]) == 2, (command, out)
             error = capsys.readouterr().err
-            assert error.startswith("bayes-router: out: expected") and error.count("\n") == 1, (command, out, error)
+            assert error.startswith("bayes-router: out: expected") and error.count("\n") == 1, (
+                command,
+                out,
+                error,
+            )
     assert file.read_text() == "kept" and sorted(tmp_path.iterdir()) == [file, folder]
 
 
@@ -105,14 +128,29 @@ def test_an_error_of_the_system_is_one_line(
     monkeypatch.setattr(evaluate, "run", full)
     assert main(["evaluate", str(finished_run)]) == 2
     error = capsys.readouterr().err
-    assert error == "bayes-router: runs/x/dial.csv: No space left on device; free or name another path\n"
+    assert (
+        error
+        == "bayes-router: runs/x/dial.csv: No space left on device; free or name another path\n"
+    )
 
 
 @pytest.mark.parametrize(
-    ("encoding", "prompt"), [("cp1252", "Łódź 日本".encode()), ("ascii", "Größe".encode()), ("utf-8", b"caf\xe9 ")]
+    ("encoding", "prompt"),
+    [("cp1252", "Łódź 日本".encode()), ("ascii", "Größe".encode()), ("utf-8", b"caf\xe9 ")],
 )
-def test_what_an_output_cannot_show_is_replaced(finished_run: Path, encoding: str, prompt: bytes) -> None:
-    arguments = [sys.executable, "-m", "bayes_router", "generate", str(finished_run), "--tokens", "5", "--prompt"]
+def test_what_an_output_cannot_show_is_replaced(
+    finished_run: Path, encoding: str, prompt: bytes
+) -> None:
+    arguments = [
+        sys.executable,
+        "-m",
+        "bayes_router",
+        "generate",
+        str(finished_run),
+        "--tokens",
+        "5",
+        "--prompt",
+    ]
     done = subprocess.run(
         [os.fsencode(a) for a in arguments] + [prompt],
         capture_output=True,
@@ -122,7 +160,9 @@ def test_what_an_output_cannot_show_is_replaced(finished_run: Path, encoding: st
     error = done.stderr.decode(errors="replace")
     if encoding == "utf-8":  # the prompt is not
         assert done.returncode == 2 and error.count("\n") == 1
-        assert error.startswith("bayes-router: prompt: expected text in UTF-8; got the bytes b'caf\\xe9 '")
+        assert error.startswith(
+            "bayes-router: prompt: expected text in UTF-8; got the bytes b'caf\\xe9 '"
+        )
     else:
         assert done.returncode == 0 and error == ""
         assert done.stdout.startswith(prompt.decode().encode(encoding, errors="replace"))

@@ -8,7 +8,22 @@ from bayes_router.cli import main
 
 
 def generate(run: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
-    assert main(["generate", str(run), "--prompt", "The ", "--tokens", "40", "--temperature", "1", *options]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                str(run),
+                "--prompt",
+                "The ",
+                "--tokens",
+                "40",
+                "--temperature",
+                "1",
+                *options,
+            ]
+        )
+        == 0
+    )
     return capsys.readouterr().out
 
 
@@ -27,10 +42,15 @@ def test_a_stop_that_is_no_single_token_is_refused(
     assert main(["generate", str(finished_run), "--prompt", "x", "--stop", "a", text]) == 2
     out, error = capsys.readouterr()
     assert out == "x\n"  # the prompt, which stands there before torch is loaded
-    assert f"stop: expected texts of one token of the tokeniser 'bytes'; got {text!r}, {count} tokens" in error
+    assert (
+        f"stop: expected texts of one token of the tokeniser 'bytes'; got {text!r}, {count} tokens"
+        in error
+    )
     assert error.count("\n") == 1
 
 
-def test_bad_arguments_are_refused_before_anything_is_generated(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments_are_refused_before_anything_is_generated(
+    finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["generate", str(finished_run), "--prompt", "x", "--tokens", "0"]) == 2
     assert capsys.readouterr().out == "x\n"

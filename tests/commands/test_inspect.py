@@ -43,30 +43,52 @@ def test_marks_and_legend_agree(finished_run: Path) -> None:
     assert "1 of 4 tokens marked" in text
 
 
-def test_the_command_prints_the_legend(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_legend(
+    finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["inspect", str(finished_run), "--tokens", "40", "--device", "cpu"]) == 0
     assert re.search(r"layer 0: f: full .*  g: gated .*  l: local ", capsys.readouterr().out)
 
 
-def test_colour_and_picture_say_the_same(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_colour_and_picture_say_the_same(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     svg = tmp_path / "routes.svg"
     arguments = ["--tokens", "40", "--device", "cpu", "--colour", "always", "--svg", str(svg)]
     assert main(["inspect", str(finished_run), *arguments]) == 0
     printed = capsys.readouterr().out
     assert "\x1b[97;48;5;25m full " in printed  # the legend, on the colours of the figures
     plain = re.sub(r"\x1b\[[\d;]*m", "", printed)
-    drawn = " ".join(re.findall(r">([^<]*)</text>", svg.read_text(encoding="utf-8"))).replace("&#160;", " ")
-    assert re.findall(r"\d+ of \d+ tokens marked", plain)[0] in drawn and "@font-face" not in svg.read_text(encoding="utf-8")
+    drawn = " ".join(re.findall(r">([^<]*)</text>", svg.read_text(encoding="utf-8"))).replace(
+        "&#160;", " "
+    )
+    assert re.findall(r"\d+ of \d+ tokens marked", plain)[
+        0
+    ] in drawn and "@font-face" not in svg.read_text(encoding="utf-8")
 
 
 def test_a_text_is_shaded_by_a_number_of_each_token() -> None:
     numbers = {"risk": torch.tensor([0.0, 0.005, 0.02, 0.05, 0.3])}
-    shown = ShownText(list("abcde"), torch.ones(1, 5, 3), torch.zeros(1, 5, dtype=torch.int64), torch.zeros(5), numbers)
+    shown = ShownText(
+        list("abcde"),
+        torch.ones(1, 5, 3),
+        torch.zeros(1, 5, dtype=torch.int64),
+        torch.zeros(5),
+        numbers,
+    )
     text = shaded(shown, scale("risk"), colour=False).plain
     assert text.splitlines()[-2:] == ["abcde", "01234"] and "mean 0.0750" in text
     coloured = shaded(shown, scale("risk"), colour=True)
-    assert len({str(span.style) for span in coloured.spans if span.start > coloured.plain.rindex("\n")}) == 5
-    with pytest.raises(ValueError, match="by: expected route: the fit keeps no estimate of the other; got 'foreign'"):
+    assert (
+        len(
+            {str(span.style) for span in coloured.spans if span.start > coloured.plain.rindex("\n")}
+        )
+        == 5
+    )
+    with pytest.raises(
+        ValueError,
+        match="by: expected route: the fit keeps no estimate of the other; got 'foreign'",
+    ):
         shaded(shown, scale("foreign"), colour=False)
     with pytest.raises(ValueError, match="by: expected one of foreign, risk, route; got 'doubt'"):
         scale("doubt")
@@ -74,7 +96,11 @@ def test_a_text_is_shaded_by_a_number_of_each_token() -> None:
 
 def test_what_colours_a_token_is_that_of_a_pass_of_its_own(finished_run: Path) -> None:
     run = load_fitted(finished_run)
-    width, layers, context = run.config.model.d_model, run.config.model.num_layers, run.config.data.context
+    width, layers, context = (
+        run.config.model.d_model,
+        run.config.model.num_layers,
+        run.config.data.context,
+    )
     run.model.controller.risk = Risk(RiskHead(width + layers * len(run.experts) + 2))
     text = b"The state of the union is strong. " * 3
     shown, first = route_text(run, text, 60), torch.tensor([list(text[:context])])
@@ -86,7 +112,9 @@ def test_what_colours_a_token_is_that_of_a_pass_of_its_own(finished_run: Path) -
     torch.testing.assert_close(shown.numbers["foreign"][:context], expected)
 
 
-def test_the_command_colours_by_how_foreign_a_text_is(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_colours_by_how_foreign_a_text_is(
+    finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["inspect", str(finished_run), "--tokens", "40", "--device", "cpu", "--by"]
     assert main([*arguments, "foreign"]) == 0
     assert "foreign, nats by which" in capsys.readouterr().out

@@ -23,13 +23,23 @@ def examined(finished_run: Path) -> Examination:
     return Examination(load_fitted(finished_run), effort=SMALL)
 
 
-def test_without_arviz_stats_the_rest_is_shown(examined: Examination, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_arviz_stats_the_rest_is_shown(
+    examined: Examination, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "arviz_stats", None)
     monkeypatch.setitem(sys.modules, "arviz_stats.base", None)
     html = write_report(examined, b"some text to show, and some more of it", quick=False)
-    reason = "guide: pareto_k: expected the package arviz-stats; got none; run pip install -e '.[diagnostics]' in the checkout"
+    reason = (
+        "guide: pareto_k: expected the package arviz-stats; got none; run pip install -e "
+        "'.[diagnostics]' in the checkout"
+    )
     assert any(line.startswith(reason) for line in examined.left_out())
-    assert "Reliability" in html and "ECE" in html and "arviz-stats" in html and "Guide against" not in html
+    assert (
+        "Reliability" in html
+        and "ECE" in html
+        and "arviz-stats" in html
+        and "Guide against" not in html
+    )
     assert {verdict.topic for verdict in examined.verdicts()} >= {"amortisation"}
 
 
@@ -43,10 +53,14 @@ def test_ctrl_c_keeps_what_was_read(examined: Examination, monkeypatch: pytest.M
     assert [line for line in left if line.endswith(": interrupted")] == [
         f"{one.title}: interrupted" for name, one in diagnostics().items() if name != "k_hat"
     ]
-    assert "k-hat, joint, 1 tokens (median)" in examined.figures() and "ECE" not in examined.figures()
+    assert (
+        "k-hat, joint, 1 tokens (median)" in examined.figures() and "ECE" not in examined.figures()
+    )
 
 
-def test_a_figure_that_cannot_be_drawn_is_left_out(examined: Examination, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_figure_that_cannot_be_drawn_is_left_out(
+    examined: Examination, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("no font\nat all")
 
@@ -70,7 +84,9 @@ def test_a_damaged_log_of_metrics_is_one_line_of_the_report(
     assert (run / "report.html").stat().st_size > 10_000
 
 
-def test_a_report_whose_place_is_gone_is_written_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_whose_place_is_gone_is_written_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "there" / "r.html"  # its folder went while the text was read
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     said = report.write_somewhere(out, "<html>")

@@ -28,7 +28,9 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = folder / "text"
     text.mkdir()
     for i in range(10):
-        (text / f"{i}.txt").write_bytes(bytes(torch.randint(33, 127, (600,), generator=generator).tolist()))
+        (text / f"{i}.txt").write_bytes(
+            bytes(torch.randint(33, 127, (600,), generator=generator).tolist())
+        )
     run = folder / "run"
     fit(fit_config(str(text), steps=2), run, progress=False)
     _, model = load_run(run)
@@ -79,16 +81,39 @@ def test_printed_settings_are_a_config_that_costs_the_target(
     assert "prior predictive: cost 0.2400" in text and "95%" in text
 
 
-def test_with_a_run_it_sweeps_and_draws(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_with_a_run_it_sweeps_and_draws(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "swept"
-    arguments = ("sweep", run_folder, "--steps", 1, "--seeds", 1, "--tokens", 64, "--device", "cpu", "--out", out)
+    arguments = (
+        "sweep",
+        run_folder,
+        "--steps",
+        1,
+        "--seeds",
+        1,
+        "--tokens",
+        64,
+        "--device",
+        "cpu",
+        "--out",
+        out,
+    )
     assert run(*arguments) == 0
     frame = pd.read_csv(out / "sweep.csv")
     assert len(frame) == 11  # the run's settings, and 3 + 3 + 4 moved one at a time
-    assert {path.name for path in out.iterdir()} == {"prior.toml", "prior.png", "sweep.csv", "sweep.png"}
+    assert {path.name for path in out.iterdir()} == {
+        "prior.toml",
+        "prior.png",
+        "sweep.csv",
+        "sweep.png",
+    }
     text = capsys.readouterr().out
     assert "posterior after 1 steps of controllers" in text and "route_information" in text
-    assert load_config(out / "prior.toml").prior.temperature == load_config(run_folder / "config.toml").prior.temperature
+    assert (
+        load_config(out / "prior.toml").prior.temperature
+        == load_config(run_folder / "config.toml").prior.temperature
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,13 +130,17 @@ def test_with_a_run_it_sweeps_and_draws(run_folder: Path, tmp_path: Path, capsys
         (["nowhere"], "does not exist"),
     ],
 )
-def test_wrong_input_ends_in_one_line(arguments: list[object], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_input_ends_in_one_line(
+    arguments: list[object], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("sweep", *arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 
 
-def test_settings_of_a_solution_need_a_target(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_of_a_solution_need_a_target(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("sweep", run_folder, "--price", 1.0) == 2
     assert "a target_cost beside it" in capsys.readouterr().err
 
@@ -121,7 +150,10 @@ def test_evaluate_meets_a_budget(
     policy: list[object], run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "evaluated"
-    assert run("evaluate", run_folder, "--budget", 0.6, "--curve-tokens", 256, "--out", out, *policy) == 0
+    assert (
+        run("evaluate", run_folder, "--budget", 0.6, "--curve-tokens", 256, "--out", out, *policy)
+        == 0
+    )
     text = capsys.readouterr().out
     assert "held-out nll against budget (paper, full = 1), 256 tokens" in text
     figures = json.loads((out / "evaluation.json").read_text())
@@ -132,7 +164,9 @@ def test_evaluate_meets_a_budget(
     assert (curve["cost"] - curve["budget"])[curve["met"]].abs().max() <= 0.005
 
 
-def test_evaluate_by_flops_and_its_refusals(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_by_flops_and_its_refusals(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("evaluate", run_folder, "--budget", 0.01, "--cost", "flops") == 2
     assert "budget: expected a cost from" in capsys.readouterr().err
     assert run("evaluate", run_folder, "--threshold", 0.5) == 2

@@ -57,10 +57,14 @@ def test_texts_by_name_make_one() -> None:
 
 @pytest.mark.parametrize("shares", [{"low": 1.0}, {"low": 1.0, "high": 0.0}])
 def test_shares_that_do_not_fit_are_refused(shares: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="shares: expected a positive number for each of low, high"):
+    with pytest.raises(
+        ValueError, match="shares: expected a positive number for each of low, high"
+    ):
         mixture(**shares)
 
 
 def test_streams_of_two_vocabularies_are_refused() -> None:
     with pytest.raises(ValueError, match="texts: expected one stream or more, of one vocabulary"):
-        Mixture({k: TokenStream(t, n, k) for (k, t), n in zip(KINDS.items(), (100, 101), strict=True)})
+        Mixture(
+            {k: TokenStream(t, n, k) for (k, t), n in zip(KINDS.items(), (100, 101), strict=True)}
+        )

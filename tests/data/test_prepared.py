@@ -33,9 +33,14 @@ def assert_equal_batches(name: str, folder: Path, tokeniser: str = "bytes") -> N
         assert isinstance(a, MappedTokens)
         assert len(a) == len(b)
         for step in range(3):
-            assert all(torch.equal(x, y) for x, y in zip(a.batch(step, 4, 16, 0), b.batch(step, 4, 16, 0), strict=True))
+            assert all(
+                torch.equal(x, y)
+                for x, y in zip(a.batch(step, 4, 16, 0), b.batch(step, 4, 16, 0), strict=True)
+            )
         whole = zip(a.windows(16, 7), b.windows(16, 7), strict=True)
-        assert all(torch.equal(x.tokens, y.tokens) and torch.equal(x.targets, y.targets) for x, y in whole)
+        assert all(
+            torch.equal(x.tokens, y.tokens) and torch.equal(x.targets, y.targets) for x, y in whole
+        )
 
 
 def test_a_folder_gives_the_tokens_and_the_split_of_memory(corpus: str, tmp_path: Path) -> None:
@@ -63,7 +68,9 @@ def test_preparing_says_how_far_it_is_where_there_is_no_terminal(
 
 
 @pytest.mark.parametrize("block", [64, 1000, BLOCK])
-def test_one_file_gives_the_tokens_and_the_cut_of_memory(tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_file_gives_the_tokens_and_the_cut_of_memory(
+    tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(prepared_module, "BLOCK", block)
     text = "\n\n".join(f"Absatz {i}: größer, 漢字, " + "wort " * (i % 17) for i in range(200))
     (tmp_path / "one.txt").write_text(text, encoding="utf-8")
@@ -73,12 +80,16 @@ def test_one_file_gives_the_tokens_and_the_cut_of_memory(tmp_path: Path, block: 
 def test_copies_and_blank_files_are_treated_alike(tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     for i in range(12):
-        (tmp_path / "text" / f"{i}.txt").write_text(f"document {i // 3} " * 20 if i % 4 else "\n \n")
+        (tmp_path / "text" / f"{i}.txt").write_text(
+            f"document {i // 3} " * 20 if i % 4 else "\n \n"
+        )
     assert_equal_batches(f"text:{tmp_path / 'text'}", tmp_path / "prepared")
 
 
 @pytest.mark.parametrize("block", [2, 3, 5, 64])
-def test_blocks_add_up_and_end_with_characters(tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_add_up_and_end_with_characters(
+    tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(prepared_module, "BLOCK", block)
     content = ("ü漢🙂a" * 40 + " zwei\ndrei " + "x" * 90).encode()
     (tmp_path / "f").write_bytes(content)
@@ -117,7 +128,11 @@ def test_what_a_killed_process_left_is_removed_and_what_is_being_written_is_not(
             prepared_data(f"text:{corpus}", "bytes", fraction, 0, str(tmp_path))
             os._exit(0)
         for _ in range(2000):
-            new = [path for path in tmp_path.iterdir() if path not in before and (path / "train.bin").exists()]
+            new = [
+                path
+                for path in tmp_path.iterdir()
+                if path not in before and (path / "train.bin").exists()
+            ]
             if new:
                 return pid, new[0]
             time.sleep(0.01)
@@ -163,9 +178,12 @@ def test_damage_is_named(corpus: str, tmp_path: Path, damage: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"\xff\xfe", "invalid UTF-8 at byte 0"), (b"a\0b", "a NUL byte"), (b" \n", "without any")]
+    ("content", "message"),
+    [(b"\xff\xfe", "invalid UTF-8 at byte 0"), (b"a\0b", "a NUL byte"), (b" \n", "without any")],
 )
-def test_what_is_no_text_is_refused_as_in_memory(tmp_path: Path, content: bytes, message: str) -> None:
+def test_what_is_no_text_is_refused_as_in_memory(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
     (tmp_path / "f").write_bytes(content)
     for folder in ("", str(tmp_path / "p")):
         with pytest.raises(ValueError, match=message):
@@ -173,7 +191,9 @@ def test_what_is_no_text_is_refused_as_in_memory(tmp_path: Path, content: bytes,
     assert not list((tmp_path / "p").glob("*")) if (tmp_path / "p").exists() else True
 
 
-def test_a_fit_on_prepared_text_is_the_same_fit(corpus: str, finished_run: Path, tmp_path: Path) -> None:
+def test_a_fit_on_prepared_text_is_the_same_fit(
+    corpus: str, finished_run: Path, tmp_path: Path
+) -> None:
     config = with_changes(fit_config(corpus), {"data.prepared": str(tmp_path / "prepared")})
     fit(config, tmp_path / "run", progress=False)
     for file in ("model.safetensors",):
@@ -198,9 +218,13 @@ def test_resident_memory_stays_flat_while_a_corpus_streams(tmp_path: Path) -> No
 # Data sets of Hugging Face
 
 
-def test_a_data_set_without_the_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_data_set_without_the_package_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"corpus 'hf:x': expected the package datasets.*pip install -e '.\[hf\]'"):
+    with pytest.raises(
+        ValueError, match=r"corpus 'hf:x': expected the package datasets.*pip install -e '.\[hf\]'"
+    ):
         text_data("hf:x", prepared=str(tmp_path))
 
 
@@ -214,7 +238,12 @@ def test_a_local_data_set_is_a_corpus(
 ) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    made = datasets.DatasetDict({split: datasets.Dataset.from_dict({"id": list(range(60)), "text": ROWS}) for split in splits})
+    made = datasets.DatasetDict(
+        {
+            split: datasets.Dataset.from_dict({"id": list(range(60)), "text": ROWS})
+            for split in splits
+        }
+    )
     if form == "saved":
         made.save_to_disk(str(tmp_path / "set"))
     else:
@@ -223,11 +252,16 @@ def test_a_local_data_set_is_a_corpus(
             made[split].to_json(str(tmp_path / "set" / f"{split}.jsonl"))
     data = text_data(f"hf:{tmp_path / 'set'}", prepared=str(tmp_path / "prepared"))
     whole = len("\n\n".join(ROWS))
-    assert len(data.valid) == whole if len(splits) == 2 else 0.05 * whole < len(data.valid) < 0.2 * whole
+    assert (
+        len(data.valid) == whole
+        if len(splits) == 2
+        else 0.05 * whole < len(data.valid) < 0.2 * whole
+    )
     text = data.tokeniser.decode(next(iter(data.train.windows(len(data.train) - 1, 1))).tokens[0])
     assert ("row 7 of" in text or len(splits) == 1) and "\n\n" in text
     config = with_changes(
-        fit_config("x"), {"data.corpus": f"hf:{tmp_path / 'set'}", "data.prepared": str(tmp_path / "prepared")}
+        fit_config("x"),
+        {"data.corpus": f"hf:{tmp_path / 'set'}", "data.prepared": str(tmp_path / "prepared")},
     )
     config, loaded = load_data(with_changes(config, {"data.context": 16, "data.eval_tokens": 16}))
     Trainer(config, loaded, torch.device("cpu")).step(0)

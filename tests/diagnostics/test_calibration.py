@@ -22,7 +22,12 @@ from bayes_router.diagnostics.measures.calibration import (
     stability,
     tempered,
 )
-from bayes_router.diagnostics.measures.other_text import other_text_verdict, other_texts, passage_scores, tell_apart
+from bayes_router.diagnostics.measures.other_text import (
+    other_text_verdict,
+    other_texts,
+    passage_scores,
+    tell_apart,
+)
 from bayes_router.diagnostics.measures.verdict import Severity
 from bayes_router.routing.policy import Argmax
 from bayes_router.routing.posterior import probability_of_largest
@@ -34,7 +39,11 @@ def test_regret_is_what_forcing_one_token_costs():
     model = tiny_model().eval()
     batch = Batch(*tiny_batch(B=2, T=20))
     frame = routing_regret(model, [batch], per_sequence=6)
-    assert len(frame) == 12 and frame["sequence"].tolist() == [0] * 6 + [1] * 6 and (frame["regret"] >= 0).all()
+    assert (
+        len(frame) == 12
+        and frame["sequence"].tolist() == [0] * 6 + [1] * 6
+        and (frame["regret"] >= 0).all()
+    )
     for row in (frame.iloc[1], frame.iloc[8]):
         tokens, targets = batch.tokens[row["sequence"]][None], batch.targets[row["sequence"]][None]
         out = model(tokens, RoutingMode.HARD)
@@ -50,7 +59,9 @@ def test_regret_is_what_forcing_one_token_costs():
         q = out.concentration[row["layer"], 0, row["position"], row["unit"]]
         stated = float(probability_of_largest(q.detach(), torch.tensor(choice)))
         assert row[f"largest_{row['choice']}"] == pytest.approx(stated, abs=1e-5)
-    assert frame[[f"largest_{name}" for name in EXPERTS]].sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-4)
+    assert frame[[f"largest_{name}" for name in EXPERTS]].sum(axis=1).to_numpy() == pytest.approx(
+        1, abs=1e-4
+    )
 
 
 def test_pairs_are_sampled_without_repetition():
@@ -65,13 +76,17 @@ def test_nothing_scored_is_refused():
 
 
 def test_reliability_of_known_probabilities():
-    table = reliability(np.array([0.25, 0.25, 0.95, 0.95, 1.0]), np.array([True, False, True, True, False]))
+    table = reliability(
+        np.array([0.25, 0.25, 0.95, 0.95, 1.0]), np.array([True, False, True, True, False])
+    )
     assert table["bin"].tolist() == [2, 9] and table["count"].tolist() == [2, 3]
     assert table["observed"].tolist() == pytest.approx([0.5, 2 / 3])
     assert expected_calibration_error(table) == pytest.approx((0.25 * 2 + (2.9 - 2)) / 5)
 
 
-def simulated(temperature: float, rows: int = 8000, seed: int = 0) -> tuple[pd.DataFrame, np.ndarray]:
+def simulated(
+    temperature: float, rows: int = 8000, seed: int = 0
+) -> tuple[pd.DataFrame, np.ndarray]:
     """Stated probabilities, and choices that are right as often as the tempered ones say."""
     random = np.random.default_rng(seed)
     stated = random.dirichlet([0.6, 0.6, 0.6], rows)
@@ -89,7 +104,9 @@ def simulated(temperature: float, rows: int = 8000, seed: int = 0) -> tuple[pd.D
 def test_the_planted_temperature_is_found(temperature):
     frame, choice = simulated(temperature)
     stated = frame[["largest_a", "largest_b", "largest_c"]].to_numpy()
-    assert fit_temperature(stated, choice, (frame["regret"] == 0).to_numpy()) == pytest.approx(temperature, rel=0.15)
+    assert fit_temperature(stated, choice, (frame["regret"] == 0).to_numpy()) == pytest.approx(
+        temperature, rel=0.15
+    )
 
 
 def test_calibration_is_mended_on_sequences_it_was_not_fitted_on():
@@ -98,7 +115,10 @@ def test_calibration_is_mended_on_sequences_it_was_not_fitted_on():
     bad, _ = calibration_verdicts(simulated(4.0)[0], result)
     assert bad.severity is Severity.WARNING and "tempered" in bad.advice
     fine = calibrate(simulated(1.0)[0], ["a", "b", "c"])
-    assert fine.ece < 0.05 and calibration_verdicts(simulated(1.0)[0], fine)[0].severity is Severity.GOOD
+    assert (
+        fine.ece < 0.05
+        and calibration_verdicts(simulated(1.0)[0], fine)[0].severity is Severity.GOOD
+    )
 
 
 def test_the_temperature_is_that_of_the_sequences_it_is_not_judged_by():
@@ -124,21 +144,30 @@ def test_tolerance_makes_a_near_miss_right():
 
 def test_tempering_keeps_a_distribution_and_goes_flat():
     p = np.array([[0.7, 0.2, 0.1], [1.0, 0.0, 0.0]])
-    assert tempered(p, 1.0)[0] == pytest.approx(p[0]) and tempered(p, 3.0).sum(1) == pytest.approx(1)
+    assert tempered(p, 1.0)[0] == pytest.approx(p[0]) and tempered(p, 3.0).sum(1) == pytest.approx(
+        1
+    )
     assert tempered(p, 1e6) == pytest.approx(1 / 3, abs=1e-3)
 
 
 def test_rank_correlation():
     x = np.array([0.1, 0.5, 0.2, 0.9])
-    assert rank_correlation(x, np.exp(x)) == pytest.approx(1) and rank_correlation(x, -x) == pytest.approx(-1)
+    assert rank_correlation(x, np.exp(x)) == pytest.approx(1) and rank_correlation(
+        x, -x
+    ) == pytest.approx(-1)
     assert np.isnan(rank_correlation(x, np.zeros(4)))
 
 
 def test_auroc():
-    assert auroc(np.array([3.0, 4.0]), np.array([1.0, 2.0])) == 1 and auroc(np.array([1.0]), np.array([1.0, 1.0])) == 0.5
+    assert (
+        auroc(np.array([3.0, 4.0]), np.array([1.0, 2.0])) == 1
+        and auroc(np.array([1.0]), np.array([1.0, 1.0])) == 0.5
+    )
     assert auroc(np.array([1.0, 3.0]), np.array([2.0])) == 0.5
     random = np.random.default_rng(0)
-    assert auroc(random.normal(1, 1, 4000), random.normal(0, 1, 4000)) == pytest.approx(0.760, abs=0.02)  # Phi(1 / sqrt 2)
+    assert auroc(random.normal(1, 1, 4000), random.normal(0, 1, 4000)) == pytest.approx(
+        0.760, abs=0.02
+    )  # Phi(1 / sqrt 2)
     with pytest.raises(ValueError, match="auroc: expected scores on both sides"):
         auroc(np.array([]), np.array([1.0]))
 
@@ -160,11 +189,15 @@ def test_noise_is_a_share_of_the_size_of_the_embeddings(size):
     model, seen = tiny_model().eval(), []
     with torch.no_grad():
         model.network.embed.weight.mul_(size)
-    model.network.blocks[0].attention_norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    model.network.blocks[0].attention_norm.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].detach())
+    )
     stability(model, iter([Batch(*tiny_batch())]), noise=0.3)
     clean, noisy = seen
     unit = model.config.d_model**0.5  # of the stream, over that of the embeddings
-    assert float((noisy - clean).std() / unit / model.network.embed.weight.std()) == pytest.approx(0.3, rel=0.1)
+    assert float((noisy - clean).std() / unit / model.network.embed.weight.std()) == pytest.approx(
+        0.3, rel=0.1
+    )
 
 
 class Planted(nn.Module):
@@ -180,14 +213,18 @@ class Planted(nn.Module):
         concentration = torch.where((tokens < 128).unsqueeze(-1), sure, torch.tensor([0.5, 0.4]))[
             None, :, :, None
         ]  # [1, B, T, 1, 2]
-        return RoutingOutput(torch.zeros(*tokens.shape, 256), concentration, concentration.argmax(-1))
+        return RoutingOutput(
+            torch.zeros(*tokens.shape, 256), concentration, concentration.argmax(-1)
+        )
 
 
 def test_a_planted_difference_is_told_apart_and_no_difference_is_not():
     random = torch.Generator().manual_seed(0)
     own, same = (torch.randint(0, 128, (2000,), generator=random) for _ in range(2))
     other = torch.randint(128, 256, (2000,), generator=random)
-    table = tell_apart(Planted(), own, {"same": same, "other": other}, torch.tensor([1.0, 0.2])).set_index("text")
+    table = tell_apart(
+        Planted(), own, {"same": same, "other": other}, torch.tensor([1.0, 0.2])
+    ).set_index("text")
     for measure in ("entropy_of_mean", "probability_right", "mutual_information"):
         assert table.loc["other", measure] == 1.0 and 0.2 < table.loc["same", measure] < 0.8
     verdict = other_text_verdict(table.reset_index())
@@ -199,5 +236,10 @@ def test_a_planted_difference_is_told_apart_and_no_difference_is_not():
 def test_other_texts_are_other():
     own = torch.tensor(list(b"To be or not to be " * 100))
     texts = other_texts(own, ByteTokeniser())
-    assert sorted(texts["shuffled"].tolist()) == sorted(own.tolist()) and not torch.equal(texts["shuffled"], own)
-    assert "def " in bytes(texts["code"].tolist()).decode() and "Uhrmacher" in bytes(texts["German"].tolist()).decode()
+    assert sorted(texts["shuffled"].tolist()) == sorted(own.tolist()) and not torch.equal(
+        texts["shuffled"], own
+    )
+    assert (
+        "def " in bytes(texts["code"].tolist()).decode()
+        and "Uhrmacher" in bytes(texts["German"].tolist()).decode()
+    )

@@ -28,7 +28,9 @@ def healthy(tokens: int = 60) -> torch.Tensor:
 
 
 def verdicts(q: torch.Tensor, **thresholds: float):
-    return summarise_collapse([reading(q)], program(), EXPERTS).verdicts(CollapseThresholds(**thresholds))
+    return summarise_collapse([reading(q)], program(), EXPERTS).verdicts(
+        CollapseThresholds(**thresholds)
+    )
 
 
 def test_a_healthy_router_raises_none():
@@ -40,15 +42,25 @@ def test_routing_collapse_is_caught_in_its_layer():
     q = healthy()
     q[1] = torch.tensor([0.1, 0.2, 5.0]) * torch.linspace(0.5, 2, 60)[None, :, None]
     found = verdicts(q)
-    assert [(v.topic, v.layers) for v in found if v.topic == Collapse.ROUTING.value] == [(Collapse.ROUTING.value, (1,))]
-    assert "100.0% of the tokens take local" in found[0].text and found[0].advice and found[0].severity is Severity.WARNING
+    assert [(v.topic, v.layers) for v in found if v.topic == Collapse.ROUTING.value] == [
+        (Collapse.ROUTING.value, (1,))
+    ]
+    assert (
+        "100.0% of the tokens take local" in found[0].text
+        and found[0].advice
+        and found[0].severity is Severity.WARNING
+    )
 
 
 def test_posterior_collapse_says_whether_it_is_the_prior():
     q = healthy()
     q[0] = PRIOR[0]
     at_prior = next(v for v in verdicts(q) if v.topic == Collapse.POSTERIOR.value)
-    assert at_prior.layers == (0,) and "equals the prior" in at_prior.text and "kl_weight" in at_prior.advice
+    assert (
+        at_prior.layers == (0,)
+        and "equals the prior" in at_prior.text
+        and "kl_weight" in at_prior.advice
+    )
     q[0] = torch.tensor([3.0, 2.9, 0.1])
     elsewhere = next(v for v in verdicts(q) if v.topic == Collapse.POSTERIOR.value)
     assert "not the prior's" in elsewhere.text and "controller_lr" in elsewhere.advice
@@ -70,11 +82,17 @@ def test_a_dead_expert_is_a_note():
     q = healthy()
     q[0, :, ::3] = torch.tensor([0.05, 8.05, 0.05])
     (found,) = verdicts(q)
-    assert (found.topic, found.layers, found.severity) == (Collapse.DEAD_EXPERT.value, (0,), Severity.NOTE)
+    assert (found.topic, found.layers, found.severity) == (
+        Collapse.DEAD_EXPERT.value,
+        (0,),
+        Severity.NOTE,
+    )
     assert found.text.startswith("full taken by fewer")
     q[1] = q[0]
     (both,) = verdicts(q)
-    assert both.layers == (0, 1) and str(both).startswith("[note] dead expert, layers 0, 1: full taken")
+    assert both.layers == (0, 1) and str(both).startswith(
+        "[note] dead expert, layers 0, 1: full taken"
+    )
 
 
 def test_thresholds_are_settings():
@@ -88,11 +106,19 @@ def test_thresholds_are_settings():
 
 def test_figures_of_a_layer_are_the_known_ones():
     row = (
-        summarise_collapse([reading(healthy()[:, :, :30]), reading(healthy()[:, :, 30:])], program(), EXPERTS).layers().iloc[0]
+        summarise_collapse(
+            [reading(healthy()[:, :, :30]), reading(healthy()[:, :, 30:])], program(), EXPERTS
+        )
+        .layers()
+        .iloc[0]
     )
-    assert row["effective_experts"] == pytest.approx(3) and row["largest_load"] == pytest.approx(1 / 3)
+    assert row["effective_experts"] == pytest.approx(3) and row["largest_load"] == pytest.approx(
+        1 / 3
+    )
     assert row["share_sure"] == 1.0
-    assert row["kl"] == pytest.approx(float(dirichlet_kl(healthy()[0, 0], PRIOR[0]).mean()), rel=1e-5)
+    assert row["kl"] == pytest.approx(
+        float(dirichlet_kl(healthy()[0, 0], PRIOR[0]).mean()), rel=1e-5
+    )
     assert row["prior_distance"] == pytest.approx(0.5 * (2 / 15 + 1 / 15 + 1 / 15), abs=1e-6)
 
 
@@ -128,7 +154,9 @@ def test_an_expert_that_hardly_any_token_takes_is_dead():
     q[0, :, ::3] = torch.tensor([0.05, 8.05, 0.05])
     q[0, :, 0] = torch.tensor([8.05, 0.05, 0.05])  # one of 6000
     (found,) = verdicts(q)
-    assert found.topic == Collapse.DEAD_EXPERT.value and found.text.startswith("full taken by fewer than 0.1%")
+    assert found.topic == Collapse.DEAD_EXPERT.value and found.text.startswith(
+        "full taken by fewer than 0.1%"
+    )
 
 
 def test_an_empty_text_is_refused():
@@ -140,7 +168,9 @@ def test_over_training_names_the_step_of_a_collapse():
     rows = []
     for step, load, information in ((10, (0.4, 0.3, 0.3), 0.3), (20, (0.0, 0.0, 1.0), 0.0)):
         row = {"step": step, "nll": 1.0, "route_information_0": information, "kl_0": 0.5}
-        rows.append(row | {f"load_0_{name}": share for name, share in zip(EXPERTS, load, strict=True)})
+        rows.append(
+            row | {f"load_0_{name}": share for name, share in zip(EXPERTS, load, strict=True)}
+        )
     rows.append({"step": 15, "nll": 1.2})  # a logged step without an evaluation
     frame = collapse_over_training(pd.DataFrame(rows), EXPERTS)
     assert frame["step"].tolist() == [10, 20]

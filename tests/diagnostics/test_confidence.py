@@ -23,7 +23,11 @@ def planted(rows: int = 4000, seed: int = 0) -> pd.DataFrame:
     """
     random = np.random.default_rng(seed)
     mean = random.dirichlet([2.0, 2.0, 2.0], rows)
-    choice, layer, entropy = mean.argmax(1), random.integers(0, 2, rows), random.gamma(1.0, 1.0, rows)
+    choice, layer, entropy = (
+        mean.argmax(1),
+        random.integers(0, 2, rows),
+        random.gamma(1.0, 1.0, rows),
+    )
     probability = 1 / (1 + np.exp(2.5 * np.log(entropy + 0.01) - layer))
     right = random.random(rows) < probability
     losses = np.full((rows, 3), 1.0)
@@ -32,10 +36,18 @@ def planted(rows: int = 4000, seed: int = 0) -> pd.DataFrame:
     frame = pd.DataFrame({f"loss_{name}": losses[:, e] for e, name in enumerate(EXPERTS)})
     for e, name in enumerate(EXPERTS):
         frame[f"mean_{name}"] = frame[f"largest_{name}"] = mean[:, e]
-    frame["choice"], frame["layer"], frame["sequence"] = np.array(EXPERTS)[choice], layer, np.arange(rows) // 20
+    frame["choice"], frame["layer"], frame["sequence"] = (
+        np.array(EXPERTS)[choice],
+        layer,
+        np.arange(rows) // 20,
+    )
     frame["regret"] = losses[np.arange(rows), choice] - losses.min(1)
     frame["entropy_of_mean"] = -(mean * np.log(mean)).sum(1)
-    frame["total_concentration"], frame["predictive_entropy"], frame["planted"] = 3.0, entropy, probability
+    frame["total_concentration"], frame["predictive_entropy"], frame["planted"] = (
+        3.0,
+        entropy,
+        probability,
+    )
     frame["position"] = random.integers(0, 100, rows)
     return frame
 
@@ -47,11 +59,15 @@ def test_a_planted_confidence_is_found_on_text_that_its_fit_never_saw():
     stated = confidence(read)
     assert float(np.abs(stated - read["planted"]).mean()) < 0.05
     base = float(right_within(fitted, 0.01).mean())
-    found, truth = (quality(p, read, 0.01, base, draws=20) for p in (stated, read["planted"].to_numpy()))
+    found, truth = (
+        quality(p, read, 0.01, base, draws=20) for p in (stated, read["planted"].to_numpy())
+    )
     assert found.ece.value < 0.05 and found.gain.low > 0.2 and found.rank.low > 0.3
     assert found.auroc.value == pytest.approx(truth.auroc.value, abs=0.02)
     assert found.auroc.low < found.auroc.value < found.auroc.high and found.auroc.n == len(read)
-    told = quality(baselines(fitted, read, EXPERTS, 0.01)["temperature"], read, 0.01, base, draws=20)
+    told = quality(
+        baselines(fitted, read, EXPERTS, 0.01)["temperature"], read, 0.01, base, draws=20
+    )
     assert told.auroc.low < 0.55 < found.auroc.low  # the posterior was planted to know nothing
 
 
@@ -85,7 +101,9 @@ def test_conformal_sets_hold_the_best_expert_as_often_as_asked():
         sets = conformal_sets(fitted, read, EXPERTS, coverage)
         assert sets.coverage.value == pytest.approx(coverage, abs=0.03)
     assert conformal_sets(fitted, read, EXPERTS, 0.5).size < sets.size <= 3
-    with pytest.raises(ValueError, match="regret: expected at least 99 rows for a coverage of 0.99"):
+    with pytest.raises(
+        ValueError, match="regret: expected at least 99 rows for a coverage of 0.99"
+    ):
         conformal_sets(fitted[:50], read, EXPERTS, 0.99)
     with pytest.raises(ValueError, match="coverage: expected a probability"):
         conformal_sets(fitted, read, EXPERTS, 1.0)
@@ -96,7 +114,12 @@ def test_an_interval_over_windows_covers_and_is_wider_than_one_over_rows():
     for trial in range(60):
         windows = random.normal(0, 1, 30)
         x = np.repeat(windows, 10) + random.normal(0, 0.1, 300)
-        found = clustered(lambda rows, x=x: float(x[rows].mean()), np.repeat(np.arange(30), 10), draws=200, seed=trial)
+        found = clustered(
+            lambda rows, x=x: float(x[rows].mean()),
+            np.repeat(np.arange(30), 10),
+            draws=200,
+            seed=trial,
+        )
         hits += found.low <= 0 <= found.high
     assert hits >= 51  # 60 x 0.93 expected; over rows about 30
     rows = clustered(lambda rows: float(x[rows].mean()), np.arange(300), draws=200)
@@ -107,7 +130,9 @@ def test_what_cannot_be_said():
     frame = planted(40)
     with pytest.raises(ValueError, match="regret: expected at least four sequences"):
         split(frame)
-    with pytest.raises(ValueError, match="regret: expected choices right and wrong; got '100% right'"):
+    with pytest.raises(
+        ValueError, match="regret: expected choices right and wrong; got '100% right'"
+    ):
         Confidence(frame.assign(regret=0.0), EXPERTS, 0.01)
     with pytest.raises(ValueError, match="windows: expected at least two"):
         clustered(lambda rows: 0.0, [1, 1])

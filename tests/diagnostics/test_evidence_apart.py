@@ -23,9 +23,13 @@ def model():
 
 
 def test_a_planted_shift_is_told_apart_by_token_and_the_same_kind_is_not(model):
-    table = evidence_apart(model, text(0, 12, 1), {"same": text(0, 12, 2), "other": text(12, 23, 3)}, 100, draws=30)
+    table = evidence_apart(
+        model, text(0, 12, 1), {"same": text(0, 12, 2), "other": text(12, 23, 3)}, 100, draws=30
+    )
     found = table.set_index(["text", "score"])
-    assert found.loc[("other", "token"), "low"] > 0.9 and found.loc[("other", "recent"), "low"] > 0.97
+    assert (
+        found.loc[("other", "token"), "low"] > 0.9 and found.loc[("other", "recent"), "low"] > 0.97
+    )
     for score in ("token", "recent"):
         row = found.loc[("same", score)]
         assert row["low"] < 0.5 < row["high"] + 0.05 and abs(row["auroc"] - 0.5) < 0.1

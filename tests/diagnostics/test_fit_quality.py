@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Dirichlet, Gamma
 
-from bayes_router.diagnostics.measures.amortisation import amortisation_gap, gap_verdict, nuts_comparison
+from bayes_router.diagnostics.measures.amortisation import (
+    amortisation_gap,
+    gap_verdict,
+    nuts_comparison,
+)
 from bayes_router.diagnostics.measures.importance import (
     FitThresholds,
     draw_log_route,
@@ -40,8 +44,12 @@ def test_log_draws_and_their_ratio_stay_finite_where_the_draw_underflows():
     q = torch.full((20_000, 3), 0.01)
     torch.manual_seed(0)
     log_route = draw_log_route(q)
-    assert (log_route < math.log(torch.finfo(torch.float32).tiny)).any()  # a float32 draw would be zero
-    program, _ = toy(MixtureNetwork(torch.ones(3, 3) / 3), torch.tensor([[0.02, 0.3, 0.1]]), torch.ones(1, 3))
+    assert (
+        log_route < math.log(torch.finfo(torch.float32).tiny)
+    ).any()  # a float32 draw would be zero
+    program, _ = toy(
+        MixtureNetwork(torch.ones(3, 3) / 3), torch.tensor([[0.02, 0.3, 0.1]]), torch.ones(1, 3)
+    )
     ratio = log_density_ratio(log_route, q, program, 0)
     assert torch.isfinite(ratio).all()
     assert float(ratio.exp().mean()) == pytest.approx(1, abs=0.1)  # E_q[p / q]
@@ -55,7 +63,9 @@ def test_density_ratio_is_that_of_the_log_densities(price):
     log_route = draw_log_route(q.expand(50, 2))
     route = log_route.exp().float()
     expected = program.prior(0).log_prob(route) - Dirichlet(q).log_prob(route)
-    torch.testing.assert_close(log_density_ratio(log_route, q, program, 0).float(), expected, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        log_density_ratio(log_route, q, program, 0).float(), expected, atol=1e-3, rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize(("p", "q"), [(0.5, 1.0), (0.2, 0.8), (0.1, 1.0)])
@@ -64,7 +74,12 @@ def test_k_hat_of_one_dirichlet_for_another_is_the_closed_form(p, q):
     prior, guide = torch.tensor([[p, 3.0]]), torch.tensor([[q, 3.0]])
     program, pair = toy(BlindNetwork(), prior, guide)
     k = [
-        pareto_k(importance_weights(program, pair, TOKENS[:1], TARGETS[:1], draws=4000, seed=s).log_weight()) for s in range(4)
+        pareto_k(
+            importance_weights(
+                program, pair, TOKENS[:1], TARGETS[:1], draws=4000, seed=s
+            ).log_weight()
+        )
+        for s in range(4)
     ]
     assert np.mean(k) == pytest.approx(1 - p / q, abs=0.12)
 
@@ -97,20 +112,28 @@ def test_the_single_draw_bound_is_the_elbo():
     torch.manual_seed(1)
     draws = Dirichlet(q[0]).sample((50_000, 6))
     likelihood = float((draws @ THETA)[:, torch.arange(6), TARGETS].log().sum(1).mean())
-    assert mean == pytest.approx(likelihood - 6 * float(dirichlet_kl(q[0], prior[0])), abs=5 * error + 0.02)
+    assert mean == pytest.approx(
+        likelihood - 6 * float(dirichlet_kl(q[0], prior[0])), abs=5 * error + 0.02
+    )
 
 
 def test_a_prefix_has_the_weights_of_a_shorter_sequence():
     program, pair = toy(MixtureNetwork(), torch.tensor([[1.0, 1.5]]), torch.tensor([[2.0, 1.2]]))
     whole = importance_weights(program, pair, TOKENS, TARGETS, draws=30)
-    assert torch.allclose(whole.log_weight(2), whole.log_ratio[:, :2].sum(1) + whole.log_likelihood[:, :2].sum(1))
-    assert torch.allclose(whole.log_weight(2, 3.0) - whole.log_weight(2), 2 * whole.log_likelihood[:, :2].sum(1))
+    assert torch.allclose(
+        whole.log_weight(2), whole.log_ratio[:, :2].sum(1) + whole.log_likelihood[:, :2].sum(1)
+    )
+    assert torch.allclose(
+        whole.log_weight(2, 3.0) - whole.log_weight(2), 2 * whole.log_likelihood[:, :2].sum(1)
+    )
 
 
 def test_verdicts_tell_a_good_guide_from_a_bad_one():
     program, bad = toy(BlindNetwork(), torch.tensor([[0.1, 1.0]]), torch.tensor([[5.0, 1.0]]))
     frame = k_hat_frame(program, bad, [(TOKENS, TARGETS)] * 2, (1, 4), draws=300, bounds=(1, 10))
-    assert {"bound_1", "bound_10", "bound_10_error"} <= set(frame.columns) and set(frame["target"]) == {"joint", "cold"}
+    assert {"bound_1", "bound_10", "bound_10_error"} <= set(frame.columns) and set(
+        frame["target"]
+    ) == {"joint", "cold"}
     assert {v.severity for v in k_hat_verdicts(frame)} == {Severity.WARNING}
     program, good = toy(BlindNetwork(), torch.tensor([[2.0, 2.0]]), torch.tensor([[2.2, 2.1]]))
     frame = k_hat_frame(program, good, [(TOKENS, TARGETS)] * 2, (1, 4), draws=300, bounds=(1,))
@@ -141,13 +164,19 @@ def test_gap_of_a_blind_likelihood_is_the_kl():
     gap = amortisation_gap(program, guide, TOKENS[None], TARGETS[None], steps=150, draws=4)
     assert gap.gap == pytest.approx(float(dirichlet_kl(q[0], prior[0])), rel=0.02)
     assert gap.kl_own < 0.01 and gap.nll_own == pytest.approx(gap.nll_controller, abs=1e-5)
-    assert gap_verdict(gap).severity is Severity.NOTE and gap_verdict(gap, FitThresholds(gap=5)).severity is Severity.GOOD
+    assert (
+        gap_verdict(gap).severity is Severity.NOTE
+        and gap_verdict(gap, FitThresholds(gap=5)).severity is Severity.GOOD
+    )
 
 
 def test_a_controller_at_the_optimum_has_no_gap():
     prior = torch.tensor([[0.8, 1.2]])
     program, guide = toy(BlindNetwork(), prior, prior)
-    assert abs(amortisation_gap(program, guide, TOKENS[None], TARGETS[None], steps=30, draws=2).gap) < 5e-3
+    assert (
+        abs(amortisation_gap(program, guide, TOKENS[None], TARGETS[None], steps=30, draws=2).gap)
+        < 5e-3
+    )
 
 
 def test_hindsight_raises_the_bound_of_each_token():
@@ -156,13 +185,17 @@ def test_hindsight_raises_the_bound_of_each_token():
     program, guide = toy(MixtureNetwork(), prior, prior)
     gap = amortisation_gap(program, guide, TOKENS[None], TARGETS[None], steps=150, draws=64)
     evidence = float(((prior[0] / prior.sum()) @ THETA[:, TARGETS]).log().mean())
-    assert gap.gap > 3 * gap.standard_error and gap.bound_controller < gap.bound_own < evidence + 0.02
+    assert (
+        gap.gap > 3 * gap.standard_error and gap.bound_controller < gap.bound_own < evidence + 0.02
+    )
 
 
 def test_nuts_finds_the_exact_posterior_and_shows_what_the_guide_misses():
     prior, targets = torch.tensor([[2.0, 3.0]]), torch.tensor([[0, 2]])
     program, guide = toy(MixtureNetwork(), prior, prior)
-    frame = nuts_comparison(program, guide, torch.zeros_like(targets), targets, draws=300, warmup=100, guide_draws=4)
+    frame = nuts_comparison(
+        program, guide, torch.zeros_like(targets), targets, draws=300, warmup=100, guide_draws=4
+    )
     exact: Tensor = exact_posterior_mean(prior[0], targets)  # [1, 2, 2]
     np.testing.assert_allclose(frame["nuts"], exact.flatten(), atol=0.04)
     np.testing.assert_allclose(frame["guide"], frame["prior"], atol=1e-6)
@@ -173,5 +206,9 @@ def test_gamma_draws_by_logs_have_the_right_mean():
     """The identity that `draw_log_route` rests on."""
     torch.manual_seed(0)
     a = torch.tensor(0.3, dtype=torch.float64)
-    boosted = Gamma(a + 1, torch.tensor(1.0, dtype=torch.float64)).sample((100_000,)) * torch.rand(100_000).double() ** (1 / a)
-    assert float(boosted.mean()) == pytest.approx(0.3, abs=0.01) and float(boosted.var()) == pytest.approx(0.3, abs=0.02)
+    boosted = Gamma(a + 1, torch.tensor(1.0, dtype=torch.float64)).sample((100_000,)) * torch.rand(
+        100_000
+    ).double() ** (1 / a)
+    assert float(boosted.mean()) == pytest.approx(0.3, abs=0.01) and float(
+        boosted.var()
+    ) == pytest.approx(0.3, abs=0.02)

@@ -18,7 +18,9 @@ DRAWS = 31
 def counts(guide: tuple[float, float], rows: int = 1500):
     """A blind likelihood, whose posterior is the prior."""
     program, q = toy(BlindNetwork(), PRIOR, torch.tensor([guide]))
-    ranks = rank_statistics(program, guide_draws(program, q, DRAWS), torch.zeros(rows, 1, dtype=torch.int64))
+    ranks = rank_statistics(
+        program, guide_draws(program, q, DRAWS), torch.zeros(rows, 1, dtype=torch.int64)
+    )
     first = ranks[ranks["expert"] == 0]
     assert len(first) == rows and first["rank"].between(0, DRAWS).all()
     return rank_counts(first["rank"], DRAWS)
@@ -30,7 +32,9 @@ def test_ranks_of_the_exact_posterior_are_uniform():
 
 def test_ranks_of_a_posterior_that_is_too_sure_heap_at_the_ends_and_of_one_too_wide_in_the_middle():
     sure, wide, low = counts((10.0, 15.0)), counts((0.3, 0.45)), counts((0.4, 3.0))
-    assert min(sure[0], sure[-1]) > 2 * sure[3:5].max() and wide[2:6].min() > 1.5 * max(wide[0], wide[-1])
+    assert min(sure[0], sure[-1]) > 2 * sure[3:5].max() and wide[2:6].min() > 1.5 * max(
+        wide[0], wide[-1]
+    )
     assert low[-1] > 5 * low[0]  # draws lie below the truth
     assert max(map(uniform_p_value, (sure, wide, low))) < 1e-9
 

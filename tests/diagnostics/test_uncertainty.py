@@ -41,7 +41,9 @@ def test_probability_right_agrees_with_sampling():
 
 def test_credible_intervals_are_quantiles_of_the_marginals():
     low, high = credible_interval(torch.tensor([[1.0, 1.0], [2.0, 1.0]]), 0.9)
-    assert low[0].tolist() == pytest.approx([0.05, 0.05]) and high[0].tolist() == pytest.approx([0.95, 0.95])
+    assert low[0].tolist() == pytest.approx([0.05, 0.05]) and high[0].tolist() == pytest.approx(
+        [0.95, 0.95]
+    )
     assert float(low[1, 0]) == pytest.approx(0.05**0.5)  # Beta(2, 1) has P(x < t) = t^2
     q = torch.tensor([0.7, 2.0, 0.4])
     torch.manual_seed(0)
@@ -78,8 +80,14 @@ def test_token_frame_holds_together():
     assert len(frame) == 60 and list(frame["layer"].unique()) == [0, 1]
     means = frame[["mean_full", "mean_gated", "mean_local"]]
     np.testing.assert_allclose(means.sum(axis=1), 1)
-    np.testing.assert_allclose(frame["mutual_information"], frame["entropy_of_mean"] - frame["expected_entropy"], atol=1e-12)
-    assert (frame["low_full"] <= frame["high_full"]).all() and (frame["mutual_information"] >= 0).all()
+    np.testing.assert_allclose(
+        frame["mutual_information"],
+        frame["entropy_of_mean"] - frame["expected_entropy"],
+        atol=1e-12,
+    )
+    assert (frame["low_full"] <= frame["high_full"]).all() and (
+        frame["mutual_information"] >= 0
+    ).all()
     assert (frame["choice"] == means.idxmax(axis=1).str.removeprefix("mean_")).all()
     per_token = frame.groupby("token")["cost"].mean()
     np.testing.assert_allclose(per_token, frame.groupby("token")["token_cost"].first())
@@ -121,10 +129,15 @@ def test_summary_is_the_mean_of_the_tokens_whatever_the_batches():
     frame = token_frame(q.flatten(1, 2), ["full", "gated", "local"], COST)
     frame["position"] = frame["token"] % 8
     frame["kind"] = [list(TokenKind)[kinds[t]].value for t in tokens.flatten().tolist()] * 2
-    for table, by in ((whole.layers().reset_index(), ["layer"]), (whole.positions(), ["layer", "position"])):
+    for table, by in (
+        (whole.layers().reset_index(), ["layer"]),
+        (whole.positions(), ["layer", "position"]),
+    ):
         expected = frame.groupby(by)["entropy_of_mean"].mean().reset_index()["entropy_of_mean"]
         np.testing.assert_allclose(table["entropy_of_mean"], expected)
-    merged = whole.kinds_frame().merge(frame.groupby(["layer", "kind"])["cost"].mean().reset_index(), on=["layer", "kind"])
+    merged = whole.kinds_frame().merge(
+        frame.groupby(["layer", "kind"])["cost"].mean().reset_index(), on=["layer", "kind"]
+    )
     np.testing.assert_allclose(merged["cost_x"], merged["cost_y"])
     assert merged["share"].sum() == pytest.approx(2)
 
@@ -145,7 +158,11 @@ def test_summary_keeps_sums_alone():
 def test_a_sure_posterior_has_no_uncertainty():
     q = torch.tensor([1e6, 1e-3, 1e-3]).expand(1, 1, 4, 3)
     row = UncertaintySummary(COST).add(reading(q)).layers().iloc[0]
-    assert row[Measure.SURE.value] == 1 and row["probability_right"] == pytest.approx(1) and row["entropy_of_mean"] < 1e-6
+    assert (
+        row[Measure.SURE.value] == 1
+        and row["probability_right"] == pytest.approx(1)
+        and row["entropy_of_mean"] < 1e-6
+    )
 
 
 def test_an_empty_text_is_refused():

@@ -33,7 +33,14 @@ def test_a_layer_is_the_mean_of_its_units_and_its_kl_their_sum():
     q = torch.rand(2, 3, 40, 4, 2) + 0.05
     whole, alone = summary(q), [summary(q[:, :, :, r : r + 1]).layers() for r in range(4)]
     layers, units = whole.layers(), whole.units()
-    for column in ("load full", "route_information", "largest_load", "share_sure", "effective_experts", "prior_distance"):
+    for column in (
+        "load full",
+        "route_information",
+        "largest_load",
+        "share_sure",
+        "effective_experts",
+        "prior_distance",
+    ):
         mean = sum(frame[column] for frame in alone) / 4
         assert layers[column].to_numpy() == pytest.approx(mean.to_numpy()), column
     assert layers["kl"].to_numpy() == pytest.approx(sum(frame["kl"] for frame in alone).to_numpy())

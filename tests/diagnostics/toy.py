@@ -9,7 +9,9 @@ from bayes_router.inference.model import RoutingModel
 from bayes_router.routing.controller import MetaController
 from bayes_router.types import Route
 
-THETA = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]])  # [E, V]: what each expert says of the next token
+THETA = torch.tensor(
+    [[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]]
+)  # [E, V]: what each expert says of the next token
 
 
 class MixtureNetwork(nn.Module):
@@ -35,7 +37,9 @@ class BlindNetwork(MixtureNetwork):
         super().__init__(THETA[:1].expand(2, -1))
 
 
-def toy(network: nn.Module, prior: Tensor, guide: Tensor, price: float = 0.0) -> tuple[RoutingModel, RoutingGuide]:
+def toy(
+    network: nn.Module, prior: Tensor, guide: Tensor, price: float = 0.0
+) -> tuple[RoutingModel, RoutingGuide]:
     """A program with prior [1, E] and a guide that answers `guide` [1, E] for every token."""
     program = RoutingModel(network, prior, torch.linspace(1, 0.2, prior.shape[1]), price=price)
     controller = MetaController(1, 1, prior.shape[1], hidden=0, floor=0.001)
@@ -58,4 +62,6 @@ def reading(concentration: Tensor, tokens: Tensor | None = None) -> Reading:
     concentration = concentration.unsqueeze(3)
     if tokens is None:
         tokens = torch.zeros(concentration.shape[1:3], dtype=torch.int64)
-    return Reading(tokens, tokens, torch.zeros(tokens.shape), concentration, concentration.argmax(-1))
+    return Reading(
+        tokens, tokens, torch.zeros(tokens.shape), concentration, concentration.argmax(-1)
+    )

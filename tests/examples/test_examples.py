@@ -52,9 +52,17 @@ def twins(mini: ModuleType) -> tuple[torch.nn.Module, RoutedLanguageModel, dict[
     model = RoutedLanguageModel(config).double()
     names = {}
     for name, _ in router.named_parameters():
-        known = name.replace("network.layers.", "network.blocks.").replace("controllers.", "controller.")
-        known = known.replace("before_attention", "attention_norm").replace("before_mlp", "mlp_norm")
-        known = re.sub(r"\.(qkv|out)\.weight", r".attention.\1.weight", known) if "network" in known else known
+        known = name.replace("network.layers.", "network.blocks.").replace(
+            "controllers.", "controller."
+        )
+        known = known.replace("before_attention", "attention_norm").replace(
+            "before_mlp", "mlp_norm"
+        )
+        known = (
+            re.sub(r"\.(qkv|out)\.weight", r".attention.\1.weight", known)
+            if "network" in known
+            else known
+        )
         known = re.sub(r"(controller\.layers\.\d)\.0\.", r"\1.hidden.", known)
         names[name] = re.sub(r"(controller\.layers\.\d)\.2\.", r"\1.out.", known)
     model.load_state_dict({names[name]: value for name, value in router.state_dict().items()})
@@ -82,11 +90,15 @@ def test_its_loss_and_gradient_are_the_librarys(mini: ModuleType) -> None:
     assert theirs.item() == pytest.approx(ours.item() - mini.KL_WEIGHT * log_z, rel=1e-8)
     known = dict(model.named_parameters())
     parameters = dict(router.named_parameters())
-    theirs_by_name = dict(zip(parameters, torch.autograd.grad(theirs, parameters.values()), strict=True))  # type: ignore
+    theirs_by_name = dict(
+        zip(parameters, torch.autograd.grad(theirs, parameters.values()), strict=True)
+    )  # type: ignore
     ours_by_name = dict(zip(known, torch.autograd.grad(ours, known.values()), strict=True))  # type: ignore
     for name, gradient in theirs_by_name.items():
         # both turn queries and keys by angles in float32
-        torch.testing.assert_close(gradient, ours_by_name[names[name]], rtol=1e-5, atol=1e-8, msg=name)
+        torch.testing.assert_close(
+            gradient, ours_by_name[names[name]], rtol=1e-5, atol=1e-8, msg=name
+        )
 
 
 def test_it_executes_what_the_library_executes(mini: ModuleType) -> None:
@@ -112,7 +124,9 @@ def test_it_imports_torch_and_pyro_alone() -> None:
     tree = ast.parse((EXAMPLES / "mini_router.py").read_text(encoding="utf-8"))
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     imported = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
-    imported |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {
+        alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names
+    }
     assert {name.split(".")[0] for name in imported} == {"math", "pyro", "torch"}
 
 
@@ -129,7 +143,9 @@ def test_the_classifier_learns_and_is_short() -> None:
     assert float(heads.std(0).mean()) > 1e-3  # the head is a posterior, not a point
     tree = ast.parse((EXAMPLES / "classifier.py").read_text(encoding="utf-8"))
     parts = [
-        node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name in ("Classifier", "fit")
+        node
+        for node in tree.body
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name in ("Classifier", "fit")
     ]
     lines = sum((node.end_lineno or 0) - node.lineno + 1 for node in parts)
     assert lines <= 30

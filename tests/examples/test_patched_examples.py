@@ -27,7 +27,9 @@ def test_patch_and_fit() -> None:
 def test_trainer_learns_and_keeps_the_patch(tmp_path: Path) -> None:
     rows = load("trainer").main(steps=12, folder=str(tmp_path))
     assert rows[-1]["loss"] < rows[0]["loss"] and rows[-1]["routing_cost"] < 1
-    assert (tmp_path / "router.safetensors").is_file() and (tmp_path / "model.safetensors").is_file()
+    assert (tmp_path / "router.safetensors").is_file() and (
+        tmp_path / "model.safetensors"
+    ).is_file()
 
 
 def test_peft_and_router() -> None:

@@ -38,4 +38,12 @@ def zeroed(content: bytes, rng: random.Random) -> bytes:
     return content[:place] + bytes(len(content) - place)
 
 
-ALL: tuple[Damage, ...] = (truncated, bit_flipped, overwritten, cut_out, prolonged, random_bytes, zeroed)
+ALL: tuple[Damage, ...] = (
+    truncated,
+    bit_flipped,
+    overwritten,
+    cut_out,
+    prolonged,
+    random_bytes,
+    zeroed,
+)

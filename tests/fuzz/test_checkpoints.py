@@ -109,13 +109,19 @@ def put(state: dict[str, Any], path: str, value: object) -> dict[str, Any]:
 
 
 WRONG = [
-    *[("progress/step", value) for value in (-1, STEPS + 1, 3.5, "4", None, True, [1], float("nan"), 10**30)],
+    *[
+        ("progress/step", value)
+        for value in (-1, STEPS + 1, 3.5, "4", None, True, [1], float("nan"), 10**30)
+    ],
     *[("progress/skipped", value) for value in (-1, "x", None, 0.5)],
     *[("progress/in_a_row", value) for value in (-3, {}, None)],
     *[("progress/seconds", value) for value in ("late", -1.0, float("inf"), float("nan"), None)],
     *[("progress", value) for value in (None, [], 7, {})],
     *[("model", value) for value in (None, [], {}, {"a": 1}, torch.zeros(3))],
-    *[("model/network.embed.weight", value) for value in (None, 3, "x", torch.zeros(2, 2), torch.zeros(0))],
+    *[
+        ("model/network.embed.weight", value)
+        for value in (None, 3, "x", torch.zeros(2, 2), torch.zeros(0))
+    ],
     ("model/network.embed.weight", torch.zeros(256, 16, 1)),
     *[("optimiser", value) for value in (None, [], {}, {"state": {}, "param_groups": []})],
     *[("optimiser/param_groups", value) for value in ([], [{}], None, [{"params": [0]}])],
@@ -124,7 +130,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("path", "value"), WRONG, ids=[f"{path}-{i}" for i, (path, _) in enumerate(WRONG)])
+@pytest.mark.parametrize(
+    ("path", "value"), WRONG, ids=[f"{path}-{i}" for i, (path, _) in enumerate(WRONG)]
+)
 def test_wrong_types_and_shapes_in_a_state_are_refused(run: Path, path: str, value: object) -> None:
     (run / STATE).write_bytes(sealed(put(good_state(run), path, value)))
     refused(lambda: resume(run), STATE)
@@ -218,7 +226,9 @@ def test_weights_of_something_else_are_refused(
     ],
 )
 @pytest.mark.parametrize("bound", [True, False])
-def test_settings_that_claim_a_giant_model_are_refused_before_it_is_built(run: Path, line: str, bound: bool) -> None:
+def test_settings_that_claim_a_giant_model_are_refused_before_it_is_built(
+    run: Path, line: str, bound: bool
+) -> None:
     if not bound:  # as runs of before
         weights = load_file(run / WEIGHTS)
         save_file(weights, run / WEIGHTS, {"sha256": weights_digest(weights)})
@@ -231,10 +241,15 @@ def test_settings_that_claim_a_giant_model_are_refused_before_it_is_built(run: P
         refused(lambda: fit(load_config(run / "config.toml"), run, resume=True), CONFIG)
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"a,b\n1,2\n", b"step,nll\nx,y\n", b"step,nll\n1e999,0\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\xfe\x00", b"a,b\n1,2\n", b"step,nll\nx,y\n", b"step,nll\n1e999,0\n"]
+)
 def test_damaged_metrics_are_refused(run: Path, content: bytes) -> None:
     (run / METRICS).write_bytes(content)
-    refused(lambda: MetricsLog(run, 12) if content != b"step,nll\n1e999,0\n" else refuse_infinite(run), METRICS)
+    refused(
+        lambda: MetricsLog(run, 12) if content != b"step,nll\n1e999,0\n" else refuse_infinite(run),
+        METRICS,
+    )
 
 
 def refuse_infinite(run: Path) -> None:

@@ -40,7 +40,11 @@ def test_wrong_types_are_refused_by_name(tmp_path: Path, section: str, name: str
     No number may be infinite or NaN.
     """
     path = tmp_path / "settings.toml"
-    lines = ["{ a = 1 }", "[[[1]]]", "[{ class_path = 'os.system', init_args = { command = 'ls' } }]"]
+    lines = [
+        "{ a = 1 }",
+        "[[[1]]]",
+        "[{ class_path = 'os.system', init_args = { command = 'ls' } }]",
+    ]
     if (section, name) in NUMBERS:
         lines += ["'many'", "nan", "-inf"]
     for line in lines:
@@ -101,16 +105,21 @@ def test_other_contents_are_refused(tmp_path: Path, text: str) -> None:
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(
     st.dictionaries(
         st.sampled_from([*asdict(Config()), "other"]),
-        st.dictionaries(st.sampled_from(sorted({name for _, name in FIELDS})), JSON, max_size=3) | JSON,
+        st.dictionaries(st.sampled_from(sorted({name for _, name in FIELDS})), JSON, max_size=3)
+        | JSON,
         max_size=3,
     )
 )
@@ -129,7 +138,14 @@ def test_the_command_line_names_the_file_and_ends_in_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for number, text in enumerate(
-        ["\0", "[train", "train = 1", "[train]\nsteps = 'x'", "[train]\nlr = nan", "x = " + "[" * 3000]
+        [
+            "\0",
+            "[train",
+            "train = 1",
+            "[train]\nsteps = 'x'",
+            "[train]\nlr = nan",
+            "x = " + "[" * 3000,
+        ]
     ):
         Path("bad.toml").write_text(text)
         assert main(["fit", "--config", "bad.toml", "--out", "run"]) == 2, number

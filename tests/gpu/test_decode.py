@@ -27,13 +27,23 @@ from tests.attention.expert_contract import relative_error
 from tests.gpu.waiting import waits
 from tests.tiny import EXPERTS, tiny_batch, tiny_model
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float32: 1e-5}
 PROMPTS = (1300, 70, 1, 0, 600)
 
 
 def decoder(names: tuple[str, ...] = ("full", "gated", "local"), **changes: object) -> Decoder:
-    settings: dict[str, object] = {"B": 5, "H": 4, "Hkv": 2, "Dh": 64, "window": 70, "capacity": 3000}
+    settings: dict[str, object] = {
+        "B": 5,
+        "H": 4,
+        "Hkv": 2,
+        "Dh": 64,
+        "window": 70,
+        "capacity": 3000,
+    }
     settings |= {"device": "cuda", "dtype": torch.bfloat16}
     return Decoder(names, **{**settings, **changes})  # type: ignore[arg-type]
 
@@ -54,13 +64,19 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("names", DECODERS)
-def test_steps_equal_the_full_pass(names: tuple[str, ...], dtype: torch.dtype, kernel_calls: list[int]) -> None:
-    steps_equal_the_full_pass(decoder(names, dtype=dtype), PROMPTS, steps=6, tolerance=TOLERANCE[dtype])
+def test_steps_equal_the_full_pass(
+    names: tuple[str, ...], dtype: torch.dtype, kernel_calls: list[int]
+) -> None:
+    steps_equal_the_full_pass(
+        decoder(names, dtype=dtype), PROMPTS, steps=6, tolerance=TOLERANCE[dtype]
+    )
     assert len(kernel_calls) == 6
 
 
 @pytest.mark.parametrize(("units", "Hkv"), [(2, 2), (4, 2), (4, 1)])
-@pytest.mark.parametrize("names", [("full", "gated", "local"), ("local", "gated", "linear", "full")])
+@pytest.mark.parametrize(
+    "names", [("full", "gated", "local"), ("local", "gated", "linear", "full")]
+)
 def test_every_unit(names: tuple[str, ...], units: int, Hkv: int, kernel_calls: list[int]) -> None:
     one = decoder(names, Hkv=Hkv, units=units)
     steps_equal_the_full_pass(one, PROMPTS, steps=6, tolerance=1e-2)
@@ -69,8 +85,12 @@ def test_every_unit(names: tuple[str, ...], units: int, Hkv: int, kernel_calls: 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("H", "Hkv", "Dh"), [(8, 8, 128), (8, 1, 128), (6, 2, 80), (3, 1, 16), (2, 2, 24), (2, 1, 256)])
-def test_heads_and_head_sizes(H: int, Hkv: int, Dh: int, dtype: torch.dtype, kernel_calls: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("H", "Hkv", "Dh"), [(8, 8, 128), (8, 1, 128), (6, 2, 80), (3, 1, 16), (2, 2, 24), (2, 1, 256)]
+)
+def test_heads_and_head_sizes(
+    H: int, Hkv: int, Dh: int, dtype: torch.dtype, kernel_calls: list[int]
+) -> None:
     names = ("full", "gated", "local", "linear")
     one = decoder(names, H=H, Hkv=Hkv, Dh=Dh, dtype=dtype)
     steps_equal_the_full_pass(one, PROMPTS, steps=4, tolerance=TOLERANCE[dtype])
@@ -93,7 +113,9 @@ def test_what_no_row_needs_is_not_read(names: tuple[str, ...], dtype: torch.dtyp
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("names", [*DECODERS, ("local", "gated")])
-def test_a_graph_replays_a_step_with_new_routes_and_longer_rows(names: tuple[str, ...], dtype: torch.dtype) -> None:
+def test_a_graph_replays_a_step_with_new_routes_and_longer_rows(
+    names: tuple[str, ...], dtype: torch.dtype
+) -> None:
     one, steps = decoder(names, dtype=dtype), 40
     total = max(PROMPTS) + steps + 1
     inputs, route = one.draw(total), one.routes(total)
@@ -165,7 +187,9 @@ print("silent")
 
 
 @pytest.mark.parametrize("wrong", [-1, 3])
-@pytest.mark.parametrize(("dtype", "T"), [("torch.bfloat16", 1), ("torch.bfloat16", 9), ("torch.float64", 1)])
+@pytest.mark.parametrize(
+    ("dtype", "T"), [("torch.bfloat16", 1), ("torch.bfloat16", 9), ("torch.float64", 1)]
+)
 def test_a_route_out_of_range_ends_the_program(dtype: str, T: int, wrong: int) -> None:
     """In the kernel, in a chunk, in the masked path.
 
@@ -200,7 +224,9 @@ def test_rows_of_a_model_are_each_as_if_alone(names: tuple[str, ...]) -> None:
 COSTS = (1.0, 0.15, 0.3, 0.15)
 
 
-@pytest.mark.parametrize("policy", [Argmax(), Budget(COSTS, 1.0), Conservative(COSTS, 0.7, price=1.0)])
+@pytest.mark.parametrize(
+    "policy", [Argmax(), Budget(COSTS, 1.0), Conservative(COSTS, 0.7, price=1.0)]
+)
 @torch.no_grad()
 def test_no_policy_waits_for_the_device(policy: Policy) -> None:
     """Nor does anything else in a model's pass over a prompt and the step behind it."""

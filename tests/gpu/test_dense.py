@@ -2,8 +2,8 @@
 
 `python -m pytest -m gpu`.
 
-The truth is each expert's own float64 pass. Tolerances as in `test_routed_attention`: 1e-2 for bfloat16 and float16, 1e-5 for
-float32, twice that for gradients.
+The truth is each expert's own float64 pass. Tolerances as in `test_routed_attention`: 1e-2 for
+bfloat16 and float16, 1e-5 for float32, twice that for gradients.
 """
 
 import copy
@@ -24,7 +24,10 @@ from tests.attention.expert_contract import relative_error
 from tests.attention.test_dispatch import ROUTES, draw_route
 
 available = torch.cuda.is_available() and capability.HAS_TRITON
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not available, reason="needs a CUDA device and Triton")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not available, reason="needs a CUDA device and Triton"),
+]
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float32: 1e-5}
 NAMES = ("gated", "mapped", "linear", "local")
 EXPERTS = ("full", "gated", "local")
@@ -35,15 +38,22 @@ def check(found: dict[str, float], dtype: torch.dtype) -> None:
         assert error < TOLERANCE[dtype] * (1 if name == "out" else 2), found
 
 
-def compare(name: str, B: int, H: int, Hkv: int, T: int, Dh: int, dtype: torch.dtype, window: int = 70) -> None:
-    expert, inputs = draw_expert(name, ExpertShape(H, Dh, window), "cuda"), draw_inputs(B, H, Hkv, T, Dh, dtype, "cuda")
+def compare(
+    name: str, B: int, H: int, Hkv: int, T: int, Dh: int, dtype: torch.dtype, window: int = 70
+) -> None:
+    expert, inputs = (
+        draw_expert(name, ExpertShape(H, Dh, window), "cuda"),
+        draw_inputs(B, H, Hkv, T, Dh, dtype, "cuda"),
+    )
     assert capability.available(*inputs) is (dtype != torch.float32 or Dh <= 64)
     check(errors(expert, inputs), dtype)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize(("B", "Hkv", "T"), [(1, 4, 1537), (3, 2, 500), (2, 1, 64), (2, 4, 1), (1, 2, 6000)])
+@pytest.mark.parametrize(
+    ("B", "Hkv", "T"), [(1, 4, 1537), (3, 2, 500), (2, 1, 64), (2, 4, 1), (1, 2, 6000)]
+)
 def test_every_token_at_once(name: str, dtype: torch.dtype, B: int, Hkv: int, T: int) -> None:
     compare(name, B, 4, Hkv, T, 64, dtype)
 
@@ -56,7 +66,9 @@ def test_head_sizes(name: str, dtype: torch.dtype, Dh: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize(("B", "T", "window"), [(2, 300, 1), (1, 2, 1), (2, 1000, 64), (1, 1000, 999)])
+@pytest.mark.parametrize(
+    ("B", "T", "window"), [(2, 300, 1), (1, 2, 1), (2, 1000, 64), (1, 1000, 999)]
+)
 def test_windows(dtype: torch.dtype, B: int, T: int, window: int) -> None:
     compare("local", B, 4, 2, T, 64, dtype, window)
 
@@ -82,21 +94,35 @@ def routed_errors(problem: RoutedProblem) -> dict[str, float]:
     exact = replace(problem, q=eq, k=ek, v=ev, plain_q=eq, plain_k=ek, experts=truths)
     got, want = TRITON.attend(problem), REFERENCE.attend(exact)
     weight = torch.randn(got.shape, device="cuda")
-    own, known = ([p for e in experts for p in e.parameters()] for experts in (problem.experts, truths))
+    own, known = (
+        [p for e in experts for p in e.parameters()] for experts in (problem.experts, truths)
+    )
     inputs = problem.q, problem.k, problem.v
     grads = torch.autograd.grad((got * weight).sum(), [*inputs, *own], allow_unused=True)
-    wanted = torch.autograd.grad((want * weight.double()).sum(), [eq, ek, ev, *known], allow_unused=True)
+    wanted = torch.autograd.grad(
+        (want * weight.double()).sum(), [eq, ek, ev, *known], allow_unused=True
+    )
     pairs = zip(grads, wanted, [*inputs, *own], strict=True)
     full = [[torch.zeros_like(x) if y is None else y for y in (g, t)] for g, t, x in pairs]
     beside = full[2][1].double(), 1.0 if problem.q.shape[2] == 1 else 0.05
-    found = {name: relative_error(g, t.double(), *beside) for name, (g, t) in zip("qkv", full[:3], strict=True)}
+    found = {
+        name: relative_error(g, t.double(), *beside)
+        for name, (g, t) in zip("qkv", full[:3], strict=True)
+    }
     both = (torch.cat([pair[i].double().flatten() for pair in full[3:]]) for i in (0, 1))
     found["parameters"] = relative_error(*both, *beside)
     return {"out": relative_error(got, want.double()), **found}
 
 
 def draw_problem(
-    B: int, Hkv: int, T: int, Dh: int, route: str, dtype: torch.dtype, names: tuple[str, ...] = EXPERTS, window: int = 70
+    B: int,
+    Hkv: int,
+    T: int,
+    Dh: int,
+    route: str,
+    dtype: torch.dtype,
+    names: tuple[str, ...] = EXPERTS,
+    window: int = 70,
 ) -> RoutedProblem:
     torch.manual_seed(0)
     q, k, v = draw_inputs(B, 4, Hkv, T, Dh, dtype, "cuda")
@@ -107,8 +133,12 @@ def draw_problem(
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(("B", "Hkv", "T"), [(1, 4, 1537), (3, 2, 500), (2, 1, 64), (2, 4, 1)])
-def test_gated_among_routed_experts(route: str, dtype: torch.dtype, B: int, Hkv: int, T: int) -> None:
-    from bayes_router.attention.hard.sorted_launch import native_experts  # only where it can be imported
+def test_gated_among_routed_experts(
+    route: str, dtype: torch.dtype, B: int, Hkv: int, T: int
+) -> None:
+    from bayes_router.attention.hard.sorted_launch import (
+        native_experts,
+    )  # only where it can be imported
 
     problem = draw_problem(B, Hkv, T, 64, route, dtype)
     assert native_experts(problem) == (0, 1, 2)
@@ -122,7 +152,10 @@ def test_gated_head_sizes(dtype: torch.dtype, Dh: int) -> None:
 
 
 def test_gated_in_a_long_text() -> None:
-    check(routed_errors(draw_problem(1, 2, 6000, 64, "independent", torch.bfloat16, window=256)), torch.bfloat16)
+    check(
+        routed_errors(draw_problem(1, 2, 6000, 64, "independent", torch.bfloat16, window=256)),
+        torch.bfloat16,
+    )
 
 
 def test_gated_and_linear_together_and_padding() -> None:
@@ -153,7 +186,9 @@ def test_gates_that_keep_all_or_nothing() -> None:
     for gate in (-0.12, 0.0, -80.0):
         log_gate = torch.full((1, 1, 32768), gate, device="cuda", requires_grad=True)
         out = operators.linear_attention(phi_q, phi_k, v, log_gate)
-        last = torch.arange(32768, device="cuda").double().flip(0)  # tokens since each key, at the end of the text
+        last = (
+            torch.arange(32768, device="cuda").double().flip(0)
+        )  # tokens since each key, at the end of the text
         weight = (phi_q[0, 0, -1].double() @ phi_k[0, 0].double().T) * (last * gate).exp()
         want = weight @ v[0, 0].double() / (weight.sum() + 1e-6)
         assert relative_error(out[0, 0, -1], want) < 1e-5
@@ -173,7 +208,11 @@ def test_a_captured_step_is_the_step(name: str) -> None:
 
     def step() -> tuple[Tensor, ...]:
         q, k, v = inputs
-        out = expert(q, k, v) if expert else TRITON.attend(RoutedProblem(q, k, v, q, k, route, experts))
+        out = (
+            expert(q, k, v)
+            if expert
+            else TRITON.attend(RoutedProblem(q, k, v, q, k, route, experts))
+        )
         return (out, *torch.autograd.grad(out.float().square().sum(), inputs))
 
     stream = torch.cuda.Stream()
@@ -192,14 +231,22 @@ def test_a_captured_step_is_the_step(name: str) -> None:
     graph.replay()
     replayed = [x.clone() for x in captured]
     for got, want in zip(replayed, step(), strict=True):
-        assert relative_error(got, want.double()) < 1e-3  # splits of full attention may be summed in another order
+        assert (
+            relative_error(got, want.double()) < 1e-3
+        )  # splits of full attention may be summed in another order
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_it_is_the_same(name: str) -> None:
-    expert, inputs = draw_expert(name, ExpertShape(4, 64, 70), "cuda"), draw_inputs(2, 4, 2, 700, 64, torch.bfloat16, "cuda")
+    expert, inputs = (
+        draw_expert(name, ExpertShape(4, 64, 70), "cuda"),
+        draw_inputs(2, 4, 2, 700, 64, torch.bfloat16, "cuda"),
+    )
     compiled = torch.compile(expert, fullgraph=True)
-    results = [(out, *torch.autograd.grad(out.float().square().sum(), inputs)) for out in (expert(*inputs), compiled(*inputs))]
+    results = [
+        (out, *torch.autograd.grad(out.float().square().sum(), inputs))
+        for out in (expert(*inputs), compiled(*inputs))
+    ]
     for want, got in zip(*results, strict=True):
         assert relative_error(got, want.double()) < 1e-2
 

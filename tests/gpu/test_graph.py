@@ -10,7 +10,10 @@ from bayes_router.data.load import load_data
 from bayes_router.training.trainer import Trainer
 from tests.tiny import fit_config
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 STEPS = 12
 
 
@@ -22,13 +25,19 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def trainer(corpus: str, **changes: object) -> Trainer:
-    annealed = {"schedule.start_experts": ("full",), "schedule.anneal_from": 0.3, "schedule.straight_through_from": 0.7}
+    annealed = {
+        "schedule.start_experts": ("full",),
+        "schedule.anneal_from": 0.3,
+        "schedule.straight_through_from": 0.7,
+    }
     settings = with_changes(fit_config(corpus, steps=STEPS, device="cuda"), {**annealed, **changes})
     config, data = load_data(settings)
     return Trainer(config, data, torch.device("cuda"))
 
 
-@pytest.mark.parametrize("changes", [{}, {"train.precision": "bfloat16"}, {"train.recompute": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"train.precision": "bfloat16"}, {"train.recompute": True}]
+)
 def test_replayed_steps_are_eager_steps(corpus: str, changes: dict[str, object]) -> None:
     """The prior moves between the steps, its price appears, straight-through sets in.
 
@@ -36,13 +45,19 @@ def test_replayed_steps_are_eager_steps(corpus: str, changes: dict[str, object])
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        eager, graphed = (trainer(corpus, **changes, **{"train.graph": graph}) for graph in ("off", "on"))
+        eager, graphed = (
+            trainer(corpus, **changes, **{"train.graph": graph}) for graph in ("off", "on")
+        )
         for step in range(STEPS):
             want, got = eager.step(step)[0], graphed.step(step)[0]
-            torch.testing.assert_close(torch.stack(got), torch.stack(want), rtol=2e-4, atol=1e-5, msg=f"step {step}")
+            torch.testing.assert_close(
+                torch.stack(got), torch.stack(want), rtol=2e-4, atol=1e-5, msg=f"step {step}"
+            )
     finally:
         torch.use_deterministic_algorithms(False)
-    assert graphed.graphed is not None and len(graphed.graphed._captured) == 3  # without a price, with one, straight through
+    assert (
+        graphed.graphed is not None and len(graphed.graphed._captured) == 3
+    )  # without a price, with one, straight through
 
 
 def test_a_step_does_not_wait_for_the_device(corpus: str) -> None:

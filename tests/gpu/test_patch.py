@@ -14,7 +14,10 @@ from bayes_router.types import Route
 from tests.gpu.waiting import waits
 from tests.integrations.tiny_models import left_padded, patched, tokens
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 NAMES = ("full", "local")
 
@@ -51,7 +54,9 @@ def test_a_routed_pass_is_that_of_the_cpu(names: tuple[str, ...], sinks: int, T:
 @pytest.mark.parametrize("names", [NAMES, ("full", "mapped", "gated", "local")])
 def test_a_padded_pass_is_that_of_the_cpu(names: tuple[str, ...]) -> None:
     ids, mask, _ = left_padded()
-    found, expected = (logits(device, names, 0, ids, attention_mask=mask) for device in ("cuda", "cpu"))
+    found, expected = (
+        logits(device, names, 0, ids, attention_mask=mask) for device in ("cuda", "cpu")
+    )
     real = mask.bool()
     torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-4)
 
@@ -73,4 +78,6 @@ def test_a_layer_waits_once_in_a_pass_and_in_a_step(policy: Any, new: int) -> No
     routed = waits(run)
     router.force("full")
     alone = waits(run)
-    assert routed - alone <= len(router.layers) * (2 if new == 1 else 1)  # a step stands behind a prompt
+    assert routed - alone <= len(router.layers) * (
+        2 if new == 1 else 1
+    )  # a step stands behind a prompt

@@ -2,7 +2,8 @@
 
 Every backend against the float64 oracle.
 
-Tolerances are relative errors of whole tensors: 1e-2 for bfloat16 and float16 (rounding of operands is 4e-3), 1e-5 for float32.
+Tolerances are relative errors of whole tensors: 1e-2 for bfloat16 and float16 (rounding of operands
+is 4e-3), 1e-5 for float32.
 """
 
 import subprocess
@@ -28,7 +29,10 @@ from tests.attention.expert_contract import relative_error
 from tests.attention.seeds import DRAWN, seeded
 from tests.attention.test_dispatch import ROUTES, Squared, draw_route
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float32: 1e-5}
 NAMES = ("q", "k", "v", "plain_q", "plain_k")
 
@@ -54,13 +58,17 @@ def draw(
     """Inputs laid out as a model's: [B, T, H, Dh] in memory."""
 
     def one(heads: int) -> Tensor:
-        return torch.randn(B, T, heads, Dh, device="cuda").to(dtype).transpose(1, 2).requires_grad_()
+        return (
+            torch.randn(B, T, heads, Dh, device="cuda").to(dtype).transpose(1, 2).requires_grad_()
+        )
 
     q, k, v = one(H), one(Hkv), one(Hkv)
     plain_q, plain_k = (q, k) if shared else (one(H), one(Hkv))
     experts = resolve_experts(("full", "linear", "local"), ExpertShape(H, Dh, window, sinks))
     seed = int(torch.randint(2**31, ()))
-    return RoutedProblem(q, k, v, plain_q, plain_k, draw_route(route, B, T, seed, units).cuda(), experts)
+    return RoutedProblem(
+        q, k, v, plain_q, plain_k, draw_route(route, B, T, seed, units).cuda(), experts
+    )
 
 
 def exact(problem: RoutedProblem) -> RoutedProblem:
@@ -82,12 +90,23 @@ def compare(problem: RoutedProblem, backend: Backend, gradients: bool = True) ->
     if not gradients:
         return
     weight = torch.randn_like(got)
-    names = [n for i, n in enumerate(NAMES) if id(getattr(problem, n)) not in {id(getattr(problem, m)) for m in NAMES[:i]}]
-    grads = torch.autograd.grad((got * weight).sum(), [getattr(problem, n) for n in names], allow_unused=True)
-    truths = torch.autograd.grad((want * weight.double()).sum(), [getattr(true, n) for n in names], allow_unused=True)
+    names = [
+        n
+        for i, n in enumerate(NAMES)
+        if id(getattr(problem, n)) not in {id(getattr(problem, m)) for m in NAMES[:i]}
+    ]
+    grads = torch.autograd.grad(
+        (got * weight).sum(), [getattr(problem, n) for n in names], allow_unused=True
+    )
+    truths = torch.autograd.grad(
+        (want * weight.double()).sum(), [getattr(true, n) for n in names], allow_unused=True
+    )
     for name, g, t in zip(names, grads, truths, strict=True):
         zero = torch.zeros((), device="cuda")
-        assert relative_error(zero if g is None else g, zero.double() if t is None else t) < 2 * tolerance, name
+        assert (
+            relative_error(zero if g is None else g, zero.double() if t is None else t)
+            < 2 * tolerance
+        ), name
 
 
 @pytest.mark.parametrize("backend", [TRITON, DENSE, TORCH], ids=lambda backend: backend.name)
@@ -99,8 +118,12 @@ def test_agrees_with_the_oracle(backend: Backend, route: str, B: int, Hkv: int, 
 
 @pytest.mark.parametrize("backend", [TRITON, DENSE, TORCH], ids=lambda backend: backend.name)
 @pytest.mark.parametrize("route", ["independent", "clustered", "units differ"])
-@pytest.mark.parametrize(("units", "Hkv", "T"), [(2, 2, 1537), (4, 2, 1537), (4, 1, 500), (4, 4, 64)])
-def test_every_unit_agrees_with_the_oracle(backend: Backend, route: str, units: int, Hkv: int, T: int) -> None:
+@pytest.mark.parametrize(
+    ("units", "Hkv", "T"), [(2, 2, 1537), (4, 2, 1537), (4, 1, 500), (4, 4, 64)]
+)
+def test_every_unit_agrees_with_the_oracle(
+    backend: Backend, route: str, units: int, Hkv: int, T: int
+) -> None:
     problem = draw(2, 4, Hkv, T, 64, route, units=units)
     compare(problem, backend)
     compare(replace(problem, lengths=torch.tensor([T, T // 3], device="cuda")), backend)
@@ -137,7 +160,9 @@ def test_split_rows_and_one_tensor_for_both_kinds_of_queries() -> None:
 
 @pytest.mark.parametrize("backend", [TRITON, DENSE, TORCH], ids=lambda backend: backend.name)
 @pytest.mark.parametrize("route", ["independent", "clustered", "local"])
-@pytest.mark.parametrize(("window", "sinks"), [(70, 1), (70, 4), (70, 300), (1, 4), (5000, 4), (70, 5000)])
+@pytest.mark.parametrize(
+    ("window", "sinks"), [(70, 1), (70, 4), (70, 300), (1, 4), (5000, 4), (70, 5000)]
+)
 def test_sinks(backend: Backend, route: str, window: int, sinks: int) -> None:
     compare(draw(2, 4, 2, 1537, 64, route, window=window, sinks=sinks), backend)
 
@@ -157,7 +182,11 @@ def test_padding_and_starts(backend: Backend, sinks: int) -> None:
         tail = {name: getattr(problem, name)[:, :, -100:] for name in ("q", "plain_q")}
         chunk = replace(problem, **tail, route=problem.route[:, -100:])
         compare(chunk, backend, gradients=False)
-        compare(replace(chunk, starts=torch.tensor([0, 800, 123], device="cuda")), backend, gradients=False)
+        compare(
+            replace(chunk, starts=torch.tensor([0, 800, 123], device="cuda")),
+            backend,
+            gradients=False,
+        )
 
 
 def test_custom_experts_compute_their_own_rows() -> None:
@@ -188,7 +217,9 @@ def test_new_routes_neither_recompile_nor_synchronise(monkeypatch: pytest.Monkey
     problem = draw(2, 4, 4, 1024, 64, "independent")
     TRITON.attend(problem).sum().backward()
     compiled, known = [], set(launch._COMPILED)
-    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **facts: compiled.append(facts))
+    monkeypatch.setattr(
+        triton.knobs.runtime, "jit_cache_hook", lambda **facts: compiled.append(facts)
+    )
     routes = [draw_route(kind, 2, 1024, 2).cuda().contiguous() for kind in ROUTES]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -221,9 +252,17 @@ print("nobody noticed")
 
 @pytest.mark.parametrize(
     ("backend", "value", "recorded"),
-    [("triton", 3, "recorded"), ("short", -1, ""), ("dense", 3, ""), ("dense", -1, "recorded"), ("torch", 7, "")],
+    [
+        ("triton", 3, "recorded"),
+        ("short", -1, ""),
+        ("dense", 3, ""),
+        ("dense", -1, "recorded"),
+        ("torch", 7, ""),
+    ],
 )
-def test_a_route_out_of_range_is_an_assertion_on_the_device(backend: str, value: int, recorded: str) -> None:
+def test_a_route_out_of_range_is_an_assertion_on_the_device(
+    backend: str, value: int, recorded: str
+) -> None:
     """In a process of its own: after the assertion the device is lost to it."""
     root = Path(__file__).parents[2]
     command = [sys.executable, "-c", BAD_ROUTE, backend, str(value), recorded]
@@ -236,18 +275,28 @@ def test_a_route_out_of_range_is_an_assertion_on_the_device(backend: str, value:
 @pytest.mark.parametrize("backend", ["triton", "short", "dense"])
 def test_tensors_of_another_device_than_the_current_one(backend: str) -> None:
     problem = draw(2, 4, 2, 500, 64, "independent")
-    inputs = [getattr(problem, name).detach().to("cuda:1").requires_grad_(backend != "short") for name in NAMES]
+    inputs = [
+        getattr(problem, name).detach().to("cuda:1").requires_grad_(backend != "short")
+        for name in NAMES
+    ]
     q, k, v, linear_q, linear_k = inputs
     arguments = {"window": 70, "linear_q": linear_q, "linear_k": linear_k}
     out = routed_attention(q, k, v, problem.route.to("cuda:1"), backend=backend, **arguments)
     if backend != "short":
         out.sum().backward()
     want = REFERENCE.attend(exact(problem))
-    assert out.device == torch.device("cuda:1") and relative_error(out.cuda(0), want) < TOLERANCE[q.dtype]
+    assert (
+        out.device == torch.device("cuda:1")
+        and relative_error(out.cuda(0), want) < TOLERANCE[q.dtype]
+    )
 
 
-@pytest.mark.parametrize("names", [("full", "linear", "local"), ("full", "local"), ("linear",), ("local",), ("full",)])
-@pytest.mark.parametrize(("Hkv", "dtype"), [(4, torch.bfloat16), (1, torch.bfloat16), (2, torch.float32)])
+@pytest.mark.parametrize(
+    "names", [("full", "linear", "local"), ("full", "local"), ("linear",), ("local",), ("full",)]
+)
+@pytest.mark.parametrize(
+    ("Hkv", "dtype"), [(4, torch.bfloat16), (1, torch.bfloat16), (2, torch.float32)]
+)
 def test_cache_equals_the_full_pass(names: tuple[str, ...], Hkv: int, dtype: torch.dtype) -> None:
     B, H, T, Dh, window = 3, 4, 1300, 64, 70
     experts = tuple(expert_class(name)(ExpertShape(H, Dh, window)) for name in names)
@@ -280,4 +329,6 @@ def test_a_decoding_step_does_not_synchronise() -> None:
 def test_one_int_costs_what_the_expert_costs() -> None:
     problem = draw(1, 4, 4, 300, 64, "full", shared=True)
     want = expert_class("full")(ExpertShape(4, 64, 70))(problem.q, problem.k, problem.v)
-    torch.testing.assert_close(routed_attention(problem.q, problem.k, problem.v, 0, window=70), want)
+    torch.testing.assert_close(
+        routed_attention(problem.q, problem.k, problem.v, 0, window=70), want
+    )

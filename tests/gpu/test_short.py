@@ -20,7 +20,10 @@ from tests.attention.expert_contract import relative_error
 from tests.attention.seeds import DRAWN, seeded
 from tests.gpu.test_routed_attention import NAMES, TOLERANCE, compare, draw, draw_route, exact
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -30,14 +33,18 @@ def _no_grad() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("route", ["independent", "clustered", "rows differ", "full", "linear", "local"])
+@pytest.mark.parametrize(
+    "route", ["independent", "clustered", "rows differ", "full", "linear", "local"]
+)
 @pytest.mark.parametrize(("B", "Hkv", "T"), [(1, 4, 1537), (3, 2, 500), (2, 1, 64), (2, 4, 1)])
 def test_agrees_with_the_oracle(route: str, B: int, Hkv: int, T: int) -> None:
     compare(draw(B, 4, Hkv, T, 64, route), SHORT, gradients=False)
 
 
 @pytest.mark.parametrize("route", ["independent", "units differ"])
-@pytest.mark.parametrize(("units", "Hkv", "T"), [(2, 2, 1100), (4, 2, 1100), (4, 1, 130), (4, 2, 1)])
+@pytest.mark.parametrize(
+    ("units", "Hkv", "T"), [(2, 2, 1100), (4, 2, 1100), (4, 1, 130), (4, 2, 1)]
+)
 def test_every_unit_agrees_with_the_oracle(route: str, units: int, Hkv: int, T: int) -> None:
     compare(draw(2, 4, Hkv, T, 64, route, units=units, sinks=4), SHORT, gradients=False)
 
@@ -61,40 +68,58 @@ def test_head_sizes_and_dtypes(Dh: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("window", [1, 64, 5000])
 def test_windows_and_one_tensor_for_both_kinds_of_queries(window: int) -> None:
-    compare(draw(1, 2, 2, 4096, 64, "independent", window=window, shared=True), SHORT, gradients=False)
+    compare(
+        draw(1, 2, 2, 4096, 64, "independent", window=window, shared=True), SHORT, gradients=False
+    )
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize(("window", "sinks"), [(70, 1), (70, 4), (70, 300), (1, 4), (5000, 4), (70, 5000)])
-@pytest.mark.parametrize("names", [("full", "linear", "local"), ("full", "local"), ("linear", "local")])
+@pytest.mark.parametrize(
+    ("window", "sinks"), [(70, 1), (70, 4), (70, 300), (1, 4), (5000, 4), (70, 5000)]
+)
+@pytest.mark.parametrize(
+    "names", [("full", "linear", "local"), ("full", "local"), ("linear", "local")]
+)
 def test_sinks(names: tuple[str, ...], window: int, sinks: int, dtype: torch.dtype) -> None:
     for route in ("independent", "clustered", "local"):
         problem = draw(2, 4, 2, 1100, 64, route, dtype, window=window)
         experts = resolve_experts(names, ExpertShape(4, 64, window, sinks))
-        compare(replace(problem, experts=experts, route=problem.route % len(names)), SHORT, gradients=False)
+        compare(
+            replace(problem, experts=experts, route=problem.route % len(names)),
+            SHORT,
+            gradients=False,
+        )
 
 
 @pytest.mark.parametrize("sinks", [0, 4])
 def test_padding_and_starts(sinks: int) -> None:
     problem = draw(3, 4, 2, 900, 64, "independent", sinks=sinks)
-    compare(replace(problem, lengths=torch.tensor([900, 0, 333], device="cuda")), SHORT, gradients=False)
+    compare(
+        replace(problem, lengths=torch.tensor([900, 0, 333], device="cuda")), SHORT, gradients=False
+    )
     tail = {name: getattr(problem, name)[:, :, -100:] for name in ("q", "plain_q")}
     chunk = replace(problem, **tail, route=problem.route[:, -100:])
     compare(chunk, SHORT, gradients=False)
-    compare(replace(chunk, starts=torch.tensor([0, 800, 123], device="cuda")), SHORT, gradients=False)
+    compare(
+        replace(chunk, starts=torch.tensor([0, 800, 123], device="cuda")), SHORT, gradients=False
+    )
 
 
 def test_auto_takes_it_for_short_texts_without_gradients() -> None:
     problem = draw(1, 2, 2, 300, 64, "independent")
     assert choose_backend(problem) is SHORT
-    assert choose_backend(draw(1, 2, 2, BREAK_EVEN[True, False].keys + 1, 64, "independent")) is TRITON
+    assert (
+        choose_backend(draw(1, 2, 2, BREAK_EVEN[True, False].keys + 1, 64, "independent")) is TRITON
+    )
     with torch.enable_grad():
         recorded = replace(problem)
         assert choose_backend(recorded) is TRITON
         assert SHORT.refuses(recorded) == "it has no backward pass"
     want = SHORT.attend(problem)
     inputs = {"linear_q": problem.plain_q, "linear_k": problem.plain_k}
-    torch.testing.assert_close(routed_attention(problem.q, problem.k, problem.v, problem.route, window=70, **inputs), want)
+    torch.testing.assert_close(
+        routed_attention(problem.q, problem.k, problem.v, problem.route, window=70, **inputs), want
+    )
 
 
 def test_by_name_where_it_cannot_run_it_says_why() -> None:
@@ -102,19 +127,28 @@ def test_by_name_where_it_cannot_run_it_says_why() -> None:
     inputs = problem.q, problem.k, problem.v
     with (
         torch.enable_grad(),
-        pytest.raises(RuntimeError, match="'short' cannot run here: it has no backward pass; backend='auto'"),
+        pytest.raises(
+            RuntimeError, match="'short' cannot run here: it has no backward pass; backend='auto'"
+        ),
     ):
         routed_attention(*inputs, problem.route, window=70, backend="short")
     for experts in (("full", "gated", "local"), ("full", "full", "local")):
-        with pytest.raises(RuntimeError, match="it computes at most one each of the built-in experts full, linear and local"):
+        with pytest.raises(
+            RuntimeError,
+            match="it computes at most one each of the built-in experts full, linear and local",
+        ):
             routed_attention(*inputs, problem.route, window=70, backend="short", experts=experts)
     long = draw(1, 2, 2, 4097, 64, "independent")
     with pytest.raises(RuntimeError, match="it sorts up to 4096 queries; these are 4097"):
         routed_attention(long.q, long.k, long.v, long.route, window=70, backend="short")
     wide = draw(1, 2, 2, 300, 160, "independent")
-    with pytest.raises(RuntimeError, match="it holds head sizes up to 128 in torch.bfloat16; this is 160"):
+    with pytest.raises(
+        RuntimeError, match="it holds head sizes up to 128 in torch.bfloat16; this is 160"
+    ):
         routed_attention(wide.q, wide.k, wide.v, wide.route, window=70, backend="short")
-    with pytest.raises(RuntimeError, match="it computes float32, bfloat16 and float16; these are torch.float64"):
+    with pytest.raises(
+        RuntimeError, match="it computes float32, bfloat16 and float16; these are torch.float64"
+    ):
         routed_attention(*(x.double() for x in inputs), problem.route, window=70, backend="short")
 
 

@@ -10,7 +10,10 @@ from bayes_router.training.fit import Trainer, load_data
 from bayes_router.transformer.generate import stream
 from tests.tiny import fit_config, tiny_model
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 @pytest.mark.parametrize(("graph", "steps"), [("off", 300), ("on", 2000)])
@@ -18,7 +21,9 @@ def test_training_takes_no_more_memory_in_the_end(tmp_path: Path, graph: str, st
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"{n} squared is {n * n}, and cubed {n**3}." for n in range(3000)))
     changes = {"schedule.anneal_from": 0.05, "schedule.anneal_to": 0.2}
-    config, data = load_data(with_changes(fit_config(str(text), steps=steps, device="cuda", graph=graph), changes))
+    config, data = load_data(
+        with_changes(fit_config(str(text), steps=steps, device="cuda", graph=graph), changes)
+    )
     trainer = Trainer(config, data, torch.device("cuda"))
     for step in range(steps // 4):
         trainer.step(step)

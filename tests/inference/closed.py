@@ -46,8 +46,12 @@ def exact_evidence(power: float = 1.0) -> float:
 
 def exact_elbo() -> float:
     """Of the fixed guide, summed over TARGETS."""
-    fit = sum(mean_under(Q, lambda x, y=int(y): np.log(likelihood(x, y))) for y in TARGETS.flatten())
-    kl = torch.distributions.kl_divergence(dist.Dirichlet(torch.tensor(Q)), dist.Dirichlet(torch.tensor(PRIOR)))
+    fit = sum(
+        mean_under(Q, lambda x, y=int(y): np.log(likelihood(x, y))) for y in TARGETS.flatten()
+    )
+    kl = torch.distributions.kl_divergence(
+        dist.Dirichlet(torch.tensor(Q)), dist.Dirichlet(torch.tensor(PRIOR))
+    )
     return float(fit) - TARGETS.numel() * float(kl)
 
 

@@ -32,7 +32,9 @@ def rotate(x: Tensor, base: float) -> Tensor:
     return torch.cat([turned.real, turned.imag], -1)
 
 
-def gated_attention(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, bias: Tensor, log_scale: Tensor) -> Tensor:
+def gated_attention(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, bias: Tensor, log_scale: Tensor
+) -> Tensor:
     """The recurrence S_t = a_t S_{t-1} + phi(k_t) v_t^T, token by token."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scale = log_scale.exp()[:, None, None]

@@ -13,14 +13,29 @@ PAGE = (HERE.parents[1] / "docs" / "pyro.md").read_text(encoding="utf-8")
 
 def test_the_tests_that_it_names_exist() -> None:
     named = set(re.findall(r"`(test_\w+)`", PAGE))
-    defined = set(re.findall(r"^def (test_\w+)", "\n".join(p.read_text("utf-8") for p in HERE.glob("test_*.py")), re.M))
+    defined = set(
+        re.findall(
+            r"^def (test_\w+)",
+            "\n".join(p.read_text("utf-8") for p in HERE.glob("test_*.py")),
+            re.M,
+        )
+    )
     assert len(named) > 20 and named <= defined
 
 
 def test_every_test_of_an_idiom_is_in_the_table() -> None:
-    inner = {"tempering", "terms", "scores", "conditioned", "tempered", "weight"}  # of what is said elsewhere on the page
+    inner = {
+        "tempering",
+        "terms",
+        "scores",
+        "conditioned",
+        "tempered",
+        "weight",
+    }  # of what is said elsewhere on the page
     defined = re.findall(r"^def (test_\w+)", (HERE / "test_idioms.py").read_text("utf-8"), re.M)
-    missing = [name for name in defined if f"`{name}`" not in PAGE and not inner & set(name.split("_"))]
+    missing = [
+        name for name in defined if f"`{name}`" not in PAGE and not inner & set(name.split("_"))
+    ]
     assert not missing
 
 

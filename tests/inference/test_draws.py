@@ -16,7 +16,8 @@ def drawn(seeds: list[int]) -> Tensor:
     """Routes [L, B, T, E] where every layer and row has the same posterior."""
     with RowDraws(seeds):
         routes = [
-            pyro.sample(route_site(layer), dist.Dirichlet(Q.expand(len(seeds), 5, 3)).to_event(0)) for layer in range(LAYERS)
+            pyro.sample(route_site(layer), dist.Dirichlet(Q.expand(len(seeds), 5, 3)).to_event(0))
+            for layer in range(LAYERS)
         ]
     return torch.stack(routes)
 

@@ -37,14 +37,18 @@ def gradient(loss: Tensor, model: RoutedLanguageModel) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kl_weight", [1.0, 0.01])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_loss_is_the_handwritten_elbo_in_value_and_gradient(kl_weight: float, seed: int) -> None:
+def test_the_loss_is_the_handwritten_elbo_in_value_and_gradient(
+    kl_weight: float, seed: int
+) -> None:
     model = tiny_model(seed).double()
     tokens, targets = tiny_batch()
     prior = tiny_concentration(model.config)
     want, nll, kl = negative_elbo(model, prior, kl_weight, tokens, targets, seed=7)
     generative, guide = program(model)
     elbo = RoutingELBO(kl_weight)
-    scaled = kl_weight / tokens.numel()  # of the tempered program's loss, nats of the batch over the weight
+    scaled = (
+        kl_weight / tokens.numel()
+    )  # of the tempered program's loss, nats of the batch over the weight
     for objective, other, scale in (
         (elbo, generative, 1.0),
         (TraceMeanField_ELBO(), tempered(generative, kl_weight), scaled),
@@ -84,7 +88,9 @@ def test_svi_and_the_module_form_agree_in_loss_and_gradient() -> None:
     seen: dict[str, Tensor] = {}
 
     svi = SVI(generative, guide, pyro.optim.ClippedAdam({"lr": 1e-3}), TraceMeanField_ELBO())
-    svi.optim = lambda _: seen.update({name: p.grad.clone() for name, p in model.named_parameters()})
+    svi.optim = lambda _: seen.update(
+        {name: p.grad.clone() for name, p in model.named_parameters()}
+    )
     torch.manual_seed(3)
     assert svi.step(tokens, targets) == pytest.approx(float(by_module), rel=1e-6)
     assert seen.keys() == want.keys()
@@ -114,7 +120,9 @@ def test_a_step_is_one_forward_pass() -> None:
 
     model.network.register_forward_hook(count)
     generative, guide = program(model)
-    SVI(generative, guide, pyro.optim.ClippedAdam({"lr": 1e-3}), TraceMeanField_ELBO()).step(tokens, targets)
+    SVI(generative, guide, pyro.optim.ClippedAdam({"lr": 1e-3}), TraceMeanField_ELBO()).step(
+        tokens, targets
+    )
     assert passes == 1
     NegativeELBO(generative, guide)(tokens, targets)
     assert passes == 2
@@ -154,7 +162,9 @@ def test_two_models_and_a_copy_share_no_parameters() -> None:
     programs = [first, second, (copied, RoutingGuide(copied, tiny_model(2).controller))]
     for moving, (model, guide) in enumerate(programs):
         before = [[p.clone() for module in pair for p in module.parameters()] for pair in programs]
-        SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.1}), TraceMeanField_ELBO()).step(tokens, targets)
+        SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.1}), TraceMeanField_ELBO()).step(
+            tokens, targets
+        )
         after = [[p for module in pair for p in module.parameters()] for pair in programs]
         for other in range(3):
             same = [torch.equal(a, b) for a, b in zip(before[other], after[other], strict=True)]
@@ -213,7 +223,9 @@ def test_a_price_tilts_the_prior() -> None:
     draws = priors.sample(torch.Size([200_000]))
     log_z = (-4.0 * (draws @ COST.double())).exp().mean(0).log().sum()
     expected_cost = ((q / q.sum(-1, keepdim=True)) @ COST).mean((1, 2)).sum()
-    assert float(tilted.kl - plain.kl) == pytest.approx(float(4.0 * expected_cost + log_z), abs=0.01)
+    assert float(tilted.kl - plain.kl) == pytest.approx(
+        float(4.0 * expected_cost + log_z), abs=0.01
+    )
     assert float(tilted.nll) == pytest.approx(float(plain.nll))
 
 
@@ -222,7 +234,9 @@ def test_the_tilted_prior_samples_what_its_density_says() -> None:
     prior = program(model, price=6.0)[0].prior(0)
     torch.manual_seed(0)
     draws = prior.expand(torch.Size([20_000])).sample()
-    base = torch.distributions.Dirichlet(tiny_concentration(model.config)[0]).sample(torch.Size([50_000]))
+    base = torch.distributions.Dirichlet(tiny_concentration(model.config)[0]).sample(
+        torch.Size([50_000])
+    )
     weight = (-6.0 * (base @ COST)).softmax(0)
     torch.testing.assert_close(draws.mean(0), weight @ base, rtol=0.05, atol=0.01)
 
@@ -233,7 +247,9 @@ def test_straight_through_executes_one_expert_with_the_gradient_of_the_draw() ->
     generative.straight_through = True
     routes = []
     inner = model.network.forward
-    model.network.forward = lambda tokens, route: inner(tokens, lambda i, h: routes.append(route(i, h)) or routes[-1])  # type: ignore
+    model.network.forward = lambda tokens, route: inner(
+        tokens, lambda i, h: routes.append(route(i, h)) or routes[-1]
+    )  # type: ignore
     loss, _ = NegativeELBO(generative, guide)(tokens, targets)
     for route in routes:
         assert torch.equal(
@@ -243,7 +259,9 @@ def test_straight_through_executes_one_expert_with_the_gradient_of_the_draw() ->
     assert float(gradient(loss, model)["controller.layers.0.out.weight"].norm()) > 0
     draw, weight = torch.rand(5, 3, requires_grad=True), torch.randn(5, 3)
     hard = harden(draw)
-    assert torch.equal(hard.detach().round(), torch.nn.functional.one_hot(draw.argmax(-1), 3).float())
+    assert torch.equal(
+        hard.detach().round(), torch.nn.functional.one_hot(draw.argmax(-1), 3).float()
+    )
     (hard * weight).sum().backward()
     assert torch.equal(draw.grad, weight)  # of the draw, as if nothing had been rounded
 
@@ -289,7 +307,9 @@ def test_the_sampled_elbo_of_pyro_has_the_same_mean() -> None:
     tokens, targets = tiny_batch(T=20)
     torch.manual_seed(0)
     with torch.no_grad(), pyro.settings.context(module_local_params=True):
-        analytic = torch.stack([RoutingELBO()(generative, guide)(tokens, targets) for _ in range(30)])
+        analytic = torch.stack(
+            [RoutingELBO()(generative, guide)(tokens, targets) for _ in range(30)]
+        )
         sampled = torch.stack([Trace_ELBO()(generative, guide)(tokens, targets) for _ in range(30)])
     error = (analytic.var() / 30 + sampled.var() / 30).sqrt()
     assert abs(float(analytic.mean() - sampled.mean())) < 4 * float(error)

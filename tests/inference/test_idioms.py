@@ -68,7 +68,9 @@ def fresh() -> None:
 @pytest.mark.parametrize("guide", ["ours", "hand-written"])
 @pytest.mark.parametrize("elbo", [Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO, RoutingELBO])
 @pytest.mark.parametrize("vectorised", [True, False])
-def test_each_estimator_of_the_elbo_has_the_exact_mean(elbo: type[Trace_ELBO], guide: str, vectorised: bool) -> None:
+def test_each_estimator_of_the_elbo_has_the_exact_mean(
+    elbo: type[Trace_ELBO], guide: str, vectorised: bool
+) -> None:
     model, ours = mixture()
     particles, width = (4000, 0.1) if vectorised else (40, 1.0)
     estimator = elbo(num_particles=particles, vectorize_particles=vectorised)
@@ -79,14 +81,18 @@ def test_each_estimator_of_the_elbo_has_the_exact_mean(elbo: type[Trace_ELBO], g
 def test_renyi_with_many_particles_is_the_evidence() -> None:
     """alpha = 0 is the importance-weighted bound."""
     pair = toy(MixtureNetwork(), torch.tensor([PRIOR]), torch.tensor([PRIOR]))
-    loss = RenyiELBO(alpha=0, num_particles=20_000, vectorize_particles=True).loss(*pair, TOKENS, TARGETS)
+    loss = RenyiELBO(alpha=0, num_particles=20_000, vectorize_particles=True).loss(
+        *pair, TOKENS, TARGETS
+    )
     assert float(loss) == pytest.approx(-exact_evidence(), abs=0.1)
 
 
 @pytest.mark.parametrize("elbo", [JitTrace_ELBO, JitTraceMeanField_ELBO])
 def test_jit_is_refused_by_name(elbo: type[Trace_ELBO]) -> None:
     svi = SVI(*mixture(), pyro.optim.Adam({"lr": 1e-3}), elbo(ignore_jit_warnings=True))
-    with pytest.raises(ValueError, match="estimator: expected one that does not trace by torch.jit"):
+    with pytest.raises(
+        ValueError, match="estimator: expected one that does not trace by torch.jit"
+    ):
         svi.step(TOKENS, TARGETS)
 
 
@@ -110,15 +116,25 @@ def test_an_enumerated_route_is_no_idiom_of_this_program() -> None:
 def test_tempering_is_the_weighted_objective_for_any_guide() -> None:
     """w x the loss of the tempered program = nll + w KL, in closed form."""
     model, ours = mixture()
-    kl = N * float(torch.distributions.kl_divergence(dist.Dirichlet(torch.tensor(Q)), dist.Dirichlet(torch.tensor(PRIOR))))
+    kl = N * float(
+        torch.distributions.kl_divergence(
+            dist.Dirichlet(torch.tensor(Q)), dist.Dirichlet(torch.tensor(PRIOR))
+        )
+    )
     nll = -exact_elbo() - kl
     for guide in (ours, hand_written):
         for elbo in (Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO):
             made = elbo(num_particles=4000, vectorize_particles=True)
-            assert 0.2 * made.loss(tempered(model, 0.2), guide, TOKENS, TARGETS) == pytest.approx(nll + 0.2 * kl, abs=0.1)
+            assert 0.2 * made.loss(tempered(model, 0.2), guide, TOKENS, TARGETS) == pytest.approx(
+                nll + 0.2 * kl, abs=0.1
+            )
         weighted = RoutingELBO(0.2, num_particles=4000, vectorize_particles=True)
-        assert weighted.loss(model, guide, TOKENS, TARGETS) * N == pytest.approx(nll + 0.2 * kl, abs=0.1)
-        assert weighted.terms is not None and float(weighted.terms.kl) * N == pytest.approx(kl, rel=1e-4)
+        assert weighted.loss(model, guide, TOKENS, TARGETS) * N == pytest.approx(
+            nll + 0.2 * kl, abs=0.1
+        )
+        assert weighted.terms is not None and float(weighted.terms.kl) * N == pytest.approx(
+            kl, rel=1e-4
+        )
 
 
 def test_terms_are_the_mean_over_particles() -> None:
@@ -130,7 +146,9 @@ def test_terms_are_the_mean_over_particles() -> None:
     single = [RoutingELBO(1.0) for _ in range(3)]
     losses = [float(one.differentiable_loss(model, guide, TOKENS, TARGETS)) for one in single]
     assert elbo.terms is not None and float(loss) == pytest.approx(sum(losses) / 3, rel=1e-5)
-    assert float(elbo.terms.nll) == pytest.approx(sum(float(one.terms.nll) for one in single) / 3, rel=1e-5)  # type: ignore
+    assert float(elbo.terms.nll) == pytest.approx(
+        sum(float(one.terms.nll) for one in single) / 3, rel=1e-5
+    )  # type: ignore
 
 
 # Importance
@@ -155,7 +173,9 @@ def test_importance_weights_are_right() -> None:
 def test_importance_estimates_the_evidence_also_of_the_cold_posterior() -> None:
     model, guide = toy(MixtureNetwork(), torch.tensor([PRIOR]), torch.tensor([PRIOR]))
     for program, exact in ((model, exact_evidence()), (tempered(model, 0.5), exact_evidence(2.0))):
-        weights, _, _ = vectorized_importance_weights(program, guide, TOKENS, TARGETS, num_samples=20_000, max_plate_nesting=2)
+        weights, _, _ = vectorized_importance_weights(
+            program, guide, TOKENS, TARGETS, num_samples=20_000, max_plate_nesting=2
+        )
         found = float(weights.logsumexp(0) - torch.tensor(20_000.0).log())
         assert found == pytest.approx(exact, abs=0.05)
 
@@ -179,9 +199,13 @@ def test_psis_tells_a_narrow_guide_from_the_posterior() -> None:
 @pytest.mark.parametrize("parallel", [True, False])
 def test_predictive_draws_of_the_guide(parallel: bool) -> None:
     model, guide = mixture()
-    draws = Predictive(model, guide=guide, num_samples=2000 if parallel else 300, parallel=parallel)(TOKENS)
+    draws = Predictive(
+        model, guide=guide, num_samples=2000 if parallel else 300, parallel=parallel
+    )(TOKENS)
     assert set(draws) == {"route_0", "targets"} and draws["route_0"].shape[1:] == (2, 3, 2)
-    torch.testing.assert_close(draws["route_0"].mean((0, 1, 2)), torch.tensor(Q) / sum(Q), rtol=0, atol=0.02)
+    torch.testing.assert_close(
+        draws["route_0"].mean((0, 1, 2)), torch.tensor(Q) / sum(Q), rtol=0, atol=0.02
+    )
     share = torch.bincount(draws["targets"].flatten(), minlength=3) / draws["targets"].numel()
     torch.testing.assert_close(share, torch.tensor(Q) / sum(Q) @ THETA, rtol=0, atol=0.03)
 
@@ -202,7 +226,9 @@ def test_parallel_prediction_of_a_deep_network_is_that_of_each_draw_alone() -> N
         batch = poutine.trace(poutine.condition(model, draws)).get_trace(tokens, targets)
     batch.compute_log_prob()
     for i in range(3):
-        one = poutine.trace(poutine.condition(model, {name: value[i] for name, value in draws.items()}))
+        one = poutine.trace(
+            poutine.condition(model, {name: value[i] for name, value in draws.items()})
+        )
         with torch.no_grad():
             single = one.get_trace(tokens, targets)
         single.compute_log_prob()
@@ -232,7 +258,9 @@ def test_vectorised_particles_of_a_deep_network_are_the_single_ones() -> None:
 def test_weighed_predictive_has_the_log_weights() -> None:
     model, guide = blind((2.0, 1.5))
     scored = pyro.condition(model, {"targets": TARGETS})
-    found = WeighedPredictive(model, guide=guide, num_samples=4000, parallel=True)(TOKENS, model_guide=scored)
+    found = WeighedPredictive(model, guide=guide, num_samples=4000, parallel=True)(
+        TOKENS, model_guide=scored
+    )
     q, p = dist.Dirichlet(torch.tensor((2.0, 1.5))), dist.Dirichlet(torch.tensor(PRIOR))
     routes = found.samples["route_0"]
     exact = (p.log_prob(routes) - q.log_prob(routes)).sum((-1, -2)) + THETA[0, TARGETS].log().sum()
@@ -252,15 +280,21 @@ def test_condition_replay_do_block_and_mask() -> None:
     def total(program: object) -> float:
         return float(poutine.trace(program).get_trace(TOKENS, TARGETS).log_prob_sum())
 
-    assert total(poutine.condition(model, known)) == pytest.approx(log_prior + log_likelihood, rel=1e-5)
+    assert total(poutine.condition(model, known)) == pytest.approx(
+        log_prior + log_likelihood, rel=1e-5
+    )
     done = poutine.trace(poutine.do(model, known)).get_trace(TOKENS, TARGETS)
     done.compute_log_prob()
     assert float(done.nodes["targets"]["log_prob_sum"]) == pytest.approx(log_likelihood, rel=1e-5)
     drawn = poutine.trace(guide).get_trace(TOKENS)
     replayed = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(TOKENS, TARGETS)
     assert replayed.nodes["route_0"]["value"] is drawn.nodes["route_0"]["value"]
-    hidden = poutine.trace(poutine.block(poutine.condition(model, known), hide=["route_0"])).get_trace(TOKENS, TARGETS)
-    assert "route_0" not in hidden.nodes and float(hidden.log_prob_sum()) == pytest.approx(log_likelihood, rel=1e-5)
+    hidden = poutine.trace(
+        poutine.block(poutine.condition(model, known), hide=["route_0"])
+    ).get_trace(TOKENS, TARGETS)
+    assert "route_0" not in hidden.nodes and float(hidden.log_prob_sum()) == pytest.approx(
+        log_likelihood, rel=1e-5
+    )
     assert total(poutine.mask(poutine.condition(model, known), mask=False)) == 0.0
     assert total(poutine.scale(poutine.condition(model, known), 3.0)) == pytest.approx(
         3 * (log_prior + log_likelihood), rel=1e-5
@@ -312,7 +346,9 @@ def test_samplers_find_the_posterior_and_of_an_unscored_token_the_prior(kernel: 
     sampler.run(tokens, targets)  # a row of tokens of one posterior: their mean is sure
     exact = exact_posterior_mean(torch.tensor(PRIOR), torch.tensor([0, 2, 0]))
     exact[2] = torch.tensor(PRIOR) / sum(PRIOR)
-    torch.testing.assert_close(sampler.get_samples()["route_0"].mean((0, 2)), exact, rtol=0, atol=0.04)
+    torch.testing.assert_close(
+        sampler.get_samples()["route_0"].mean((0, 2)), exact, rtol=0, atol=0.04
+    )
 
 
 def test_the_sampler_of_the_tempered_program_finds_the_cold_posterior() -> None:
@@ -321,7 +357,9 @@ def test_the_sampler_of_the_tempered_program_finds_the_cold_posterior() -> None:
     sampler = MCMC(kernel, num_samples=60, warmup_steps=30, disable_progbar=True)
     sampler.run(torch.zeros(1, 60, dtype=torch.int64), torch.zeros(1, 60, dtype=torch.int64))
     powers = [mean_under(PRIOR, lambda x, p=p: x**p * likelihood(x, 0) ** 4) for p in (0, 1)]
-    assert float(sampler.get_samples()["route_0"][..., 0].mean()) == pytest.approx(powers[1] / powers[0], abs=0.04)
+    assert float(sampler.get_samples()["route_0"][..., 0].mean()) == pytest.approx(
+        powers[1] / powers[0], abs=0.04
+    )
 
 
 @pytest.mark.slow  # two processes that import torch
@@ -377,7 +415,9 @@ def test_autonormal_over_a_weight_at_the_exact_posterior_has_the_evidence(listed
         normal.locs.slope.fill_(mean)
     normal.scales.slope = torch.tensor(sd, dtype=torch.float64)
     guide = ours(model, rest)
-    assert float(Trace_ELBO().loss(model, guide, TOKENS, Y)) == pytest.approx(-slope_evidence(), abs=0.02)
+    assert float(Trace_ELBO().loss(model, guide, TOKENS, Y)) == pytest.approx(
+        -slope_evidence(), abs=0.02
+    )
     losses = []
     for elbo, scale in ((TraceMeanField_ELBO(), 1), (RoutingELBO(1.0), N), (RoutingELBO(), 1)):
         pyro.set_rng_seed(3)
@@ -421,7 +461,9 @@ def test_an_autoguide_over_the_routes_is_fitted_to_the_evidence() -> None:
     )
     for _ in range(150):
         svi.step(TOKENS, TARGETS)
-    bound = -Trace_ELBO(num_particles=4000, vectorize_particles=True).loss(model, guide, TOKENS, TARGETS)
+    bound = -Trace_ELBO(num_particles=4000, vectorize_particles=True).loss(
+        model, guide, TOKENS, TARGETS
+    )
     assert exact_evidence() - 0.5 < bound < exact_evidence() + 0.05
 
 
@@ -448,7 +490,9 @@ def test_float64_by_default_or_of_the_model(price: float) -> None:
 
 def test_scores_of_prior_draws_are_finite_under_a_price() -> None:
     network = tiny_model()
-    model = RoutingModel(network.network, tiny_concentration(network.config), torch.linspace(1.0, 0.2, 4), 10.0)
+    model = RoutingModel(
+        network.network, tiny_concentration(network.config), torch.linspace(1.0, 0.2, 4), 10.0
+    )
     tokens, targets = tiny_batch()
     values: list[Tensor] = Importance(model, num_samples=5).run(tokens, targets).log_weights
     assert all(bool(torch.isfinite(torch.as_tensor(value))) for value in values)

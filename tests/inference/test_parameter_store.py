@@ -122,7 +122,9 @@ def test_a_cleared_store_takes_the_modules_as_they_are() -> None:
     before = fit[2].evaluate_loss(TOKENS, TARGETS)
     pyro.clear_param_store()
     assert fit[2].evaluate_loss(TOKENS, TARGETS) == pytest.approx(before, rel=0.2)
-    assert losses(fit, 5)[-1] < before and len(pyro.get_param_store()) == len(list(fit[0].parameters()))
+    assert losses(fit, 5)[-1] < before and len(pyro.get_param_store()) == len(
+        list(fit[0].parameters())
+    )
 
 
 def test_a_store_of_another_architecture_is_refused(tmp_path: Path) -> None:
@@ -132,7 +134,9 @@ def test_a_store_of_another_architecture_is_refused(tmp_path: Path) -> None:
     pyro.clear_param_store()
     pyro.get_param_store().load(str(tmp_path / "store.pt"))
     wide = build(d_model=32)
-    with pytest.raises(ValueError, match=r"^parameter store, RoutingModel\$\$\$embed.weight: expected the shape"):
+    with pytest.raises(
+        ValueError, match=r"^parameter store, RoutingModel\$\$\$embed.weight: expected the shape"
+    ):
         losses(wide, 1)
 
 

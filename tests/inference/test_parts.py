@@ -63,7 +63,9 @@ def test_a_prior_for_each_position_has_the_sum_of_their_kls() -> None:
     guide_of = RoutingModel(BlindNetwork(), by_position)
     guide = RoutingGuide(guide_of, CONTROLLER)
     nll = -float(THETA[0, TARGETS].log().sum())
-    kl = float(kl_divergence(dist.Dirichlet(torch.tensor(Q)), by_position(0, torch.Size([2, 3]))).sum())
+    kl = float(
+        kl_divergence(dist.Dirichlet(torch.tensor(Q)), by_position(0, torch.Size([2, 3]))).sum()
+    )
     assert loss(RoutingELBO(), guide_of, guide) == pytest.approx(nll + kl, rel=1e-5)
     assert loss(TraceMeanField_ELBO(), guide_of, guide) == pytest.approx(nll + kl, rel=1e-5)
     assert loss(RoutingELBO(0.1), guide_of, guide) * N == pytest.approx(nll + 0.1 * kl, rel=1e-5)
@@ -78,7 +80,11 @@ def test_tilts_that_differ_by_position_too() -> None:
     model = RoutingModel(BlindNetwork(), prior)
     guide = RoutingGuide(model, CONTROLLER)
     kl = sum(
-        float(kl_divergence(dist.Dirichlet(torch.tensor(Q)), TiltedDirichlet(torch.tensor(PRIOR), row)))
+        float(
+            kl_divergence(
+                dist.Dirichlet(torch.tensor(Q)), TiltedDirichlet(torch.tensor(PRIOR), row)
+            )
+        )
         for row in tilt.flatten(0, 1)
     )
     nll = -float(THETA[0, TARGETS].log().sum())
@@ -106,8 +112,12 @@ class Squashed(dist.TorchDistribution):
 def test_a_prior_without_an_analytic_kl_is_left_to_pyros_estimator() -> None:
     model = RoutingModel(BlindNetwork(), lambda layer, shape: Squashed())
     guide = RoutingGuide(model, CONTROLLER)
-    assert loss(RoutingELBO(), model, guide) == pytest.approx(loss(TraceMeanField_ELBO(), model, guide), rel=1e-5)
-    kl = N * float(kl_divergence(dist.Dirichlet(torch.tensor(Q)), dist.Dirichlet(torch.tensor([2.0, 2.0]))))
+    assert loss(RoutingELBO(), model, guide) == pytest.approx(
+        loss(TraceMeanField_ELBO(), model, guide), rel=1e-5
+    )
+    kl = N * float(
+        kl_divergence(dist.Dirichlet(torch.tensor(Q)), dist.Dirichlet(torch.tensor([2.0, 2.0])))
+    )
     nll = -float(THETA[0, TARGETS].log().sum())
     elbo = RoutingELBO(0.3, num_particles=4000, vectorize_particles=True)
     assert loss(elbo, model, guide) * N == pytest.approx(nll + 0.3 * kl, abs=0.1)
@@ -131,7 +141,11 @@ def test_a_label_for_each_row_and_a_regression_for_each_token() -> None:
     assert [f.name for f in trace.nodes["targets"]["cond_indep_stack"]] == ["batch"]
     unscored = poutine.trace(model).get_trace(TOKENS, torch.tensor([[1], [-100]]))
     unscored.compute_log_prob()
-    assert float(unscored.nodes["targets"]["log_prob"][1]) == 0.0 != float(unscored.nodes["targets"]["log_prob"][0])
+    assert (
+        float(unscored.nodes["targets"]["log_prob"][1])
+        == 0.0
+        != float(unscored.nodes["targets"]["log_prob"][0])
+    )
 
     real = torch.randn(2, 3)
     model = RoutingModel(
@@ -142,7 +156,9 @@ def test_a_label_for_each_row_and_a_regression_for_each_token() -> None:
     trace = poutine.trace(model).get_trace(TOKENS, real)
     trace.compute_log_prob()
     mean = (trace.nodes["route_0"]["value"] @ THETA).log()[..., 0]
-    torch.testing.assert_close(trace.nodes["targets"]["log_prob"], dist.Normal(mean, 2.0).log_prob(real))
+    torch.testing.assert_close(
+        trace.nodes["targets"]["log_prob"], dist.Normal(mean, 2.0).log_prob(real)
+    )
 
 
 def test_a_label_for_each_row_in_vectorised_particles() -> None:
@@ -154,7 +170,8 @@ def test_a_label_for_each_row_in_vectorised_particles() -> None:
     model = RoutingModel(MixtureNetwork(), torch.tensor([PRIOR]), likelihood=said)
     guide = RoutingGuide(model, CONTROLLER)
     both = [
-        loss(RoutingELBO(num_particles=n, vectorize_particles=v), model, guide, label) for n, v in ((3000, True), (300, False))
+        loss(RoutingELBO(num_particles=n, vectorize_particles=v), model, guide, label)
+        for n, v in ((3000, True), (300, False))
     ]
     assert both[0] == pytest.approx(both[1], abs=0.05)
 
@@ -163,9 +180,13 @@ def test_a_teachers_distribution_is_its_expected_log_likelihood() -> None:
     logits, teacher = torch.randn(2, 3, 3), torch.randn(2, 3, 3)
     exact = (teacher.softmax(-1) * logits.log_softmax(-1)).sum(-1)
     torch.testing.assert_close(ExpectedToken(logits, teacher).log_prob(TARGETS), exact)
-    torch.testing.assert_close(ExpectedToken(logits, teacher).expand(torch.Size([4, 2, 3])).log_prob(TARGETS)[2], exact)
+    torch.testing.assert_close(
+        ExpectedToken(logits, teacher).expand(torch.Size([4, 2, 3])).log_prob(TARGETS)[2], exact
+    )
     likelihood = Teacher()
-    torch.testing.assert_close(likelihood(logits).log_prob(TARGETS), NextToken(logits).log_prob(TARGETS))
+    torch.testing.assert_close(
+        likelihood(logits).log_prob(TARGETS), NextToken(logits).log_prob(TARGETS)
+    )
     likelihood.logits = teacher
     torch.testing.assert_close(likelihood(logits).log_prob(TARGETS), exact)
 
@@ -181,7 +202,10 @@ def test_a_controller_of_ones_own_need_not_be_dirichlet() -> None:
     model, _ = mixture()
     found = loss(RoutingELBO(), model, RoutingGuide(model, Fixed()))
     route = torch.tensor([0.25, 0.75])
-    exact = dist.Dirichlet(torch.tensor(PRIOR)).log_prob(route) * N + (route @ THETA)[TARGETS].log().sum()
+    exact = (
+        dist.Dirichlet(torch.tensor(PRIOR)).log_prob(route) * N
+        + (route @ THETA)[TARGETS].log().sum()
+    )
     assert found == pytest.approx(-float(exact), rel=1e-5)
 
 
@@ -200,7 +224,9 @@ def test_a_guide_that_runs_inside_the_model() -> None:
 
 def test_hand_written_guides_take_the_stacked_expression_and_have_the_same_loss() -> None:
     model, ours = mixture()
-    assert loss(RoutingELBO(0.3), model, hand_written) == pytest.approx(loss(RoutingELBO(0.3), model, ours), rel=1e-6)
+    assert loss(RoutingELBO(0.3), model, hand_written) == pytest.approx(
+        loss(RoutingELBO(0.3), model, ours), rel=1e-6
+    )
 
 
 # Units
@@ -216,7 +242,9 @@ def test_units_have_routes_and_kls_of_their_own() -> None:
         "batch",
         "token",
     ]
-    torch.testing.assert_close(trace.nodes["route_0"]["fn"].concentration[:, 0, 0], UnitController.concentration)
+    torch.testing.assert_close(
+        trace.nodes["route_0"]["fn"].concentration[:, 0, 0], UnitController.concentration
+    )
     output = (trace.nodes["route_0"]["value"].mean(0) @ THETA).log()
     replayed = poutine.trace(poutine.replay(model, trace=trace)).get_trace(TOKENS, TARGETS)
     torch.testing.assert_close(replayed.nodes["targets"]["fn"].logits, output)
@@ -240,7 +268,9 @@ def test_units_have_routes_and_kls_of_their_own() -> None:
 
 def tiny(**changes: object) -> RoutingModel:
     network = tiny_model()
-    return RoutingModel(network.network, changes.pop("prior", tiny_concentration(network.config)), **changes)  # type: ignore
+    return RoutingModel(
+        network.network, changes.pop("prior", tiny_concentration(network.config)), **changes
+    )  # type: ignore
 
 
 class Wrong:
@@ -273,17 +303,22 @@ def shared(tokens: Tensor, targets: Tensor) -> None:
 def step(model: RoutingModel, guide: object = None, targets: Tensor | None = None) -> object:
     tokens, usual = tiny_batch()
     guide = RoutingGuide(model, tiny_model().controller) if guide is None else guide
-    return RoutingELBO().differentiable_loss(model, guide, tokens, usual if targets is None else targets)
+    return RoutingELBO().differentiable_loss(
+        model, guide, tokens, usual if targets is None else targets
+    )
 
 
 def linear() -> RoutingModel:
-    return RoutingModel(LinearNetwork(), torch.tensor([PRIOR]), likelihood=lambda output: dist.Normal(output, 1.0))
+    return RoutingModel(
+        LinearNetwork(), torch.tensor([PRIOR]), likelihood=lambda output: dist.Normal(output, 1.0)
+    )
 
 
 BAD: list[tuple[Callable[[], object], str]] = [
     (
         lambda: step(tiny(), lacking),
-        "guide: expected a site for each latent of the model: route_0, route_1, route_2; got 'none of route_1, route_2'",
+        "guide: expected a site for each latent of the model: route_0, route_1, route_2; got 'none "
+        "of route_1, route_2'",
     ),
     (
         lambda: step(tiny(), shared),

@@ -78,7 +78,9 @@ def test_a_sampler_finds_the_tempered_posterior() -> None:
 def test_an_objective_that_weighs_the_kl_itself_wants_the_same_weight_or_none() -> None:
     model = weighted()
     for elbo in (RoutingELBO(), RoutingELBO(1.0)):
-        with pytest.raises(ValueError, match="kl_weight of the model: expected .*1.0, or none; got 0.2"):
+        with pytest.raises(
+            ValueError, match="kl_weight of the model: expected .*1.0, or none; got 0.2"
+        ):
             elbo.loss(model, hand_written, TOKENS, TARGETS)
     losses = []
     for program in (model, mixture()[0]):

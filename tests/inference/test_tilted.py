@@ -32,7 +32,11 @@ def integral(a: Pair, tilt: Pair, power: int, upto: float = 1.0) -> float:
 
     if upto == 1.0:
         return float(quad(rest, 0, 1, weight="alg", wvar=(a[0] - 1, a[1] - 1))[0])
-    return float(quad(lambda x: rest(x) * (1 - x) ** (a[1] - 1), 0, upto, weight="alg", wvar=(a[0] - 1, 0))[0])
+    return float(
+        quad(lambda x: rest(x) * (1 - x) ** (a[1] - 1), 0, upto, weight="alg", wvar=(a[0] - 1, 0))[
+            0
+        ]
+    )
 
 
 def double(*values: float) -> Tensor:
@@ -60,7 +64,12 @@ def test_draws_fit_the_density_of_two_experts(a: Pair, tilt: Pair) -> None:
     edge = np.logspace(-12, -2, 80)
     knots = np.concatenate([edge, np.linspace(0.011, 0.989, 80), 1 - edge[::-1]])
     whole = integral(a, tilt, 0)
-    known = np.array([integral(a, tilt, 0, x) if x < 0.5 else whole - integral(a[::-1], tilt[::-1], 0, 1 - x) for x in knots])
+    known = np.array(
+        [
+            integral(a, tilt, 0, x) if x < 0.5 else whole - integral(a[::-1], tilt[::-1], 0, 1 - x)
+            for x in knots
+        ]
+    )
     known /= whole
     inside = draws[(draws > knots[0]) & (draws < knots[-1])]
     low, high = known[0], known[-1]
@@ -79,7 +88,9 @@ def test_draws_fit_the_density_of_three_experts() -> None:
     u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     x, y = torch.meshgrid(u, u, indexing="ij")
     grid = torch.stack([x, (1 - x) * y, (1 - x) * (1 - y)], -1)
-    mass = p.log_prob(grid).exp() * (1 - x) / n**2  # (1 - x): of the map from the square to the triangle
+    mass = (
+        p.log_prob(grid).exp() * (1 - x) / n**2
+    )  # (1 - x): of the map from the square to the triangle
     assert float(mass.sum()) == pytest.approx(1.0, abs=1e-3)
 
     def order(routes: Tensor) -> Tensor:
@@ -99,10 +110,14 @@ def test_no_draw_has_a_zero_and_every_log_density_is_finite(price: float) -> Non
     A third of the weights lies below what float32 can hold.
     """
     torch.manual_seed(0)
-    p = TiltedDirichlet(torch.tensor([0.0177, 0.3002, 0.1821]), price * torch.tensor([1.0, 0.15, 0.3]))
+    p = TiltedDirichlet(
+        torch.tensor([0.0177, 0.3002, 0.1821]), price * torch.tensor([1.0, 0.15, 0.3])
+    )
     draws = p.expand(torch.Size([20_000])).sample()
     tiny = torch.finfo(torch.float32).tiny
-    assert draws.dtype == torch.float32 and float(draws.min()) == tiny  # some are clamped, none is zero
+    assert (
+        draws.dtype == torch.float32 and float(draws.min()) == tiny
+    )  # some are clamped, none is zero
     assert bool(p.log_prob(draws).isfinite().all())
 
 
@@ -142,5 +157,9 @@ def test_the_kl_is_the_mean_log_ratio_of_draws() -> None:
     draws = posterior.sample(torch.Size([100_000]))
     ratio = posterior.log_prob(draws) - prior.log_prob(draws)
     exact = kl_divergence(posterior, prior)
-    assert float(exact) == pytest.approx(float(ratio.mean()), abs=4 * float(ratio.std()) / 100_000**0.5)
-    assert float(tilted_kl(q, a, tilt, tilted_moments(a, tilt).log_normaliser)) == pytest.approx(float(exact))
+    assert float(exact) == pytest.approx(
+        float(ratio.mean()), abs=4 * float(ratio.std()) / 100_000**0.5
+    )
+    assert float(tilted_kl(q, a, tilt, tilted_moments(a, tilt).log_normaliser)) == pytest.approx(
+        float(exact)
+    )

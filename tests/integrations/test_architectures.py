@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from bayes_router.integrations.patching import patch
-from tests.integrations.tiny_models import ALL, DECODERS, ENCODERS, left_padded, patched, tiny, tokens
+from tests.integrations.tiny_models import (
+    ALL,
+    DECODERS,
+    ENCODERS,
+    left_padded,
+    patched,
+    tiny,
+    tokens,
+)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -39,7 +47,9 @@ def test_no_future_leaks(name: str, mode: str) -> None:
     with torch.no_grad():
         a, b = router(ids, mode), router(other, mode)
     torch.testing.assert_close(a.logits[:, :20], b.logits[:, :20], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(a.concentration[:, :, :20], b.concentration[:, :, :20], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        a.concentration[:, :, :20], b.concentration[:, :, :20], atol=1e-4, rtol=1e-4
+    )
     assert not torch.allclose(a.logits[:, 20:], b.logits[:, 20:], atol=1e-3)
 
 
@@ -60,15 +70,25 @@ def test_padding_changes_no_real_token(name: str, side: str) -> None:
         for b, length in enumerate(lengths):
             real = mask[b].bool()
             alone = router(ids[b : b + 1, real])
-            assert torch.equal(together.route[:, b][:, real], alone.route[:, 0]), f"row {b} of {length}"
-            torch.testing.assert_close(together.logits[b, real], alone.logits[0], atol=2e-5, rtol=1e-4)
+            assert torch.equal(together.route[:, b][:, real], alone.route[:, 0]), (
+                f"row {b} of {length}"
+            )
+            torch.testing.assert_close(
+                together.logits[b, real], alone.logits[0], atol=2e-5, rtol=1e-4
+            )
 
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_cached_generation_equals_generation_without_cache(name: str) -> None:
     model, _ = patched(name, sinks=1)
     ids, mask, _ = left_padded(3, 20)
-    settings = {"max_new_tokens": 12, "do_sample": False, "attention_mask": mask, "pad_token_id": 0, "eos_token_id": None}
+    settings = {
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "attention_mask": mask,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
     with torch.no_grad():
         cached = model.generate(ids, **settings)
         whole = model.generate(ids, use_cache=False, **settings)
@@ -98,9 +118,15 @@ def test_gradients_reach_controllers_experts_and_weights(name: str) -> None:
     model.train()
     out = router(tokens(2, 20), "sample")
     (out.logits.float().square().mean() + 0.1 * out.concentration.sum()).backward()
-    missing = [key for key, p in router.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    missing = [
+        key for key, p in router.named_parameters() if p.grad is None or not p.grad.isfinite().all()
+    ]
     assert not missing
-    q = [p for key, p in model.named_parameters() if any(x in key for x in ("q_proj", "c_attn", "query", "qkv"))]
+    q = [
+        p
+        for key, p in model.named_parameters()
+        if any(x in key for x in ("q_proj", "c_attn", "query", "qkv"))
+    ]
     assert q and all(p.grad is not None and p.grad.abs().sum() > 0 for p in q if p.dim() == 2)
 
 
@@ -108,7 +134,10 @@ def test_gradients_reach_controllers_experts_and_weights(name: str) -> None:
 def test_unpatch_restores_outputs_and_attributes_exactly(name: str) -> None:
     model, ids = tiny(name), tokens()
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    implementation, forwards = model.config._attn_implementation, [m.forward.__func__ for m in model.modules()]
+    implementation, forwards = (
+        model.config._attn_implementation,
+        [m.forward.__func__ for m in model.modules()],
+    )
     with torch.no_grad():
         before = model(ids).logits
         router = patch(model, window=6)

@@ -27,7 +27,9 @@ def test_full_gives_the_weights_of_the_original_and_routed_refuses(name: str) ->
     assert torch.equal(after.logits, before.logits) and len(after.attentions) == 2
     assert all(torch.equal(x, y) for x, y in zip(after.attentions, before.attentions, strict=True))
     scatter_routes(router)
-    with pytest.raises(ValueError, match="output_attentions: expected False where tokens are routed"):
+    with pytest.raises(
+        ValueError, match="output_attentions: expected False where tokens are routed"
+    ):
         model(ids, output_attentions=True)
     model(ids)  # what was refused has left nothing behind
     router.force("full")
@@ -66,7 +68,11 @@ def test_sdpa_has_no_weights_patched_or_not(full: bool, caplog: Any) -> None:
 def test_generation_refuses_weights_while_tokens_are_routed() -> None:
     model = tiny("gpt2")
     model.set_attn_implementation("eager")
-    settings: dict[str, Any] = {"max_new_tokens": 3, "output_attentions": True, "return_dict_in_generate": True}
+    settings: dict[str, Any] = {
+        "max_new_tokens": 3,
+        "output_attentions": True,
+        "return_dict_in_generate": True,
+    }
     before = model.generate(tokens(1, 8), pad_token_id=0, **settings)
     router = patch(model, window=6)
     after = model.generate(tokens(1, 8), pad_token_id=0, **settings)

@@ -28,9 +28,16 @@ def choices(rows: int, *taken: str) -> Any:
 def behind(model: Any, ids: Tensor, steps: int, **inputs: Any) -> tuple[Any, Tensor]:
     """(cache, logits of the last `steps` tokens decoded one by one)."""
     cache, mask, logits = None, inputs.get("attention_mask"), []
-    start, positions = ids.shape[1] - steps, torch.empty(0) if mask is None else (mask.cumsum(1) - 1).clamp_min(0)
+    start, positions = (
+        ids.shape[1] - steps,
+        torch.empty(0) if mask is None else (mask.cumsum(1) - 1).clamp_min(0),
+    )
     for first, last in [(0, start), *((i, i + 1) for i in range(start, ids.shape[1]))]:
-        seen = {} if mask is None else {"attention_mask": mask[:, :last], "position_ids": positions[:, first:last]}
+        seen = (
+            {}
+            if mask is None
+            else {"attention_mask": mask[:, :last], "position_ids": positions[:, first:last]}
+        )
         out = model(ids[:, first:last], past_key_values=cache, use_cache=True, **seen)
         cache = out.past_key_values
         logits.append(out.logits)
@@ -49,10 +56,15 @@ def poison(cache: Any, kept: list[int]) -> None:
             x.data[:, :, hidden] = torch.nan
 
 
-@pytest.mark.parametrize("taken", [("local",), ("mapped",), ("gated",), ("local", "mapped"), ("gated", "local", "mapped")])
+@pytest.mark.parametrize(
+    "taken",
+    [("local",), ("mapped",), ("gated",), ("local", "mapped"), ("gated", "local", "mapped")],
+)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @torch.no_grad()
-def test_rows_on_local_and_linear_touch_no_key_outside_the_window(name: str, taken: tuple[str, ...]) -> None:
+def test_rows_on_local_and_linear_touch_no_key_outside_the_window(
+    name: str, taken: tuple[str, ...]
+) -> None:
     model, router = patched(name, window=WINDOW, sinks=SINKS)
     ids = tokens(3, T)
     with router.routed_by(choices(3, *taken)):
@@ -74,11 +86,15 @@ def test_a_row_on_full_alone_reads_all_keys() -> None:
     assert got.isfinite().all(-1).tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize("taken", [("full", "mapped", "gated", "local"), ("mapped",), ("gated",), ("local",)])
+@pytest.mark.parametrize(
+    "taken", [("full", "mapped", "gated", "local"), ("mapped",), ("gated",), ("local",)]
+)
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma2"])
 @torch.no_grad()
-def test_decoding_equals_the_pass_without_a_cache(name: str, padded: bool, taken: tuple[str, ...]) -> None:
+def test_decoding_equals_the_pass_without_a_cache(
+    name: str, padded: bool, taken: tuple[str, ...]
+) -> None:
     model, router = patched(name, window=WINDOW, sinks=SINKS)
     ids, inputs = tokens(4, T), {}
     if padded:
@@ -142,14 +158,18 @@ def test_a_changed_cache_makes_its_states_anew(change: str, expert: str) -> None
         for i in range(more.shape[1]):
             got = model(more[:, i : i + 1], past_key_values=cache, use_cache=True).logits[:, -1]
             ids = torch.cat([ids, more[:, i : i + 1]], 1)
-            torch.testing.assert_close(got, model(ids, use_cache=False).logits[:, -1], atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                got, model(ids, use_cache=False).logits[:, -1], atol=2e-5, rtol=1e-4
+            )
 
 
 def test_with_gradients_no_state_is_kept() -> None:
     model, router = patched("llama", window=WINDOW)
     router.force("mapped")
     cache, got = behind(model, tokens(2, T), 2)
-    torch.testing.assert_close(got, model(tokens(2, T), use_cache=False).logits[:, -2:], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        got, model(tokens(2, T), use_cache=False).logits[:, -2:], atol=2e-5, rtol=1e-4
+    )
     got.sum().backward()
     assert all(p.grad is not None for p in router.layers[0].expert(1).parameters())
     assert not router.memories._by_cache[cache][0].running
@@ -165,7 +185,12 @@ def test_several_rows_on_cuda_equal_the_pass_without_a_cache(sinks: int) -> None
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=101, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=101,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     model = transformers.LlamaForCausalLM(config).cuda().eval()
     router = patch(model, window=16, sinks=sinks, experts=EXPERTS)
@@ -178,7 +203,9 @@ def test_several_rows_on_cuda_equal_the_pass_without_a_cache(sinks: int) -> None
 
 
 def stores(cache: Any) -> list[int]:
-    return [x.untyped_storage().data_ptr() for layer in cache.layers for x in (layer.keys, layer.values)]
+    return [
+        x.untyped_storage().data_ptr() for layer in cache.layers for x in (layer.keys, layer.values)
+    ]
 
 
 @torch.no_grad()
@@ -191,7 +218,9 @@ def test_a_step_copies_no_cached_key_and_what_a_cache_showed_stays(monkeypatch: 
         cache, _ = behind(model, ids[:, :T], 3)
         for i in range(T, T + 40):
             before = stores(cache)
-            shown.append([(x, x.clone()) for layer in cache.layers for x in (layer.keys, layer.values)])
+            shown.append(
+                [(x, x.clone()) for layer in cache.layers for x in (layer.keys, layer.values)]
+            )
             got = model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits
             moved += before != stores(cache)
         expected = model(ids, use_cache=False).logits[:, -1:]
@@ -202,7 +231,9 @@ def test_a_step_copies_no_cached_key_and_what_a_cache_showed_stays(monkeypatch: 
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("change", [copy.copy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+@pytest.mark.parametrize(
+    "change", [copy.copy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))]
+)
 @torch.no_grad()
 def test_two_ends_of_one_text_do_not_write_over_each_other(change: Any) -> None:
     model, router = patched("llama", window=WINDOW, sinks=SINKS)
@@ -232,11 +263,15 @@ def test_a_cache_of_inference_mode_is_carried_on_outside_of_it_and_gradients_are
             for i in range(T - 4, T - 1):
                 model(ids[:, i : i + 1], past_key_values=cache, use_cache=True)
         got = model(ids[:, -1:], past_key_values=cache, use_cache=True).logits
-        torch.testing.assert_close(got, model(ids, use_cache=False).logits[:, -1:], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            got, model(ids, use_cache=False).logits[:, -1:], atol=2e-5, rtol=1e-4
+        )
         weight = model.model.layers[0].self_attn.k_proj.weight
         cache, steps = behind(model, ids, 4)
         (cached,) = torch.autograd.grad(steps.square().sum(), weight)
-        (whole,) = torch.autograd.grad(model(ids, use_cache=False).logits[:, -4:].square().sum(), weight)
+        (whole,) = torch.autograd.grad(
+            model(ids, use_cache=False).logits[:, -4:].square().sum(), weight
+        )
     torch.testing.assert_close(cached, whole, atol=1e-4, rtol=1e-3)
 
 

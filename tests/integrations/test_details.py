@@ -61,7 +61,10 @@ def test_a_controller_reads_hidden_states_on_one_scale(scale: float) -> None:
     _, router = patched("llama")
     read: list[Tensor] = []
     posterior = router.controller.posterior
-    router.controller.posterior = lambda layer, hidden: (read.append(hidden), posterior(layer, hidden))[1]
+    router.controller.posterior = lambda layer, hidden: (
+        read.append(hidden),
+        posterior(layer, hidden),
+    )[1]
     hidden = torch.randn(2, 9, 32) * torch.logspace(-1, 1, 9)[:, None]
     assert torch.equal(router.route(0, hidden), router.route(0, scale * hidden))
     torch.testing.assert_close(read[0].square().mean(-1), torch.ones(2, 9), atol=1e-4, rtol=1e-4)
@@ -76,11 +79,18 @@ def test_first_keys_inside_the_window_count_once(hidden: int, way: str) -> None:
     Its first keys wander into the window of the newest token.
     """
     torch.manual_seed(0)
-    q, k, v, slots = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 12, 8), torch.randn(1, 2, 12, 8), torch.arange(12)
+    q, k, v, slots = (
+        torch.randn(1, 2, 1, 8),
+        torch.randn(1, 2, 12, 8),
+        torch.randn(1, 2, 12, 8),
+        torch.arange(12),
+    )
     mask = (slots >= hidden)[None, None, None]
     call = AttentionCall(q, k, v, mask, True, attention, 8**-0.5, plain=True)
     expert = LocalExpert(ExpertShape(2, 8, 5), 2, sinks=3)
-    found = expert(call) if way == "whole" else expert.read(expert.narrowed(replace(call, plain=False)))
+    found = (
+        expert(call) if way == "whole" else expert.read(expert.narrowed(replace(call, plain=False)))
+    )
     seen = mask & ((slots > 11 - 5) | (slots < hidden + 3))
     torch.testing.assert_close(found, attention(q, k, v, seen), atol=1e-6, rtol=1e-5)
 
@@ -90,7 +100,12 @@ def test_cross_attention_is_given_no_hidden_state(name: str) -> None:
     model, router = patched("llama")
     module = model.model.layers[0].self_attn
     for crossed in (False, True, False):
-        keep_hidden(module._bayes_router, module, (torch.zeros(1, 3, 32),), {name: torch.zeros(1, 2, 32)} if crossed else {})
+        keep_hidden(
+            module._bayes_router,
+            module,
+            (torch.zeros(1, 3, 32),),
+            {name: torch.zeros(1, 2, 32)} if crossed else {},
+        )
         assert module._bayes_router.awaits != crossed
 
 
@@ -100,8 +115,12 @@ def test_no_layer_costs_more_than_full_attention(monkeypatch: pytest.MonkeyPatch
     `local` is no dearer than the layer's own shorter window.
     """
     slow = {LocalAttention: 3.0}
-    monkeypatch.setattr(cost, "measured_latencies", lambda experts, *_: [slow.get(type(e), 1.0) for e in experts])
-    config = ModelConfig(8, d_model=16, num_layers=2, num_heads=2, experts=("full", "local"), window=6)
+    monkeypatch.setattr(
+        cost, "measured_latencies", lambda experts, *_: [slow.get(type(e), 1.0) for e in experts]
+    )
+    config = ModelConfig(
+        8, d_model=16, num_layers=2, num_heads=2, experts=("full", "local"), window=6
+    )
     _, costs = layer_costs(PriorConfig(cost="latency"), config, 64, [4, None])
     assert costs.tolist() == [[1.0, 1.0], [1.0, 3.0]]
     _, counted = layer_costs(PriorConfig(cost="flops"), config, 64, [4, None])
@@ -112,7 +131,9 @@ def test_no_layer_costs_more_than_full_attention(monkeypatch: pytest.MonkeyPatch
 def test_a_cost_above_the_budget_raises_the_price_and_one_below_lowers_it(kind: str) -> None:
     prices: dict[str, list[float]] = {}
     for name, spent in (("above", 0.25), ("met", 0.0), ("below", -0.25)):
-        pressure: Any = OneBudget(0.5, 2.0) if kind == "one" else BudgetRange(0.5, 0.5, 0.1, 1.0, 2.0)
+        pressure: Any = (
+            OneBudget(0.5, 2.0) if kind == "one" else BudgetRange(0.5, 0.5, 0.1, 1.0, 2.0)
+        )
         random = np.random.default_rng(0)
         prices[name] = []
         for _ in range(3):
@@ -133,7 +154,9 @@ def test_the_price_of_a_fit_moves_against_the_budget() -> None:
     settings = {"steps": 24, "context": 32, "batch_size": 4, "controller_lr": 0.03, "warmup": 2}
     ends = {}
     for budget in (0.31, 0.9):
-        router = patch(tiny("llama"), window=4, experts=("full", "local"), prior=PriorConfig(price=1.0))
+        router = patch(
+            tiny("llama"), window=4, experts=("full", "local"), prior=PriorConfig(price=1.0)
+        )
         frame = router.fit(text, budget=budget, **settings)
         ends[budget] = float(frame["price"].iloc[-1])
     assert ends[0.9] < 0.8 < 1.0 < ends[0.31]
@@ -150,7 +173,9 @@ def test_feature_maps_are_taught_full_attention_wherever_it_stands(kind: str) ->
     router, errors = patch(model, window=2, experts=names), []
 
     def compare(index: int, call: AttentionCall, hidden: Tensor) -> None:
-        full, mapped = (router.layers[index].expert(names.index(name))(call) for name in ("full", "mapped"))
+        full, mapped = (
+            router.layers[index].expert(names.index(name))(call) for name in ("full", "mapped")
+        )
         errors.append(float((mapped - full).square().mean() / full.square().mean()))
 
     text = tokens(1, 400)[0]
@@ -160,5 +185,7 @@ def test_feature_maps_are_taught_full_attention_wherever_it_stands(kind: str) ->
     if kind == "torch":
         first = router.distil([draw()])[0]
     else:
-        first = router.fit(text, steps=1, distil_steps=1, context=20, batch_size=2).attrs["distillation"][0]
+        first = router.fit(text, steps=1, distil_steps=1, context=20, batch_size=2).attrs[
+            "distillation"
+        ][0]
     assert first == pytest.approx(sum(errors) / len(errors), rel=1e-4)

@@ -30,7 +30,9 @@ RANGE = {
 
 
 def ranged(**settings: object) -> tuple[object, object]:
-    return patched("llama", window=8, experts=("full", "local"), prior=PRIOR, context=40, **settings)
+    return patched(
+        "llama", window=8, experts=("full", "local"), prior=PRIOR, context=40, **settings
+    )
 
 
 def test_prices_bring_what_is_spent_to_what_is_asked() -> None:
@@ -89,7 +91,11 @@ def test_one_fit_serves_a_range(tmp_path: Path) -> None:
     assert spent == pytest.approx([0.55, 0.85], abs=0.006)
     router.save(tmp_path)
     again = load_patch(tiny("llama"), tmp_path)
-    assert again.fitted == router.fitted and again.fitted.budget == (0.5, 0.9) and again.fitted.context == 40
+    assert (
+        again.fitted == router.fitted
+        and again.fitted.budget == (0.5, 0.9)
+        and again.fitted.context == 40
+    )
 
 
 def test_a_step_has_as_many_tokens_at_every_length() -> None:
@@ -119,7 +125,9 @@ def test_biases_have_a_rate_of_their_own() -> None:
     for rate in (None, 0.2):
         _, router = ranged()
         before = router.controller.layers[0].out.bias.detach().clone()
-        router.fit(TEXT, steps=1, warmup=0, bias_lr=rate, progress=False, **RANGE | {"budget": None})
+        router.fit(
+            TEXT, steps=1, warmup=0, bias_lr=rate, progress=False, **RANGE | {"budget": None}
+        )
         moved.append(float((router.controller.layers[0].out.bias.detach() - before).abs().max()))
         router.unpatch()
     assert moved == pytest.approx([0.02, 0.2], rel=0.05)

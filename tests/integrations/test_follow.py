@@ -19,10 +19,15 @@ TEXT = torch.randint(3, VOCAB, (400,), generator=torch.Generator().manual_seed(0
 def test_half_precision_leaves_the_router_in_float32(cast: str) -> None:
     model, router = patched("llama")
     getattr(model, cast)()
-    assert {p.dtype for p in router.parameters()} == {torch.float32}  # no Dirichlet has half precision
+    assert {p.dtype for p in router.parameters()} == {
+        torch.float32
+    }  # no Dirichlet has half precision
     with torch.no_grad():
         out = router(tokens())
-    assert out.concentration.dtype == torch.float32 and out.logits.dtype == next(model.parameters()).dtype
+    assert (
+        out.concentration.dtype == torch.float32
+        and out.logits.dtype == next(model.parameters()).dtype
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "bert"])
@@ -83,7 +88,9 @@ def test_requires_grad_follows_where_it_changes() -> None:
     assert flags(router) == {True}  # asking flips nothing
     router.follow()
     assert flags(router) == {False}
-    router.requires_grad_(True)  # the router alone is trained: a choice after the model's, so it stands
+    router.requires_grad_(
+        True
+    )  # the router alone is trained: a choice after the model's, so it stands
     router(tokens(), "mean").logits.square().mean().backward()
     assert flags(router) == {True} and all(p.grad is None for p in model.parameters())
     for flag in (True, False):

@@ -27,7 +27,14 @@ def moved(route_by: str = "head", static: Any = None) -> Any:
     """
     static = static or {0: {2: "local", 3: "local"}, 1: {0: "full"}}
     model = tiny("llama").eval()
-    router = patch(model, window=WINDOW, sinks=SINKS, experts=("full", "local"), route_by=route_by, controller_hidden=0)
+    router = patch(
+        model,
+        window=WINDOW,
+        sinks=SINKS,
+        experts=("full", "local"),
+        route_by=route_by,
+        controller_hidden=0,
+    )
     generator = torch.Generator().manual_seed(1)
     for index, controller in enumerate(router.controller.layers):
         R = controller.num_units
@@ -63,7 +70,9 @@ def test_freezing_finds_the_units_that_stand_still_and_says_what_they_cost() -> 
     assert (found.frozen, found.units, found.short, found.key_heads) == (3, 8, 1, 4)
     assert found.kept == WINDOW + SINKS - 1
     assert found.freed(70) == pytest.approx(0.25 * 0.9)
-    assert found.lost == pytest.approx(0, abs=1e-6) and found.cost == pytest.approx(found.cost_before)
+    assert found.lost == pytest.approx(0, abs=1e-6) and found.cost == pytest.approx(
+        found.cost_before
+    )
     assert "3 of 8 units" in str(found)
     router.thaw()
     assert router.freeze(TEXT, share=0.49, context=40, limit=240).frozen > 3
@@ -108,7 +117,11 @@ def test_the_controllers_of_frozen_units_are_not_run() -> None:
 @pytest.mark.parametrize("route_by", ["head", "kv_head", "layer"])
 @pytest.mark.parametrize("chunks", [[40], [30, *[1] * 10], [20, 7, 1, 9, 3], [5, 2, *[1] * 33]])
 def test_what_a_freed_cache_answers_is_the_whole_pass(route_by: str, chunks: list[int]) -> None:
-    static = {"head": {0: {2: "local", 3: "local"}}, "kv_head": {0: {1: "local"}}, "layer": {1: {0: "local"}}}[route_by]
+    static = {
+        "head": {0: {2: "local", 3: "local"}},
+        "kv_head": {0: {1: "local"}},
+        "layer": {1: {0: "local"}},
+    }[route_by]
     model, router, found = frozen(route_by, static=static)
     assert found.short >= 1
     ids = TEXT[3:43].expand(2, -1).clone()
@@ -129,7 +142,9 @@ def test_bytes_of_the_tensors_are_freed() -> None:
     router.thaw()
     _, whole = decoded(model, ids[:, :250], [250])
     dim, kept = 8, WINDOW + SINKS - 1
-    assert cache_bytes(whole) == 2 * 2 * 2 * 250 * dim * 4  # keys and values, layers, heads, tokens, float32
+    assert (
+        cache_bytes(whole) == 2 * 2 * 2 * 250 * dim * 4
+    )  # keys and values, layers, heads, tokens, float32
     assert freed == 2 * dim * 4 * (3 * 250 + kept)
     assert 1 - freed / cache_bytes(whole) == pytest.approx(found.freed(250))
     layer = cache.layers[0]
@@ -140,7 +155,12 @@ def test_generation_and_beams_behind_a_freed_cache() -> None:
     model, router, _ = frozen()
     prompt = TEXT[None, :30]
     for settings in ({}, {"num_beams": 3}):
-        asked = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 8, "pad_token_id": 0, "do_sample": False}
+        asked = {
+            "attention_mask": torch.ones_like(prompt),
+            "max_new_tokens": 8,
+            "pad_token_id": 0,
+            "do_sample": False,
+        }
         with torch.no_grad():
             cached = model.generate(prompt, **asked, **settings)
             plain = model.generate(prompt, use_cache=False, **asked, **settings)
@@ -164,7 +184,10 @@ def test_what_a_freed_cache_cannot_do_is_refused() -> None:
     cache.layers[0].crop(30)
     for change in (lambda: router.force("full"), router.thaw):
         change()
-        with pytest.raises(ValueError, match="past_key_values: .*read the text anew"), torch.no_grad():
+        with (
+            pytest.raises(ValueError, match="past_key_values: .*read the text anew"),
+            torch.no_grad(),
+        ):
             model(TEXT[None, 30:31], past_key_values=cache)
 
 
@@ -201,5 +224,7 @@ def test_what_is_frozen_is_saved(tmp_path: Path) -> None:
         (tmp_path / "router.json").write_text(json.dumps(saved | {"frozen": damaged}))
         with pytest.raises(ValueError, match="router.json: frozen: expected 2 lists of 4 experts"):
             load_patch(model, tmp_path)
-    (tmp_path / "router.json").write_text(json.dumps({key: saved[key] for key in saved if key != "frozen"}))
+    (tmp_path / "router.json").write_text(
+        json.dumps({key: saved[key] for key in saved if key != "frozen"})
+    )
     assert load_patch(model, tmp_path).frozen is None

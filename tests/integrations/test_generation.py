@@ -22,7 +22,12 @@ MIXES = {
     "gated": "gated",
     "thrifty": Budget((1.0, 0.15, 0.15, 0.3), 3.0),
 }
-GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+GREEDY: dict[str, Any] = {
+    "max_new_tokens": 12,
+    "do_sample": False,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+}
 
 
 def routed_llama(mix: str, **settings: Any) -> Any:
@@ -68,9 +73,13 @@ def test_beams_sampling_and_assisted_prefixes_equal_those_without_cache() -> Non
     with_cache = model.generate(ids, **draws)
     torch.manual_seed(0)
     assert torch.equal(with_cache, model.generate(ids, use_cache=False, **draws))
-    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=4, **GREEDY), model.generate(ids, **GREEDY))
+    assert torch.equal(
+        model.generate(ids, prompt_lookup_num_tokens=4, **GREEDY), model.generate(ids, **GREEDY)
+    )
     prefix = model(ids[:, :30], use_cache=True).past_key_values
-    assert torch.equal(model.generate(ids, past_key_values=prefix, **GREEDY), model.generate(ids, **GREEDY))
+    assert torch.equal(
+        model.generate(ids, past_key_values=prefix, **GREEDY), model.generate(ids, **GREEDY)
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "falcon"])
@@ -78,10 +87,19 @@ def test_beams_sampling_and_assisted_prefixes_equal_those_without_cache() -> Non
 def test_a_static_cache_gives_what_a_growing_one_gives(name: str) -> None:
     model, router = patched(name, sinks=1)
     ids, mask, _ = left_padded(2, 18)
-    asked = {**GREEDY, "attention_mask": mask, "output_logits": True, "return_dict_in_generate": True}
-    grown, still = (model.generate(ids, **asked, **more) for more in ({}, {"cache_implementation": "static"}))
+    asked = {
+        **GREEDY,
+        "attention_mask": mask,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    grown, still = (
+        model.generate(ids, **asked, **more) for more in ({}, {"cache_implementation": "static"})
+    )
     assert torch.equal(still.sequences, grown.sequences)
-    torch.testing.assert_close(torch.stack(still.logits), torch.stack(grown.logits), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        torch.stack(still.logits), torch.stack(grown.logits), atol=1e-5, rtol=1e-4
+    )
     router.force("full")
     full = model.generate(ids, **asked, cache_implementation="static")
     router.unpatch()
@@ -112,7 +130,8 @@ def test_local_is_full_attention_under_a_window_and_sinks_add_the_first_tokens()
     router.unpatch()
     attention = model.transformer.h[0].attn
     handle = attention.register_forward_pre_hook(
-        lambda module, args, kwargs: (args, {**kwargs, "attention_mask": band[None, None]}), with_kwargs=True
+        lambda module, args, kwargs: (args, {**kwargs, "attention_mask": band[None, None]}),
+        with_kwargs=True,
     )
     torch.testing.assert_close(routed, model(ids).logits, atol=1e-5, rtol=1e-4)
     handle.remove()
@@ -160,7 +179,11 @@ def test_padding_inside_a_cache_is_read_alike_with_and_without_it() -> None:
     for start, end in ((0, 14), (14, 17), (17, 18), (18, 19), (19, 20)):
         part = slice(start, end)
         out = model(
-            ids[:, part], attention_mask=mask[:, :end], position_ids=positions[:, part], past_key_values=cache, use_cache=True
+            ids[:, part],
+            attention_mask=mask[:, :end],
+            position_ids=positions[:, part],
+            past_key_values=cache,
+            use_cache=True,
         )
         cache = out.past_key_values
         logits.append(out.logits)

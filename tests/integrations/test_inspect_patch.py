@@ -58,7 +58,9 @@ def tokenizer() -> Any:
     vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="</s>", bos_token="<s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", eos_token="</s>", bos_token="<s>"
+    )
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
@@ -80,20 +82,36 @@ def options(folders: tuple[Path, Path, Path], worded: bool = False) -> list[str]
 
 
 def test_inspect_shows_held_out_ids_or_a_text(folders: Any, tmp_path: Path, capsys: Any) -> None:
-    assert main(["inspect", *options(folders), "--layer", "1", "--tokens", "40", "--colour", "never"]) == 0
+    assert (
+        main(["inspect", *options(folders), "--layer", "1", "--tokens", "40", "--colour", "never"])
+        == 0
+    )
     shown = capsys.readouterr().out
     assert "\nlayer 1: f:" in shown and "local" in shown and "no tokenizer" in shown
-    held_out = load_patch(tiny("llama" if "llama" in str(folders[0]) else "gpt2"), folders[2]).held_out
+    held_out = load_patch(
+        tiny("llama" if "llama" in str(folders[0]) else "gpt2"), folders[2]
+    ).held_out
     assert f"{int(held_out.tokens[0])} {int(held_out.tokens[1])} " in shown
     text = tmp_path / "text.txt"
-    text.write_text("the river came over the old stone house and the wind went under the road " * 60)
+    text.write_text(
+        "the river came over the old stone house and the wind went under the road " * 60
+    )
     assert main(["inspect", *options(folders, True), "--text", str(text), "--colour", "never"]) == 0
     assert "river" in capsys.readouterr().out
-    assert main(["inspect", *options(folders, True), "--corpus", f"text:{text}", "--colour", "never"]) == 0
+    assert (
+        main(["inspect", *options(folders, True), "--corpus", f"text:{text}", "--colour", "never"])
+        == 0
+    )
     assert "house" in capsys.readouterr().out
     out = tmp_path / "worded.html"
-    assert main(["report", *options(folders, True), "--text", str(text), "--out", str(out), "--quick"]) == 0
-    assert "Uncertainty by kind of token" in out.read_text() and "kinds of token" not in capsys.readouterr().out
+    assert (
+        main(["report", *options(folders, True), "--text", str(text), "--out", str(out), "--quick"])
+        == 0
+    )
+    assert (
+        "Uncertainty by kind of token" in out.read_text()
+        and "kinds of token" not in capsys.readouterr().out
+    )
 
 
 def test_report_is_written_and_names_what_it_leaves_out(folders: Any, capsys: Any) -> None:
@@ -102,7 +120,11 @@ def test_report_is_written_and_names_what_it_leaves_out(folders: Any, capsys: An
     for reason in ("over training", "posteriors on the simplex", "kinds of token"):
         assert f"left out: {reason}" in out and reason in html.split("<h2>Figures")[0]
     data = json.loads(html.split('id="data">')[1].split("</script>")[0])
-    assert len(data["pieces"]) == 60 and len(data["layers"]) == 2 and data["experts"] == ["full", "local"]
+    assert (
+        len(data["pieces"]) == 60
+        and len(data["layers"]) == 2
+        and data["experts"] == ["full", "local"]
+    )
 
 
 def test_every_diagnostic_reads_a_patched_model(folders: Any) -> None:
@@ -119,19 +141,33 @@ def test_every_diagnostic_reads_a_patched_model(folders: Any) -> None:
 
 
 REFUSED = {
-    "no base": ([], "base: expected the (Llama|GPT2).* that the patch .* was made for; got None; give --base"),
+    "no base": (
+        [],
+        "base: expected the (Llama|GPT2).* that the patch .* was made for; got None; give --base",
+    ),
     "no such base": (["--base", "nowhere/at all"], "base: expected the folder or the name"),
     "another model": (["--base", "OTHER"], "was made for"),
-    "text without a tokenizer": (["--base", "BASE", "--corpus", "stdlib"], "corpus: expected a base model with a tokenizer"),
-    "long context": (["--base", "BASE", "--context", "5000"], "context: expected at most the 256 positions"),
+    "text without a tokenizer": (
+        ["--base", "BASE", "--corpus", "stdlib"],
+        "corpus: expected a base model with a tokenizer",
+    ),
+    "long context": (
+        ["--base", "BASE", "--context", "5000"],
+        "context: expected at most the 256 positions",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_missing_is_named_with_the_fix(case: str, folders: Any, tmp_path: Path, capsys: Any) -> None:
+def test_what_is_missing_is_named_with_the_fix(
+    case: str, folders: Any, tmp_path: Path, capsys: Any
+) -> None:
     tiny("llama", seed=5).save_pretrained(tmp_path / "other")
     given, message = REFUSED[case]
-    given = [{"BASE": str(folders[0]), "OTHER": str(tmp_path / "other")}.get(word, word) for word in given]
+    given = [
+        {"BASE": str(folders[0]), "OTHER": str(tmp_path / "other")}.get(word, word)
+        for word in given
+    ]
     assert main(["inspect", str(folders[2]), "--device", "cpu", *given]) == 2
     assert re.search(message, capsys.readouterr().err)
 
@@ -170,18 +206,27 @@ def encoder(tmp_path_factory: Any) -> tuple[Path, Path]:
     return root / "base", root / "patch"
 
 
-def test_encoders_are_inspected_and_reported(encoder: tuple[Path, Path], tmp_path: Path, capsys: Any) -> None:
+def test_encoders_are_inspected_and_reported(
+    encoder: tuple[Path, Path], tmp_path: Path, capsys: Any
+) -> None:
     base, saved = encoder
     given = [str(saved), "--base", str(base), "--device", "cpu"]
     assert main(["inspect", *given, "--layer", "1", "--tokens", "48", "--colour", "never"]) == 0
     shown = capsys.readouterr().out
     assert "\nlayer 1: f:" in shown and "mapped" in shown
     text = tmp_path / "text.txt"
-    text.write_text("the river came over the old stone house and the wind went under the road " * 60)
+    text.write_text(
+        "the river came over the old stone house and the wind went under the road " * 60
+    )
     assert main(["inspect", *given, "--text", str(text), "--colour", "never"]) == 0
     assert "river" in capsys.readouterr().out
     assert main(["inspect", *given, "--corpus", f"text:{text}", "--colour", "never"]) == 0
-    assert main(["report", *given, "--quick", "--tokens", "60", "--out", str(tmp_path / "report.html")]) == 0
+    assert (
+        main(
+            ["report", *given, "--quick", "--tokens", "60", "--out", str(tmp_path / "report.html")]
+        )
+        == 0
+    )
     assert "Load by layer" in (tmp_path / "report.html").read_text()
 
 
@@ -206,17 +251,29 @@ def test_the_whole_report_of_an_encoder(encoder: tuple[Path, Path], tmp_path: Pa
     router = load_patch(tiny("bert"), encoder[1])
     run = fitted_patch(router, router.held_out, context=24)
     examined = Examination(run, effort=EFFORT)
-    assert {verdict.topic for verdict in examined.verdicts()} >= {"guide", "amortisation", "calibration"}
-    assert set(examined.k_hat["length"]) == {24}  # no weight belongs to a prefix of what is read from both sides
+    assert {verdict.topic for verdict in examined.verdicts()} >= {
+        "guide",
+        "amortisation",
+        "calibration",
+    }
+    assert set(examined.k_hat["length"]) == {
+        24
+    }  # no weight belongs to a prefix of what is read from both sides
     row = examined.regret.iloc[0]
     batch = list(run.held_out.windows(24, 1))[int(row["sequence"])]
     with torch.no_grad():
         out = router(batch.tokens)
-    nll = torch.nn.functional.cross_entropy(out.logits[0], batch.targets[0], ignore_index=IGNORED, reduction="none")
-    assert row[f"loss_{row['choice']}"] == pytest.approx(float(nll[int(row["position"])]), abs=1e-4)  # all of the text was read
+    nll = torch.nn.functional.cross_entropy(
+        out.logits[0], batch.targets[0], ignore_index=IGNORED, reduction="none"
+    )
+    assert row[f"loss_{row['choice']}"] == pytest.approx(
+        float(nll[int(row["position"])]), abs=1e-4
+    )  # all of the text was read
     html = write_report(examined, limit=48)
     data = json.loads(html.split('id="data">')[1].split("</script>")[0])
-    assert [value is None for value in data["nll"]] == [position % 24 % 7 != 3 for position in range(48)]
+    assert [value is None for value in data["nll"]] == [
+        position % 24 % 7 != 3 for position in range(48)
+    ]
     assert "an encoder reads both sides" in html and "Reliability" in html
 
 
@@ -232,7 +289,9 @@ def test_own_nll_of_a_decoder_is_said_a_token_before(folders: Any) -> None:
 def test_torch_modules_state_the_limit(tmp_path: Path, capsys: Any) -> None:
     layer = torch.nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)
     router = patch(torch.nn.TransformerEncoder(layer, 1), window=6)
-    with pytest.raises(ValueError, match=r"model: expected a patched language model.*statistics\(\) and kl\(\)"):
+    with pytest.raises(
+        ValueError, match=r"model: expected a patched language model.*statistics\(\) and kl\(\)"
+    ):
         fitted_patch(router, None, context=8)  # type: ignore[arg-type]
     router.save(tmp_path)
     assert main(["inspect", str(tmp_path), "--device", "cpu"]) == 2

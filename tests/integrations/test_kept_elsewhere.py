@@ -16,7 +16,12 @@ from tests.integrations.tiny_models import VOCAB, patched, scatter_routes, tiny,
 
 TEXT = torch.randint(3, VOCAB, (500,), generator=torch.Generator().manual_seed(1))
 SMALL: dict[str, Any] = {"steps": 1, "distil_steps": 1, "context": 20, "batch_size": 2}
-KINDS = {"float": torch.float32, "double": torch.float64, "bfloat16": torch.bfloat16, "half": torch.float16}
+KINDS = {
+    "float": torch.float32,
+    "double": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "half": torch.float16,
+}
 
 
 def checkpoint(kind: str, seed: int = 0, shift: float = 0.0) -> Any:
@@ -46,7 +51,9 @@ def test_a_patch_knows_its_model_in_every_precision(saved: str, now: str, tmp_pa
             load_patch(checkpoint(now, **other), tmp_path)
 
 
-def test_a_patch_saved_without_numbers_of_the_base_is_loaded_by_its_fingerprint(tmp_path: Path) -> None:
+def test_a_patch_saved_without_numbers_of_the_base_is_loaded_by_its_fingerprint(
+    tmp_path: Path,
+) -> None:
     patch(tiny("llama"), window=6).save(tmp_path)
     (tmp_path / BASE).unlink()
     load_patch(tiny("llama").bfloat16(), tmp_path)
@@ -70,18 +77,25 @@ def offload(model: Any, where: str, folder: Path) -> None:
         accelerate.disk_offload(model, str(folder), execution_device=torch.device("cpu"))
     else:
         parts = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
-        parts |= dict.fromkeys(("model.layers.2", "model.norm", "model.rotary_emb", "lm_head"), "disk")
+        parts |= dict.fromkeys(
+            ("model.layers.2", "model.norm", "model.rotary_emb", "lm_head"), "disk"
+        )
         known = {name for name, _ in model.named_modules()}
         parts = {name: device for name, device in parts.items() if name in known}
-        accelerate.dispatch_model(model, parts, main_device="cpu", offload_dir=str(folder), force_hooks=True)
+        accelerate.dispatch_model(
+            model, parts, main_device="cpu", offload_dir=str(folder), force_hooks=True
+        )
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(
     ("name", "where"),
-    [(n, "memory") for n in ("llama", "gpt2", "falcon")] + [("llama", "disk"), ("gpt2", "disk"), ("llama", "device map")],
+    [(n, "memory") for n in ("llama", "gpt2", "falcon")]
+    + [("llama", "disk"), ("gpt2", "disk"), ("llama", "device map")],
 )
-def test_offloaded_weights_are_routed_fitted_saved_and_loaded(name: str, where: str, when: str, tmp_path: Path) -> None:
+def test_offloaded_weights_are_routed_fitted_saved_and_loaded(
+    name: str, where: str, when: str, tmp_path: Path
+) -> None:
     pytest.importorskip("accelerate")
     plain, router = tiny(name), patched(name, experts=("full", "mapped", "local"))[1]
     router.save(tmp_path)
@@ -132,7 +146,9 @@ class Wrapper(nn.Module):
         return next(self.children())(ids)
 
 
-@pytest.mark.parametrize("how", ["own", "twice", "parallel", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "how", ["own", "twice", "parallel", pytest.param("compiled", marks=pytest.mark.slow)]
+)
 @torch.no_grad()
 def test_the_model_inside_a_wrapper_is_routed(how: str, tmp_path: Path) -> None:
     model = tiny("llama")
@@ -147,7 +163,9 @@ def test_the_model_inside_a_wrapper_is_routed(how: str, tmp_path: Path) -> None:
     scatter_routes(router)
     assert router.model is model and patch(wrapper, window=6) is router
     routed = wrapper(tokens()).logits
-    assert torch.equal(routed, router(tokens()).logits) and not torch.allclose(routed, plain, atol=1e-3)
+    assert torch.equal(routed, router(tokens()).logits) and not torch.allclose(
+        routed, plain, atol=1e-3
+    )
     router.save(tmp_path)
     router.unpatch()
     assert torch.equal(wrapper(tokens()).logits, plain)

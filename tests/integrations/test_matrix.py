@@ -13,17 +13,40 @@ from torch import Tensor
 
 from bayes_router.integrations.calls import layer
 from bayes_router.integrations.patching import load_patch, patch
-from tests.integrations.tiny_models import ALL, DECODERS, ENCODERS, left_padded, patched, tiny, tokens
+from tests.integrations.tiny_models import (
+    ALL,
+    DECODERS,
+    ENCODERS,
+    left_padded,
+    patched,
+    tiny,
+    tokens,
+)
 
-GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+GREEDY: dict[str, Any] = {
+    "max_new_tokens": 5,
+    "do_sample": False,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+}
 FAST = ("gpt2", "llama", "gemma2", "falcon")  # of what takes long; the others are marked slow
 EAGER = [name for name in ALL if not name.startswith("falcon")]  # Falcon is served under sdpa alone
-TOGETHER = ("falcon", "falcon grouped", "falcon alibi", "opt", "gpt_oss")  # read packed documents as one, unpatched too
-SDPA = [name for name in ALL if name not in ("gemma2", "gpt_oss")]  # a soft cap and sinks need eager
+TOGETHER = (
+    "falcon",
+    "falcon grouped",
+    "falcon alibi",
+    "opt",
+    "gpt_oss",
+)  # read packed documents as one, unpatched too
+SDPA = [
+    name for name in ALL if name not in ("gemma2", "gpt_oss")
+]  # a soft cap and sinks need eager
 
 
 def fewer(names: Iterable[str], *more: Any) -> list[Any]:
-    return [pytest.param(name, *more, marks=[] if name in FAST else pytest.mark.slow) for name in names]
+    return [
+        pytest.param(name, *more, marks=[] if name in FAST else pytest.mark.slow) for name in names
+    ]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -64,11 +87,17 @@ def test_assisted_generation_equals_greedy(name: str) -> None:
 def test_packed_documents_stay_apart_where_the_model_keeps_them_apart(name: str) -> None:
     first, second = tokens(1, 13), tokens(1, 17, seed=5)
     packed = torch.cat([first, second], 1)
-    inputs = {"position_ids": torch.cat([torch.arange(13), torch.arange(17)])[None], "use_cache": False}
+    inputs = {
+        "position_ids": torch.cat([torch.arange(13), torch.arange(17)])[None],
+        "use_cache": False,
+    }
     plain = tiny(name)
     alone = [plain(part).logits for part in (first, second)]
     whole = plain(packed, **inputs).logits
-    apart = all(torch.allclose(x, y, atol=1e-4) for x, y in zip(whole.split([13, 17], 1), alone, strict=True))
+    apart = all(
+        torch.allclose(x, y, atol=1e-4)
+        for x, y in zip(whole.split([13, 17], 1), alone, strict=True)
+    )
     _, router = patched(name, sinks=2)
     assert torch.equal(router(packed, force="full", **inputs).logits, whole)
     assert apart == (name not in TOGETHER)
@@ -92,7 +121,9 @@ def test_full_is_exact_in_bfloat16_with_padding_on_either_side(name: str, kernel
     before = [model(ids, attention_mask=shown).logits for ids, shown in batches]
     router = patch(model, window=6)
     for ids, shown in batches:
-        assert torch.equal(model(ids, attention_mask=shown).logits, before.pop(0))  # unfitted: by its controllers
+        assert torch.equal(
+            model(ids, attention_mask=shown).logits, before.pop(0)
+        )  # unfitted: by its controllers
     assert router(tokens(), "mean").concentration.dtype == torch.float32
 
 
@@ -103,7 +134,11 @@ def test_encoders_route_padded_batches_in_bfloat16(name: str) -> None:
     router.model.bfloat16()
     ids, mask, _ = left_padded()
     out = router(ids.flip(1), attention_mask=mask.flip(1))
-    assert out.logits.dtype == torch.bfloat16 and out.logits.isfinite().all() and len(out.route.unique()) == 3
+    assert (
+        out.logits.dtype == torch.bfloat16
+        and out.logits.isfinite().all()
+        and len(out.route.unique()) == 3
+    )
 
 
 @torch.no_grad()
@@ -111,7 +146,9 @@ def test_a_pass_reads_its_padding_once_for_all_layers(monkeypatch: Any) -> None:
     model, router = patched("llama", experts=("full", "local"))
     read: list[Tensor] = []
     find = layer._texts._read
-    monkeypatch.setattr(layer._texts, "_read", lambda padding: (read.append(padding), find(padding))[1])
+    monkeypatch.setattr(
+        layer._texts, "_read", lambda padding: (read.append(padding), find(padding))[1]
+    )
     for batch, seed in enumerate((1, 2)):
         ids, mask, lengths = left_padded(seed=seed)
         ids, mask = ids[batch:], mask[batch:]

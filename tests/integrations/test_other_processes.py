@@ -24,7 +24,10 @@ from tests.tiny import tiny_batch, tiny_model
 def answers(model: Any, router: Any, encoder: Any, own: Any) -> list[Tensor]:
     """What each of them says, and how the first was routed."""
     said = [model(tokens()).logits, router(tokens()).logits, encoder(draw())]
-    said += [own(tiny_batch()[0], mode="hard").logits, torch.stack(list(router.last.executed.values()))]
+    said += [
+        own(tiny_batch()[0], mode="hard").logits,
+        torch.stack(list(router.last.executed.values())),
+    ]
     return said
 
 
@@ -56,7 +59,9 @@ def test_a_spawned_process_routes_alike() -> None:
 
 
 def test_a_model_inside_distributed_data_parallel_is_routed_and_trained(tmp_path: Path) -> None:
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
     try:
         plain, model = tiny("llama"), tiny("llama")
         wrapped = DistributedDataParallel(model)
@@ -113,7 +118,9 @@ def adapted(kind: str) -> tuple[Any, Any]:
     model = tiny("llama")
     if kind == "peft":
         peft = pytest.importorskip("peft")
-        settings = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        settings = peft.LoraConfig(
+            r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False
+        )
         return model, peft.get_peft_model(model, settings)
     for layer in model.model.layers:
         layer.self_attn.q_proj = LoRALinear(layer.self_attn.q_proj)
@@ -143,5 +150,7 @@ def test_a_model_under_adapters_is_routed_trained_and_comes_back(kind: str, tmp_
         assert torch.equal(wrapped(input_ids=tokens()).logits, plain)
         load_patch(wrapped, tmp_path)
         assert torch.equal(wrapped(input_ids=tokens()).logits, routed)
-    added = [name for name, _ in wrapped.named_parameters() if "bayes" in name or "controller" in name]
+    added = [
+        name for name, _ in wrapped.named_parameters() if "bayes" in name or "controller" in name
+    ]
     assert not added  # what the patch added is no part of the adapters' state

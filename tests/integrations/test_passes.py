@@ -44,7 +44,9 @@ def test_threads_answer_as_alone(name: str) -> None:
     alone = [call(x) for x in inputs]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(4):
-            for (out, kl), (expected, expected_kl) in zip(pool.map(call, inputs), alone, strict=True):
+            for (out, kl), (expected, expected_kl) in zip(
+                pool.map(call, inputs), alone, strict=True
+            ):
                 torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
                 assert kl == pytest.approx(expected_kl, rel=1e-5)
 
@@ -53,10 +55,17 @@ def padded(ids: Tensor, extra: int, side: str) -> dict[str, Tensor]:
     part = slice(0, ids.shape[1]) if side == "right" else slice(extra, None)
     whole, mask = (torch.zeros(len(ids), ids.shape[1] + extra, dtype=torch.long) for _ in range(2))
     whole[:, part], mask[:, part] = ids, 1
-    return {"input_ids": whole, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+    return {
+        "input_ids": whole,
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp_min(0),
+    }
 
 
-@pytest.mark.parametrize(("name", "kernel"), [("llama", "sdpa"), ("gemma2", "eager"), ("mistral", "sdpa"), ("bert", "sdpa")])
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [("llama", "sdpa"), ("gemma2", "eager"), ("mistral", "sdpa"), ("bert", "sdpa")],
+)
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("route_by", ["layer", "kv_head", "head"])
 def test_padding_counts_nowhere(name: str, route_by: str, side: str, kernel: str) -> None:
@@ -69,10 +78,17 @@ def test_padding_counts_nowhere(name: str, route_by: str, side: str, kernel: str
         router.zero_grad()
         model(**padded(ids, extra, side))
         router.kl().backward()
-        statistics = [(*one.load, one.cost, one.total_concentration, one.route_information) for one in router.statistics()]
-        read.append((float(router.kl()), statistics, router.controller.layers[0].out.bias.grad.clone()))
+        statistics = [
+            (*one.load, one.cost, one.total_concentration, one.route_information)
+            for one in router.statistics()
+        ]
+        read.append(
+            (float(router.kl()), statistics, router.controller.layers[0].out.bias.grad.clone())
+        )
     (kl, statistics, gradient), (other_kl, other, other_gradient) = read
-    assert other_kl == pytest.approx(kl, rel=1e-4) and torch.allclose(gradient, other_gradient, rtol=1e-3, atol=1e-4)
+    assert other_kl == pytest.approx(kl, rel=1e-4) and torch.allclose(
+        gradient, other_gradient, rtol=1e-3, atol=1e-4
+    )
     torch.testing.assert_close(torch.tensor(other), torch.tensor(statistics), atol=1e-4, rtol=1e-4)
 
 
@@ -90,7 +106,9 @@ def test_padding_counts_nowhere_in_torch(batch_first: bool, given: str) -> None:
             model(x)
             kl, load = float(router.kl()), router.statistics()[1].load
             model(whole, src_key_padding_mask=mask)
-            assert float(router.kl()) == pytest.approx(kl, rel=1e-4) and router.statistics()[1].load == pytest.approx(load)
+            assert float(router.kl()) == pytest.approx(kl, rel=1e-4) and router.statistics()[
+                1
+            ].load == pytest.approx(load)
 
 
 def round_trip(module: Any, how: str) -> Any:
@@ -114,7 +132,10 @@ def test_copies_route_alike_and_are_unpatched_alone(name: str, how: str) -> None
         out = module(x)
         return out if name == "torch" else out.logits
 
-    routed, unrouted = call(model).detach(), call(plain).detach()  # a pass with gradients went before
+    routed, unrouted = (
+        call(model).detach(),
+        call(plain).detach(),
+    )  # a pass with gradients went before
     assert not torch.allclose(routed, unrouted, atol=1e-4)
     for other in (round_trip(router, how).model, round_trip(model, how)):
         assert torch.equal(call(other).detach(), routed)
@@ -131,14 +152,17 @@ def test_no_graph_outlives_its_backward_pass_unless_it_is_held(train: bool) -> N
     model.train(train)
     seen: list[Any] = []
     handle = model.model.layers[1].self_attn.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(weakref.ref(kwargs["hidden_states"])), with_kwargs=True
+        lambda module, args, kwargs: seen.append(weakref.ref(kwargs["hidden_states"])),
+        with_kwargs=True,
     )
     out = model(tokens(), labels=tokens())
     handle.remove()
     held, kl = router.last, float(router.kl())
     assert router.kl().requires_grad
     (out.loss + 0.01 * router.kl()).backward(retain_graph=True)
-    assert not router.kl().requires_grad and float(router.kl()) == pytest.approx(kl)  # the numbers stay
+    assert not router.kl().requires_grad and float(router.kl()) == pytest.approx(
+        kl
+    )  # the numbers stay
     router.kl(held).backward()
     del out, held
     gc.collect()
@@ -197,7 +221,13 @@ def test_a_model_made_in_inference_mode_is_not_fitted() -> None:
 
 def test_a_pass_begins_at_the_first_layer_and_where_a_layer_comes_again() -> None:
     here, seen = Here(), []
-    for layer in (1, 2, 0, 1, 1):  # the first pass skipped layer 0, as layer dropout does; the last is a layer called alone
+    for layer in (
+        1,
+        2,
+        0,
+        1,
+        1,
+    ):  # the first pass skipped layer 0, as layer dropout does; the last is a layer called alone
         here.begin(layer).real[layer] = None
         seen.append(sorted(here.slot.last.real))
     assert seen == [[1], [1, 2], [0], [0, 1], [1]]

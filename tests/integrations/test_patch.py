@@ -20,7 +20,16 @@ from bayes_router.diagnostics.reading import read
 from bayes_router.integrations.patch.saving import BASE, SETTINGS, WEIGHTS
 from bayes_router.integrations.patching import load_patch, patch
 from bayes_router.training.evaluate import evaluate
-from tests.integrations.tiny_models import FALCON, GPT2, GROUPED, VOCAB, patched, tiny, tokens, transformers
+from tests.integrations.tiny_models import (
+    FALCON,
+    GPT2,
+    GROUPED,
+    VOCAB,
+    patched,
+    tiny,
+    tokens,
+    transformers,
+)
 
 TEXT = torch.randint(3, VOCAB, (200,), generator=torch.Generator().manual_seed(0)).repeat(6)
 QUICK = {"steps": 12, "distil_steps": 12, "context": 32, "batch_size": 2}
@@ -97,7 +106,9 @@ def test_saved_patch_gives_the_same_outputs_and_holds_nothing_else(tmp_path: Pat
         load_patch(tiny("llama").bfloat16(), tmp_path)  # the same model in another precision
 
 
-def test_weights_that_moved_are_said_when_a_patch_is_saved_and_when_it_is_loaded(tmp_path: Path) -> None:
+def test_weights_that_moved_are_said_when_a_patch_is_saved_and_when_it_is_loaded(
+    tmp_path: Path,
+) -> None:
     model = tiny("llama")
     router = patch(model, window=6)
     with warnings.catch_warnings():
@@ -196,7 +207,10 @@ def test_evaluation_and_diagnostics_read_a_patched_model() -> None:
     result = evaluate(router, router.held_out, router.prior.concentration, context=20, batch_size=2)
     assert 0 < result.executed_cost["paper"] <= 1 and len(result.load_per_layer) == 2
     readings = list(read(router, router.held_out.windows(20, 2, 80)))
-    collapse, uncertainty = CollapseSummary(router.program()[0], router.experts), UncertaintySummary(router.cost_ratio)
+    collapse, uncertainty = (
+        CollapseSummary(router.program()[0], router.experts),
+        UncertaintySummary(router.cost_ratio),
+    )
     for reading in readings:
         collapse.add(reading)
         uncertainty.add(reading)
@@ -213,34 +227,46 @@ def test_a_program_of_ones_own_is_built_as_for_any_routed_model() -> None:
 
 
 def _no_attention() -> nn.Module:
-    return transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1))
+    return transformers.MambaForCausalLM(
+        transformers.MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1)
+    )
 
 
 REFUSED = {
     "another architecture": (
-        lambda: transformers.MptForCausalLM(transformers.MptConfig(d_model=16, n_heads=2, n_layers=1, vocab_size=VOCAB)),
+        lambda: transformers.MptForCausalLM(
+            transformers.MptConfig(d_model=16, n_heads=2, n_layers=1, vocab_size=VOCAB)
+        ),
         "MptForCausalLM.*not served",
     ),
     "no attention": (_no_attention, "MambaForCausalLM.*not served"),
     "encoder-decoder": (
         lambda: transformers.T5ForConditionalGeneration(
-            transformers.T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=VOCAB)
+            transformers.T5Config(
+                d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=VOCAB
+            )
         ),
         "T5ForConditionalGeneration, an encoder-decoder",
     ),
     "meta device": (lambda: tiny("llama").to("meta"), "meta device"),
     "eager falcon": (
-        lambda: transformers.FalconForCausalLM(transformers.FalconConfig(**FALCON, attn_implementation="eager")),
+        lambda: transformers.FalconForCausalLM(
+            transformers.FalconConfig(**FALCON, attn_implementation="eager")
+        ),
         "sdpa for Falcon",
     ),
     "upcast GPT-2": (
         lambda: transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(**GPT2, reorder_and_upcast_attn=True, attn_implementation="eager")
+            transformers.GPT2Config(
+                **GPT2, reorder_and_upcast_attn=True, attn_implementation="eager"
+            )
         ),
         "reorder_and_upcast_attn",
     ),
     "flex": (
-        lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED, attn_implementation="flex_attention")),
+        lambda: transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**GROUPED, attn_implementation="flex_attention")
+        ),
         "sdpa or eager",
     ),
 }

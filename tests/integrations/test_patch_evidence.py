@@ -18,13 +18,18 @@ def test_a_patch_keeps_the_evidence_of_its_text(text, tmp_path):
     router = patch(model, window=8, sinks=2)
     tokens = text[None, :64]
     before = router(tokens)
-    with pytest.raises(ValueError, match="evidence: expected a density"), watching(router.controller):
+    with (
+        pytest.raises(ValueError, match="evidence: expected a density"),
+        watching(router.controller),
+    ):
         pass
     router.fit_evidence(text, context=64, batch_size=4)
     after = router(tokens)
     torch.testing.assert_close(after.logits, before.logits, rtol=0, atol=0)
     torch.testing.assert_close(after.concentration, before.concentration, rtol=0, atol=0)
-    other = torch.randint(12, router.config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(1))
+    other = torch.randint(
+        12, router.config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(1)
+    )
     with watching(router.controller) as watch:
         router(tokens)
         like = watch.log_evidence
@@ -48,7 +53,13 @@ def test_generation_goes_on_with_the_running_mean(text):
     router.fit_evidence(text, context=64, batch_size=4)
     prompt = text[None, :20]
     with watching(router.controller) as watch:
-        out = model.generate(prompt, max_new_tokens=4, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(prompt))
+        out = model.generate(
+            prompt,
+            max_new_tokens=4,
+            do_sample=False,
+            pad_token_id=0,
+            attention_mask=torch.ones_like(prompt),
+        )
         stepped = watch.log_evidence
         router(out[:, :-1])
     torch.testing.assert_close(stepped[..., -1], watch.log_evidence[..., -1], rtol=1e-4, atol=1e-4)

@@ -15,7 +15,9 @@ def text(low: int, high: int, seed: int, rows: int = 1, T: int = 64) -> torch.Te
 def router(request):
     """Fitted by hand to send all to local; its evidence and its guard know ids below 12."""
     model = tiny("llama")
-    found = patch(model, window=8, sinks=2, experts=("full", "local"), route_by=request.param, context=64)
+    found = patch(
+        model, window=8, sinks=2, experts=("full", "local"), route_by=request.param, context=64
+    )
     found.fit_evidence(text(0, 12, 0, T=6000)[0], context=64, batch_size=8)
     found.controller.evidence.memory = 16
     found.policy = Budget(tuple(found.cost_ratio.tolist()), 50.0)
@@ -50,7 +52,9 @@ def taken(router, run) -> torch.Tensor:
     finally:
         del router.decide
     L = len(router.layers)
-    return torch.stack([torch.cat([route for i, route in passes if i == layer], 1) for layer in range(L)])
+    return torch.stack(
+        [torch.cat([route for i, route in passes if i == layer], 1) for layer in range(L)]
+    )
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -62,7 +66,11 @@ def test_decoding_goes_on_where_the_prompt_ended_padded_or_not(router, padded):
     new: list[torch.Tensor] = []
 
     def run() -> None:
-        new.append(router.model.generate(prompt, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0))
+        new.append(
+            router.model.generate(
+                prompt, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0
+            )
+        )
 
     stepped = taken(router, run)[:, :, start:]
     whole = router(new[0][:, start:-1]).route
@@ -72,9 +80,15 @@ def test_decoding_goes_on_where_the_prompt_ended_padded_or_not(router, padded):
 def test_a_cache_that_forgot_is_a_reason_for_full_attention(router):
     model, row = router.model, text(0, 12, 6)
     out = model(row[:, :40], use_cache=True)
-    assert on_full(taken(router, lambda: model(row[:, 40:41], past_key_values=out.past_key_values))) == 0
+    assert (
+        on_full(taken(router, lambda: model(row[:, 40:41], past_key_values=out.past_key_values)))
+        == 0
+    )
     out.past_key_values.crop(-11)
-    assert on_full(taken(router, lambda: model(row[:, 30:31], past_key_values=out.past_key_values))) == 1
+    assert (
+        on_full(taken(router, lambda: model(row[:, 30:31], past_key_values=out.past_key_values)))
+        == 1
+    )
 
 
 def test_a_guard_is_saved_and_loaded(router, tmp_path):
@@ -103,8 +117,14 @@ def test_text_that_was_fitted_on_promises_nothing(tmp_path):
     read = text(0, 200 if found.config.vocab_size >= 200 else found.config.vocab_size, 9, T=4000)[0]
     found.fit(read, steps=1, distil_steps=0, context=32, batch_size=2, progress=False)
     found.fit_evidence(read, context=64)
-    for call in (lambda: found.set_guard(read[500:2500]), lambda: found.set_quality(0.5, read[500:2500])):
-        with pytest.raises(ValueError, match="texts: expected text that fit did not read.* about 100% was fitted on"):
+    for call in (
+        lambda: found.set_guard(read[500:2500]),
+        lambda: found.set_quality(0.5, read[500:2500]),
+    ):
+        with pytest.raises(
+            ValueError,
+            match="texts: expected text that fit did not read.* about 100% was fitted on",
+        ):
             call()
     found.set_guard(context=32)  # what was held out is welcome
     found.save(tmp_path / "patch")

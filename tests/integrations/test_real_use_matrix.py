@@ -2,7 +2,8 @@
 
 Autocast x attention implementation x cache x padding x threads x precision.
 
-Routes are given by place in the text, so that each cell has one right answer: its rows alone, without cache and padding.
+Routes are given by place in the text, so that each cell has one right answer: its rows alone,
+without cache and padding.
 """
 
 from collections.abc import Iterator
@@ -20,7 +21,11 @@ from tests.integrations.tiny_models import DECODERS, patched, tokens
 
 T, STEPS = 11, 2
 LENGTHS = {"none": (T, T), "left": (T, 8), "right": (T, 8)}
-TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.05, torch.float16: 0.01}  # relative to the largest logit
+TOLERANCE = {
+    torch.float32: 2e-4,
+    torch.bfloat16: 0.05,
+    torch.float16: 0.01,
+}  # relative to the largest logit
 
 
 class Precision(NamedTuple):
@@ -49,7 +54,9 @@ def routed(router: Any, place: Tensor) -> Iterator[None]:
 
 
 @torch.no_grad()
-def batch(model: Any, router: Any, ids: Tensor, precision: Precision, padding: str, cache: str) -> list[Tensor]:
+def batch(
+    model: Any, router: Any, ids: Tensor, precision: Precision, padding: str, cache: str
+) -> list[Tensor]:
     """Logits [T_b, V] of each row's real tokens.
 
     A padded prompt, and steps behind it where there is a cache.
@@ -58,8 +65,14 @@ def batch(model: Any, router: Any, ids: Tensor, precision: Precision, padding: s
     for b, length in enumerate(LENGTHS[padding]):
         part = slice(T - length, T) if padding == "left" else slice(0, length)
         mask[b, part], prompt[b, part] = 1, ids[b, :length]
-    kept = {"none": None, "dynamic": DynamicCache(), "static": StaticCache(config=model.config, max_cache_len=T + 7)}[cache]
-    more: dict[str, Any] = {"past_key_values": kept, "use_cache": kept is not None} if router.causal else {}
+    kept = {
+        "none": None,
+        "dynamic": DynamicCache(),
+        "static": StaticCache(config=model.config, max_cache_len=T + 7),
+    }[cache]
+    more: dict[str, Any] = (
+        {"past_key_values": kept, "use_cache": kept is not None} if router.causal else {}
+    )
     found = []
     with precision.context():
         for step in range(1 + steps(padding, cache)):
@@ -67,35 +80,51 @@ def batch(model: Any, router: Any, ids: Tensor, precision: Precision, padding: s
             mask = mask if step == 0 else torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
             place = (mask.cumsum(1) - 1).clamp_min(0)[:, -new.shape[1] :]
             with routed(router, place):
-                found.append(model(input_ids=new, attention_mask=mask, position_ids=place, **more).logits.float())
+                found.append(
+                    model(
+                        input_ids=new, attention_mask=mask, position_ids=place, **more
+                    ).logits.float()
+                )
     return [row[real.bool()] for row, real in zip(torch.cat(found, 1), mask, strict=True)]
 
 
 def steps(padding: str, cache: str) -> int:
-    return 0 if padding == "right" or cache == "none" else STEPS  # nobody goes on behind right padding
+    return (
+        0 if padding == "right" or cache == "none" else STEPS
+    )  # nobody goes on behind right padding
 
 
 @torch.no_grad()
-def alone(model: Any, router: Any, ids: Tensor, precision: Precision, padding: str, cache: str) -> list[Tensor]:
+def alone(
+    model: Any, router: Any, ids: Tensor, precision: Precision, padding: str, cache: str
+) -> list[Tensor]:
     """The same numbers, each row by itself in one pass."""
     found = []
     for b, length in enumerate(LENGTHS[padding]):
         text = torch.cat([ids[b, :length], ids[b, T : T + steps(padding, cache)]])[None]
         with precision.context(), routed(router, torch.arange(text.shape[1])[None]):
-            found.append(model(input_ids=text, **({"use_cache": False} if router.causal else {})).logits[0].float())
+            found.append(
+                model(input_ids=text, **({"use_cache": False} if router.causal else {}))
+                .logits[0]
+                .float()
+            )
     return found
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 @pytest.mark.parametrize(("name", "kernel"), ROWS)
-def test_every_cell_gives_what_its_rows_give_alone(name: str, kernel: str, precision: Precision) -> None:
+def test_every_cell_gives_what_its_rows_give_alone(
+    name: str, kernel: str, precision: Precision
+) -> None:
     model, router = patched(name, sinks=1)
     if name != "falcon":
         model.set_attn_implementation(kernel)
     model.to(precision.own)
     ids = tokens(2, T + STEPS)
     caches = ["none", "dynamic", "static"] if name in DECODERS else ["none"]
-    if precision.autocast is not None and name != "gpt2":  # the unpatched fails too: rotary keys are wider than values
+    if (
+        precision.autocast is not None and name != "gpt2"
+    ):  # the unpatched fails too: rotary keys are wider than values
         caches = [cache for cache in caches if cache != "static"]
     cells = list(product(LENGTHS, caches))
     expected = {one: alone(model, router, ids, precision, *one) for one in cells}
@@ -107,4 +136,6 @@ def test_every_cell_gives_what_its_rows_give_alone(name: str, kernel: str, preci
     with ThreadPoolExecutor(4) as pool:
         for one, found in [*map(run, cells), *pool.map(run, cells * 2)]:  # in turn, then at once
             for mine, right in zip(found, expected[one], strict=True):
-                assert (mine - right).abs().max() < largest * TOLERANCE[precision.autocast or precision.own], one
+                assert (mine - right).abs().max() < largest * TOLERANCE[
+                    precision.autocast or precision.own
+                ], one

@@ -15,14 +15,24 @@ from bayes_router.integrations.huggingface import patching as patching_module
 from bayes_router.integrations.patching import patch
 from tests.integrations.dense import dense_attention
 from tests.integrations.test_torch_attention import D, H, draw, encoder, scatter
-from tests.integrations.tiny_models import DECODERS, GENERAL, VOCAB, scatter_routes, tiny, tokens, transformers
+from tests.integrations.tiny_models import (
+    DECODERS,
+    GENERAL,
+    VOCAB,
+    scatter_routes,
+    tiny,
+    tokens,
+    transformers,
+)
 
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": VOCAB}
 
 
 def t5_encoder(kernel: str = "sdpa") -> Any:
     torch.manual_seed(0)
-    model = transformers.T5EncoderModel(transformers.T5Config(**T5, attn_implementation=kernel)).eval()
+    model = transformers.T5EncoderModel(
+        transformers.T5Config(**T5, attn_implementation=kernel)
+    ).eval()
     nn.init.normal_(model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight)
     return model
 
@@ -43,7 +53,9 @@ def test_position_biases_of_t5_are_part_of_the_mask(kernel: str) -> None:
     router.unpatch()
     router = patch(model, window=6)
     scatter_routes(router)
-    router.policy = lambda concentration: torch.arange(ids.numel()).view(ids.shape) % 3  # every expert, hard
+    router.policy = lambda concentration: (
+        torch.arange(ids.numel()).view(ids.shape) % 3
+    )  # every expert, hard
     together = model(ids, attention_mask=mask).last_hidden_state
     one_hot = nn.functional.one_hot(torch.arange(ids.numel()).view(ids.shape) % 3, 3).float()
     with router.routed_by(lambda layer, hidden: one_hot):
@@ -51,12 +63,18 @@ def test_position_biases_of_t5_are_part_of_the_mask(kernel: str) -> None:
     torch.testing.assert_close(together[mask.bool()], soft[mask.bool()], atol=1e-5, rtol=1e-4)
 
 
-def test_what_a_mixed_route_cannot_execute_is_refused_when_it_is_patched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interface, "folded", lambda mask, kwargs, *_: (mask, kwargs))  # as if it were unknown
+def test_what_a_mixed_route_cannot_execute_is_refused_when_it_is_patched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        interface, "folded", lambda mask, kwargs, *_: (mask, kwargs)
+    )  # as if it were unknown
     model = t5_encoder()
     with pytest.raises(ValueError, match="T5EncoderModel.*routed differently.*not served"):
         patch(model, window=6)
-    assert model.config._attn_implementation == "sdpa" and not any(m._forward_pre_hooks for m in model.modules())
+    assert model.config._attn_implementation == "sdpa" and not any(
+        m._forward_pre_hooks for m in model.modules()
+    )
     monkeypatch.undo()
     monkeypatch.setattr(patching_module, "probe", lambda model: torch.full((1, 8, 4), torch.nan))
     with pytest.raises(ValueError, match="not served"):
@@ -64,7 +82,9 @@ def test_what_a_mixed_route_cannot_execute_is_refused_when_it_is_patched(monkeyp
 
 
 def test_layers_that_share_one_module_are_refused() -> None:
-    model = transformers.AlbertForMaskedLM(transformers.AlbertConfig(**{**GENERAL, "embedding_size": 16})).eval()
+    model = transformers.AlbertForMaskedLM(
+        transformers.AlbertConfig(**{**GENERAL, "embedding_size": 16})
+    ).eval()
     with pytest.raises(ValueError, match="AlbertForMaskedLM.*runs 2 times.*not served"):
         patch(model)
 
@@ -73,7 +93,12 @@ def llava(vision: str = "sdpa") -> Any:
     torch.manual_seed(0)
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(
-            hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=8,
+            patch_size=4,
         ),
         text_config=transformers.LlamaConfig(**GENERAL),
         image_token_index=VOCAB - 1,
@@ -98,7 +123,10 @@ def test_attention_that_no_token_reaches_is_named_and_left_as_it_was(vision: str
     router.force("local")
     assert not torch.equal(model(**inputs).logits, before)
     router.unpatch()
-    assert torch.equal(model(**inputs).logits, before) and model.model.vision_tower.config._attn_implementation == vision
+    assert (
+        torch.equal(model(**inputs).logits, before)
+        and model.model.vision_tower.config._attn_implementation == vision
+    )
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -135,7 +163,9 @@ def test_attention_whose_values_have_no_positions_is_routed() -> None:
     assert len(route.unique()) == 3
     module, weight = model.attention, model.attention.in_proj_weight
     v = x @ weight[2 * D :].T + module.in_proj_bias[2 * D :]
-    expected = dense_attention(module, router.layers[0], x + position, route, None, None, window=5, value=v)
+    expected = dense_attention(
+        module, router.layers[0], x + position, route, None, None, window=5, value=v
+    )
     torch.testing.assert_close(routed, expected, atol=2e-5, rtol=1e-4)
 
 
@@ -153,7 +183,9 @@ def test_calls_that_look_like_cross_attention_are_named_once() -> None:
 def test_torch_modules_in_training_mode_give_no_weights_and_say_so() -> None:
     module = nn.MultiheadAttention(D, H, batch_first=True).train()
     router, x = patch(module, window=5), draw()
-    with pytest.raises(ValueError, match="need_weights: expected False.*training mode draws routes"):
+    with pytest.raises(
+        ValueError, match="need_weights: expected False.*training mode draws routes"
+    ):
         module(x, x, x)
     assert module(x, x, x, need_weights=False)[1] is None
     router.force("full")
@@ -179,9 +211,13 @@ def test_packed_quantised_weights_are_refused(build: Any) -> None:
 def test_a_model_that_says_it_is_quantised_is_refused() -> None:
     model = tiny("llama")
     model.is_quantized = True
-    with pytest.raises(ValueError, match="LlamaForCausalLM with quantised weights.*without quantization_config"):
+    with pytest.raises(
+        ValueError, match="LlamaForCausalLM with quantised weights.*without quantization_config"
+    ):
         patch(model)
-    model.config.quantization_config = transformers.GgufConfig() if hasattr(transformers, "GgufConfig") else _Gguf()
+    model.config.quantization_config = (
+        transformers.GgufConfig() if hasattr(transformers, "GgufConfig") else _Gguf()
+    )
     patch(model)  # floats, once they are loaded
 
 
@@ -206,7 +242,9 @@ def test_an_unpatched_router_says_so() -> None:
         lambda: router.fit(text, steps=1, context=20),
         lambda: router.unrouted(tokens()),
     ):
-        with pytest.raises(ValueError, match="router: expected a patched model; got 'LlamaForCausalLM, unpatched"):
+        with pytest.raises(
+            ValueError, match="router: expected a patched model; got 'LlamaForCausalLM, unpatched"
+        ):
             use()
     module = encoder().eval()
     router = patch(module, window=5)
@@ -220,5 +258,7 @@ def test_an_unpatched_router_says_so() -> None:
 def test_models_without_a_language_head_say_so_before_they_run() -> None:
     model = transformers.BertForSequenceClassification(transformers.BertConfig(**GENERAL)).eval()
     router = patch(model, window=6)
-    with pytest.raises(ValueError, match="language-modelling head; got 'BertForSequenceClassification"):
+    with pytest.raises(
+        ValueError, match="language-modelling head; got 'BertForSequenceClassification"
+    ):
         router(tokens())

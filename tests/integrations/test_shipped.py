@@ -21,18 +21,30 @@ from tests.integrations.tiny_models import VOCAB, tiny, tokens
 def test_each_has_its_controllers_and_a_card_that_says_how_it_was_read(name: str) -> None:
     assert name in shipped()
     folder = folder_of(name)
-    saved, weights = json.loads((folder / "router.json").read_text()), load_file(folder / "router.safetensors")
+    saved, weights = (
+        json.loads((folder / "router.json").read_text()),
+        load_file(folder / "router.safetensors"),
+    )
     assert len(weights) == 60 and all(torch.isfinite(x).all() for x in weights.values())
     assert weights["controller.layers.0.out.weight"].shape == (18, 576)
     assert sum(path.stat().st_size for path in folder.iterdir()) < 1e6
     card = (folder / "README.md").read_text()
-    for said in (saved["base"], "python -m analysis.pretrained.card", "## To mind", f"{saved['settings']['window']}"):
+    for said in (
+        saved["base"],
+        "python -m analysis.pretrained.card",
+        "## To mind",
+        f"{saved['settings']['window']}",
+    ):
         assert said in card
     assert f"price {saved['policy']['price']}" in card
 
 
-def test_another_model_is_refused_and_ones_own_folder_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"model: expected the LlamaForCausalLM .* weights or architecture differ"):
+def test_another_model_is_refused_and_ones_own_folder_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"model: expected the LlamaForCausalLM .* weights or architecture differ"
+    ):
         load_patch(tiny("llama"), "smollm2-135m")
     with pytest.raises(ValueError, match="folder: expected a saved patch"):
         load_patch(tiny("llama"), "smollm2-1350m")
@@ -43,7 +55,9 @@ def test_another_model_is_refused_and_ones_own_folder_comes_first(tmp_path: Path
 
 
 def test_figures_are_of_the_policy_that_was_saved() -> None:
-    router: Any = patch(tiny("llama"), window=8, sinks=4, experts=("full", "local"), route_by="head")
+    router: Any = patch(
+        tiny("llama"), window=8, sinks=4, experts=("full", "local"), route_by="head"
+    )
     texts = {"some": TokenStream(tokens(1, 400)[0], VOCAB, "some")}
     for price, cost in ((-1e3, 1.0), (1e3, share(40, 8, 4))):
         router.policy = Budget(tuple(router.cost_ratio.tolist()), price)

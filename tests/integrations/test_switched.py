@@ -19,9 +19,14 @@ TEXT = torch.randint(3, 101, (400,), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("name", "kernel"), [("llama", "sdpa"), ("llama", "eager"), ("gemma2", "eager"), ("bert", "sdpa")])
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [("llama", "sdpa"), ("llama", "eager"), ("gemma2", "eager"), ("bert", "sdpa")],
+)
 @torch.no_grad()
-def test_a_patch_made_under_autocast_is_the_original_on_full(name: str, kernel: str, dtype: torch.dtype) -> None:
+def test_a_patch_made_under_autocast_is_the_original_on_full(
+    name: str, kernel: str, dtype: torch.dtype
+) -> None:
     model, ids = tiny(name), tokens()
     model.set_attn_implementation(kernel)
     with torch.autocast("cpu", dtype):
@@ -32,8 +37,14 @@ def test_a_patch_made_under_autocast_is_the_original_on_full(name: str, kernel: 
         routed = router(ids)
     exact = router(ids)
     same = routed.route == exact.route  # posteriors are float32 under autocast too
-    assert same.float().mean() > 0.95 and len(exact.route.unique()) > 1 and routed.concentration.dtype == torch.float32
-    assert (routed.logits.float() - exact.logits)[same.all(0).all(-1)].abs().median() < 0.01 * exact.logits.abs().max()
+    assert (
+        same.float().mean() > 0.95
+        and len(exact.route.unique()) > 1
+        and routed.concentration.dtype == torch.float32
+    )
+    assert (routed.logits.float() - exact.logits)[
+        same.all(0).all(-1)
+    ].abs().median() < 0.01 * exact.logits.abs().max()
 
 
 @pytest.mark.parametrize("weights_lr", [0.0, 1e-2])
@@ -43,7 +54,9 @@ def test_a_fit_under_autocast_sees_its_own_steps(weights_lr: float) -> None:
         router = patch(tiny("llama"), window=6)
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
             settings = {"steps": 4, "distil_steps": 2, "warmup": 0, "context": 20, "batch_size": 2}
-            rows.append(router.fit(TEXT, lr=0.1, controller_lr=0.1, weights_lr=weights_lr, **settings))
+            rows.append(
+                router.fit(TEXT, lr=0.1, controller_lr=0.1, weights_lr=weights_lr, **settings)
+            )
     assert rows[0].equals(rows[1]) and rows[0]["nll"].nunique() == 4
 
 
@@ -52,7 +65,9 @@ def test_a_fit_under_autocast_sees_its_own_steps(weights_lr: float) -> None:
 def test_own_models_generate_under_autocast(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     experts = ("full", "linear", "gated", "local", "mapped")
-    model = RoutedLanguageModel(ModelConfig(50, d_model=32, num_layers=2, num_heads=2, experts=experts, window=4)).eval()
+    model = RoutedLanguageModel(
+        ModelConfig(50, d_model=32, num_layers=2, num_heads=2, experts=experts, window=4)
+    ).eval()
     for one in model.controller.layers:
         torch.nn.init.normal_(one.out.weight, std=2.0)
     prompt = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -77,7 +92,9 @@ def local_and_full(model: Any, router: Any, ids: Tensor) -> tuple[Tensor, Tensor
 @pytest.mark.parametrize("how", ["method", "config"])
 @pytest.mark.parametrize(("before", "after"), [("sdpa", "eager"), ("eager", "sdpa")])
 @torch.no_grad()
-def test_routing_goes_on_under_a_kernel_that_is_switched_to(before: str, after: str, how: str) -> None:
+def test_routing_goes_on_under_a_kernel_that_is_switched_to(
+    before: str, after: str, how: str
+) -> None:
     model, ids = tiny("llama"), tokens()
     model.set_attn_implementation(before)
     router = patch(model, window=4)
@@ -101,7 +118,9 @@ def test_a_kernel_that_cannot_be_routed_is_refused_by_name(monkeypatch: pytest.M
     with pytest.raises(ValueError, match="attn_implementation.*flash_attention_2"):
         model(tokens())
     model.config._attn_implementation_internal = "sdpa"
-    monkeypatch.setattr(interface, "follow_switch", lambda module: None)  # as where a module names no configuration
+    monkeypatch.setattr(
+        interface, "follow_switch", lambda module: None
+    )  # as where a module names no configuration
     with pytest.raises(ValueError, match="attn_implementation.*switched"):
         model(tokens())
 
@@ -116,8 +135,12 @@ def exported(model: Any, ids: Tensor, strict: bool = False) -> Tensor:
 def test_forced_routes_export(force: str) -> None:
     model, router = patched("llama")
     router.force(force)
-    torch.testing.assert_close(exported(model, tokens()), model(tokens()).logits, atol=1e-5, rtol=1e-4)
-    assert interface._padding._last is None or not isinstance(interface._padding._last[1], torch._subclasses.FakeTensor)
+    torch.testing.assert_close(
+        exported(model, tokens()), model(tokens()).logits, atol=1e-5, rtol=1e-4
+    )
+    assert interface._padding._last is None or not isinstance(
+        interface._padding._last[1], torch._subclasses.FakeTensor
+    )
 
 
 def test_routes_of_the_data_are_not_exported() -> None:

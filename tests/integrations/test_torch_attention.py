@@ -15,7 +15,9 @@ from tests.integrations.dense import dense_attention
 D, H, T, B = 32, 4, 20, 3
 
 
-def encoder(batch_first: bool = True, layers: int = 2, seed: int = 0, **settings: Any) -> nn.TransformerEncoder:
+def encoder(
+    batch_first: bool = True, layers: int = 2, seed: int = 0, **settings: Any
+) -> nn.TransformerEncoder:
     torch.manual_seed(seed)
     layer = nn.TransformerEncoderLayer(D, H, 48, dropout=0.0, batch_first=batch_first, **settings)
     return nn.TransformerEncoder(layer, layers, enable_nested_tensor=batch_first and not settings)
@@ -23,7 +25,9 @@ def encoder(batch_first: bool = True, layers: int = 2, seed: int = 0, **settings
 
 def decoder(seed: int = 0) -> nn.TransformerDecoder:
     torch.manual_seed(seed)
-    return nn.TransformerDecoder(nn.TransformerDecoderLayer(D, H, 48, dropout=0.0, batch_first=True), 2)
+    return nn.TransformerDecoder(
+        nn.TransformerDecoderLayer(D, H, 48, dropout=0.0, batch_first=True), 2
+    )
 
 
 def draw(batch_first: bool = True, seed: int = 1) -> Tensor:
@@ -43,7 +47,9 @@ def scatter(router: Any) -> None:
 
 PADDING = torch.arange(T) >= torch.tensor([T, T - 4, T - 9])[:, None]  # True hides
 CAUSAL = nn.Transformer.generate_square_subsequent_mask(T)
-ARBITRARY = (torch.rand(T, T, generator=torch.Generator().manual_seed(2)) < 0.3) & ~torch.eye(T, dtype=torch.bool)
+ARBITRARY = (torch.rand(T, T, generator=torch.Generator().manual_seed(2)) < 0.3) & ~torch.eye(
+    T, dtype=torch.bool
+)
 WEIGHING = torch.randn(T, T, generator=torch.Generator().manual_seed(4))
 MASKS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -62,13 +68,18 @@ MASKS: dict[str, dict[str, Any]] = {
 def test_full_is_the_original(masks: str, batch_first: bool, train: bool) -> None:
     model, x, named = encoder(batch_first).train(train), draw(batch_first), MASKS[masks]
     if masks == "weighing" and not train and batch_first:
-        pytest.skip("the fast path of the original reads a weighing mask as a hiding one and gives no numbers")
+        pytest.skip(
+            "the fast path of the original reads a weighing mask as a hiding one and gives no "
+            "numbers"
+        )
     with torch.no_grad():
         before = model(x, **named)
         router = patch(model, window=5)
         router.force("full")
         after = model(x, **named)
-        real = ~PADDING if "padding" in masks else torch.ones_like(PADDING)  # the fast path zeroes padding, the other does not
+        real = (
+            ~PADDING if "padding" in masks else torch.ones_like(PADDING)
+        )  # the fast path zeroes padding, the other does not
         real = real if batch_first else real.T
         torch.testing.assert_close(after[real], before[real], atol=1e-5, rtol=1e-5)
         router.unpatch()
@@ -90,9 +101,19 @@ def test_routed_layers_equal_the_dense_formula(masks: str, batch_first: bool) ->
         route = router.last.executed[0]
     assert len(route.unique()) == 3
     rows = x if batch_first else x.transpose(0, 1)
-    expected = dense_attention(module, router.layers[0], rows, route, given["attn_mask"], given["key_padding_mask"], window=5)
+    expected = dense_attention(
+        module,
+        router.layers[0],
+        rows,
+        route,
+        given["attn_mask"],
+        given["key_padding_mask"],
+        window=5,
+    )
     real = ~PADDING if "padding" in masks else torch.ones_like(PADDING)
-    torch.testing.assert_close((out if batch_first else out.transpose(0, 1))[real], expected[real], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        (out if batch_first else out.transpose(0, 1))[real], expected[real], atol=2e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -107,7 +128,9 @@ def test_padding_changes_no_real_token(batch_first: bool) -> None:
             real = ~PADDING[b]
             alone = model(x[b : b + 1, real] if batch_first else x[real, b : b + 1])
             mine = together[b, real] if batch_first else together[real, b]
-            torch.testing.assert_close(mine, alone[0] if batch_first else alone[:, 0], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                mine, alone[0] if batch_first else alone[:, 0], atol=1e-5, rtol=1e-4
+            )
 
 
 def test_causal_masks_let_no_future_through() -> None:
@@ -127,11 +150,17 @@ def test_decoder_routes_self_attention_and_leaves_cross_attention_alone() -> Non
         before = model(x, memory, tgt_mask=CAUSAL, tgt_is_causal=True)
         router = patch(model, window=5)
         assert [one.name for one in router.found] == ["layers.0.self_attn", "layers.1.self_attn"]
-        torch.testing.assert_close(model(x, memory, tgt_mask=CAUSAL, tgt_is_causal=True), before, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(
+            model(x, memory, tgt_mask=CAUSAL, tgt_is_causal=True), before, atol=1e-6, rtol=1e-6
+        )
         router.force("local")
         changed = model(x, memory, tgt_mask=CAUSAL, tgt_is_causal=True)
-        assert not torch.allclose(changed, model(x, memory * 2, tgt_mask=CAUSAL, tgt_is_causal=True))  # memory is read
-        torch.testing.assert_close(changed[:, :5], before[:, :5], atol=1e-5, rtol=1e-5)  # a window of 5 hides nothing yet
+        assert not torch.allclose(
+            changed, model(x, memory * 2, tgt_mask=CAUSAL, tgt_is_causal=True)
+        )  # memory is read
+        torch.testing.assert_close(
+            changed[:, :5], before[:, :5], atol=1e-5, rtol=1e-5
+        )  # a window of 5 hides nothing yet
         router.unpatch()
         assert torch.equal(model(x, memory, tgt_mask=CAUSAL, tgt_is_causal=True), before)
 
@@ -156,12 +185,16 @@ def test_bare_module_gives_weights_on_full_and_refuses_them_routed() -> None:
 def test_masks_of_single_heads_are_exact() -> None:
     torch.manual_seed(0)
     module, x = nn.MultiheadAttention(D, H, batch_first=True).eval(), draw()
-    per_head = (torch.rand(B * H, T, T, generator=torch.Generator().manual_seed(6)) < 0.3) & ~torch.eye(T, dtype=torch.bool)
+    per_head = (
+        torch.rand(B * H, T, T, generator=torch.Generator().manual_seed(6)) < 0.3
+    ) & ~torch.eye(T, dtype=torch.bool)
     router = patch(module, window=5)
     scatter(router)
     with torch.no_grad():
         out = module(x, x, x, need_weights=False, attn_mask=per_head)[0]
-    expected = dense_attention(module, router.layers[0], x, router.last.executed[0], per_head, None, window=5)
+    expected = dense_attention(
+        module, router.layers[0], x, router.last.executed[0], per_head, None, window=5
+    )
     torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-4)
 
 
@@ -170,14 +203,20 @@ def test_gradients_and_fit() -> None:
     router = patch(model, window=5)
     scatter(router)
     (model(draw()).square().mean() + 0.01 * router.kl()).backward()
-    assert not [name for name, p in router.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not [
+        name
+        for name, p in router.named_parameters()
+        if p.grad is None or not p.grad.isfinite().all()
+    ]
     assert all(p.grad is not None for p in model.parameters())
     model.zero_grad(), router.zero_grad()
     errors = router.distil([draw(seed=s % 3) for s in range(40)], lr=0.01)
     assert errors[-1] < errors[0]
     before = [p.clone() for p in model.parameters()]
     losses = router.fit([draw(seed=s % 3) for s in range(10)])
-    assert len(losses) == 10 and all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert len(losses) == 10 and all(
+        torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)
+    )
     assert all(p.requires_grad for p in model.parameters()) and model.training
 
 
@@ -188,7 +227,9 @@ def test_what_stands_at_padding_teaches_nothing(batch_first: bool) -> None:
     rows = hidden if batch_first else hidden.T
     losses = []
     for scale in (0.0, 50.0):
-        router = patch(encoder(batch_first=batch_first), window=5, experts=("full", "mapped", "local"))
+        router = patch(
+            encoder(batch_first=batch_first), window=5, experts=("full", "mapped", "local")
+        )
         x = torch.where(rows[..., None], scale * draw(batch_first, seed=9), draw(batch_first))
         torch.manual_seed(0)
         inputs = [(x, None, hidden)] * 3
@@ -237,7 +278,9 @@ def test_refusals(module: nn.Module, message: str) -> None:
 @pytest.mark.parametrize("settings", [{}, {"norm_first": True}])
 @pytest.mark.parametrize("masks", ["none", "padding", "causal", "causal and padding"])
 @torch.no_grad()
-def test_unfitted_it_is_the_fused_original_bit_for_bit(masks: str, settings: dict[str, Any]) -> None:
+def test_unfitted_it_is_the_fused_original_bit_for_bit(
+    masks: str, settings: dict[str, Any]
+) -> None:
     model, x = encoder(**settings).eval(), draw()
     before = model(x, **MASKS[masks])
     router = patch(model, window=5)
@@ -256,7 +299,9 @@ def test_padding_comes_out_as_the_originals_zeros_where_tokens_are_routed() -> N
     assert not before[PADDING].any() and not routed[PADDING].any()
     assert not torch.allclose(routed[~PADDING], before[~PADDING], atol=1e-3)
     for b, length in enumerate((~PADDING).sum(1).tolist()):
-        torch.testing.assert_close(routed[b, :length], model(x[b : b + 1, :length])[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            routed[b, :length], model(x[b : b + 1, :length])[0], atol=1e-5, rtol=1e-4
+        )
     router.unpatch()
     assert torch.equal(model(x, src_key_padding_mask=PADDING), before)
 
@@ -287,5 +332,8 @@ def test_a_causal_hint_without_its_mask_is_refused_as_the_original_refuses(padde
             with pytest.raises(RuntimeError, match="is_causal"):
                 bare(x, x, x, is_causal=True, key_padding_mask=hidden, need_weights=False)
     module.eval()
-    with torch.no_grad(), pytest.raises(RuntimeError, match="is_causal"):  # the fused original would see the future
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match="is_causal"),
+    ):  # the fused original would see the future
         module(x, is_causal=True, src_key_padding_mask=hidden)

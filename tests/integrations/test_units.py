@@ -18,7 +18,17 @@ from tests.integrations.tiny_models import VOCAB, left_padded, patched, tiny, to
 
 TEXT = torch.randint(3, VOCAB, (200,), generator=torch.Generator().manual_seed(0)).repeat(6)
 QUICK = {"steps": 6, "distil_steps": 4, "context": 32, "batch_size": 2}
-MODELS = ["llama", "gpt2", "mistral", "gemma2", "gemma3", "gpt_oss", "falcon", "falcon alibi", "bert"]
+MODELS = [
+    "llama",
+    "gpt2",
+    "mistral",
+    "gemma2",
+    "gemma3",
+    "gpt_oss",
+    "falcon",
+    "falcon alibi",
+    "bert",
+]
 BY = ["kv_head", "head"]
 
 
@@ -76,7 +86,10 @@ def test_a_step_reads_the_keys_of_the_heads_that_ask_alone() -> None:
     model, router = patched("llama", route_by="head", experts=("full", "local"), window=6)
     ids = tokens(B=2, T=30)
     route = torch.ones(2, 2, 1, 4, dtype=torch.int64)
-    route[:, 0, :, :2], route[:, 1, :, 3] = 0, 0  # row 0: key head 0; row 1: one query head of key head 1
+    route[:, 0, :, :2], route[:, 1, :, 3] = (
+        0,
+        0,
+    )  # row 0: key head 0; row 1: one query head of key head 1
     with torch.no_grad():
         past = model(ids, use_cache=True).past_key_values
         router.force(route)
@@ -104,7 +117,9 @@ def test_fitted_budgeted_saved_and_loaded(route_by: str, tmp_path: Path) -> None
     router = patch(tiny("llama"), window=6, route_by=route_by, context=32)
     frame = router.fit(TEXT, **QUICK)
     assert frame[["nll", "kl"]].notna().all().all()
-    moved = [c.out.weight.view(units(router), 3, -1).abs().amax((1, 2)) for c in router.controller.layers]
+    moved = [
+        c.out.weight.view(units(router), 3, -1).abs().amax((1, 2)) for c in router.controller.layers
+    ]
     assert all(bool((m > 0).all()) for m in moved)  # every unit learns
     spent = router.set_budget(0.7, context=32, limit=256, tolerance=0.2)
     with torch.no_grad():
@@ -139,7 +154,9 @@ def test_patches_from_before_units_load_by_layer(tmp_path: Path) -> None:
 
 
 def test_an_unknown_unit_is_refused() -> None:
-    with pytest.raises(ValueError, match="route_by: expected one of head, kv_head, layer; got 'token'"):
+    with pytest.raises(
+        ValueError, match="route_by: expected one of head, kv_head, layer; got 'token'"
+    ):
         patch(tiny("llama"), route_by="token")
 
 
@@ -153,7 +170,10 @@ def test_the_kl_of_a_token_is_the_sum_over_its_units(route_by: str) -> None:
         log_z = tilted_moments(prior, tilt).log_normaliser
         total = 0.0
         for layer, a in router.last.concentration.items():
-            q, p = torch.distributions.Dirichlet(a), torch.distributions.Dirichlet(prior[layer].to(a))
+            q, p = (
+                torch.distributions.Dirichlet(a),
+                torch.distributions.Dirichlet(prior[layer].to(a)),
+            )
             kl = torch.distributions.kl_divergence(q, p) + q.mean @ tilt[layer].to(a) + log_z[layer]
             assert kl.shape == (*tokens().shape, units(router))
             total += float(kl.sum(-1).mean())

@@ -34,31 +34,56 @@ def _build(name: str, config: str, settings: dict[str, Any]) -> nn.Module:
     return model
 
 
-GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "eos_token_id": 2, "bos_token_id": 1}
+GPT2 = {
+    "vocab_size": VOCAB,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 256,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+}
 FALCON = {**GENERAL, "ffn_hidden_size": 48, "alibi": False, "attention_dropout": 0.1}
-HYBRID = {**GROUPED, "head_dim": 8, "sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]}
+HYBRID = {
+    **GROUPED,
+    "head_dim": 8,
+    "sliding_window": 12,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 MOE = {"num_local_experts": 2, "num_experts_per_tok": 1}
 
 DECODERS: dict[str, Callable[[], nn.Module]] = {
     "gpt2": lambda: _build("GPT2LMHeadModel", "GPT2Config", GPT2),
     "llama": lambda: _build("LlamaForCausalLM", "LlamaConfig", GROUPED),
-    "mistral": lambda: _build("MistralForCausalLM", "MistralConfig", {**GROUPED, "sliding_window": 12}),
-    "mixtral": lambda: _build("MixtralForCausalLM", "MixtralConfig", {**GROUPED, **MOE, "sliding_window": None}),
+    "mistral": lambda: _build(
+        "MistralForCausalLM", "MistralConfig", {**GROUPED, "sliding_window": 12}
+    ),
+    "mixtral": lambda: _build(
+        "MixtralForCausalLM", "MixtralConfig", {**GROUPED, **MOE, "sliding_window": None}
+    ),
     "phi": lambda: _build("PhiForCausalLM", "PhiConfig", GENERAL),
     "phi3": lambda: _build("Phi3ForCausalLM", "Phi3Config", {**GROUPED, "pad_token_id": 0}),
     "qwen2": lambda: _build("Qwen2ForCausalLM", "Qwen2Config", GROUPED),
     "qwen3": lambda: _build("Qwen3ForCausalLM", "Qwen3Config", {**GROUPED, "head_dim": 8}),
     "gemma": lambda: _build("GemmaForCausalLM", "GemmaConfig", {**GROUPED, "head_dim": 16}),
-    "gemma2": lambda: _build("Gemma2ForCausalLM", "Gemma2Config", {**HYBRID, "attn_logit_softcapping": 0.5}),
+    "gemma2": lambda: _build(
+        "Gemma2ForCausalLM", "Gemma2Config", {**HYBRID, "attn_logit_softcapping": 0.5}
+    ),
     "gemma3": lambda: _build("Gemma3ForCausalLM", "Gemma3TextConfig", HYBRID),
     "gpt_oss": lambda: _build("GptOssForCausalLM", "GptOssConfig", {**HYBRID, **MOE}),
     "gpt_neox": lambda: _build("GPTNeoXForCausalLM", "GPTNeoXConfig", GENERAL),
-    "opt": lambda: _build("OPTForCausalLM", "OPTConfig", {**GENERAL, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "opt": lambda: _build(
+        "OPTForCausalLM", "OPTConfig", {**GENERAL, "ffn_dim": 48, "word_embed_proj_dim": 32}
+    ),
     "falcon": lambda: _build("FalconForCausalLM", "FalconConfig", FALCON),
     "falcon grouped": lambda: _build(
-        "FalconForCausalLM", "FalconConfig", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}
+        "FalconForCausalLM",
+        "FalconConfig",
+        {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
     ),
-    "falcon alibi": lambda: _build("FalconForCausalLM", "FalconConfig", {**FALCON, "alibi": True, "multi_query": False}),
+    "falcon alibi": lambda: _build(
+        "FalconForCausalLM", "FalconConfig", {**FALCON, "alibi": True, "multi_query": False}
+    ),
 }
 ENCODERS: dict[str, Callable[[], nn.Module]] = {
     "bert": lambda: _build("BertForMaskedLM", "BertConfig", GENERAL),
@@ -94,7 +119,9 @@ def patched(name: str, seed: int = 0, **settings: Any) -> tuple[Any, Any]:
     model = tiny(name, seed)
     defaults = {
         "window": 6,
-        "experts": ("full", "mapped", "local") if name in ENCODERS else ("full", "mapped", "gated", "local"),
+        "experts": ("full", "mapped", "local")
+        if name in ENCODERS
+        else ("full", "mapped", "gated", "local"),
     }
     router = patch(model, **{**defaults, **settings})
     scatter_routes(router)

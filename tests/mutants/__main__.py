@@ -1,7 +1,8 @@
 """Plant faults one at a time in a copy of the repository, and run the tests beside each.
 
-`python -m tests.mutants [WORD ...] [--list]`: the faults whose file or name contains one of the words; all by default, in about
-an hour on two cores. A line a fault; status 1 where one was not caught, or no longer fits the code. Not part of `make test`.
+`python -m tests.mutants [WORD ...] [--list]`: the faults whose file or name contains one of the
+words; all by default, in about an hour on two cores. A line a fault; status 1 where one was not
+caught, or no longer fits the code. Not part of `make test`.
 """
 
 import argparse
@@ -26,7 +27,11 @@ def main() -> int:
     parser.add_argument("words", nargs="*", help="of the file or the name of a fault")
     parser.add_argument("--list", action="store_true", help="name the faults, plant none")
     options = parser.parse_args()
-    chosen = [f for f in FAULTS + NEWER if not options.words or any(w in f"{f.file} {f.name}" for w in options.words)]
+    chosen = [
+        f
+        for f in FAULTS + NEWER
+        if not options.words or any(w in f"{f.file} {f.name}" for w in options.words)
+    ]
     if options.list:
         print(*(f"{fault.file}: {fault.name}" for fault in chosen), sep="\n")
         return 0
@@ -39,17 +44,25 @@ def main() -> int:
         for fault in chosen:
             started = time.perf_counter()
             verdict = planted(fault, copy)
-            print(f"{verdict:8} {fault.file}: {fault.name} ({time.perf_counter() - started:.0f} s)", flush=True)
+            print(
+                f"{verdict:8} {fault.file}: {fault.name} ({time.perf_counter() - started:.0f} s)",
+                flush=True,
+            )
             caught += verdict == "caught"
             missed += [fault] * (verdict == "MISSED")
             stale += [fault] * (verdict == "STALE")
-    print(f"{caught} of {caught + len(missed)} caught" + (f"; {len(stale)} no longer fit the code" if stale else ""))
+    print(
+        f"{caught} of {caught + len(missed)} caught"
+        + (f"; {len(stale)} no longer fit the code" if stale else "")
+    )
     return 1 if missed or stale else 0
 
 
 def tracked() -> list[str]:
     """The files of the repository, as they lie in the working tree."""
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     return [name for name in listed.splitlines() if (ROOT / name).is_file()]
 
 
@@ -60,10 +73,21 @@ def planted(fault: Fault, copy: Path) -> str:
     if whole.count(fault.old) != 1:
         return "STALE"
     path.write_text(whole.replace(fault.old, fault.new), encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *fault.tests.split()]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        *fault.tests.split(),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
-        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, timeout=PATIENCE, check=False)
+        done = subprocess.run(
+            command, cwd=copy, env=environment, capture_output=True, timeout=PATIENCE, check=False
+        )
     except subprocess.TimeoutExpired:
         return "caught"
     finally:

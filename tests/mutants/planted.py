@@ -21,7 +21,10 @@ FAULTS = [
     Fault(
         "states are not zeroed at reset",
         f"{P}/attention/decoding/cache.py",
-        "        for state in self.states.values():\n            state.zero_()\n        self.longest = 0\n",
+        (
+            "        for state in self.states.values():\n            state.zero_()\n        "
+            "self.longest = 0\n"
+        ),
         "        self.longest = 0\n",
         f"{T}/attention/test_cache.py",
     ),
@@ -50,7 +53,8 @@ FAULTS = [
         "no clipping",
         f"{P}/training/optimise.py",
         "return nn.utils.clip_grad_norm_(model.parameters(), largest)",
-        "return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])",
+        "return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not "
+        "None])",
         f"{T}/training/test_steps.py",
     ),
     Fault(
@@ -77,7 +81,10 @@ FAULTS = [
     Fault(
         "the prior's mean without its price",
         f"{P}/diagnostics/measures/collapse.py",
-        "    if program.price == 0:\n        return posterior_mean(concentration)\n    return tilted_moments",
+        (
+            "    if program.price == 0:\n        return posterior_mean(concentration)\n    return "
+            "tilted_moments"
+        ),
         "    return posterior_mean(concentration)\n    return tilted_moments",
         f"{T}/diagnostics/test_collapse.py",
     ),

@@ -10,7 +10,8 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[2]
 STORIES = ("01_fit_with_svi.ipynb", "02_routing_uncertainty.ipynb", "03_calibrate_prior.ipynb")
-NEEDS = {"04_patch_pretrained.ipynb": "transformers", "05_your_own_parts.ipynb": "arviz"}  # what an optional extra installs
+# what an optional extra installs
+NEEDS = {"04_patch_pretrained.ipynb": "transformers", "05_your_own_parts.ipynb": "arviz"}
 NOTEBOOKS = (*STORIES, *NEEDS)
 SECONDS = 120  # of one core
 
@@ -29,14 +30,16 @@ def test_it_runs(name, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+    NotebookClient(notebook, timeout=600, kernel_name="python3",
+        resources={"metadata": {"path": str(ROOT)}}).execute()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime - before.ru_utime < SECONDS
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_outputs_are_committed_in_order_and_without_errors(name):
-    cells = [c for c in nbformat.read(ROOT / "notebooks" / name, as_version=4).cells if c.cell_type == "code"]
+    cells = [c for c in nbformat.read(ROOT / "notebooks" / name,
+        as_version=4).cells if c.cell_type == "code"]
     assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1))
     outputs = [output for c in cells for output in c.outputs]
     assert all(output.output_type != "error" and output.get("name") != "stderr" for output in outputs)
@@ -46,6 +49,7 @@ def test_outputs_are_committed_in_order_and_without_errors(name):
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_links_between_notebooks_lead_somewhere(name):
-    text = "".join(c.source for c in nbformat.read(ROOT / "notebooks" / name, as_version=4).cells if c.cell_type == "markdown")
+    text = "".join(c.source for c in nbformat.read(ROOT / "notebooks" / name,
+        as_version=4).cells if c.cell_type == "markdown")
     for target in [part.split(")")[0] for part in text.split("](")[1:]]:
         assert (ROOT / "notebooks" / target).is_file()

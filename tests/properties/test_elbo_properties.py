@@ -21,19 +21,27 @@ from tests.inference.handwritten import negative_elbo
 from tests.tiny import EXPERTS, tiny_batch, tiny_concentration, tiny_config, tiny_model
 
 quick = settings(max_examples=20, deadline=None, derandomize=True)
-experts = st.permutations(EXPERTS).flatmap(lambda names: st.integers(1, 4).map(lambda n: tuple(names[:n])))
+experts = st.permutations(EXPERTS).flatmap(
+    lambda names: st.integers(1, 4).map(lambda n: tuple(names[:n]))
+)
 weights = st.floats(1e-4, 2.0)
 
 
-def objective(model: RoutedLanguageModel, prior: torch.Tensor, kl_weight: float = 0.1, price: float = 0.0) -> NegativeELBO:
+def objective(
+    model: RoutedLanguageModel, prior: torch.Tensor, kl_weight: float = 0.1, price: float = 0.0
+) -> NegativeELBO:
     cost = torch.linspace(1.0, 0.2, len(model.config.experts))
     program = RoutingModel(model.network, prior, cost, price)
     return NegativeELBO(program, RoutingGuide(program, model.controller), kl_weight)
 
 
 @quick
-@given(st.integers(1, 3), st.integers(1, 24), experts, st.integers(1, 50), weights, st.integers(0, 99))
-def test_the_loss_is_the_handwritten_one(B: int, T: int, names: tuple[str, ...], window: int, kl: float, seed: int) -> None:
+@given(
+    st.integers(1, 3), st.integers(1, 24), experts, st.integers(1, 50), weights, st.integers(0, 99)
+)
+def test_the_loss_is_the_handwritten_one(
+    B: int, T: int, names: tuple[str, ...], window: int, kl: float, seed: int
+) -> None:
     model = tiny_model(seed, experts=names, window=window, num_layers=2).double()
     tokens, targets = tiny_batch(B, T, seed=seed)
     prior = tiny_concentration(model.config)
@@ -58,16 +66,22 @@ def test_masked_targets_count_for_nothing(B: int, T: int, data: st.DataObject) -
     _, whole = objective(model, prior)(tokens, targets)
     torch.manual_seed(0)
     logits = model(tokens, RoutingMode.SAMPLE).logits
-    summed = torch.nn.functional.cross_entropy(logits.flatten(0, 1), masked.flatten(), ignore_index=IGNORED, reduction="sum")
+    summed = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), masked.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
     assert float(terms.nll) == pytest.approx(float(summed) / (B * T), rel=1e-4, abs=1e-6)
-    assert float(terms.kl) == pytest.approx(float(whole.kl), rel=1e-5)  # the routes of unscored tokens have a KL too
+    assert float(terms.kl) == pytest.approx(
+        float(whole.kl), rel=1e-5
+    )  # the routes of unscored tokens have a KL too
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
 @quick
 @given(st.integers(2, 6), st.integers(1, 12), st.integers(0, 99), st.data())
-def test_draws_by_row_do_not_hang_on_the_batch(B: int, T: int, seed: int, data: st.DataObject) -> None:
+def test_draws_by_row_do_not_hang_on_the_batch(
+    B: int, T: int, seed: int, data: st.DataObject
+) -> None:
     model, (tokens, targets) = tiny_model(seed).double(), tiny_batch(B, T, seed=seed)
     some = sorted(data.draw(st.sets(st.integers(0, B - 1), min_size=1)))
     program = objective(model, tiny_concentration(model.config))
@@ -94,7 +108,9 @@ def test_kl_and_its_gradient_hold_from_a_thousandth_to_ten_thousand(q: float, p:
     kl = dirichlet_kl(concentration, prior)
     exact = kl_divergence(Dirichlet(concentration.detach().double()), Dirichlet(prior.double()))
     # lgamma of 1e4 is 8e4, of which float32 keeps seven digits
-    assert float(kl) == pytest.approx(float(exact), rel=2e-3, abs=2e-2 if max(p, q) >= 100 else 1e-3)
+    assert float(kl) == pytest.approx(
+        float(exact), rel=2e-3, abs=2e-2 if max(p, q) >= 100 else 1e-3
+    )
     kl.backward()
     assert torch.isfinite(concentration.grad).all()  # type: ignore[arg-type]
     tilted = TiltedDirichlet(prior, torch.tensor([10.0, 1.5, 3.0]))
@@ -149,12 +165,16 @@ SHAPES = [
     pytest.param({"experts": ("gated",)}, 2, 9, id="one expert"),
     pytest.param({"window": 500}, 2, 9, id="window beyond the text"),
     pytest.param({"window": 1}, 2, 9, id="window of the token itself"),
-    pytest.param({"num_layers": 1, "controller_hidden": 0}, 1, 70, id="one layer, linear controller"),
+    pytest.param(
+        {"num_layers": 1, "controller_hidden": 0}, 1, 70, id="one layer, linear controller"
+    ),
 ]
 
 
 @pytest.mark.parametrize(("changes", "B", "T"), SHAPES)
-def test_small_shapes_train_and_run_in_every_mode(changes: dict[str, object], B: int, T: int) -> None:
+def test_small_shapes_train_and_run_in_every_mode(
+    changes: dict[str, object], B: int, T: int
+) -> None:
     model, (tokens, targets) = tiny_model(**changes), tiny_batch(B, T)
     loss, _ = objective(model, tiny_concentration(model.config))(tokens, targets)
     loss.backward()
@@ -168,7 +188,9 @@ def test_all_tokens_on_one_expert(name: str) -> None:
     model, (tokens, _) = tiny_model(), tiny_batch()
     index = EXPERTS.index(name)
     hard = model(tokens, force=torch.full((3, *tokens.shape), index)).logits
-    soft = model(tokens, force=torch.nn.functional.one_hot(torch.full((3, *tokens.shape), index), 4).float()).logits
+    soft = model(
+        tokens, force=torch.nn.functional.one_hot(torch.full((3, *tokens.shape), index), 4).float()
+    ).logits
     torch.testing.assert_close(hard, soft, rtol=1e-4, atol=1e-4)
 
 

@@ -46,7 +46,9 @@ def test_moments_of_a_stream_are_those_of_all_rows():
     x = rows()
     found = moments_of(x)
     torch.testing.assert_close(found.mean, x.double().mean(0))
-    torch.testing.assert_close(found.covariance, x.double().T.cov(correction=0), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        found.covariance, x.double().T.cov(correction=0), rtol=1e-6, atol=1e-9
+    )
 
 
 def test_evidence_is_the_root_of_a_student_t_in_the_directions_of_least_variance():
@@ -55,8 +57,12 @@ def test_evidence_is_the_root_of_a_student_t_in_the_directions_of_least_variance
     variance, axes = torch.linalg.eigh(x.double().T.cov(correction=0))
     y = rows(50, seed=3) + 0.2
     d2 = (((y.double() - x.double().mean(0)) @ axes[:, :K]).square() / variance[:K]).sum(-1)
-    torch.testing.assert_close(layer(y).exp().double(), 2 * 3.0 / (1 + d2 / K), rtol=1e-3, atol=1e-5)
-    t = torch.distributions.StudentT(1.0)  # K = 1: the density itself, relative to that one deviation away
+    torch.testing.assert_close(
+        layer(y).exp().double(), 2 * 3.0 / (1 + d2 / K), rtol=1e-3, atol=1e-5
+    )
+    t = torch.distributions.StudentT(
+        1.0
+    )  # K = 1: the density itself, relative to that one deviation away
     one = LayerEvidence.of(moments_of(torch.tensor([[-1.0], [1.0]]).repeat(3, 1), 1.0), 1)
     z = torch.tensor([[0.0], [0.5], [7.0]])
     torch.testing.assert_close(one(z), (t.log_prob(z) - t.log_prob(torch.tensor(1.0)))[:, 0])
@@ -69,7 +75,10 @@ def test_the_mean_distance_of_the_fits_own_text_is_one_and_a_planted_shift_is_fa
     held, least = rows(2000, seed=1), torch.linalg.eigh(x.double().T.cov())[1][:, 0].float()
     assert float(layer.distance(held).mean()) == pytest.approx(1, abs=0.1)
     moved = held + least * 10 * float((x @ least).std())
-    assert float(layer(moved).mean()) < float(layer(held).min()) and float(layer.distance(moved).mean()) > 10
+    assert (
+        float(layer(moved).mean()) < float(layer(held).min())
+        and float(layer.distance(moved).mean()) > 10
+    )
 
 
 def test_evidence_is_finite_however_far_and_where_a_direction_is_constant():
@@ -77,7 +86,11 @@ def test_evidence_is_finite_however_far_and_where_a_direction_is_constant():
     x[:, 0] = 1.0
     layer = LayerEvidence.of(moments_of(x), 3)
     far = layer(torch.full((2, 12), 1e15))
-    assert torch.isfinite(far).all() and torch.isfinite(layer(x)).all() and float(far.exp().max()) < 1e-20
+    assert (
+        torch.isfinite(far).all()
+        and torch.isfinite(layer(x)).all()
+        and float(far.exp().max()) < 1e-20
+    )
     assert float(layer(x.bfloat16())[:5].mean()) == pytest.approx(float(layer(x)[:5].mean()), abs=3)
 
 
@@ -111,7 +124,9 @@ def test_a_watch_reads_what_the_controllers_read_and_changes_nothing():
     evidence = model.controller.evidence
     expected = torch.stack([evidence.log_evidence(layer, h) for layer, h in enumerate(inputs)])
     torch.testing.assert_close(watch.log_evidence, expected)
-    torch.testing.assert_close(watch.total(), expected.exp() + torch.tensor([0.5, 0.6, 0.7])[:, None, None])
+    torch.testing.assert_close(
+        watch.total(), expected.exp() + torch.tensor([0.5, 0.6, 0.7])[:, None, None]
+    )
     model(tokens[:, :7])
     assert watch.log_evidence.shape == (3, 2, 40)  # nothing is computed outside
     assert not any(layer._forward_pre_hooks for layer in model.controller.layers)
@@ -146,7 +161,9 @@ def test_the_budget_is_the_mean_total_of_the_posterior():
     batch = Batch(*tiny_batch(B=4, T=40))
     evidence = fit_evidence(model, [batch], torch.full((3,), 0.5))
     total = model(batch.tokens).concentration.sum(-1).mean((1, 2, 3))
-    torch.testing.assert_close(torch.stack([layer.log_budget for layer in evidence.layers]).exp(), total, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        torch.stack([layer.log_budget for layer in evidence.layers]).exp(), total, rtol=1e-5, atol=0
+    )
 
 
 def test_a_total_keeps_the_mean_and_reaches_units():
@@ -164,7 +181,9 @@ def test_the_natural_posterior_adds_evidence_to_the_prior():
     n = model.controller.evidence.log_evidence(1, hidden).exp()[..., None, None]
     expected = prior[1] + n * q / q.sum(-1, keepdim=True)
     torch.testing.assert_close(natural.posterior(1, hidden).concentration, expected)
-    torch.testing.assert_close(natural.posterior(1, 1e9 * hidden).mean, (prior[1] / prior[1].sum()).expand(2, 5, 1, 4))
+    torch.testing.assert_close(
+        natural.posterior(1, 1e9 * hidden).mean, (prior[1] / prior[1].sum()).expand(2, 5, 1, 4)
+    )
 
 
 def test_what_is_kept_comes_back_and_what_is_damaged_does_not():
@@ -172,7 +191,9 @@ def test_what_is_kept_comes_back_and_what_is_damaged_does_not():
     kept = evidence.tensors()
     back = Evidence.from_tensors(kept, 3, 16)
     hidden = torch.randn(2, 16)
-    torch.testing.assert_close(back.log_evidence(2, hidden), evidence.log_evidence(2, hidden), rtol=0, atol=0)
+    torch.testing.assert_close(
+        back.log_evidence(2, hidden), evidence.log_evidence(2, hidden), rtol=0, atol=0
+    )
     assert back.memory == 8
     for damaged, layers in (
         ({k: v for k, v in kept.items() if k != "centre"}, 3),
@@ -190,7 +211,10 @@ def test_what_cannot_be_asked():
         watching(tiny_model().controller),
     ):
         pass
-    with pytest.raises(ValueError, match="memory: expected at least 1"), watching(fitted_tiny().controller, memory=0):
+    with (
+        pytest.raises(ValueError, match="memory: expected at least 1"),
+        watching(fitted_tiny().controller, memory=0),
+    ):
         pass
     with pytest.raises(ValueError, match="texts: expected more than 16 tokens"):
         fit_evidence(tiny_model(), [Batch(*tiny_batch(B=1, T=9))], torch.ones(3))

@@ -57,13 +57,20 @@ def test_conservative_falls_back_exactly_where_it_is_unsure(threshold: float, pr
 def test_conservative_by_hand() -> None:
     sure, unsure, far = [0.02, 9.0, 0.5], [0.9, 1.0, 0.9], [0.001, 1.0, 0.9]
     choice = Conservative(COSTS, 0.7)(torch.tensor([sure, unsure, far]))
-    assert choice.tolist() == [1, 0, 2]  # the last: full is implausible, local is the strongest that is not
+    assert choice.tolist() == [
+        1,
+        0,
+        2,
+    ]  # the last: full is implausible, local is the strongest that is not
 
 
 def test_conservative_without_threshold_is_the_budget_policy() -> None:
     concentration = concentrations()
     for price in (-3.0, 0.0, 5.0):
-        assert torch.equal(Conservative(COSTS, 0.0, price=price)(concentration), Budget(COSTS, price)(concentration))
+        assert torch.equal(
+            Conservative(COSTS, 0.0, price=price)(concentration),
+            Budget(COSTS, price)(concentration),
+        )
 
 
 def test_priced_keeps_the_total_and_moves_the_odds_by_the_price() -> None:
@@ -85,7 +92,10 @@ def test_a_price_trades_one_nat_of_log_mean_for_one_over_price_of_cost() -> None
 
 def test_budget_goes_from_the_costliest_to_the_cheapest() -> None:
     concentration, cost = concentrations(), torch.tensor(COSTS)
-    paid = [float(cost[Budget(COSTS, price)(concentration)].mean()) for price in (-100.0, -3.0, 0.0, 3.0, 100.0)]
+    paid = [
+        float(cost[Budget(COSTS, price)(concentration)].mean())
+        for price in (-100.0, -3.0, 0.0, 3.0, 100.0)
+    ]
     assert paid[0] == 1.0
     assert paid[-1] == pytest.approx(0.15)
     assert paid == sorted(paid, reverse=True)
@@ -101,19 +111,32 @@ def test_families_by_name(name: str, kind: type) -> None:
 
 
 def test_a_family_refuses_what_it_does_not_have() -> None:
-    with pytest.raises(ValueError, match="policy: expected one of argmax, budget, conservative, guard; got 'argmin'"):
+    with pytest.raises(
+        ValueError,
+        match="policy: expected one of argmax, budget, conservative, guard; got 'argmin'",
+    ):
         at_price("argmin", COSTS)
-    with pytest.raises(ValueError, match=r"policy.threshold: expected a field of Budget, cost_ratio, price; got 'threshold'"):
+    with pytest.raises(
+        ValueError,
+        match=r"policy.threshold: expected a field of Budget, cost_ratio, price; got 'threshold'",
+    ):
         at_price("argmax", COSTS, threshold=0.5)
-    with pytest.raises(ValueError, match="policy: expected one that its price makes; guard wants refuge, usual, level"):
+    with pytest.raises(
+        ValueError,
+        match="policy: expected one that its price makes; guard wants refuge, usual, level",
+    ):
         at_price("guard", COSTS)
 
 
-@pytest.mark.parametrize("policy", [Argmax(), Budget(COSTS, 1.5), Conservative(COSTS, 0.8, 0.1, 2.0)])
+@pytest.mark.parametrize(
+    "policy", [Argmax(), Budget(COSTS, 1.5), Conservative(COSTS, 0.8, 0.1, 2.0)]
+)
 def test_a_policy_is_saved_by_its_name(policy: Policy) -> None:
     saved = json.loads(json.dumps(policy_to_dict(policy)))
     assert saved["name"] == type(policy).__name__.lower() and policy_from_dict(saved) == policy
-    assert policy_from_dict({**saved, "name": type(policy).__name__}) == policy  # as patches of 0.1 have it
+    assert (
+        policy_from_dict({**saved, "name": type(policy).__name__}) == policy
+    )  # as patches of 0.1 have it
 
 
 def test_a_registered_policy_is_as_good_as_the_librarys() -> None:
@@ -128,16 +151,25 @@ def test_a_registered_policy_is_as_good_as_the_librarys() -> None:
             distance = (torch.tensor(self.cost_ratio) - self.price).abs()
             return distance.argmin().expand(concentration.shape[:-1])
 
-    with pytest.raises(ValueError, match="one of argmax, budget, conservative, guard, which can be saved; got Nearest"):
+    with pytest.raises(
+        ValueError,
+        match="one of argmax, budget, conservative, guard, which can be saved; got Nearest",
+    ):
         policy_to_dict(Nearest(COSTS))
-    with pytest.raises(ValueError, match="'budget' is already bayes_router.routing.policy.Budget; take another name"):
+    with pytest.raises(
+        ValueError,
+        match="'budget' is already bayes_router.routing.policy.Budget; take another name",
+    ):
         register_policy("budget")(Nearest)
     with pytest.raises(TypeError, match="expected a frozen dataclass"):
         register_policy("loose")(type("Loose", (), {}))
     register_policy("nearest")(Nearest)
     try:
         made = at_price("nearest", COSTS)(0.25)
-        assert made(concentrations(3)).tolist() == [2, 2, 2] and policy_from_dict(policy_to_dict(made)) == made
+        assert (
+            made(concentrations(3)).tolist() == [2, 2, 2]
+            and policy_from_dict(policy_to_dict(made)) == made
+        )
     finally:
         del registry._REGISTRY["nearest"]
 
@@ -168,11 +200,16 @@ class _Operators(TorchDispatchMode):
         self.names.append(str(func))
         return func(*args, **(kwargs or {}))
 
-    with pytest.raises(ValueError, match="policy: expected one that its price makes; guard wants refuge, usual, level"):
+    with pytest.raises(
+        ValueError,
+        match="policy: expected one that its price makes; guard wants refuge, usual, level",
+    ):
         at_price("guard", COSTS)
 
 
-@pytest.mark.parametrize("policy", [Argmax(), Budget(COSTS, 1.5), Conservative(COSTS, 0.7, price=1.0)])
+@pytest.mark.parametrize(
+    "policy", [Argmax(), Budget(COSTS, 1.5), Conservative(COSTS, 0.7, price=1.0)]
+)
 def test_a_policy_brings_its_constants_to_the_device_once(policy: Policy) -> None:
     """Numbers of the host that become a tensor.
 
@@ -193,5 +230,7 @@ def test_constants_kept_in_inference_mode_serve_gradients() -> None:
         Conservative(costs)(concentrations())
     concentration = concentrations().requires_grad_()
     (like(costs, concentration) * concentration).sum().backward()
-    assert concentration.grad is not None and bool((concentration.grad == torch.tensor(costs)).all())
+    assert concentration.grad is not None and bool(
+        (concentration.grad == torch.tensor(costs)).all()
+    )
     assert probability_of_largest(concentration, concentration.argmax(-1)).requires_grad

@@ -22,9 +22,15 @@ def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("map_", ["boltzmann", "inverse"])
-@pytest.mark.parametrize(("price", "target"), [(0.0, 0.16), (0.0, 0.25), (0.0, 0.45), (3.0, 0.25), (10.0, 0.19)])
-def test_target_cost_is_met_analytically_and_by_sampling(map_: str, price: float, target: float) -> None:
-    prior = ComputeAwarePrior.for_target_cost(COSTS, 2, target, map=map_, price=price, total_concentration=0.7)
+@pytest.mark.parametrize(
+    ("price", "target"), [(0.0, 0.16), (0.0, 0.25), (0.0, 0.45), (3.0, 0.25), (10.0, 0.19)]
+)
+def test_target_cost_is_met_analytically_and_by_sampling(
+    map_: str, price: float, target: float
+) -> None:
+    prior = ComputeAwarePrior.for_target_cost(
+        COSTS, 2, target, map=map_, price=price, total_concentration=0.7
+    )
     assert prior.map == map_ and prior.num_layers == 2
     assert prior.total_concentration == (0.7, 0.7)
     assert prior.prior_predictive(price).cost == pytest.approx(target, abs=1e-5)
@@ -33,7 +39,10 @@ def test_target_cost_is_met_analytically_and_by_sampling(map_: str, price: float
     assert abs(mean - target) < 5 * error
 
 
-@pytest.mark.parametrize(("price", "cost", "entropy"), [(0.0, 0.25, 0.1), (0.0, 0.4, 0.9), (2.0, 0.25, 0.3), (10.0, 0.25, 0.6)])
+@pytest.mark.parametrize(
+    ("price", "cost", "entropy"),
+    [(0.0, 0.25, 0.1), (0.0, 0.4, 0.9), (2.0, 0.25, 0.3), (10.0, 0.25, 0.6)],
+)
 def test_cost_and_entropy_are_met_together(price: float, cost: float, entropy: float) -> None:
     prior = ComputeAwarePrior.for_target_cost(COSTS, 1, cost, target_entropy=entropy, price=price)
     predictive = prior.prior_predictive(price)
@@ -45,7 +54,8 @@ def test_cost_and_entropy_are_met_together(price: float, cost: float, entropy: f
 
 
 def test_boltzmann_temperature_of_two_experts_in_closed_form() -> None:
-    # mean cost 0.4 of costs 1 and 0.2 puts 1/4 on full: exp(-(1 - 0.2) / temperature) = (1/4) / (3/4)
+    # mean cost 0.4 of costs 1 and 0.2 puts 1/4 on full: exp(-(1 - 0.2) / temperature) = (1/4) /
+    # (3/4)
     prior = ComputeAwarePrior.for_target_cost((1.0, 0.2), 1, 0.4)
     assert prior.temperature[0] == pytest.approx(0.8 / math.log(3), rel=1e-4)
     torch.testing.assert_close(prior.mean, torch.tensor([[0.25, 0.75]]), atol=1e-5, rtol=0)
@@ -53,17 +63,27 @@ def test_boltzmann_temperature_of_two_experts_in_closed_form() -> None:
 
 @pytest.mark.parametrize("target", [0.149, 0.05, 0.5, 1.0, float("nan")])
 def test_unreachable_cost_is_refused_with_its_range(target: float) -> None:
-    with pytest.raises(ValueError, match=r"target_cost: expected a number from 0\.151\d to 0\.4833.*; got"):
+    with pytest.raises(
+        ValueError, match=r"target_cost: expected a number from 0\.151\d to 0\.4833.*; got"
+    ):
         ComputeAwarePrior.for_target_cost(COSTS, 4, target)
 
 
 def test_refusals_name_the_range_under_a_price_and_the_fix() -> None:
-    with pytest.raises(ValueError, match=r"from 0\.150\d to 0\.206\d.*got 0\.25; .*lower the price"):
+    with pytest.raises(
+        ValueError, match=r"from 0\.150\d to 0\.206\d.*got 0\.25; .*lower the price"
+    ):
         ComputeAwarePrior.for_target_cost(COSTS, 1, 0.25, price=10.0)
-    with pytest.raises(ValueError, match=r"target_entropy: expected a number from 0\.\d+ to 0\.8384.*got 2\.0"):
+    with pytest.raises(
+        ValueError, match=r"target_entropy: expected a number from 0\.\d+ to 0\.8384.*got 2\.0"
+    ):
         ComputeAwarePrior.for_target_cost(COSTS, 1, 0.25, target_entropy=2.0)
-    with pytest.raises(ValueError, match="total_concentration: expected None beside target_entropy"):
-        ComputeAwarePrior.for_target_cost(COSTS, 1, 0.25, target_entropy=0.2, total_concentration=1.0)
+    with pytest.raises(
+        ValueError, match="total_concentration: expected None beside target_entropy"
+    ):
+        ComputeAwarePrior.for_target_cost(
+            COSTS, 1, 0.25, target_entropy=0.2, total_concentration=1.0
+        )
     with pytest.raises(ValueError, match=r"from 0\.4833 to 0\.4833"):
         ComputeAwarePrior.for_target_cost(COSTS, 1, 0.25, map="uniform")
     with pytest.raises(ValueError, match=r"cost_ratio: expected numbers in \(0, 1\]"):
@@ -71,7 +91,10 @@ def test_refusals_name_the_range_under_a_price_and_the_fix() -> None:
 
 
 def test_tilt_of_two_experts_equals_direct_quadrature() -> None:
-    a, price = torch.tensor([0.8, 2.5], dtype=torch.float64), torch.tensor([6.0, 0.9], dtype=torch.float64)
+    a, price = (
+        torch.tensor([0.8, 2.5], dtype=torch.float64),
+        torch.tensor([6.0, 0.9], dtype=torch.float64),
+    )
     x = (torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000
     weight = (Beta(*a, validate_args=False).log_prob(x) - price[0] * x - price[1] * (1 - x)).exp()
     route = torch.stack([x, 1 - x], -1)
@@ -87,14 +110,18 @@ def test_tilt_of_two_experts_equals_direct_quadrature() -> None:
 def test_a_price_equal_for_all_changes_nothing_but_the_normaliser(total: float) -> None:
     a = total * torch.tensor([[0.05, 0.7, 0.25], [0.2, 0.2, 0.6]], dtype=torch.float64)
     found = tilted_moments(a, torch.full((3,), 2.0))
-    torch.testing.assert_close(found.log_normaliser, torch.full((2,), -2.0, dtype=torch.float64), atol=1e-9, rtol=0)
+    torch.testing.assert_close(
+        found.log_normaliser, torch.full((2,), -2.0, dtype=torch.float64), atol=1e-9, rtol=0
+    )
     torch.testing.assert_close(found.mean, a / a.sum(-1, keepdim=True), atol=1e-9, rtol=0)
     torch.testing.assert_close(found.expected_entropy, expected_entropy(a), atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("total", [0.05, 1.0, 40.0])
 @pytest.mark.parametrize("price", [2.0, 60.0, -8.0])
-def test_tilted_draws_agree_with_tilted_moments_and_reweighted_draws(total: float, price: float) -> None:
+def test_tilted_draws_agree_with_tilted_moments_and_reweighted_draws(
+    total: float, price: float
+) -> None:
     torch.manual_seed(0)
     a, costs = total * torch.tensor([0.2, 0.5, 0.3]), price * torch.tensor(COSTS)
     found, draws = tilted_moments(a, costs), sample_tilted(a, costs, 20_000)
@@ -129,7 +156,10 @@ def test_maps_give_distributions_that_favour_the_cheap(name: str) -> None:
 def test_constructor_refuses_what_it_cannot_use() -> None:
     for arguments, message in (
         (((0.0, 0.0), 1), "not all zero"),
-        (((1.0, 0.2), 2, (0.5,)), "total_concentration: expected one number, or one for each of 2 layers"),
+        (
+            ((1.0, 0.2), 2, (0.5,)),
+            "total_concentration: expected one number, or one for each of 2 layers",
+        ),
         (((1.0, 0.2), 1, -1.0), "positive"),
     ):
         with pytest.raises(ValueError, match=message):

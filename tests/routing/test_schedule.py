@@ -22,29 +22,46 @@ def test_it_ends_at_the_compute_aware_prior() -> None:
 
 
 def test_it_starts_on_the_chosen_experts() -> None:
-    state = schedule(start_experts=("full", "local"), start_share=0.8, start_total_concentration=2.0, anneal_from=0.1).at(10)
-    torch.testing.assert_close(state.concentration, 2.0 * torch.tensor([[0.8, 0.1, 0.1], [0.1, 0.1, 0.8]]))
+    state = schedule(
+        start_experts=("full", "local"),
+        start_share=0.8,
+        start_total_concentration=2.0,
+        anneal_from=0.1,
+    ).at(10)
+    torch.testing.assert_close(
+        state.concentration, 2.0 * torch.tensor([[0.8, 0.1, 0.1], [0.1, 0.1, 0.8]])
+    )
     assert state.price == 0.0
 
 
 def test_half_way_the_mean_is_half_way_and_the_total_is_the_geometric_mean() -> None:
     state = schedule(
-        start_experts=("full",), start_share=0.9, start_total_concentration=8.0, anneal_from=0.2, anneal_to=0.6
+        start_experts=("full",),
+        start_share=0.9,
+        start_total_concentration=8.0,
+        anneal_from=0.2,
+        anneal_to=0.6,
     ).at(40)
     total = state.concentration.sum(-1)
     torch.testing.assert_close(total, torch.full((2,), 2.0))
-    torch.testing.assert_close(state.concentration[0] / 2, (torch.tensor([0.9, 0.05, 0.05]) + PRIOR.mean[0]) / 2)
+    torch.testing.assert_close(
+        state.concentration[0] / 2, (torch.tensor([0.9, 0.05, 0.05]) + PRIOR.mean[0]) / 2
+    )
     assert state.price == pytest.approx(4.0)
 
 
 def test_the_kl_weight_warms_up() -> None:
-    weights = [schedule(kl_weight=0.5, kl_warmup=0.5).at(step).kl_weight for step in (0, 25, 50, 99)]
+    weights = [
+        schedule(kl_weight=0.5, kl_warmup=0.5).at(step).kl_weight for step in (0, 25, 50, 99)
+    ]
     assert weights == pytest.approx([0.005, 0.2525, 0.5, 0.5])
     assert schedule(kl_weight=0.5).at(0).kl_weight == 0.5
 
 
 def test_straight_through_begins_when_told() -> None:
-    assert [schedule(straight_through_from=0.7).at(step).straight_through for step in (0, 69, 70, 99)] == [
+    assert [
+        schedule(straight_through_from=0.7).at(step).straight_through for step in (0, 69, 70, 99)
+    ] == [
         False,
         False,
         True,

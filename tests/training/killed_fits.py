@@ -2,8 +2,8 @@
 
 Fits in forked children of one process that has imported everything, and kills them.
 
-`python -m tests.training.killed_fits SETTINGS OUT SEED KILLS` ends with status 0 when a fit has survived KILLS kills and came
-to its end; it prints where each struck.
+`python -m tests.training.killed_fits SETTINGS OUT SEED KILLS` ends with status 0 when a fit has
+survived KILLS kills and came to its end; it prints where each struck.
 """
 
 import os
@@ -21,7 +21,14 @@ from bayes_router.files import METRICS, STATE
 from bayes_router.training import checkpoint
 from bayes_router.training.fit import fit
 
-MOMENTS = ("any time", "half a state", "whole state, no name", "renamed state", "half the weights", "between two files")
+MOMENTS = (
+    "any time",
+    "half a state",
+    "whole state, no name",
+    "renamed state",
+    "half the weights",
+    "between two files",
+)
 
 
 def die() -> None:
@@ -56,7 +63,9 @@ def arm(moment: str, countdown: int) -> None:
         strike()
         save_weights(*arguments)  # type: ignore[arg-type]
 
-    def rename(before: Callable[[Path], bool], after: Callable[[Path], bool]) -> Callable[[Path, Path], None]:
+    def rename(
+        before: Callable[[Path], bool], after: Callable[[Path], bool]
+    ) -> Callable[[Path, Path], None]:
         def renaming(source: Path, target: Path) -> None:
             if before(Path(target)):
                 strike()
@@ -125,7 +134,12 @@ def main() -> None:
         elif struck >= int(kills):
             break
     if not finished:
-        fit(config, folder, resume=(folder / STATE).exists(), overwrite=not (folder / STATE).exists())
+        fit(
+            config,
+            folder,
+            resume=(folder / STATE).exists(),
+            overwrite=not (folder / STATE).exists(),
+        )
     print(f"{struck} kills")
 
 

@@ -24,7 +24,8 @@ COSTS = (1.0, 0.15, 0.3, 0.2)
 READ = {"context": 40, "batch_size": 32}
 
 
-# In layer 0 all tokens of one id share one posterior, and change expert at one price: many ids, so that no jump is large.
+# In layer 0 all tokens of one id share one posterior, and change expert at one price: many ids, so
+# that no jump is large.
 tiny_model = functools.partial(tiny, vocab_size=256)
 
 
@@ -33,7 +34,9 @@ def source(length: int = 700) -> TokenDataset:
     return TokenDataset([text], ByteTokeniser())
 
 
-def executed_cost(model: RoutedLanguageModel, text: TokenDataset, policy: Budget | Conservative) -> float:
+def executed_cost(
+    model: RoutedLanguageModel, text: TokenDataset, policy: Budget | Conservative
+) -> float:
     """By hand: every window through the model under the policy.
 
     Counted is the cost of each token's own expert.
@@ -51,12 +54,16 @@ def test_budget_is_met_on_executed_routes(budget: float) -> None:
     model, text = tiny_model(), source()
     reading = solve_price(model, text, COSTS, budget, **READ)
     assert abs(reading.cost - budget) <= 0.005
-    assert reading.cost == pytest.approx(executed_cost(model, text, Budget(COSTS, reading.price)), abs=1e-9)
+    assert reading.cost == pytest.approx(
+        executed_cost(model, text, Budget(COSTS, reading.price)), abs=1e-9
+    )
 
 
 def test_budget_is_met_by_the_conservative_policy_too() -> None:
     model, text = tiny_model(), source()
-    reading = solve_price(model, text, COSTS, 0.5, policy=at_price("conservative", COSTS, threshold=0.8), **READ)
+    reading = solve_price(
+        model, text, COSTS, 0.5, policy=at_price("conservative", COSTS, threshold=0.8), **READ
+    )
     by_hand = executed_cost(model, text, Conservative(COSTS, 0.8, price=reading.price))
     assert abs(by_hand - 0.5) <= 0.005
     assert reading.cost == pytest.approx(by_hand, abs=1e-9)
@@ -103,13 +110,17 @@ def test_curve_has_a_row_for_each_budget_within_reach() -> None:
 def test_reading_by_hand_and_the_model_is_left_as_it_was() -> None:
     model, text = tiny_model().train(), source()
     usual = model.policy
-    reading = read_routes(model, text, torch.tensor(COSTS), policy=Budget(COSTS, 1.0), limit=400, **READ)
+    reading = read_routes(
+        model, text, torch.tensor(COSTS), policy=Budget(COSTS, 1.0), limit=400, **READ
+    )
     assert model.training and model.policy is usual
     tokens, targets = next(text.windows(40, 10, 400))
     model.eval().policy = Budget(COSTS, 1.0)
     with torch.no_grad():
         out = model(tokens)
-    assert reading.nll == pytest.approx(float(F.cross_entropy(out.logits.flatten(0, 1), targets.flatten())), rel=1e-5)
+    assert reading.nll == pytest.approx(
+        float(F.cross_entropy(out.logits.flatten(0, 1), targets.flatten())), rel=1e-5
+    )
     torch.testing.assert_close(reading.load, F.one_hot(out.route, 4).double().mean((1, 2, 3)))
     assert reading.cost == pytest.approx(float(torch.tensor(COSTS)[out.route].mean()), rel=1e-5)
     with pytest.raises(ValueError, match="cost_ratio: expected one number for each of 4 experts"):
@@ -121,7 +132,10 @@ def test_a_drawn_reading_has_soft_loads_and_leaves_the_generator() -> None:
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    first, second = (read_routes(model, text, torch.tensor(COSTS), mode=RoutingMode.SAMPLE, **READ) for _ in range(2))
+    first, second = (
+        read_routes(model, text, torch.tensor(COSTS), mode=RoutingMode.SAMPLE, **READ)
+        for _ in range(2)
+    )
     assert torch.equal(torch.rand(1), expected)
     assert first.nll == second.nll
     torch.testing.assert_close(first.load.sum(-1), torch.ones(3, dtype=torch.float64))
@@ -131,13 +145,20 @@ def test_unscored_targets_do_not_count() -> None:
     recall = RecallData()
     model = tiny(vocab_size=recall.vocab_size)
     reading = read_routes(
-        model, recall, torch.tensor(COSTS), context=recall.min_context, batch_size=4, limit=recall.min_context
+        model,
+        recall,
+        torch.tensor(COSTS),
+        context=recall.min_context,
+        batch_size=4,
+        limit=recall.min_context,
     )
     batch = next(recall.windows(recall.min_context, 4, recall.min_context))
     assert float(reading.window_scored.sum()) == int((batch.targets != IGNORED).sum()) > 0
     with torch.no_grad():
         logits = model.eval()(batch.tokens).logits
-    assert reading.nll == pytest.approx(float(F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())), rel=1e-5)
+    assert reading.nll == pytest.approx(
+        float(F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())), rel=1e-5
+    )
 
 
 def test_paired_difference_by_hand() -> None:
@@ -163,7 +184,9 @@ def test_layers_that_differ_in_cost_and_a_cost_that_is_counted(budget: float) ->
         return float(table.gather(1, routes.flatten(1)).mean())
 
     family = at_price("argmax", COSTS)
-    first, second = (Dial(model, text, cost, policy=family, **READ).solve(budget) for cost in (table, counted))
+    first, second = (
+        Dial(model, text, cost, policy=family, **READ).solve(budget) for cost in (table, counted)
+    )
     assert abs(first.cost - budget) <= 0.005 and first.price == second.price
     assert second.cost == pytest.approx(first.cost, abs=1e-12)
     model.policy = family(first.price)

@@ -26,15 +26,27 @@ from tests.training.two_ranks import build_double, losses
 Result = dict[str, dict[str, list[float]]]
 
 
-def torchrun(*arguments: object, processes: int = 2, check: bool = True) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    *arguments: object, processes: int = 2, check: bool = True
+) -> subprocess.CompletedProcess[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-addr=127.0.0.1"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={processes}",
+        "--master-addr=127.0.0.1",
+    ]
     command = [*launch, f"--master-port={port}", *map(str, arguments)]
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(
+        filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")])
+    )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        command, env=environment, check=False, capture_output=True, text=True, timeout=280
+    )
     assert not check or done.returncode == 0, done.stderr[-4000:]
     return done
 
@@ -42,7 +54,8 @@ def torchrun(*arguments: object, processes: int = 2, check: bool = True) -> subp
 @pytest.fixture(scope="module")
 def settings(corpus: str) -> Config:
     return with_changes(
-        fit_config(corpus, steps=20, draws="row", lr=1e-2), {"schedule.anneal_from": 0.0, "schedule.anneal_to": 0.5}
+        fit_config(corpus, steps=20, draws="row", lr=1e-2),
+        {"schedule.anneal_from": 0.0, "schedule.anneal_to": 0.5},
     )
 
 
@@ -55,7 +68,9 @@ def ranks(settings: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[R
     return first, second
 
 
-def test_two_processes_have_the_losses_of_one(settings: Config, ranks: tuple[Result, Result]) -> None:
+def test_two_processes_have_the_losses_of_one(
+    settings: Config, ranks: tuple[Result, Result]
+) -> None:
     one = losses(settings, World())
     assert one["mean"][0] != one["mean"][-1]
     for way in ("row", "row, accumulated"):
@@ -64,19 +79,28 @@ def test_two_processes_have_the_losses_of_one(settings: Config, ranks: tuple[Res
         assert ranks[0][way]["weight"] == ranks[1][way]["weight"]
 
 
-def test_one_process_with_two_parts_draws_what_two_processes_draw(settings: Config, ranks: tuple[Result, Result]) -> None:
-    two_parts = losses(with_changes(settings, {"train.draws": "batch", "train.accumulate": 2}), World())
+def test_one_process_with_two_parts_draws_what_two_processes_draw(
+    settings: Config, ranks: tuple[Result, Result]
+) -> None:
+    two_parts = losses(
+        with_changes(settings, {"train.draws": "batch", "train.accumulate": 2}), World()
+    )
     assert ranks[0]["batch"]["mean"] == pytest.approx(two_parts["mean"], rel=1e-7)
 
 
 def test_draws_differ_between_ranks_and_are_reproducible(ranks: tuple[Result, Result]) -> None:
-    assert ranks[0]["batch"] == ranks[0]["batch again"] and ranks[1]["batch"] == ranks[1]["batch again"]
+    assert (
+        ranks[0]["batch"] == ranks[0]["batch again"]
+        and ranks[1]["batch"] == ranks[1]["batch again"]
+    )
     assert ranks[0]["batch"]["own"] != ranks[1]["batch"]["own"]
     seeds = [draw_seed(0, step, stream) for step in range(50) for stream in range(50)]
     assert len(set(seeds)) == len(seeds)
 
 
-def test_a_gradient_that_one_rank_cannot_use_is_skipped_by_all(ranks: tuple[Result, Result]) -> None:
+def test_a_gradient_that_one_rank_cannot_use_is_skipped_by_all(
+    ranks: tuple[Result, Result],
+) -> None:
     for rank in ranks:
         assert rank["poisoned"] == {"kept": [1.0], "moved": [1.0], "skipped": [1.0]}
 
@@ -86,7 +110,15 @@ def test_the_command_on_two_processes_ends_where_one_does(corpus: str, tmp_path:
     config = fit_config(corpus, draws="row")
     _, alone = fit(config, tmp_path / "alone", progress=False)
     (tmp_path / "settings.toml").write_text(config.to_toml())
-    done = torchrun("-m", "bayes_router", "fit", "--config", tmp_path / "settings.toml", "--out", tmp_path / "two")
+    done = torchrun(
+        "-m",
+        "bayes_router",
+        "fit",
+        "--config",
+        tmp_path / "settings.toml",
+        "--out",
+        tmp_path / "two",
+    )
     assert done.stdout.count("run folder") == 1
     assert done.stderr.count("step 6/12") == 1 and done.stderr.count("step 12/12") == 1
     summary = json.loads((tmp_path / "two" / "summary.json").read_text())
@@ -100,17 +132,25 @@ def test_the_command_on_two_processes_ends_where_one_does(corpus: str, tmp_path:
 # One process: parts, recomputation and compilation
 
 
-def first_gradient(config: Config, build_objective: object = svi_objective) -> tuple[float, dict[str, torch.Tensor]]:
+def first_gradient(
+    config: Config, build_objective: object = svi_objective
+) -> tuple[float, dict[str, torch.Tensor]]:
     config, data = load_data(config)
     trainer = Trainer(config, data, torch.device("cpu"), build_double, build_objective)  # type: ignore[arg-type]
-    tokens, targets = data.train.batch(0, config.train.batch_size, config.data.context, config.train.seed)
+    tokens, targets = data.train.batch(
+        0, config.train.batch_size, config.data.context, config.train.seed
+    )
     trainer.objective.follow(trainer.schedule.at(0))
     loss, _ = trainer._gradient(0, tokens, targets)
-    return float(loss), {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+    return float(loss), {
+        name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None
+    }
 
 
 def assert_same(
-    got: tuple[float, dict[str, torch.Tensor]], want: tuple[float, dict[str, torch.Tensor]], tolerance: float
+    got: tuple[float, dict[str, torch.Tensor]],
+    want: tuple[float, dict[str, torch.Tensor]],
+    tolerance: float,
 ) -> None:
     assert got[0] == pytest.approx(want[0], rel=tolerance)
     assert got[1].keys() == want[1].keys()
@@ -132,7 +172,11 @@ def test_accumulation_with_draws_of_its_own_agrees_in_the_mean(corpus: str) -> N
 
 
 def test_recomputation_changes_nothing(corpus: str) -> None:
-    assert_same(first_gradient(fit_config(corpus, recompute=True)), first_gradient(fit_config(corpus)), 1e-12)
+    assert_same(
+        first_gradient(fit_config(corpus, recompute=True)),
+        first_gradient(fit_config(corpus)),
+        1e-12,
+    )
 
 
 def test_recomputation_keeps_fewer_activations(corpus: str) -> None:
@@ -155,7 +199,9 @@ def test_recomputation_keeps_fewer_activations(corpus: str) -> None:
     assert kept(True) < 0.6 * kept(False)
 
 
-def test_compilation_changes_nothing_and_happens_once(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compilation_changes_nothing_and_happens_once(
+    corpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compiled = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
@@ -164,7 +210,9 @@ def test_compilation_changes_nothing_and_happens_once(corpus: str, monkeypatch: 
 
     monkeypatch.setattr(execution.Execution.__init__, "__defaults__", (backend,))
     torch._dynamo.reset()
-    assert_same(first_gradient(fit_config(corpus, compile=True)), first_gradient(fit_config(corpus)), 1e-9)
+    assert_same(
+        first_gradient(fit_config(corpus, compile=True)), first_gradient(fit_config(corpus)), 1e-9
+    )
     config, data = load_data(fit_config(corpus, compile=True))
     trainer = Trainer(config, data, torch.device("cpu"))
     trainer.step(0)
@@ -180,7 +228,10 @@ def test_compilation_changes_nothing_and_happens_once(corpus: str, monkeypatch: 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(corpus: str) -> None:
     config, data = load_data(fit_config(corpus, accumulate=2))
-    with pytest.raises(ValueError, match="train.batch_size: expected a multiple of processes x train.accumulate = 6; got 4"):
+    with pytest.raises(
+        ValueError,
+        match="train.batch_size: expected a multiple of processes x train.accumulate = 6; got 4",
+    ):
         Trainer(config, data, torch.device("cpu"), world=World(0, 3))
     with pytest.raises(ValueError, match="train.accumulate: expected a divisor of batch_size 4"):
         fit_config(corpus, accumulate=3)
@@ -189,7 +240,10 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(corpus: str) -> None:
 def test_half_a_launch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(ValueError, match="WORLD_SIZE: .* got 'no RANK.*launch with torchrun"), connected(pick_device("cpu")):
+    with (
+        pytest.raises(ValueError, match="WORLD_SIZE: .* got 'no RANK.*launch with torchrun"),
+        connected(pick_device("cpu")),
+    ):
         pass
 
 
@@ -210,5 +264,7 @@ def test_bfloat16_keeps_concentrations_in_float32_and_learns(corpus: str, tmp_pa
     assert set(seen) == {torch.float32}
     assert all(term.dtype == torch.float32 for term in terms[0])
     assert float(terms[-1].nll) < float(terms[0].nll) - 0.5
-    exact = Trainer(*load_data(fit_config(corpus, steps=40, lr=1e-2, warmup=3)), torch.device("cpu"))
+    exact = Trainer(
+        *load_data(fit_config(corpus, steps=40, lr=1e-2, warmup=3)), torch.device("cpu")
+    )
     assert float(exact.step(0)[0].nll) == pytest.approx(float(terms[0].nll), rel=0.02)

@@ -38,34 +38,50 @@ def test_every_figure_by_hand() -> None:
     with torch.no_grad():
         hard, mean = model(tokens, "hard"), model(tokens, "mean")
     for mode, out in (("hard", hard), ("mean", mean)):
-        assert result.nll[mode] == pytest.approx(float(F.cross_entropy(out.logits.flatten(0, 1), targets.flatten())), rel=1e-4)
+        assert result.nll[mode] == pytest.approx(
+            float(F.cross_entropy(out.logits.flatten(0, 1), targets.flatten())), rel=1e-4
+        )
     assert result.gap == pytest.approx(result.nll["hard"] - result.nll["mean"])
-    assert result.accuracy == pytest.approx(float((hard.logits.argmax(-1) == targets).float().mean()), abs=0.003)
+    assert result.accuracy == pytest.approx(
+        float((hard.logits.argmax(-1) == targets).float().mean()), abs=0.003
+    )
     load = F.one_hot(hard.route, 4).float().mean((1, 2, 3))
     torch.testing.assert_close(torch.tensor(result.load_per_layer), load, rtol=1e-4, atol=0.003)
     assert result.executed_cost["paper"] == pytest.approx(float((load @ COST).mean()), abs=0.002)
     flops = torch.tensor([e.flops_per_token(40) for e in build_experts(model.config)])
-    assert result.executed_cost["flops"] == pytest.approx(float((load @ (flops / flops[0])).mean()), abs=0.01)
+    assert result.executed_cost["flops"] == pytest.approx(
+        float((load @ (flops / flops[0])).mean()), abs=0.01
+    )
     concentration = hard.concentration[:, :, :, 0]  # of the one unit
     p = Categorical(concentration / concentration.sum(-1, keepdim=True))
     information = Categorical(p.probs.mean((1, 2))).entropy() - p.entropy().mean((1, 2))
-    torch.testing.assert_close(torch.tensor(result.route_information_per_layer), information, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(
+        torch.tensor(result.route_information_per_layer), information, rtol=1e-2, atol=1e-3
+    )
     total = concentration.sum(-1).mean((1, 2))
-    torch.testing.assert_close(torch.tensor(result.total_concentration_per_layer), total, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        torch.tensor(result.total_concentration_per_layer), total, rtol=1e-3, atol=1e-3
+    )
 
 
 def test_executed_costs_are_counted_token_by_token() -> None:
     """Each token at its own position, each state of every token, of the whole model too."""
     model, T = tiny_model(), 40
-    result = evaluate(model, source(), tiny_concentration(model.config), context=T, batch_size=5, limit=400)
+    result = evaluate(
+        model, source(), tiny_concentration(model.config), context=T, batch_size=5, limit=400
+    )
     L, H, Dh, Hkv = 3, 4, 4, 2
     tokens, _ = next(source().windows(T, 10, 400))
     with torch.no_grad():
         route = model(tokens, "hard").route[..., 0]  # [L, B, T]
     pair, state = 4 * H * Dh, Dh * (Dh + 1)
-    at = [[pair * (t + 1), 2 * H * state, pair * min(t + 1, 5), 2 * H * state] for t in range(T)]  # full, linear, local, gated
+    at = [
+        [pair * (t + 1), 2 * H * state, pair * min(t + 1, 5), 2 * H * state] for t in range(T)
+    ]  # full, linear, local, gated
     shared = 2 * Hkv * state + 2 * H * state + 2 * H * Dh
-    own = sum(at[t][e] for rows in route.tolist() for row in rows for t, e in enumerate(row)) / (10 * T)
+    own = sum(at[t][e] for rows in route.tolist() for row in rows for t, e in enumerate(row)) / (
+        10 * T
+    )
     full = L * sum(row[0] for row in at) / T
     prefill, step = result.executed["attention_prefill"], result.executed["attention_decode"]
     assert prefill["flops"] == pytest.approx((own + L * shared) / full, rel=1e-3)
@@ -76,11 +92,17 @@ def test_executed_costs_are_counted_token_by_token() -> None:
     token = 2 * 4 * Hkv * Dh
     read = float(load[0] * T + load[2] * 5) * token
     assert step["bytes"] == pytest.approx((read + token + kept) / ((T + 1) * token), rel=1e-3)
-    rest = 2 * sum(p.numel() for n, p in model.network.named_parameters() if p.dim() == 2 and "experts" not in n)
+    rest = 2 * sum(
+        p.numel()
+        for n, p in model.network.named_parameters()
+        if p.dim() == 2 and "experts" not in n
+    )
     controllers = 2 * sum(p.numel() for p in model.controller.parameters() if p.dim() == 2)
     whole = result.executed["model_prefill"]
     assert whole["mflops"] == pytest.approx((own + L * shared + rest + controllers) / 1e6, rel=1e-3)
-    assert whole["flops"] == pytest.approx((own + L * shared + rest + controllers) / (full + rest), rel=1e-3)
+    assert whole["flops"] == pytest.approx(
+        (own + L * shared + rest + controllers) / (full + rest), rel=1e-3
+    )
     assert f"attention FLOPs {prefill['flops']:.3f}, decoding {step['flops']:.3f}" in result.table()
 
 
@@ -93,10 +115,14 @@ def test_the_elbo_carries_the_kl_at_weight_one() -> None:
     torch.manual_seed(3)
     with torch.no_grad():
         model(tokens, "sample" if list(result.nll)[0] == "sample" else "mean")
-    assert result.elbo == pytest.approx(-(result.nll["sample"] + sum(result.kl_per_layer)), rel=1e-6)
+    assert result.elbo == pytest.approx(
+        -(result.nll["sample"] + sum(result.kl_per_layer)), rel=1e-6
+    )
     # SAMPLE and HARD see the same hidden states in layer 0, so its KL can be computed from either
     concentration = model(tokens, "hard").concentration[0].detach()
-    kl = kl_divergence(Dirichlet(concentration), Dirichlet(prior[0].expand_as(concentration))).mean()
+    kl = kl_divergence(
+        Dirichlet(concentration), Dirichlet(prior[0].expand_as(concentration))
+    ).mean()
     assert result.kl_per_layer[0] == pytest.approx(float(kl), rel=1e-4)
 
 
@@ -112,10 +138,14 @@ def test_the_kl_is_of_the_posteriors_that_draws_lead_to() -> None:
     tokens, _ = next(text.windows(40, 10, 400))
     torch.manual_seed(3)  # SAMPLE comes first
     q = model(tokens, "sample").concentration.detach().double()
-    want = kl_divergence(Dirichlet(q), Dirichlet(prior.double()[:, None, None, None].expand_as(q))).mean((1, 2, 3))
+    want = kl_divergence(
+        Dirichlet(q), Dirichlet(prior.double()[:, None, None, None].expand_as(q))
+    ).mean((1, 2, 3))
     assert result.kl_per_layer == pytest.approx(want.tolist(), rel=1e-5)
     hard = model(tokens, "hard").concentration.detach().double()
-    other = kl_divergence(Dirichlet(hard), Dirichlet(prior.double()[:, None, None, None].expand_as(q))).mean((1, 2, 3))
+    other = kl_divergence(
+        Dirichlet(hard), Dirichlet(prior.double()[:, None, None, None].expand_as(q))
+    ).mean((1, 2, 3))
     assert (want - other)[1:].abs().min() > 1e-3  # so that the line above can tell them apart
 
 
@@ -124,16 +154,24 @@ def test_a_tilted_prior_is_what_the_kl_is_measured_from() -> None:
     model = tiny_model()
     prior, price = tiny_concentration(model.config), 4.0 * COST
     plain, tilted = (
-        evaluate(model, source(), prior, prior_price=p, context=40, batch_size=10, limit=400) for p in (None, price)
+        evaluate(model, source(), prior, prior_price=p, context=40, batch_size=10, limit=400)
+        for p in (None, price)
     )
     draws = Dirichlet(prior.double()).sample(torch.Size([100_000]))  # [S, L, E]
     log_z = (-(draws @ price.double())).exp().mean(0).log()
     tokens, _ = next(source().windows(40, 10, 400))
-    concentration = model(tokens, "hard").concentration[0].detach().double()  # layer 0 is the same in every mode
-    expected = (concentration / concentration.sum(-1, keepdim=True) @ price.double()).mean() + log_z[0]
-    assert tilted.kl_per_layer[0] - plain.kl_per_layer[0] == pytest.approx(float(expected), abs=0.01)
+    concentration = (
+        model(tokens, "hard").concentration[0].detach().double()
+    )  # layer 0 is the same in every mode
+    expected = (
+        concentration / concentration.sum(-1, keepdim=True) @ price.double()
+    ).mean() + log_z[0]
+    assert tilted.kl_per_layer[0] - plain.kl_per_layer[0] == pytest.approx(
+        float(expected), abs=0.01
+    )
     kl = kl_divergence(
-        Dirichlet(concentration), TiltedDirichlet(prior[0].double(), price.double()).expand(concentration.shape[:3])
+        Dirichlet(concentration),
+        TiltedDirichlet(prior[0].double(), price.double()).expand(concentration.shape[:3]),
     )
     assert tilted.kl_per_layer[0] == pytest.approx(float(kl.mean()), rel=1e-4)
     assert tilted.elbo == pytest.approx(-(tilted.nll["sample"] + sum(tilted.kl_per_layer)))
@@ -143,7 +181,9 @@ def test_it_repeats_and_leaves_the_caller_as_it_was() -> None:
     model = tiny_model().train()
     state, policy = torch.random.get_rng_state(), model.policy
     prior = tiny_concentration(model.config)
-    first, second = (evaluate(model, source(), prior, context=40, batch_size=4, limit=200) for _ in range(2))
+    first, second = (
+        evaluate(model, source(), prior, context=40, batch_size=4, limit=200) for _ in range(2)
+    )
     assert first == second
     assert torch.equal(state, torch.random.get_rng_state())
     assert model.training and model.policy is policy
@@ -154,7 +194,13 @@ def test_a_policy_moves_the_cost() -> None:
     prior = tiny_concentration(model.config)
     costs = [
         evaluate(
-            model, source(), prior, context=40, batch_size=4, limit=200, policy=Budget(tuple(COST.tolist()), price)
+            model,
+            source(),
+            prior,
+            context=40,
+            batch_size=4,
+            limit=200,
+            policy=Budget(tuple(COST.tolist()), price),
         ).executed_cost
         for price in (-50.0, 0.0, 50.0)
     ]
@@ -168,13 +214,19 @@ def test_forced_nll_is_the_loss_of_that_expert() -> None:
     tokens, targets = next(source().windows(40, 10, 400))
     for expert in EXPERTS:
         with torch.no_grad():
-            want = F.cross_entropy(model(tokens, force=expert).logits.flatten(0, 1), targets.flatten())
-        assert forced_nll(model, source(), expert, context=40, batch_size=3, limit=400) == pytest.approx(float(want), rel=1e-4)
+            want = F.cross_entropy(
+                model(tokens, force=expert).logits.flatten(0, 1), targets.flatten()
+            )
+        assert forced_nll(
+            model, source(), expert, context=40, batch_size=3, limit=400
+        ) == pytest.approx(float(want), rel=1e-4)
 
 
 def test_the_table_reads_as_the_numbers() -> None:
     model = tiny_model()
-    result = evaluate(model, source(), tiny_concentration(model.config), context=40, batch_size=4, limit=200)
+    result = evaluate(
+        model, source(), tiny_concentration(model.config), context=40, batch_size=4, limit=200
+    )
     table = result.table()
     assert f"HARD {result.nll['hard']:.4f}" in table and "200 tokens" in table
     assert len(result.layers()) == 3
@@ -189,18 +241,30 @@ def test_bounds_of_texts_with_unscored_targets_are_the_objective() -> None:
     config = ModelConfig(data.vocab_size, d_model=32, num_layers=2, num_heads=2)
     torch.manual_seed(0)
     model, prior = RoutedLanguageModel(config), build_prior(PriorConfig(), config, 2, 128)
-    read = evaluate(model, data, prior.concentration, prior_price=2 * prior.cost_ratio, context=96, batch_size=8, limit=96 * 32)
+    read = evaluate(
+        model,
+        data,
+        prior.concentration,
+        prior_price=2 * prior.cost_ratio,
+        context=96,
+        batch_size=8,
+        limit=96 * 32,
+    )
     program = RoutingModel(model.network, prior.concentration, prior.cost_ratio, 2.0)
     guide = RoutingGuide(program, model.controller)
     objective, terms = NegativeELBO(program, guide), []
     with torch.no_grad():
         for batch in data.windows(96, 8, 96 * 32):
             terms.append(objective(batch.tokens, batch.targets)[1])
-    elbo, nll = (torch.stack([getattr(one, name) for one in terms]).mean() for name in ("elbo", "nll"))
+    elbo, nll = (
+        torch.stack([getattr(one, name) for one in terms]).mean() for name in ("elbo", "nll")
+    )
     assert read.elbo == pytest.approx(float(elbo), abs=0.02)
     assert read.nll["sample"] > 1.5 * float(nll)  # per scored token
     batch = next(data.windows(96, 4))
     gap = amortisation_gap(program, guide, batch.tokens, batch.targets, steps=1, draws=4)
     with torch.no_grad():
-        mean = torch.stack([objective(batch.tokens, batch.targets)[1].elbo for _ in range(8)]).mean()
+        mean = torch.stack(
+            [objective(batch.tokens, batch.targets)[1].elbo for _ in range(8)]
+        ).mean()
     assert gap.bound_controller == pytest.approx(float(mean), abs=0.03)

@@ -22,7 +22,9 @@ def test_a_run_keeps_its_evidence_and_one_of_before_loads_without(finished_run, 
 def test_damaged_evidence_is_refused(finished_run, tmp_path):
     broken = shutil.copytree(finished_run, tmp_path / "broken")
     (broken / EVIDENCE).write_bytes((finished_run / EVIDENCE).read_bytes()[:100])
-    with pytest.raises(ValueError, match=rf"{EVIDENCE}: expected the evidence of this fit; .*delete it"):
+    with pytest.raises(
+        ValueError, match=rf"{EVIDENCE}: expected the evidence of this fit; .*delete it"
+    ):
         load_run(broken)
 
 

@@ -38,20 +38,40 @@ def assert_same_weights(got: Path, want: Path) -> None:
 
 def kill_and_finish(corpus: str, out: Path, seed: int, kills: int) -> list[str]:
     """A fit that was killed `kills` times; the moments."""
-    config = with_changes(fit_config(corpus, steps=40, checkpoint_every=2, eval_every=20), {"data.eval_tokens": 64})
+    config = with_changes(
+        fit_config(corpus, steps=40, checkpoint_every=2, eval_every=20), {"data.eval_tokens": 64}
+    )
     fit(config, out / "alone", progress=False)
     (out / "settings.toml").write_text(config.to_toml())
-    command = [sys.executable, "-m", "tests.training.killed_fits", out / "settings.toml", out / "killed", seed, kills]
-    done = subprocess.run([*map(str, command)], env=ENVIRONMENT, capture_output=True, text=True, timeout=280, cwd=ROOT)
+    command = [
+        sys.executable,
+        "-m",
+        "tests.training.killed_fits",
+        out / "settings.toml",
+        out / "killed",
+        seed,
+        kills,
+    ]
+    done = subprocess.run(
+        [*map(str, command)], env=ENVIRONMENT, capture_output=True, text=True, timeout=280, cwd=ROOT
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    return [line.removeprefix("killed: ") for line in done.stdout.splitlines() if line.startswith("killed: ")]
+    return [
+        line.removeprefix("killed: ")
+        for line in done.stdout.splitlines()
+        if line.startswith("killed: ")
+    ]
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments_a_run_ends_as_if_it_had_not_been(corpus: str, tmp_path: Path) -> None:
+def test_killed_at_twenty_random_moments_a_run_ends_as_if_it_had_not_been(
+    corpus: str, tmp_path: Path
+) -> None:
     moments = kill_and_finish(corpus, tmp_path, seed=0, kills=20)
     assert len(moments) >= 20
-    assert len(set(moments)) == 6  # at any time and at each of the five moments of writing a checkpoint
+    assert (
+        len(set(moments)) == 6
+    )  # at any time and at each of the five moments of writing a checkpoint
     assert_same_weights(tmp_path / "killed", tmp_path / "alone")
     columns = ["step", "nll", "kl", "valid_nll_hard", "skipped"]
     got, want = (pd.read_csv(tmp_path / run / METRICS)[columns] for run in ("killed", "alone"))
@@ -64,7 +84,11 @@ def test_killed_at_twenty_random_moments_a_run_ends_as_if_it_had_not_been(corpus
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_the_run_which_then_resumes(
-    corpus: str, finished_run: Path, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    corpus: str,
+    finished_run: Path,
+    tmp_path: Path,
+    number: signal.Signals,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     usual, before = Trainer.step, signal.getsignal(number)
 
@@ -80,13 +104,17 @@ def test_a_signal_saves_the_run_which_then_resumes(
     assert signal.getsignal(number) == before
     monkeypatch.setattr(Trainer, "step", usual)
     seen: list[int] = []
-    monkeypatch.setattr(Trainer, "step", lambda self, step: (seen.append(step), usual(self, step))[1])
+    monkeypatch.setattr(
+        Trainer, "step", lambda self, step: (seen.append(step), usual(self, step))[1]
+    )
     fit(fit_config(corpus, checkpoint_every=0), run, resume=True, progress=False)
     assert seen == [7, 8, 9, 10, 11]
     assert_same_weights(run, finished_run)
 
 
-def test_a_second_signal_ends_at_once(corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_signal_ends_at_once(
+    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def step(self: Trainer, step: int):  # type: ignore[no-untyped-def]
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
@@ -102,9 +130,23 @@ def test_a_second_signal_ends_at_once(corpus: str, tmp_path: Path, monkeypatch: 
 def test_the_command_line_says_how_to_go_on(corpus: str, tmp_path: Path) -> None:
     config = fit_config(corpus, steps=100_000, checkpoint_every=0, eval_every=0)
     (tmp_path / "settings.toml").write_text(config.to_toml())
-    command = [sys.executable, "-m", "bayes_router", "fit", "--config", "settings.toml", "--out", "run"]
+    command = [
+        sys.executable,
+        "-m",
+        "bayes_router",
+        "fit",
+        "--config",
+        "settings.toml",
+        "--out",
+        "run",
+    ]
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command,
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 100
     while not (tmp_path / "run" / "config.toml").exists() and time.monotonic() < deadline:
@@ -157,7 +199,12 @@ def test_a_disk_that_stays_full_is_named_and_the_last_checkpoint_kept(
     run = tmp_path / "run"
     with (
         pytest.warns(RuntimeWarning, match="step 8: the checkpoint could not be written"),
-        pytest.raises(ValueError, match="out: expected to write to .*unexpected pos.*the last complete checkpoint was kept"),
+        pytest.raises(
+            ValueError,
+            match=(
+                "out: expected to write to .*unexpected pos.*the last complete checkpoint was kept"
+            ),
+        ),
     ):
         fit(fit_config(corpus), run, progress=False)
     monkeypatch.setattr(torch, "save", usual)
@@ -185,7 +232,9 @@ def test_a_file_that_the_system_cuts_short_is_no_checkpoint(corpus: str, tmp_pat
     """The kernel refuses to write on after 20 kB of a file, inside torch's writer."""
     (tmp_path / "settings.toml").write_text(fit_config(corpus).to_toml())
     command = [sys.executable, "-c", FULL_DISK, "settings.toml", "run", "20000"]
-    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert "expected to write to run" in done.stdout
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {"config.toml", METRICS}

@@ -33,7 +33,9 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     monkeypatch.setattr(Trainer, "_gradient", gradient)
 
 
-def test_a_bad_step_is_skipped_and_counted(corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_step_is_skipped_and_counted(
+    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     poison(monkeypatch, {3, 4, 9})
     _, summary = fit(fit_config(corpus, max_skipped=2), tmp_path / "run", progress=False)
     assert summary["skipped_steps"] == 3
@@ -47,7 +49,10 @@ def test_too_many_bad_steps_in_a_row_stop_with_the_culprit(
 ) -> None:
     poison(monkeypatch, set(range(5, 12)))
     run = tmp_path / "run"
-    message = "step 7: .*3 steps in a row were skipped; gradients that are not finite: network.embed.weight.*layer"
+    message = (
+        "step 7: .*3 steps in a row were skipped; gradients that are not finite: "
+        "network.embed.weight.*layer"
+    )
     with pytest.raises(TrainingDiverged, match=message):
         fit(fit_config(corpus, max_skipped=2), run, progress=False)
     poison(monkeypatch, set())
@@ -60,7 +65,9 @@ def assert_finite_checkpoint(run: Path, step: int) -> None:
     assert all(bool(torch.isfinite(w).all()) for w in state["model"].values())
 
 
-def test_the_count_in_a_row_survives_a_checkpoint(corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_count_in_a_row_survives_a_checkpoint(
+    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     poison(monkeypatch, set(range(2, 12)))
     with pytest.raises(TrainingDiverged, match="step 7: .*6 steps in a row"):
         fit(fit_config(corpus, max_skipped=5), tmp_path / "run", progress=False)
@@ -88,15 +95,25 @@ def explode(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
 def test_weights_whose_loss_is_no_number_are_not_written_over_good_ones(
     corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, run = fit_config(corpus, checkpoint_every=2, max_skipped=3, eval_every=0), tmp_path / "run"
+    config, run = (
+        fit_config(corpus, checkpoint_every=2, max_skipped=3, eval_every=0),
+        tmp_path / "run",
+    )
     fit(config, tmp_path / "alone", progress=False)
     with monkeypatch.context() as patch:
         explode(patch, at=4)
         with (
             pytest.warns(
-                RuntimeWarning, match="step 6: the loss of these weights is no number; the checkpoint of step 4 was kept"
+                RuntimeWarning,
+                match=(
+                    "step 6: the loss of these weights is no number; the checkpoint of step 4 "
+                    "was kept"
+                ),
             ),
-            pytest.raises(TrainingDiverged, match="step 8: .*; the checkpoint of step 4 was kept: --resume goes on"),
+            pytest.raises(
+                TrainingDiverged,
+                match="step 8: .*; the checkpoint of step 4 was kept: --resume goes on",
+            ),
         ):
             fit(config, run, progress=False)
     assert_finite_checkpoint(run, step=4)
@@ -111,10 +128,16 @@ def test_a_run_that_ends_without_a_loss_keeps_its_last_good_checkpoint(
 ) -> None:
     explode(monkeypatch, at=11)
     run = tmp_path / "run"
-    with pytest.raises(TrainingDiverged, match="step 12: the loss on held-out text is no number; .*of step 8 was kept"):
+    with pytest.raises(
+        TrainingDiverged,
+        match="step 12: the loss on held-out text is no number; .*of step 8 was kept",
+    ):
         fit(fit_config(corpus), run, progress=False)
     assert_finite_checkpoint(run, step=8)
-    assert all(bool(torch.isfinite(w).all()) for w in weights(run).values()) and not (run / SUMMARY).exists()
+    assert (
+        all(bool(torch.isfinite(w).all()) for w in weights(run).values())
+        and not (run / SUMMARY).exists()
+    )
 
 
 def diverged(corpus: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +153,9 @@ def test_a_run_that_diverged_goes_on_with_a_lower_learning_rate(
 ) -> None:
     run, slower = tmp_path / "run", {"checkpoint_every": 2, "max_skipped": 3, "lr": 1e-4}
     diverged(corpus, run, monkeypatch)
-    with pytest.raises(ValueError, match=r"resume: .*lower learning rates; .*train.lr \(run 0.003, now 0.03\)"):
+    with pytest.raises(
+        ValueError, match=r"resume: .*lower learning rates; .*train.lr \(run 0.003, now 0.03\)"
+    ):
         fit(fit_config(corpus, **{**slower, "lr": 0.03}), run, resume=True, progress=False)
     fit(fit_config(corpus, **slower), run, resume=True, progress=False)
     assert load_config(run / CONFIG).train.lr == 1e-4
@@ -164,8 +189,18 @@ def test_a_kill_while_a_learning_rate_is_lowered_leaves_what_can_be_resumed(
 def test_looking_whether_a_checkpoint_is_sound_changes_no_step(corpus: str, tmp_path: Path) -> None:
     seldom, often = (tmp_path / name for name in ("seldom", "often"))
     for draws in ("batch", "row"):
-        fit(fit_config(corpus, checkpoint_every=0, draws=draws), seldom, progress=False, overwrite=draws == "row")
-        fit(fit_config(corpus, checkpoint_every=1, draws=draws), often, progress=False, overwrite=draws == "row")
+        fit(
+            fit_config(corpus, checkpoint_every=0, draws=draws),
+            seldom,
+            progress=False,
+            overwrite=draws == "row",
+        )
+        fit(
+            fit_config(corpus, checkpoint_every=1, draws=draws),
+            often,
+            progress=False,
+            overwrite=draws == "row",
+        )
         want = weights(seldom)
         assert all(torch.equal(w, want[name]) for name, w in weights(often).items())
 
@@ -202,7 +237,10 @@ def test_the_culprit_is_the_first_layer_that_breaks(layer: int) -> None:
 
     model.controller.posterior = broken  # type: ignore[method-assign]
     message = find_culprit(model, tokens)
-    assert f"layer {layer} is the first where its concentrations are not finite (concentration inf to inf)" in message
+    assert (
+        f"layer {layer} is the first where its concentrations are not finite (concentration inf to "
+        f"inf)" in message
+    )
     model.controller.posterior = usual  # type: ignore[method-assign]
     with torch.no_grad():
         model.network.blocks[layer].attention.qkv.weight.fill_(torch.nan)  # type: ignore[union-attr]

@@ -31,7 +31,9 @@ def assert_same_weights(got: Path, want: Path) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
-def test_two_fits_in_threads_do_not_touch_each_other(corpus: str, finished_run: Path, tmp_path: Path) -> None:
+def test_two_fits_in_threads_do_not_touch_each_other(
+    corpus: str, finished_run: Path, tmp_path: Path
+) -> None:
     other = with_changes(fit_config(corpus, seed=3, steps=15), {"model.d_model": 32})
     fit(other, tmp_path / "other alone", progress=False)
     pyro.clear_param_store()
@@ -56,11 +58,15 @@ def test_two_fits_in_threads_do_not_touch_each_other(corpus: str, finished_run: 
     assert len(pyro.get_param_store()) == 0
 
 
-def test_a_folder_in_use_is_refused_to_others(corpus: str, finished_run: Path, tmp_path: Path) -> None:
+def test_a_folder_in_use_is_refused_to_others(
+    corpus: str, finished_run: Path, tmp_path: Path
+) -> None:
     fit(fit_config(corpus), tmp_path / "run", progress=False)
     with sole_user(tmp_path / "run"):
         for how in ({"resume": True}, {"overwrite": True}):
-            with pytest.raises(ValueError, match="out: expected a run folder that no other fit writes.*in use"):
+            with pytest.raises(
+                ValueError, match="out: expected a run folder that no other fit writes.*in use"
+            ):
                 fit(fit_config(corpus), tmp_path / "run", progress=False, **how)  # type: ignore[arg-type]
     assert_same_weights(tmp_path / "run", finished_run)
 
@@ -76,7 +82,9 @@ def test_two_models_share_no_parameter() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, two.parameters(), strict=True))
 
 
-def test_one_line_an_evaluation_without_a_terminal(corpus: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_line_an_evaluation_without_a_terminal(
+    corpus: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     fit(fit_config(corpus), tmp_path / "run")
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in lines] == ["step 6/12", "step 12/12"]
@@ -99,7 +107,10 @@ def test_tensorboard_that_is_not_installed_names_the_extra(
     corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ValueError, match=r"train.tensorboard: expected the package.*pip install -e '.\[tensorboard\]'"):
+    with pytest.raises(
+        ValueError,
+        match=r"train.tensorboard: expected the package.*pip install -e '.\[tensorboard\]'",
+    ):
         fit(fit_config(corpus, tensorboard=True), tmp_path / "run", progress=False)
 
 
@@ -108,4 +119,6 @@ def test_the_network_is_as_before_after_a_fit(corpus: str, tmp_path: Path) -> No
     assert isinstance(model.network, RoutedTransformer)
     assert all("mlp" not in vars(block) for block in model.network.blocks)
     config, data = load_data(fit_config(corpus))
-    assert checkpoint.load_checkpoint(tmp_path / "run", model, Trainer(config, data, torch.device("cpu")).optimiser, 12)
+    assert checkpoint.load_checkpoint(
+        tmp_path / "run", model, Trainer(config, data, torch.device("cpu")).optimiser, 12
+    )

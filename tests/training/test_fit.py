@@ -17,7 +17,14 @@ from bayes_router.training.fit import Trainer, TrainingDiverged, fit, load_data
 from bayes_router.training.optimise import build_optimiser, set_learning_rate
 from tests.tiny import fit_config, tiny_model
 
-FILES = {"config.toml", "metrics.csv", "summary.json", "evidence.safetensors", "model.safetensors", "state.pt"}
+FILES = {
+    "config.toml",
+    "metrics.csv",
+    "summary.json",
+    "evidence.safetensors",
+    "model.safetensors",
+    "state.pt",
+}
 SUMMARY = {
     "corpus",
     "seed",
@@ -62,7 +69,9 @@ def test_the_run_folder_holds_what_it_should(finished_run: Path) -> None:
     )
 
 
-def test_two_fits_of_one_seed_are_identical_and_of_two_seeds_not(corpus: str, finished_run: Path, tmp_path: Path) -> None:
+def test_two_fits_of_one_seed_are_identical_and_of_two_seeds_not(
+    corpus: str, finished_run: Path, tmp_path: Path
+) -> None:
     torch.manual_seed(99)  # the state of the caller's generator must not matter
     before = torch.random.get_rng_state()
     fit(fit_config(corpus), tmp_path / "again", progress=False)
@@ -97,7 +106,9 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
 
 
 def test_it_learns(corpus: str, tmp_path: Path) -> None:
-    _, summary = fit(fit_config(corpus, steps=60, warmup=5, lr=1e-2), tmp_path / "run", progress=False)
+    _, summary = fit(
+        fit_config(corpus, steps=60, warmup=5, lr=1e-2), tmp_path / "run", progress=False
+    )
     assert summary["nll"]["hard"] < 3.6  # uniform over bytes is 5.55
     assert abs(summary["nll"]["hard"] - summary["nll"]["mean"]) < 0.2
 
@@ -133,7 +144,9 @@ def test_divergence_stops_with_the_step_and_keeps_the_last_checkpoint(
 
     monkeypatch.setattr(Trainer, "step", poison)
     run = tmp_path / "run"
-    with pytest.raises(TrainingDiverged, match="step 6: loss nan.*the checkpoint of step 4 was kept"):
+    with pytest.raises(
+        TrainingDiverged, match="step 6: loss nan.*the checkpoint of step 4 was kept"
+    ):
         fit(fit_config(corpus), run, progress=False)
     assert all(bool(torch.isfinite(w).all()) for w in weights(run).values())
     monkeypatch.setattr(Trainer, "step", usual)
@@ -147,7 +160,9 @@ def test_the_optimiser_holds_every_parameter_once_and_decays_matrices_alone() ->
     assert sorted(held) == sorted(id(p) for p in model.parameters())
     decayed = {id(p) for p in groups[0]["params"]}
     names = {name for name, p in model.named_parameters() if id(p) in decayed}
-    assert names and all("norm" not in name and "embed" not in name and "controller" not in name for name in names)
+    assert names and all(
+        "norm" not in name and "embed" not in name and "controller" not in name for name in names
+    )
 
 
 def test_the_learning_rate_warms_up_and_decays() -> None:
@@ -163,7 +178,9 @@ def test_the_learning_rate_warms_up_and_decays() -> None:
 # What is refused, and that nothing is written or lost then
 
 
-def test_an_existing_run_is_not_overwritten_unasked(corpus: str, finished_run: Path, tmp_path: Path) -> None:
+def test_an_existing_run_is_not_overwritten_unasked(
+    corpus: str, finished_run: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
     with pytest.raises(ValueError, match="out: expected a new folder.*--overwrite or --resume"):
@@ -181,7 +198,9 @@ def test_a_folder_that_is_no_run_is_never_removed(corpus: str, tmp_path: Path) -
     assert precious.read_text() == "years of work"
 
 
-def test_resuming_with_other_settings_names_them(corpus: str, finished_run: Path, tmp_path: Path) -> None:
+def test_resuming_with_other_settings_names_them(
+    corpus: str, finished_run: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
     with pytest.raises(ValueError, match=r"resume: .*train.lr \(run 0.003, now 0.5\)"):
@@ -190,7 +209,9 @@ def test_resuming_with_other_settings_names_them(corpus: str, finished_run: Path
 
 
 @pytest.mark.parametrize("missing", ["config.toml", "state.pt"])
-def test_resuming_an_incomplete_run_names_the_file(corpus: str, finished_run: Path, tmp_path: Path, missing: str) -> None:
+def test_resuming_an_incomplete_run_names_the_file(
+    corpus: str, finished_run: Path, tmp_path: Path, missing: str
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
     (run / missing).unlink()
@@ -206,7 +227,9 @@ def test_a_damaged_run_names_the_file(
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
     content = (run / name).read_bytes()
-    (run / name).write_bytes({"truncated": content[: len(content) // 2], "garbage": b"\x07" * 5000, "empty": b""}[damage])
+    (run / name).write_bytes(
+        {"truncated": content[: len(content) // 2], "garbage": b"\x07" * 5000, "empty": b""}[damage]
+    )
     with pytest.raises(ValueError, match=f"{name}: expected .* damaged"):
         if load == "resume":
             fit(fit_config(corpus), run, resume=True, progress=False)
@@ -214,12 +237,17 @@ def test_a_damaged_run_names_the_file(
             load_run(run)
 
 
-def test_a_checkpoint_of_another_model_is_refused(corpus: str, finished_run: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model_is_refused(
+    corpus: str, finished_run: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
     text = (run / "config.toml").read_text().replace("d_model = 16", "d_model = 32")
     (run / "config.toml").write_text(text)
-    with pytest.raises(ValueError, match="config.toml: expected the settings .*; model.d_model is 32, was 16; put back"):
+    with pytest.raises(
+        ValueError,
+        match="config.toml: expected the settings .*; model.d_model is 32, was 16; put back",
+    ):
         load_run(run)
 
 
@@ -234,7 +262,9 @@ def test_a_checkpoint_of_another_model_is_refused(corpus: str, finished_run: Pat
         ({"data.tokeniser": "runes"}, "tokeniser: expected one of"),
     ],
 )
-def test_bad_settings_leave_no_folder(corpus: str, tmp_path: Path, changes: dict[str, object], message: str) -> None:
+def test_bad_settings_leave_no_folder(
+    corpus: str, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         fit(with_changes(fit_config(corpus), changes), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
@@ -252,7 +282,9 @@ def test_a_graph_is_refused_where_it_cannot_be_captured(corpus: str, tmp_path: P
 
 def test_the_objective_moves_inside_the_same_tensors(corpus: str) -> None:
     """What a CUDA graph has captured must see every later step of the schedule."""
-    config, data = load_data(with_changes(fit_config(corpus), {"schedule.start_experts": ("full",)}))
+    config, data = load_data(
+        with_changes(fit_config(corpus), {"schedule.start_experts": ("full",)})
+    )
     trainer = Trainer(config, data, torch.device("cpu"))
     program, scale = trainer.objective.model, trainer.objective.kl_scale  # type: ignore[attr-defined]
     trainer.objective.follow(trainer.schedule.at(5))
@@ -263,4 +295,6 @@ def test_the_objective_moves_inside_the_same_tensors(corpus: str) -> None:
     assert {name: getattr(program.prior, name).data_ptr() for name in names} == places
     assert all(not torch.equal(getattr(program.prior, name), before[name]) for name in before)
     trainer.objective.follow(replace(trainer.schedule.at(11), kl_weight=0.5))
-    assert trainer.objective.kl_scale is scale and float(scale) == 0.5 == trainer.objective.kl_weight  # type: ignore
+    assert (
+        trainer.objective.kl_scale is scale and float(scale) == 0.5 == trainer.objective.kl_weight
+    )  # type: ignore

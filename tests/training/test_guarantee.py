@@ -72,7 +72,9 @@ def test_the_promise_is_kept_in_the_stated_share_at_nearly_the_cost_of_hindsight
     kept, cost = outcomes(Pool(), Pool(), 200)
     tolerance = 0.95 - 1.64 * (0.95 * 0.05 / 200) ** 0.5
     assert kept >= tolerance and cost <= 1.10
-    wrong, _ = outcomes(Pool(), Pool(), 200, confidence=0.5)  # the quantile of another confidence breaks it
+    wrong, _ = outcomes(
+        Pool(), Pool(), 200, confidence=0.5
+    )  # the quantile of another confidence breaks it
     assert wrong < tolerance - 0.02
 
 
@@ -107,7 +109,9 @@ def test_too_few_windows_are_refused_with_how_many_it_would_take():
     def read(price: float) -> Executed:
         return executed(price, 1.0 if price < 0 else 0.5, base if price < 0 else noisy)
 
-    with pytest.raises(ValueError, match=r"texts: expected about \d+ windows to promise a loss of 0.005 .* got 10"):
+    with pytest.raises(
+        ValueError, match=r"texts: expected about \d+ windows to promise a loss of 0.005 .* got 10"
+    ):
         keep_promise(read, executed(math.nan, 1.0, base), LOST, 0.95, (-1, 0))
     with pytest.raises(ValueError, match="texts: expected at least 8 windows; got 3"):
         keep_promise(read, executed(math.nan, 1.0, base[:3]), LOST)
@@ -124,7 +128,9 @@ def test_too_few_windows_are_refused_with_how_many_it_would_take():
 def test_what_cannot_be_promised(lost, confidence, message):
     base = np.full(20, 1.3)
     with pytest.raises(ValueError, match=message):
-        keep_promise(lambda price: executed(price, 1.0, base + 0.1), executed(0, 1.0, base), lost, confidence)
+        keep_promise(
+            lambda price: executed(price, 1.0, base + 0.1), executed(0, 1.0, base), lost, confidence
+        )
 
 
 def test_a_promise_by_executed_passes():
@@ -135,15 +141,25 @@ def test_a_promise_by_executed_passes():
     found = promise(model, windows, cost, family, full, 0.5, prices=PRICES[::8])
     assert model.policy is policy and found.windows == 8
     first = found.tried[0]
-    assert first.price == PRICES[0] and first.cost == 1 and first.lost == 0  # every token on the reference
+    assert (
+        first.price == PRICES[0] and first.cost == 1 and first.lost == 0
+    )  # every token on the reference
     assert found.kept.cost < 1 and found.kept.bound <= 0.5
     again = promise(model, windows, cost, family, full, 0.5, prices=cheaper_from(0.0)[::8])
     assert again.tried[0].price == 0.0 and all(t.price >= 0 for t in again.tried)
     best = strongest_single(model, windows, cost)
     losses = []
     for name in EXPERTS:
-        logits = torch.cat([model(b.tokens, force=name).logits.detach() for b in windows]).flatten(0, 1)
-        losses.append(float(torch.nn.functional.cross_entropy(logits, torch.cat([b.targets for b in windows]).flatten())))
+        logits = torch.cat([model(b.tokens, force=name).logits.detach() for b in windows]).flatten(
+            0, 1
+        )
+        losses.append(
+            float(
+                torch.nn.functional.cross_entropy(
+                    logits, torch.cat([b.targets for b in windows]).flatten()
+                )
+            )
+        )
     assert best == int(np.argmin(losses))
 
 

@@ -55,7 +55,9 @@ def test_no_alarm_depends_on_later_tokens(model):
     changed = tokens.clone()
     changed[:, 70:] = 15
     before, after = model(tokens).route, model(changed).route
-    assert torch.equal(before[:, :, :70], after[:, :, :70]) and not torch.equal(before[:, :, 70:], after[:, :, 70:])
+    assert torch.equal(before[:, :, :70], after[:, :, :70]) and not torch.equal(
+        before[:, :, 70:], after[:, :, 70:]
+    )
 
 
 def test_decoding_decides_as_one_pass_does_rows_of_different_lengths_and_reordered(model):
@@ -106,9 +108,13 @@ def test_what_no_guard_can_be_set_by(model):
     windows = batches(text(0, 12, 1))
     with pytest.raises(ValueError, match="evidence: expected a density"):
         set_guard(tiny_model(), tiny_model().controller, windows, COST, FULL)
-    with pytest.raises(ValueError, match="spend: expected a share of cost between 0 and 1; got 1.0"):
+    with pytest.raises(
+        ValueError, match="spend: expected a share of cost between 0 and 1; got 1.0"
+    ):
         set_guard(model, model.controller, windows, COST, FULL, spend=1.0)
-    with pytest.raises(ValueError, match="confidence: expected a probability between 0 and 1; got 0"):
+    with pytest.raises(
+        ValueError, match="confidence: expected a probability between 0 and 1; got 0"
+    ):
         set_guard(model, model.controller, windows, COST, FULL, confidence=0)
     with pytest.raises(ValueError, match="texts: expected at least 8 windows; got 3"):
         set_guard(model, model.controller, [Batch(*[text(0, 12, 1)[:3]] * 2)], COST, FULL)
@@ -117,7 +123,10 @@ def test_what_no_guard_can_be_set_by(model):
     with pytest.raises(ValueError, match="policy: expected evidence beside a guard"):
         without(text(0, 12, 1)[:1])
     other = tiny_model()
-    other.controller.evidence, other.policy = model.controller.evidence, Conservative(tuple(COST.tolist()))
+    other.controller.evidence, other.policy = (
+        model.controller.evidence,
+        Conservative(tuple(COST.tolist())),
+    )
     with pytest.raises(ValueError, match="policy: expected argmax, a budget or a guard"):
         set_guard(other, other.controller, windows, COST, FULL)
     with pytest.raises(ValueError, match="policy.release: expected at least the level"):

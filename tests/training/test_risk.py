@@ -7,7 +7,14 @@ import torch
 from bayes_router.data.tokens import Batch
 from bayes_router.routing.risk import LEAST_KL, RiskFit, RiskHead, divergence, risk_features
 from bayes_router.training.checkpoint import load_run
-from bayes_router.training.risk import fit_risk, load_risk, read_risk, reference_of, risk_data, save_risk
+from bayes_router.training.risk import (
+    fit_risk,
+    load_risk,
+    read_risk,
+    reference_of,
+    risk_data,
+    save_risk,
+)
 from bayes_router.types import RoutingMode
 from tests.tiny import EXPERTS, tiny_batch, tiny_model
 
@@ -55,7 +62,11 @@ def test_the_reference_of_a_run_is_its_best_single_expert():
     losses = {}
     for name in EXPERTS:
         logits = torch.cat([model(b.tokens, force=name).logits for b in text]).flatten(0, 1)
-        losses[name] = float(torch.nn.functional.cross_entropy(logits, torch.cat([b.targets for b in text]).flatten()))
+        losses[name] = float(
+            torch.nn.functional.cross_entropy(
+                logits, torch.cat([b.targets for b in text]).flatten()
+            )
+        )
     best = min(losses, key=losses.__getitem__)
     reference = reference_of(model, text)
     torch.testing.assert_close(reference(text[0].tokens), model(text[0].tokens, force=best).logits)
@@ -76,7 +87,9 @@ def test_estimates_are_of_the_routed_pass_alone():
     later = tokens.clone()
     later[:, 20:] = 1
     torch.testing.assert_close(read_risk(model, later)[:, :20], found[:, :20], rtol=1e-4, atol=1e-6)
-    assert not any("risk" in name for name in (*model.state_dict(), *dict(model.named_parameters())))
+    assert not any(
+        "risk" in name for name in (*model.state_dict(), *dict(model.named_parameters()))
+    )
     torch.testing.assert_close(read_risk(copy.deepcopy(model), tokens), found)
 
 
@@ -94,7 +107,12 @@ def test_what_is_kept_comes_back(finished_run, tmp_path):
     assert model.controller.risk is None and load_risk(tmp_path) is None
     with pytest.raises(ValueError, match=r"risk: expected a fitted estimate .* fit_risk\(texts\)"):
         read_risk(model, torch.zeros(1, 3, dtype=torch.int64))
-    head = fit_risk(model, [Batch(*tiny_batch(B=4, T=32, vocab=256))], reference_of(model, []), settings=RiskFit(steps=5))
+    head = fit_risk(
+        model,
+        [Batch(*tiny_batch(B=4, T=32, vocab=256))],
+        reference_of(model, []),
+        settings=RiskFit(steps=5),
+    )
     save_risk(tmp_path, head)
     back = load_risk(tmp_path)
     x = torch.randn(3, len(head.head.mean))
@@ -111,7 +129,9 @@ def test_what_cannot_be_fitted():
     def same(tokens: torch.Tensor) -> torch.Tensor:
         return model(tokens, RoutingMode.HARD).logits
 
-    with pytest.raises(ValueError, match="texts: expected tokens at which routing changes the prediction"):
+    with pytest.raises(
+        ValueError, match="texts: expected tokens at which routing changes the prediction"
+    ):
         fit_risk(model, batches(1), same)
     with pytest.raises(ValueError, match="texts: expected at least one window"):
         fit_risk(model, [], same)

@@ -29,7 +29,8 @@ def soak(corpus: str, steps: int) -> tuple[int, int]:
     After a quarter of `steps` steps, when the prior is annealed.
     """
     config = with_changes(
-        fit_config(corpus, steps=steps, batch_size=2), {"schedule.anneal_from": 0.05, "schedule.anneal_to": 0.2}
+        fit_config(corpus, steps=steps, batch_size=2),
+        {"schedule.anneal_from": 0.05, "schedule.anneal_to": 0.2},
     )
     trainer = Trainer(*load_data(config), torch.device("cpu"))
     warm, store = steps // 4, len(pyro.get_param_store())

@@ -29,7 +29,9 @@ def test_every_step_draws_anew_and_a_step_repeated_draws_the_same(
     corpus: str, draws: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On one batch, at weights that do not move: losses differ by the draws alone."""
-    trainer = trainer_of(fit_config(corpus, draws=draws, lr=1e-30, controller_lr=1e-30, weight_decay=0.0))
+    trainer = trainer_of(
+        fit_config(corpus, draws=draws, lr=1e-30, controller_lr=1e-30, weight_decay=0.0)
+    )
     tokens, targets = trainer.data.train.batch(0, 4, 32, 0)
     monkeypatch.setattr(trainer.data.train, "batch", lambda *_: Batch(tokens, targets))
     losses = [float(trainer.step(step)[0].nll) for step in (3, 4, 5, 3)]
@@ -54,7 +56,9 @@ def test_the_gradient_is_clipped_to_the_norm_of_the_settings(corpus: str) -> Non
 
     trainer = trainer_of(fit_config(corpus, clip=1e-3))
     trainer.step(0)
-    norm = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]).norm()
+    norm = torch.cat(
+        [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
+    ).norm()
     assert float(norm) == pytest.approx(1e-3, rel=1e-3)
 
 

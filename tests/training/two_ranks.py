@@ -68,7 +68,11 @@ def poisoned(config: Config, world: World) -> dict[str, list[float]]:
     kept = torch.equal(before, trainer.model.network.embed.weight)
     trainer.step(2)
     moved = not torch.equal(before, trainer.model.network.embed.weight)
-    return {"kept": [float(kept)], "moved": [float(moved)], "skipped": [float(trainer.guard.skipped)]}
+    return {
+        "kept": [float(kept)],
+        "moved": [float(moved)],
+        "skipped": [float(trainer.guard.skipped)],
+    }
 
 
 if __name__ == "__main__":

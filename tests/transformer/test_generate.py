@@ -40,11 +40,17 @@ def test_draws_have_the_stated_distribution() -> None:
     p = (logits / 0.7).softmax(-1)
     torch.testing.assert_close(frequencies(logits, Sampling(0.7)), p, rtol=0, atol=0.01)
     kept = torch.tensor([0.0, 1.0, 1.0, 0.0]) * p
-    torch.testing.assert_close(frequencies(logits, Sampling(0.7, top_k=2)), kept / kept.sum(), rtol=0, atol=0.01)
-    assert float(frequencies(logits, Sampling(0.7, top_p=0.5))[1]) == 1.0  # the likeliest holds more than half
+    torch.testing.assert_close(
+        frequencies(logits, Sampling(0.7, top_k=2)), kept / kept.sum(), rtol=0, atol=0.01
+    )
+    assert (
+        float(frequencies(logits, Sampling(0.7, top_p=0.5))[1]) == 1.0
+    )  # the likeliest holds more than half
     top = torch.tensor([1.0, 1.0, 1.0, 0.0]) * p
     assert float(p[1] + p[2]) < 0.97
-    torch.testing.assert_close(frequencies(logits, Sampling(0.7, top_p=0.97)), top / top.sum(), rtol=0, atol=0.01)
+    torch.testing.assert_close(
+        frequencies(logits, Sampling(0.7, top_p=0.97)), top / top.sum(), rtol=0, atol=0.01
+    )
 
 
 def test_stop_tokens_end_each_row() -> None:
@@ -59,10 +65,17 @@ def test_stop_tokens_end_each_row() -> None:
         assert bool((row[length:] == stop).all())
 
 
-def test_a_row_that_has_ended_repeats_its_stop_token_whatever_the_model_would_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = iter(torch.tensor([[1, 4], [5, 2], [7, 3], [8, 5], [9, 9]]))  # row 0 ends at the second step, row 1 at the fourth
+def test_a_row_that_has_ended_repeats_its_stop_token_whatever_the_model_would_say(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = iter(
+        torch.tensor([[1, 4], [5, 2], [7, 3], [8, 5], [9, 9]])
+    )  # row 0 ends at the second step, row 1 at the fourth
     monkeypatch.setattr(generate_module, "choose_token", lambda *_: next(said))
-    steps = [step.tokens.tolist() for step in stream(tiny_model(), tiny_batch(T=9)[0], 10, stop_tokens=[5])]
+    steps = [
+        step.tokens.tolist()
+        for step in stream(tiny_model(), tiny_batch(T=9)[0], 10, stop_tokens=[5])
+    ]
     assert steps == [[1, 4], [5, 2], [5, 3], [5, 5]]
 
 
@@ -84,7 +97,9 @@ def unequal(junk: int = 22) -> tuple[Tensor, Tensor]:
     return torch.where(torch.arange(tokens.shape[1]) < lengths[:, None], tokens, junk), lengths
 
 
-@pytest.mark.parametrize("experts", [EXPERTS, ("full", "gated", "local"), ("local", "gated"), ("local",), ("gated",)])
+@pytest.mark.parametrize(
+    "experts", [EXPERTS, ("full", "gated", "local"), ("local", "gated"), ("local",), ("gated",)]
+)
 def test_rows_of_unequal_length_go_on_as_if_each_were_alone(experts: tuple[str, ...]) -> None:
     """From its own last token and position, by its own routes, whatever the ids on the padding.
 
@@ -116,7 +131,13 @@ def test_unequal_rows_stop_each_at_its_own_token() -> None:
     model, (prompt, lengths) = tiny_model(), unequal()
     free, _ = generate(model, prompt, 10, GREEDY, lengths=lengths)
     stops = {int(free[b, length + 2]) for b, length in enumerate(PROMPTS)}
-    steps = torch.stack([step.tokens for step in stream(model, prompt, 10, GREEDY, lengths=lengths, stop_tokens=stops)], 1)
+    steps = torch.stack(
+        [
+            step.tokens
+            for step in stream(model, prompt, 10, GREEDY, lengths=lengths, stop_tokens=stops)
+        ],
+        1,
+    )
     assert steps.shape[1] <= 3
     for b, length in enumerate(PROMPTS):
         end = next(i for i in range(3) if int(free[b, length + i]) in stops)
@@ -134,7 +155,10 @@ ROW = torch.zeros(1, 3, dtype=torch.int64)
         ({"prompt": ROW[0]}, r"prompt: expected at least one token, shape \[B, T\]; got \(3,\)"),
         ({"prompt": ROW + 99}, "prompt: expected ids from 0 to 22"),
         ({"prompt": ROW.float()}, "prompt: expected torch.int64"),
-        ({"prompt": ROW.to("meta")}, r"prompt: expected the device of the model, cpu; got meta; move one with .to\(device\)"),
+        (
+            {"prompt": ROW.to("meta")},
+            r"prompt: expected the device of the model, cpu; got meta; move one with .to\(device\)",
+        ),
         ({"prompt": [[1, 2, 3]]}, "prompt: expected a tensor .* or a list of tensors"),
         ({"prompt": [ROW[0], ROW[0, :0]]}, "prompt: .* at least one token each"),
         ({"prompt": [ROW[0].to("meta")]}, "prompt: expected the device of the model"),
@@ -166,7 +190,9 @@ def test_a_stream_that_is_left_gives_the_model_back_as_it_was() -> None:
     assert model.training
 
 
-@pytest.mark.parametrize("changes", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize(
+    "changes", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}]
+)
 def test_bad_sampling_is_refused(changes: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(changes))}: expected"):
         Sampling(**changes)  # type: ignore[arg-type]

@@ -62,7 +62,11 @@ def test_the_same_numbers_as_the_pyro_path(price: float) -> None:
     torch.testing.assert_close(out.kl, elbo.terms.kl)
     torch.testing.assert_close(nll + out.kl, loss)
     parameters = list(layer.parameters())
-    for a, b in zip(torch.autograd.grad(nll + out.kl, parameters), torch.autograd.grad(loss, parameters), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(nll + out.kl, parameters),
+        torch.autograd.grad(loss, parameters),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
@@ -94,7 +98,10 @@ def test_a_plain_loop_learns_and_the_kl_reaches_the_controller() -> None:
         optimiser.step()
         losses.append(float(loss))
     assert losses[-1] < 0.8 * losses[0]
-    assert layer.controller.out.bias.grad is not None and float(layer.controller.out.bias.grad.abs().max()) > 0
+    assert (
+        layer.controller.out.bias.grad is not None
+        and float(layer.controller.out.bias.grad.abs().max()) > 0
+    )
 
 
 def test_statistics_are_read_off_the_executed_route() -> None:
@@ -111,13 +118,21 @@ def test_statistics_are_read_off_the_executed_route() -> None:
     assert hard.collapse == "none"
     assert "full 50.0%" in repr(hard) and "collapse: none" in repr(hard)
     draws = dist.Dirichlet(torch.tensor([8.0, 1.0, 1.0, 1.0])).sample(torch.Size([50_000]))
-    assert hard.expected_entropy == pytest.approx(float(-torch.xlogy(draws, draws).sum(-1).mean()), abs=0.01)
+    assert hard.expected_entropy == pytest.approx(
+        float(-torch.xlogy(draws, draws).sum(-1).mean()), abs=0.01
+    )
 
 
 def test_both_collapses_are_told_apart() -> None:
     same = torch.tensor([2.0, 1.0, 1.5, 1.0]).expand(1, 50, 1, 4)
-    assert routing_statistics(same, same / same.sum(-1, keepdim=True), COST, EXPERTS).collapse == "posterior"
-    assert routing_statistics(same, torch.zeros(1, 50, 1, dtype=torch.int64), COST, EXPERTS).collapse == "routing"
+    assert (
+        routing_statistics(same, same / same.sum(-1, keepdim=True), COST, EXPERTS).collapse
+        == "posterior"
+    )
+    assert (
+        routing_statistics(same, torch.zeros(1, 50, 1, dtype=torch.int64), COST, EXPERTS).collapse
+        == "routing"
+    )
 
 
 def test_presets_and_bad_input() -> None:
@@ -153,7 +168,11 @@ def test_padding_comes_out_as_zero_and_matters_to_nobody(soft: bool, cached: boo
     with torch.no_grad():
         want = mixture(x, route)
         x[1, 11:] = 1e6
-        cache = LayerCache([e for e in mixture.experts if isinstance(e, Expert)], 2, 30, 2) if cached else None
+        cache = (
+            LayerCache([e for e in mixture.experts if isinstance(e, Expert)], 2, 30, 2)
+            if cached
+            else None
+        )
         got = mixture(x, route, cache=cache, lengths=lengths)
     torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got[1, :11], want[1, :11], rtol=1e-5, atol=1e-5)
@@ -172,5 +191,8 @@ def test_the_price_of_the_settings_is_in_the_prior_and_in_the_kl() -> None:
     config = tiny_config()
     prior = build_prior(PriorConfig(price=7.0), config, 2, 64)
     assert prior.price == 7.0 and prior.prior_predictive().cost < prior.prior_predictive(0.0).cost
-    kls = [layer(x, "mean").kl for layer, x in (layer_and_input(price=0.0), layer_and_input(price=50.0))]
+    kls = [
+        layer(x, "mean").kl
+        for layer, x in (layer_and_input(price=0.0), layer_and_input(price=50.0))
+    ]
     assert float((kls[0] - kls[1]).abs()) > 1.0

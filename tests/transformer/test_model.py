@@ -31,8 +31,12 @@ def test_no_future_leak(mode: str, changed: int) -> None:
     before, after = run(model, tokens, mode), run(model, other, mode)
     logits, concentration, route = zip(before, after, strict=True)
     torch.testing.assert_close(logits[0][:, :changed], logits[1][:, :changed], rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(concentration[0][:, :, :changed], concentration[1][:, :, :changed], rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(route[0][:, :, :changed], route[1][:, :, :changed], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        concentration[0][:, :, :changed], concentration[1][:, :, :changed], rtol=1e-9, atol=1e-9
+    )
+    torch.testing.assert_close(
+        route[0][:, :, :changed], route[1][:, :, :changed], rtol=1e-9, atol=1e-9
+    )
     assert not torch.allclose(logits[0][:, changed:], logits[1][:, changed:])
 
 
@@ -77,7 +81,9 @@ def test_forcing_an_expert_by_name_choice_or_weight_is_the_same(expert: str) -> 
     choices = torch.full((3, 2, 40), index)
     weights = torch.nn.functional.one_hot(choices, 4).float()
     with torch.no_grad():
-        by_name, by_choice, by_weight = (model(tokens, force=f).logits for f in (expert, choices, weights))
+        by_name, by_choice, by_weight = (
+            model(tokens, force=f).logits for f in (expert, choices, weights)
+        )
     torch.testing.assert_close(by_name, by_choice, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(by_name, by_weight, rtol=1e-4, atol=1e-4)
 
@@ -94,7 +100,9 @@ def test_hard_is_the_one_hot_mixture_of_the_argmax() -> None:
 def test_mean_weighs_by_the_posterior_mean() -> None:
     model, (tokens, _) = tiny_model(), tiny_batch()
     out = model(tokens, "mean")
-    torch.testing.assert_close(out.route, out.concentration / out.concentration.sum(-1, keepdim=True))
+    torch.testing.assert_close(
+        out.route, out.concentration / out.concentration.sum(-1, keepdim=True)
+    )
 
 
 @pytest.mark.parametrize("mode", ["mean", "hard"])
@@ -123,7 +131,10 @@ def test_rows_of_different_lengths_are_each_as_if_alone(mode: str, cached: bool)
     """
     model, (tokens, _) = tiny_model(), tiny_batch(B=3)
     named = {"force": mode} if mode in EXPERTS else {"mode": mode}
-    cache, start = model.network.new_cache(3, 40) if cached else None, torch.zeros(3, dtype=torch.int64)
+    cache, start = (
+        model.network.new_cache(3, 40) if cached else None,
+        torch.zeros(3, dtype=torch.int64),
+    )
     for sizes in ((20, 3, 11), (4, 13, 1), (1, 1, 1)):
         lengths = torch.tensor(sizes)
         index = (start[:, None] + torch.arange(max(sizes))).clamp_max(39)
@@ -136,10 +147,16 @@ def test_rows_of_different_lengths_are_each_as_if_alone(mode: str, cached: bool)
                 first = int(start[b]) if cached else 0
                 begin = 0 if cached else int(start[b])
                 alone = model(tokens[b : b + 1, begin : int(start[b]) + size], **named)
-                torch.testing.assert_close(out.logits[b, :size], alone.logits[0, first:], rtol=1e-4, atol=1e-4)
-                torch.testing.assert_close(out.route[:, b, :size], alone.route[:, 0, first:], rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(
+                    out.logits[b, :size], alone.logits[0, first:], rtol=1e-4, atol=1e-4
+                )
+                torch.testing.assert_close(
+                    out.route[:, b, :size], alone.route[:, 0, first:], rtol=1e-4, atol=1e-4
+                )
                 if last is not None:
-                    torch.testing.assert_close(last[b, 0], alone.logits[0, -1], rtol=1e-4, atol=1e-4)
+                    torch.testing.assert_close(
+                        last[b, 0], alone.logits[0, -1], rtol=1e-4, atol=1e-4
+                    )
         start += lengths
 
 
@@ -147,14 +164,29 @@ def test_rows_of_different_lengths_are_each_as_if_alone(mode: str, cached: bool)
     ("change", "message"),
     [
         ({}, None),
-        ({"seed": 1}, r"cache\[0\].experts: expected this layer's own experts, .* another layer or model, .* new_cache"),
-        ({"experts": ("full", "gated", "local", "linear")}, r"cache\[0\].experts: expected .*\(full .*\(full "),
+        (
+            {"seed": 1},
+            (
+                r"cache\[0\].experts: expected this layer's own experts, .* another layer or "
+                r"model, "
+                r".* new_cache"
+            ),
+        ),
+        (
+            {"experts": ("full", "gated", "local", "linear")},
+            r"cache\[0\].experts: expected .*\(full .*\(full ",
+        ),
         ({"window": 6}, r"cache\[0\].experts: expected .* 4, 5, 0\).* 4, 6, 0\)"),
-        ({"num_layers": 2}, "cache: expected 3 layers; got 2; build it with new_cache of this model"),
+        (
+            {"num_layers": 2},
+            "cache: expected 3 layers; got 2; build it with new_cache of this model",
+        ),
         ({"num_layers": 4}, "cache: expected 3 layers; got 4"),
     ],
 )
-def test_a_cache_of_another_model_is_refused(change: dict[str, object], message: str | None) -> None:
+def test_a_cache_of_another_model_is_refused(
+    change: dict[str, object], message: str | None
+) -> None:
     """Of the same sizes too: what its states mean depends on the weights of its experts.
 
     Nothing is written.
@@ -166,7 +198,9 @@ def test_a_cache_of_another_model_is_refused(change: dict[str, object], message:
         return
     with pytest.raises(ValueError, match=message):
         model(tokens, cache=cache)
-    assert cache.lengths.tolist() == [0, 0] and not any(state.any() for state in cache[0].states.values())
+    assert cache.lengths.tolist() == [0, 0] and not any(
+        state.any() for state in cache[0].states.values()
+    )
 
 
 def test_layers_of_a_cache_in_another_order_are_refused() -> None:
@@ -182,7 +216,10 @@ def test_layers_of_a_cache_in_another_order_are_refused() -> None:
         ({"cache": 5}, "cache: expected a RoutedCache; got 'int'"),
         ({"lengths": torch.tensor([41, 1])}, "lengths: expected values in 0..40"),
         ({"lengths": torch.tensor([-1, 1])}, "lengths: expected values in 0..40"),
-        ({"lengths": torch.tensor([1.0, 1.0])}, "lengths: expected int64 or int32 of shape .2,. on cpu; got torch.float32"),
+        (
+            {"lengths": torch.tensor([1.0, 1.0])},
+            "lengths: expected int64 or int32 of shape .2,. on cpu; got torch.float32",
+        ),
         ({"lengths": [1, 1]}, "lengths: expected int64 or int32 .* got 'list'"),
     ],
 )
@@ -220,7 +257,10 @@ def test_a_route_of_any_callable_is_enough() -> None:
         (torch.zeros(4, dtype=torch.int64), "tokens: expected shape"),
         (torch.zeros(1, 4), "tokens: expected torch.int64"),
         ([[1, 2]], r"tokens: expected a tensor, int64 \[B, T\]; got 'list'"),
-        (torch.zeros(1, 4, dtype=torch.int64, device="meta"), "tokens: expected the device of the model, cpu; got meta; move"),
+        (
+            torch.zeros(1, 4, dtype=torch.int64, device="meta"),
+            "tokens: expected the device of the model, cpu; got meta; move",
+        ),
     ],
 )
 def test_bad_tokens_are_refused(tokens: Tensor, message: str) -> None:
@@ -228,7 +268,10 @@ def test_bad_tokens_are_refused(tokens: Tensor, message: str) -> None:
         tiny_model()(tokens)
 
 
-@pytest.mark.parametrize("force", ["ful", torch.zeros(2, 2, 40, dtype=torch.int64), torch.zeros(3, 2, 39, dtype=torch.int64)])
+@pytest.mark.parametrize(
+    "force",
+    ["ful", torch.zeros(2, 2, 40, dtype=torch.int64), torch.zeros(3, 2, 39, dtype=torch.int64)],
+)
 def test_bad_forces_are_refused(force: str | Tensor) -> None:
     with pytest.raises(ValueError, match="^force: expected"):
         tiny_model()(tiny_batch()[0], force=force)
@@ -245,5 +288,8 @@ def test_one_token_and_window_beyond_the_text() -> None:
     assert model(tokens[:, :1], "hard").logits.shape == (2, 1, 23)
     with torch.no_grad():
         torch.testing.assert_close(
-            model(tokens, force="local").logits, model(tokens, force="full").logits, rtol=1e-4, atol=1e-4
+            model(tokens, force="local").logits,
+            model(tokens, force="full").logits,
+            rtol=1e-4,
+            atol=1e-4,
         )

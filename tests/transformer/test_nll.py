@@ -20,13 +20,23 @@ def test_by_hand(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(NextToken(logits).log_prob(targets), -got)
     targets[..., ::2] = IGNORED
     assert torch.equal(token_nll(logits, targets), got.masked_fill(targets == IGNORED, 0.0))
-    torch.testing.assert_close(mean_nll(logits, targets).double(), want[targets != IGNORED].mean(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        mean_nll(logits, targets).double(), want[targets != IGNORED].mean(), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_teacher_is_heard_at_its_own_temperature() -> None:
     """Minus its entropy where the student says the same; by hand where not."""
     torch.manual_seed(0)
-    logits, teacher, ids = 2 * torch.randn(2, 5, 7), 3 * torch.randn(2, 5, 7), torch.zeros(2, 5, dtype=torch.long)
+    logits, teacher, ids = (
+        2 * torch.randn(2, 5, 7),
+        3 * torch.randn(2, 5, 7),
+        torch.zeros(2, 5, dtype=torch.long),
+    )
     p = teacher.softmax(-1)
-    torch.testing.assert_close(ExpectedToken(logits, teacher).log_prob(ids), (p * logits.log_softmax(-1)).sum(-1))
-    torch.testing.assert_close(ExpectedToken(teacher, teacher).log_prob(ids), (p * teacher.log_softmax(-1)).sum(-1))
+    torch.testing.assert_close(
+        ExpectedToken(logits, teacher).log_prob(ids), (p * logits.log_softmax(-1)).sum(-1)
+    )
+    torch.testing.assert_close(
+        ExpectedToken(teacher, teacher).log_prob(ids), (p * teacher.log_softmax(-1)).sum(-1)
+    )

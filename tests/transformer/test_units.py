@@ -53,7 +53,9 @@ def test_no_unit_looks_ahead(route_by: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("route_by", ["kv_head", "head"])
-@pytest.mark.parametrize("experts", [EXPERTS, ("full", "gated", "local"), ("local", "gated"), ("full", "mapped")])
+@pytest.mark.parametrize(
+    "experts", [EXPERTS, ("full", "gated", "local"), ("local", "gated"), ("full", "mapped")]
+)
 def test_cached_equals_full_in_every_unit(route_by: str, experts: tuple[str, ...]) -> None:
     """Prefill, a chunk, steps of one token; rows of unequal length."""
     model, (tokens, _) = tiny_model(route_by=route_by, experts=experts).eval(), tiny_batch(T=30)
@@ -67,7 +69,9 @@ def test_cached_equals_full_in_every_unit(route_by: str, experts: tuple[str, ...
             new = torch.stack([tokens[b, s : s + step] for b, s in enumerate(starts)])
             out = model(new, cache=cache)
             for b, s in enumerate(starts):
-                torch.testing.assert_close(out.logits[b], whole.logits[b, s : s + step], rtol=1e-3, atol=1e-3)
+                torch.testing.assert_close(
+                    out.logits[b], whole.logits[b, s : s + step], rtol=1e-3, atol=1e-3
+                )
                 assert torch.equal(out.route[:, b], whole.route[:, b, s : s + step])
             starts = [s + step for s in starts]
 
@@ -76,7 +80,10 @@ def test_soft_routes_behind_a_cache() -> None:
     model, (tokens, _) = tiny_model(route_by="head").eval(), tiny_batch(T=20)
     with torch.no_grad():
         whole, cache = model(tokens, "mean"), model.network.new_cache(2, 20)
-        parts = [model(tokens[:, a:b], "mean", cache=cache).logits for a, b in ((0, 11), (11, 12), (12, 20))]
+        parts = [
+            model(tokens[:, a:b], "mean", cache=cache).logits
+            for a, b in ((0, 11), (11, 12), (12, 20))
+        ]
     torch.testing.assert_close(torch.cat(parts, 1), whole.logits, rtol=1e-3, atol=1e-3)
 
 
@@ -87,7 +94,9 @@ def test_generation_by_head_goes_on_as_each_row_alone() -> None:
     assert routes.shape == (3, 3, 6, 4)
     for b, n in enumerate(lengths.tolist()):
         alone, route = generate(model, prompt[b : b + 1, :n], 6, greedy)
-        assert torch.equal(tokens[b : b + 1, : n + 6], alone) and torch.equal(routes[:, b : b + 1], route)
+        assert torch.equal(tokens[b : b + 1, : n + 6], alone) and torch.equal(
+            routes[:, b : b + 1], route
+        )
 
 
 def test_weights_from_before_units_load_by_layer_alone() -> None:
@@ -97,7 +106,9 @@ def test_weights_from_before_units_load_by_layer_alone() -> None:
     assert old.controller.layers[0].out.weight.shape == (4, 8)
     with pytest.raises(RuntimeError, match="size mismatch"):
         tiny_model(route_by="head").load_state_dict(old.state_dict())
-    with pytest.raises(ValueError, match="model.route_by: expected one of head, kv_head, layer; got 'heads'"):
+    with pytest.raises(
+        ValueError, match="model.route_by: expected one of head, kv_head, layer; got 'heads'"
+    ):
         tiny_config(route_by="heads")
 
 
@@ -149,9 +160,12 @@ def _kl_by_hand(model: object, program: RoutingModel, tokens: torch.Tensor) -> f
             base = base[r] if base.dim() == 2 else base
             log_z = log_z[r] if log_z.dim() == 1 else log_z
             kl = torch.distributions.kl_divergence(
-                torch.distributions.Dirichlet(one), torch.distributions.Dirichlet(base.double().expand_as(one))
+                torch.distributions.Dirichlet(one),
+                torch.distributions.Dirichlet(base.double().expand_as(one)),
             )
-            total += float((kl + one / one.sum(-1, keepdim=True) @ (2.0 * COST.double()) + log_z).mean())
+            total += float(
+                (kl + one / one.sum(-1, keepdim=True) @ (2.0 * COST.double()) + log_z).mean()
+            )
         order = q.concentration if q.concentration.shape[2] == 1 else q.concentration.movedim(2, 0)
         draw = torch.distributions.Dirichlet(order, validate_args=False).rsample()
         return draw if q.concentration.shape[2] == 1 else draw.movedim(0, 2)
@@ -163,12 +177,19 @@ def _kl_by_hand(model: object, program: RoutingModel, tokens: torch.Tensor) -> f
 def test_flops_are_paid_by_unit_and_bytes_by_key_head() -> None:
     """Query heads 0 and 1 share key head 0: what one of them reads, both have read."""
     full, local = 0, 2
-    route = torch.tensor([[full, local, local, local], [full, full, local, local], [full, local, local, full]])  # [T, R]
+    # [T, R]
+    route = torch.tensor(
+        [[full, local, local, local], [full, full, local, local], [full, local, local, full]]
+    )
     cost = torch.tensor([1.0, 0.0, 0.25, 0.0])
     torch.testing.assert_close(token_cost(route, cost), torch.tensor([1.75, 2.5, 2.5]) / 4)
-    torch.testing.assert_close(token_cost(route, cost, sharing=2), torch.tensor([1.25, 1.25, 2.0]) / 2)
+    torch.testing.assert_close(
+        token_cost(route, cost, sharing=2), torch.tensor([1.25, 1.25, 2.0]) / 2
+    )
     by_layer = torch.stack([cost, 2 * cost])
-    torch.testing.assert_close(token_cost(torch.stack([route, route]), by_layer)[1], token_cost(route, 2 * cost))
+    torch.testing.assert_close(
+        token_cost(torch.stack([route, route]), by_layer)[1], token_cost(route, 2 * cost)
+    )
 
 
 def test_statistics_of_a_layer_are_the_means_of_its_units() -> None:
@@ -187,10 +208,14 @@ def test_statistics_of_a_layer_are_the_means_of_its_units() -> None:
 @pytest.mark.parametrize("route_by", UNITS)
 def test_the_standalone_layer(route_by: str) -> None:
     torch.manual_seed(0)
-    layer, x = RoutedAttention(tiny_config(route_by=route_by), PriorConfig(price=1.0)), torch.randn(2, 11, 16)
+    layer, x = (
+        RoutedAttention(tiny_config(route_by=route_by), PriorConfig(price=1.0)),
+        torch.randn(2, 11, 16),
+    )
     out = layer(x)
     assert out.route.shape == (2, 11, UNITS[route_by], 4)
-    one = RoutedAttention(tiny_config(), PriorConfig(price=1.0))(x)  # untrained, every unit has the same posterior
+    # untrained, every unit has the same posterior
+    one = RoutedAttention(tiny_config(), PriorConfig(price=1.0))(x)
     torch.testing.assert_close(out.kl, UNITS[route_by] * one.kl)
     (out.output.square().sum() + out.kl).backward()
     assert bool(layer.controller.out.bias.grad.view(-1, 4).abs().sum(-1).all())

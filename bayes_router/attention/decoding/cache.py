@@ -2,13 +2,15 @@
 
 One store of keys and values for all experts, and the state of each expert that keeps one.
 
-Every token enters both, whatever its own route, so a later token may take any expert and decoding step by step equals the
-full pass. Rows of a batch may have different lengths: each appends at its own position.
+Every token enters both, whatever its own route, so a later token may take any expert and decoding
+step by step equals the full pass. Rows of a batch may have different lengths: each appends at its
+own position.
 
-On CUDA nothing waits for the device, but for: a pass that might overflow the capacity, an expert of the user's (with padding,
-or where it looks at keys), the backends `torch`, `dense` and `reference`, and chunks in float64. A decoding step may be
-captured in a CUDA graph: what it remembers stays in the tensors where it was. A replay does not move `longest`, so whoever
-replays must see to the room; a row without any is a device-side assertion.
+On CUDA nothing waits for the device, but for: a pass that might overflow the capacity, an expert of
+the user's (with padding, or where it looks at keys), the backends `torch`, `dense` and `reference`,
+and chunks in float64. A decoding step may be captured in a CUDA graph: what it remembers stays in
+the tensors where it was. A replay does not move `longest`, so whoever replays must see to the room;
+a row without any is a device-side assertion.
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,7 +30,12 @@ from bayes_router.attention.hard.sorted import TRITON
 from bayes_router.attention.kernels import capability
 from bayes_router.attention.shapes import by_head, fits_units, with_units
 
-NATIVE = (Kernel.FULL, Kernel.LINEAR, Kernel.LOCAL, Kernel.GATED)  # as the decoding kernel takes them
+NATIVE = (
+    Kernel.FULL,
+    Kernel.LINEAR,
+    Kernel.LOCAL,
+    Kernel.GATED,
+)  # as the decoding kernel takes them
 
 
 class LayerCache:
@@ -37,10 +44,12 @@ class LayerCache:
     Attributes:
         experts: those of the layer; their states and keys are what is held.
         lengths: [B] int64, tokens held of each row.
-        keys: [B, Hkv, S + 1, Dh], rotated; slot S takes what padding would write. S is the capacity, or the widest window
-            where no expert looks further (then a ring: position p is in slot p mod S). None where all experts keep a state.
+        keys: [B, Hkv, S + 1, Dh], rotated; slot S takes what padding would write. S is the
+            capacity, or the widest window where no expert looks further (then a ring: position p is
+            in slot p mod S). None where all experts keep a state.
         values: as keys.
-        plain_keys: as keys, without rotary positions; kept only for an expert that wants them and keeps no state.
+        plain_keys: as keys, without rotary positions; kept only for an expert that wants them and
+            keeps no state.
         states: by expert index, what each stateful expert keeps, changed in place.
         longest: an upper bound of lengths that the host knows.
     """
@@ -60,24 +69,41 @@ class LayerCache:
         self.experts, self.capacity = tuple(experts), capacity
         sinks = max((e.shape.sinks for e in self.experts if e.kernel is Kernel.LOCAL), default=0)
         if sinks:  # a ring overwrites the first keys, and no decoding kernel looks for them
-            raise ValueError(f"sinks: expected 0, a cache keeps no first keys for local attention; got {sinks}")
+            raise ValueError(
+                f"sinks: expected 0, a cache keeps no first keys for local attention; got {sinks}"
+            )
         num_heads, head_dim = self.experts[0].shape[:2]
         if num_kv_heads < 1 or num_heads % num_kv_heads:
-            raise ValueError(f"num_kv_heads: expected a number that divides the {num_heads} query heads; got {num_kv_heads}")
+            raise ValueError(
+                f"num_kv_heads: expected a number that divides the {num_heads} query heads; got "
+                f"{num_kv_heads}"
+            )
         like_q = torch.empty(batch, num_heads, 0, head_dim, device=device, dtype=dtype)
         like_k = torch.empty(batch, num_kv_heads, 0, head_dim, device=device, dtype=dtype)
         stored = [e for e in self.experts if not e.stateful]
         self.ring = bool(stored) and all(e.kernel is Kernel.LOCAL for e in stored)
-        self.slots = min(capacity, max(e.shape.window for e in stored)) if self.ring else capacity if stored else 0
+        self.slots = (
+            min(capacity, max(e.shape.window for e in stored))
+            if self.ring
+            else capacity
+            if stored
+            else 0
+        )
         self.ring = self.ring and self.slots < capacity
 
         def store(wanted: bool) -> Tensor | None:
-            return like_k.new_zeros(batch, num_kv_heads, self.slots + 1, head_dim) if wanted else None
+            return (
+                like_k.new_zeros(batch, num_kv_heads, self.slots + 1, head_dim) if wanted else None
+            )
 
         self.keys = store(any(e.rotary for e in stored))
         self.plain_keys = store(any(not e.rotary for e in stored))
         self.values = store(bool(stored))
-        self.states = {i: e.init_state(like_q, like_k, like_k) for i, e in enumerate(self.experts) if e.stateful}
+        self.states = {
+            i: e.init_state(like_q, like_k, like_k)
+            for i, e in enumerate(self.experts)
+            if e.stateful
+        }
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=like_k.device)
         self.longest = 0
         self._like = like_k
@@ -101,7 +127,11 @@ class LayerCache:
         """Row b becomes what row index[b] was (beam search); index int64 [B]."""
         batch, device = len(self.lengths), self.lengths.device
         _check_tensor("index", index)
-        if index.shape != self.lengths.shape or index.device != device or index.dtype != torch.int64:
+        if (
+            index.shape != self.lengths.shape
+            or index.device != device
+            or index.dtype != torch.int64
+        ):
             raise ValueError(
                 f"index: expected int64 of shape {(batch,)} on {device}; "
                 f"got {index.dtype} of shape {tuple(index.shape)} on {index.device}"
@@ -117,14 +147,18 @@ class LayerCache:
 
         `name` it in the message.
 
-        Sizes do not tell models apart: another model's gates would read a state that other gates wrote.
+        Sizes do not tell models apart: another model's gates would read a state that other gates
+        wrote.
         """
         own = tuple(experts)
-        if len(own) == len(self.experts) and all(a is b for a, b in zip(own, self.experts, strict=True)):
+        if len(own) == len(self.experts) and all(
+            a is b for a, b in zip(own, self.experts, strict=True)
+        ):
             return
         raise ValueError(
             f"{name}.experts: expected this layer's own experts, {_describe(own)}; "
-            f"got those of another layer or model, {_describe(self.experts)}; build it with new_cache of this model"
+            f"got those of another layer or model, {_describe(self.experts)}; build it with "
+            f"new_cache of this model"
         )
 
     @torch.no_grad()
@@ -148,29 +182,42 @@ class LayerCache:
             q: [B, H, T, Dh], rotated by each row's own positions (`lengths` of this cache and on).
             k: [B, Hkv, T, Dh], likewise.
             v: as k.
-            route: int64 or int32 [B, T, R] (or [B, T]), hard, a choice for each of R units of H / R neighbouring query heads;
-                or floating [B, T, R, E] (or [B, T, E]), every expert weighed; or one int for all tokens.
+            route: int64 or int32 [B, T, R] (or [B, T]), hard, a choice for each of R units of H / R
+                neighbouring query heads; or floating [B, T, R, E] (or [B, T, E]), every expert
+                weighed; or one int for all tokens.
             linear_q: plain queries for experts without rotary positions; default q.
             linear_k: plain keys for them; default k.
-            lengths: [B] how many of the T tokens are real, the rest is right padding, finite; default all.
-            backend: as in `routed_attention`. Under `auto` and `triton` a decoding step of one token has its own path.
+            lengths: [B] how many of the T tokens are real, the rest is right padding, finite;
+                default all.
+            backend: as in `routed_attention`. Under `auto` and `triton` a decoding step of one
+                token has its own path.
 
         Raises:
-            ValueError: an argument that does not fit; a cache that is too small, or of another model or batch.
-            RuntimeError: the backend asked for cannot run here, with the reason. Nothing is written then.
+            ValueError: an argument that does not fit; a cache that is too small, or of another
+                model or batch.
+            RuntimeError: the backend asked for cannot run here, with the reason. Nothing is written
+                then.
         """
         choice = backend_of(backend)
         for name, x in (("q", q), ("k", k), ("v", v)):
             _check_tensor(name, x, 4)
-        for name, optional in (("linear_q", linear_q), ("linear_k", linear_k), ("lengths", lengths)):
+        for name, optional in (
+            ("linear_q", linear_q),
+            ("linear_k", linear_k),
+            ("lengths", lengths),
+        ):
             if optional is not None:
                 _check_tensor(name, optional)
         plain_q, plain_k = q if linear_q is None else linear_q, k if linear_k is None else linear_k
-        new = RoutedProblem(q, k, v, plain_q, plain_k, self._choices(q, route), self.experts, lengths)
+        new = RoutedProblem(
+            q, k, v, plain_q, plain_k, self._choices(q, route), self.experts, lengths
+        )
         self._check(new)
         able(choice, new if self.longest == 0 else replace(new, elsewhere=frozenset(self.states)))
         self._make_room(new)
-        weights = with_units(route) if isinstance(route, Tensor) and route.is_floating_point() else None
+        weights = (
+            with_units(route) if isinstance(route, Tensor) and route.is_floating_point() else None
+        )
         if weights is None and choice in (AUTO, TRITON) and self._fused(new):
             out = self._decode_fused(new)
         else:
@@ -186,9 +233,14 @@ class LayerCache:
         """
         if new.q.device.type == "cuda":
             self._assert_on_device(new)
-        extended = {i: extend(self.experts[i], new, state, self.longest == 0) for i, state in self.states.items()}
+        extended = {
+            i: extend(self.experts[i], new, state, self.longest == 0)
+            for i, state in self.states.items()
+        }
         dense = {i: out for i, (out, _) in extended.items() if out is not None}
-        late = self.ring and not _own_path(new, choice)  # a chunk may overwrite what its first queries see
+        late = self.ring and not _own_path(
+            new, choice
+        )  # a chunk may overwrite what its first queries see
         if not late:
             self._write(new)
         if weights is None:
@@ -218,20 +270,27 @@ class LayerCache:
 
         Any other that keeps a state by its own pass.
         """
-        from bayes_router.attention.kernels.triton.decode import GatedStep, decode_step  # only where it can be imported
+        from bayes_router.attention.kernels.triton.decode import (
+            GatedStep,
+            decode_step,
+        )  # only where it can be imported
 
         full, linear, local, gated = self._native
         expert = self.experts[gated] if gated >= 0 else None
         step = None
         if isinstance(expert, GatedLinearAttention):
-            step = GatedStep(gated, self.states[gated], expert.gate, expert.gate_bias, expert.log_scale)
+            step = GatedStep(
+                gated, self.states[gated], expert.gate, expert.gate_bias, expert.log_scale
+            )
         inputs = (new.q, new.k, new.v, new.plain_q, new.plain_k)
         q, k, v, plain_q, plain_k = (x if x.stride(3) == 1 else x.contiguous() for x in inputs)
         window = self.experts[local].shape.window if local >= 0 else 1
         with torch.cuda.device_of(q):
             out = decode_step(
-                q, k, v, plain_q, plain_k, self.keys, self.values, self.states.get(linear), new.route, self.lengths,
-                (full, linear, local), window, gated=step, num_experts=len(self.experts), slots=self.slots, ring=self.ring,
+                q, k, v, plain_q, plain_k, self.keys, self.values, self.states.get(linear),
+                new.route, self.lengths,
+                (full, linear, local), window, gated=step, num_experts=len(self.experts),
+                slots=self.slots, ring=self.ring,
             )  # fmt: skip
         for index, state in self.states.items():
             if index not in self._native:
@@ -251,10 +310,15 @@ class LayerCache:
         if not route.is_floating_point():
             return with_units(route)
         soft = with_units(route)
-        fits = soft.dim() == 4 and tuple(soft.shape) == (B, T, soft.shape[2], experts) and fits_units(soft.shape[2], H, Hkv)
+        fits = (
+            soft.dim() == 4
+            and tuple(soft.shape) == (B, T, soft.shape[2], experts)
+            and fits_units(soft.shape[2], H, Hkv)
+        )
         if not fits:
             raise ValueError(
-                f"route: expected [B, T, R] or [B, T, R, {experts}], R units of the heads (or neither R); "
+                f"route: expected [B, T, R] or [B, T, R, {experts}], R units of the heads (or "
+                f"neither R); "
                 f"got shape {tuple(route.shape)}"
             )
         return torch.zeros(soft.shape[:3], dtype=torch.int64, device=route.device)
@@ -263,10 +327,18 @@ class LayerCache:
         check_problem(new)
         q, k, like, shape = new.q, new.k, self._like, self.experts[0].shape
         got = (k.shape[0], q.shape[1], k.shape[1], k.shape[3], k.dtype, k.device)
-        expected = (like.shape[0], shape.num_heads, like.shape[1], like.shape[3], like.dtype, like.device)
+        expected = (
+            like.shape[0],
+            shape.num_heads,
+            like.shape[1],
+            like.shape[3],
+            like.dtype,
+            like.device,
+        )
         if got != expected:
             raise ValueError(
-                f"cache: built for (batch, heads, key heads, head_dim, dtype, device) = {expected}; got {got}; "
+                f"cache: built for (batch, heads, key heads, head_dim, dtype, device) = "
+                f"{expected}; got {got}; "
                 "build one for this model and batch with RoutedCache.build"
             )
 
@@ -281,7 +353,10 @@ class LayerCache:
         self.longest = int(self.lengths.max())
         needed = int((self.lengths + (added if new.lengths is None else new.lengths)).max())
         if needed > self.capacity:
-            raise ValueError(f"cache: capacity is {self.capacity} tokens, {needed} are needed; build it with capacity={needed}")
+            raise ValueError(
+                f"cache: capacity is {self.capacity} tokens, {needed} are needed; build it with "
+                f"capacity={needed}"
+            )
 
     def _assert_on_device(self, new: RoutedProblem) -> None:
         """What `_check` and `_make_room` do not read on CUDA.
@@ -290,7 +365,9 @@ class LayerCache:
         """
         fits = (new.route >= 0) & (new.route < len(self.experts))  # [B, T, R]
         real = new.real()
-        torch._assert_async((fits if real is None else fits | ~real[..., None]).all(), "route out of range")
+        torch._assert_async(
+            (fits if real is None else fits | ~real[..., None]).all(), "route out of range"
+        )
         after = self.lengths + (new.q.shape[2] if new.lengths is None else new.lengths)
         torch._assert_async((after <= self.capacity).all(), "the cache is full")
 
@@ -322,13 +399,17 @@ class LayerCache:
 
         Of each row what the ring holds, in order, then its new tokens, then what nothing sees.
         """
-        assert self.keys is not None and self.values is not None  # a ring is kept for local experts, which are rotary
+        assert (
+            self.keys is not None and self.values is not None
+        )  # a ring is kept for local experts, which are rotary
         T = new.q.shape[2]
         held = self.lengths.clamp_max(self.slots)[:, None]  # [B, 1]
         entry = torch.arange(self.slots + T, device=new.q.device)
         old = (self.lengths[:, None] - held + entry) % self.slots
         fresh = (self.slots + 1 + entry - held).clamp_max(self.slots + T)
-        place = torch.where(entry < held, old, fresh)[:, None, :, None]  # [B, 1, S + T, 1] among slots and new tokens
+        place = torch.where(entry < held, old, fresh)[
+            :, None, :, None
+        ]  # [B, 1, S + T, 1] among slots and new tokens
         k, v = (
             torch.cat(pair, 2).gather(2, place.expand(-1, pair[1].shape[1], -1, pair[1].shape[3]))
             for pair in ((self.keys, new.k), (self.values, new.v))
@@ -340,8 +421,14 @@ class LayerCache:
         if self.values is None:
             return
         T = new.q.shape[2]
-        pairs = [(x, y) for x, y in ((self.keys, new.k), (self.plain_keys, new.plain_k), (self.values, new.v)) if x is not None]
-        if self.longest == 0 and not self.ring and self.slots >= T:  # what padding writes is overwritten before it is seen
+        pairs = [
+            (x, y)
+            for x, y in ((self.keys, new.k), (self.plain_keys, new.plain_k), (self.values, new.v))
+            if x is not None
+        ]
+        if (
+            self.longest == 0 and not self.ring and self.slots >= T
+        ):  # what padding writes is overwritten before it is seen
             for store, x in pairs:
                 store[:, :, :T] = x
             return
@@ -360,7 +447,11 @@ def _step_kernel(expert: Expert) -> Kernel:
 
     It knows no other map or gate than the library's.
     """
-    return Kernel.NONE if isinstance(expert, GatedLinearAttention) and not expert.fixed_map else expert.kernel
+    return (
+        Kernel.NONE
+        if isinstance(expert, GatedLinearAttention) and not expert.fixed_map
+        else expert.kernel
+    )
 
 
 def _one_token(new: RoutedProblem) -> bool:
@@ -376,11 +467,19 @@ def _check_tensor(name: str, x: object, dims: int | None = None) -> None:
     if not isinstance(x, Tensor):
         raise ValueError(f"{name}: expected a tensor; got {type(x).__name__}")
     if dims is not None and x.dim() != dims:
-        raise ValueError(f"{name}: expected {dims} dimensions [B, H, T, Dh]; got shape {tuple(x.shape)}")
+        raise ValueError(
+            f"{name}: expected {dims} dimensions [B, H, T, Dh]; got shape {tuple(x.shape)}"
+        )
 
 
 def _describe(experts: Iterable[object]) -> str:
-    return "(" + ", ".join(f"{e.name} {tuple(e.shape)}" if isinstance(e, Expert) else repr(e) for e in experts) + ")"
+    return (
+        "("
+        + ", ".join(
+            f"{e.name} {tuple(e.shape)}" if isinstance(e, Expert) else repr(e) for e in experts
+        )
+        + ")"
+    )
 
 
 class RoutedCache:
@@ -417,7 +516,12 @@ class RoutedCache:
 
         `experts` are those of each layer.
         """
-        return cls([LayerCache(e, batch, capacity, num_kv_heads, device=device, dtype=dtype) for e in experts])
+        return cls(
+            [
+                LayerCache(e, batch, capacity, num_kv_heads, device=device, dtype=dtype)
+                for e in experts
+            ]
+        )
 
     def __len__(self) -> int:
         return len(self.layers)

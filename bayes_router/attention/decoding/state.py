@@ -12,17 +12,22 @@ from bayes_router.attention.experts.sums import SumExpert, advance
 from bayes_router.attention.hard.problem import RoutedProblem
 
 
-def extend(expert: Expert, new: RoutedProblem, state: Tensor, empty: bool) -> tuple[Tensor | None, Tensor]:
+def extend(
+    expert: Expert, new: RoutedProblem, state: Tensor, empty: bool
+) -> tuple[Tensor | None, Tensor]:
     """The output of every new token and the state after the real ones, of a stateful expert.
 
     On padding the output is zero.
 
-    No output where the state was `empty` and is known without one: any backend computes the pass over a first chunk. With
-    padding, an expert of the user's is taken row by row, which reads the lengths on the host; the others wait for nothing.
+    No output where the state was `empty` and is known without one: any backend computes the pass
+    over a first chunk. With padding, an expert of the user's is taken row by row, which reads the
+    lengths on the host; the others wait for nothing.
     """
     q, k, v = new.inputs(expert)
     real = new.real()
-    known = expert if isinstance(expert, SumExpert) and expert.kernel.sums else None  # a subclass may compute anything
+    known = (
+        expert if isinstance(expert, SumExpert) and expert.kernel.sums else None
+    )  # a subclass may compute anything
     if known is not None and empty:
         return None, advance(known, k, v, state, real)
     if real is None or q.shape[2] == 0:

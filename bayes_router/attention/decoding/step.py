@@ -2,8 +2,8 @@
 
 Only what a row sees is read.
 
-On CUDA `decode` does that; this is what serves the CPU, and CUDA where no kernel can: without Triton, in float64, for
-head sizes beyond 256, or with an expert of the user's that looks at keys.
+On CUDA `decode` does that; this is what serves the CPU, and CUDA where no kernel can: without
+Triton, in float64, for head sizes beyond 256, or with an expert of the user's that looks at keys.
 """
 
 import torch
@@ -19,8 +19,9 @@ def attend_one(held: RoutedProblem, slots: int, ring: bool) -> Tensor:
 
     Rows of experts `elsewhere` are zero.
 
-    The first `slots` slots of the store count; in a ring position p is in slot p mod slots. On CUDA, full and local experts
-    wait for nothing, but every slot is read; with any other expert the choices and lengths are read on the host.
+    The first `slots` slots of the store count; in a ring position p is in slot p mod slots. On
+    CUDA, full and local experts wait for nothing, but every slot is read; with any other expert the
+    choices and lengths are read on the host.
     """
     if held.q.device.type == "cuda" and all(expert.kernel.softmax for _, expert in held.computed()):
         return _masked(held, slots, ring)
@@ -52,7 +53,13 @@ WHOLE = slice(None), slice(None)
 
 
 def _fill(
-    out: Tensor, held: RoutedProblem, row: slice, heads: tuple[slice, slice], index: int, length: int, slots: int
+    out: Tensor,
+    held: RoutedProblem,
+    row: slice,
+    heads: tuple[slice, slice],
+    index: int,
+    length: int,
+    slots: int,
 ) -> None:
     """Write the output of one expert into rows that hold `length` keys.
 
@@ -62,7 +69,9 @@ def _fill(
         return
     expert = held.experts[index]
     reach = expert.reach(length) if expert.kernel.softmax else None
-    queries, key_heads = heads if reach is not None else WHOLE  # an expert of the user's knows all of its heads alone
+    queries, key_heads = (
+        heads if reach is not None else WHOLE
+    )  # an expert of the user's knows all of its heads alone
     first = 0 if reach is None else max(length - reach, 0)
     q, k, v = held.inputs(expert)
     k, v = (_stored(x[row, key_heads], first, length, slots) for x in (k, v))
@@ -78,7 +87,9 @@ def _stored(x: Tensor, first: int, stop: int, slots: int) -> Tensor:
     start, end = first % slots, (stop - 1) % slots + 1
     if stop - first >= slots:
         return x[:, :, :slots]
-    return x[:, :, start:end] if start < end else torch.cat([x[:, :, start:slots], x[:, :, :end]], 2)
+    return (
+        x[:, :, start:end] if start < end else torch.cat([x[:, :, start:slots], x[:, :, :end]], 2)
+    )
 
 
 def _softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -99,9 +110,13 @@ def _masked(held: RoutedProblem, slots: int, ring: bool) -> Tensor:
     age = age[:, None, None]  # [B, 1, 1, S]
     seen = torch.zeros_like(age, dtype=torch.bool)
     for index, expert in held.computed():
-        seen = seen | (held.chosen(index) & (age >= 0) & (age < (expert.reach(slots) or 0)))  # [B, H or 1, 1, S]
+        seen = seen | (
+            held.chosen(index) & (age >= 0) & (age < (expert.reach(slots) or 0))
+        )  # [B, H or 1, 1, S]
     computed = seen.any(-1, keepdim=True)
     mask = seen | ~computed  # a row that sees nothing would divide by zero
-    mask = mask if held.units == 1 else mask.squeeze(2).unflatten(1, (held.k.shape[1], -1))  # as queries are packed
+    mask = (
+        mask if held.units == 1 else mask.squeeze(2).unflatten(1, (held.k.shape[1], -1))
+    )  # as queries are packed
     out = _softmax(held.q, held.k[:, :, :slots], held.v[:, :, :slots], mask)
     return torch.where(computed, out, 0.0)

@@ -1,6 +1,7 @@
 """What an attention expert is, and the registry by which a configuration names one.
 
-All experts of a layer share queries, keys, values and the output projection; an expert owns only what is its own.
+All experts of a layer share queries, keys, values and the output projection; an expert owns only
+what is its own.
 """
 
 from collections.abc import Callable
@@ -42,15 +43,19 @@ class Kernel(Enum):
 class Expert(nn.Module):
     """A causal attention mechanism over shared queries, keys and values.
 
-    A subclass defines `forward` and is registered by `@register_expert("name")`. Class attributes describe it:
+    A subclass defines `forward` and is registered by `@register_expert("name")`. Class attributes
+    describe it:
 
     rotary: it takes queries and keys with rotary positions applied (else the plain ones).
-    stateful: it summarises its past in a state of constant size, and defines `init_state` and `extend_segment`. Otherwise
-        decoding calls `forward` with the new queries and all cached keys.
-    kernel: which of the library's kernels computes the same. It is not inherited: a class whose own body does not name one
-        has none, so that a subclass which computes something else is never computed by its parent's kernel.
+    stateful: it summarises its past in a state of constant size, and defines `init_state` and
+        `extend_segment`. Otherwise decoding calls `forward` with the new queries and all cached
+        keys.
+    kernel: which of the library's kernels computes the same. It is not inherited: a class whose own
+        body does not name one has none, so that a subclass which computes something else is never
+        computed by its parent's kernel.
 
-    `cost_ratio` is its cost relative to full attention in the paper's units, and `flops_per_token` its arithmetic.
+    `cost_ratio` is its cost relative to full attention in the paper's units, and `flops_per_token`
+    its arithmetic.
     """
 
     name: ClassVar[str] = ""
@@ -109,7 +114,8 @@ class Expert(nn.Module):
 
         Override it to offer a kernel of your own.
 
-        The dispatcher calls it for experts that its kernels do not compute; the default computes every row.
+        The dispatcher calls it for experts that its kernels do not compute; the default computes
+        every row.
         """
         out: Tensor = self(q, k, v)
         return out
@@ -138,7 +144,9 @@ class Expert(nn.Module):
             parts.append(out)
         return (torch.cat(parts, 2) if parts else torch.zeros_like(q)), state
 
-    def extend_segment(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def extend_segment(
+        self, q: Tensor, k: Tensor, v: Tensor, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """`extend` for at least one new token, and on a CPU for at most `SEGMENT`.
 
         What a stateful expert defines.
@@ -159,7 +167,10 @@ def register_expert(name: str) -> Callable[[type[Expert]], type[Expert]]:
     def register(cls: type[Expert]) -> type[Expert]:
         known = _REGISTRY.get(name)
         if known is not None and known.__qualname__ != cls.__qualname__:
-            raise ValueError(f"register_expert: {name!r} is already {known.__module__}.{known.__qualname__}; take another name")
+            raise ValueError(
+                f"register_expert: {name!r} is already {known.__module__}.{known.__qualname__}; "
+                f"take another name"
+            )
         cls.name = name
         _REGISTRY[name] = cls
         return cls

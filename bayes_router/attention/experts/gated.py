@@ -15,7 +15,8 @@ from bayes_router.attention.kernels.triton import operators
 from bayes_router.attention.shapes import ExpertShape, repeat_heads, unit_heads, widen
 
 ALL = slice(None)
-MOST_ROWS = 0.75  # share of the rows beyond which computing all of them is faster (CPU, T 1024 and 8192, H 8, Dh 64)
+# share of the rows beyond which computing all of them is faster (CPU, T 1024 and 8192, H 8, Dh 64)
+MOST_ROWS = 0.75
 
 
 @register_expert("gated")
@@ -24,9 +25,10 @@ class GatedLinearAttention(SumExpert):
 
     S_t = a_t S_{t-1} + phi(k_t) v_t^T, z_t = a_t z_{t-1} + phi(k_t).
 
-    The gate a_t = sigmoid(w_h . k_t + b_h) in (0, 1) is one number a head, as in Mamba-2 (Dao and Gu 2024, arXiv 2405.21060)
-    and, per channel, in Yang et al. 2023 (arXiv 2312.06635); here it reads the shared key. phi(x) = softmax(s_h x), a
-    sharper map than elu + 1. Half of the heads start with memories of about 8 to 64 tokens, half of 128 to 1024.
+    The gate a_t = sigmoid(w_h . k_t + b_h) in (0, 1) is one number a head, as in Mamba-2 (Dao and
+    Gu 2024, arXiv 2405.21060) and, per channel, in Yang et al. 2023 (arXiv 2312.06635); here it
+    reads the shared key. phi(x) = softmax(s_h x), a sharper map than elu + 1. Half of the heads
+    start with memories of about 8 to 64 tokens, half of 128 to 1024.
     """
 
     kernel = Kernel.GATED
@@ -46,7 +48,9 @@ class GatedLinearAttention(SumExpert):
 
     def log_gate(self, k: Tensor, heads: slice = ALL) -> Tensor:
         """The logarithms of the gates [B, H, T], of keys one a query head."""
-        return F.logsigmoid((widen(k) * self.gate[heads, None]).sum(-1) + self.gate_bias[heads, None])
+        return F.logsigmoid(
+            (widen(k) * self.gate[heads, None]).sum(-1) + self.gate_bias[heads, None]
+        )
 
     @property
     def fixed_map(self) -> bool:
@@ -93,14 +97,23 @@ class GatedLinearAttention(SumExpert):
 
         On a CPU the state takes the keys up to a unit's last row, and its chosen rows read it.
         """
-        own = self.kernel is Kernel.GATED and q.device.type == "cpu"  # elsewhere the host counts no rows
+        own = (
+            self.kernel is Kernel.GATED and q.device.type == "cpu"
+        )  # elsewhere the host counts no rows
         if not own or int(chosen.sum()) > MOST_ROWS * chosen.numel():
             return super().attend_rows(q, k, v, chosen.any(-1))
         units = unit_heads(chosen.shape[2], q.shape[1], k.shape[1])
         found = []
         for b, taken in enumerate(chosen):
             each = zip(units, taken.unbind(1), strict=True)
-            found.append(torch.cat([self._rows(q[b, h], k[b, kv], v[b, kv], of.nonzero()[:, 0], h) for (h, kv), of in each]))
+            found.append(
+                torch.cat(
+                    [
+                        self._rows(q[b, h], k[b, kv], v[b, kv], of.nonzero()[:, 0], h)
+                        for (h, kv), of in each
+                    ]
+                )
+            )
         return torch.stack(found)
 
     def _rows(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, heads: slice) -> Tensor:
@@ -120,9 +133,17 @@ class GatedLinearAttention(SumExpert):
 
     def init_state(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Zeros [B, H, Dh, Dh + 1]: S and, in the last column, z."""
-        return torch.zeros(*q.shape[:2], k.shape[3], v.shape[3] + 1, device=k.device, dtype=widen(v[:, :, :0]).dtype)
+        return torch.zeros(
+            *q.shape[:2],
+            k.shape[3],
+            v.shape[3] + 1,
+            device=k.device,
+            dtype=widen(v[:, :, :0]).dtype,
+        )
 
-    def extend_segment(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def extend_segment(
+        self, q: Tensor, k: Tensor, v: Tensor, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """See `Expert.extend_segment`."""
         k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
         phi_q, phi_k = self.feature(q), self.feature(k)

@@ -9,7 +9,12 @@ from torch import Tensor
 from bayes_router.attention.experts.contract import Kernel, register_expert
 from bayes_router.attention.experts.sums import SumExpert
 from bayes_router.attention.kernels import capability
-from bayes_router.attention.kernels.eager.chunks import causal_sum, feature_map, normalised, with_ones
+from bayes_router.attention.kernels.eager.chunks import (
+    causal_sum,
+    feature_map,
+    normalised,
+    with_ones,
+)
 from bayes_router.attention.kernels.triton import operators
 from bayes_router.attention.shapes import widen
 
@@ -20,9 +25,10 @@ class LinearAttention(SumExpert):
 
     phi = elu + 1.
 
-    Work and memory O(T): inside a chunk the masked product, between chunks the running state. Katharopoulos et al. 2020
-    (arXiv 2006.16236), eqs. 8-12. It takes plain queries and keys: phi of rotated ones no longer depends on their distance
-    alone. The state [B, Hkv, Dh, Dh + 1] is float32 and holds S and, in its last column, z.
+    Work and memory O(T): inside a chunk the masked product, between chunks the running state.
+    Katharopoulos et al. 2020 (arXiv 2006.16236), eqs. 8-12. It takes plain queries and keys: phi of
+    rotated ones no longer depends on their distance alone. The state [B, Hkv, Dh, Dh + 1] is
+    float32 and holds S and, in its last column, z.
     """
 
     kernel = Kernel.LINEAR
@@ -41,9 +47,17 @@ class LinearAttention(SumExpert):
 
     def init_state(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Zeros [B, Hkv, Dh, Dh + 1]."""
-        return torch.zeros(*k.shape[:2], k.shape[3], v.shape[3] + 1, device=k.device, dtype=widen(v[:, :, :0]).dtype)
+        return torch.zeros(
+            *k.shape[:2],
+            k.shape[3],
+            v.shape[3] + 1,
+            device=k.device,
+            dtype=widen(v[:, :, :0]).dtype,
+        )
 
-    def extend_segment(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def extend_segment(
+        self, q: Tensor, k: Tensor, v: Tensor, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """See `Expert.extend_segment`."""
         if q.shape[2] == 1:
             return _step(q, k, v, state)
@@ -63,7 +77,9 @@ class LinearAttention(SumExpert):
 
 def _step(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """One token: the state with its outer product added, then read."""
-    state = state + feature_map(widen(k)).transpose(-1, -2) * with_ones(widen(v))  # [B, Hkv, Dh, Dh + 1]
+    state = state + feature_map(widen(k)).transpose(-1, -2) * with_ones(
+        widen(v)
+    )  # [B, Hkv, Dh, Dh + 1]
     phi_q = feature_map(widen(q)).unflatten(1, (k.shape[1], -1)).squeeze(3)  # [B, Hkv, G, Dh]
     summed = phi_q @ state  # [B, Hkv, G, Dh + 1]
     return normalised(summed).flatten(1, 2).unsqueeze(2).to(v.dtype), state

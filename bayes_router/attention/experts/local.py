@@ -20,8 +20,9 @@ class LocalAttention(Expert):
 
     The query at position t sees the keys n <= t with t - n < W or n < sinks.
 
-    Banded: O(T (W + sinks)) work and O(T) memory for fixed W. Pretrained decoders park attention on their first tokens; a
-    window without these sinks costs them much more (Xiao et al. 2023, arXiv 2309.17453).
+    Banded: O(T (W + sinks)) work and O(T) memory for fixed W. Pretrained decoders park attention on
+    their first tokens; a window without these sinks costs them much more (Xiao et al. 2023, arXiv
+    2309.17453).
     """
 
     kernel = Kernel.LOCAL
@@ -30,7 +31,9 @@ class LocalAttention(Expert):
     def __init__(self, shape: ExpertShape):
         super().__init__(shape)
         if shape.window < 1:
-            raise ValueError(f"window: expected at least 1 (a token sees itself); got {shape.window}")
+            raise ValueError(
+                f"window: expected at least 1 (a token sees itself); got {shape.window}"
+            )
         if shape.sinks < 0:
             raise ValueError(f"sinks: expected 0 or more tokens; got {shape.sinks}")
 
@@ -41,7 +44,10 @@ class LocalAttention(Expert):
         past = k.shape[2] - q.shape[2]
         pieces = segments(q.shape[2], q.device)
         if len(pieces) > 1:
-            parts = [self._attend(q[:, :, a:b], k[:, :, : past + b], v[:, :, : past + b]) for a, b in pieces]
+            parts = [
+                self._attend(q[:, :, a:b], k[:, :, : past + b], v[:, :, : past + b])
+                for a, b in pieces
+            ]
             return torch.cat(parts, 2)
         return self._attend(q, k, v)
 

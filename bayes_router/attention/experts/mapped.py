@@ -14,7 +14,8 @@ class MappedGatedAttention(GatedLinearAttention):
 
     M_h [Dh, Dh] starts at the identity.
 
-    One map for queries and keys, in the manner of Zhang et al. 2024 (arXiv 2402.04347); the gate reads the key as it is.
+    One map for queries and keys, in the manner of Zhang et al. 2024 (arXiv 2402.04347); the gate
+    reads the key as it is.
     """
 
     kernel = Kernel.GATED

@@ -12,7 +12,13 @@ from bayes_router.attention.hard.rows import TORCH
 from bayes_router.attention.hard.short import SHORT
 from bayes_router.attention.hard.sorted import TRITON
 
-__all__ = ["AUTO", "BREAK_EVEN", "BreakEven", "REFERENCE", "choose_backend"]  # with this file the library's own are registered
+__all__ = [
+    "AUTO",
+    "BREAK_EVEN",
+    "BreakEven",
+    "REFERENCE",
+    "choose_backend",
+]  # with this file the library's own are registered
 
 
 class BreakEven(NamedTuple):
@@ -33,8 +39,9 @@ BREAK_EVEN = {  # by CUDA or not, and whether gradients are needed
 with torch 2.13; on CUDA an H100's (analysis/SPEED.md); with gradients there, nothing else was
 measured.
 
-No backend computes two experts for the time of one, so that a mixed route through a short text is slower than full attention
-alone. On that core, B1 H8 Dh64 W256, 10/60/30 full/linear/local, `auto` took, in times of full attention:
+No backend computes two experts for the time of one, so that a mixed route through a short text is
+slower than full attention alone. On that core, B1 H8 Dh64 W256, 10/60/30 full/linear/local, `auto`
+took, in times of full attention:
 
     T                   16    64   128   256   512  1024  2048
     forward            6.4   3.5   2.6   1.6   1.1  0.83  0.62

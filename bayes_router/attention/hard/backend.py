@@ -1,7 +1,7 @@
 """What a backend of hard routing is, and the registry by which a call names one.
 
-A backend computes a checked `RoutedProblem`, or says why it cannot. Each is one object in a file of its own beside this one;
-`hard.auto` imports those of the library and chooses among them.
+A backend computes a checked `RoutedProblem`, or says why it cannot. Each is one object in a file of
+its own beside this one; `hard.auto` imports those of the library and chooses among them.
 """
 
 from typing import Protocol, TypeVar, runtime_checkable
@@ -32,8 +32,9 @@ class Backend(Protocol):
     def attend(self, problem: RoutedProblem) -> Tensor:
         """[B, H, Tq, Dh] of a checked problem that it does not refuse.
 
-        Rows of padding and of experts `elsewhere` are zero. On CUDA, where nobody has read the routes, it asserts on the device
-        that those of real tokens are in range (`RoutedProblem.assert_route`).
+        Rows of padding and of experts `elsewhere` are zero. On CUDA, where nobody has read the
+        routes, it asserts on the device that those of real tokens are in range
+        (`RoutedProblem.assert_route`).
         """
         ...
 
@@ -50,11 +51,14 @@ def register_backend(backend: Registered) -> Registered:
         ValueError: the name is taken by another class.
     """
     if not isinstance(backend, Backend) or isinstance(backend, type):
-        raise TypeError(f"register_backend: expected an object with name, refuses and attend; got {backend!r}")
+        raise TypeError(
+            f"register_backend: expected an object with name, refuses and attend; got {backend!r}"
+        )
     known = _REGISTRY.get(backend.name)
     if known is not None and type(known).__qualname__ != type(backend).__qualname__:
         raise ValueError(
-            f"register_backend: {backend.name!r} is already a {type(known).__module__}.{type(known).__qualname__}; "
+            f"register_backend: {backend.name!r} is already a "
+            f"{type(known).__module__}.{type(known).__qualname__}; "
             "take another name"
         )
     _REGISTRY[backend.name] = backend
@@ -88,7 +92,9 @@ def able(backend: Backend, problem: RoutedProblem) -> Backend:
     """
     reason = backend.refuses(problem)
     if reason:
-        raise RuntimeError(f"backend {backend.name!r} cannot run here: {reason}; backend='auto' picks one that can")
+        raise RuntimeError(
+            f"backend {backend.name!r} cannot run here: {reason}; backend='auto' picks one that can"
+        )
     return backend
 
 

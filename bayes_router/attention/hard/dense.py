@@ -2,9 +2,10 @@
 
 The backend `dense`, which gathers nothing.
 
-In a short text on a CPU the time goes into the number of operators, and there it is the fastest: full and local attention are
-one call, with a mask where a window hides something, and linear attention is one masked product, quadratic as it is. An expert
-that no token took is not computed where the host may look (on a CPU).
+In a short text on a CPU the time goes into the number of operators, and there it is the fastest:
+full and local attention are one call, with a mask where a window hides something, and linear
+attention is one masked product, quadratic as it is. An expert that no token took is not computed
+where the host may look (on a CPU).
 """
 
 from collections.abc import Iterator
@@ -62,11 +63,15 @@ def _selected(problem: RoutedProblem) -> Tensor:
         if out is None and covered:  # its other rows are replaced by those that follow
             out = found
             continue
-        out = torch.where(problem.chosen(*indices), found, torch.zeros_like(q) if out is None else out)
+        out = torch.where(
+            problem.chosen(*indices), found, torch.zeros_like(q) if out is None else out
+        )
     return torch.zeros_like(q) if out is None else out
 
 
-def _outputs(problem: RoutedProblem, wanted: dict[int, Expert]) -> Iterator[tuple[list[int], Tensor]]:
+def _outputs(
+    problem: RoutedProblem, wanted: dict[int, Expert]
+) -> Iterator[tuple[list[int], Tensor]]:
     """Which experts, and their output over every token."""
     num_keys = problem.k.shape[2]
     short = problem.q.device.type == "cpu" and num_keys <= SHORT
@@ -77,7 +82,10 @@ def _outputs(problem: RoutedProblem, wanted: dict[int, Expert]) -> Iterator[tupl
     for index, expert in wanted.items():
         if index not in soft:
             inputs = problem.inputs(expert)
-            yield [index], _linear(*inputs) if short and expert.kernel is Kernel.LINEAR else expert(*inputs)
+            yield (
+                [index],
+                _linear(*inputs) if short and expert.kernel is Kernel.LINEAR else expert(*inputs),
+            )
 
 
 def _softmax(problem: RoutedProblem, reaches: dict[int, int]) -> Tensor:
@@ -89,7 +97,9 @@ def _softmax(problem: RoutedProblem, reaches: dict[int, int]) -> Tensor:
     inputs, grouped = (problem.q, problem.k, problem.v), Hkv != H
     if Tq == Tk and all(reach == Tk for reach in reaches.values()):
         return fused_attention(*inputs, is_causal=True, enable_gqa=grouped)
-    table = torch.tensor([reaches.get(index, Tk) for index in range(len(problem.experts))], dtype=torch.int32)
+    table = torch.tensor(
+        [reaches.get(index, Tk) for index in range(len(problem.experts))], dtype=torch.int32
+    )
     seen = _age(Tq, Tk) < by_head(table[problem.route], H)  # [B, H or 1, Tq, Tk]
     return fused_attention(*inputs, attn_mask=seen, enable_gqa=grouped)
 
@@ -105,5 +115,7 @@ def _age(num_queries: int, num_keys: int) -> Tensor:
 def _linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`LinearAttention` of every token by all its weights."""
     k, v = (repeat_heads(x, q.shape[1]) for x in (k, v))
-    weight = (feature_map(widen(q)) @ feature_map(widen(k)).transpose(-1, -2)).tril_(k.shape[2] - q.shape[2])
+    weight = (feature_map(widen(q)) @ feature_map(widen(k)).transpose(-1, -2)).tril_(
+        k.shape[2] - q.shape[2]
+    )
     return ((weight @ widen(v)) / (weight.sum(-1, keepdim=True) + EPSILON)).to(v.dtype)

@@ -44,44 +44,65 @@ def routed_attention(
     `out[b, h, t] = experts[route[b, t, r]](q, k, v)[b, h, t]` for the unit r of head h.
 
     Args:
-        q: [B, H, Tq, Dh]; query t of row b stands at position starts[b] + t and sees the keys up to there.
+        q: [B, H, Tq, Dh]; query t of row b stands at position starts[b] + t and sees the keys up to
+            there.
         k: [B, Hkv, Tk, Dh], Tk >= Tq, H a multiple of Hkv.
         v: as k.
-        route: int64 or int32 [B, Tq, R], indices into `experts`: a choice for each of R units of H / R neighbouring query
-            heads, R = 1, Hkv or H; [B, Tq] is one choice for all heads. Or one int for all tokens, which then costs what
-            that expert costs and no more, on any device.
-        window: W >= 1, visible keys of the local expert, self included; that of a built one, if there is one.
+        route: int64 or int32 [B, Tq, R], indices into `experts`: a choice for each of R units of H
+            / R neighbouring query heads, R = 1, Hkv or H; [B, Tq] is one choice for all heads. Or
+            one int for all tokens, which then costs what that expert costs and no more, on any
+            device.
+        window: W >= 1, visible keys of the local expert, self included; that of a built one, if
+            there is one.
         linear_q: queries for experts that take no rotary positions; default q.
         linear_k: keys for them; default k.
-        backend: the name of a backend (`auto`, `torch`, `dense`, `reference`, on CUDA also `triton` and `short`, or one
-            that `register_backend` has made known), or the object.
+        backend: the name of a backend (`auto`, `torch`, `dense`, `reference`, on CUDA also `triton`
+            and `short`, or one that `register_backend` has made known), or the object.
         lengths: [B] real queries of each row; the rest is right padding and comes out as zero.
-        starts: [B] position of each row's first query; default Tk - Tq. Keys after a row's last query are never seen.
-        experts: registered names or built experts. One without a `kernel` computes its own rows (`Expert.attend_rows`).
+        starts: [B] position of each row's first query; default Tk - Tq. Keys after a row's last
+            query are never seen.
+        experts: registered names or built experts. One without a `kernel` computes its own rows
+            (`Expert.attend_rows`).
 
     Returns:
         [B, H, Tq, Dh] in q's dtype.
 
     Raises:
-        ValueError: an argument that does not fit, named, with what was expected. On CUDA the values of route are not read
-            (that would synchronise): one out of range is a device-side assertion.
+        ValueError: an argument that does not fit, named, with what was expected. On CUDA the values
+            of route are not read (that would synchronise): one out of range is a device-side
+            assertion.
         TypeError: an argument of another kind, as a list for a tensor.
         RuntimeError: the backend asked for cannot run here, with the reason.
     """
     choice = backend_of(backend)
     four = isinstance(q, Tensor) and q.dim() == 4  # else `check_inputs` says so
-    shape = ExpertShape(q.shape[1], q.shape[3], check_window(window)) if four else ExpertShape(1, 1, check_window(window))
+    shape = (
+        ExpertShape(q.shape[1], q.shape[3], check_window(window))
+        if four
+        else ExpertShape(1, 1, check_window(window))
+    )
     if four:
         check_experts(experts, shape)
     built = tuple(e if e.kernel.plain else e.to(q.device) for e in resolve_experts(experts, shape))
     plain_q, plain_k = q if linear_q is None else linear_q, k if linear_k is None else linear_k
     if isinstance(route, bool) or not isinstance(route, (int, Tensor)):
-        raise TypeError(f"route: expected an int or a tensor int64 [B, T]; got {type(route).__name__}; use torch.tensor(route)")
+        raise TypeError(
+            f"route: expected an int or a tensor int64 [B, T]; got {type(route).__name__}; use "
+            f"torch.tensor(route)"
+        )
     whole = choice is AUTO and starts is None  # a route that all take needs no dispatch then
     if isinstance(route, Tensor):
-        problem = RoutedProblem(q, k, v, plain_q, plain_k, with_units(route), built, lengths, starts)
+        problem = RoutedProblem(
+            q, k, v, plain_q, plain_k, with_units(route), built, lengths, starts
+        )
         found = check_problem(problem)
-        only = 0 if len(built) == 1 else found[0] if found is not None and found[0] == found[1] else None
+        only = (
+            0
+            if len(built) == 1
+            else found[0]
+            if found is not None and found[0] == found[1]
+            else None
+        )
         if whole and only is not None:
             problem.assert_route()
             return _all_on(built[only], problem)
@@ -92,7 +113,9 @@ def routed_attention(
     check_inputs(problem)
     if whole:
         return _all_on(built[route], problem)
-    problem = replace(problem, route=torch.full((), route, device=q.device).expand(q.shape[0], q.shape[2], 1))
+    problem = replace(
+        problem, route=torch.full((), route, device=q.device).expand(q.shape[0], q.shape[2], 1)
+    )
     return run(choice, problem)
 
 

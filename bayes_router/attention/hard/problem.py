@@ -26,9 +26,11 @@ class RoutedProblem:
         v: [B, Hkv, Tk, Dh].
         plain_q: as q, for experts that take no rotary positions.
         plain_k: as k, likewise.
-        route: integer [B, Tq, R], indices into `experts`; each of the R units is H / R neighbouring query heads.
+        route: integer [B, Tq, R], indices into `experts`; each of the R units is H / R neighbouring
+            query heads.
         experts: the mechanisms of this layer.
-        lengths: [B] real queries of each row, the rest is right padding with output zero; None: all.
+        lengths: [B] real queries of each row, the rest is right padding with output zero; None:
+            all.
         starts: [B] position of the first query; None: Tk - Tq.
         elsewhere: indices of experts that the caller computes itself; their rows come out as zero.
     """
@@ -51,7 +53,10 @@ class RoutedProblem:
             return False
         inputs = (self.q, self.k, self.v, self.plain_q, self.plain_k)
         return any(x.requires_grad for x in inputs) or any(
-            p.requires_grad for expert in self.experts if not expert.kernel.plain for p in expert.parameters()
+            p.requires_grad
+            for expert in self.experts
+            if not expert.kernel.plain
+            for p in expert.parameters()
         )
 
     @property
@@ -68,7 +73,11 @@ class RoutedProblem:
 
     def computed(self) -> Iterator[tuple[int, Expert]]:
         """The experts that a backend has to compute, with their index."""
-        return ((index, expert) for index, expert in enumerate(self.experts) if index not in self.elsewhere)
+        return (
+            (index, expert)
+            for index, expert in enumerate(self.experts)
+            if index not in self.elsewhere
+        )
 
     def inputs(self, expert: Expert) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v as this expert takes them."""
@@ -159,18 +168,24 @@ def check_problem(problem: RoutedProblem) -> tuple[int, int] | None:
     q, route, heads = problem.q, problem.route, (problem.q.shape[1], problem.k.shape[1])
     if isinstance(route, Tensor) and route.dim() == 3 and not fits_units(route.shape[2], *heads):
         raise ValueError(
-            f"route: expected [B, T], or [B, T, R] with R units that cut {heads[0]} query and {heads[1]} key heads evenly; "
+            f"route: expected [B, T], or [B, T, R] with R units that cut {heads[0]} query and "
+            f"{heads[1]} key heads evenly; "
             f"got R = {route.shape[2]}"
         )
     units = route.shape[2:] if isinstance(route, Tensor) and route.dim() == 3 else (1,)
-    return _check_integers("route", route, (q.shape[0], q.shape[2], *units), q.device, len(problem.experts) - 1)
+    return _check_integers(
+        "route", route, (q.shape[0], q.shape[2], *units), q.device, len(problem.experts) - 1
+    )
 
 
 def check_inputs(problem: RoutedProblem) -> None:
     """`check_problem` of everything but the route."""
     q = problem.q
     check_attention_inputs(q, problem.k, problem.v)
-    for name, x, like in (("linear_q", problem.plain_q, q), ("linear_k", problem.plain_k, problem.k)):
+    for name, x, like in (
+        ("linear_q", problem.plain_q, q),
+        ("linear_k", problem.plain_k, problem.k),
+    ):
         if x is like:
             continue
         check_tensor(name, x)
@@ -182,15 +197,21 @@ def check_inputs(problem: RoutedProblem) -> None:
     if problem.lengths is not None:
         _check_integers("lengths", problem.lengths, (q.shape[0],), q.device, q.shape[2])
     if problem.starts is not None:
-        _check_integers("starts", problem.starts, (q.shape[0],), q.device, problem.k.shape[2] - q.shape[2])
+        _check_integers(
+            "starts", problem.starts, (q.shape[0],), q.device, problem.k.shape[2] - q.shape[2]
+        )
 
 
-def _check_integers(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device, most: int) -> tuple[int, int] | None:
+def _check_integers(
+    name: str, x: Tensor, shape: tuple[int, ...], device: torch.device, most: int
+) -> tuple[int, int] | None:
     check_tensor(name, x)
     if x.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{name}: expected int64 or int32; got {x.dtype}")
     if tuple(x.shape) != shape or x.device != device:
-        raise ValueError(f"{name}: expected shape {shape} on {device}; got {tuple(x.shape)} on {x.device}")
+        raise ValueError(
+            f"{name}: expected shape {shape} on {device}; got {tuple(x.shape)} on {x.device}"
+        )
     if x.device.type != "cpu" or not x.numel():
         return None
     low, high = (int(bound) for bound in x.aminmax())
@@ -202,7 +223,9 @@ def _check_integers(name: str, x: Tensor, shape: tuple[int, ...], device: torch.
 def check_window(window: object) -> int:
     """The window, if it is a whole number of keys."""
     if isinstance(window, bool) or not isinstance(window, Integral):  # an int, or numpy's
-        raise TypeError(f"window: expected an int of at least 1, keys seen with the token's own; got {window!r}")
+        raise TypeError(
+            f"window: expected an int of at least 1, keys seen with the token's own; got {window!r}"
+        )
     if window < 1:
         raise ValueError(f"window: expected at least 1 (a token sees itself); got {window}")
     return int(window)
@@ -217,23 +240,30 @@ def check_experts(experts: Sequence[object], shape: ExpertShape) -> None:
         if isinstance(expert, str):
             continue
         if not isinstance(expert, Expert):
-            raise TypeError(f"experts[{index}]: expected a registered name or an Expert; got {type(expert).__name__}")
+            raise TypeError(
+                f"experts[{index}]: expected a registered name or an Expert; got "
+                f"{type(expert).__name__}"
+            )
         who, own = f"experts[{index}] ({expert.name or type(expert).__name__})", expert.shape
         if own[:2] != shape[:2]:
             raise ValueError(
-                f"{who}: expected one built for {shape.num_heads} heads of {shape.head_dim}, as q has; "
+                f"{who}: expected one built for {shape.num_heads} heads of {shape.head_dim}, as q "
+                f"has; "
                 f"got {own.num_heads} of {own.head_dim}; build it with {shape}"
             )
         if isinstance(expert, LocalAttention) and own.window != shape.window:
             raise ValueError(
-                f"window: expected {own.window}, that of the built {who}; got {shape.window}; pass its window, or build it anew"
+                f"window: expected {own.window}, that of the built {who}; got {shape.window}; pass "
+                f"its window, or build it anew"
             )
 
 
 def check_tensor(name: str, x: object) -> None:
     """Raise a TypeError for anything but a tensor."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor; got {type(x).__name__}; make one with torch.tensor")
+        raise TypeError(
+            f"{name}: expected a tensor; got {type(x).__name__}; make one with torch.tensor"
+        )
 
 
 def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -244,14 +274,23 @@ def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x)
         if x.dim() != 4:
-            raise ValueError(f"{name}: expected 4 dimensions [B, H, T, Dh]; got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"{name}: expected 4 dimensions [B, H, T, Dh]; got shape {tuple(x.shape)}"
+            )
         if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name}: expected {q.dtype} on {q.device} like q; got {x.dtype} on {x.device}")
+            raise ValueError(
+                f"{name}: expected {q.dtype} on {q.device} like q; got {x.dtype} on {x.device}"
+            )
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
-        raise ValueError(f"k: expected batch {q.shape[0]} and head_dim {q.shape[3]} like q; got shape {tuple(k.shape)}")
+        raise ValueError(
+            f"k: expected batch {q.shape[0]} and head_dim {q.shape[3]} like q; got shape "
+            f"{tuple(k.shape)}"
+        )
     if v.shape != k.shape:
         raise ValueError(f"v: expected shape {tuple(k.shape)} like k; got {tuple(v.shape)}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"k: expected a number of heads that divides q's {q.shape[1]}; got {k.shape[1]}")
+        raise ValueError(
+            f"k: expected a number of heads that divides q's {q.shape[1]}; got {k.shape[1]}"
+        )
     if k.shape[2] < q.shape[2]:
         raise ValueError(f"k: expected at least q's {q.shape[2]} positions; got {k.shape[2]}")

@@ -24,7 +24,9 @@ def visible(num_queries: int, num_keys: int, window: int | None = None, sinks: i
     return (s <= t) & ((t - s < (window or num_keys + 1)) | (s < sinks))
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, sinks: int = 0) -> Tensor:
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, sinks: int = 0
+) -> Tensor:
     """softmax(q k^T / sqrt(Dh)) v over visible keys.
 
     q [B, H, Tq, Dh], k and v [B, Hkv, Tk, Dh] -> [B, H, Tq, Dh].
@@ -42,7 +44,9 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, epsilon: float = EPSILON) 
     """
     k, v = (repeat_heads(x, q.shape[1]).double() for x in (k, v))
     phi_q, phi_k = F.elu(q.double()) + 1, F.elu(k) + 1
-    weights = (phi_q @ phi_k.transpose(-1, -2)).masked_fill(~visible(q.shape[2], k.shape[2]).to(q.device), 0.0)
+    weights = (phi_q @ phi_k.transpose(-1, -2)).masked_fill(
+        ~visible(q.shape[2], k.shape[2]).to(q.device), 0.0
+    )
     return weights @ v / (weights.sum(-1, keepdim=True) + epsilon)
 
 

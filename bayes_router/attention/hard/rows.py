@@ -2,13 +2,13 @@
 
 Any device; made for the CPU.
 
-One sequence and routing unit at a time, q [H, Tq, Dh], k and v [Hkv, Tk, Dh] of the unit's heads, the queries the last Tq of
-Tk positions; `rows` are ascending indices of queries. Queries of a unit that share a key head are packed side by side, so that
-keys are never repeated. Nothing is T x T:
+One sequence and routing unit at a time, q [H, Tq, Dh], k and v [Hkv, Tk, Dh] of the unit's heads,
+the queries the last Tq of Tk positions; `rows` are ascending indices of queries. Queries of a unit
+that share a key head are packed side by side, so that keys are never repeated. Nothing is T x T:
 the widest mask is ROWS x T. It reads counts on the host, which synchronises on CUDA.
 
-For the backward pass only the inputs, the output, and softmax normalisers or segment states are kept; it takes the same tiles
-again one by one and adds to one gradient of each input.
+For the backward pass only the inputs, the output, and softmax normalisers or segment states are
+kept; it takes the same tiles again one by one and adds to one gradient of each input.
 """
 
 from collections.abc import Iterator
@@ -65,7 +65,9 @@ TORCH = register_backend(_Torch())
 
 
 def _attend(problem: RoutedProblem) -> Tensor:
-    if problem.needs_grad and any(x.requires_grad for x in (problem.q, problem.k, problem.v, problem.plain_q, problem.plain_k)):
+    if problem.needs_grad and any(
+        x.requires_grad for x in (problem.q, problem.k, problem.v, problem.plain_q, problem.plain_k)
+    ):
         plain_q = None if problem.plain_q is problem.q else problem.plain_q
         plain_k = None if problem.plain_k is problem.k else problem.plain_k
         out: Tensor = _Gathered.apply(problem, problem.q, problem.k, problem.v, plain_q, plain_k)
@@ -103,9 +105,13 @@ def _groups(one: RoutedProblem) -> Iterator[Gathering]:
     for index, expert in one.computed():
         if expert.kernel.plain:
             hides = expert.kernel is Kernel.LOCAL and expert.shape.window < one.k.shape[2]
-            kinds.setdefault((expert.kernel is Kernel.LINEAR, expert.shape if hides else None), []).append(index)
+            kinds.setdefault(
+                (expert.kernel is Kernel.LINEAR, expert.shape if hides else None), []
+            ).append(index)
     H, Hkv = one.q.shape[1], one.k.shape[1]
-    for (heads, key_heads), route in zip(unit_heads(one.units, H, Hkv), one.route[0].unbind(1), strict=True):
+    for (heads, key_heads), route in zip(
+        unit_heads(one.units, H, Hkv), one.route[0].unbind(1), strict=True
+    ):
         for (_, local), (index, *others) in kinds.items():
             chosen = route == index
             for other in others:
@@ -139,7 +145,9 @@ def _forward(problem: RoutedProblem, kept: list[list[Kept]] | None) -> Tensor:
                 for here, part in rows_linear.linear_rows(q, k, v, rows, notes):
                     mine_out.index_copy_(0, rows[here], part.to(out.dtype))
             else:
-                part, notes = softmax_rows(take(q, rows), k, v, rows + (k.shape[1] - q.shape[1]), local)
+                part, notes = softmax_rows(
+                    take(q, rows), k, v, rows + (k.shape[1] - q.shape[1]), local
+                )
                 mine_out.index_copy_(0, rows, part.transpose(0, 1))
             mine.append(Kept(group, notes))
         if kept is not None:
@@ -152,7 +160,13 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, problem: RoutedProblem, q: Tensor, k: Tensor, v: Tensor, plain_q: Tensor | None, plain_k: Tensor | None
+        ctx: Any,
+        problem: RoutedProblem,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plain_q: Tensor | None,
+        plain_k: Tensor | None,
     ) -> Tensor:
         kept: list[list[Kept]] = []
         out = _forward(problem, kept)
@@ -167,7 +181,12 @@ class _Gathered(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, plain_q, plain_k, out = ctx.saved_tensors
         problem = replace(
-            ctx.problem, q=q, k=k, v=v, plain_q=q if plain_q is None else plain_q, plain_k=k if plain_k is None else plain_k
+            ctx.problem,
+            q=q,
+            k=k,
+            v=v,
+            plain_q=q if plain_q is None else plain_q,
+            plain_k=k if plain_k is None else plain_k,
         )
         dq, dk, dv = (torch.zeros_like(x, dtype=widen(x[:0]).dtype) for x in (q, k, v))
         dplain_q = dq if plain_q is None else torch.zeros_like(plain_q, dtype=dq.dtype)

@@ -37,7 +37,9 @@ class _Short:
 
     def attend(self, problem: RoutedProblem) -> Tensor:
         """See `Backend.attend`."""
-        from bayes_router.attention.hard.short_launch import launch_short  # only where Triton can be imported
+        from bayes_router.attention.hard.short_launch import (
+            launch_short,
+        )  # only where Triton can be imported
 
         return launch_short(problem)
 

@@ -24,7 +24,9 @@ class _Sorted:
 
     def attend(self, problem: RoutedProblem) -> Tensor:
         """See `Backend.attend`."""
-        from bayes_router.attention.hard.sorted_launch import launch_sorted  # only where Triton can be imported
+        from bayes_router.attention.hard.sorted_launch import (
+            launch_sorted,
+        )  # only where Triton can be imported
 
         return launch_sorted(problem)
 

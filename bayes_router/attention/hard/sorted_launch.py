@@ -2,8 +2,8 @@
 
 Static shapes, no host synchronisation.
 
-The kernels compute the first full, the first local and the first linear, gated or mapped expert; any other computes its own
-rows (`Expert.attend_rows`).
+The kernels compute the first full, the first local and the first linear, gated or mapped expert;
+any other computes its own rows (`Expert.attend_rows`).
 """
 
 from typing import Any
@@ -22,13 +22,20 @@ from bayes_router.attention.kernels.triton.launch_forward import forward
 from bayes_router.attention.kernels.triton.plan import make_plan, make_work
 from bayes_router.attention.shapes import by_head
 
-PLACES = {Kernel.FULL: 0, Kernel.LINEAR: 1, Kernel.GATED: 1, Kernel.LOCAL: 2}  # in the order of `kernels.triton.plan`
+PLACES = {
+    Kernel.FULL: 0,
+    Kernel.LINEAR: 1,
+    Kernel.GATED: 1,
+    Kernel.LOCAL: 2,
+}  # in the order of `kernels.triton.plan`
 
 
 def launch_sorted(problem: RoutedProblem) -> Tensor:
     """[B, H, Tq, Dh] of a checked problem on CUDA."""
     native = native_experts(problem)
-    with torch.cuda.device_of(problem.q):  # kernels run on the current device, whatever their tensors are on
+    with torch.cuda.device_of(
+        problem.q
+    ):  # kernels run on the current device, whatever their tensors are on
         out = _attend_native(problem, native)[..., : problem.q.shape[3]]
     real = problem.real()
     for index, expert in problem.computed():
@@ -57,10 +64,13 @@ def _pad(x: Tensor, value: float = 0.0) -> Tensor:
     return packed(padded(x, value))
 
 
-def _inputs(problem: RoutedProblem, linear: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+def _inputs(
+    problem: RoutedProblem, linear: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """q, k, v, then queries and keys of the linear expert and its log gates, if it has any.
 
-    A gated expert gives features, padded with zeros; of plain queries and keys the feature map sends -inf to 0.
+    A gated expert gives features, padded with zeros; of plain queries and keys the feature map
+    sends -inf to 0.
     """
     q, k, v, plain_q, plain_k = problem.q, problem.k, problem.v, problem.plain_q, problem.plain_k
     rotated = _pad(q), _pad(k), _pad(v)
@@ -85,9 +95,24 @@ def _attend_native(problem: RoutedProblem, native: tuple[int, int, int]) -> Tens
     work = make_work(plan, units, q.shape[1] // units, k.shape[2], problem.starts, tile, programs)
     window, sinks = problem.experts[native[2]].shape[2:] if native[2] >= 0 else (1, 0)
     true_dim = problem.experts[0].shape.head_dim
-    covered = problem.lengths is None and all(index in native for index in range(len(problem.experts)))
+    covered = problem.lengths is None and all(
+        index in native for index in range(len(problem.experts))
+    )
     scale, start = LOG2_E / true_dim**0.5, k.shape[2] - q.shape[2]
-    call = Call(plan, work, native, window, sinks, scale, problem.starts, start, covered, sizes, programs, units)
+    call = Call(
+        plan,
+        work,
+        native,
+        window,
+        sinks,
+        scale,
+        problem.starts,
+        start,
+        covered,
+        sizes,
+        programs,
+        units,
+    )
     if not problem.needs_grad:
         return forward(call, *inputs)[0]
     out: Tensor = _RoutedAttention.apply(call, *inputs)
@@ -108,4 +133,6 @@ class _RoutedAttention(torch.autograd.Function):
         q, k, v, plain_q, plain_k, out, lse, decay, *state = ctx.saved_tensors
         dout = gradients[0] if gradients[0].stride(3) == 1 else gradients[0].contiguous()
         with torch.cuda.device_of(q):
-            return None, *backward(ctx.call, q, k, v, plain_q, plain_k, out, lse, decay, state, dout)
+            return None, *backward(
+                ctx.call, q, k, v, plain_q, plain_k, out, lse, decay, state, dout
+            )

@@ -29,7 +29,11 @@ def lacks(x: Tensor, most: int = HEAD_SIZE) -> str | None:
     if x.dtype not in TYPES:
         return f"it computes float32, bfloat16 and float16; these are {x.dtype}"
     most = min(most, HEAD_SIZE_FLOAT32) if x.dtype == torch.float32 else most
-    return f"it holds head sizes up to {most} in {x.dtype}; this is {x.shape[3]}" if x.shape[3] > most else None
+    return (
+        f"it holds head sizes up to {most} in {x.dtype}; this is {x.shape[3]}"
+        if x.shape[3] > most
+        else None
+    )
 
 
 def computes(*xs: Tensor) -> bool:

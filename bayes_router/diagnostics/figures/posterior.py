@@ -33,7 +33,9 @@ LABELS = {
 }
 
 
-def plot_simplex_density(concentration: Tensor, prior: Tensor, experts: Sequence[str], ax: Axes | None = None) -> Axes:
+def plot_simplex_density(
+    concentration: Tensor, prior: Tensor, experts: Sequence[str], ax: Axes | None = None
+) -> Axes:
     """Where the routes of many tokens lie.
 
     Draws of their posteriors as log density, draws of the prior as open circles.
@@ -44,20 +46,49 @@ def plot_simplex_density(concentration: Tensor, prior: Tensor, experts: Sequence
         experts: three names; ValueError for another number.
         ax: to draw on.
     """
-    require(len(experts) == 3, "experts", "three, for a triangle", tuple(experts), "use plot_load_by_layer")
+    require(
+        len(experts) == 3,
+        "experts",
+        "three, for a triangle",
+        tuple(experts),
+        "use plot_load_by_layer",
+    )
     ax = ax or plt.subplots(figsize=(4.6, 4))[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        draws = Dirichlet(concentration.detach().double().cpu(), validate_args=False).sample(torch.Size([4])).flatten(0, 1)
+        draws = (
+            Dirichlet(concentration.detach().double().cpu(), validate_args=False)
+            .sample(torch.Size([4]))
+            .flatten(0, 1)
+        )
     x, y = (draws.numpy() @ CORNERS).T
-    cells = ax.hexbin(x, y, gridsize=28, bins="log", cmap="cividis_r", mincnt=1, extent=(0, 1, 0, 0.9), linewidths=0.1)
+    cells = ax.hexbin(
+        x,
+        y,
+        gridsize=28,
+        bins="log",
+        cmap="cividis_r",
+        mincnt=1,
+        extent=(0, 1, 0, 0.9),
+        linewidths=0.1,
+    )
     ax.figure.colorbar(cells, ax=ax, label="draws of token posteriors", shrink=0.7)
     px, py = (prior[:250].double().cpu().numpy() @ CORNERS).T
     ax.scatter(
-        px, py, s=16, facecolors="none", edgecolors="#b0413e", linewidths=0.8, alpha=0.6, label="draws of the prior", zorder=3
+        px,
+        py,
+        s=16,
+        facecolors="none",
+        edgecolors="#b0413e",
+        linewidths=0.8,
+        alpha=0.6,
+        label="draws of the prior",
+        zorder=3,
     )
     ax.plot(*np.vstack([CORNERS, CORNERS[:1]]).T, color="0.3", linewidth=1)
-    for name, (cx, cy), place in zip(experts, CORNERS, (("center", "bottom"), ("right", "top"), ("left", "top")), strict=True):
+    for name, (cx, cy), place in zip(
+        experts, CORNERS, (("center", "bottom"), ("right", "top"), ("left", "top")), strict=True
+    ):
         ax.text(cx, cy + (0.03 if place[1] == "bottom" else -0.03), name, ha=place[0], va=place[1])
     ax.set(xlim=(-0.12, 1.12), ylim=(-0.12, 1.0), aspect="equal")
     ax.set_axis_off()
@@ -65,20 +96,40 @@ def plot_simplex_density(concentration: Tensor, prior: Tensor, experts: Sequence
     return ax
 
 
-def plot_load_by_layer(layers: pd.DataFrame, experts: Sequence[str], ax: Axes | None = None) -> Axes:
+def plot_load_by_layer(
+    layers: pd.DataFrame, experts: Sequence[str], ax: Axes | None = None
+) -> Axes:
     """Share of tokens on each expert in each layer, stacked and hatched.
 
     From `CollapseSummary.layers`.
     """
     ax = ax or plt.subplots(figsize=(5, 3))[1]
     left = np.zeros(len(layers))
-    for (name, colour), hatch in zip(expert_palette(list(experts)).items(), ("", "//", "..", "xx", "--"), strict=False):
+    for (name, colour), hatch in zip(
+        expert_palette(list(experts)).items(), ("", "//", "..", "xx", "--"), strict=False
+    ):
         share = layers[f"load {name}"].to_numpy()
-        ax.barh(layers.index.astype(str), share, left=left, color=colour, hatch=hatch, edgecolor="white", label=name)
+        ax.barh(
+            layers.index.astype(str),
+            share,
+            left=left,
+            color=colour,
+            hatch=hatch,
+            edgecolor="white",
+            label=name,
+        )
         for row, (start, width) in enumerate(zip(left, share, strict=True)):
             if width > 0.07:
                 box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}
-                ax.text(start + width / 2, row, f"{width:.0%}", ha="center", va="center", fontsize="small", bbox=box)
+                ax.text(
+                    start + width / 2,
+                    row,
+                    f"{width:.0%}",
+                    ha="center",
+                    va="center",
+                    fontsize="small",
+                    bbox=box,
+                )
         left += share
     ax.set(xlabel="share of tokens (HARD)", ylabel="layer", xlim=(0, 1))
     ax.invert_yaxis()
@@ -92,7 +143,12 @@ def plot_units(units: pd.DataFrame, column: str, label: str, ax: Axes | None = N
     Which heads look far, and which one token moves.
     """
     table = units.pivot(index="layer", columns="unit", values=column)
-    ax = ax or plt.subplots(figsize=(max(3.0, 0.35 * table.shape[1] + 1.5), max(2.5, 0.25 * table.shape[0] + 1)))[1]
+    ax = (
+        ax
+        or plt.subplots(
+            figsize=(max(3.0, 0.35 * table.shape[1] + 1.5), max(2.5, 0.25 * table.shape[0] + 1))
+        )[1]
+    )
     top = 1.0 if column.startswith("load ") else None
     image = ax.imshow(table.to_numpy(), aspect="auto", vmin=0, vmax=top, cmap="viridis")
     ax.set(xlabel="unit (key head or query head)", ylabel="layer")
@@ -102,7 +158,9 @@ def plot_units(units: pd.DataFrame, column: str, label: str, ax: Axes | None = N
     return ax
 
 
-def plot_by_position(positions: pd.DataFrame, measure: str = "entropy_of_mean", ax: Axes | None = None) -> Axes:
+def plot_by_position(
+    positions: pd.DataFrame, measure: str = "entropy_of_mean", ax: Axes | None = None
+) -> Axes:
     """A measure by position in the window, a line a layer, in about 64 bins.
 
     From `UncertaintySummary.positions`.
@@ -113,13 +171,28 @@ def plot_by_position(positions: pd.DataFrame, measure: str = "entropy_of_mean", 
         line = part.groupby(part["position"] // width)[measure].mean()
         index = int(str(layer))
         style, colour = STYLES[index % len(STYLES)], PALETTE[index % len(PALETTE)]
-        ax.plot(line.index * width + (width - 1) / 2, line, style, color=colour, label=f"layer {layer}", linewidth=1.6)
-    ax.set(xlabel="position in the window (tokens)", ylabel=LABELS.get(measure, measure), ylim=(0, None))
-    ax.legend(frameon=False, ncols=4, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        ax.plot(
+            line.index * width + (width - 1) / 2,
+            line,
+            style,
+            color=colour,
+            label=f"layer {layer}",
+            linewidth=1.6,
+        )
+    ax.set(
+        xlabel="position in the window (tokens)",
+        ylabel=LABELS.get(measure, measure),
+        ylim=(0, None),
+    )
+    ax.legend(
+        frameon=False, ncols=4, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0)
+    )
     return ax
 
 
-def plot_by_kind(kinds: pd.DataFrame, measure: str = "entropy_of_mean", ax: Axes | None = None) -> Axes:
+def plot_by_kind(
+    kinds: pd.DataFrame, measure: str = "entropy_of_mean", ax: Axes | None = None
+) -> Axes:
     """A measure by kind of token, a marker a layer, the most frequent kind first.
 
     From `UncertaintySummary.kinds_frame`.
@@ -131,17 +204,23 @@ def plot_by_kind(kinds: pd.DataFrame, measure: str = "entropy_of_mean", ax: Axes
         index = int(str(layer))
         colour, marker = PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
         rows = part["kind"].map(order) + (index - (kinds["layer"].max()) / 2) * 0.12
-        ax.scatter(part[measure], rows, color=colour, marker=marker, s=34, label=f"layer {layer}", zorder=3)
+        ax.scatter(
+            part[measure], rows, color=colour, marker=marker, s=34, label=f"layer {layer}", zorder=3
+        )
     labels = [f"{row.kind} ({row.share:.1%})" for row in shares.itertuples()]
     ax.set_yticks(range(len(order)), labels)
     ax.grid(axis="y", color="0.9")
     ax.set(xlabel=LABELS.get(measure, measure), ylabel="kind of token (share)", xlim=(0, None))
     ax.invert_yaxis()
-    ax.legend(frameon=False, fontsize="small", ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    ax.legend(
+        frameon=False, fontsize="small", ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0)
+    )
     return ax
 
 
-def plot_reliability(before: pd.DataFrame, after: pd.DataFrame | None = None, ax: Axes | None = None) -> Axes:
+def plot_reliability(
+    before: pd.DataFrame, after: pd.DataFrame | None = None, ax: Axes | None = None
+) -> Axes:
     """Observed against stated probability (`reliability`), two standard errors as bars.
 
     On the diagonal is calibrated.
@@ -170,13 +249,18 @@ def plot_reliability(before: pd.DataFrame, after: pd.DataFrame | None = None, ax
                 textcoords="offset points",
                 fontsize=7,
             )
-    ax.set(xlabel="stated probability that the choice is right", ylabel="observed share (numbers: choices)")
+    ax.set(
+        xlabel="stated probability that the choice is right",
+        ylabel="observed share (numbers: choices)",
+    )
     ax.set(xlim=(0, 1.03), ylim=(0, 1.03), aspect="equal")
     ax.legend(frameon=False, loc="upper left", fontsize="small")
     return ax
 
 
-def plot_collapse_over_training(training: pd.DataFrame, measure: str = "effective_experts", ax: Axes | None = None) -> Axes:
+def plot_collapse_over_training(
+    training: pd.DataFrame, measure: str = "effective_experts", ax: Axes | None = None
+) -> Axes:
     """A figure of `collapse_over_training` by step, a line a layer.
 
     Filled where a warning of a collapse was raised.
@@ -185,14 +269,29 @@ def plot_collapse_over_training(training: pd.DataFrame, measure: str = "effectiv
     for layer, part in training.groupby("layer"):
         index = int(str(layer))
         colour, marker = PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
-        ax.plot(part["step"], part[measure], STYLES[index % len(STYLES)], color=colour, label=f"layer {layer}")
+        ax.plot(
+            part["step"],
+            part[measure],
+            STYLES[index % len(STYLES)],
+            color=colour,
+            label=f"layer {layer}",
+        )
         warned = part["collapse"].str.contains("collapse")
         ax.scatter(
-            part["step"][~warned], part[measure][~warned], marker=marker, facecolors="white", edgecolors=colour, zorder=3
+            part["step"][~warned],
+            part[measure][~warned],
+            marker=marker,
+            facecolors="white",
+            edgecolors=colour,
+            zorder=3,
         )
-        ax.scatter(part["step"][warned], part[measure][warned], marker=marker, color=colour, zorder=3)
+        ax.scatter(
+            part["step"][warned], part[measure][warned], marker=marker, color=colour, zorder=3
+        )
     ax.set(xlabel="step", ylabel=LABELS.get(measure, measure))
-    ax.legend(frameon=False, ncols=4, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    ax.legend(
+        frameon=False, ncols=4, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0)
+    )
     return ax
 
 
@@ -204,11 +303,17 @@ def plot_k_hat(k_hat: pd.DataFrame, threshold: float | None = None, ax: Axes | N
     threshold = k_hat_limit(int(k_hat["draws"].min())) if threshold is None else threshold
     ax = ax or plt.subplots(figsize=(5, 3.2))[1]
     joint = k_hat[k_hat["target"] == "joint"]
-    ax.axhline(threshold, color="0.5", linestyle="--", linewidth=1, label=f"threshold {threshold:.2g}")
-    ax.scatter(joint["length"], joint["k_hat"], color=PALETTE[0], s=22, label="a sequence", zorder=3)
+    ax.axhline(
+        threshold, color="0.5", linestyle="--", linewidth=1, label=f"threshold {threshold:.2g}"
+    )
+    ax.scatter(
+        joint["length"], joint["k_hat"], color=PALETTE[0], s=22, label="a sequence", zorder=3
+    )
     ax.plot(joint.groupby("length")["k_hat"].median(), color=PALETTE[1], label="median")
     ax.set_xscale("log", base=2)
-    ax.set_xticks(sorted(joint["length"].unique()), [str(n) for n in sorted(joint["length"].unique())])
+    ax.set_xticks(
+        sorted(joint["length"].unique()), [str(n) for n in sorted(joint["length"].unique())]
+    )
     ax.set(xlabel="prefix (tokens)", ylabel="Pareto k-hat, exact joint")
     ax.legend(frameon=False, fontsize="small")
     return ax
@@ -244,7 +349,14 @@ def plot_other_text(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     for (column, label, marker), colour in zip(drawn, PALETTE, strict=False):
         ax.scatter(table[column], rows, color=colour, marker=marker, s=46, label=label, zorder=3)
     ax.set_yticks(rows, table["text"])
-    ax.set(xlabel="AUROC against held-out text (0.5: chance)", ylabel="text", xlim=(-0.03, 1.03), ylim=(-0.5, len(table) - 0.5))
+    ax.set(
+        xlabel="AUROC against held-out text (0.5: chance)",
+        ylabel="text",
+        xlim=(-0.03, 1.03),
+        ylim=(-0.5, len(table) - 0.5),
+    )
     ax.grid(axis="y", color="0.9")
-    ax.legend(frameon=False, fontsize="small", ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    ax.legend(
+        frameon=False, fontsize="small", ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0)
+    )
     return ax

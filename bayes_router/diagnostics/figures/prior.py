@@ -50,20 +50,28 @@ def plot_simplex(draws: Tensor, experts: Sequence[str], ax: Axes | None = None) 
     ax.plot(*corners[[0, 1, 2, 0]].T, color="0.6", linewidth=1)
     ax.scatter(points[:, 0], points[:, 1], s=5, alpha=0.25, color=PALETTE[0], linewidth=0)
     for name, (x, y), below in zip(names, corners, (False, True, True), strict=True):
-        ax.annotate(name, (x, y + (-0.06 if below else 0.05)), ha="center", va="top" if below else "bottom")
+        ax.annotate(
+            name, (x, y + (-0.06 if below else 0.05)), ha="center", va="top" if below else "bottom"
+        )
     ax.set(aspect="equal", xlim=(-0.2, 1.2), ylim=(-0.3, 1.15))
     ax.set_axis_off()
     return ax
 
 
-def plot_implied(values: Tensor, label: str, ax: Axes | None = None, target: float | None = None) -> Axes:
+def plot_implied(
+    values: Tensor, label: str, ax: Axes | None = None, target: float | None = None
+) -> Axes:
     """Histogram of what each draw implies ([N]), its mean, and the target if there is one."""
     ax = ax or plt.subplots(figsize=(4, 3))[1]
     array: npt.NDArray[np.float64] = values.double().numpy()
-    ax.hist(array, bins=50, weights=np.full(len(array), 100 / len(array)), color=PALETTE[2], linewidth=0)
+    ax.hist(
+        array, bins=50, weights=np.full(len(array), 100 / len(array)), color=PALETTE[2], linewidth=0
+    )
     ax.axvline(array.mean(), color=PALETTE[0], label=f"mean {array.mean():.3f}")
     if target is not None:
-        ax.axvline(target, color=PALETTE[1], linestyle=":", linewidth=3, label=f"target {target:.3f}")
+        ax.axvline(
+            target, color=PALETTE[1], linestyle=":", linewidth=3, label=f"target {target:.3f}"
+        )
     ax.set(xlabel=label, ylabel="draws (%)")
     ax.legend(frameon=False)
     return ax
@@ -84,8 +92,15 @@ def draw_prior(
     with sns.axes_style("ticks"), sns.plotting_context("notebook"):
         figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
         plot_simplex(draws, experts, axes[0])
-        plot_implied(draws @ cost_ratio.to(draws), "attention cost of a draw (full = 1)", axes[1], target_cost)
-        plot_implied(categorical_entropy(draws), "entropy of a draw (nats)", axes[2], target_entropy)
+        plot_implied(
+            draws @ cost_ratio.to(draws),
+            "attention cost of a draw (full = 1)",
+            axes[1],
+            target_cost,
+        )
+        plot_implied(
+            categorical_entropy(draws), "entropy of a draw (nats)", axes[2], target_entropy
+        )
         sns.despine(figure)
     return _write(figure, path)
 
@@ -95,18 +110,24 @@ def plot_sweep(frame: pd.DataFrame, knob: str, quantity: str, ax: Axes | None = 
 
     Mean over seeds, bars of one standard error.
 
-    `quantity` is "posterior_cost" (with the executed and the prior's cost beside it), "nll" (executed and mean) or
-    "route_information".
+    `quantity` is "posterior_cost" (with the executed and the prior's cost beside it), "nll"
+    (executed and mean) or "route_information".
     """
     ax = ax or plt.subplots(figsize=(4, 3))[1]
     lines = {
-        "posterior_cost": {"posterior": "posterior_cost", "executed": "executed_cost", "prior": "prior_cost"},
+        "posterior_cost": {
+            "posterior": "posterior_cost",
+            "executed": "executed_cost",
+            "prior": "prior_cost",
+        },
         "nll": {"HARD": "nll_hard", "MEAN": "nll_mean"},
         "route_information": {"": "route_information"},
     }
     require(quantity in lines, "quantity", f"one of {', '.join(lines)}", quantity)
     grouped = frame.groupby(knob)
-    for (label, column), colour, style in zip(lines[quantity].items(), PALETTE, ("o-", "s--", "^:"), strict=False):
+    for (label, column), colour, style in zip(
+        lines[quantity].items(), PALETTE, ("o-", "s--", "^:"), strict=False
+    ):
         mean, error = grouped[column].mean(), grouped[column].sem().fillna(0.0)
         ax.errorbar(mean.index, mean, error, fmt=style, color=colour, capsize=3, label=label)
     ax.set(xscale="log", xlabel=LABELS.get(knob, knob), ylabel=LABELS[quantity])
@@ -124,7 +145,13 @@ def draw_sweep(frame: pd.DataFrame, centre: dict[str, float], path: Path) -> Pat
     with sns.axes_style("ticks"), sns.plotting_context("notebook"):
         size = (4.2 * len(centre), 3.2 * len(quantities))
         figure, axes = plt.subplots(
-            len(quantities), len(centre), figsize=size, layout="constrained", squeeze=False, sharex="col", sharey="row"
+            len(quantities),
+            len(centre),
+            figsize=size,
+            layout="constrained",
+            squeeze=False,
+            sharex="col",
+            sharey="row",
         )
         for column, knob in enumerate(centre):
             others = [name for name in centre if name != knob]

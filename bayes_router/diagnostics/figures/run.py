@@ -10,7 +10,9 @@ from pathlib import Path
 import matplotlib
 
 if "MPLBACKEND" not in os.environ and "matplotlib.pyplot" not in sys.modules:
-    matplotlib.use("Agg", force=False)  # a command needs no window; a notebook or a user that chose a backend keeps it
+    matplotlib.use(
+        "Agg", force=False
+    )  # a command needs no window; a notebook or a user that chose a backend keeps it
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
@@ -19,7 +21,13 @@ from matplotlib.axes import Axes
 from bayes_router.config import load_config
 from bayes_router.files import CONFIG, METRICS, require_file
 
-PALETTE = ("#0b3c5d", "#e08e2b", "#4fae8f", "#9c4f96", "#c9c14a")  # dark blue, orange, green, purple, yellow
+PALETTE = (
+    "#0b3c5d",
+    "#e08e2b",
+    "#4fae8f",
+    "#9c4f96",
+    "#c9c14a",
+)  # dark blue, orange, green, purple, yellow
 
 
 def expert_palette(experts: list[str]) -> dict[str, str]:
@@ -47,13 +55,21 @@ def plot_losses(metrics: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def plot_load(metrics: pd.DataFrame, experts: list[str], layer: int, ax: Axes | None = None) -> Axes:
+def plot_load(
+    metrics: pd.DataFrame, experts: list[str], layer: int, ax: Axes | None = None
+) -> Axes:
     """Share of held-out tokens on each expert of a layer over steps (HARD), stacked."""
     ax = ax or plt.subplots(figsize=(4, 3))[1]
     held_out = metrics.dropna(subset=["valid_nll_hard"])
     shares = [held_out[f"load_{layer}_{name}"] for name in experts]
     colours = expert_palette(experts)
-    ax.stackplot(held_out["step"], shares, labels=experts, colors=[colours[name] for name in experts], edgecolor="white")
+    ax.stackplot(
+        held_out["step"],
+        shares,
+        labels=experts,
+        colors=[colours[name] for name in experts],
+        edgecolor="white",
+    )
     ax.set(xlabel="step", ylabel="share of tokens", title=f"layer {layer}", ylim=(0, 1))
     return ax
 
@@ -63,9 +79,18 @@ def plot_cost(metrics: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax = ax or plt.subplots(figsize=(5, 4))[1]
     held_out = metrics.dropna(subset=["valid_nll_hard"])
     ax.plot(held_out["cost_paper"], held_out["valid_nll_hard"], color="0.6", linewidth=1, zorder=1)
-    points = ax.scatter(held_out["cost_paper"], held_out["valid_nll_hard"], c=held_out["step"], cmap="viridis", zorder=2)
+    points = ax.scatter(
+        held_out["cost_paper"],
+        held_out["valid_nll_hard"],
+        c=held_out["step"],
+        cmap="viridis",
+        zorder=2,
+    )
     ax.figure.colorbar(points, ax=ax, label="step")
-    ax.set(xlabel="attention cost executed (full = 1, paper's ratios)", ylabel="held-out nll, HARD (nats per token)")
+    ax.set(
+        xlabel="attention cost executed (full = 1, paper's ratios)",
+        ylabel="held-out nll, HARD (nats per token)",
+    )
     return ax
 
 
@@ -76,17 +101,29 @@ def draw_run(run: Path) -> list[Path]:
     folder = run / "figures"
     folder.mkdir(exist_ok=True)
     with sns.axes_style("ticks"), sns.plotting_context("notebook"):
-        paths = [_save(plot_losses(metrics), folder / "losses.png"), _save(plot_cost(metrics), folder / "cost_nll.png")]
+        paths = [
+            _save(plot_losses(metrics), folder / "losses.png"),
+            _save(plot_cost(metrics), folder / "cost_nll.png"),
+        ]
         columns = min(4, model.num_layers)
         rows = -(-model.num_layers // columns)
-        figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 2.6 * rows), squeeze=False, sharey=True)
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(3 * columns, 2.6 * rows), squeeze=False, sharey=True
+        )
         for layer, ax in enumerate(axes.flat):
             if layer < model.num_layers:
                 plot_load(metrics, list(model.experts), layer, ax)
             else:
                 ax.set_axis_off()
         handles, labels = axes.flat[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="upper center", ncol=len(labels), frameon=False, bbox_to_anchor=(0.5, 1.08))
+        figure.legend(
+            handles,
+            labels,
+            loc="upper center",
+            ncol=len(labels),
+            frameon=False,
+            bbox_to_anchor=(0.5, 1.08),
+        )
         paths.append(_save(axes.flat[0], folder / "load.png"))
     return paths
 

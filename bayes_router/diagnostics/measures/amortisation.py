@@ -67,8 +67,9 @@ def amortisation_gap(
 
     The fit starts from the controller's.
 
-    The own fit sees the targets, the controller does not: the gap holds what amortisation loses and also what hindsight
-    gains. It starts from the controller's concentrations along the MEAN path and moves log(expm1(concentration - floor)).
+    The own fit sees the targets, the controller does not: the gap holds what amortisation loses and
+    also what hindsight gains. It starts from the controller's concentrations along the MEAN path
+    and moves log(expm1(concentration - floor)).
 
     Args:
         program: the generative program.
@@ -90,14 +91,21 @@ def amortisation_gap(
         after = _bound(program, lambda layer, hidden: own[layer], tokens, targets, draws, seed + 1)
     controller, fitted = (-(nll + kl_weight * kl) for nll, kl in (before, after))
     error = float((fitted - controller).std() / draws**0.5) if draws > 1 else float("nan")
-    means = (float(x.mean()) for x in (controller, fitted, before[0], after[0], before[1], after[1]))
+    means = (
+        float(x.mean()) for x in (controller, fitted, before[0], after[0], before[1], after[1])
+    )
     return AmortisationGap(kl_weight, error, *means)
 
 
 def _floor(guide: RoutingGuide) -> float:
     """The least concentration that the controller answers with."""
     controller = guide.controller
-    require(isinstance(controller, MetaController), "guide", "a MetaController inside", type(controller).__name__)
+    require(
+        isinstance(controller, MetaController),
+        "guide",
+        "a MetaController inside",
+        type(controller).__name__,
+    )
     assert isinstance(controller, MetaController)
     return controller.floor
 
@@ -105,7 +113,9 @@ def _floor(guide: RoutingGuide) -> float:
 def _controlled(guide: RoutingGuide) -> Route:
 
     def route(layer: int, hidden: Tensor) -> Tensor:
-        return with_unit(guide.controller.posterior(layer, hidden).concentration, guide.model.num_units)
+        return with_unit(
+            guide.controller.posterior(layer, hidden).concentration, guide.model.num_units
+        )
 
     return route
 
@@ -124,7 +134,9 @@ def _mean_path(program: RoutingModel, guide: RoutingGuide, tokens: Tensor) -> li
     found: list[Tensor] = []
 
     def route(layer: int, hidden: Tensor) -> Tensor:
-        found.append(with_unit(guide.controller.posterior(layer, hidden).concentration, program.num_units))
+        found.append(
+            with_unit(guide.controller.posterior(layer, hidden).concentration, program.num_units)
+        )
         return to_network(posterior_mean(found[-1]), program.num_units)
 
     program.network(tokens, route)
@@ -150,7 +162,12 @@ def _fit(
         def route(layer: int, hidden: Tensor, q: list[Dirichlet] = q) -> Tensor:
             return _executed(program, q[layer].rsample())
 
-        kl = torch.stack([kl_to_prior(program, layer, d.concentration).sum(-1).mean() for layer, d in enumerate(q)]).sum()
+        kl = torch.stack(
+            [
+                kl_to_prior(program, layer, d.concentration).sum(-1).mean()
+                for layer, d in enumerate(q)
+            ]
+        ).sum()
         loss = token_nll(program.network(tokens, route), targets).mean() + kl_weight * kl
         for parameter, gradient in zip(raw, torch.autograd.grad(loss, raw), strict=True):
             parameter.grad = gradient.nan_to_num(0.0, 0.0, 0.0)
@@ -160,7 +177,12 @@ def _fit(
 
 @torch.no_grad()
 def _bound(
-    program: RoutingModel, concentration: Route, tokens: Tensor, targets: Tensor, draws: int, seed: int
+    program: RoutingModel,
+    concentration: Route,
+    tokens: Tensor,
+    targets: Tensor,
+    draws: int,
+    seed: int,
 ) -> tuple[Tensor, Tensor]:
     """Nll and KL per token of each draw, [S]."""
     nlls, kls = [], []
@@ -184,17 +206,26 @@ def gap_verdict(gap: AmortisationGap, thresholds: FitThresholds | None = None) -
     t = thresholds or FitThresholds()
     good, literal = gap.gap <= t.gap, gap.kl_weight == 1
     bound = "the ELBO" if literal else f"the objective of training (KL weight {gap.kl_weight:g})"
-    from_nll, from_kl = gap.nll_controller - gap.nll_own, gap.kl_weight * (gap.kl_controller - gap.kl_own)
+    from_nll, from_kl = (
+        gap.nll_controller - gap.nll_own,
+        gap.kl_weight * (gap.kl_controller - gap.kl_own),
+    )
     advice = (
-        "a schedule.kl_weight nearer 1, if the ELBO is what counts: the guide was fitted to another weight."
+        "a schedule.kl_weight nearer 1, if the ELBO is what counts: the guide was fitted to "
+        "another weight."
         if literal and from_kl > from_nll
-        else "a wider controller (model.controller_hidden) or longer training; what hindsight gains cannot be had."
+        else (
+            "a wider controller (model.controller_hidden) or longer training; what hindsight "
+            "gains cannot be had."
+        )
     )
     return Verdict(
         "amortisation",
         Severity.GOOD if good else Severity.NOTE,
-        f"concentrations fitted to each sequence, its targets seen, gain {gap.gap:.3f} +- {gap.standard_error:.3f} nats per "
-        f"token of {bound} over the controller's: {from_nll:+.3f} by the nll, {from_kl:+.3f} by the KL (threshold {t.gap:g}).",
+        f"concentrations fitted to each sequence, its targets seen, gain {gap.gap:.3f} +- "
+        f"{gap.standard_error:.3f} nats per "
+        f"token of {bound} over the controller's: {from_nll:+.3f} by the nll, {from_kl:+.3f} by "
+        f"the KL (threshold {t.gap:g}).",
         "" if good else advice,
     )
 
@@ -214,10 +245,12 @@ def nuts_comparison(
 
     On a model small enough for sampling.
 
-    NUTS samples the program as it is, the exact joint; wrap it by `tempered` for what a KL weight pursues.
+    NUTS samples the program as it is, the exact joint; wrap it by `tempered` for what a KL weight
+    pursues.
 
     Returns:
-        One row a layer, sequence, token, unit and expert: `guide`, `nuts` (posterior means), their `difference`, and `prior`.
+        One row a layer, sequence, token, unit and expert: `guide`, `nuts` (posterior means), their
+            `difference`, and `prior`.
     """
     require(guide_draws >= 1 and draws >= 1, "draws", "at least 1", (draws, guide_draws))
     with torch.random.fork_rng(devices=[]), pyro.settings.context(module_local_params=True):
@@ -226,16 +259,22 @@ def nuts_comparison(
         sampler.run(tokens, targets)
         samples = sampler.get_samples()
         layers = range(len(program.concentration))
-        sampled = torch.stack([of_site(samples[route_site(layer)].mean(0), program.num_units) for layer in layers])
+        sampled = torch.stack(
+            [of_site(samples[route_site(layer)].mean(0), program.num_units) for layer in layers]
+        )
         guided = torch.zeros_like(sampled)
         with torch.no_grad():
             for _ in range(guide_draws):
                 guided += _posterior_means(program, guide, tokens) / guide_draws
     index = np.indices(sampled.shape).reshape(5, -1)
-    frame = pd.DataFrame(dict(zip(("layer", "sequence", "token", "unit", "expert"), index, strict=True)))
+    frame = pd.DataFrame(
+        dict(zip(("layer", "sequence", "token", "unit", "expert"), index, strict=True))
+    )
     prior = posterior_mean(program.concentration)
     prior = (prior if prior.dim() == 3 else prior[:, None])[:, None, None].expand_as(sampled)
-    frame["guide"], frame["nuts"], frame["prior"] = (x.detach().flatten().numpy() for x in (guided, sampled, prior))
+    frame["guide"], frame["nuts"], frame["prior"] = (
+        x.detach().flatten().numpy() for x in (guided, sampled, prior)
+    )
     frame["difference"] = frame["guide"] - frame["nuts"]
     return frame
 
@@ -245,7 +284,9 @@ def _posterior_means(program: RoutingModel, guide: RoutingGuide, tokens: Tensor)
     means: list[Tensor] = []
 
     def route(layer: int, hidden: Tensor) -> Tensor:
-        concentration = with_unit(guide.controller.posterior(layer, hidden).concentration, program.num_units)
+        concentration = with_unit(
+            guide.controller.posterior(layer, hidden).concentration, program.num_units
+        )
         means.append(posterior_mean(concentration))
         return _executed(program, Dirichlet(concentration, validate_args=False).sample())
 

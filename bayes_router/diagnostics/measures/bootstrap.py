@@ -42,7 +42,8 @@ def clustered(
     Args:
         statistic: (indices of rows, a row as often as its cluster was drawn) -> figure.
         cluster: of each row, a whole number: the window that it is of.
-        kind: of each row, where clusters of several kinds are compared: as many of each are drawn as there are.
+        kind: of each row, where clusters of several kinds are compared: as many of each are drawn
+            as there are.
         draws: of the clusters.
         level: mass inside.
         seed: of the draws.
@@ -54,9 +55,19 @@ def clustered(
     label = np.asarray(cluster)
     order = np.argsort(label, kind="stable")
     names, starts = np.unique(label[order], return_index=True)
-    require(len(names) >= 2, "windows", "at least two, for an interval", len(names), "read a longer text")
+    require(
+        len(names) >= 2,
+        "windows",
+        "at least two, for an interval",
+        len(names),
+        "read a longer text",
+    )
     members = np.split(order, starts[1:])
-    of = np.zeros(len(members), int) if kind is None else np.asarray(kind)[[one[0] for one in members]]
+    of = (
+        np.zeros(len(members), int)
+        if kind is None
+        else np.asarray(kind)[[one[0] for one in members]]
+    )
     kinds = [np.flatnonzero(of == one) for one in np.unique(of)]
     random = np.random.default_rng(seed)
     found = []

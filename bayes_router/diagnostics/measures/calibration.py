@@ -19,7 +19,12 @@ from bayes_router.checks import require
 from bayes_router.data.tokens import Batch
 from bayes_router.diagnostics.measures.bootstrap import Estimate, clustered
 from bayes_router.diagnostics.measures.verdict import Severity, Verdict
-from bayes_router.routing.posterior import entropy_of_mean, mutual_information, posterior_mean, probability_of_largest
+from bayes_router.routing.posterior import (
+    entropy_of_mean,
+    mutual_information,
+    posterior_mean,
+    probability_of_largest,
+)
 from bayes_router.training.risk import read_risk
 from bayes_router.transformer.model import RoutedLanguageModel
 from bayes_router.transformer.nll import token_nll
@@ -38,7 +43,8 @@ class CalibrationThresholds:
     Attributes:
         tolerance: nats by which a route may lose to the best one and still count as right.
         ece: expected calibration error above which the stated probabilities are not to be believed.
-        correlation: rank correlation of uncertainty and regret below which uncertainty does not rank mistakes.
+        correlation: rank correlation of uncertainty and regret below which uncertainty does not
+            rank mistakes.
         auroc: below which uncertainty does not tell another text apart (0.5 is chance).
     """
 
@@ -56,26 +62,34 @@ class CalibrationThresholds:
 
 @torch.no_grad()
 def routing_regret(
-    model: RoutedLanguageModel, batches: Iterable[Batch], per_sequence: int = 8, seed: int = 0, causal: bool = True
+    model: RoutedLanguageModel,
+    batches: Iterable[Batch],
+    per_sequence: int = 8,
+    seed: int = 0,
+    causal: bool = True,
 ) -> pd.DataFrame:
     """Loss of sampled tokens under each route that a layer could have given them.
 
-    One token's route in one layer is changed, everything else stays on the HARD path: the layers above do not decide again.
-    The loss is that token's own nll, which is known in hindsight alone: no router that does not see the targets has regret
-    0. Whether it knows how often it will have been right is a fair question, and that is what `calibrate` asks.
+    One token's route in one layer is changed, everything else stays on the HARD path: the layers
+    above do not decide again. The loss is that token's own nll, which is known in hindsight alone:
+    no router that does not see the targets has regret 0. Whether it knows how often it will have
+    been right is a fair question, and that is what `calibrate` asks.
 
     Args:
         model: the fitted model.
         batches: windows of text.
-        per_sequence: triples of (token, layer, unit) to sample from each window, without repetition.
+        per_sequence: triples of (token, layer, unit) to sample from each window, without
+            repetition.
         seed: of the sample.
-        causal: nothing looks ahead, so what comes after a token need not be computed; of an encoder it is read.
+        causal: nothing looks ahead, so what comes after a token need not be computed; of an encoder
+            it is read.
 
     Returns:
-        One row a triple: sequence, position, layer, unit, choice, loss_<expert> (nats), largest_<expert> (posterior probability
-        that its weight is the largest), regret (loss of the choice less that of the best), entropy_of_mean,
-        mutual_information, mean_<expert>, total_concentration, and predictive_entropy (nats, of the next token as the
-        routed pass predicts it); risk (nats), where an estimate of it was fitted.
+        One row a triple: sequence, position, layer, unit, choice, loss_<expert> (nats),
+        largest_<expert> (posterior probability that its weight is the largest), regret (loss of the
+        choice less that of the best), entropy_of_mean, mutual_information, mean_<expert>,
+        total_concentration, and predictive_entropy (nats, of the next token as the routed pass
+        predicts it); risk (nats), where an estimate of it was fitted.
     """
     require(per_sequence >= 1, "per_sequence", "at least 1", per_sequence)
     device, random = next(model.parameters()).device, np.random.default_rng(seed)
@@ -110,10 +124,15 @@ def _regret_rows(
     pairs = [(int(p) % (L * R), scored[int(p) // (L * R)]) for p in picked]
     if not pairs:
         return []
-    pairs.sort(key=lambda pair: pair[1])  # so that what goes through the network together ends at a like position
+    pairs.sort(
+        key=lambda pair: pair[1]
+    )  # so that what goes through the network together ends at a like position
     parts = [pairs[i : i + ROWS] for i in range(0, len(pairs), ROWS)]
     ends = [part[-1][1] + 1 if causal else len(tokens) for part in parts]
-    losses = [_forced_losses(model, tokens[:end], targets, choice, part) for part, end in zip(parts, ends, strict=True)]
+    losses = [
+        _forced_losses(model, tokens[:end], targets, choice, part)
+        for part, end in zip(parts, ends, strict=True)
+    ]
     loss = torch.cat(losses)
     risk = None if model.controller.risk is None else read_risk(model, tokens[None])[0]  # [T]
     log_p = out.logits[0].double().log_softmax(-1)
@@ -123,19 +142,37 @@ def _regret_rows(
         layer, unit = divmod(latent, R)
         q = out.concentration[layer, 0, at_position, unit].double().cpu()
         largest = probability_of_largest(q.expand(E, E), torch.arange(E))
-        row: dict[str, object] = {"sequence": sequence, "position": at_position, "layer": layer, "unit": unit}
+        row: dict[str, object] = {
+            "sequence": sequence,
+            "position": at_position,
+            "layer": layer,
+            "unit": unit,
+        }
         row["choice"] = experts[int(choice[layer, 0, at_position, unit])]
         row |= {f"loss_{name}": float(loss[i, e]) for e, name in enumerate(experts)}
         row |= {f"largest_{name}": float(largest[e]) for e, name in enumerate(experts)}
-        row |= {"entropy_of_mean": float(entropy_of_mean(q)), "mutual_information": float(mutual_information(q))}
-        row |= {f"mean_{name}": float(mean) for name, mean in zip(experts, posterior_mean(q), strict=True)}
-        row |= {"total_concentration": float(q.sum()), "predictive_entropy": float(predictive[at_position])}
+        row |= {
+            "entropy_of_mean": float(entropy_of_mean(q)),
+            "mutual_information": float(mutual_information(q)),
+        }
+        row |= {
+            f"mean_{name}": float(mean)
+            for name, mean in zip(experts, posterior_mean(q), strict=True)
+        }
+        row |= {
+            "total_concentration": float(q.sum()),
+            "predictive_entropy": float(predictive[at_position]),
+        }
         rows.append(row if risk is None else row | {"risk": float(risk[at_position])})
     return rows
 
 
 def _forced_losses(
-    model: RoutedLanguageModel, tokens: Tensor, targets: Tensor, choice: Tensor, pairs: list[tuple[int, int]]
+    model: RoutedLanguageModel,
+    tokens: Tensor,
+    targets: Tensor,
+    choice: Tensor,
+    pairs: list[tuple[int, int]],
 ) -> Tensor:
     """Nats at each (layer times R plus unit, position) under each expert, [P, E]."""
     E, R, end = len(model.config.experts), choice.shape[3], len(tokens)
@@ -143,7 +180,9 @@ def _forced_losses(
     for i, (latent, position) in enumerate(pairs):
         layer, unit = divmod(latent, R)
         forced[layer, i * E : (i + 1) * E, position, unit] = torch.arange(E, device=choice.device)
-    where = torch.tensor([position for _, position in pairs], device=tokens.device).repeat_interleave(E)
+    where = torch.tensor(
+        [position for _, position in pairs], device=tokens.device
+    ).repeat_interleave(E)
     logits = model(tokens.expand(forced.shape[1], -1), force=forced).logits
     at = logits[torch.arange(len(where), device=where.device), where]
     return token_nll(at, targets[where]).view(-1, E)
@@ -159,13 +198,16 @@ def tempered(probability: Array, temperature: float) -> Array:
     return np.asarray(odds / odds.sum(1, keepdims=True))
 
 
-def fit_temperature(probability: Array, choice: npt.NDArray[np.int64], right: npt.NDArray[np.bool_]) -> float:
+def fit_temperature(
+    probability: Array, choice: npt.NDArray[np.int64], right: npt.NDArray[np.bool_]
+) -> float:
     """The temperature under which the stated probabilities of choices [N] foretell best.
 
     What they foretell is whether the choice was right.
 
-    Least binary cross-entropy over temperatures from exp(-3) to exp(5) (temperature scaling, Guo et al. 2017,
-    arXiv 1706.04599, for routes). A single temperature cannot state less than 1 / E or turn the order of tokens round.
+    Least binary cross-entropy over temperatures from exp(-3) to exp(5) (temperature scaling, Guo et
+    al. 2017, arXiv 1706.04599, for routes). A single temperature cannot state less than 1 / E or
+    turn the order of tokens round.
     """
     require(len(right) > 0, "right", "at least one choice", "none")
     row = np.arange(len(right))
@@ -185,15 +227,21 @@ def reliability(stated: Array, right: npt.NDArray[np.bool_], bins: int = BINS) -
     require(bins >= 1, "bins", "at least 1", bins)
     index = np.minimum((np.asarray(stated) * bins).astype(int), bins - 1)
     frame = pd.DataFrame({"bin": index, "stated": stated, "observed": np.asarray(right, float)})
-    table = frame.groupby("bin").agg(stated=("stated", "mean"), observed=("observed", "mean"), count=("stated", "size"))
-    shrunk = (table["observed"] * table["count"] + 1) / (table["count"] + 2)  # a bin of two is not certain of its share
+    table = frame.groupby("bin").agg(
+        stated=("stated", "mean"), observed=("observed", "mean"), count=("stated", "size")
+    )
+    shrunk = (table["observed"] * table["count"] + 1) / (
+        table["count"] + 2
+    )  # a bin of two is not certain of its share
     table["error"] = np.sqrt(shrunk * (1 - shrunk) / table["count"])
     return table.reset_index()
 
 
 def expected_calibration_error(table: pd.DataFrame) -> float:
     """Mean |stated - observed| over the choices of a `reliability` table; 0 is calibrated."""
-    return float(((table["stated"] - table["observed"]).abs() * table["count"]).sum() / table["count"].sum())
+    return float(
+        ((table["stated"] - table["observed"]).abs() * table["count"]).sum() / table["count"].sum()
+    )
 
 
 class Calibration(NamedTuple):
@@ -212,7 +260,9 @@ class Calibration(NamedTuple):
     ece_interval: Estimate  # over windows
 
 
-def calibrate(regret: pd.DataFrame, experts: Sequence[str], thresholds: CalibrationThresholds | None = None) -> Calibration:
+def calibrate(
+    regret: pd.DataFrame, experts: Sequence[str], thresholds: CalibrationThresholds | None = None
+) -> Calibration:
     """Compare the posterior probability of the choice with how often it was right.
 
     Stated is that it is the largest weight; right is to be as good as the best.
@@ -236,7 +286,9 @@ def calibrate(regret: pd.DataFrame, experts: Sequence[str], thresholds: Calibrat
         regret["sequence"].to_numpy()[~fitted],
         draws=INTERVAL_DRAWS,
     )
-    return Calibration(temperature, float(tested.mean()), float(stated.mean()), *ece, before, after, interval)
+    return Calibration(
+        temperature, float(tested.mean()), float(stated.mean()), *ece, before, after, interval
+    )
 
 
 def rank_correlation(x: Array | pd.Series, y: Array | pd.Series) -> float:
@@ -254,14 +306,21 @@ def auroc(positive: Array, negative: Array) -> float:
 
     0.5 is chance.
     """
-    require(len(positive) > 0 and len(negative) > 0, "auroc", "scores on both sides", (len(positive), len(negative)))
+    require(
+        len(positive) > 0 and len(negative) > 0,
+        "auroc",
+        "scores on both sides",
+        (len(positive), len(negative)),
+    )
     ranks = rankdata(np.concatenate([positive, negative]))
     n = len(positive)
     return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * len(negative)))
 
 
 @torch.no_grad()
-def stability(model: RoutedLanguageModel, batches: Iterator[Batch], noise: float = 0.1, seed: int = 0) -> pd.DataFrame:
+def stability(
+    model: RoutedLanguageModel, batches: Iterator[Batch], noise: float = 0.1, seed: int = 0
+) -> pd.DataFrame:
     """Share of hard choices that change when Gaussian noise is added to the embeddings.
 
     Args:
@@ -271,7 +330,8 @@ def stability(model: RoutedLanguageModel, batches: Iterator[Batch], noise: float
         seed: of the noise; the caller's generator is left as it was.
 
     Returns:
-        One row a layer: `flips`, and `auroc`, how well the posterior's probability of being wrong foretells a flip.
+        One row a layer: `flips`, and `auroc`, how well the posterior's probability of being wrong
+            foretells a flip.
     """
     require(noise >= 0, "noise", "0 or more", noise)
     embed, flipped, wrong = model.network.embed, [], []
@@ -281,7 +341,9 @@ def stability(model: RoutedLanguageModel, batches: Iterator[Batch], noise: float
         for batch in batches:
             tokens = batch.tokens.to(embed.weight.device)
             out = model(tokens, RoutingMode.HARD)
-            hook = embed.register_forward_hook(lambda module, inputs, output: output + scale * torch.randn_like(output))
+            hook = embed.register_forward_hook(
+                lambda module, inputs, output: output + scale * torch.randn_like(output)
+            )
             try:
                 moved = model(tokens, RoutingMode.HARD).route
             finally:
@@ -293,7 +355,13 @@ def stability(model: RoutedLanguageModel, batches: Iterator[Batch], noise: float
     rows = []
     for layer, (f, s) in enumerate(zip(flip, score, strict=True)):
         both = 0 < f.mean() < 1
-        rows.append({"layer": layer, "flips": f.mean(), "auroc": auroc(s[f], s[~f]) if both else float("nan")})
+        rows.append(
+            {
+                "layer": layer,
+                "flips": f.mean(),
+                "auroc": auroc(s[f], s[~f]) if both else float("nan"),
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -303,33 +371,51 @@ def calibration_verdicts(
     """What regret and calibration mean."""
     t, c = thresholds or CalibrationThresholds(), calibration
     good = c.ece_interval.high <= t.ece
-    mended = f"A temperature of {c.temperature:.2f}, fitted on other sequences, makes it {c.ece_tempered:.3f}."
+    mended = (
+        f"A temperature of {c.temperature:.2f}, fitted on other sequences, makes it "
+        f"{c.ece_tempered:.3f}."
+    )
     found = [
         Verdict(
             "calibration",
             Severity.GOOD if good else Severity.WARNING,
-            f"the posterior's probability that the weight of its choice is the largest is {c.stated:.0%} on average; in "
-            f"hindsight the choice is within {t.tolerance:g} nats of the best {c.right:.0%} of the time: expected calibration "
+            f"the posterior's probability that the weight of its choice is the largest is "
+            f"{c.stated:.0%} on average; in "
+            f"hindsight the choice is within {t.tolerance:g} nats of the best {c.right:.0%} of the "
+            f"time: expected calibration "
             f"error {c.ece_interval} (threshold {t.ece:g}, for all of the interval). {mended}",
-            "" if good else "the tempered probabilities where a decision hangs on them (policy.threshold of conservative).",
+            ""
+            if good
+            else (
+                "the tempered probabilities where a decision hangs on them (policy.threshold "
+                "of conservative)."
+            ),
         )
     ]
     entropy, lost = (regret[name].to_numpy() for name in ("entropy_of_mean", "regret"))
     rho = clustered(
-        lambda rows: rank_correlation(entropy[rows], lost[rows]), regret["sequence"].to_numpy(), draws=INTERVAL_DRAWS
+        lambda rows: rank_correlation(entropy[rows], lost[rows]),
+        regret["sequence"].to_numpy(),
+        draws=INTERVAL_DRAWS,
     )
     ranks = rho.low >= t.correlation
     found.append(
         Verdict(
             "regret",
             Severity.GOOD if ranks else Severity.NOTE,
-            f"the mean regret of a choice, in hindsight, is {regret['regret'].mean():.4f} nats; its rank correlation with the "
-            f"entropy of the mean route is {rho} (threshold {t.correlation:g}, for all of the interval): it cannot be said "
+            f"the mean regret of a choice, in hindsight, is {regret['regret'].mean():.4f} nats; "
+            f"its rank correlation with the "
+            f"entropy of the mean route is {rho} (threshold {t.correlation:g}, for all of the "
+            f"interval): it cannot be said "
             "that uncertainty ranks the choices that cost."
             if not ranks
-            else f"the mean regret of a choice, in hindsight, is {lost.mean():.4f} nats; its rank correlation with the entropy "
-            f"of the mean route is {rho} (threshold {t.correlation:g}): uncertainty ranks the choices that cost.",
-            "" if ranks else "not deciding by uncertainty alone: budget or argmax rather than conservative.",
+            else f"the mean regret of a choice, in hindsight, is {lost.mean():.4f} nats; its "
+            f"rank correlation with the entropy "
+            f"of the mean route is {rho} (threshold {t.correlation:g}): uncertainty ranks the "
+            f"choices that cost.",
+            ""
+            if ranks
+            else "not deciding by uncertainty alone: budget or argmax rather than conservative.",
         )
     )
     return found

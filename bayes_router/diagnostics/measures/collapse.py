@@ -38,7 +38,8 @@ class CollapseThresholds:
 
     Attributes:
         routing_load: share of tokens on one expert above which routing has collapsed.
-        posterior_information: nats between token and route below which all tokens share one posterior.
+        posterior_information: nats between token and route below which all tokens share one
+            posterior.
         prior_kl: nats per token below which that posterior is the prior itself.
         dead_load: share of tokens below which an expert is dead.
     """
@@ -50,7 +51,12 @@ class CollapseThresholds:
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        require(0.5 < self.routing_load <= 1, "routing_load", "a share above one half", self.routing_load)
+        require(
+            0.5 < self.routing_load <= 1,
+            "routing_load",
+            "a share above one half",
+            self.routing_load,
+        )
         require(0 <= self.dead_load < 1, "dead_load", "a share", self.dead_load)
         for name in ("posterior_information", "prior_kl"):
             require(getattr(self, name) >= 0, name, "0 or more nats", getattr(self, name))
@@ -88,19 +94,28 @@ class CollapseSummary:
         """Take in a batch."""
         q = reading.concentration.detach().flatten(1, 2)  # [L, N, R, E]
         mean = posterior_mean(q.double().cpu())
-        self._load = self._load + F.one_hot(reading.hard_choice.flatten(1, 2), q.shape[-1]).double().sum(1).cpu()
+        self._load = (
+            self._load
+            + F.one_hot(reading.hard_choice.flatten(1, 2), q.shape[-1]).double().sum(1).cpu()
+        )
         self._mean = self._mean + mean.sum(1)
         self._entropy = self._entropy + categorical_entropy(mean).sum(1)
         self._sure = self._sure + (mean.amax(-1) > SURE_WEIGHT).double().sum(1)
-        self._kl = self._kl + torch.stack([kl_to_prior(self.program, i, part).sum(0) for i, part in enumerate(q)]).cpu()
+        self._kl = (
+            self._kl
+            + torch.stack(
+                [kl_to_prior(self.program, i, part).sum(0) for i, part in enumerate(q)]
+            ).cpu()
+        )
         self.tokens += q.shape[1]
         return self
 
     def layers(self) -> pd.DataFrame:
         """One row a layer: shares in [0, 1], information and KL in nats.
 
-        `prior_distance` is the total variation between the mean route and that of the prior. Of several units the KL is summed,
-        `largest_load` is the mean of each unit's, and everything else a mean too.
+        `prior_distance` is the total variation between the mean route and that of the prior. Of
+        several units the KL is summed, `largest_load` is the mean of each unit's, and everything
+        else a mean too.
         """
         require(self.tokens > 0, "text", "at least one token", "an empty text", "read a text first")
         of_units, mean = self._load / self.tokens, self._mean / self.tokens
@@ -111,7 +126,9 @@ class CollapseSummary:
         frame["share_sure"] = (self._sure / self.tokens).mean(1).numpy()
         frame["route_information"] = self._information().mean(1).numpy()
         frame["kl"] = (self._kl / self.tokens).sum(1).numpy()
-        frame["prior_distance"] = (0.5 * (mean - prior_mean(self.program)).abs().sum(-1)).mean(1).numpy()
+        frame["prior_distance"] = (
+            (0.5 * (mean - prior_mean(self.program)).abs().sum(-1)).mean(1).numpy()
+        )
         frame.index.name = "layer"
         return frame
 
@@ -128,7 +145,9 @@ class CollapseSummary:
         require(self.tokens > 0, "text", "at least one token", "an empty text", "read a text first")
         load = self._load / self.tokens
         L, R, _ = load.shape
-        frame = pd.DataFrame(load.flatten(0, 1).numpy(), columns=[f"load {name}" for name in self.experts])
+        frame = pd.DataFrame(
+            load.flatten(0, 1).numpy(), columns=[f"load {name}" for name in self.experts]
+        )
         frame.insert(0, "layer", np.repeat(np.arange(L), R))
         frame.insert(1, "unit", np.tile(np.arange(R), L))
         frame["largest_load"] = load.amax(-1).flatten().numpy()
@@ -142,7 +161,9 @@ class CollapseSummary:
         for layer in range(len(frame)):
             row = frame.iloc[layer]
             units = self._load[layer] / self.tokens  # [R, E]
-            widest = units[int(units.amax(-1).argmin())].tolist()  # a layer has collapsed where all of its units have
+            widest = units[
+                int(units.amax(-1).argmin())
+            ].tolist()  # a layer has collapsed where all of its units have
             state = LayerState(widest, row["route_information"], row["kl"])
             found += layer_verdicts(state, self.experts, layer, thresholds)
         return merged(found) or [healthy(frame, thresholds)]
@@ -163,10 +184,14 @@ def prior_mean(program: RoutingModel) -> Tensor:
     concentration = concentration if concentration.dim() == 3 else concentration[:, None]
     if program.price == 0:
         return posterior_mean(concentration)
-    return tilted_moments(concentration, program.price * (costs[:, None] if costs.dim() == 2 else costs)).mean
+    return tilted_moments(
+        concentration, program.price * (costs[:, None] if costs.dim() == 2 else costs)
+    ).mean
 
 
-def summarise_collapse(readings: Iterable[Reading], program: RoutingModel, experts: Sequence[str]) -> CollapseSummary:
+def summarise_collapse(
+    readings: Iterable[Reading], program: RoutingModel, experts: Sequence[str]
+) -> CollapseSummary:
     """Read a text to its end; ValueError if there is none."""
     summary = CollapseSummary(program, experts)
     for reading in readings:
@@ -176,7 +201,10 @@ def summarise_collapse(readings: Iterable[Reading], program: RoutingModel, exper
 
 
 def layer_verdicts(
-    state: LayerState, experts: Sequence[str], layer: int, thresholds: CollapseThresholds | None = None
+    state: LayerState,
+    experts: Sequence[str],
+    layer: int,
+    thresholds: CollapseThresholds | None = None,
 ) -> list[Verdict]:
     """Every collapse that a layer shows, in words."""
     if len(experts) < 2:
@@ -190,9 +218,12 @@ def layer_verdicts(
             Verdict(
                 Collapse.ROUTING.value,
                 Severity.WARNING,
-                f"{load.max():.1%} of the tokens take {favourite} (threshold {t.routing_load:.0%}): the layer is a static one.",
-                "another prior mean for the layer (prior.layer_mean), a higher prior.temperature or a lower prior.price if the "
-                f"favourite is the cheapest; or leave {favourite} there for good, if that is what the text wants.",
+                f"{load.max():.1%} of the tokens take {favourite} (threshold "
+                f"{t.routing_load:.0%}): the layer is a static one.",
+                "another prior mean for the layer (prior.layer_mean), a higher prior.temperature "
+                "or a lower prior.price if the "
+                f"favourite is the cheapest; or leave {favourite} there for good, if that is what "
+                f"the text wants.",
                 (layer,),
             )
         )
@@ -205,7 +236,8 @@ def layer_verdicts(
                 Collapse.DEAD_EXPERT.value,
                 Severity.NOTE,
                 f"{', '.join(dead)} taken by fewer than {t.dead_load:.1%} of the tokens.",
-                f"a start that favours it (schedule.start_experts), a lower prior.price or a higher prior.temperature; or drop "
+                f"a start that favours it (schedule.start_experts), a lower prior.price or a "
+                f"higher prior.temperature; or drop "
                 f"{' and '.join(dead)} from the layer if it is dead in every seed.",
                 (layer,),
             )
@@ -223,11 +255,14 @@ def _posterior_collapse(state: LayerState, layer: int, t: CollapseThresholds) ->
     return Verdict(
         Collapse.POSTERIOR.value,
         Severity.WARNING,
-        f"every token has one posterior, {where}: route information {state.route_information:.2g} nats "
+        f"every token has one posterior, {where}: route information {state.route_information:.2g} "
+        f"nats "
         f"(threshold {t.posterior_information:g}).",
-        "a lower schedule.kl_weight; schedule.kl_warmup above 0 helps, a sparser prior alone does not."
+        "a lower schedule.kl_weight; schedule.kl_warmup above 0 helps, a sparser prior alone does "
+        "not."
         if at_prior
-        else "a lower schedule.kl_weight where it is near 1; where it is small already, a higher train.controller_lr or longer "
+        else "a lower schedule.kl_weight where it is near 1; where it is small already, a higher "
+        "train.controller_lr or longer "
         "training: the controller has not begun to read the hidden state.",
         (layer,),
     )
@@ -239,8 +274,10 @@ def healthy(frame: pd.DataFrame, thresholds: CollapseThresholds | None = None) -
     return Verdict(
         "collapse",
         Severity.GOOD,
-        f"none: the largest load of a layer is {frame['largest_load'].max():.1%} (threshold {t.routing_load:.0%}), the least "
-        f"route information {frame['route_information'].min():.2g} nats (threshold {t.posterior_information:g}).",
+        f"none: the largest load of a layer is {frame['largest_load'].max():.1%} (threshold "
+        f"{t.routing_load:.0%}), the least "
+        f"route information {frame['route_information'].min():.2g} nats (threshold "
+        f"{t.posterior_information:g}).",
     )
 
 
@@ -257,7 +294,12 @@ def collapse_over_training(
         thresholds: of the verdicts.
     """
     column = f"load_0_{experts[0]}"
-    require(column in metrics, "metrics", f"a column {column}, written at each evaluation", list(metrics.columns)[:8])
+    require(
+        column in metrics,
+        "metrics",
+        f"a column {column}, written at each evaluation",
+        list(metrics.columns)[:8],
+    )
     evaluated, rows = metrics.dropna(subset=[column]), []
     num_layers = sum(name.startswith("route_information_") for name in metrics.columns)
     for _, row in evaluated.iterrows():
@@ -268,11 +310,15 @@ def collapse_over_training(
                 {
                     "step": int(row["step"]),
                     "layer": layer,
-                    "effective_experts": float(np.exp(-np.sum(load * np.log(np.maximum(load, 1e-300))))),
+                    "effective_experts": float(
+                        np.exp(-np.sum(load * np.log(np.maximum(load, 1e-300))))
+                    ),
                     "largest_load": load.max(),
                     "route_information": state.route_information,
                     "kl": state.kl,
-                    "collapse": ", ".join(v.topic for v in layer_verdicts(state, experts, layer, thresholds)),
+                    "collapse": ", ".join(
+                        v.topic for v in layer_verdicts(state, experts, layer, thresholds)
+                    ),
                 }
             )
     return pd.DataFrame(rows)

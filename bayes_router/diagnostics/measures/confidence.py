@@ -51,7 +51,9 @@ class Logistic(NamedTuple):
     def fit(cls, columns: Array, right: npt.NDArray[np.bool_], ridge: float = RIDGE) -> "Logistic":
         """Ridge regression by Newton's method; the bias is not shrunk."""
         scale = columns.std(0)
-        model = cls(columns.mean(0), np.where(scale > 0, scale, 1.0), np.zeros(columns.shape[1] + 1))
+        model = cls(
+            columns.mean(0), np.where(scale > 0, scale, 1.0), np.zeros(columns.shape[1] + 1)
+        )
         x, penalty = model._standard(columns), np.append(np.full(columns.shape[1], ridge), 1e-9)
         weight = model.weight
         for _ in range(50):
@@ -82,7 +84,13 @@ class Confidence:
         self.latents = sorted(set(_latents(frame)))  # (layer, unit)
         right = right_within(frame, tolerance)
         both = bool(right.any() and not right.all())
-        require(both, "regret", "choices right and wrong", f"{right.mean():.0%} right", "choose another tolerance")
+        require(
+            both,
+            "regret",
+            "choices right and wrong",
+            f"{right.mean():.0%} right",
+            "choose another tolerance",
+        )
         self.model = Logistic.fit(self._columns(frame), right)
 
     def __call__(self, frame: pd.DataFrame) -> Array:
@@ -112,12 +120,20 @@ class Confidence:
             np.log1p(position) * np.log(entropy + 0.01),
         ]
         if self.reads_risk:
-            require("risk" in frame, "regret", "the estimated risk that the fit read", "none", "fit_risk first")
+            require(
+                "risk" in frame,
+                "regret",
+                "the estimated risk that the fit read",
+                "none",
+                "fit_risk first",
+            )
             common.append(np.log(frame["risk"].to_numpy() + 1e-5))
         of = _latents(frame)
         layers = [np.array([one == latent for one in of], dtype=float) for latent in self.latents]
         taken = [layer * (chosen == e) for layer in layers for e in range(len(self.experts))]
-        own = [layer * column for layer in layers for column in (common[0], *common[4:5], *common[8:])]
+        own = [
+            layer * column for layer in layers for column in (common[0], *common[4:5], *common[8:])
+        ]
         return np.column_stack([*common, *taken, *own])
 
 
@@ -143,7 +159,9 @@ class Quality(NamedTuple):
     rank: Estimate  # rank correlation of 1 - stated with regret
 
 
-def quality(stated: Array, frame: pd.DataFrame, tolerance: float, base_rate: float, draws: int = 400) -> Quality:
+def quality(
+    stated: Array, frame: pd.DataFrame, tolerance: float, base_rate: float, draws: int = 400
+) -> Quality:
     """Read stated probabilities [N] against the regret of a frame.
 
     `base_rate` is the share right where it was fitted.
@@ -162,7 +180,12 @@ def quality(stated: Array, frame: pd.DataFrame, tolerance: float, base_rate: flo
         "auroc": lambda rows: auroc(stated[rows][right[rows]], stated[rows][~right[rows]]),
         "rank": lambda rows: rank_correlation(1 - stated[rows], regret[rows]),
     }
-    return Quality(**{name: clustered(of, frame["sequence"].to_numpy(), draws=draws) for name, of in figures.items()})
+    return Quality(
+        **{
+            name: clustered(of, frame["sequence"].to_numpy(), draws=draws)
+            for name, of in figures.items()
+        }
+    )
 
 
 def split(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -172,19 +195,29 @@ def split(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
         ValueError: fewer than four windows.
     """
     names = np.sort(frame["sequence"].unique())
-    require(len(names) >= 4, "regret", "at least four sequences", len(names), "force routes in more windows")
+    require(
+        len(names) >= 4,
+        "regret",
+        "at least four sequences",
+        len(names),
+        "force routes in more windows",
+    )
     first = frame["sequence"].isin(names[: len(names) // 2])
     return frame[first].reset_index(drop=True), frame[~first].reset_index(drop=True)
 
 
-def baselines(fitted: pd.DataFrame, read: pd.DataFrame, experts: Sequence[str], tolerance: float) -> dict[str, Array]:
+def baselines(
+    fitted: pd.DataFrame, read: pd.DataFrame, experts: Sequence[str], tolerance: float
+) -> dict[str, Array]:
     """Stated probabilities [N] of the rows of `read` by the usual means.
 
     Their parameters are fitted on the other frame.
     """
     names = [f"largest_{name}" for name in experts]
     p, q = fitted[names].to_numpy(), read[names].to_numpy()
-    chosen, taken = (np.array([list(experts).index(name) for name in f["choice"]]) for f in (fitted, read))
+    chosen, taken = (
+        np.array([list(experts).index(name) for name in f["choice"]]) for f in (fitted, read)
+    )
     right, rows = right_within(fitted, tolerance), np.arange(len(read))
     found = {"posterior": q[rows, taken]}
     found["temperature"] = tempered(q, fit_temperature(p, chosen, right))[rows, taken]
@@ -198,7 +231,9 @@ def baselines(fitted: pd.DataFrame, read: pd.DataFrame, experts: Sequence[str], 
     return found
 
 
-def _vector_scaled(p: Array, chosen: npt.NDArray[np.int64], right: npt.NDArray[np.bool_], q: Array) -> Array:
+def _vector_scaled(
+    p: Array, chosen: npt.NDArray[np.int64], right: npt.NDArray[np.bool_], q: Array
+) -> Array:
     """softmax(w * log p + b), [N, E].
 
     w and b have the least cross-entropy of whether the choice was right.
@@ -212,7 +247,10 @@ def _vector_scaled(p: Array, chosen: npt.NDArray[np.int64], right: npt.NDArray[n
 
     def loss(parameters: Array) -> float:
         stated = scaled(parameters, p)[rows, chosen].clip(1e-6, 1 - 1e-6)
-        return float(-np.mean(np.where(right, np.log(stated), np.log1p(-stated))) + 1e-4 * np.square(parameters).sum())
+        return float(
+            -np.mean(np.where(right, np.log(stated), np.log1p(-stated)))
+            + 1e-4 * np.square(parameters).sum()
+        )
 
     start = np.concatenate([np.full(E, 0.2), np.zeros(E)])
     return scaled(minimize(loss, start, method="L-BFGS-B").x, q)
@@ -226,7 +264,9 @@ class Conformal(NamedTuple):
     size: float  # mean number of experts in a set
 
 
-def conformal_sets(fitted: pd.DataFrame, read: pd.DataFrame, experts: Sequence[str], coverage: float = 0.9) -> Conformal:
+def conformal_sets(
+    fitted: pd.DataFrame, read: pd.DataFrame, experts: Sequence[str], coverage: float = 0.9
+) -> Conformal:
     """Every expert whose stated probability is high enough.
 
     The threshold is the quantile of those of the best experts in `fitted`.
@@ -237,10 +277,19 @@ def conformal_sets(fitted: pd.DataFrame, read: pd.DataFrame, experts: Sequence[s
     require(0 < coverage < 1, "coverage", "a probability between 0 and 1", coverage)
     names, losses = ([f"{kind}_{name}" for name in experts] for kind in ("largest", "loss"))
     needed = int(np.ceil(coverage / (1 - coverage)))
-    require(len(fitted) >= needed, "regret", f"at least {needed} rows for a coverage of {coverage:g}", len(fitted))
+    require(
+        len(fitted) >= needed,
+        "regret",
+        f"at least {needed} rows for a coverage of {coverage:g}",
+        len(fitted),
+    )
     p, best = fitted[names].to_numpy(), fitted[losses].to_numpy().argmin(1)
     score = np.sort(1 - p[np.arange(len(p)), best])
     threshold = score[min(int(np.ceil((len(score) + 1) * coverage)), len(score)) - 1]
     kept = 1 - read[names].to_numpy() <= threshold
     hit = kept[np.arange(len(read)), read[losses].to_numpy().argmin(1)]
-    return Conformal(coverage, clustered(lambda rows: float(hit[rows].mean()), read["sequence"]), float(kept.sum(1).mean()))
+    return Conformal(
+        coverage,
+        clustered(lambda rows: float(hit[rows].mean()), read["sequence"]),
+        float(kept.sum(1).mean()),
+    )

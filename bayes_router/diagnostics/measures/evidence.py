@@ -30,15 +30,20 @@ def token_scores(model: Any, tokens: Tensor, context: int) -> Scores:
 
     Each [windows, T], more is more foreign.
 
-    `token`: less log evidence of the token alone, mean over layers. `recent`: its running mean over the last tokens, as the
-    fit keeps it. `passage`: its mean over stretches of 64 tokens. `posterior`: less the total concentration that the fit
-    gave its posteriors. `nll`: of the next token, nats, which evidence does not see.
+    `token`: less log evidence of the token alone, mean over layers. `recent`: its running mean over
+    the last tokens, as the fit keeps it. `passage`: its mean over stretches of 64 tokens.
+    `posterior`: less the total concentration that the fit gave its posteriors. `nll`: of the next
+    token, nats, which evidence does not see.
     """
     evidence, device = evidence_of(model.controller), next(model.parameters()).device
     windows = (len(tokens) - 1) // context
-    require(windows >= 1, "text", f"at least {context + 1} tokens", len(tokens), "give a longer text")
+    require(
+        windows >= 1, "text", f"at least {context + 1} tokens", len(tokens), "give a longer text"
+    )
     index = torch.arange(windows)[:, None] * context + torch.arange(context + 1)
-    found: dict[str, list[Tensor]] = {name: [] for name in ("token", "recent", "passage", "posterior", "nll")}
+    found: dict[str, list[Tensor]] = {
+        name: [] for name in ("token", "recent", "passage", "posterior", "nll")
+    }
     for rows in tokens[index].long().split(8):
         with watching(model.controller, memory=1) as watch:
             out = model(rows[:, :-1].to(device), RoutingMode.HARD)
@@ -54,10 +59,13 @@ def token_scores(model: Any, tokens: Tensor, context: int) -> Scores:
     return {name: torch.cat(parts).double().numpy() for name, parts in found.items()}
 
 
-def evidence_apart(model: Any, own: Tensor, others: Mapping[str, Tensor], context: int, draws: int = DRAWS) -> pd.DataFrame:
+def evidence_apart(
+    model: Any, own: Tensor, others: Mapping[str, Tensor], context: int, draws: int = DRAWS
+) -> pd.DataFrame:
     """AUROC with which each score of `token_scores` tells other texts from the own one.
 
-    0.5 is chance; below it the other text looks more like the fit's than held-out text of the fit does.
+    0.5 is chance; below it the other text looks more like the fit's than held-out text of the fit
+    does.
 
     Args:
         model: a fitted model or a patched one, with evidence.
@@ -67,7 +75,8 @@ def evidence_apart(model: Any, own: Tensor, others: Mapping[str, Tensor], contex
         draws: of the bootstrap.
 
     Returns:
-        One row a text and score: text, score, auroc, low, high, n (tokens or passages of the other text).
+        One row a text and score: text, score, auroc, low, high, n (tokens or passages of the other
+            text).
 
     Raises:
         ValueError: the fit kept no evidence, or a text is shorter than a window.
@@ -76,12 +85,22 @@ def evidence_apart(model: Any, own: Tensor, others: Mapping[str, Tensor], contex
     for text, tokens in others.items():
         for name, score in token_scores(model, tokens, context).items():
             estimate = auroc_of(score, base[name], draws)
-            rows.append({"text": text, "score": name, "auroc": estimate.value, "low": estimate.low, "high": estimate.high})
+            rows.append(
+                {
+                    "text": text,
+                    "score": name,
+                    "auroc": estimate.value,
+                    "low": estimate.low,
+                    "high": estimate.high,
+                }
+            )
             rows[-1]["n"] = score.size
     return pd.DataFrame(rows)
 
 
-def auroc_of(other: npt.NDArray[np.float64], own: npt.NDArray[np.float64], draws: int = DRAWS) -> Estimate:
+def auroc_of(
+    other: npt.NDArray[np.float64], own: npt.NDArray[np.float64], draws: int = DRAWS
+) -> Estimate:
     """P(a token of `other` [windows, T] scores above one of `own`).
 
     With its interval over windows.

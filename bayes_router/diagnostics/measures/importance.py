@@ -30,9 +30,10 @@ def draw_log_route(concentration: Tensor) -> Tensor:
 
     [..., E] -> float64 [..., E].
 
-    A Gamma(a) variable is g u^(1/a) with g ~ Gamma(a + 1) and u uniform (Marsaglia and Tsang 2000, section 6), so that
-    log gamma = log g + log(u) / a needs no small number, and log route = log gamma - logsumexp(log gamma). At a = 0.01 a
-    weight of exp(-100) is ordinary; in float32 it would be 0, and its log density infinite.
+    A Gamma(a) variable is g u^(1/a) with g ~ Gamma(a + 1) and u uniform (Marsaglia and Tsang 2000,
+    section 6), so that log gamma = log g + log(u) / a needs no small number, and log route = log
+    gamma - logsumexp(log gamma). At a = 0.01 a weight of exp(-100) is ordinary; in float32 it would
+    be 0, and its log density infinite.
     """
     a = concentration.double()
     uniform = torch.rand_like(a).clamp_min(torch.finfo(torch.float64).tiny)
@@ -53,7 +54,9 @@ def log_density_ratio(log_route: Tensor, q: Tensor, program: RoutingModel, layer
     p, q = program.concentration[layer].double(), q.double()
     ratio = ((p - q) * log_route).sum(-1) + _log_beta(q) - _log_beta(p)
     if isinstance(prior, TiltedDirichlet):
-        ratio = ratio - (log_route.exp() * prior.tilt.double()).sum(-1) - prior.log_normaliser.double()
+        ratio = (
+            ratio - (log_route.exp() * prior.tilt.double()).sum(-1) - prior.log_normaliser.double()
+        )
     return ratio
 
 
@@ -74,8 +77,9 @@ class ImportanceWeights(NamedTuple):
         """Log weight of each draw for the prefix of `length` tokens, [S].
 
         Nothing looks ahead, so the first t terms of a sequence are the weights of its prefix.
-        `likelihood_power` 1 is the exact joint. Training with a KL weight w pursues the cold posterior, proportional to
-        likelihood^(1 / w) x prior: the guide's own target has power 1 / w.
+        `likelihood_power` 1 is the exact joint. Training with a KL weight w pursues the cold
+        posterior, proportional to likelihood^(1 / w) x prior: the guide's own target has power 1 /
+        w.
         """
         total = self.log_ratio + likelihood_power * self.log_likelihood
         return total[:, :length].sum(1)
@@ -83,7 +87,12 @@ class ImportanceWeights(NamedTuple):
 
 @torch.no_grad()
 def importance_weights(
-    program: RoutingModel, guide: RoutingGuide, tokens: Tensor, targets: Tensor, draws: int = 400, seed: int = 0
+    program: RoutingModel,
+    guide: RoutingGuide,
+    tokens: Tensor,
+    targets: Tensor,
+    draws: int = 400,
+    seed: int = 0,
 ) -> ImportanceWeights:
     """Draw the routes of one sequence from the guide and weigh them against the exact joint.
 
@@ -98,8 +107,18 @@ def importance_weights(
     Raises:
         ValueError: not one sequence, or no draws.
     """
-    require(tokens.dim() == 1 and len(tokens) > 0, "tokens", "one sequence, shape [T]", tuple(tokens.shape))
-    require(tokens.shape == targets.shape, "targets", f"the shape of tokens {tuple(tokens.shape)}", tuple(targets.shape))
+    require(
+        tokens.dim() == 1 and len(tokens) > 0,
+        "tokens",
+        "one sequence, shape [T]",
+        tuple(tokens.shape),
+    )
+    require(
+        tokens.shape == targets.shape,
+        "targets",
+        f"the shape of tokens {tuple(tokens.shape)}",
+        tuple(targets.shape),
+    )
     require(draws >= 1, "draws", "at least 1", draws)
     likelihoods, ratios = [], []
     with torch.random.fork_rng(devices=[]):
@@ -109,11 +128,15 @@ def importance_weights(
             ratio = torch.zeros(rows, len(tokens), dtype=torch.float64, device=tokens.device)
 
             def route(layer: int, hidden: Tensor, ratio: Tensor = ratio) -> Tensor:
-                q = with_unit(guide.controller.posterior(layer, hidden).concentration, program.num_units)
+                q = with_unit(
+                    guide.controller.posterior(layer, hidden).concentration, program.num_units
+                )
                 log_route = draw_log_route(q)
                 ratio += log_density_ratio(log_route, q, program, layer).sum(-1)  # over units
                 draw = log_route.exp().float()
-                return to_network(harden(draw) if program.straight_through else draw, program.num_units)
+                return to_network(
+                    harden(draw) if program.straight_through else draw, program.num_units
+                )
 
             logits = program.network(tokens.expand(rows, -1), route)
             likelihoods.append(-token_nll(logits, targets.expand(rows, -1)).double())
@@ -126,26 +149,35 @@ def pareto_k(log_weight: Tensor | npt.NDArray[np.float64]) -> float:
 
     Vehtari et al. 2024, arXiv 1507.02646.
 
-    Below 0.5 their variance is finite; up to `k_hat_limit` importance sampling works; above 1 not even their mean exists. For a
-    Dirichlet(q) that stands for a Dirichlet(p), k = max_e (1 - p_e / q_e) where that is positive. Weights that are all the
-    same give -inf: the guide is the target.
+    Below 0.5 their variance is finite; up to `k_hat_limit` importance sampling works; above 1 not
+    even their mean exists. For a Dirichlet(q) that stands for a Dirichlet(p), k = max_e (1 - p_e /
+    q_e) where that is positive. Weights that are all the same give -inf: the guide is the target.
 
     Raises:
         ValueError: weights that are not finite, fewer than 25, or arviz-stats is not installed.
     """
     values = np.asarray(log_weight, dtype=np.float64)
-    require(values.ndim == 1 and len(values) >= 25, "log_weight", "at least 25 draws, shape [S]", values.shape)
+    require(
+        values.ndim == 1 and len(values) >= 25,
+        "log_weight",
+        "at least 25 draws, shape [S]",
+        values.shape,
+    )
     require(bool(np.isfinite(values).all()), "log_weight", "finite numbers", float(values.min()))
     if np.ptp(values) < 1e-9:
         return float("-inf")
-    return float(_smoother().psislw(-values)[1])  # it takes log likelihoods, and weighs by their inverse as LOO does
+    return float(
+        _smoother().psislw(-values)[1]
+    )  # it takes log likelihoods, and weighs by their inverse as LOO does
 
 
 def _smoother() -> Any:
     try:
         from arviz_stats.base import array_stats
     except ImportError as error:
-        raise ValueError(f"pareto_k: expected the package arviz-stats; got none; {get_extra('diagnostics')}") from error
+        raise ValueError(
+            f"pareto_k: expected the package arviz-stats; got none; {get_extra('diagnostics')}"
+        ) from error
     return array_stats
 
 
@@ -159,7 +191,9 @@ def k_hat_limit(draws: int) -> float:
 
 def effective_sample_size(log_weight: Tensor) -> float:
     """(sum w)^2 / sum w^2 over S: the share of the draws that importance sampling makes use of."""
-    return float((2 * log_weight.logsumexp(0) - (2 * log_weight).logsumexp(0)).exp() / len(log_weight))
+    return float(
+        (2 * log_weight.logsumexp(0) - (2 * log_weight).logsumexp(0)).exp() / len(log_weight)
+    )
 
 
 def importance_bound(log_weight: Tensor, draws: int) -> tuple[float, float]:
@@ -180,7 +214,8 @@ class FitThresholds:
     """Where a verdict on the guide begins.
 
     Attributes:
-        k_hat: above which importance sampling cannot be relied on; None: `k_hat_limit` of the number of draws.
+        k_hat: above which importance sampling cannot be relied on; None: `k_hat_limit` of the
+            number of draws.
         gap: nats per token of ELBO that fitting a sequence by itself may gain.
     """
 
@@ -213,19 +248,35 @@ def k_hat_frame(
         kl_weight: of the fit.
 
     Returns:
-        One row a sequence, target and prefix. `target` is "joint" (the exact joint) or "cold" (what training with `kl_weight`
-        pursues, see `tempered`); bounds in nats per token, and for the joint alone.
+        One row a sequence, target and prefix. `target` is "joint" (the exact joint) or "cold" (what
+        training with `kl_weight` pursues, see `tempered`); bounds in nats per token, and for the
+        joint alone.
     """
-    require(len(sequences) > 0, "sequences", "at least one", "none", "read a text that is long enough")
+    require(
+        len(sequences) > 0, "sequences", "at least one", "none", "read a text that is long enough"
+    )
     _smoother()  # missed before minutes of draws, not after
     rows = []
     for index, (tokens, targets) in enumerate(sequences):
-        require(len(tokens) >= max(lengths), "lengths", f"at most the {len(tokens)} tokens of a sequence", max(lengths))
-        weights = importance_weights(program, guide, tokens[: max(lengths)], targets[: max(lengths)], draws, seed + index)
+        require(
+            len(tokens) >= max(lengths),
+            "lengths",
+            f"at most the {len(tokens)} tokens of a sequence",
+            max(lengths),
+        )
+        weights = importance_weights(
+            program, guide, tokens[: max(lengths)], targets[: max(lengths)], draws, seed + index
+        )
         for target, power in (("joint", 1.0), ("cold", 1 / kl_weight)):
             for length in lengths:
                 w = weights.log_weight(length, power).cpu()
-                row = {"sequence": index, "target": target, "length": length, "draws": draws, "k_hat": pareto_k(w)}
+                row = {
+                    "sequence": index,
+                    "target": target,
+                    "length": length,
+                    "draws": draws,
+                    "k_hat": pareto_k(w),
+                }
                 row["ess"] = effective_sample_size(w)
                 for k in bounds if target == "joint" else ():
                     mean, error = importance_bound(w, k)
@@ -242,14 +293,24 @@ def k_hat_verdicts(frame: pd.DataFrame, thresholds: FitThresholds | None = None)
     for length in sorted({joint.index.min(), joint.index.max()}):
         k = joint[length]
         good = k <= limit
-        text = f"median Pareto k-hat of {length} {'token' if length == 1 else 'tokens'} against the exact joint is {k:.2f} " + (
-            f"(at most {limit:.2g}): its draws can be reweighted to the exact posterior."
-            if good
-            else f"(above {limit:.2g}): reweighting its draws does not give the exact posterior; read it as what it is, "
-            "the router that is deployed."
+        text = (
+            f"median Pareto k-hat of {length} {'token' if length == 1 else 'tokens'} against the "
+            f"exact joint is {k:.2f} "
+            + (
+                f"(at most {limit:.2g}): its draws can be reweighted to the exact posterior."
+                if good
+                else f"(above {limit:.2g}): reweighting its draws does not give the exact "
+                f"posterior; read it as what it is, "
+                "the router that is deployed."
+            )
         )
         advice = (
-            "" if good else "a schedule.kl_weight nearer 1 brings the guide to the joint, at the price of posterior collapse."
+            ""
+            if good
+            else (
+                "a schedule.kl_weight nearer 1 brings the guide to the joint, at the price of "
+                "posterior collapse."
+            )
         )
         found.append(Verdict("guide", Severity.GOOD if good else Severity.WARNING, text, advice))
     return found

@@ -20,7 +20,12 @@ Group = dict[str, npt.NDArray[Any]]
 
 @torch.no_grad()
 def draw_groups(
-    program: RoutingModel, guide: RoutingGuide, tokens: Tensor, targets: Tensor, draws: int = 100, seed: int = 0
+    program: RoutingModel,
+    guide: RoutingGuide,
+    tokens: Tensor,
+    targets: Tensor,
+    draws: int = 100,
+    seed: int = 0,
 ) -> dict[str, Group]:
     """What an InferenceData holds, as arrays with leading dimensions (chain, draw).
 
@@ -33,7 +38,8 @@ def draw_groups(
         seed: of the draws; the caller's generator is left as it was.
 
     Returns:
-        posterior and prior: route_<layer> [1, S, (R,) B, T, E]; log_likelihood: targets [1, S, B, T], nats, not scaled;
+        posterior and prior: route_<layer> [1, S, (R,) B, T, E]; log_likelihood: targets [1, S, B,
+            T], nats, not scaled;
         posterior_predictive: targets drawn [1, S, B, T]; observed_data: targets [B, T].
     """
     require(draws >= 1, "draws", "at least 1", draws)
@@ -42,7 +48,9 @@ def draw_groups(
         sampled = Predictive(program, guide=guide, num_samples=draws)(tokens)
         prior = Predictive(program, num_samples=draws)(tokens)
         sites = [name for name in sampled if is_route_site(name)]
-        density = torch.stack([_log_likelihood(program, tokens, targets, sampled, draw) for draw in range(draws)])
+        density = torch.stack(
+            [_log_likelihood(program, tokens, targets, sampled, draw) for draw in range(draws)]
+        )
     numpy = {name: value[None].cpu().numpy() for name, value in sampled.items()}
     return {
         "posterior": {name: numpy[name] for name in sites},
@@ -53,7 +61,9 @@ def draw_groups(
     }
 
 
-def _log_likelihood(program: RoutingModel, tokens: Tensor, targets: Tensor, sampled: dict[str, Tensor], draw: int) -> Tensor:
+def _log_likelihood(
+    program: RoutingModel, tokens: Tensor, targets: Tensor, sampled: dict[str, Tensor], draw: int
+) -> Tensor:
     """[B, T] given one draw of all latents."""
     latents = {name: value[draw] for name, value in sampled.items() if name != TARGETS}
     trace = poutine.trace(poutine.condition(program, latents)).get_trace(tokens, targets)
@@ -80,11 +90,15 @@ def to_inference_data(
     try:
         import arviz  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
-        raise ValueError("to_inference_data: expected the package arviz; got none; run: pip install arviz") from error
+        raise ValueError(
+            "to_inference_data: expected the package arviz; got none; run: pip install arviz"
+        ) from error
     groups = draw_groups(program, guide, tokens, targets, draws, seed)
     sites = groups["posterior"]
     unit = ["unit"] if program.num_units > 1 else []
-    dims = {name: [*unit, "sequence", "position", "expert"] for name in sites} | {"targets": ["sequence", "position"]}
+    dims = {name: [*unit, "sequence", "position", "expert"] for name in sites} | {
+        "targets": ["sequence", "position"]
+    }
     coords = {"expert": np.array(experts)}
     make: Any = arviz.from_dict  # its signature changed with 1.0
     if int(arviz.__version__.split(".")[0]) >= 1:

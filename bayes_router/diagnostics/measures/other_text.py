@@ -53,12 +53,15 @@ def other_texts(tokens: Tensor, tokeniser: Tokeniser, seed: int = 0) -> dict[str
         seed: of the shuffle.
 
     Returns:
-        "code" (Python modules that come with the interpreter), "German", and "shuffled" (the own tokens in random order:
-        the same unigrams, no structure).
+        "code" (Python modules that come with the interpreter), "German", and "shuffled" (the own
+        tokens in random order: the same unigrams, no structure).
     """
     code = b"\n".join(inspect.getsource(module).encode() for module in (ast, textwrap))
     shuffled = tokens[torch.from_numpy(np.random.default_rng(seed).permutation(len(tokens)))]
-    encoded = {name: torch.from_numpy(tokeniser.encode(text).astype("int64")) for name, text in _texts(code)}
+    encoded = {
+        name: torch.from_numpy(tokeniser.encode(text).astype("int64"))
+        for name, text in _texts(code)
+    }
     return encoded | {"shuffled": shuffled}
 
 
@@ -69,11 +72,18 @@ def _texts(code: bytes) -> list[tuple[str, bytes]]:
 class Score:
     """Names of the columns by which a text is told apart."""
 
-    ROUTING = (Measure.ENTROPY_OF_MEAN, Measure.MUTUAL_INFORMATION, Measure.EXPECTED_ENTROPY, Measure.PROBABILITY_RIGHT)
+    ROUTING = (
+        Measure.ENTROPY_OF_MEAN,
+        Measure.MUTUAL_INFORMATION,
+        Measure.EXPECTED_ENTROPY,
+        Measure.PROBABILITY_RIGHT,
+    )
     NLL = "nll"
 
 
-def passage_scores(model: RoutedLanguageModel, tokens: Tensor, cost_ratio: Tensor, length: int = PASSAGE) -> pd.DataFrame:
+def passage_scores(
+    model: RoutedLanguageModel, tokens: Tensor, cost_ratio: Tensor, length: int = PASSAGE
+) -> pd.DataFrame:
     """Means over layers and tokens of each of the first passages of a text.
 
     The routing measures and the nll (nats).
@@ -92,12 +102,17 @@ def passage_scores(model: RoutedLanguageModel, tokens: Tensor, cost_ratio: Tenso
 
 
 def tell_apart(
-    model: RoutedLanguageModel, own: Tensor, others: Mapping[str, Tensor], cost_ratio: Tensor, length: int = PASSAGE
+    model: RoutedLanguageModel,
+    own: Tensor,
+    others: Mapping[str, Tensor],
+    cost_ratio: Tensor,
+    length: int = PASSAGE,
 ) -> pd.DataFrame:
     """AUROC with which the mean of each measure over a passage tells other texts from the own one.
 
-    Above 0.5 the other text has more of it (for probability_right: less), 0.5 is chance, below 0.5 the router is surer of the
-    foreign text. `nll` is what the language model itself says, the figure to beat.
+    Above 0.5 the other text has more of it (for probability_right: less), 0.5 is chance, below 0.5
+    the router is surer of the foreign text. `nll` is what the language model itself says, the
+    figure to beat.
 
     Args:
         model: the fitted model.
@@ -107,8 +122,8 @@ def tell_apart(
         length: tokens of a passage.
 
     Returns:
-        One row a text, one column a measure, `passages`, and `low`, the lower end of the interval of entropy_of_mean over
-        them.
+        One row a text, one column a measure, `passages`, and `low`, the lower end of the interval
+        of entropy_of_mean over them.
     """
     base, rows = passage_scores(model, own, cost_ratio, length), []
     for name, tokens in others.items():
@@ -116,7 +131,9 @@ def tell_apart(
         row: dict[str, object] = {"text": name, "passages": len(scores)}
         for measure in Score.ROUTING:
             sign = -1 if measure is Measure.PROBABILITY_RIGHT else 1
-            row[measure.value] = auroc(sign * scores[measure.value].to_numpy(), sign * base[measure.value].to_numpy())
+            row[measure.value] = auroc(
+                sign * scores[measure.value].to_numpy(), sign * base[measure.value].to_numpy()
+            )
         entropy = Measure.ENTROPY_OF_MEAN.value
         row["low"] = auroc_of(scores[[entropy]].to_numpy(), base[[entropy]].to_numpy()).low
         row[Score.NLL] = auroc(scores[Score.NLL].to_numpy(), base[Score.NLL].to_numpy())
@@ -124,12 +141,15 @@ def tell_apart(
     return pd.DataFrame(rows)
 
 
-def other_text_verdict(table: pd.DataFrame, thresholds: CalibrationThresholds | None = None) -> Verdict:
+def other_text_verdict(
+    table: pd.DataFrame, thresholds: CalibrationThresholds | None = None
+) -> Verdict:
     """Whether the entropy of the mean route tells other text apart."""
     t, column = thresholds or CalibrationThresholds(), Measure.ENTROPY_OF_MEAN.value
     told = [row["text"] for _, row in table.iterrows() if row["low"] >= t.auroc]
     figures = ", ".join(
-        f"{row['text']} {row[column]:.2f} (from {row['low']:.2f}, nll {row[Score.NLL]:.2f}, n = {row['passages']})"
+        f"{row['text']} {row[column]:.2f} (from {row['low']:.2f}, nll {row[Score.NLL]:.2f}, n = "
+        f"{row['passages']})"
         for _, row in table.iterrows()
     )
     everything = len(told) == len(table)
@@ -141,5 +161,8 @@ def other_text_verdict(table: pd.DataFrame, thresholds: CalibrationThresholds | 
         f"passages, threshold {t.auroc:g} for the lower end of its interval): {figures}.",
         ""
         if everything
-        else "the nll where other text must be recognised: uncertainty about a route is not that about the text.",
+        else (
+            "the nll where other text must be recognised: uncertainty about a route is not "
+            "that about the text."
+        ),
     )

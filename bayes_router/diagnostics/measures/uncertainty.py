@@ -62,13 +62,18 @@ def credible_interval(concentration: Tensor, interval: float = INTERVAL) -> tupl
 
 
 def cost_interval(
-    concentration: Tensor, cost_ratio: Tensor, interval: float = INTERVAL, draws: int = COST_DRAWS, seed: int = 0
+    concentration: Tensor,
+    cost_ratio: Tensor,
+    interval: float = INTERVAL,
+    draws: int = COST_DRAWS,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Equal-tailed interval of a token's attention cost, given its path.
 
     The cost is the mean over layers of cost_ratio . route.
 
-    A weighted sum of Dirichlet weights has no closed quantile for more than two experts, so these are of `draws` draws.
+    A weighted sum of Dirichlet weights has no closed quantile for more than two experts, so these
+    are of `draws` draws.
 
     Args:
         concentration: [L, N, E].
@@ -86,13 +91,19 @@ def cost_interval(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for part in concentration.detach().double().cpu().split(2048, 1):
-            route = torch.distributions.Dirichlet(part, validate_args=False).sample((draws,))  # [S, L, n, E]
-            ends.append(torch.quantile((route @ cost_ratio.double().cpu()).mean(1), tails, dim=0))  # [2, n]
+            route = torch.distributions.Dirichlet(part, validate_args=False).sample(
+                (draws,)
+            )  # [S, L, n, E]
+            ends.append(
+                torch.quantile((route @ cost_ratio.double().cpu()).mean(1), tails, dim=0)
+            )  # [2, n]
     low, high = torch.cat(ends, 1)
     return low, high
 
 
-def token_frame(concentration: Tensor, experts: Sequence[str], cost_ratio: Tensor, interval: float = INTERVAL) -> pd.DataFrame:
+def token_frame(
+    concentration: Tensor, experts: Sequence[str], cost_ratio: Tensor, interval: float = INTERVAL
+) -> pd.DataFrame:
     """Everything known of the routes of N tokens: one row a token and layer.
 
     Args:
@@ -102,10 +113,13 @@ def token_frame(concentration: Tensor, experts: Sequence[str], cost_ratio: Tenso
         interval: posterior mass of the credible intervals.
 
     Returns:
-        layer, token, choice, mean_<expert>, low_<expert>, high_<expert>, total_concentration, entropies and mutual
-        information in nats, probability_right, cost (of the mean route of the layer), token_cost with its interval.
+        layer, token, choice, mean_<expert>, low_<expert>, high_<expert>, total_concentration,
+        entropies and mutual information in nats, probability_right, cost (of the mean route of the
+        layer), token_cost with its interval.
     """
-    require(concentration.dim() == 3, "concentration", "shape [L, N, E]", tuple(concentration.shape))
+    require(
+        concentration.dim() == 3, "concentration", "shape [L, N, E]", tuple(concentration.shape)
+    )
     L, N, _ = concentration.shape
     flat = concentration.detach().double().cpu().flatten(0, 1)
     mean = posterior_mean(flat)
@@ -121,7 +135,10 @@ def token_frame(concentration: Tensor, experts: Sequence[str], cost_ratio: Tenso
         frame[measure.value] = measured[:, m].numpy()
     frame["token_cost"] = np.tile((mean @ cost_ratio.double().cpu()).view(L, N).mean(0).numpy(), L)
     cost_low, cost_high = cost_interval(concentration, cost_ratio, interval)
-    frame["token_cost_low"], frame["token_cost_high"] = np.tile(cost_low.numpy(), L), np.tile(cost_high.numpy(), L)
+    frame["token_cost_low"], frame["token_cost_high"] = (
+        np.tile(cost_low.numpy(), L),
+        np.tile(cost_high.numpy(), L),
+    )
     return frame
 
 
@@ -176,17 +193,29 @@ def token_kind(piece: str) -> TokenKind:
     if "\n" in core:
         return TokenKind.NEWLINE
     if core.isalpha():
-        return TokenKind.WORD if len(core) > 1 else TokenKind.CAPITAL if core.isupper() else TokenKind.LETTER
+        return (
+            TokenKind.WORD
+            if len(core) > 1
+            else TokenKind.CAPITAL
+            if core.isupper()
+            else TokenKind.LETTER
+        )
     if core.isdigit():
         return TokenKind.DIGIT
-    return TokenKind.PUNCTUATION if all(unicodedata.category(c)[0] in "PS" for c in core) else TokenKind.OTHER
+    return (
+        TokenKind.PUNCTUATION
+        if all(unicodedata.category(c)[0] in "PS" for c in core)
+        else TokenKind.OTHER
+    )
 
 
 def kinds_of_vocabulary(tokeniser: Tokeniser) -> Tensor:
     """Index into `TokenKind` of every token id, int64 [V]."""
     order = {kind: index for index, kind in enumerate(TokenKind)}
     shown = (tokeniser.decode([token]) for token in range(tokeniser.vocab_size))
-    return torch.tensor([order[TokenKind.OTHER if text == "\ufffd" else token_kind(text)] for text in shown])
+    return torch.tensor(
+        [order[TokenKind.OTHER if text == "\ufffd" else token_kind(text)] for text in shown]
+    )
 
 
 class UncertaintySummary:
@@ -208,11 +237,15 @@ class UncertaintySummary:
 
     def add(self, reading: Reading) -> "UncertaintySummary":
         """Take in a batch of windows, of any length."""
-        measured = measures(reading.concentration, self.cost_ratio).mean(3)  # [L, B, T, M], the mean over units
+        measured = measures(reading.concentration, self.cost_ratio).mean(
+            3
+        )  # [L, B, T, M], the mean over units
         L, B, T, M = measured.shape
         longer = T - len(self._position_count)
         if longer > 0:
-            self._position_count = torch.cat([self._position_count, torch.zeros(longer, dtype=torch.float64)])
+            self._position_count = torch.cat(
+                [self._position_count, torch.zeros(longer, dtype=torch.float64)]
+            )
             grown = torch.zeros(L, len(self._position_count), M, dtype=torch.float64)
             grown[:, : T - longer] = self._position if longer < T else 0
             self._position = grown
@@ -234,14 +267,20 @@ class UncertaintySummary:
     def layers(self) -> pd.DataFrame:
         """One row a layer."""
         self.require_text()
-        frame = pd.DataFrame((self._position.sum(1) / self.tokens).numpy(), columns=[m.value for m in Measure])
+        frame = pd.DataFrame(
+            (self._position.sum(1) / self.tokens).numpy(), columns=[m.value for m in Measure]
+        )
         frame.index.name = "layer"
         return frame
 
     def positions(self) -> pd.DataFrame:
         """One row a layer and position in the window."""
         self.require_text()
-        return _long(self._position / self._position_count[:, None], "position", list(range(len(self._position_count))))
+        return _long(
+            self._position / self._position_count[:, None],
+            "position",
+            list(range(len(self._position_count))),
+        )
 
     def kinds_frame(self) -> pd.DataFrame:
         """One row a layer and kind of token that the text has, with the share of tokens.
@@ -251,7 +290,9 @@ class UncertaintySummary:
         self.require_text()
         if self.kinds is None:
             return pd.DataFrame(columns=["layer", "kind", "share", *(m.value for m in Measure)])
-        frame = _long(self._kind / self._kind_count[:, None], "kind", [kind.value for kind in TokenKind])
+        frame = _long(
+            self._kind / self._kind_count[:, None], "kind", [kind.value for kind in TokenKind]
+        )
         frame["share"] = np.tile((self._kind_count / self.tokens).numpy(), len(self._kind))
         return frame[frame["share"] > 0].reset_index(drop=True)
 
@@ -273,7 +314,9 @@ def summarise_uncertainty(
     readings: Iterable[Reading], cost_ratio: Tensor, tokeniser: Tokeniser | None = None
 ) -> UncertaintySummary:
     """Read a text to its end; ValueError if there is none."""
-    summary = UncertaintySummary(cost_ratio, None if tokeniser is None else kinds_of_vocabulary(tokeniser))
+    summary = UncertaintySummary(
+        cost_ratio, None if tokeniser is None else kinds_of_vocabulary(tokeniser)
+    )
     for reading in readings:
         summary.add(reading)
     summary.require_text()

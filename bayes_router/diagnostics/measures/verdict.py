@@ -39,5 +39,7 @@ def merged(verdicts: Iterable[Verdict]) -> list[Verdict]:
     for verdict in verdicts:
         key = (verdict.topic, verdict.text)
         known = found.get(key)
-        found[key] = verdict if known is None else verdict._replace(layers=known.layers + verdict.layers)
+        found[key] = (
+            verdict if known is None else verdict._replace(layers=known.layers + verdict.layers)
+        )
     return list(found.values())

@@ -27,14 +27,17 @@ class AttentionCall:
         q: [B, H, Tq, Dh].
         k: [B, Hkv, Tk, Dh].
         v: [B, Hkv, Tk, Dv].
-        mask: as the layer's own kernel takes it: bool (True is seen) or added to the scores, [B or 1, H or 1, Tq, Tk];
+        mask: as the layer's own kernel takes it: bool (True is seen) or added to the scores, [B or
+            1, H or 1, Tq, Tk];
             None: causal, or everything where the layer is not causal.
         causal: nothing after a query's own position is seen.
         kernel: the layer's own attention.
         scaling: of the scores.
         plain: the kernel is softmax(scaling q k^T) v and nothing else.
-        padding: [B, Tk] bool, True on real keys, where the mask says no more than that (and causality); else None.
-        memory: what decoding remembers of this layer beside the cache that the keys come from; None: nothing.
+        padding: [B, Tk] bool, True on real keys, where the mask says no more than that (and
+            causality); else None.
+        memory: what decoding remembers of this layer beside the cache that the keys come from;
+            None: nothing.
     """
 
     q: Tensor
@@ -63,7 +66,9 @@ class AttentionCall:
         """Which keys each query sees, bool, broadcastable to [B, H, Tq, Tk]."""
         if self.mask is None:
             query, key = self.positions()
-            return (key <= query if self.causal else (key >= 0).expand(self.q.shape[2], -1))[None, None]
+            return (key <= query if self.causal else (key >= 0).expand(self.q.shape[2], -1))[
+                None, None
+            ]
         return seen(self.mask)
 
     def real_keys(self) -> tuple[bool, Tensor | None]:
@@ -96,7 +101,9 @@ class AttentionCall:
             return x if x is None or x.shape[0] == 1 < len(self.q) else x.index_select(0, rows)
 
         q, k, v = (x.index_select(0, rows) for x in (self.q, self.k, self.v))
-        return replace(self, q=q, k=k, v=v, mask=pick(self.mask), padding=pick(self.padding), memory=None)
+        return replace(
+            self, q=q, k=k, v=v, mask=pick(self.mask), padding=pick(self.padding), memory=None
+        )
 
     def part(self, rows: slice) -> "AttentionCall":
         """Neighbouring sequences of the batch alone, as views."""
@@ -105,7 +112,9 @@ class AttentionCall:
             return x if x is None or x.shape[0] == 1 < len(self.q) else x[rows]
 
         q, k, v = self.q[rows], self.k[rows], self.v[rows]
-        return replace(self, q=q, k=k, v=v, mask=pick(self.mask), padding=pick(self.padding), memory=None)
+        return replace(
+            self, q=q, k=k, v=v, mask=pick(self.mask), padding=pick(self.padding), memory=None
+        )
 
     def heads(self, queries: slice, keys: slice) -> "AttentionCall":
         """Some query heads and the key heads that they share alone, as views.
@@ -118,4 +127,6 @@ class AttentionCall:
 
     def explicit(self) -> "AttentionCall":
         """The same with its mask written out, so that queries may be taken out of their order."""
-        return self if self.mask is not None or not self.causal else replace(self, mask=self.visible())
+        return (
+            self if self.mask is not None or not self.causal else replace(self, mask=self.visible())
+        )

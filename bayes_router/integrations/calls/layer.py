@@ -31,7 +31,9 @@ EXPERTS: dict[str, type[PatchedExpert]] = {
 }
 
 
-def patched_expert(name: str, shape: ExpertShape, kv_heads: int, sinks: int, causal: bool) -> PatchedExpert:
+def patched_expert(
+    name: str, shape: ExpertShape, kv_heads: int, sinks: int, causal: bool
+) -> PatchedExpert:
     """Build the expert called `name`, one of `EXPERTS`.
 
     Raises:
@@ -53,10 +55,14 @@ class RoutedLayer(nn.Module):
     Parameters are float32 where the model's are narrower.
     """
 
-    def __init__(self, names: tuple[str, ...], shape: ExpertShape, kv_heads: int, sinks: int, causal: bool):
+    def __init__(
+        self, names: tuple[str, ...], shape: ExpertShape, kv_heads: int, sinks: int, causal: bool
+    ):
         super().__init__()
         self.names, self.shape, self.sinks = names, shape, sinks
-        self.experts = nn.ModuleList(patched_expert(name, shape, kv_heads, sinks, causal) for name in names)
+        self.experts = nn.ModuleList(
+            patched_expert(name, shape, kv_heads, sinks, causal) for name in names
+        )
 
     def expert(self, index: int) -> PatchedExpert:
         """By index into `names`."""
@@ -85,7 +91,9 @@ class RoutedLayer(nn.Module):
         if not route.is_floating_point():
             return self._hard(call, route)
         heads, mixed = call.q.shape[1], None
-        for i, weight in enumerate(route.to(call.q.dtype).unbind(-1)):  # each expert once, whatever the number of units
+        for i, weight in enumerate(
+            route.to(call.q.dtype).unbind(-1)
+        ):  # each expert once, whatever the number of units
             part = by_head(weight, heads) * self.expert(i)(call)
             mixed = part if mixed is None else mixed + part
         assert mixed is not None
@@ -94,15 +102,25 @@ class RoutedLayer(nn.Module):
     def _hard(self, call: AttentionCall, route: Tensor) -> Tensor:
         if route.shape[1] == 1 and call.causal:
             return attend_one(self.experts, call, route)
-        each = (route[..., None] == torch.arange(len(self.names), device=route.device)).flatten(0, 2).any(0)  # [E]
-        taken = [index for index, some_take in enumerate(each.tolist()) if some_take]  # waits for the device, once
+        each = (
+            (route[..., None] == torch.arange(len(self.names), device=route.device))
+            .flatten(0, 2)
+            .any(0)
+        )  # [E]
+        taken = [
+            index for index, some_take in enumerate(each.tolist()) if some_take
+        ]  # waits for the device, once
         if len(taken) == 1:
             return self._attend(call, taken[0])
         if self._dispatchable(call):
-            among = route if len(taken) == len(self.names) else (each.cumsum(0) - 1)[route]  # indices into `taken`
+            among = (
+                route if len(taken) == len(self.names) else (each.cumsum(0) - 1)[route]
+            )  # indices into `taken`
             shift = unpadding(call)
             if shift is not None:
-                return shift.back(self._dispatch(shift.call, shift.route(among), taken, shift.lengths))
+                return shift.back(
+                    self._dispatch(shift.call, shift.route(among), taken, shift.lengths)
+                )
             if call.mask is None:
                 return self._dispatch(call, among, taken)
         return self._by_rows(call, route, taken)
@@ -120,7 +138,9 @@ class RoutedLayer(nn.Module):
         for index in taken:
             expert = self.expert(index)
             apart = route.shape[2] > 1 and expert.splits(call)
-            for b, (queries, keys) in product(range(len(route)), unit_heads(Hkv if apart else 1, H, Hkv)):
+            for b, (queries, keys) in product(
+                range(len(route)), unit_heads(Hkv if apart else 1, H, Hkv)
+            ):
                 chosen = of_head[b, queries] == index  # [heads, Tq]
                 rows = chosen.any(0).nonzero()[:, 0]
                 if rows.numel():
@@ -138,7 +158,9 @@ class RoutedLayer(nn.Module):
         same = call.q.shape[3] == call.v.shape[3] == call.k.shape[3]
         return call.plain and call.causal and same and 1 < call.q.shape[2] == call.k.shape[2]
 
-    def _dispatch(self, call: AttentionCall, route: Tensor, taken: list[int], lengths: Tensor | None = None) -> Tensor:
+    def _dispatch(
+        self, call: AttentionCall, route: Tensor, taken: list[int], lengths: Tensor | None = None
+    ) -> Tensor:
         """By `routed_attention`: only what each token took is computed, in sorted blocks.
 
         route [B, T, R] into `taken`.

@@ -21,25 +21,38 @@ class LinearExpert(PatchedExpert):
 
     The sums go over the keys s that the layer's mask shows t.
 
-    phi(x) = softmax(M x) with one learned M [F, Dh] a head, F = Dh, in the manner of Zhang et al. 2024 (arXiv 2402.04347);
-    M starts at the identity, scaled so that phi_q . phi_k grows with the layer's own scores. It takes the queries and keys
-    as the layer hands them over, rotary positions included. Computed in float32 at least.
+    phi(x) = softmax(M x) with one learned M [F, Dh] a head, F = Dh, in the manner of Zhang et al.
+    2024 (arXiv 2402.04347); M starts at the identity, scaled so that phi_q . phi_k grows with the
+    layer's own scores. It takes the queries and keys as the layer hands them over, rotary positions
+    included. Computed in float32 at least.
 
-    A causal pass without other masks than padding costs O(T): a running state between chunks. One new token behind a KV cache
-    reads a state that is kept beside it (`LayerMemory`) and costs the same at any length. With any other mask, for several
-    queries behind a cache, and with gradients, weights are formed query by key (O(T) a token).
+    A causal pass without other masks than padding costs O(T): a running state between chunks. One
+    new token behind a KV cache reads a state that is kept beside it (`LayerMemory`) and costs the
+    same at any length. With any other mask, for several queries behind a cache, and with gradients,
+    weights are formed query by key (O(T) a token).
     """
 
     def __init__(self, shape: ExpertShape, kv_heads: int, sinks: int = 0):
         super().__init__(shape, kv_heads, sinks)
-        start = torch.eye(shape.head_dim) * shape.head_dim**0.25  # the product of both is sqrt(Dh) x scaled scores
+        start = (
+            torch.eye(shape.head_dim) * shape.head_dim**0.25
+        )  # the product of both is sqrt(Dh) x scaled scores
         self.query_map = nn.Parameter(start.repeat(shape.num_heads, 1, 1))  # [H, F, Dh]
         self.key_map = nn.Parameter(start.repeat(kv_heads, 1, 1))  # [Hkv, F, Dh]
 
     def forward(self, call: AttentionCall) -> Tensor:
         """See `PatchedExpert.forward`."""
-        if call.memory is not None and call.memory.known and call.q.shape[2] == 1 and not self.needs_grad(call):
-            phi_q = self._phi(call.q, self.query_map, call).unflatten(1, (call.k.shape[1], -1)).squeeze(3)  # [B, Hkv, G, F]
+        if (
+            call.memory is not None
+            and call.memory.known
+            and call.q.shape[2] == 1
+            and not self.needs_grad(call)
+        ):
+            phi_q = (
+                self._phi(call.q, self.query_map, call)
+                .unflatten(1, (call.k.shape[1], -1))
+                .squeeze(3)
+            )  # [B, Hkv, G, F]
             summed = (phi_q @ self.running(call)).flatten(1, 2).unsqueeze(2)
             return normalised(summed).to(call.v.dtype)
         phi_q = self._phi(call.q, self.query_map, call)  # [B, H, Tq, F]
@@ -67,7 +80,9 @@ class LinearExpert(PatchedExpert):
 
     def needs_grad(self, call: AttentionCall) -> bool:
         """Whether autograd records this call: no state is kept then."""
-        return torch.is_grad_enabled() and (self.query_map.requires_grad or call.q.requires_grad or call.k.requires_grad)
+        return torch.is_grad_enabled() and (
+            self.query_map.requires_grad or call.q.requires_grad or call.k.requires_grad
+        )
 
     def running(self, call: AttentionCall) -> Tensor:
         """The state of all keys of the call, [B, Hkv, F, Dv + 1].
@@ -91,7 +106,11 @@ class LinearExpert(PatchedExpert):
             phi_k = phi_k * (elapsed[..., -1:] - elapsed).exp().unsqueeze(-1)
         state = phi_k.mT @ value
         if before is not None:
-            kept = before.state if decay is None else before.state * decay.sum(-1)[..., None, None].exp()
+            kept = (
+                before.state
+                if decay is None
+                else before.state * decay.sum(-1)[..., None, None].exp()
+            )
             state = kept + state
         memory.running[type(self)] = Running(state, call.k.shape[2])
         return state
@@ -105,7 +124,9 @@ class LinearExpert(PatchedExpert):
     def _log_decay(self, call: AttentionCall) -> Tensor | None:
         return None
 
-    def _weights_by_key(self, call: AttentionCall, phi_q: Tensor, phi_k: Tensor, value: Tensor, decay: Tensor | None) -> Tensor:
+    def _weights_by_key(
+        self, call: AttentionCall, phi_q: Tensor, phi_k: Tensor, value: Tensor, decay: Tensor | None
+    ) -> Tensor:
         """[B, H, Tq, Dv + 1], in blocks of queries; the queries are the last of the keys."""
         elapsed, visible = None if decay is None else decay.cumsum(-1), call.visible()  # [B, H, Tk]
         Tq, Tk = phi_q.shape[2], phi_k.shape[2]
@@ -125,8 +146,8 @@ class GatedExpert(LinearExpert):
 
     What key s wrote is multiplied by a_r = sigmoid(w . k_r + b) for every later key r.
 
-    One gate a key head, read from the keys. Causal layers only. Heads start with memories of 8 to 1024 tokens, as the
-    expert of the same name in `attention`.
+    One gate a key head, read from the keys. Causal layers only. Heads start with memories of 8 to
+    1024 tokens, as the expert of the same name in `attention`.
     """
 
     def __init__(self, shape: ExpertShape, kv_heads: int, sinks: int = 0):

@@ -49,7 +49,9 @@ class OfLast(Generic[Answer]):
 
     def __init__(self, read: Callable[..., Answer]):
         self._read = read
-        self._last: tuple[tuple[Any, ...], Answer] | None = None  # one object: threads see a question with its answer
+        self._last: tuple[tuple[Any, ...], Answer] | None = (
+            None  # one object: threads see a question with its answer
+        )
 
     def __call__(self, *asked: Any) -> Answer:
         """The answer to these arguments, tensors or what compares by value."""
@@ -57,7 +59,10 @@ class OfLast(Generic[Answer]):
             return self._read(*asked)  # what is traced is not kept
         last = self._last
         if last is None or not all(map(_same, last[0], asked)):
-            last = self._last = tuple(weakref.ref(x) if isinstance(x, Tensor) else x for x in asked), self._read(*asked)
+            last = self._last = (
+                tuple(weakref.ref(x) if isinstance(x, Tensor) else x for x in asked),
+                self._read(*asked),
+            )
         return last[1]
 
 
@@ -70,10 +75,17 @@ def padding_of(mask: Tensor, num_queries: int, causal: bool) -> Tensor | None:
 
     Where causal, the future too.
     """
-    if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] != num_queries:
+    if (
+        mask.dtype != torch.bool
+        or mask.dim() != 4
+        or mask.shape[1] != 1
+        or mask.shape[2] != num_queries
+    ):
         return None
     Tk = mask.shape[3]
-    real = mask[:, 0, -1].clone()  # the last query sees all that is real; a view would keep the whole mask
+    real = mask[
+        :, 0, -1
+    ].clone()  # the last query sees all that is real; a view would keep the whole mask
     key = torch.arange(Tk, device=mask.device)
     expected = real[:, None].expand(-1, num_queries, -1)
     if causal:
@@ -98,5 +110,7 @@ def real_queries(mask: Tensor, num_queries: int) -> Tensor:
     The queries are the last keys.
     """
     own = mask[(None,) * (4 - mask.dim())][..., mask.shape[-1] - num_queries :]
-    own = own.diagonal(dim1=-2, dim2=-1) if mask.shape[-2] == num_queries else own[..., -1, :]  # one row for all queries
+    own = (
+        own.diagonal(dim1=-2, dim2=-1) if mask.shape[-2] == num_queries else own[..., -1, :]
+    )  # one row for all queries
     return seen(own).reshape(-1, *own.shape[-2:]).any(1)

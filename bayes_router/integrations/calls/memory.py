@@ -4,9 +4,10 @@ And how that grows without being copied.
 
 The state of each linear expert is remembered, where it is valid.
 
-A state summarises the first n cached keys. It is used only while the cache still holds the very tensor of keys that the last
-call left there, grown by the new tokens alone, with the same keys hidden. A cropped, reordered, copied or fresh cache, or one
-that hands out other tensors than it keeps, gives an empty memory, and the state is made again from the cached keys and values:
+A state summarises the first n cached keys. It is used only while the cache still holds the very
+tensor of keys that the last call left there, grown by the new tokens alone, with the same keys
+hidden. A cropped, reordered, copied or fresh cache, or one that hands out other tensors than it
+keeps, gives an empty memory, and the state is made again from the cached keys and values:
 correctness never depends on it.
 """
 
@@ -35,7 +36,8 @@ class LayerMemory:
     """The states of one layer for one cache.
 
     Attributes:
-        known: the keys that are hidden are padding and no more, the same for all heads: states may be used.
+        known: the keys that are hidden are padding and no more, the same for all heads: states may
+            be used.
         real: [B or 1, Tk] bool, the keys that count; None: all.
         begins: nothing was held before the call under way.
         running: by class of expert.
@@ -50,14 +52,24 @@ class LayerMemory:
         self.begins = True
         self._keys: weakref.ref[Tensor] | None = None
 
-    def follow(self, held: Tensor | None, keys: Tensor, num_queries: int, known: bool, real: Tensor | None) -> None:
+    def follow(
+        self, held: Tensor | None, keys: Tensor, num_queries: int, known: bool, real: Tensor | None
+    ) -> None:
         """Take in a call over `keys` [B, Hkv, Tk, Dh], the last `num_queries` of them new.
 
-        `held` is what the cache kept of this layer's keys before it; `known` and `real` say which keys count.
+        `held` is what the cache kept of this layer's keys before it; `known` and `real` say which
+        keys count.
         """
         Tk, past = keys.shape[2], keys.shape[2] - num_queries
-        same = held is not None and self._keys is not None and self._keys() is held and version(held) == self.version
-        if not (same and known and self.known and self.length == past and unchanged(self.real, real)):
+        same = (
+            held is not None
+            and self._keys is not None
+            and self._keys() is held
+            and version(held) == self.version
+        )
+        if not (
+            same and known and self.known and self.length == past and unchanged(self.real, real)
+        ):
             self.running.clear()
             self.beside = None
         self.begins = past == 0
@@ -69,7 +81,9 @@ class Memories:
     """`LayerMemory` by cache and layer; what belongs to a cache goes with it."""
 
     def __init__(self) -> None:
-        self._by_cache: weakref.WeakKeyDictionary[Any, dict[int, LayerMemory]] = weakref.WeakKeyDictionary()
+        self._by_cache: weakref.WeakKeyDictionary[Any, dict[int, LayerMemory]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def of(self, cache: Any, index: int) -> LayerMemory:
         """The memory of a layer."""

@@ -42,7 +42,8 @@ def cast(call: AttentionCall) -> AttentionCall:
 
     In its dtype, as the layer's kernel would cast it.
 
-    Rotary positions leave queries and keys in float32 beside narrower values, and a cache may widen either.
+    Rotary positions leave queries and keys in float32 beside narrower values, and a cache may widen
+    either.
     """
     kind, inner = call.q.device.type, call.kernel
     if not torch.is_autocast_enabled(kind):

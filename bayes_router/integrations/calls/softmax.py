@@ -2,8 +2,9 @@
 
 They take a call as the layer made it, with its own mask, heads and kernel.
 
-The experts of `attention` are causal and know neither padding nor masks; those of an encoder see both sides, and a
-pretrained layer brings masks of its own. So these are modules beside them, under the same names and costs.
+The experts of `attention` are causal and know neither padding nor masks; those of an encoder see
+both sides, and a pretrained layer brings masks of its own. So these are modules beside them, under
+the same names and costs.
 """
 
 from collections.abc import Callable
@@ -93,7 +94,9 @@ class SoftmaxExpert(PatchedExpert):
         for part in torch.split(rows, QUERIES):
             mask = None if call.mask is None else call.mask[:, :, part]
             visible = replace(call, mask=mask, q=call.q[:, :, part]).visible
-            blocks.append(self._attend(call, call.q[:, :, part], mask, visible, query[part], key, prune=True))
+            blocks.append(
+                self._attend(call, call.q[:, :, part], mask, visible, query[part], key, prune=True)
+            )
         return torch.cat(blocks, 2)
 
     def _attend(
@@ -111,7 +114,12 @@ class SoftmaxExpert(PatchedExpert):
         if allowed is not None:
             mask = restrict(mask, allowed & visible())
         if mask is not None and prune:
-            kept = (visible() if allowed is None else allowed & visible()).flatten(0, 2).any(0).nonzero()[:, 0]
+            kept = (
+                (visible() if allowed is None else allowed & visible())
+                .flatten(0, 2)
+                .any(0)
+                .nonzero()[:, 0]
+            )
             if 0 < len(kept) < k.shape[2]:
                 k, v, mask = k[:, :, kept], v[:, :, kept], mask[..., kept]
         return call.kernel(q, k, v, mask)
@@ -136,9 +144,9 @@ class LocalExpert(SoftmaxExpert):
 
     With `sinks`, also the first keys that a query sees.
 
-    Pretrained decoders park attention on their first tokens; a window without them costs much more (Xiao et al. 2023,
-    arXiv 2309.17453). Causal: keys t - W + 1 .. t. Not causal: W keys around the query. Whatever the layer's mask hides
-    stays hidden.
+    Pretrained decoders park attention on their first tokens; a window without them costs much more
+    (Xiao et al. 2023, arXiv 2309.17453). Causal: keys t - W + 1 .. t. Not causal: W keys around the
+    query. Whatever the layer's mask hides stays hidden.
     """
 
     _narrows = True
@@ -156,7 +164,11 @@ class LocalExpert(SoftmaxExpert):
         if Tq == 1 and call.causal and self._by_position(call):
             return self._joined(call) if self.in_place(call) else self.read(self.narrowed(call))
         if call.dense and call.causal and call.plain and Tq > max(window, MIN_BLOCK):
-            if call.q.device.type == "cpu" and not torch.is_grad_enabled() and call.q.shape[3] == call.v.shape[3]:
+            if (
+                call.q.device.type == "cpu"
+                and not torch.is_grad_enabled()
+                and call.q.shape[3] == call.v.shape[3]
+            ):
                 return self._by_tiles(call)
             if capability.available(call.q, call.k, call.v):
                 return local_attention(call.rescaled(), call.k, call.v, window, self.sinks)
@@ -173,7 +185,9 @@ class LocalExpert(SoftmaxExpert):
         Where attention is plain and matrix products keep its precision, on a CPU.
         """
         plain = call.plain and call.causal and (call.mask is None or call.mask.shape[1] == 1)
-        return plain and call.q.device.type == "cpu" and call.q.dtype in (torch.float32, torch.float64)
+        return (
+            plain and call.q.device.type == "cpu" and call.q.dtype in (torch.float32, torch.float64)
+        )
 
     def narrowed(self, call: AttentionCall) -> AttentionCall:
         """See `PatchedExpert.narrowed`: the sinks and the window."""
@@ -198,19 +212,25 @@ class LocalExpert(SoftmaxExpert):
             return [last]
         if call.mask is None:
             return [(call.k[:, :, :sinks], call.v[:, :, :sinks], None), last]
-        order = call.visible()[:, 0, 0].int().cumsum(-1)  # [B or 1, Tk], a key that is seen: its place among those
+        order = (
+            call.visible()[:, 0, 0].int().cumsum(-1)
+        )  # [B or 1, Tk], a key that is seen: its place among those
         place = torch.arange(1, self.sinks + 1, device=order.device)
         at = (order[:, None] == place[:, None]).int().argmax(-1)  # [B or 1, sinks]
         there = (order[:, -1:] >= place) & (at < before)  # those in the window are there already
         index = at.expand(len(call.q), -1)[:, None, :, None]
         k, v = (x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (call.k, call.v))
-        shown = restrict(call.mask.gather(3, at[:, None, None]), there[:, None, None])  # [B or 1, 1, 1, sinks]
+        shown = restrict(
+            call.mask.gather(3, at[:, None, None]), there[:, None, None]
+        )  # [B or 1, 1, 1, sinks]
         return [(k, v, shown), last]
 
     def _joined(self, call: AttentionCall) -> Tensor:
         """One new token: one softmax over the sinks and the window, whose keys are not copied."""
         pieces = self._pieces(call)
-        q = call.q.reshape(len(call.q), call.k.shape[1], -1, call.q.shape[3]) * call.scaling  # [B, Hkv, G, Dh]
+        q = (
+            call.q.reshape(len(call.q), call.k.shape[1], -1, call.q.shape[3]) * call.scaling
+        )  # [B, Hkv, G, Dh]
         weights = torch.cat([_masked(q @ k.mT, mask) for k, _, mask in pieces], 3).softmax(3)
         (_, v, _), past = pieces[-1], weights.shape[3] - pieces[-1][0].shape[2]
         out = weights[..., past:] @ v
@@ -222,7 +242,9 @@ class LocalExpert(SoftmaxExpert):
         """Every query of whole texts, in the dispatcher's tiles."""
         shape, positions = self.shape._replace(sinks=self.sinks), torch.arange(call.q.shape[2])
         q = call.q * (call.scaling * call.q.shape[3] ** 0.5)  # tiles divide by sqrt(Dh)
-        rows = [softmax_rows(*one, positions, shape)[0] for one in zip(q, call.k, call.v, strict=True)]
+        rows = [
+            softmax_rows(*one, positions, shape)[0] for one in zip(q, call.k, call.v, strict=True)
+        ]
         return torch.stack(rows) if len(rows) > 1 else rows[0][None]
 
     def read(self, call: AttentionCall) -> Tensor:

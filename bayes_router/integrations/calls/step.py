@@ -19,8 +19,9 @@ from bayes_router.integrations.calls.softmax import FullExpert, PatchedExpert
 def attend_one(experts: nn.ModuleList, call: AttentionCall, route: Tensor) -> Tensor:
     """[B, H, 1, Dv]: the heads of unit r of row b by experts[route[b, 0, r]].
 
-    The choices are read on the host (on CUDA one small transfer), so that what is not on `full` does not read what `full`
-    reads. Several rows or units on CUDA, where a kernel can look at the choices itself, wait for nothing.
+    The choices are read on the host (on CUDA one small transfer), so that what is not on `full`
+    does not read what `full` reads. Several rows or units on CUDA, where a kernel can look at the
+    choices itself, wait for nothing.
     """
     if max(len(call.q), route.shape[2]) > 1 and _fused(experts, call):
         return _one_fused(experts, call, route)
@@ -42,7 +43,9 @@ def attend_one(experts: nn.ModuleList, call: AttentionCall, route: Tensor) -> Te
     return out
 
 
-def _some_heads(expert: PatchedExpert, call: AttentionCall, row: int, mine: list[bool], out: Tensor) -> None:
+def _some_heads(
+    expert: PatchedExpert, call: AttentionCall, row: int, mine: list[bool], out: Tensor
+) -> None:
     """Write the heads of the units of one row that are `mine` [R].
 
     Keys of a key head are read where one of its units asks.
@@ -74,8 +77,13 @@ def some(expert: PatchedExpert, call: AttentionCall, rows: Sequence[int]) -> Ten
         return whole[list(rows)]
     if not expert.in_place(call):
         return expert.read(expert.narrowed(call).batch(torch.tensor(rows, device=call.q.device)))
-    neighbours = [[b for _, b in group] for _, group in groupby(enumerate(rows), key=lambda pair: pair[1] - pair[0])]
-    return torch.cat([expert(call.part(slice(part[0], part[-1] + 1))) for part in neighbours])  # no keys are copied
+    neighbours = [
+        [b for _, b in group]
+        for _, group in groupby(enumerate(rows), key=lambda pair: pair[1] - pair[0])
+    ]
+    return torch.cat(
+        [expert(call.part(slice(part[0], part[-1] + 1))) for part in neighbours]
+    )  # no keys are copied
 
 
 def remember(experts: nn.ModuleList, call: AttentionCall, route: Tensor | int) -> None:
@@ -128,14 +136,30 @@ def _one_fused(experts: nn.ModuleList, call: AttentionCall, route: Tensor) -> Te
 
     The other experts read little and do all rows.
     """
-    from bayes_router.attention.kernels.triton.decode import decode_step  # only where it can be imported
+    from bayes_router.attention.kernels.triton.decode import (
+        decode_step,
+    )  # only where it can be imported
 
     full = next(index for index, expert in enumerate(experts) if isinstance(expert, FullExpert))
     q = call.rescaled()
     k, v = call.k[:, :, -1:], call.v[:, :, -1:]
     before = torch.full((len(q),), call.k.shape[2] - 1, dtype=torch.int64, device=q.device)
     # the new key and value are in the cache already; the kernel writes them there once more
-    out = decode_step(q, k, v, q, k, call.k, call.v, None, route, before, (full, -1, -1), 1, num_experts=len(experts))
+    out = decode_step(
+        q,
+        k,
+        v,
+        q,
+        k,
+        call.k,
+        call.v,
+        None,
+        route,
+        before,
+        (full, -1, -1),
+        1,
+        num_experts=len(experts),
+    )
     for index, expert in enumerate(experts):
         if index != full:
             out = torch.where(by_head(route == index, out.shape[1]), expert(call), out)

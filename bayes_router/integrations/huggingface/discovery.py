@@ -31,9 +31,17 @@ def check_model(model: PreTrainedModel) -> str:
     name = type(model).__name__
     parameters = list(model.parameters())
     require(bool(parameters), "model", "a model with weights", name)
-    require(in_memory(model), "model", "weights in memory", f"{name} on the meta device", "load them first")
+    require(
+        in_memory(model),
+        "model",
+        "weights in memory",
+        f"{name} on the meta device",
+        "load them first",
+    )
     method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
-    quantised = getattr(model, "is_quantized", False) and method != "gguf"  # GGUF weights are floats once loaded
+    quantised = (
+        getattr(model, "is_quantized", False) and method != "gguf"
+    )  # GGUF weights are floats once loaded
     require(
         not quantised,
         "model",
@@ -42,24 +50,44 @@ def check_model(model: PreTrainedModel) -> str:
         "load it without quantization_config, or dequantise it first",
     )
     require(
-        model.main_input_name == "input_ids", "model", "a model that reads input_ids", f"{name} reads {model.main_input_name}"
+        model.main_input_name == "input_ids",
+        "model",
+        "a model that reads input_ids",
+        f"{name} reads {model.main_input_name}",
     )
     require(
-        not model.config.is_encoder_decoder, "model", "a decoder or an encoder", f"{name}, an encoder-decoder", "not served"
+        not model.config.is_encoder_decoder,
+        "model",
+        "a decoder or an encoder",
+        f"{name}, an encoder-decoder",
+        "not served",
     )
     if falcon.serves(model):
         return falcon.OWN
     require(
         model._can_set_attn_implementation(),
         "model",
-        "an architecture of the attention interface of transformers 5 (GPT-2, Llama, Phi, Qwen, Gemma, ...), or Falcon",
+        "an architecture of the attention interface of transformers 5 (GPT-2, Llama, Phi, Qwen, "
+        "Gemma, ...), or Falcon",
         name,
         "its attention is written out inside the model: not served",
     )
     base: str = model.config._attn_implementation
-    require(base in MASKS, "attn_implementation", "sdpa or eager", base, "call model.set_attn_implementation('sdpa') first")
+    require(
+        base in MASKS,
+        "attn_implementation",
+        "sdpa or eager",
+        base,
+        "call model.set_attn_implementation('sdpa') first",
+    )
     upcast = base == "eager" and getattr(model.config, "reorder_and_upcast_attn", False)
-    require(not upcast, "reorder_and_upcast_attn", "False under eager attention", True, "set attn_implementation='sdpa'")
+    require(
+        not upcast,
+        "reorder_and_upcast_attn",
+        "False under eager attention",
+        True,
+        "set attn_implementation='sdpa'",
+    )
     return base
 
 
@@ -76,7 +104,9 @@ def find_layers(model: PreTrainedModel, settings: PatchSettings) -> list[Found]:
     def observe(module: nn.Module, q: Tensor, k: Tensor, causal: bool, window: int | None) -> None:
         shape = ExpertShape(q.shape[1], q.shape[3], settings.window)
         own = window if window is None or causal else 2 * window - 1  # on both sides
-        calls[module] = Found(module, names[module], shape, k.shape[1], widths.get(module, 0), causal, own)
+        calls[module] = Found(
+            module, names[module], shape, k.shape[1], widths.get(module, 0), causal, own
+        )
         times[module] += 1
 
     def width(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -84,7 +114,9 @@ def find_layers(model: PreTrainedModel, settings: PatchSettings) -> list[Found]:
         if isinstance(hidden, Tensor) and hidden.dim() == 3:
             widths[module] = hidden.shape[-1]
 
-    handles = [module.register_forward_pre_hook(width, with_kwargs=True) for module in model.modules()]
+    handles = [
+        module.register_forward_pre_hook(width, with_kwargs=True) for module in model.modules()
+    ]
     watching.observers += (observe,)
     try:
         probe(model)
@@ -94,25 +126,47 @@ def find_layers(model: PreTrainedModel, settings: PatchSettings) -> list[Found]:
             handle.remove()
     found = list(calls.values())
     kind = type(model).__name__
-    require(bool(found), "model", "attention that the attention interface serves", kind, "none ran: not served")
+    require(
+        bool(found),
+        "model",
+        "attention that the attention interface serves",
+        kind,
+        "none ran: not served",
+    )
     for one in found:
         got = f"{kind}, whose {one.name} runs {times[one.module]} times"
-        require(times[one.module] == 1, "model", "attention layers that run once a pass", got, "shared layers are not served")
+        require(
+            times[one.module] == 1,
+            "model",
+            "attention layers that run once a pass",
+            got,
+            "shared layers are not served",
+        )
     left = left_out(model, found)
     if left:
         shown = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
         warnings.warn(
-            f"{kind}: attention in {shown} ({len(left)} modules) did not run through the attention interface on token ids "
+            f"{kind}: attention in {shown} ({len(left)} modules) did not run through the attention "
+            f"interface on token ids "
             "alone: it is not routed and stays as it was",
             stacklevel=5,
         )
     chosen = range(len(found)) if settings.layers is None else settings.layers
     require(
-        all(0 <= i < len(found) for i in chosen), "layers", f"indices of the {len(found)} attention layers", settings.layers
+        all(0 <= i < len(found) for i in chosen),
+        "layers",
+        f"indices of the {len(found)} attention layers",
+        settings.layers,
     )
     found = [found[i] for i in chosen]
     for one in found:
-        require(one.width == found[0].width, "model", f"one width of hidden states, {found[0].width}", one.width, one.name)
+        require(
+            one.width == found[0].width,
+            "model",
+            f"one width of hidden states, {found[0].width}",
+            one.width,
+            one.name,
+        )
     return found
 
 
@@ -125,7 +179,11 @@ def left_out(model: PreTrainedModel, found: list[Found]) -> list[str]:
     names: list[str] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in names)
-        if type(module).__name__.endswith("Attention") and not inside and not any(inner in ran for inner in module.modules()):
+        if (
+            type(module).__name__.endswith("Attention")
+            and not inside
+            and not any(inner in ran for inner in module.modules())
+        ):
             names.append(name)
     return names
 
@@ -138,7 +196,10 @@ def probe(model: PreTrainedModel) -> Tensor:
     """
     device = device_of(model)
     modes = [(module, module.training) for module in model.modules()]
-    tokens = torch.arange(3, 3 + PROBE_TOKENS, device=device)[None] % model.config.get_text_config().vocab_size
+    tokens = (
+        torch.arange(3, 3 + PROBE_TOKENS, device=device)[None]
+        % model.config.get_text_config().vocab_size
+    )
     model.eval()
     try:
         out = model(input_ids=tokens, return_dict=True)

@@ -2,7 +2,8 @@
 
 Its attention module gets a forward pass that does.
 
-Only the call of the kernel is new; projections, heads, rotary positions and cache are the module's own parts.
+Only the call of the kernel is new; projections, heads, rotary positions and cache are the module's
+own parts.
 """
 
 from collections.abc import Callable
@@ -29,7 +30,13 @@ def serves(model: PreTrainedModel) -> bool:
     if model.config.get_text_config().model_type != "falcon":
         return False
     base = model.config._attn_implementation
-    require(base == "sdpa", "attn_implementation", "sdpa for Falcon", base, "load it with attn_implementation='sdpa'")
+    require(
+        base == "sdpa",
+        "attn_implementation",
+        "sdpa for Falcon",
+        base,
+        "load it with attn_implementation='sdpa'",
+    )
     return True
 
 
@@ -59,7 +66,9 @@ def forward(
         if isinstance(binding, Binding) and binding.awaits:
             binding.require_full("output_attentions")
         rest = (position_ids, layer_past, use_cache, True, position_embeddings)
-        original: tuple[Tensor, Tensor | None] = FalconAttention.forward(self, hidden_states, alibi, attention_mask, *rest)
+        original: tuple[Tensor, Tensor | None] = FalconAttention.forward(
+            self, hidden_states, alibi, attention_mask, *rest
+        )
         return original
     B, T, _ = hidden_states.shape
     heads = (x.transpose(1, 2) for x in self._split_heads(self.query_key_value(hidden_states)))
@@ -70,5 +79,15 @@ def forward(
     if layer_past is not None:
         k, v = layer_past.update(k, v, self.layer_idx)
     dropout = self.attention_dropout.p if alibi is not None and self.training else 0.0
-    out, _ = routed_interface("sdpa", self, q, k, v, attention_mask, dropout=dropout, scaling=None, is_causal=self.is_causal)
+    out, _ = routed_interface(
+        "sdpa",
+        self,
+        q,
+        k,
+        v,
+        attention_mask,
+        dropout=dropout,
+        scaling=None,
+        is_causal=self.is_causal,
+    )
     return self.dense(out.flatten(2)), None  # [B, T, H, Dh] -> [B, T, D]

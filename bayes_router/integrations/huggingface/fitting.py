@@ -47,17 +47,21 @@ class FitSettings:
         steps: of SVI.
         distil_steps: of distillation before it; skipped where no expert has parameters.
         context: tokens of a sequence; or several lengths, one of which is drawn each step.
-        batch_size: sequences a step; of lengths below the longest so many that a step has as many tokens.
+        batch_size: sequences a step; of lengths below the longest so many that a step has as many
+            tokens.
         lr: peak learning rate of the experts' own parameters.
         controller_lr: peak learning rate of the controllers.
-        bias_lr: of the bias of their last layer, which moves a unit's posterior for all tokens at once; None: `controller_lr`.
+        bias_lr: of the bias of their last layer, which moves a unit's posterior for all tokens at
+            once; None: `controller_lr`.
         weights_lr: of the model's own weights; 0 leaves them as they are.
         warmup: steps of linear warm-up.
         clip: largest gradient norm.
-        likelihood: model, the next tokens of the unpatched model in expectation (self-distillation: far less noise); or
-            text, those of the text. None: model, but text where the model's own weights move.
-        budget: cost at which executed draws are held by moving the price, full = 1; or (low, high), a budget drawn anew
-            each step, so that one fit serves them all, see `BudgetRange`; None: the prior's own price.
+        likelihood: model, the next tokens of the unpatched model in expectation (self-distillation:
+            far less noise); or text, those of the text. None: model, but text where the model's own
+            weights move.
+        budget: cost at which executed draws are held by moving the price, full = 1; or (low, high),
+            a budget drawn anew each step, so that one fit serves them all, see `BudgetRange`; None:
+            the prior's own price.
         seconds: the fit ends after about so many, its schedules shortened to that.
         seed: of batches and posterior draws.
     """
@@ -107,11 +111,18 @@ class FitSettings:
     @property
     def teacher(self) -> bool:
         """Whether the unpatched model is what the fit follows."""
-        return self.likelihood == Observed.MODEL.value or (self.likelihood is None and self.weights_lr == 0)
+        return self.likelihood == Observed.MODEL.value or (
+            self.likelihood is None and self.weights_lr == 0
+        )
 
     def rates(self, steps: int) -> TrainConfig:
         """As the shared learning-rate schedule takes it."""
-        return TrainConfig(steps=max(steps, 1), warmup=min(self.warmup, steps), lr=self.lr, controller_lr=self.controller_lr)
+        return TrainConfig(
+            steps=max(steps, 1),
+            warmup=min(self.warmup, steps),
+            lr=self.lr,
+            controller_lr=self.controller_lr,
+        )
 
 
 def final_state(router: RoutedLanguage, schedule: ScheduleConfig | None = None) -> ScheduleState:
@@ -125,7 +136,9 @@ def end_state(router: RoutedLanguage, schedule: ScheduleConfig | None = None) ->
     fitted = router.fitted
     if schedule is not None or fitted is None:
         return final_state(router, schedule)
-    return ScheduleState(fitted.kl_weight, router.prior.concentration, fitted.price, fitted.straight_through)
+    return ScheduleState(
+        fitted.kl_weight, router.prior.concentration, fitted.price, fitted.straight_through
+    )
 
 
 def record(
@@ -139,7 +152,9 @@ def record(
     """What a patch remembers of its fit."""
     end = final_state(router, schedule)
     likelihood = Observed.MODEL if settings.teacher else Observed.TEXT
-    price = float(frame["price"].iloc[-1]) if len(frame) and settings.budget is not None else end.price
+    price = (
+        float(frame["price"].iloc[-1]) if len(frame) and settings.budget is not None else end.price
+    )
     return FitRecord(
         max(settings.contexts),
         tokens,
@@ -155,8 +170,8 @@ def record(
 def default_schedule(num_latents: int, ranged: bool = False) -> ScheduleConfig:
     """Start on full attention, let the compute-aware prior in, end on executed argmax draws.
 
-    For a range of budgets the price does all that: draws are executed from the first step, under a prior that stays.
-    `num_latents` of a token, layers times units: the KL is summed over them.
+    For a range of budgets the price does all that: draws are executed from the first step, under a
+    prior that stays. `num_latents` of a token, layers times units: the KL is summed over them.
     """
     if ranged:
         still = ScheduleConfig(anneal_from=0.0, anneal_to=0.0, straight_through_from=0.0)
@@ -198,7 +213,9 @@ def fitting(router: RoutedLanguage, weights: bool) -> Iterator[None]:
             module.training = mode
 
 
-def distil(router: RoutedLanguage, source: TokenSource, settings: FitSettings, progress: bool = False) -> list[float]:
+def distil(
+    router: RoutedLanguage, source: TokenSource, settings: FitSettings, progress: bool = False
+) -> list[float]:
     """Teach every linear expert its own layer's full attention.
 
     The mean relative squared error of each step.
@@ -211,19 +228,27 @@ def distil(router: RoutedLanguage, source: TokenSource, settings: FitSettings, p
         return []
     optimiser = torch.optim.AdamW([{"params": parameters, "peak": settings.lr}], weight_decay=0.0)
     device, losses = router.device, []
-    for step in Progress("distil", settings.distil_steps, shown=progress).over(range(settings.distil_steps)):
+    for step in Progress("distil", settings.distil_steps, shown=progress).over(
+        range(settings.distil_steps)
+    ):
         set_learning_rate(optimiser, settings.rates(settings.distil_steps), step)
-        tokens = source.batch(step, settings.batch_size, min(settings.contexts), settings.seed + 7).tokens.to(device)
+        tokens = source.batch(
+            step, settings.batch_size, min(settings.contexts), settings.seed + 7
+        ).tokens.to(device)
         errors: list[Tensor] = []
 
-        def compare(index: int, call: AttentionCall, hidden: Tensor, errors: list[Tensor] = errors) -> None:
+        def compare(
+            index: int, call: AttentionCall, hidden: Tensor, errors: list[Tensor] = errors
+        ) -> None:
             layer = router.layers[index]
             assert isinstance(layer, RoutedLayer)
             target = layer.expert(layer.names.index("full"))(call).float()
             with torch.enable_grad():
                 for expert in layer.experts:
                     if isinstance(expert, LinearExpert):
-                        error = (expert(call).float() - target).square().mean() / target.square().mean()
+                        error = (
+                            expert(call).float() - target
+                        ).square().mean() / target.square().mean()
                         error.backward()  # at once: only one layer's graph is ever held
                         errors.append(error.detach())
 
@@ -271,7 +296,9 @@ class Counting(Network):
         def counted(layer: int, hidden: Tensor) -> Tensor | int:
             weights = route(layer, hidden)
             assert isinstance(weights, Tensor)
-            self.spent.append((weights.detach() * self.layer_cost[layer].to(weights)).sum(-1).mean())
+            self.spent.append(
+                (weights.detach() * self.layer_cost[layer].to(weights)).sum(-1).mean()
+            )
             return weights
 
         return super().__call__(tokens, counted)
@@ -296,15 +323,24 @@ def fit_routes(
     cost = router.layer_cost.to(device)
 
     network = Counting(router, cost, spent)
-    schedule = Schedule(schedule_config, router.prior, max(settings.steps, 1), router.experts, router.settings.prior.price)
+    schedule = Schedule(
+        schedule_config,
+        router.prior,
+        max(settings.steps, 1),
+        router.experts,
+        router.settings.prior.price,
+    )
     teacher = Teacher()
     dialled = Dialled(router.controller, cost)
     objective = NegativeELBO(*program(router, schedule.at(0), network, teacher, dialled))
     pressure = pressure_for(settings.budget, router.layer_cost, router.settings.prior.price)
     if isinstance(pressure, BudgetRange) and router.fitted is None:
         _start_in_the_middle(router)
-    # gradients are of the order of a unit's share in the loss, far below what Adam's usual epsilon stands for
-    optimiser = torch.optim.AdamW(_groups(router, settings), weight_decay=0.0, betas=(0.9, 0.98), eps=1e-12)
+    # gradients are of the order of a unit's share in the loss, far below what Adam's usual epsilon
+    # stands for
+    optimiser = torch.optim.AdamW(
+        _groups(router, settings), weight_decay=0.0, betas=(0.9, 0.98), eps=1e-12
+    )
     trained = nn.ModuleList([router, *([router.model] if settings.weights_lr else [])])
     rows, started = [], time.perf_counter()
     bar = Progress("fit", settings.steps, shown=progress)
@@ -318,7 +354,9 @@ def fit_routes(
             asked = pressure.ask(done, random)
             state, dialled.dial = replace(state, price=asked.price), asked.dial
         objective.follow(state)
-        set_learning_rate(optimiser, settings.rates(settings.steps), max(step, int(done * settings.steps)))
+        set_learning_rate(
+            optimiser, settings.rates(settings.steps), max(step, int(done * settings.steps))
+        )
         batch = source.batch(step, *settings.shape(random), settings.seed)
         tokens, targets = batch.tokens.to(device), batch.targets.to(device)
         teacher.logits = router.unrouted(tokens) if settings.teacher else None
@@ -328,10 +366,22 @@ def fit_routes(
         clip_gradient(trained, settings.clip)
         optimiser.step()
         row = {"step": step + 1, **{name: float(value) for name, value in terms._asdict().items()}}
-        require(torch.isfinite(loss).item() is True, f"step {step}", "a finite loss", float(loss.detach()), "lower the rates")
+        require(
+            torch.isfinite(loss).item() is True,
+            f"step {step}",
+            "a finite loss",
+            float(loss.detach()),
+            "lower the rates",
+        )
         if teacher.logits is not None:
-            row["divergence"] = row["nll"] - float(entropy(teacher.logits)[targets != IGNORED].sum() / targets.numel())
-        row["cost"], row["price"], row["dial"] = float(torch.stack(spent).mean()), state.price, dialled.dial
+            row["divergence"] = row["nll"] - float(
+                entropy(teacher.logits)[targets != IGNORED].sum() / targets.numel()
+            )
+        row["cost"], row["price"], row["dial"] = (
+            float(torch.stack(spent).mean()),
+            state.price,
+            dialled.dial,
+        )
         row["context"] = tokens.shape[1]
         spent.clear()
         if pressure is not None:
@@ -346,7 +396,9 @@ def _start_in_the_middle(router: RoutedLanguage) -> None:
 
     A dial at 0 then spends what it stands for, before anything is learned.
     """
-    mean = torch.full((len(router.experts),), (1 - BudgetRange.MIDDLE) / max(len(router.experts) - 1, 1))
+    mean = torch.full(
+        (len(router.experts),), (1 - BudgetRange.MIDDLE) / max(len(router.experts) - 1, 1)
+    )
     mean[router.experts.index("full")] = BudgetRange.MIDDLE
     total = torch.tensor(router.prior.total_concentration)[:, None]
     router.controller.start_at((mean * total).clamp_min(2 * router.controller.floor))

@@ -25,9 +25,9 @@ class Heads(NamedTuple):
 class FreedLayer(DynamicLayer):
     """What `DynamicLayer` held, without the keys that its `short` heads never read again.
 
-    `keys` and `values` are those of the other heads, [B, whole, T, Dh]; the short ones lie in `near`,
-    keys and values [B, short, sinks + window - 1, Dh]. `update` answers with the former, and keeps in
-    `reading` what the short heads attend on until `taken`.
+    `keys` and `values` are those of the other heads, [B, whole, T, Dh]; the short ones lie in
+    `near`, keys and values [B, short, sinks + window - 1, Dh]. `update` answers with the former,
+    and keeps in `reading` what the short heads attend on until `taken`.
     """
 
     is_croppable = False
@@ -69,7 +69,9 @@ class FreedLayer(DynamicLayer):
         sinks, last = self.heads.sinks, x.shape[2] - (self.heads.window - 1)
         return torch.cat([x[:, :, :sinks], x[:, :, max(last, sinks) :]], 2)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """See `DynamicLayer.update`; of the heads that keep all."""
         new = key_states[:, self.heads.short], value_states[:, self.heads.short]
         k, v = (torch.cat([x, y], 2) for x, y in zip(self.near, new, strict=True))
@@ -142,7 +144,11 @@ class FreedLayer(DynamicLayer):
 def freed(cache: Any, layer: Any) -> FreedLayer | None:
     """The layer of a cache where it was freed."""
     layers = getattr(cache, "layers", None)
-    one = layers[layer] if layers is not None and isinstance(layer, int) and layer < len(layers) else None
+    one = (
+        layers[layer]
+        if layers is not None and isinstance(layer, int) and layer < len(layers)
+        else None
+    )
     return one if isinstance(one, FreedLayer) else None
 
 
@@ -151,8 +157,8 @@ def free(cache: Any, layer: Any, heads: Heads, call: AttentionCall) -> None:
 
     Once a text is longer than sinks and window.
 
-    Nothing is dropped of padded texts, whose sinks lie elsewhere in each row, of a layer that slides or
-    is static already, nor where autograd looks on.
+    Nothing is dropped of padded texts, whose sinks lie elsewhere in each row, of a layer that
+    slides or is static already, nor where autograd looks on.
     """
     layers = getattr(cache, "layers", None)
     if layers is None or not isinstance(layer, int) or not 0 <= layer < len(layers):

@@ -78,7 +78,9 @@ def short_heads(router: RoutedLanguage, frozen: Frozen, layer: int) -> Heads:
 @torch.no_grad()
 def freeze(router: RoutedLanguage, windows: Sequence[Batch], share: float) -> Freezing:
     """Set `router.frozen` by the first half of `windows`; see `RoutedPretrained.freeze`."""
-    require(len(windows) >= 2, "texts", "two windows of text or more", len(windows), "lower context")
+    require(
+        len(windows) >= 2, "texts", "two windows of text or more", len(windows), "lower context"
+    )
     half = len(windows) // 2
     before, router.frozen = router.frozen, None
     try:

@@ -20,7 +20,10 @@ def held_keys(cache: Any, layer: Any) -> Tensor | None:
     layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
     if layers is None or not isinstance(layer, int) or not 0 <= layer < len(layers):
         return None
-    one, plain = layers[layer], getattr(sys.modules.get("transformers.cache_utils"), "DynamicLayer", None)
+    one, plain = (
+        layers[layer],
+        getattr(sys.modules.get("transformers.cache_utils"), "DynamicLayer", None),
+    )
     if plain is not None and type(one) is plain:
         grow(one)
     keys = getattr(one, "keys", None)
@@ -41,7 +44,8 @@ def filled_slots(cache: Any, layer: Any) -> int:
         known and not torch.compiler.is_exporting(),
         "past_key_values",
         "a cache that grows with the text",
-        type(cache).__name__ + (" in torch.export" if known else ", which does not say what it holds of this layer"),
+        type(cache).__name__
+        + (" in torch.export" if known else ", which does not say what it holds of this layer"),
         "leave cache_implementation unset, or unpatch() first",
     )
     one: Any = layers[layer] if layers else None
@@ -71,13 +75,16 @@ def grow(layer: Any) -> None:
 
     A step copies its own keys and no others.
 
-    Its class stays; the object gets an `update` of its own, a partial that copies and pickles with it. `keys` and `values`
-    become views of a store that is longer. What they show never changes: tokens are only written behind it, and only behind
-    the very tensors that the last step left. After anything else (a crop, a reordering, a copy) and where autograd looks on,
-    the layer concatenates as before.
+    Its class stays; the object gets an `update` of its own, a partial that copies and pickles with
+    it. `keys` and `values` become views of a store that is longer. What they show never changes:
+    tokens are only written behind it, and only behind the very tensors that the last step left.
+    After anything else (a crop, a reordering, a copy) and where autograd looks on, the layer
+    concatenates as before.
     """
     known = layer.__dict__.get("update")
-    if not (isinstance(known, partial) and known.func is _append and known.args[0] is layer):  # a shallow copy has another's
+    if not (
+        isinstance(known, partial) and known.func is _append and known.args[0] is layer
+    ):  # a shallow copy has another's
         layer.update = partial(_append, layer, _Room())
 
 
@@ -87,7 +94,10 @@ def _append(
     """`DynamicLayer.update`."""
     left: tuple[Tensor, Tensor]
     if not _untouched(layer, room, key_states, value_states):
-        room.store, left = None, type(layer).update(layer, key_states, value_states, *args, **kwargs)
+        room.store, left = (
+            None,
+            type(layer).update(layer, key_states, value_states, *args, **kwargs),
+        )
     else:
         start = layer.keys.shape[2]
         stop = start + key_states.shape[2]
@@ -95,7 +105,9 @@ def _append(
             length = stop + max(stop // SPARE, LEAST)
             room.store = _longer(layer.keys, length), _longer(layer.values, length)
         for store, new in zip(room.store, (key_states, value_states), strict=True):
-            store.data[:, :, start:stop] = new  # `data`: earlier views show what they showed, and keep their version
+            store.data[:, :, start:stop] = (
+                new  # `data`: earlier views show what they showed, and keep their version
+            )
         left = room.store[0][:, :, :stop], room.store[1][:, :, :stop]
     room.left = layer.keys, layer.values = left
     return left
@@ -108,7 +120,10 @@ def _untouched(layer: Any, room: _Room, *new: Tensor) -> bool:
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*room.left, *new)):
         return False
     return all(
-        x.shape[:2] == y.shape[:2] and x.shape[3:] == y.shape[3:] and x.dtype == y.dtype and x.device == y.device
+        x.shape[:2] == y.shape[:2]
+        and x.shape[3:] == y.shape[3:]
+        and x.dtype == y.dtype
+        and x.device == y.device
         for x, y in zip(room.left, new, strict=True)
     )
 

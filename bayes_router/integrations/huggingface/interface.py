@@ -44,14 +44,22 @@ watching = Watching()
 def original_kernel(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
     """The attention function that the model would have called."""
     if base == "eager":
-        function: Callable[..., tuple[Tensor, Any]] = sys.modules[type(module).__module__].eager_attention_forward
+        function: Callable[..., tuple[Tensor, Any]] = sys.modules[
+            type(module).__module__
+        ].eager_attention_forward
         return function
     found: Callable[..., tuple[Tensor, Any]] = ALL_ATTENTION_FUNCTIONS[base]
     return found
 
 
 def routed_interface(
-    base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    base: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
 ) -> tuple[Tensor, Any]:
     """The registered attention function: routes a bound module, leaves any other as it was."""
     original = original_kernel(base, module)
@@ -68,13 +76,20 @@ def routed_interface(
     attention_mask, kwargs = folded(attention_mask, kwargs, query, key, bool(causal))
     whole = key, value, attention_mask
     if binding.filled is not None:
-        key, value, attention_mask = (without_empty(x, d, binding.filled, query) for x, d in zip(whole, (2, 2, 3), strict=True))
+        key, value, attention_mask = (
+            without_empty(x, d, binding.filled, query)
+            for x, d in zip(whole, (2, 2, 3), strict=True)
+        )
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         if k is key and v is value and mask is attention_mask:
-            k, v, mask = whole  # with the empty slots, which are hidden: the very call that the layer made
+            k, v, mask = (
+                whole  # with the empty slots, which are hidden: the very call that the layer made
+            )
         if base == "eager" and mask is not None and mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(
+                ~mask, torch.finfo(q.dtype).min
+            )
         out: Tensor = original(module, q, k, v, mask, **kwargs)[0]
         return keep_layout(out).transpose(1, 2)  # [B, Tq, H, Dv] -> [B, H, Tq, Dv]
 
@@ -89,7 +104,9 @@ def routed_interface(
         kernel,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         plain,
-        _padding(attention_mask, query.shape[2], bool(causal)) if _readable(attention_mask, query) else None,
+        _padding(attention_mask, query.shape[2], bool(causal))
+        if _readable(attention_mask, query)
+        else None,
     )
     return binding.attend(call).transpose(1, 2).contiguous(), None
 
@@ -104,10 +121,14 @@ def without_empty(x: Any, dim: int, filled: int, query: Tensor) -> Any:
 
 def weights_wanted(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     """Whether the caller asks for attention weights, which a mixture of experts has not."""
-    collector = getattr(output_capturing, "_active_collector", None)  # some architectures pass the argument no further
+    collector = getattr(
+        output_capturing, "_active_collector", None
+    )  # some architectures pass the argument no further
     collected = None if collector is None else collector.get()
     configured = getattr(getattr(module, "config", None), "output_attentions", False)
-    return bool(kwargs.get("output_attentions") or configured or (collected and "attentions" in collected))
+    return bool(
+        kwargs.get("output_attentions") or configured or (collected and "attentions" in collected)
+    )
 
 
 def folded(
@@ -125,7 +146,9 @@ def folded(
         mask = torch.ones(Tq, Tk, dtype=torch.bool, device=key.device).tril(Tk - Tq)
     if mask is not None:  # a new tensor: what is shared between layers is not written to
         bias = torch.where(mask, bias, hidden) if mask.dtype == torch.bool else bias + mask
-    return bias.contiguous(), {name: value for name, value in kwargs.items() if name != "position_bias"}
+    return bias.contiguous(), {
+        name: value for name, value in kwargs.items() if name != "position_bias"
+    }
 
 
 _padding = OfLast(padding_of)
@@ -144,13 +167,16 @@ for _base, _mask in MASKS.items():
     AttentionMaskInterface.register(NAME.format(_base), _mask)
 
 
-def keep_hidden(binding: Binding, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def keep_hidden(
+    binding: Binding, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     """Forward pre-hook of an attention module.
 
     What its controller reads, unless the call is one that is left alone.
 
     Raises:
-        ValueError: the model was switched to attention that cannot be routed, or runs as a replica of `DataParallel`.
+        ValueError: the model was switched to attention that cannot be routed, or runs as a replica
+            of `DataParallel`.
     """
     require(
         not getattr(module, "_is_replica", False),
@@ -162,13 +188,18 @@ def keep_hidden(binding: Binding, module: nn.Module, args: tuple[Any, ...], kwar
     follow_switch(module)
     hidden = args[0] if args else kwargs.get("hidden_states")
     cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
-    crossed = kwargs.get("encoder_hidden_states") is not None or kwargs.get("key_value_states") is not None
+    crossed = (
+        kwargs.get("encoder_hidden_states") is not None
+        or kwargs.get("key_value_states") is not None
+    )
     if not isinstance(hidden, Tensor) or crossed:
         binding.give(None)
     elif getattr(cache, "is_compileable", False):
         binding.give(Given(hidden, filled=filled_slots(cache, getattr(module, "layer_idx", None))))
     else:
-        past = None if cache is None else (cache, held_keys(cache, getattr(module, "layer_idx", None)))
+        past = (
+            None if cache is None else (cache, held_keys(cache, getattr(module, "layer_idx", None)))
+        )
         binding.give(Given(hidden, past))
 
 
@@ -181,7 +212,8 @@ def require_answered(binding: Binding, module: nn.Module, args: Any, out: Any) -
     if getattr(module, BINDING, None) is binding and binding.awaits:
         binding.give(None)
         raise ValueError(
-            f"attn_implementation: expected sdpa or eager while {type(module).__name__} is routed; its attention was "
+            f"attn_implementation: expected sdpa or eager while {type(module).__name__} is routed; "
+            f"its attention was "
             "switched to another after the patch; unpatch() first, and patch again"
         )
 
@@ -200,7 +232,9 @@ def follow_switch(module: nn.Module) -> None:
     if own or config is None or name is None or name.startswith(PREFIX):
         return
     fix = "unpatch() first, or call model.set_attn_implementation('sdpa')"
-    require(name in MASKS, "attn_implementation", "sdpa or eager while the model is patched", name, fix)
+    require(
+        name in MASKS, "attn_implementation", "sdpa or eager while the model is patched", name, fix
+    )
     config._attn_implementation_internal = NAME.format(name)
 
 
@@ -215,7 +249,9 @@ def install(model: PreTrainedModel, base: str) -> list[Callable[[], None]]:
     for config, name in before:
         if config._attn_implementation == NAME.format(base) != NAME.format(name):
             config._attn_implementation_internal = NAME.format(name) if name in MASKS else name
-    return [partial(switch_back, config, config._attn_implementation, name) for config, name in before]
+    return [
+        partial(switch_back, config, config._attn_implementation, name) for config, name in before
+    ]
 
 
 def switch_back(config: Any, installed: str, before: str) -> None:

@@ -63,7 +63,9 @@ class RoutedLanguage(RoutedModel):
 
         def route(layer: int, hidden: Tensor) -> Tensor | int:
             q = self.posterior(layer, hidden)
-            executed = self.decide(layer, q, chosen, hidden) if answer is None else answer(layer, hidden)
+            executed = (
+                self.decide(layer, q, chosen, hidden) if answer is None else answer(layer, hidden)
+            )
             concentrations.append(q.concentration)
             routes.append(as_units(executed, q.concentration))
             self.note(layer, q, routes[-1])
@@ -96,7 +98,9 @@ class RoutedLanguage(RoutedModel):
         """
         model = self.model
         head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-        require(head is not None, "model", "one with a language-modelling head", type(model).__name__)
+        require(
+            head is not None, "model", "one with a language-modelling head", type(model).__name__
+        )
         assert head is not None
         return head.register_forward_pre_hook(lambda module, inputs: (see(inputs[0]), None)[1])
 
@@ -171,7 +175,9 @@ class Unforced:
     def __call__(self, tokens: Tensor, mode: RoutingMode) -> RoutingOutput:
         """See `RoutedLanguage.forward`."""
         with self.router.unforced():
-            output: RoutingOutput = self.router(tokens, mode, **({"use_cache": False} if self.router.causal else {}))
+            output: RoutingOutput = self.router(
+                tokens, mode, **({"use_cache": False} if self.router.causal else {})
+            )
         return output
 
 
@@ -187,7 +193,9 @@ class Network:
     def __call__(self, tokens: Tensor, route: Route) -> Tensor:
         """See the class."""
         with self.router.routed_by(route):
-            return self.router.logits(tokens, **({"use_cache": False} if self.router.causal else {}))
+            return self.router.logits(
+                tokens, **({"use_cache": False} if self.router.causal else {})
+            )
 
     @property
     def num_experts(self) -> int:

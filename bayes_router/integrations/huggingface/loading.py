@@ -14,7 +14,14 @@ from torch import Tensor
 from bayes_router.checks import get_extra
 from bayes_router.data.tokenisers import Ids
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 REPLACEMENT = "\ufffd"
 
 
@@ -23,7 +30,8 @@ class PretrainedTokeniser:
 
     Special tokens are neither added nor hidden.
 
-    Ids of the model beyond the tokenizer's vocabulary (embeddings are often padded) show as a replacement character.
+    Ids of the model beyond the tokenizer's vocabulary (embeddings are often padded) show as a
+    replacement character.
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int):
@@ -34,7 +42,9 @@ class PretrainedTokeniser:
 
     def encode(self, text: bytes) -> npt.NDArray[Any]:
         """Ids [T] of UTF-8 text, int32."""
-        ids = self.tokenizer(text.decode("utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+        ids = self.tokenizer(text.decode("utf-8"), add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
         return np.asarray(ids, dtype=np.int32)
 
     def decode(self, ids: Ids) -> str:
@@ -42,12 +52,24 @@ class PretrainedTokeniser:
         numbers = [int(i) for i in (ids.tolist() if isinstance(ids, Tensor | np.ndarray) else ids)]
         if any(i >= self._known for i in numbers):
             return REPLACEMENT
-        text: str = self.tokenizer.decode(numbers, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text: str = self.tokenizer.decode(
+            numbers, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
         first = self.tokenizer.convert_ids_to_tokens(numbers[:1])
-        return f" {text.lstrip(' ')}" if first and str(first[0]).startswith("\u2581") and not text.startswith(" ") else text
+        return (
+            f" {text.lstrip(' ')}"
+            if first and str(first[0]).startswith("\u2581") and not text.startswith(" ")
+            else text
+        )
 
 
-def load_base(base: str, gguf_file: str | None, device: torch.device, kind: str = "", dtype: torch.dtype | None = None) -> Any:
+def load_base(
+    base: str,
+    gguf_file: str | None,
+    device: torch.device,
+    kind: str = "",
+    dtype: torch.dtype | None = None,
+) -> Any:
     """The language model in a folder or of a name, in evaluation mode.
 
     Args:
@@ -63,7 +85,9 @@ def load_base(base: str, gguf_file: str | None, device: torch.device, kind: str 
     try:
         from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
     except ImportError as error:
-        raise ValueError(f"base: expected the package transformers; got none; {get_extra('hf')}") from error
+        raise ValueError(
+            f"base: expected the package transformers; got none; {get_extra('hf')}"
+        ) from error
     taken = dtype or ("auto" if device.type == "cuda" else torch.float32)
     try:
         auto = AutoModelForMaskedLM if kind.endswith("ForMaskedLM") else AutoModelForCausalLM
@@ -71,18 +95,25 @@ def load_base(base: str, gguf_file: str | None, device: torch.device, kind: str 
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
-            f"base: expected the folder or the name of a Hugging Face language model; got {base!r}: {reason}; correct it, "
+            f"base: expected the folder or the name of a Hugging Face language model; got "
+            f"{base!r}: {reason}; correct it, "
             "or name its GGUF file with --gguf_file"
         ) from error
     return model.to(device).eval()
 
 
-def load_tokeniser_of(base: str, gguf_file: str | None, vocab_size: int) -> PretrainedTokeniser | None:
+def load_tokeniser_of(
+    base: str, gguf_file: str | None, vocab_size: int
+) -> PretrainedTokeniser | None:
     """The tokenizer beside a model; None where there is none."""
     from transformers import AutoTokenizer
 
     gguf, folder = _gguf(base, gguf_file), Path(base)
-    if folder.is_dir() and not gguf and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if (
+        folder.is_dir()
+        and not gguf
+        and not any((folder / name).is_file() for name in TOKENIZER_FILES)
+    ):
         return None
     try:
         return PretrainedTokeniser(AutoTokenizer.from_pretrained(base, **gguf), vocab_size)
@@ -105,5 +136,8 @@ def _gguf(base: str, gguf_file: str | None) -> dict[str, str]:
         return {}
     found = sorted(path.name for path in folder.glob("*.gguf"))
     if len(found) > 1:
-        raise ValueError(f"gguf_file: expected the name of one file; {base} has {', '.join(found)}; name one with --gguf_file")
+        raise ValueError(
+            f"gguf_file: expected the name of one file; {base} has {', '.join(found)}; name one "
+            f"with --gguf_file"
+        )
     return {"gguf_file": found[0]} if found else {}

@@ -58,24 +58,28 @@ class RoutedPretrained(RoutedLanguage):
         The linear experts learn from the layers' own attention.
 
         Args:
-            texts: a text, several, or token ids int64 [N]; or these by name, kinds of text that are drawn alike (`Mixture`
-                where some are drawn more often).
+            texts: a text, several, or token ids int64 [N]; or these by name, kinds of text that are
+                drawn alike (`Mixture` where some are drawn more often).
             tokenizer: the model's, where texts are text.
-            schedule: of KL weight, prior and concentration; by default it starts on full attention, and for a range of budgets
-                executes draws from the first step.
+            schedule: of KL weight, prior and concentration; by default it starts on full attention,
+                and for a range of budgets executes draws from the first step.
             valid_fraction: the end of the text, held out for `set_budget`.
             progress: show bars, or without a terminal a line every few seconds.
-            settings: of `FitSettings`: steps, distil_steps, context, batch_size, lr, controller_lr, weights_lr, likelihood,
-                budget, seconds, seed, ... With weights_lr above 0 the model moves: save it beside the patch.
+            settings: of `FitSettings`: steps, distil_steps, context, batch_size, lr, controller_lr,
+                weights_lr, likelihood, budget, seconds, seed, ... With weights_lr above 0 the model
+                moves: save it beside the patch.
 
         Returns:
-            One row a step: nll, kl, elbo in nats per token, the executed cost and the price; with the unpatched model as
-            likelihood also the divergence from it. `attrs["distillation"]` has the errors of the first phase.
+            One row a step: nll, kl, elbo in nats per token, the executed cost and the price; with
+            the unpatched model as likelihood also the divergence from it. `attrs["distillation"]`
+            has the errors of the first phase.
         """
         self.require_patched()
         self.require_thawed("fit")
         chosen = fitting.FitSettings(**settings)
-        source, self.held_out = source_of(texts, tokenizer, self.config.vocab_size, self.causal).split(valid_fraction)
+        source, self.held_out = source_of(
+            texts, tokenizer, self.config.vocab_size, self.causal
+        ).split(valid_fraction)
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), fitting.fitting(self, chosen.weights_lr > 0):
             torch.manual_seed(chosen.seed)
@@ -86,7 +90,9 @@ class RoutedPretrained(RoutedLanguage):
             frame = fitting.fit_routes(self, source, chosen, steps, progress)
             self.made_for = None if chosen.weights_lr > 0 else self.made_for
             name, read = getattr(tokenizer, "name_or_path", None), fingerprint(source.tokens)
-            self.fitted = replace(fitting.record(self, chosen, steps, frame, len(source), name), text=read)
+            self.fitted = replace(
+                fitting.record(self, chosen, steps, frame, len(source), name), text=read
+            )
         frame.attrs["distillation"] = errors
         return frame
 
@@ -103,31 +109,41 @@ class RoutedPretrained(RoutedLanguage):
 
         Units that the policy of now sends to one expert, but for `share` of the tokens.
 
-        Their controllers are not run any more, and no guard moves them. A key head all of whose query heads are frozen on
-        `local` keeps sinks and window alone in a cache of transformers that grows (`DynamicCache`),
-        from the first pass over a text longer than these: its other keys and values are dropped, not
-        hidden. That asks for patches of `full` and `local` alone, sdpa, layers that do not slide, no
-        padding and no autograd; elsewhere the cache stays whole. Such a cache cannot be cropped, and
-        no route can be forced behind it.
+        Their controllers are not run any more, and no guard moves them. A key head all of whose
+        query heads are frozen on `local` keeps sinks and window alone in a cache of transformers
+        that grows (`DynamicCache`), from the first pass over a text longer than these: its other
+        keys and values are dropped, not hidden. That asks for patches of `full` and `local` alone,
+        sdpa, layers that do not slide, no padding and no autograd; elsewhere the cache stays whole.
+        Such a cache cannot be cropped, and no route can be forced behind it.
 
         Args:
-            texts: text, texts or token ids int64 [N] that `fit` did not read; default what it held out.
+            texts: text, texts or token ids int64 [N] that `fit` did not read; default what it held
+                out.
             share: of the tokens, below a half.
             tokenizer: of texts.
             context: tokens of a window.
             limit: tokens that are read, half of them to choose the units.
 
         Returns:
-            What was frozen and what it costs, in loss and keys. `thaw()` takes it back; `save` keeps it.
+            What was frozen and what it costs, in loss and keys. `thaw()` takes it back; `save`
+            keeps it.
 
         Raises:
             ValueError: no text, or less than two windows of it.
         """
         self.require_patched()
-        source = self.held_out if texts is None else stream_of(texts, tokenizer, self.config.vocab_size, self.causal)
+        source = (
+            self.held_out
+            if texts is None
+            else stream_of(texts, tokenizer, self.config.vocab_size, self.causal)
+        )
         if source is None:
-            raise ValueError("texts: expected held-out text, from fit() or given here; got None; pass texts=")
-        return freezing.freeze(self, list(source.windows(context, 1, max(limit, 2 * context))), share)
+            raise ValueError(
+                "texts: expected held-out text, from fit() or given here; got None; pass texts="
+            )
+        return freezing.freeze(
+            self, list(source.windows(context, 1, max(limit, 2 * context))), share
+        )
 
     def attend(self, index: int, hidden: Tensor, call: AttentionCall, cache: Any = None) -> Tensor:
         """See `RoutedModel.attend`.
@@ -151,7 +167,9 @@ class RoutedPretrained(RoutedLanguage):
         )
         R, H = self.config.num_units, call.q.shape[1]
         group = H // self.config.kv_heads
-        units = sorted({(head * group + i) * R // H for head in short.heads.whole for i in range(group)})
+        units = sorted(
+            {(head * group + i) * R // H for head in short.heads.whole for i in range(group)}
+        )
         route = self.route_call(index, hidden, call)
         assert isinstance(route, Tensor)
 
@@ -174,7 +192,8 @@ class RoutedPretrained(RoutedLanguage):
 
         The loss is over the unpatched model.
 
-        It holds for windows exchangeable with those of the text: of its kind, and `context` tokens long.
+        It holds for windows exchangeable with those of the text: of its kind, and `context` tokens
+        long.
 
         Args:
             lost: share of perplexity.
@@ -188,7 +207,8 @@ class RoutedPretrained(RoutedLanguage):
             The policy's price, cost and bound; `policy` is set to it.
 
         Raises:
-            ValueError: no text, or too little to promise anything by (with how many windows it would take).
+            ValueError: no text, or too little to promise anything by (with how many windows it
+                would take).
         """
         self.require_patched()
         windows = self._calibration(texts, tokenizer, context, limit)
@@ -212,7 +232,8 @@ class RoutedPretrained(RoutedLanguage):
         Text unlike the fit's takes full attention, see `routing.guard`.
 
         Args:
-            texts: text, texts or tokens like the fit's that `fit` did not read; default what it held out.
+            texts: text, texts or tokens like the fit's that `fit` did not read; default what it
+                held out.
             spend: share by which such text may cost more for it.
             confidence: of that, between 0 and 1.
             tokenizer: of texts.
@@ -228,24 +249,44 @@ class RoutedPretrained(RoutedLanguage):
         self.require_patched()
         windows = self._calibration(texts, tokenizer, context, limit)
         full = self.experts.index("full")
-        found = set_guard(Unforced(self), self.controller, windows, self.layer_cost, full, spend, confidence)
+        found = set_guard(
+            Unforced(self), self.controller, windows, self.layer_cost, full, spend, confidence
+        )
         self.policy = replace(found.policy, cost_ratio=tuple(self.cost_ratio.tolist()))
         return found
 
     def _calibration(self, texts: Any, tokenizer: Any, context: int, limit: int) -> list[Batch]:
         """Windows of some text, or of what `fit` held out."""
-        source = self.held_out if texts is None else stream_of(texts, tokenizer, self.config.vocab_size, self.causal)
+        source = (
+            self.held_out
+            if texts is None
+            else stream_of(texts, tokenizer, self.config.vocab_size, self.causal)
+        )
         if source is None:
-            raise ValueError("texts: expected held-out text, from fit() or given here; got None; pass texts=")
+            raise ValueError(
+                "texts: expected held-out text, from fit() or given here; got None; pass texts="
+            )
         seen = 0.0 if self.fitted is None else seen_before(source.tokens[:limit], self.fitted.text)
         fix = "give text that it has not seen, or leave texts out to take what fit held out"
         got = f"text of which about {seen:.0%} was fitted on"
-        require(seen < MOST_SEEN, "texts", "text that fit did not read: a promise from it would be too good", got, fix)
+        require(
+            seen < MOST_SEEN,
+            "texts",
+            "text that fit did not read: a promise from it would be too good",
+            got,
+            fix,
+        )
         context = min(context, len(source) - 1)
         return list(source.windows(context, 1, max(limit, context)))
 
     def fit_evidence(
-        self, texts: Any, *, tokenizer: Any = None, context: int = 512, batch_size: int = 1, tokens: int = FIT_TOKENS
+        self,
+        texts: Any,
+        *,
+        tokenizer: Any = None,
+        context: int = 512,
+        batch_size: int = 1,
+        tokens: int = FIT_TOKENS,
     ) -> Evidence:
         """Keep the density of what the controllers read in `texts`, text like the fit's.
 
@@ -270,7 +311,13 @@ class RoutedPretrained(RoutedLanguage):
         return fit_evidence(self, batches, torch.tensor(self.prior.total_concentration))
 
     def fit_risk(
-        self, texts: Any, *, tokenizer: Any = None, context: int = 512, batch_size: int = 1, tokens: int = RISK_TOKENS
+        self,
+        texts: Any,
+        *,
+        tokenizer: Any = None,
+        context: int = 512,
+        batch_size: int = 1,
+        tokens: int = RISK_TOKENS,
     ) -> Risk:
         """Keep an estimate of what routing loses under the policy of now.
 
@@ -289,7 +336,12 @@ class RoutedPretrained(RoutedLanguage):
         self.require_patched()
         stream = stream_of(texts, tokenizer, self.config.vocab_size, self.causal)
         context = min(context, len(stream) - 1)
-        return fit_risk(self, stream.windows(context, batch_size, max(tokens, context)), self.unrouted, tokens=tokens)
+        return fit_risk(
+            self,
+            stream.windows(context, batch_size, max(tokens, context)),
+            self.unrouted,
+            tokens=tokens,
+        )
 
     def risk(self, tokens: Tensor) -> Tensor:
         """Estimated KL(unrouted || routed) of each token, nats [B, T], from one routed pass.
@@ -339,23 +391,31 @@ class RoutedPretrained(RoutedLanguage):
             tokenizer: of texts.
             context: tokens of a window.
             limit: tokens that are read.
-            tolerance: how far from the budget a cost may be where many tokens have one posterior, so that no price comes within
-                0.005 (small models of bytes).
-            by: `flops`, the costs of the prior's cost model, which every query head pays for its own expert; or `bytes`, the
-                keys and values that a decoding step at `settings.context` tokens reads, which a key head pays for the most
-                that one of its query heads reads.
+            tolerance: how far from the budget a cost may be where many tokens have one posterior,
+                so that no price comes within 0.005 (small models of bytes).
+            by: `flops`, the costs of the prior's cost model, which every query head pays for its
+                own expert; or `bytes`, the keys and values that a decoding step at
+                `settings.context` tokens reads, which a key head pays for the most that one of its
+                query heads reads.
 
         Returns:
-            The realised cost on that text, within 0.005 of the budget, or within `tolerance` in such a jump.
+            The realised cost on that text, within 0.005 of the budget, or within `tolerance` in
+            such a jump.
 
         Raises:
-            ValueError: no text, or a budget that no price realises: out of range, or in a jump; the message names what is
-                within reach.
+            ValueError: no text, or a budget that no price realises: out of range, or in a jump; the
+                message names what is within reach.
         """
         self.require_patched()
-        source = self.held_out if texts is None else stream_of(texts, tokenizer, self.config.vocab_size, self.causal)
+        source = (
+            self.held_out
+            if texts is None
+            else stream_of(texts, tokenizer, self.config.vocab_size, self.causal)
+        )
         if source is None:
-            raise ValueError("texts: expected held-out text, from fit() or given here; got None; pass texts=")
+            raise ValueError(
+                "texts: expected held-out text, from fit() or given here; got None; pass texts="
+            )
         context = min(context, len(source) - 1)
         by_bytes = choose("by", by, CostBy) is CostBy.BYTES
         sharing = max(self.config.num_units // self.config.kv_heads, 1)

@@ -2,9 +2,10 @@
 
 By the attention interface of transformers 5, so that every architecture it serves is served.
 
-The interface hands over queries, keys and values after projection, rotary positions and the KV cache; a forward pre-hook
-hands over the hidden state that the controller reads. With every token on `full` the model's own kernel is called with its
-own arguments, so outputs are bit for bit the original's.
+The interface hands over queries, keys and values after projection, rotary positions and the KV
+cache; a forward pre-hook hands over the hidden state that the controller reads. With every token on
+`full` the model's own kernel is called with its own arguments, so outputs are bit for bit the
+original's.
 """
 
 from functools import partial
@@ -33,7 +34,9 @@ def patch_pretrained(model: PreTrainedModel, settings: PatchSettings) -> RoutedP
         router.bind()
         for one in found:
             binding: Binding = getattr(one.module, BINDING)
-            handle = one.module.register_forward_pre_hook(partial(keep_hidden, binding), with_kwargs=True)
+            handle = one.module.register_forward_pre_hook(
+                partial(keep_hidden, binding), with_kwargs=True
+            )
             answered = one.module.register_forward_hook(partial(require_answered, binding))
             router.undo += [handle.remove, answered.remove]
         verify(router)
@@ -61,14 +64,17 @@ def verify(router: RoutedPretrained) -> None:
         return router.experts.index("full")
 
     def mixed(layer: int, hidden: Tensor) -> Tensor:
-        return (torch.arange(hidden.shape[1], device=hidden.device) % len(router.experts)).expand(hidden.shape[:2])
+        return (torch.arange(hidden.shape[1], device=hidden.device) % len(router.experts)).expand(
+            hidden.shape[:2]
+        )
 
     try:
         with router.routed_by(mixed):
             probe(model)
     except (RuntimeError, ValueError, IndexError) as error:
         raise ValueError(
-            f"model: expected attention that can be cut by query and key; {type(model).__name__} fails when its tokens are "
+            f"model: expected attention that can be cut by query and key; {type(model).__name__} "
+            f"fails when its tokens are "
             f"routed differently: {error}; this architecture is not served"
         ) from error
     with router.routed_by(full):
@@ -79,6 +85,8 @@ def verify(router: RoutedPretrained) -> None:
         setattr(module, BINDING, binding)
     if len(seen) != len(router.found) or not torch.equal(routed, original):
         raise ValueError(
-            f"model: expected outputs of {type(model).__name__} unchanged by a patch with every token on full attention; "
-            f"they differ, or a layer was not reached ({len(seen)} of {len(router.found)}); this architecture is not served"
+            f"model: expected outputs of {type(model).__name__} unchanged by a patch with every "
+            f"token on full attention; "
+            f"they differ, or a layer was not reached ({len(seen)} of {len(router.found)}); this "
+            f"architecture is not served"
         )

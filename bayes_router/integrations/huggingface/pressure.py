@@ -23,7 +23,9 @@ class Asked(NamedTuple):
     """What a step of the fit is run at."""
 
     price: float  # of the prior's tilt
-    dial: float = 0.0  # by which the posterior is moved, as `Budget` moves it; both in nats per unit of cost
+    dial: float = (
+        0.0  # by which the posterior is moved, as `Budget` moves it; both in nats per unit of cost
+    )
 
 
 class Pressure(Protocol):
@@ -39,9 +41,9 @@ class Pressure(Protocol):
 class OneBudget:
     """An integral and a proportional step on the log of one price.
 
-    log price += I e, and for the step at hand + P e, with e = cost - target; the target falls linearly
-    from 1, where a fit starts, to the budget over the first `FALL` of it. A Lagrange multiplier: the
-    prior stays a prior of one price a step.
+    log price += I e, and for the step at hand + P e, with e = cost - target; the target falls
+    linearly from 1, where a fit starts, to the budget over the first `FALL` of it. A Lagrange
+    multiplier: the prior stays a prior of one price a step.
     """
 
     INTEGRAL, PROPORTIONAL, FALL = 0.2, 3.0, 0.4
@@ -57,7 +59,9 @@ class OneBudget:
     def ask(self, progress: float, random: np.random.Generator) -> Asked:
         """See `Pressure.ask`."""
         self.target = 1 - (1 - self.budget) * min(progress / self.FALL, 1.0)
-        return Asked(min(max(math.exp(self.log_price + self.PROPORTIONAL * self.error), LEAST), MOST))
+        return Asked(
+            min(max(math.exp(self.log_price + self.PROPORTIONAL * self.error), LEAST), MOST)
+        )
 
     def see(self, cost: float) -> None:
         """See `Pressure.see`."""
@@ -69,15 +73,15 @@ class OneBudget:
 class BudgetRange:
     """A budget drawn anew each step, so that one fit serves them all.
 
-    A budget is a share f of what may be spent beyond the cheapest expert: cost = least + f (most - least).
-    f is drawn log-uniformly; its lower end falls from `START` to what is asked over the first `FALL` of
-    the fit. Every step moves the posterior by a dial that grows as f falls, SLOPE ln(MIDDLE / f) on the
-    log odds of the costliest expert against the cheapest: controllers learn one order of tokens and units,
-    by what attention is worth there, and the budget says how far down that order attention is spent. That
-    is what `Budget` does when it is executed.
+    A budget is a share f of what may be spent beyond the cheapest expert: cost = least + f (most -
+    least). f is drawn log-uniformly; its lower end falls from `START` to what is asked over the
+    first `FALL` of the fit. Every step moves the posterior by a dial that grows as f falls, SLOPE
+    ln(MIDDLE / f) on the log odds of the costliest expert against the cheapest: controllers learn
+    one order of tokens and units, by what attention is worth there, and the budget says how far
+    down that order attention is spent. That is what `Budget` does when it is executed.
 
-    The price that makes the executed share f is learned at `KNOTS` values of log f: an integral step at
-    the two nearest, a little of it everywhere, and a proportional one.
+    The price that makes the executed share f is learned at `KNOTS` values of log f: an integral
+    step at the two nearest, a little of it everywhere, and a proportional one.
 
     Args:
         low: smallest budget.
@@ -96,15 +100,21 @@ class BudgetRange:
         ends = ((b - least) / self.span for b in (low, high))
         self.low, self.high = (min(max(share, self.FLOOR), 1.0) for share in ends)
         bottom, top = math.log(self.low), math.log(max(self.high, self.START))
-        self.knots = torch.linspace(bottom, max(top, bottom + 1e-3), self.KNOTS, dtype=torch.float64)
+        self.knots = torch.linspace(
+            bottom, max(top, bottom + 1e-3), self.KNOTS, dtype=torch.float64
+        )
         start = math.log(max(price, LEAST))
-        self.log_price = (start - (self.knots - math.log(self.MIDDLE))).clamp(math.log(LEAST), math.log(MOST))
+        self.log_price = (start - (self.knots - math.log(self.MIDDLE))).clamp(
+            math.log(LEAST), math.log(MOST)
+        )
         self.error = torch.zeros_like(self.knots)
         self.share = 1.0
 
     def _weights(self, share: float) -> Tensor:
         """How much each knot has to do with a share; they sum to 1."""
-        near = (1 - (math.log(share) - self.knots).abs() / (self.knots[1] - self.knots[0])).clamp_min(0)
+        near = (
+            1 - (math.log(share) - self.knots).abs() / (self.knots[1] - self.knots[0])
+        ).clamp_min(0)
         return near / near.sum()
 
     def dial(self, share: float) -> float:
@@ -135,8 +145,8 @@ class Dialled(nn.Module):
 
     They move in the order that `Budget` executes.
 
-    The least concentration of the controller is added again after the move: where an expert is left with
-    next to none, the KL to any prior would outgrow the rest of the loss.
+    The least concentration of the controller is added again after the move: where an expert is left
+    with next to none, the KL to any prior would outgrow the rest of the loss.
 
     Args:
         controller: whose posteriors.
@@ -171,7 +181,9 @@ def pressure_for(
         return None
     if isinstance(budget, float | int):
         return OneBudget(budget, price)
-    least, most = (float(ends.double().mean()) for ends in (layer_cost.amin(-1), layer_cost.amax(-1)))
+    least, most = (
+        float(ends.double().mean()) for ends in (layer_cost.amin(-1), layer_cost.amax(-1))
+    )
     require(
         budget[0] > least,
         "budget",

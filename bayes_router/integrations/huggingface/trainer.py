@@ -46,15 +46,34 @@ class RoutedTraining(_Trainer):
         router_lr: learning rate of what was added; the Trainer's schedule scales it as its own.
 
     Raises:
-        ValueError: the model is not patched, or several processes train it: its added gradients are not shared.
+        ValueError: the model is not patched, or several processes train it: its added gradients are
+            not shared.
     """
 
-    def __init__(self, *args: Any, kl_weight: float | None = None, router_lr: float = ROUTER_LR, **settings: Any):
+    def __init__(
+        self,
+        *args: Any,
+        kl_weight: float | None = None,
+        router_lr: float = ROUTER_LR,
+        **settings: Any,
+    ):
         super().__init__(*args, **settings)
         router = router_of(self.model)
-        require(router is not None, "model", "a patched model", type(self.model).__name__, "call patch(model) first")
+        require(
+            router is not None,
+            "model",
+            "a patched model",
+            type(self.model).__name__,
+            "call patch(model) first",
+        )
         processes = self.args.world_size
-        require(processes == 1, "model", "one process: gradients of what was added are not shared", processes, "use one")
+        require(
+            processes == 1,
+            "model",
+            "one process: gradients of what was added are not shared",
+            processes,
+            "use one",
+        )
         for name, value in (("kl_weight", kl_weight), ("router_lr", router_lr)):
             require(value is None or value > 0, name, "a positive number", value)
         assert isinstance(router, RoutedModel)
@@ -66,7 +85,12 @@ class RoutedTraining(_Trainer):
         self.add_callback(_CleanGradients(router))
 
     def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **more: Any
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+        **more: Any,
     ) -> Any:
         """The task loss and, in training, the weighted KL."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch, **more)
@@ -84,8 +108,12 @@ class RoutedTraining(_Trainer):
         """
         scaled = getattr(self, "loss_is_scaled_for_ga", None)
         if scaled is None:
-            scaled = self.compute_loss_func is not None or (self.model_accepts_loss_kwargs and num_items is not None)
-        return 1 / self.current_gradient_accumulation_steps if scaled and self.model.training else 1.0
+            scaled = self.compute_loss_func is not None or (
+                self.model_accepts_loss_kwargs and num_items is not None
+            )
+        return (
+            1 / self.current_gradient_accumulation_steps if scaled and self.model.training else 1.0
+        )
 
     def _note(self, when: str, kl: Tensor) -> None:
         """Keep what the next log says of the pass, on its device."""
@@ -96,7 +124,10 @@ class RoutedTraining(_Trainer):
             loads.append(load.cpu() if self.router.device.type == "cpu" else load)
             cost.append(loads[-1] @ self.router.layer_cost[layer].to(load))
         values = {"kl": kl.detach(), "cost": torch.stack(cost).mean()}
-        values |= {f"load_{name}": x for name, x in zip(self.router.experts, torch.stack(loads).mean(0), strict=True)}
+        values |= {
+            f"load_{name}": x
+            for name, x in zip(self.router.experts, torch.stack(loads).mean(0), strict=True)
+        }
         for name, value in values.items():
             self._read.setdefault(f"{when}routing_{name}", []).append(value)
 
@@ -127,7 +158,9 @@ class RoutedTraining(_Trainer):
         super().save_model(output_dir, *args, **named)
         if self.args.should_save:
             with warnings.catch_warnings():  # the weights that moved are saved beside it
-                warnings.filterwarnings("ignore", message=".*its own weights moved", category=UserWarning)
+                warnings.filterwarnings(
+                    "ignore", message=".*its own weights moved", category=UserWarning
+                )
                 self.router.save(self.args.output_dir if output_dir is None else output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **named: Any) -> None:
@@ -139,7 +172,13 @@ class RoutedTraining(_Trainer):
         self._load_router(self.state.best_model_checkpoint)
 
     def _load_router(self, folder: str) -> None:
-        require(is_patch(Path(folder)), "resume_from_checkpoint", "a checkpoint with a patch", folder, "of RoutedTraining")
+        require(
+            is_patch(Path(folder)),
+            "resume_from_checkpoint",
+            "a checkpoint with a patch",
+            folder,
+            "of RoutedTraining",
+        )
         load_weights(self.router, folder)
 
 

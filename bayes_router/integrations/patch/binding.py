@@ -42,7 +42,9 @@ class Router(Protocol):
     def route(self, index: int, hidden: Tensor, real: Tensor | None = None) -> Tensor | int:
         """Where the tokens of a layer go."""
 
-    def execute(self, index: int, route: Tensor | int, call: AttentionCall, hidden: Tensor) -> Tensor:
+    def execute(
+        self, index: int, route: Tensor | int, call: AttentionCall, hidden: Tensor
+    ) -> Tensor:
         """The output of a layer's call under a route."""
 
     @property
@@ -91,7 +93,8 @@ class Binding:
         if not self.crossed:
             name = self.router.found[self.index].name or type(self.router.model).__name__
             warnings.warn(
-                f"{name}: called as cross-attention (its query is not its key): such calls are not routed and run as before; "
+                f"{name}: called as cross-attention (its query is not its key): such calls are not "
+                f"routed and run as before; "
                 "pass one tensor as both, or leave the module out by patch(layers=...)",
                 stacklevel=4,
             )
@@ -134,8 +137,9 @@ def all_on(route: Tensor | int, expert: int) -> bool:
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
     """Let `forward(module, ...)` answer for one module; what undoes it.
 
-    Both are partials of functions: pickle finds a bound method by its name, which is the class's own, and copying takes a
-    builtin method along as it is, with the original's module. Hooks of accelerate, before the patch or after it, stay.
+    Both are partials of functions: pickle finds a bound method by its name, which is the class's
+    own, and copying takes a builtin method along as it is, with the original's module. Hooks of
+    accelerate, before the patch or after it, stay.
     """
     setattr(module, WRAPPED if hasattr(module, WRAPPED) else "forward", partial(forward, module))
     return partial(_own_forward, module, forward)

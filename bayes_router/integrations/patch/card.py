@@ -17,7 +17,14 @@ def foreign(path: Path) -> bool:
     return path.exists() and LIBRARY not in path.read_text(encoding="utf-8")
 
 
-def card(base: str, kind: str, settings: PatchSettings, fitted: FitRecord | None, policy: str, moved: bool) -> str:
+def card(
+    base: str,
+    kind: str,
+    settings: PatchSettings,
+    fitted: FitRecord | None,
+    policy: str,
+    moved: bool,
+) -> str:
     """Markdown with the metadata that the hub reads.
 
     Args:
@@ -47,7 +54,13 @@ def card(base: str, kind: str, settings: PatchSettings, fitted: FitRecord | None
             "KL weight and price at the end": f"{fitted.kl_weight:.4g} and {fitted.price:.4g}",
         }
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in what.items())]
-    use = ["```python", "from bayes_router import Router", "", 'router = Router.from_pretrained(model, "THIS FOLDER")', "```"]
+    use = [
+        "```python",
+        "from bayes_router import Router",
+        "",
+        'router = Router.from_pretrained(model, "THIS FOLDER")',
+        "```",
+    ]
     notes = [f"- {note}" for note in _notes(fitted, moved)]
     parts = ["# A router", *table, "", *use, "", "## To mind", "", *notes]
     return "\n".join([*head, "---", "", *parts, ""])
@@ -58,7 +71,11 @@ def _notes(fitted: FitRecord | None, moved: bool) -> Sequence[str]:
     if fitted is None:
         notes.insert(0, "Not fitted: every token takes full attention, nothing is saved.")
     else:
-        notes.append(f"Texts much longer or shorter than {fitted.context} tokens were not seen by the fit.")
+        notes.append(
+            f"Texts much longer or shorter than {fitted.context} tokens were not seen by the fit."
+        )
     if moved:
-        notes.append("The model's own weights moved: it works with the model that was saved beside it alone.")
+        notes.append(
+            "The model's own weights moved: it works with the model that was saved beside it alone."
+        )
     return notes

@@ -71,7 +71,10 @@ def counted_experts(config: ModelConfig) -> list[Expert]:
 
     Those of `attention`, but where a patch has a mechanism of its own.
     """
-    shape, experts = ExpertShape(config.num_heads, config.head_dim, config.window), build_experts(config)
+    shape, experts = (
+        ExpertShape(config.num_heads, config.head_dim, config.window),
+        build_experts(config),
+    )
     for index, name in enumerate(config.experts):
         if name in COUNTED:
             inner = EXPERTS[name](shape, config.kv_heads)
@@ -79,13 +82,16 @@ def counted_experts(config: ModelConfig) -> list[Expert]:
     return experts
 
 
-def layer_costs(prior: PriorConfig, config: ModelConfig, context: int, windows: Sequence[int | None]) -> tuple[Tensor, Tensor]:
+def layer_costs(
+    prior: PriorConfig, config: ModelConfig, context: int, windows: Sequence[int | None]
+) -> tuple[Tensor, Tensor]:
     """Costs relative to attention over all keys = 1.
 
     Of the experts [E], and of the experts in each layer [L, E].
 
-    In a layer whose own attention sees a window shorter than `context`, `full` is local attention of that window and costs what
-    the prior's cost model says of that; `local` costs no more there. Ratios given by hand hold in every layer.
+    In a layer whose own attention sees a window shorter than `context`, `full` is local attention
+    of that window and costs what the prior's cost model says of that; `local` costs no more there.
+    Ratios given by hand hold in every layer.
     """
     if prior.cost_ratio is not None:
         ratio = torch.tensor(prior.cost_ratio)
@@ -110,10 +116,13 @@ def layer_reads(config: ModelConfig, context: int, windows: Sequence[int | None]
 
     In each layer, under each expert.
 
-    `full` reads the window of a layer that slides, `local` no more than that, an expert that keeps a state none.
+    `full` reads the window of a layer that slides, `local` no more than that, an expert that keeps
+    a state none.
     """
     ratio = read_ratios(counted_experts(config), context).float()
-    own = torch.tensor([1.0 if window is None else min(window / context, 1.0) for window in windows])
+    own = torch.tensor(
+        [1.0 if window is None else min(window / context, 1.0) for window in windows]
+    )
     return torch.minimum(ratio, own[:, None])
 
 
@@ -131,5 +140,8 @@ def layer_prior(config: PriorConfig, cost_ratio: Tensor, layer_cost: Tensor) -> 
     )
     if config.layer_mean is not None or bool((layer_cost == cost_ratio).all()):
         return prior
-    means = [PRIOR_MAPS[config.map](cost, t).tolist() for cost, t in zip(layer_cost, prior.temperature, strict=True)]
+    means = [
+        PRIOR_MAPS[config.map](cost, t).tolist()
+        for cost, t in zip(layer_cost, prior.temperature, strict=True)
+    ]
     return layer_prior(replace(config, layer_mean=tuple(map(tuple, means))), cost_ratio, layer_cost)

@@ -16,14 +16,17 @@ from bayes_router.routing.controller import MetaController
 class Following(nn.Module):
     """Controllers and layers beside a model that they are no part of.
 
-    They follow it when it is called: mode and device are the model's; so is the dtype, but half precision stays float32 here,
-    which posteriors and sums over the past need; and `requires_grad` is copied whenever the model's changes (whether any
-    weight is trained), so that `router.requires_grad_(True)` after `model.requires_grad_(False)` trains the router alone.
+    They follow it when it is called: mode and device are the model's; so is the dtype, but half
+    precision stays float32 here, which posteriors and sums over the past need; and `requires_grad`
+    is copied whenever the model's changes (whether any weight is trained), so that
+    `router.requires_grad_(True)` after `model.requires_grad_(False)` trains the router alone.
     """
 
     controller: MetaController
     layers: nn.ModuleList
-    _trainable: bool | None = None  # whether any of the model's weights was, when the flags here were last set
+    _trainable: bool | None = (
+        None  # whether any of the model's weights was, when the flags here were last set
+    )
 
     def __init__(self, model: nn.Module, found: Sequence[Found]):
         super().__init__()
@@ -65,10 +68,13 @@ class Following(nn.Module):
 
         The dtype where it is wider than float32, the flags where they changed.
 
-        A pass does, and `fit`; to read `parameters()` of a model that has moved since, or that was frozen, call it before.
+        A pass does, and `fit`; to read `parameters()` of a model that has moved since, or that was
+        frozen, call it before.
         """
         for index, one in enumerate(self.found):
-            own = next((p for p in one.module.parameters() if not p.is_meta), None)  # offloaded weights are nowhere
+            own = next(
+                (p for p in one.module.parameters() if not p.is_meta), None
+            )  # offloaded weights are nowhere
             if own is not None:
                 self.place(index, own)
         trainable = any(p.requires_grad for p in self.model.parameters())

@@ -23,7 +23,9 @@ class Found:
     window: int | None = None  # keys that the layer's own attention sees, where it slides
 
 
-def model_config(found: Found, settings: PatchSettings, num_layers: int, vocab_size: int = 1) -> ModelConfig:
+def model_config(
+    found: Found, settings: PatchSettings, num_layers: int, vocab_size: int = 1
+) -> ModelConfig:
     """The routed layers in the terms of the project: what costs, diagnostics and reports read."""
     heads, dim = found.shape.num_heads, found.shape.head_dim
     require(dim % 2 == 0, "head_dim", "an even number", dim, "models with odd heads are not served")

@@ -40,7 +40,9 @@ class Frozen:
         one_hot = F.one_hot(static.clamp_min(0), executed.shape[-1]).to(executed)
         return torch.where((static != LIVE)[:, None], one_hot, executed)
 
-    def filled(self, layer: int, live: Tensor | None, like: Tensor, num: int, floor: float) -> Tensor:
+    def filled(
+        self, layer: int, live: Tensor | None, like: Tensor, num: int, floor: float
+    ) -> Tensor:
         """Concentrations [.., R, E].
 
         `live` [.., n, E] of those that choose, near certainty elsewhere.
@@ -58,7 +60,9 @@ class Frozen:
         """The key heads of a layer all of whose query heads are frozen on `expert`."""
         units = self.experts[layer]
         free = set(range(kv_heads))
-        for (_, keys), chosen in zip(unit_heads(len(units), num_heads, kv_heads), units, strict=True):
+        for (_, keys), chosen in zip(
+            unit_heads(len(units), num_heads, kv_heads), units, strict=True
+        ):
             if chosen != expert:
                 free -= set(range(keys.start, keys.stop))
         return sorted(free)
@@ -90,7 +94,9 @@ def read_frozen(saved: object, layers: int, units: int, experts: int) -> Frozen 
         return None
     rows = saved if isinstance(saved, Sequence) else ()
     fits = len(rows) == layers and all(
-        isinstance(row, list) and len(row) == units and all(isinstance(e, int) and LIVE <= e < experts for e in row)
+        isinstance(row, list)
+        and len(row) == units
+        and all(isinstance(e, int) and LIVE <= e < experts for e in row)
         for row in rows
     )
     require(fits, "frozen", f"{layers} lists of {units} experts, -1 to {experts - 1}", saved)

@@ -17,7 +17,8 @@ class Identity(NamedTuple):
     In its own precision by a fingerprint, in another by numbers of its weights.
 
     Attributes:
-        fingerprint: sha256 of the class, of the parameters' names and shapes, and of 64 numbers of each as bfloat16.
+        fingerprint: sha256 of the class, of the parameters' names and shapes, and of 64 numbers of
+            each as bfloat16.
         samples: by name and shape, those numbers as they are.
     """
 
@@ -48,7 +49,9 @@ def _rounded(x: Tensor, y: Tensor) -> bool:
     most = min(kind.max for kind in kinds)
     a, b = (z.clamp(-most, most) for z in (a, b))  # float16 overflows
     relative = sum(kind.eps for kind in kinds) / 2
-    absolute = sum(kind.smallest_normal * kind.eps for kind in kinds) / 2  # between numbers too small to be normal
+    absolute = (
+        sum(kind.smallest_normal * kind.eps for kind in kinds) / 2
+    )  # between numbers too small to be normal
     return bool(((a - b).abs() <= relative * torch.maximum(a.abs(), b.abs()) + absolute).all())
 
 
@@ -58,7 +61,9 @@ def identity(model: nn.Module) -> Identity:
     digest, samples = hashlib.sha256(type(model).__name__.encode()), {}
     for name, parameter in weights(model):
         flat = parameter.detach().reshape(-1)
-        index = torch.linspace(0, max(flat.numel() - 1, 0), min(SAMPLES, flat.numel()), dtype=torch.float64).long()
+        index = torch.linspace(
+            0, max(flat.numel() - 1, 0), min(SAMPLES, flat.numel()), dtype=torch.float64
+        ).long()
         key = f"{name}{tuple(parameter.shape)}"
         samples[key] = flat[index.to(flat.device)].cpu()
         digest.update(key.encode())

@@ -19,7 +19,9 @@ def hooks(module: nn.Module) -> Iterator[Any]:
 def kept(model: nn.Module, name: str) -> Tensor | None:
     """The parameter called `name` where accelerate keeps it; None: nowhere."""
     parts = name.split(".")
-    for depth in range(len(parts) - 1, -1, -1):  # its own module's hook, or one that places all below it
+    for depth in range(
+        len(parts) - 1, -1, -1
+    ):  # its own module's hook, or one that places all below it
         for hook in hooks(model.get_submodule(".".join(parts[:depth]))):
             weights = getattr(hook, "weights_map", None)
             if weights is not None:
@@ -33,12 +35,15 @@ def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     What is offloaded is read where it is kept.
 
-    Offloading takes tied parameters apart, so that one that is tied to an earlier one is left out by its name.
+    Offloading takes tied parameters apart, so that one that is tied to an earlier one is left out
+    by its name.
     """
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     seen: set[str] = set()
     for name, parameter in model.named_parameters():
-        if tied.get(name) in seen or any(source == name and target in seen for target, source in tied.items()):
+        if tied.get(name) in seen or any(
+            source == name and target in seen for target, source in tied.items()
+        ):
             continue
         seen.add(name)
         here = kept(model, name) if parameter.is_meta else parameter
@@ -58,6 +63,8 @@ def device_of(model: nn.Module) -> torch.device:
         for hook in [*hooks(owner), *hooks(model)]:
             if getattr(hook, "execution_device", None) is not None:
                 place: Any = hook.execution_device
-                return torch.device(place if isinstance(place, str | torch.device) else f"cuda:{place}")
+                return torch.device(
+                    place if isinstance(place, str | torch.device) else f"cuda:{place}"
+                )
         return torch.device("cpu")
     return first.device

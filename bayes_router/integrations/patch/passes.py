@@ -42,7 +42,12 @@ class Pass:
     def detached(self) -> "Pass":
         """The same numbers without the graph."""
         numbers = {layer: x.detach() for layer, x in self.concentration.items()}
-        return Pass(numbers, {layer: x.detach() for layer, x in self.executed.items()}, dict(self.real), self.kl_taken)
+        return Pass(
+            numbers,
+            {layer: x.detach() for layer, x in self.executed.items()},
+            dict(self.real),
+            self.kl_taken,
+        )
 
     def mean(self, layer: int, values: Tensor) -> Tensor:
         """The mean of values [B, T, ...] of a layer over its real tokens."""
@@ -50,20 +55,32 @@ class Pass:
         if real is None:
             return values.mean()
         share = real.expand(values.shape[:2]).to(values)
-        return (values.flatten(2).mean(2) if values.dim() > 2 else values).mul(share).sum() / share.sum().clamp_min(1)
+        return (values.flatten(2).mean(2) if values.dim() > 2 else values).mul(
+            share
+        ).sum() / share.sum().clamp_min(1)
 
     def tokens(self, layer: int, values: Tensor) -> Tensor:
         """The real tokens' values [B, T, ...] of a layer: [1, n, ...]."""
         real = self.real.get(layer)
-        return values.flatten(0, 1)[None] if real is None else values[real.expand(values.shape[:2])][None]
+        return (
+            values.flatten(0, 1)[None]
+            if real is None
+            else values[real.expand(values.shape[:2])][None]
+        )
 
 
 class Given(NamedTuple):
     """What the hook before an attention module hands to its attention function."""
 
     hidden: Tensor
-    past: tuple[Any, Tensor | None] | None = None  # the KV cache, and what it held of this layer's keys
-    filled: int | None = None  # tokens in a static cache before this call, whose later slots are empty; None: no such cache
+    past: tuple[Any, Tensor | None] | None = (
+        None  # the KV cache, and what it held of this layer's keys
+    )
+    filled: int | None = (
+        # tokens in a static cache before this call, whose later slots are empty; None: no such
+        # cache
+        None
+    )
 
 
 class Slot:
@@ -83,10 +100,19 @@ class Slot:
         `then(pass)`, a method, is called at that time.
         """
         if out.requires_grad and not torch.compiler.is_compiling():  # the graph owns none of these
-            out.register_hook(partial(_release, weakref.ref(self), weakref.ref(self.last), weakref.WeakMethod(then)))
+            out.register_hook(
+                partial(
+                    _release, weakref.ref(self), weakref.ref(self.last), weakref.WeakMethod(then)
+                )
+            )
 
 
-def _release(slot: "weakref.ref[Slot]", of: "weakref.ref[Pass]", then: "weakref.WeakMethod[Any]", grad: Tensor) -> None:
+def _release(
+    slot: "weakref.ref[Slot]",
+    of: "weakref.ref[Pass]",
+    then: "weakref.WeakMethod[Any]",
+    grad: Tensor,
+) -> None:
     holder, passed, tell = slot(), of(), then()
     if passed is not None and tell is not None:
         tell(passed)

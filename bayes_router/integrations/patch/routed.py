@@ -2,7 +2,8 @@
 
 And how its tokens are routed.
 
-What is added lives here and not in the model: its parameters, state dict and `save_pretrained` stay its own.
+What is added lives here and not in the model: its parameters, state dict and `save_pretrained` stay
+its own.
 """
 
 import tempfile
@@ -26,7 +27,12 @@ from bayes_router.integrations.calls.layer import RoutedLayer
 from bayes_router.integrations.calls.memory import Memories
 from bayes_router.integrations.calls.precision import exact
 from bayes_router.integrations.patch.binding import BINDING, Binding
-from bayes_router.integrations.patch.cost import counted_experts, layer_costs, layer_prior, layer_reads
+from bayes_router.integrations.patch.cost import (
+    counted_experts,
+    layer_costs,
+    layer_prior,
+    layer_reads,
+)
 from bayes_router.integrations.patch.following import Following
 from bayes_router.integrations.patch.found import Found, model_config
 from bayes_router.integrations.patch.freezing import Frozen
@@ -49,8 +55,9 @@ START_SHARE = 0.9
 class RoutedModel(Following):
     """A model whose attention layers route their tokens; what `patch` returns.
 
-    Its own state holds what was added and nothing else. Evaluation mode executes the policy's choice (HARD), training mode
-    draws (SAMPLE); `mode` overrides. Unfitted, in evaluation mode, every token takes `full`: the model is unchanged.
+    Its own state holds what was added and nothing else. Evaluation mode executes the policy's
+    choice (HARD), training mode draws (SAMPLE); `mode` overrides. Unfitted, in evaluation mode,
+    every token takes `full`: the model is unchanged.
 
     It follows its model, see `Following`.
 
@@ -58,8 +65,10 @@ class RoutedModel(Following):
         model: the patched model itself, to be used as before.
         settings: what it was patched with.
         cost_ratio: [E], relative to attention over all keys = 1.
-        layer_cost: [L, E], the same by layer: a layer that slides already pays for its own window alone.
-        layer_reads: [L, E], the keys and values that a decoding step reads by layer and expert, all = 1.
+        layer_cost: [L, E], the same by layer: a layer that slides already pays for its own window
+            alone.
+        layer_reads: [L, E], the keys and values that a decoding step reads by layer and expert, all
+            = 1.
         policy: of HARD.
         mode: overrides what train and eval mode imply.
         fitted: how it was fitted; None before.
@@ -78,13 +87,22 @@ class RoutedModel(Following):
         shapes = [one.shape._replace(window=settings.window) for one in found]
         self.config = model_config(found[0], settings, len(found))
         windows = [one.window for one in found]
-        self.cost_ratio, self.layer_cost = layer_costs(settings.prior, self.config, settings.context, windows)
+        self.cost_ratio, self.layer_cost = layer_costs(
+            settings.prior, self.config, settings.context, windows
+        )
         self.layer_reads = layer_reads(self.config, settings.context, windows)
         heads = {(one.shape.num_heads, one.kv_heads) for one in found}
         alike = settings.route_by == RouteBy.LAYER.value or len(heads) == 1
-        require(alike, "route_by", "layer, for a model whose layers have different numbers of heads", settings.route_by)
+        require(
+            alike,
+            "route_by",
+            "layer, for a model whose layers have different numbers of heads",
+            settings.route_by,
+        )
         usual, costs = tuple(self.cost_ratio.tolist()), map(tuple, self.layer_cost.tolist())
-        self._own_costs = {i: cost for i, cost in enumerate(costs) if cost != usual}  # of layers that slide already
+        self._own_costs = {
+            i: cost for i, cost in enumerate(costs) if cost != usual
+        }  # of layers that slide already
         self.prior = layer_prior(settings.prior, self.cost_ratio, self.layer_cost)
         self.controller = MetaController(
             found[0].width,
@@ -108,7 +126,10 @@ class RoutedModel(Following):
         self._start_on_full()
 
     def _start_on_full(self) -> None:
-        share = torch.full((len(self.settings.experts),), (1 - START_SHARE) / max(len(self.settings.experts) - 1, 1))
+        share = torch.full(
+            (len(self.settings.experts),),
+            (1 - START_SHARE) / max(len(self.settings.experts) - 1, 1),
+        )
         share[self.experts.index("full")] = START_SHARE
         total = torch.tensor(self.prior.total_concentration)[:, None]  # [L, 1]
         self.controller.start_at((share * total).clamp_min(2 * self.controller.floor))
@@ -195,7 +216,9 @@ class RoutedModel(Following):
         live = self.frozen.live(index)
         chosen = self.controller.posterior(index, hidden, live).concentration if live else None
         floor = self.controller.floor
-        return Dirichlet(self.frozen.filled(index, chosen, hidden, len(self.experts), floor), validate_args=False)
+        return Dirichlet(
+            self.frozen.filled(index, chosen, hidden, len(self.experts), floor), validate_args=False
+        )
 
     def thaw(self) -> None:
         """Let every unit choose again. A cache that was freed stays so: read its text anew."""
@@ -225,7 +248,9 @@ class RoutedModel(Following):
         A policy that knows costs is told the layer's own.
         """
         policy: Any = self.policy
-        if index in self._own_costs and getattr(policy, "cost_ratio", None) == tuple(self.cost_ratio.tolist()):
+        if index in self._own_costs and getattr(policy, "cost_ratio", None) == tuple(
+            self.cost_ratio.tolist()
+        ):
             policy = replace(policy, cost_ratio=self._own_costs[index])
         alarm = self._alarm(index, hidden) if mode is RoutingMode.HARD else None
         executed = execute(q, mode, policy, alarm)
@@ -244,12 +269,16 @@ class RoutedModel(Following):
             past = None if memory.begins else UNKNOWN if memory.beside is None else memory.beside
         elif call is not None and call.causal and call.q.shape[2] < call.k.shape[2]:
             past = UNKNOWN  # a cache that nothing can be kept beside
-        alarm, state = guarded(self.policy, self.controller.evidence, index, hidden, past, self.last.real.get(index))
+        alarm, state = guarded(
+            self.policy, self.controller.evidence, index, hidden, past, self.last.real.get(index)
+        )
         if memory is not None:
             memory.beside = state
         return alarm
 
-    def execute(self, index: int, route: Tensor | int, call: AttentionCall, hidden: Tensor) -> Tensor:
+    def execute(
+        self, index: int, route: Tensor | int, call: AttentionCall, hidden: Tensor
+    ) -> Tensor:
         """The output [B, H, Tq, Dv] of a layer's call under a route."""
         layer = self.layers[index]
         assert isinstance(layer, RoutedLayer)
@@ -311,7 +340,9 @@ class RoutedModel(Following):
         routed, terms = self._routed(of), []
         routed.kl_taken = True
         for layer, q in sorted(routed.concentration.items()):
-            of_token = tilted_kl(q, prior[layer].to(q), tilt[layer], log_z[layer].to(q)).sum(-1)  # over units
+            of_token = tilted_kl(q, prior[layer].to(q), tilt[layer], log_z[layer].to(q)).sum(
+                -1
+            )  # over units
             terms.append(routed.mean(layer, of_token))
         return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
@@ -325,7 +356,10 @@ class RoutedModel(Following):
         routed = self._routed(of).detached()
         return [
             routing_statistics(
-                routed.tokens(i, q), routed.tokens(i, routed.executed[i]), self.layer_cost[i].to(q.device), self.experts
+                routed.tokens(i, q),
+                routed.tokens(i, routed.executed[i]),
+                self.layer_cost[i].to(q.device),
+                self.experts,
             )
             for i, q in sorted(routed.concentration.items())
         ]
@@ -338,7 +372,8 @@ class RoutedModel(Following):
             "last pass",
             f"posteriors of all {len(self.layers)} layers",
             f"none of {', '.join(unrouted)}",
-            "run the model once, not forced; layers that never route (cross-attention) are left out by patch(layers=...)",
+            "run the model once, not forced; layers that never route (cross-attention) are left "
+            "out by patch(layers=...)",
         )
         return routed
 
@@ -363,21 +398,30 @@ class RoutedModel(Following):
     def require_patched(self) -> None:
         """ValueError once `unpatch` was called."""
         got = f"{type(self.model).__name__}, unpatched"
-        require(self.patched, "router", "a patched model", got, "patch it again, or load_patch what was saved")
+        require(
+            self.patched,
+            "router",
+            "a patched model",
+            got,
+            "patch it again, or load_patch what was saved",
+        )
 
     def save(self, folder: Any, held_out: bool = False) -> None:
         """Write what was added, see `load_patch`. None of your text is written, unless asked for.
 
-        With `held_out` also up to 32,768 tokens of the text that `fit` held out, as they are, for `bayes-router inspect` and
-        `report` to show; without them these ask for a text.
+        With `held_out` also up to 32,768 tokens of the text that `fit` held out, as they are, for
+        `bayes-router inspect` and `report` to show; without them these ask for a text.
 
         Warns:
-            UserWarning: the model's own weights moved since the patch (a fit with `weights_lr`, training of your own): the
-                patch then fits that model alone, which has to be saved beside it.
+            UserWarning: the model's own weights moved since the patch (a fit with `weights_lr`,
+                training of your own): the patch then fits that model alone, which has to be saved
+                beside it.
         """
         record = PatchRecord(
-            self.model, type(self).__name__, self.state_dict(), self.settings, self.policy, self.fitted, self.made_for,
-            self.held_out if held_out else None, self.controller.evidence, self.controller.risk, self.frozen,
+            self.model, type(self).__name__, self.state_dict(), self.settings, self.policy,
+            self.fitted, self.made_for,
+            self.held_out if held_out else None, self.controller.evidence, self.controller.risk,
+            self.frozen,
         )  # fmt: skip
         save_patch(record, folder)
 
@@ -410,7 +454,9 @@ class RoutedModel(Following):
         """Give every found module its binding."""
         for index, one in enumerate(self.found):
             setattr(one.module, BINDING, Binding(self, index))
-            self.undo.append(partial(delattr, one.module, BINDING))  # a partial is copied with the model, a closure not
+            self.undo.append(
+                partial(delattr, one.module, BINDING)
+            )  # a partial is copied with the model, a closure not
 
 
 def normalised(hidden: Tensor) -> Tensor:

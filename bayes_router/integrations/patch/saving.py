@@ -3,8 +3,9 @@
 router.safetensors holds what was added; router.json the settings, the policy, the fit and the model
 it belongs to.
 
-base.safetensors has numbers of that model's weights, which tell it from others in another precision too. Where it was fitted,
-evidence.safetensors; where asked for, held_out.safetensors: text that the fit did not read, as token ids.
+base.safetensors has numbers of that model's weights, which tell it from others in another precision
+too. Where it was fitted, evidence.safetensors; where asked for, held_out.safetensors: text that the
+fit did not read, as token ids.
 """
 
 import json
@@ -32,7 +33,12 @@ from bayes_router.routing.risk import Risk
 from bayes_router.training.evidence import save_evidence
 from bayes_router.training.risk import save_risk
 
-WEIGHTS, SETTINGS, BASE, HELD_OUT = "router.safetensors", "router.json", "base.safetensors", "held_out.safetensors"
+WEIGHTS, SETTINGS, BASE, HELD_OUT = (
+    "router.safetensors",
+    "router.json",
+    "base.safetensors",
+    "held_out.safetensors",
+)
 FORMAT = 1
 HELD_OUT_TOKENS = 32_768
 
@@ -67,8 +73,10 @@ def save_patch(record: PatchRecord, folder: Path | str) -> None:
     moved = record.made_for is None or not now.same(record.made_for)
     if moved:
         warnings.warn(
-            f"{kind}: its own weights moved since it was patched, and the patch fits them as they are: "
-            "save the model too (save_pretrained), or load_patch will find no model that the patch was made for",
+            f"{kind}: its own weights moved since it was patched, and the patch fits them as they "
+            f"are: "
+            "save the model too (save_pretrained), or load_patch will find no model that the patch "
+            "was made for",
             stacklevel=4,
         )
     weights = {key: value.detach().cpu().contiguous() for key, value in record.weights.items()}
@@ -112,31 +120,47 @@ def read_settings(model: nn.Module, folder: Path | str) -> tuple[PatchSettings, 
     """
     path = Path(folder) / SETTINGS
     for one in (path, Path(folder) / WEIGHTS):
-        require(one.is_file(), "folder", f"a saved patch with {SETTINGS} and {WEIGHTS}", str(folder), f"{one.name} is missing")
+        require(
+            one.is_file(),
+            "folder",
+            f"a saved patch with {SETTINGS} and {WEIGHTS}",
+            str(folder),
+            f"{one.name} is missing",
+        )
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         settings, chosen = _renamed(saved["settings"]), policy_from_dict(saved["policy"])
         made = PatchSettings(
-            **_tuples(settings, PatchSettings) | {"prior": PriorConfig(**_tuples(settings["prior"], PriorConfig))}
+            **_tuples(settings, PatchSettings)
+            | {"prior": PriorConfig(**_tuples(settings["prior"], PriorConfig))}
         )
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected the settings of a patch; damaged or of another version: {error!r}") from error
+        raise ValueError(
+            f"{path}: expected the settings of a patch; damaged or of another version: {error!r}"
+        ) from error
     moved = "its own weights had moved when it was saved: load the model that was saved with it"
     require(
-        identity(model).same(Identity(str(saved.get("fingerprint")), _samples(Path(folder) / BASE))),
+        identity(model).same(
+            Identity(str(saved.get("fingerprint")), _samples(Path(folder) / BASE))
+        ),
         "model",
         f"the {saved.get('model')} that {folder} was made for",
         type(model).__name__,
         moved
         if saved.get("moved")
-        else "weights or architecture differ: load the model that was patched, or patch and fit this one",
+        else (
+            "weights or architecture differ: load the model that was patched, or patch and fit "
+            "this one"
+        ),
     )
     return made, chosen
 
 
 def _renamed(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings with the names that experts have today."""
-    return settings | {"experts": ["mapped" if name == OLD_NAME else name for name in settings["experts"]]}
+    return settings | {
+        "experts": ["mapped" if name == OLD_NAME else name for name in settings["experts"]]
+    }
 
 
 def _samples(path: Path) -> dict[str, Tensor]:
@@ -144,7 +168,9 @@ def _samples(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path) if path.is_file() else {}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: expected numbers of the patched model's weights; damaged: {error}") from error
+        raise ValueError(
+            f"{path}: expected numbers of the patched model's weights; damaged: {error}"
+        ) from error
 
 
 def is_patch(folder: Path | str) -> bool:
@@ -171,7 +197,9 @@ def read_origin(folder: Path | str) -> Origin:
         saved = json.loads(path.read_text(encoding="utf-8"))
         return Origin(*(str(saved.get(name) or "") for name in Origin._fields))
     except (json.JSONDecodeError, AttributeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected the settings of a patch; damaged or of another version: {error!r}") from error
+        raise ValueError(
+            f"{path}: expected the settings of a patch; damaged or of another version: {error!r}"
+        ) from error
 
 
 def read_fit(folder: Path | str, vocab_size: int) -> tuple[FitRecord | None, TokenStream | None]:
@@ -185,14 +213,19 @@ def read_fit(folder: Path | str, vocab_size: int) -> tuple[FitRecord | None, Tok
         fit = json.loads(path.read_text(encoding="utf-8")).get("fit")
         fitted = None if fit is None else FitRecord(**fit)
     except TypeError as error:
-        raise ValueError(f"{path}: expected how the patch was fitted; damaged or of another version: {error!r}") from error
+        raise ValueError(
+            f"{path}: expected how the patch was fitted; damaged or of another version: {error!r}"
+        ) from error
     if not text.is_file():
         return fitted, None
     try:
         kept = load_file(text)
         tokens, mask_token = kept["tokens"].long(), kept.get("mask_token")
     except (SafetensorError, KeyError, OSError) as error:
-        raise ValueError(f"{text}: expected token ids of held-out text; damaged: {error}; delete it to go without") from error
+        raise ValueError(
+            f"{text}: expected token ids of held-out text; damaged: {error}; delete it to go "
+            f"without"
+        ) from error
     if mask_token is None:
         return fitted, TokenStream(tokens, vocab_size, "held out")
     return fitted, MaskedStream(tokens, vocab_size, int(mask_token), "held out")
@@ -206,7 +239,9 @@ def saved_frozen(folder: Path | str, layers: int, units: int, experts: int) -> F
     """
     path = Path(folder) / SETTINGS
     try:
-        return read_frozen(json.loads(path.read_text(encoding="utf-8")).get("frozen"), layers, units, experts)
+        return read_frozen(
+            json.loads(path.read_text(encoding="utf-8")).get("frozen"), layers, units, experts
+        )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -222,7 +257,10 @@ def load_weights(router: nn.Module, folder: Path | str) -> None:
         router.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError, OSError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{path}: expected the weights of the patch in {SETTINGS}; damaged or another's: {reason}") from error
+        raise ValueError(
+            f"{path}: expected the weights of the patch in {SETTINGS}; damaged or another's: "
+            f"{reason}"
+        ) from error
 
 
 def _tuples(values: dict[str, Any], cls: type[Any]) -> dict[str, Any]:

@@ -20,11 +20,12 @@ class PatchSettings:
         window: keys that `local` sees, the token itself included.
         experts: names, in the order of the routing latent; `full` is always among them.
         route_by: what chooses: `layer`, `kv_head` or `head`.
-        layers: indices of the attention layers to route, in the order in which the model runs them; None: all.
+        layers: indices of the attention layers to route, in the order in which the model runs them;
+            None: all.
         sinks: first tokens that `local` sees beside its window.
         prior: the compute-aware prior of `fit`.
-        context: tokens at which FLOPs and latency are compared, where the prior's cost asks for them; a layer whose own window
-            is shorter pays for that window.
+        context: tokens at which FLOPs and latency are compared, where the prior's cost asks for
+            them; a layer whose own window is shorter pays for that window.
         controller_hidden: hidden width of each layer's controller; 0 for a linear one.
         concentration_floor: least concentration of the posterior.
     """
@@ -45,19 +46,32 @@ class PatchSettings:
         require(self.sinks >= 0, "sinks", "0 or more tokens", self.sinks)
         require(self.context >= 1, "context", "at least 1 token", self.context)
         choose("route_by", self.route_by, RouteBy)
-        require("full" in self.experts, "experts", "'full' among them (the model's own attention)", self.experts)
+        require(
+            "full" in self.experts,
+            "experts",
+            "'full' among them (the model's own attention)",
+            self.experts,
+        )
         require(
             OLD_NAME not in self.experts,
             "experts",
-            "'mapped' for linear attention with a learned feature map; 'linear' is another mechanism, which no patch has",
+            "'mapped' for linear attention with a learned feature map; 'linear' is another "
+            "mechanism, which no patch has",
             self.experts,
             "write 'mapped' in its place",
         )
         for name in self.experts:
             if name not in EXPERTS:
                 raise unknown("experts", name, EXPERTS)
-        require(len(set(self.experts)) == len(self.experts), "experts", "no name twice", self.experts)
-        require(self.layers is None or len(self.layers) > 0, "layers", "at least one index, or None for all", self.layers)
+        require(
+            len(set(self.experts)) == len(self.experts), "experts", "no name twice", self.experts
+        )
+        require(
+            self.layers is None or len(self.layers) > 0,
+            "layers",
+            "at least one index, or None for all",
+            self.layers,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -77,7 +91,8 @@ class FitRecord:
         price: of the prior's tilt at the end, nats per unit of cost.
         straight_through: whether draws were executed as their argmax at the end.
         likelihood: model or text, see `FitSettings`.
-        budget: cost at which the fit was held, or (low, high) of the range that it serves; None: at the prior's own price.
+        budget: cost at which the fit was held, or (low, high) of the range that it serves; None: at
+            the prior's own price.
         tokenizer: the name of the one that made the tokens; None where ids were given.
         text: `fingerprint` of what was read; () in a folder of before.
     """

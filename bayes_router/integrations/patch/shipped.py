@@ -1,4 +1,6 @@
-"""Patches that come with the package: fitted controllers for models whose weights are the user's own."""
+"""Patches that come with the package: fitted controllers for models whose weights are the user's
+own.
+"""
 
 from pathlib import Path
 
@@ -11,7 +13,9 @@ def shipped() -> list[str]:
 
 
 def folder_of(patch: Path | str) -> Path:
-    """Where a patch lies: a folder of the user's, or one that came with the package, by its name."""
+    """Where a patch lies: a folder of the user's, or one that came with the package, by its
+    name.
+    """
     own = Path(patch)
     if own.exists() or str(patch) not in shipped():
         return own

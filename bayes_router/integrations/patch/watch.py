@@ -11,8 +11,10 @@ from bayes_router.checks import require
 from bayes_router.integrations.patch.passes import Pass, checkpointed_without_graph
 
 ADVICE = (
-    "train with bayes_router.integrations.huggingface.trainer.RoutingTrainer in place of Hugging Face's Trainer; or give the "
-    "optimiser router.parameters() and add weight * router.kl() to the loss; or router.requires_grad_(False), to mean it"
+    "train with bayes_router.integrations.huggingface.trainer.RoutingTrainer in place of Hugging "
+    "Face's Trainer; or give the "
+    "optimiser router.parameters() and add weight * router.kl() to the loss; or "
+    "router.requires_grad_(False), to mean it"
 )
 
 
@@ -25,25 +27,38 @@ class TrainingWatch:
     def __init__(self, router: nn.Module):
         self.router: Any = router
         self.told = False  # or seen that all is well
-        self.before: tuple[tuple[int, int], list[Tensor]] | None = None  # some of the router's weights, and of the model's
+        self.before: tuple[tuple[int, int], list[Tensor]] | None = (
+            None  # some of the router's weights, and of the model's
+        )
 
     def drawn(self, layer: int) -> None:
         """A layer's routes were drawn in training mode.
 
         Raises:
-            ValueError: a reentrant checkpoint runs the layer, so that a KL of its routes would have no gradient.
+            ValueError: a reentrant checkpoint runs the layer, so that a KL of its routes would have
+                no gradient.
         """
         mine = _first(self.router.controller.layers[layer].parameters())
         require(
             mine is None or not checkpointed_without_graph(),
             "gradient checkpointing",
-            "use_reentrant=False: a reentrant checkpoint runs its layers without a graph, and the KL of their routes would "
+            "use_reentrant=False: a reentrant checkpoint runs its layers without a graph, and the "
+            "KL of their routes would "
             "have no gradient",
             "use_reentrant=True",
-            "model.gradient_checkpointing_enable({'use_reentrant': False}), or router.requires_grad_(False)",
+            "model.gradient_checkpointing_enable({'use_reentrant': False}), or "
+            "router.requires_grad_(False)",
         )
-        if layer == 0 and mine is None and torch.is_grad_enabled() and _first(self.router.model.parameters()) is None:
-            self._tell("its weights and what the patch added are all frozen, and no loss has a gradient: to train routes")
+        if (
+            layer == 0
+            and mine is None
+            and torch.is_grad_enabled()
+            and _first(self.router.model.parameters()) is None
+        ):
+            self._tell(
+                "its weights and what the patch added are all frozen, and no loss has a gradient: "
+                "to train routes"
+            )
 
     def went_backward(self, of: Pass) -> None:
         """A backward pass went through the routes of a training pass.
@@ -59,9 +74,14 @@ class TrainingWatch:
         before, self.before = self.before, (which, [_some(p) for p in watched])
         if before is None or before[0] != which:  # others are trained now
             return
-        moved, beside = (not torch.equal(x, y) for x, y in zip(before[1], self.before[1], strict=True))
+        moved, beside = (
+            not torch.equal(x, y) for x, y in zip(before[1], self.before[1], strict=True)
+        )
         if beside and not moved:
-            self._tell("its weights are trained under routes drawn at random, and what the patch added is not")
+            self._tell(
+                "its weights are trained under routes drawn at random, and what the patch added is "
+                "not"
+            )
         elif moved and not of.kl_taken:
             self._tell("what the patch added is trained without its KL, hence without a price")
         self.told = self.told or moved

@@ -55,33 +55,47 @@ def steps(names: tuple[str, ...], H: int, Hkv: int, Dh: int, calls: list[int]) -
 
 
 @pytest.mark.parametrize("names", DECODERS)
-def test_steps_equal_the_full_pass(names: tuple[str, ...], small_kernels_on_the_cpu: list[int]) -> None:
+def test_steps_equal_the_full_pass(
+    names: tuple[str, ...], small_kernels_on_the_cpu: list[int]
+) -> None:
     steps(names, 2, 1, 16, small_kernels_on_the_cpu)
 
 
 @pytest.mark.parametrize(("H", "Hkv", "Dh"), [(2, 2, 16), (3, 1, 24), (1, 1, 8)])
-def test_heads_and_head_sizes(H: int, Hkv: int, Dh: int, small_kernels_on_the_cpu: list[int]) -> None:
+def test_heads_and_head_sizes(
+    H: int, Hkv: int, Dh: int, small_kernels_on_the_cpu: list[int]
+) -> None:
     steps(("full", "gated", "local", "linear"), H, Hkv, Dh, small_kernels_on_the_cpu)
 
 
 @pytest.mark.parametrize(("units", "Hkv"), [(2, 2), (4, 2), (4, 1)])
 def test_every_unit(units: int, Hkv: int, small_kernels_on_the_cpu: list[int]) -> None:
-    decoder = Decoder(("full", "gated", "local", "linear"), 3, 4, Hkv, 16, window=9, capacity=40, units=units)
+    decoder = Decoder(
+        ("full", "gated", "local", "linear"), 3, 4, Hkv, 16, window=9, capacity=40, units=units
+    )
     steps_equal_the_full_pass(decoder, prompts=(30, 7, 1), steps=4, tolerance=1e-5)
     assert len(small_kernels_on_the_cpu) == 4
     needed_only(decoder, prompts=(30, 20, 3), tolerance=1e-5)
 
 
-def test_columns_of_the_state_in_parts_and_stretches_of_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_columns_of_the_state_in_parts_and_stretches_of_several_tiles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(decode, "STATE_ENTRIES", 64)  # 4 columns
     monkeypatch.setattr(decode, "MIN_KEYS", 150)
-    decoder = Decoder(("full", "gated", "local", "linear"), B=4, H=2, Hkv=1, Dh=16, window=130, capacity=300)
+    decoder = Decoder(
+        ("full", "gated", "local", "linear"), B=4, H=2, Hkv=1, Dh=16, window=130, capacity=300
+    )
     steps_equal_the_full_pass(decoder, prompts=(290, 150, 64, 0), steps=3, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("names", DECODERS)
 def test_what_no_row_needs_is_not_read(names: tuple[str, ...]) -> None:
-    needed_only(Decoder(names, B=3, H=2, Hkv=1, Dh=16, window=9, capacity=40), prompts=(30, 20, 3), tolerance=1e-5)
+    needed_only(
+        Decoder(names, B=3, H=2, Hkv=1, Dh=16, window=9, capacity=40),
+        prompts=(30, 20, 3),
+        tolerance=1e-5,
+    )
 
 
 def test_the_store_of_a_window_goes_round() -> None:
@@ -98,7 +112,9 @@ def test_a_route_out_of_range_is_a_device_side_assertion(wrong: int) -> None:
     q, k, v, _, _ = decoder.draw(1)
     route, lengths = torch.tensor([[[0]], [[wrong]]]), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(Exception, match="route out of range"):
-        decode.decode_step(q, k, v, q, k, None, None, None, route, lengths, (-1, -1, -1), 1, num_experts=3)
+        decode.decode_step(
+            q, k, v, q, k, None, None, None, route, lengths, (-1, -1, -1), 1, num_experts=3
+        )
 
 
 @pytest.mark.usefixtures("assertions")

@@ -14,7 +14,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1" or torch.cuda.is_available():
-    pytest.skip("runs in the interpreter: TRITON_INTERPRET=1, no CUDA device", allow_module_level=True)
+    pytest.skip(
+        "runs in the interpreter: TRITON_INTERPRET=1, no CUDA device", allow_module_level=True
+    )
 
 from bayes_router.attention.hard import short_launch as short
 from bayes_router.attention.hard.problem import RoutedProblem, resolve_experts
@@ -41,11 +43,15 @@ def problem(
     q, k, v = draw(B, 4, Hkv, T, Dh, seed)
     plain_q, plain_k = (q, k) if shared else draw(B, 4, Hkv, T, Dh, seed + 1)[:2]
     experts = resolve_experts(names, ExpertShape(4, Dh, window, sinks))
-    return RoutedProblem(q, k, v, plain_q, plain_k, draw_route(route, B, T, seed, units) % len(names), experts)
+    return RoutedProblem(
+        q, k, v, plain_q, plain_k, draw_route(route, B, T, seed, units) % len(names), experts
+    )
 
 
 def compare(one: RoutedProblem) -> None:
-    exact = replace(one, **{name: getattr(one, name).double() for name in ("q", "k", "v", "plain_q", "plain_k")})
+    exact = replace(
+        one, **{name: getattr(one, name).double() for name in ("q", "k", "v", "plain_q", "plain_k")}
+    )
     assert relative_error(short.launch_short(one), REFERENCE.attend(exact)) < 1e-5
 
 
@@ -57,25 +63,35 @@ def test_agrees_with_the_oracle(route: str, shared: bool, fresh_seed: int) -> No
 
 @pytest.mark.parametrize(("units", "Hkv"), [(2, 2), (4, 2), (4, 1), (4, 4)])
 @pytest.mark.parametrize("route", ["independent", "units differ"])
-def test_every_unit(units: int, Hkv: int, route: str, monkeypatch: pytest.MonkeyPatch, fresh_seed: int) -> None:
+def test_every_unit(
+    units: int, Hkv: int, route: str, monkeypatch: pytest.MonkeyPatch, fresh_seed: int
+) -> None:
     one = problem(Hkv=Hkv, route=route, units=units, seed=fresh_seed, sinks=2)
     compare(one)
-    monkeypatch.setattr(short, "cut", lambda *_: Cut(64, 32, 32, 4, 1, 2, None))  # full attention in segments
+    monkeypatch.setattr(
+        short, "cut", lambda *_: Cut(64, 32, 32, 4, 1, 2, None)
+    )  # full attention in segments
     compare(replace(one, lengths=torch.tensor([150, 77])))
 
 
-@pytest.mark.parametrize(("B", "Hkv", "T", "Dh", "window"), [(1, 4, 1, 16, 1), (3, 1, 64, 20, 1), (1, 2, 65, 8, 200)])
+@pytest.mark.parametrize(
+    ("B", "Hkv", "T", "Dh", "window"), [(1, 4, 1, 16, 1), (3, 1, 64, 20, 1), (1, 2, 65, 8, 200)]
+)
 def test_odd_sizes(B: int, Hkv: int, T: int, Dh: int, window: int) -> None:
     compare(problem(B, Hkv, T, Dh, window=window))
 
 
-@pytest.mark.parametrize("names", [("local", "full"), ("linear", "local"), ("linear",), ("local",), ("full",)])
+@pytest.mark.parametrize(
+    "names", [("local", "full"), ("linear", "local"), ("linear",), ("local",), ("full",)]
+)
 def test_fewer_experts(names: tuple[str, ...]) -> None:
     compare(problem(names=names, window=9))
 
 
 @pytest.mark.parametrize("route", ["independent", "clustered", "local"])
-@pytest.mark.parametrize(("window", "sinks"), [(21, 1), (21, 4), (21, 70), (1, 4), (200, 4), (21, 1000)])
+@pytest.mark.parametrize(
+    ("window", "sinks"), [(21, 1), (21, 4), (21, 70), (1, 4), (200, 4), (21, 1000)]
+)
 def test_sinks(route: str, window: int, sinks: int) -> None:
     compare(problem(route=route, window=window, sinks=sinks))
     compare(problem(names=("full", "local"), route=route, window=window, sinks=sinks))
@@ -85,7 +101,9 @@ def test_sinks(route: str, window: int, sinks: int) -> None:
 def test_padding_starts_and_experts_elsewhere(sinks: int) -> None:
     whole = problem(B=3, T=140, sinks=sinks)
     compare(replace(whole, lengths=torch.tensor([140, 1, 77])))
-    tail = replace(whole, q=whole.q[:, :, -40:], plain_q=whole.plain_q[:, :, -40:], route=whole.route[:, -40:])
+    tail = replace(
+        whole, q=whole.q[:, :, -40:], plain_q=whole.plain_q[:, :, -40:], route=whole.route[:, -40:]
+    )
     compare(tail)
     compare(replace(tail, starts=torch.tensor([0, 100, 33])))
     compare(replace(tail, starts=torch.tensor([0, 100, 33]), lengths=torch.tensor([40, 0, 7])))
@@ -94,7 +112,9 @@ def test_padding_starts_and_experts_elsewhere(sinks: int) -> None:
 
 @pytest.mark.parametrize(("segment", "chunk"), [(64, 32), (128, 64), (512, 128)])
 @pytest.mark.parametrize("route", ["independent", "clustered", "full"])
-def test_however_the_keys_are_cut(segment: int, chunk: int, route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_however_the_keys_are_cut(
+    segment: int, chunk: int, route: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(short, "cut", lambda *_: Cut(segment, chunk, 32, 4, 1, 2, None))
     compare(problem(B=1, T=300, route=route))
 

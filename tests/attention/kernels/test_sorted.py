@@ -16,7 +16,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1" or torch.cuda.is_available():
-    pytest.skip("runs in the interpreter: TRITON_INTERPRET=1, no CUDA device", allow_module_level=True)
+    pytest.skip(
+        "runs in the interpreter: TRITON_INTERPRET=1, no CUDA device", allow_module_level=True
+    )
 
 from bayes_router.attention.hard import short_launch as short
 from bayes_router.attention.hard import sorted_launch as backend
@@ -33,22 +35,42 @@ NAMES = ("q", "k", "v", "plain_q", "plain_k")
 
 
 def problem(
-    B: int, Hkv: int, T: int, route: str, seed: int = 0, gradients: bool = True, units: int = 1, H: int = 2
+    B: int,
+    Hkv: int,
+    T: int,
+    route: str,
+    seed: int = 0,
+    gradients: bool = True,
+    units: int = 1,
+    H: int = 2,
 ) -> RoutedProblem:
     inputs = (*draw(B, H, Hkv, T, seed=seed), *draw(B, H, Hkv, T, seed=seed + 1)[:2])
     experts = resolve_experts(("full", "linear", "local"), ExpertShape(H, 16, 21))
-    return RoutedProblem(*(x.requires_grad_(gradients) for x in inputs), draw_route(route, B, T, seed, units), experts)
+    return RoutedProblem(
+        *(x.requires_grad_(gradients) for x in inputs),
+        draw_route(route, B, T, seed, units),
+        experts,
+    )
 
 
 def compare(one: RoutedProblem) -> None:
-    exact = replace(one, **{name: getattr(one, name).detach().double().requires_grad_() for name in NAMES})
+    exact = replace(
+        one, **{name: getattr(one, name).detach().double().requires_grad_() for name in NAMES}
+    )
     got, want = backend.launch_sorted(one), REFERENCE.attend(exact)
     assert relative_error(got, want) < 1e-5
     if not one.needs_grad:
         return
-    weight, leaves = torch.randn(got.shape), [[getattr(x, name) for name in NAMES] for x in (one, exact)]
-    grads = torch.autograd.grad((got * weight).sum(), leaves[0], allow_unused=True, materialize_grads=True)
-    truths = torch.autograd.grad((want * weight.double()).sum(), leaves[1], allow_unused=True, materialize_grads=True)
+    weight, leaves = (
+        torch.randn(got.shape),
+        [[getattr(x, name) for name in NAMES] for x in (one, exact)],
+    )
+    grads = torch.autograd.grad(
+        (got * weight).sum(), leaves[0], allow_unused=True, materialize_grads=True
+    )
+    truths = torch.autograd.grad(
+        (want * weight.double()).sum(), leaves[1], allow_unused=True, materialize_grads=True
+    )
     for name, g, t in zip(NAMES, grads, truths, strict=True):
         assert relative_error(g, t) < 2e-5, name
 
@@ -68,8 +90,12 @@ def split(monkeypatch: pytest.MonkeyPatch) -> list[WorkList]:
     return made
 
 
-@pytest.mark.parametrize(("B", "Hkv", "route"), [(2, 1, "independent"), (1, 2, "full"), (3, 2, "rows differ")])
-def test_rows_split_over_keys(B: int, Hkv: int, route: str, split: list[WorkList], fresh_seed: int) -> None:
+@pytest.mark.parametrize(
+    ("B", "Hkv", "route"), [(2, 1, "independent"), (1, 2, "full"), (3, 2, "rows differ")]
+)
+def test_rows_split_over_keys(
+    B: int, Hkv: int, route: str, split: list[WorkList], fresh_seed: int
+) -> None:
     one = problem(B, Hkv, 290, route, fresh_seed)
     compare(one)
     blocks = -(-int((one.route[0] == 0).sum()) // 32)
@@ -81,11 +107,22 @@ def test_split_rows_that_start_anywhere(split: list[WorkList], fresh_seed: int) 
     whole = problem(2, 1, 290, "independent", fresh_seed, gradients=False)
     tail = {name: getattr(whole, name)[:, :, -40:] for name in ("q", "plain_q")}
     compare(replace(whole, **tail, route=whole.route[:, -40:]))
-    compare(replace(whole, **tail, route=whole.route[:, -40:], starts=torch.tensor([0, 200]), lengths=torch.tensor([40, 33])))
+    compare(
+        replace(
+            whole,
+            **tail,
+            route=whole.route[:, -40:],
+            starts=torch.tensor([0, 200]),
+            lengths=torch.tensor([40, 33]),
+        )
+    )
     assert split[0].parts[0, 0, 0] > 1
 
 
-@pytest.mark.parametrize(("B", "Hkv", "T", "route"), [(3, 1, 100, "independent"), (2, 2, 65, "clustered"), (2, 1, 1, "linear")])
+@pytest.mark.parametrize(
+    ("B", "Hkv", "T", "route"),
+    [(3, 1, 100, "independent"), (2, 2, 65, "clustered"), (2, 1, 1, "linear")],
+)
 def test_batches_and_padding(B: int, Hkv: int, T: int, route: str, fresh_seed: int) -> None:
     one = problem(B, Hkv, T, route, fresh_seed)
     compare(one)
@@ -98,14 +135,18 @@ def test_every_unit(units: int, Hkv: int, route: str, fresh_seed: int) -> None:
     one = problem(2, Hkv, 100, route, fresh_seed, units=units, H=4)
     compare(one)
     compare(replace(one, lengths=torch.tensor([50, 100])))
-    compare(replace(one, route=one.route.transpose(1, 2).contiguous().transpose(1, 2)))  # any strides
+    compare(
+        replace(one, route=one.route.transpose(1, 2).contiguous().transpose(1, 2))
+    )  # any strides
     parts = {name: getattr(one, name).detach()[:, :, -30:] for name in ("q", "plain_q")}
     keys = {name: getattr(one, name).detach() for name in ("k", "v", "plain_k")}
     compare(replace(one, **parts, **keys, route=one.route[:, -30:], starts=torch.tensor([0, 70])))
 
 
 @pytest.mark.parametrize(("units", "Hkv"), [(2, 2), (4, 2)])
-def test_units_split_over_keys(units: int, Hkv: int, split: list[WorkList], fresh_seed: int) -> None:
+def test_units_split_over_keys(
+    units: int, Hkv: int, split: list[WorkList], fresh_seed: int
+) -> None:
     one = problem(1, Hkv, 290, "independent", fresh_seed, units=units, H=4)
     compare(one)
     assert split[0].parts[:, 0, 0].min() > 1
@@ -124,7 +165,10 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watcher:
             launch(*args, **constants)
 
         for name, module in list(sys.modules.items()):
-            if name.startswith("bayes_router.attention.") and getattr(module, "launch", None) is launch:
+            if (
+                name.startswith("bayes_router.attention.")
+                and getattr(module, "launch", None) is launch
+            ):
                 monkeypatch.setattr(module, "launch", watched)
 
     return install
@@ -151,7 +195,9 @@ def shown(x: Any) -> Any:
     return (x.dtype, x.shape) if isinstance(x, Tensor) else x
 
 
-def test_kernels_run_on_the_device_of_their_tensors(watch: Watcher, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_run_on_the_device_of_their_tensors(
+    watch: Watcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
     current: list[Tensor] = []
 
     @contextmanager

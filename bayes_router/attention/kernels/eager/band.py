@@ -10,17 +10,23 @@ from bayes_router.attention.shapes import repeat_heads
 MIN_BLOCK = 64
 
 
-def banded(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int = 0, scale: float | None = None) -> Tensor:
+def banded(
+    q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int = 0, scale: float | None = None
+) -> Tensor:
     """Local attention of every query, the last Tq of Tk positions: [B, H, Tq, Dv].
 
     `scale` of the scores: 1 / sqrt(Dh).
 
-    Queries come in blocks of C = max(W, 64); a block sees the sinks and the keys from W - 1 before it to its own end.
+    Queries come in blocks of C = max(W, 64); a block sees the sinks and the keys from W - 1 before
+    it to its own end.
     """
     (B, H, Tq, _), Tk = q.shape, k.shape[2]
     past, block, sinks = Tk - Tq, max(window, MIN_BLOCK), min(sinks, Tk)
     older = max(past - window + 1, 0)  # keys before every window
-    front, back = older + window - 1 - past, -Tq % block  # missing keys before the first query; queries to fill a block
+    front, back = (
+        older + window - 1 - past,
+        -Tq % block,
+    )  # missing keys before the first query; queries to fill a block
     blocks = F.pad(q, (0, 0, 0, back)).unflatten(2, (-1, block)).transpose(1, 2)  # [B, N, H, C, Dh]
     N = blocks.shape[1]
 
@@ -33,7 +39,9 @@ def banded(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int = 0, scale: 
         return near.flatten(0, 1)
 
     query = past + torch.arange(N * block, device=q.device).view(N, block, 1)
-    key = query[:, :1] - (window - 1) + torch.arange(block + window - 1, device=q.device)  # [N, 1, C + W - 1]
+    key = (
+        query[:, :1] - (window - 1) + torch.arange(block + window - 1, device=q.device)
+    )  # [N, 1, C + W - 1]
     mask = (key <= query) & (key > query - window) & (key >= 0)
     if sinks:  # those in the window are there already
         mask = torch.cat([torch.arange(sinks, device=q.device) <= query - window, mask], -1)

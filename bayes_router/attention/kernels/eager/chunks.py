@@ -39,7 +39,8 @@ def decayed_prefix(entries: Tensor, log_decay: Tensor) -> Tensor:
 
     entries [..., N, M] and log_decay [..., N] <= 0 -> [..., N, M].
 
-    A short run is one product with a triangle of decays; a longer one is cut into blocks, whose ends are such a run again.
+    A short run is one product with a triangle of decays; a longer one is cut into blocks, whose
+    ends are such a run again.
     """
     length = log_decay.shape[-1]
     if length <= CHUNK:
@@ -56,13 +57,18 @@ def decayed_prefix(entries: Tensor, log_decay: Tensor) -> Tensor:
 
 
 def causal_sum(
-    phi_q: Tensor, phi_k: Tensor, value: Tensor, log_decay: Tensor | None, state: Tensor | None = None
+    phi_q: Tensor,
+    phi_k: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """sum_{s <= t} exp(D_t - D_s) (phi_q,t . phi_k,s) value_s in chunks, O(T), and the state after.
 
-    D is the cumulative sum of log_decay, or 0. phi_q [B, H, T, F]; phi_k [B, Hk, T, F], value [B, Hk, T, D], log_decay
-    [B, Hk, T]; `state` [B, Hk, F, D], what stands before the first token, fades like a term (default: nothing). Without
-    a decay each of Hk heads may serve several of H. The sums are [B, H, T, D].
+    D is the cumulative sum of log_decay, or 0. phi_q [B, H, T, F]; phi_k [B, Hk, T, F], value [B,
+    Hk, T, D], log_decay [B, Hk, T]; `state` [B, Hk, F, D], what stands before the first token,
+    fades like a term (default: nothing). Without a decay each of Hk heads may serve several of H.
+    The sums are [B, H, T, D].
     """
     H, T = phi_q.shape[1:3]
     chunk = min(CHUNK, T)
@@ -78,11 +84,19 @@ def causal_sum(
         phi_k, value, before = (repeat_heads(x, H) for x in (phi_k, value, states[:, :, :-1]))
         out = phi_q @ before + (phi_q @ phi_k.transpose(-1, -2)).tril() @ value
         return out.flatten(2, 3)[:, :, :T], states[:, :, -1]
-    decay = in_chunks(F.pad(log_decay, (0, pad)) if pad else log_decay, chunk).cumsum(-1)  # [B, H, N, C]
+    decay = in_chunks(F.pad(log_decay, (0, pad)) if pad else log_decay, chunk).cumsum(
+        -1
+    )  # [B, H, N, C]
     total = decay[..., -1]  # [B, H, N]
     update = (phi_k * (total.unsqueeze(-1) - decay).exp().unsqueeze(-1)).transpose(-1, -2) @ value
-    entries = torch.cat([state.unsqueeze(2), update], 2).flatten(-2)  # [B, H, N + 1, F D], the past first
+    entries = torch.cat([state.unsqueeze(2), update], 2).flatten(
+        -2
+    )  # [B, H, N + 1, F D], the past first
     states = decayed_prefix(entries, F.pad(total, (1, 0))).unflatten(-1, state.shape[-2:])
-    within = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).tril().exp().tril()  # [B, H, N, C, C], s <= t
-    out = (phi_q * decay.exp().unsqueeze(-1)) @ states[:, :, :-1] + (phi_q @ phi_k.transpose(-1, -2) * within) @ value
+    within = (
+        (decay.unsqueeze(-1) - decay.unsqueeze(-2)).tril().exp().tril()
+    )  # [B, H, N, C, C], s <= t
+    out = (phi_q * decay.exp().unsqueeze(-1)) @ states[:, :, :-1] + (
+        phi_q @ phi_k.transpose(-1, -2) * within
+    ) @ value
     return out.flatten(2, 3)[:, :, :T], states[:, :, -1]

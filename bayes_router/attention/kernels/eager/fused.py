@@ -17,9 +17,9 @@ def keep_layout(out: Tensor) -> Tensor:
 
     Its backward pass on CUDA needs that.
 
-    That of cuDNN keeps the graph it built for the first gradient, by the shapes and strides of queries, keys and values alone:
-    a later gradient in another layout is read by the strides of the first (torch 2.11, cuDNN 9.19, H100: gradients off by
-    140%, without a word).
+    That of cuDNN keeps the graph it built for the first gradient, by the shapes and strides of
+    queries, keys and values alone: a later gradient in another layout is read by the strides of the
+    first (torch 2.11, cuDNN 9.19, H100: gradients off by 140%, without a word).
     """
     return _KeepLayout.apply(out) if out.is_cuda and out.requires_grad else out
 

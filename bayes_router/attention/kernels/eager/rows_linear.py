@@ -2,9 +2,10 @@
 
 Every key enters the state, the chosen queries read it.
 
-Letters as in `hard.rows`. Keys come in chunks: the masked product of a chunk's chosen queries with its keys, and the state
-before it. A chunk's temporaries stay in the processor's cache and in the memory of those before. With log gates the past fades
-by exp(their sum), as in `GatedLinearAttention`; keys are then one a query head (Hk = H, else Hkv).
+Letters as in `hard.rows`. Keys come in chunks: the masked product of a chunk's chosen queries with
+its keys, and the state before it. A chunk's temporaries stay in the processor's cache and in the
+memory of those before. With log gates the past fades by exp(their sum), as in
+`GatedLinearAttention`; keys are then one a query head (Hk = H, else Hkv).
 """
 
 from collections.abc import Callable, Iterator
@@ -72,7 +73,12 @@ def _phi(x: Tensor) -> Tensor:
 
 
 def linear_rows(
-    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, states: list[Before] | None = None, features: MakeFeatures = plain
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Tensor,
+    states: list[Before] | None = None,
+    features: MakeFeatures = plain,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Which of the ascending `rows` of q [H, Tq, Dh], and their output, chunk by chunk.
 
@@ -103,8 +109,8 @@ def linear_rows_backward(
 
     out and dout are the whole sequence's.
 
-    The chunks are computed again, from the last to the first. With w the weights, n their sum, S and z the state before a chunk
-    and dS and dz the gradient of the state after it:
+    The chunks are computed again, from the last to the first. With w the weights, n their sum, S
+    and z the state before a chunk and dS and dz the gradient of the state after it:
 
         dsum = dout / n,  dn = -rowsum(dsum * out),  dw = visible * (dsum v^T + dn),
         phi' = min(phi, 1),  dphi_q = dw phi_k + dsum S^T + dn z,
@@ -119,24 +125,33 @@ def linear_rows_backward(
         known = [states[first // KEPT]]
         for chunk in chunks[:-1]:
             known.append(_add(known[-1], chunk))
-        for span, chunk, state in zip(reversed(here), reversed(chunks), reversed(known), strict=True):
+        for span, chunk, state in zip(
+            reversed(here), reversed(chunks), reversed(known), strict=True
+        ):
             own: tuple[Tensor, Tensor] | None = None
             after = later
             if chunk.rows.numel():
                 mine = rows[span.queries]
-                given, found = (widen(take(x, mine)).reshape(chunk.queries.shape) for x in (dout, out))
+                given, found = (
+                    widen(take(x, mine)).reshape(chunk.queries.shape) for x in (dout, out)
+                )
                 dquery, own, before = _read_backward(chunk, state, given, found)
                 add_rows(dq, mine, dquery.view(q.shape[0], -1, q.shape[2]))
                 later = before if later is None else State(later.s + before.s, later.z + before.z)
             if after is not None:
-                through = torch.bmm(chunk.values, after.s.transpose(1, 2)).add_(after.z), torch.bmm(chunk.keys, after.s)
+                through = (
+                    torch.bmm(chunk.values, after.s.transpose(1, 2)).add_(after.z),
+                    torch.bmm(chunk.keys, after.s),
+                )
                 own = through if own is None else (own[0].add_(through[0]), own[1].add_(through[1]))
             if own is not None:
                 dk[:, span.keys] += own[0].mul_(chunk.keys.clamp(max=1))
                 dv[:, span.keys] += own[1]
 
 
-def _read_backward(chunk: Chunk, state: Before, dout: Tensor, out: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], State]:
+def _read_backward(
+    chunk: Chunk, state: Before, dout: Tensor, out: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor], State]:
     """Gradients of the chunk's queries (before phi) and of the state.
 
     Also of its keys' features and values, by its own rows.
@@ -148,8 +163,13 @@ def _read_backward(chunk: Chunk, state: Before, dout: Tensor, out: Tensor) -> tu
     dquery = torch.bmm(dweight, chunk.keys)
     if state is not None:
         dquery.baddbmm_(dsum, state.s.transpose(1, 2)).add_(dnorm * state.z)
-    dkey, dvalue = torch.bmm(dweight.transpose(1, 2), chunk.queries), torch.bmm(weight.transpose(1, 2), dsum)
-    s, z = (torch.bmm(x.transpose(1, 2), y) for x, y in ((chunk.queries, dsum), (dnorm, chunk.queries)))
+    dkey, dvalue = (
+        torch.bmm(dweight.transpose(1, 2), chunk.queries),
+        torch.bmm(weight.transpose(1, 2), dsum),
+    )
+    s, z = (
+        torch.bmm(x.transpose(1, 2), y) for x, y in ((chunk.queries, dsum), (dnorm, chunk.queries))
+    )
     return dquery.mul_(chunk.queries.clamp(max=1)), (dkey, dvalue), State(s, z)
 
 
@@ -159,17 +179,28 @@ def _spans(positions: Tensor, num_keys: int) -> list[Span]:
     stops = torch.searchsorted(positions, torch.tensor(edges, device=positions.device)).tolist()
     starts = [0, *stops[:-1]]
     ends = zip(starts, stops, edges, strict=True)
-    return [Span(slice(start, stop), slice(edge - CHUNK, min(edge, num_keys))) for start, stop, edge in ends]
+    return [
+        Span(slice(start, stop), slice(edge - CHUNK, min(edge, num_keys)))
+        for start, stop, edge in ends
+    ]
 
 
-def _chunk(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, span: Span, features: MakeFeatures) -> Chunk:
+def _chunk(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, span: Span, features: MakeFeatures
+) -> Chunk:
     mine, keys, past = rows[span.queries], span.keys, k.shape[1] - q.shape[1]
     x = features(take(q, mine), k[:, keys], v[:, keys])
     Hk, C, Dh = x.keys.shape
     groups = q.shape[0] // Hk
     own = mine + (past - keys.start)
     decay = None if x.log_gate is None else x.log_gate.cumsum(1)
-    return Chunk(x.keys, x.values, x.queries.view(Hk, -1, Dh), own.repeat(groups) if groups > 1 else own, decay)
+    return Chunk(
+        x.keys,
+        x.values,
+        x.queries.view(Hk, -1, Dh),
+        own.repeat(groups) if groups > 1 else own,
+        decay,
+    )
 
 
 def _visible(chunk: Chunk) -> Tensor:
@@ -187,7 +218,9 @@ def _weigh(chunk: Chunk, state: Before) -> tuple[Tensor, Tensor, Tensor]:
     weight = torch.bmm(queries, chunk.keys.transpose(1, 2)).mul_(_visible(chunk))
     if chunk.decay is not None:
         here = chunk.decay.index_select(1, chunk.rows)[..., None]  # [H, m, 1]
-        weight = weight.mul_((here - chunk.decay[:, None]).clamp_(max=0).exp_())  # positive for later keys, which are not seen
+        weight = weight.mul_(
+            (here - chunk.decay[:, None]).clamp_(max=0).exp_()
+        )  # positive for later keys, which are not seen
         queries = queries * here.exp()
     norm = weight.sum(-1, keepdim=True)
     norm = norm if state is None else norm + (queries * state.z).sum(-1, keepdim=True)

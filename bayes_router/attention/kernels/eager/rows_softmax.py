@@ -12,7 +12,9 @@ from bayes_router.attention.shapes import ExpertShape, widen
 ROWS = 192  # packed queries in a tile with a mask
 FAR_ROWS = 768  # queries that share one tile, without a mask, over the keys that all of them see
 SPAN = 128  # positions in a tile of local queries, at least
-LOCAL_ROWS = 384  # packed queries that such a tile is to have, where these do not span more than the window
+LOCAL_ROWS = (
+    384  # packed queries that such a tile is to have, where these do not span more than the window
+)
 KEYS = 512  # keys of a tile in the backward pass, at most: their gradients are temporaries
 
 
@@ -28,13 +30,18 @@ class Tile(NamedTuple):
 def tiles(positions: Tensor, local: ExpertShape | None, groups: int) -> Iterator[Tile]:
     """Of queries at ascending positions [n].
 
-    Full: for FAR_ROWS queries the keys before the first of them, which all see, then the same for ROWS of them at a time, and
-    what is left with a mask. Local: blocks of S positions, wherever in them the chosen are, so that a tile has at most
-    S + W - 1 keys, of which a query sees W; then the sinks before these, which all see.
+    Full: for FAR_ROWS queries the keys before the first of them, which all see, then the same for
+    ROWS of them at a time, and what is left with a mask. Local: blocks of S positions, wherever in
+    them the chosen are, so that a tile has at most S + W - 1 keys, of which a query sees W; then
+    the sinks before these, which all see.
     """
     if local is not None:
-        stretch = int(positions[-1] - positions[0] + 1) // len(positions)  # positions to a chosen one
-        counts = torch.bincount(positions // max(min(LOCAL_ROWS * stretch // groups, local.window), SPAN))
+        stretch = int(positions[-1] - positions[0] + 1) // len(
+            positions
+        )  # positions to a chosen one
+        counts = torch.bincount(
+            positions // max(min(LOCAL_ROWS * stretch // groups, local.window), SPAN)
+        )
         stop = 0
         for count in counts[counts > 0].tolist():
             start, stop = stop, stop + count
@@ -50,7 +57,10 @@ def tiles(positions: Tensor, local: ExpertShape | None, groups: int) -> Iterator
         if first:
             yield Tile(slice(start, stop), slice(0, first), False, False)
         for near in range(start, stop, size):
-            here, own = slice(near, min(near + size, stop)), int(positions[near]) if near > start else first
+            here, own = (
+                slice(near, min(near + size, stop)),
+                int(positions[near]) if near > start else first,
+            )
             if own > first:
                 yield Tile(here, slice(first, own), False, first > 0)
             yield Tile(here, slice(own, int(positions[here.stop - 1]) + 1), True, own > 0)
@@ -61,14 +71,17 @@ class _Masks:
 
     Fresh pages of memory cost more than filling them.
 
-    Whether a key is seen depends on its distance alone, but for sinks: a mask is rows of a table that repeats one line, each
-    time a key further on, and copying them takes a tenth of the time of comparing positions.
+    Whether a key is seen depends on its distance alone, but for sinks: a mask is rows of a table
+    that repeats one line, each time a key further on, and copying them takes a tenth of the time of
+    comparing positions.
     """
 
     def __init__(self, local: ExpertShape | None, groups: int, like: Tensor, num_keys: int):
         self.groups, self.num_keys, self.room = groups, num_keys, like.new_empty(0)
         self.sinks = 0 if local is None else local.sinks
-        self.causal = like.new_zeros(2 * num_keys)  # of the distance from query to key, num_keys at zero
+        self.causal = like.new_zeros(
+            2 * num_keys
+        )  # of the distance from query to key, num_keys at zero
         self.causal[num_keys + 1 :] = -torch.inf
         self.line = self.causal
         if local is not None:
@@ -95,7 +108,9 @@ def _shifted(line: Tensor, width: int) -> Tensor:
     return line.as_strided((line.numel() - width + 1, width), (1, 1))
 
 
-def softmax_rows(queries: Tensor, k: Tensor, v: Tensor, positions: Tensor, local: ExpertShape | None) -> tuple[Tensor, Tensor]:
+def softmax_rows(
+    queries: Tensor, k: Tensor, v: Tensor, positions: Tensor, local: ExpertShape | None
+) -> tuple[Tensor, Tensor]:
     """Full or local attention of gathered queries [H, n, Dh].
 
     (output, log of the softmax normaliser [H, n]).
@@ -115,7 +130,9 @@ def softmax_rows(queries: Tensor, k: Tensor, v: Tensor, positions: Tensor, local
         found, lse = _tile(queries[:, here], k[:, keys], v[:, keys], mask)
         if tile.joins:
             before = normaliser[:, here]
-            found = torch.lerp(found, out[:, here], torch.sigmoid(before - lse)[..., None].to(out.dtype))
+            found = torch.lerp(
+                found, out[:, here], torch.sigmoid(before - lse)[..., None].to(out.dtype)
+            )
             lse = torch.logaddexp(before, lse)
         out[:, here] = found
         normaliser[:, here] = lse
@@ -123,15 +140,16 @@ def softmax_rows(queries: Tensor, k: Tensor, v: Tensor, positions: Tensor, local
 
 
 def softmax_rows_backward(
-    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, lse: Tensor, out: Tensor, dout: Tensor, local: ExpertShape | None,
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, lse: Tensor, out: Tensor, dout: Tensor,
+    local: ExpertShape | None,
     dq: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
     """Add the gradients of `softmax_rows` at `rows` of q to dq, dk and dv.
 
     out and dout are those of the whole sequence.
 
-    Given the output and normaliser over all keys, a gradient is a sum over keys, taken KEYS at a time: p = exp(s - lse),
-    dv = p^T dout, ds = p * (dout v^T - rowsum(dout * out)).
+    Given the output and normaliser over all keys, a gradient is a sum over keys, taken KEYS at a
+    time: p = exp(s - lse), dv = p^T dout, ds = p * (dout v^T - rowsum(dout * out)).
     """
     groups, positions = q.shape[0] // k.shape[0], rows + (k.shape[1] - q.shape[1])
     masks = _Masks(local, groups, q, k.shape[1])
@@ -142,7 +160,9 @@ def softmax_rows_backward(
         for first in range(tile.keys.start, tile.keys.stop, KEYS):
             keys = slice(first, min(first + KEYS, tile.keys.stop))
             mask = masks.of(positions[here], keys) if tile.masked else None
-            found = _tile_backward(dout_here, q_here, out_here, lse[:, here], k[:, keys], v[:, keys], mask)
+            found = _tile_backward(
+                dout_here, q_here, out_here, lse[:, here], k[:, keys], v[:, keys], mask
+            )
             found_q += found[0]
             dk[:, keys] += found[1]
             dv[:, keys] += found[2]
@@ -158,11 +178,15 @@ def _tile(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor,
     """(softmax(q k^T / sqrt(Dh) + mask) v [H, n, Dh], log of its normaliser [H, n])."""
     packed = q.reshape(1, k.shape[0], -1, q.shape[2])  # [H, n, Dh] -> [1, Hkv, G * n, Dh]
     if _fused(q):  # only this operator returns the normaliser
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(packed, k[None], v[None], attn_mask=mask)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            packed, k[None], v[None], attn_mask=mask
+        )
         return out.reshape(q.shape), lse.reshape(q.shape[:2])
     scores = _scores(packed[0], k, mask)
     lse = scores.logsumexp(-1)
-    return ((scores - lse[..., None]).exp().to(v.dtype) @ v).reshape(q.shape), lse.reshape(q.shape[:2])
+    return ((scores - lse[..., None]).exp().to(v.dtype) @ v).reshape(q.shape), lse.reshape(
+        q.shape[:2]
+    )
 
 
 def _tile_backward(
@@ -179,7 +203,11 @@ def _tile_backward(
     p = (_scores(x[0], k, mask) - lse[0, ..., None]).exp()
     dx, y = widen(dx[0]), widen(y[0])
     ds = p * (dx @ widen(v).transpose(1, 2) - (dx * y).sum(-1, keepdim=True)) / q.shape[2] ** 0.5
-    return (ds @ widen(k)).reshape(q.shape), ds.transpose(1, 2) @ widen(x[0]), p.transpose(1, 2) @ dx
+    return (
+        (ds @ widen(k)).reshape(q.shape),
+        ds.transpose(1, 2) @ widen(x[0]),
+        p.transpose(1, 2) @ dx,
+    )
 
 
 def _scores(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:

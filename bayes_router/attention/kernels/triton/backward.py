@@ -3,7 +3,8 @@
 
 Nothing of size T x T is kept: scores are taken again from q, k and `Lse`.
 
-With p the softmax weights, delta = sum(out * dout): ds = p (dout v^T - delta), dq = ds k, dk = ds^T q, dv = p^T dout.
+With p the softmax weights, delta = sum(out * dout): ds = p (dout v^T - delta), dq = ds k, dk = ds^T
+q, dv = p^T dout.
 """
 
 import triton
@@ -24,7 +25,8 @@ from bayes_router.attention.kernels.triton.forward import (
 
 
 @triton.jit
-def _dq_tile(q, do, K, V, n0, num_keys, k_t, v_t, pos, reach, lse, delta, dq, scale, MASKED: tl.constexpr, BN: tl.constexpr,
+def _dq_tile(q, do, K, V, n0, num_keys, k_t, v_t, pos, reach, lse, delta, dq, scale,
+    MASKED: tl.constexpr, BN: tl.constexpr,
              D: tl.constexpr, PRECISION: tl.constexpr, SINKS: tl.constexpr = 0):  # fmt: skip
     n = n0 + tl.arange(0, BN)
     d = tl.arange(0, D)
@@ -46,7 +48,8 @@ def _dq_tile(q, do, K, V, n0, num_keys, k_t, v_t, pos, reach, lse, delta, dq, sc
 
 @triton.jit
 def full_dq_kernel(
-    Q, K, V, Out, DOut, Lse, Delta, DQ, Partial, Order, Before, Items, Counters, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
+    Q, K, V, Out, DOut, Lse, Delta, DQ, Partial, Order, Before, Items, Counters, q_b, q_h, q_t,
+    k_b, k_h, k_t, v_b, v_h, v_t,
     o_b, o_h, o_t, g_b, g_h, g_t, d_b, d_h, d_t, H, GROUP, UNIT, T, NB, scale, programs,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -72,9 +75,13 @@ def full_dq_kernel(
         Kh, Vh = K + b * k_b + h // GROUP * k_h, V + b * v_b + h // GROUP * v_h
         dq = tl.zeros([BM, D], tl.float32)
         for n in range(lo, seen, BN):
-            dq = _dq_tile(q, do, Kh, Vh, n, T, k_t, v_t, t, T, lse, delta, dq, scale, False, BN, D, PRECISION)
+            dq = _dq_tile(
+                q, do, Kh, Vh, n, T, k_t, v_t, t, T, lse, delta, dq, scale, False, BN, D, PRECISION
+            )
         for n in range(seen, hi, BN):
-            dq = _dq_tile(q, do, Kh, Vh, n, T, k_t, v_t, t, T, lse, delta, dq, scale, True, BN, D, PRECISION)
+            dq = _dq_tile(
+                q, do, Kh, Vh, n, T, k_t, v_t, t, T, lse, delta, dq, scale, True, BN, D, PRECISION
+            )
         dq = dq * (scale * 0.6931471805599453)  # scale is 1 / sqrt(Dh) in base 2
         if part < 0:
             at = DQ + b * d_b + h * d_h + t[:, None].to(tl.int64) * d_t + d[None, :]
@@ -90,7 +97,8 @@ def full_dq_kernel(
 def local_dq_kernel(
     Q, K, V, Out, DOut, Lse, Delta, DQ, Order, Before, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
     o_b, o_h, o_t, g_b, g_h, g_t, d_b, d_h, d_t, H, GROUP, UNIT, T, NB, window, scale,
-    SINKS: tl.constexpr, SORTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, SORTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of local attention's queries."""
     h, i, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -110,7 +118,27 @@ def local_dq_kernel(
     lo, sunk = band_start(first, window, SINKS, BN)
     for x in range(lo - sunk, last + 1, BN):
         n = band_tile(x, lo, sunk, SINKS)
-        dq = _dq_tile(q, do, K, V, n, T, k_t, v_t, t, window, lse, delta, dq, scale, True, BN, D, PRECISION, SINKS)
+        dq = _dq_tile(
+            q,
+            do,
+            K,
+            V,
+            n,
+            T,
+            k_t,
+            v_t,
+            t,
+            window,
+            lse,
+            delta,
+            dq,
+            scale,
+            True,
+            BN,
+            D,
+            PRECISION,
+            SINKS,
+        )
     d = tl.arange(0, D)
     at = DQ + b * d_b + h * d_h + t[:, None].to(tl.int64) * d_t + d[None, :]
     tl.store(at, (dq * (scale * 0.6931471805599453)).to(DQ.dtype.element_ty), mask=real[:, None])
@@ -119,7 +147,8 @@ def local_dq_kernel(
 @triton.jit
 def _dkv_rows(
     Q, DOut, Lse, Delta, Order, u, kind, T, r0, end, k, v, n, dk, dv, q_t, g_t, scale, reach,
-    MASKED: tl.constexpr, SORTED: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, SORTED: tl.constexpr, BM: tl.constexpr, D: tl.constexpr,
+    PRECISION: tl.constexpr,
     SINKS: tl.constexpr = 0,
 ):  # fmt: skip
     """What a block of softmax queries adds to the gradients of a block of keys.
@@ -145,9 +174,11 @@ def _dkv_rows(
 
 @triton.jit
 def dkv_kernel(
-    Q, K, V, DOut, Lse, Delta, DK, DV, Order, Before, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t,
+    Q, K, V, DOut, Lse, Delta, DK, DV, Order, Before, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
+    g_b, g_h, g_t,
     dk_b, dk_h, dk_t, dv_b, dv_h, dv_t, H, GROUP, UNIT, T, NB, window, scale,
-    SINKS: tl.constexpr, FULL: tl.constexpr, LOCAL: tl.constexpr, SORTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SINKS: tl.constexpr, FULL: tl.constexpr, LOCAL: tl.constexpr, SORTED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
     D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys and values from the full and local queries that see it.
@@ -168,14 +199,21 @@ def dkv_kernel(
         Qh, DOh = Q + b * q_b + h * q_h, DOut + b * g_b + h * g_h
         Lh, Dh = Lse + (b * H + h) * T, Delta + (b * H + h) * T
         if FULL:
-            lo, end = rows_before(Before, u, 0, n0, T, NB, SORTED), count_rows(Before, u, 0, T, NB, SORTED)
-            clear = rows_before(Before, u, 0, n0 + BN + 63, T, NB, SORTED)  # from here on every query sees the whole block
+            lo, end = (
+                rows_before(Before, u, 0, n0, T, NB, SORTED),
+                count_rows(Before, u, 0, T, NB, SORTED),
+            )
+            clear = rows_before(
+                Before, u, 0, n0 + BN + 63, T, NB, SORTED
+            )  # from here on every query sees the whole block
             split = lo + (clear - lo + BM - 1) // BM * BM
             for r0 in range(lo, split, BM):
-                dk, dv = _dkv_rows(Qh, DOh, Lh, Dh, Order, u, 0, T, r0, end, k, v, n, dk, dv, q_t, g_t, scale,
+                dk, dv = _dkv_rows(Qh, DOh, Lh, Dh, Order, u, 0, T, r0, end, k, v, n, dk, dv, q_t,
+                    g_t, scale,
                                    T, True, SORTED, BM, D, PRECISION)  # fmt: skip
             for r0 in range(split, end, BM):
-                dk, dv = _dkv_rows(Qh, DOh, Lh, Dh, Order, u, 0, T, r0, end, k, v, n, dk, dv, q_t, g_t, scale,
+                dk, dv = _dkv_rows(Qh, DOh, Lh, Dh, Order, u, 0, T, r0, end, k, v, n, dk, dv, q_t,
+                    g_t, scale,
                                    T, False, SORTED, BM, D, PRECISION)  # fmt: skip
         if LOCAL:
             lo, end = (
@@ -185,7 +223,8 @@ def dkv_kernel(
             if SINKS:  # every later query sees them
                 end = tl.where(n0 < SINKS, count_rows(Before, u, 2, T, NB, SORTED), end)
             for r0 in range(lo, end, BM):
-                dk, dv = _dkv_rows(Qh, DOh, Lh, Dh, Order, u, 2, T, r0, end, k, v, n, dk, dv, q_t, g_t, scale,
+                dk, dv = _dkv_rows(Qh, DOh, Lh, Dh, Order, u, 2, T, r0, end, k, v, n, dk, dv, q_t,
+                    g_t, scale,
                                    window, True, SORTED, BM, D, PRECISION, SINKS)  # fmt: skip
     dk = dk * (scale * 0.6931471805599453)
     at = DK + b * dk_b + hk * dk_h + n[:, None].to(tl.int64) * dk_t + d[None, :]

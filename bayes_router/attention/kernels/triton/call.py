@@ -39,7 +39,9 @@ class Tiles:
 
 def _sizes(rows: int, keys: int, warps: int, stages: int, registers: int | None = None) -> Sizes:
     sizes = {"BM": rows, "BN": keys, "num_warps": warps, "num_stages": stages}
-    return sizes if registers is None else {**sizes, "maxnreg": registers}  # fewer registers, more resident programs
+    return (
+        sizes if registers is None else {**sizes, "maxnreg": registers}
+    )  # fewer registers, more resident programs
 
 
 def tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
@@ -51,7 +53,9 @@ def tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
         small = _sizes(32, 32, 4, 1)
         return Tiles(small, small, small, small, small, small, small, small, small, 2, 2)
     deep, shallow = _sizes(64, 64, 4, 3), _sizes(64, 64, 4, 2)
-    if head_dim > 128:  # shared memory ends here: one stage, and a state's rows over twice the threads
+    if (
+        head_dim > 128
+    ):  # shared memory ends here: one stage, and a state's rows over twice the threads
         tile = _sizes(64, 32, 8, 1)
         low = _sizes(32, 32, 8, 1)
         return Tiles(_sizes(64, 64, 8, 2), tile, tile, tile, tile, tile, tile, low, low, 1, 1)
@@ -113,15 +117,25 @@ class Call:
         return Queries(self.plan.order, self.plan.before, units=self.units)
 
 
-def combine(call: Call, partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor, block: int, add: bool) -> None:
+def combine(
+    call: Call,
+    partial: Tensor,
+    partial_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block: int,
+    add: bool,
+) -> None:
     """Join the partial results of split blocks of full attention, or sum them if `add`."""
     (B, H, T, D), (plan, work) = out.shape, (call.plan, call.work)
     if work.slots:
         rows = 32
         launch(
             forward.combine_kernel, (H, min(triton.cdiv(T, rows), 64), B),
-            partial, partial_lse, out, lse, plan.order, plan.before, work.parts, *strides(out), H, H // call.units, T,
-            plan.before.shape[2] - 1, work.parts.shape[1], S=work.parts.shape[2] - 1, BM=block, ROWS=rows, D=D, SUM=add,
+            partial, partial_lse, out, lse, plan.order, plan.before, work.parts, *strides(out), H,
+            H // call.units, T,
+            plan.before.shape[2] - 1, work.parts.shape[1], S=work.parts.shape[2] - 1, BM=block,
+            ROWS=rows, D=D, SUM=add,
         )  # fmt: skip
 
 
@@ -134,7 +148,11 @@ def partials(call: Call, block: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 def multiprocessors(device: torch.device) -> int:
     """How many the device has; 1 for tensors that the interpreter runs on the CPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 1
+    )
 
 
 def empty(like: Tensor, covered: bool) -> Tensor:

@@ -3,10 +3,11 @@
 
 Shapes are static and nothing waits for the host.
 
-Each row reads only what its own experts see: of each key head the most that one of its query heads sees, cut into SPLITS
-stretches, one program each, whose partial results a second kernel joins; query heads that see less are masked. One more
-program a key head adds the new token to the linear state and, on `linear`, reads it; one more a query head does so with the
-gated state. The new key and value are stored on the way.
+Each row reads only what its own experts see: of each key head the most that one of its query heads
+sees, cut into SPLITS stretches, one program each, whose partial results a second kernel joins;
+query heads that see less are masked. One more program a key head adds the new token to the linear
+state and, on `linear`, reads it; one more a query head does so with the gated state. The new key
+and value are stored on the way.
 """
 
 from typing import NamedTuple
@@ -23,7 +24,8 @@ from bayes_router.attention.kernels.triton.launch import launch
 
 MIN_KEYS = 512  # in a stretch, at least
 PROGRAMS = 16384  # about as many as are launched
-STATE_ENTRIES = 4096  # of a state that a program holds at a time: more would cost the other programs their registers
+# of a state that a program holds at a time: more would cost the other programs their registers
+STATE_ENTRIES = 4096
 
 
 class GatedStep(NamedTuple):
@@ -64,7 +66,12 @@ def _first_read(Route, hk, GROUP, UNIT, r_r, length, full, local, window, ROWS: 
     route = tl.load(Route + (hk * GROUP + g) // UNIT * r_r, mask=g < GROUP, other=-1)
     first, looks = _visible(route, length, full, local, window)
     looks = looks & (g < GROUP)
-    return tl.min(tl.where(looks, first, length), 0), tl.max(looks.to(tl.int32), 0) > 0, first, looks
+    return (
+        tl.min(tl.where(looks, first, length), 0),
+        tl.max(looks.to(tl.int32), 0) > 0,
+        first,
+        looks,
+    )
 
 
 @triton.jit
@@ -93,7 +100,10 @@ def _step_state(
         inside = c < DIM
         both = real[:, None] & inside[None, :]
         value = tl.load(Value + c, mask=inside, other=0.0).to(tl.float32)
-        s = tl.load(rows[:, None] + c[None, :], mask=both, other=0.0) * keep + feature[:, None] * value[None, :]
+        s = (
+            tl.load(rows[:, None] + c[None, :], mask=both, other=0.0) * keep
+            + feature[:, None] * value[None, :]
+        )
         tl.store(rows[:, None] + c[None, :], s, mask=both)
         for j in range(heads):
             if tl.load(Route + (head + j) // UNIT * r_r) == number:
@@ -105,12 +115,15 @@ def _step_state(
 
 @triton.jit
 def decode_kernel(
-    Q, NewK, NewV, PlainQ, PlainK, Keys, Values, LinearState, GatedState, Gate, Bias, LogScale, Route, Lengths, Out,
+    Q, NewK, NewV, PlainQ, PlainK, Keys, Values, LinearState, GatedState, Gate, Bias, LogScale,
+    Route, Lengths, Out,
     Partial, PartialLse,
     q_b, q_h, k_b, k_h, v_b, v_h, pq_b, pq_h, pk_b, pk_h, s_b, s_h, s_t, r_b, r_r,
     H, GROUP, UNIT, slots, full, linear, local, gated, window, scale,
-    SPLITS: tl.constexpr, LINEAR: tl.constexpr, GATED: tl.constexpr, STORE: tl.constexpr, RING: tl.constexpr,
-    ROWS: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    SPLITS: tl.constexpr, LINEAR: tl.constexpr, GATED: tl.constexpr, STORE: tl.constexpr,
+    RING: tl.constexpr,
+    ROWS: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (part, key head, row of the batch).
 
@@ -122,7 +135,9 @@ def decode_kernel(
     real = d < DIM
     if part < SPLITS:
         length = tl.load(Lengths + b).to(tl.int32)
-        first, any_key, firsts, looks = _first_read(Route, hk, GROUP, UNIT, r_r, length, full, local, window, ROWS)
+        first, any_key, firsts, looks = _first_read(
+            Route, hk, GROUP, UNIT, r_r, length, full, local, window, ROWS
+        )
         v_new = tl.load(NewV + b * v_b + hk * v_h + d, mask=real, other=0.0)
         k_new = tl.load(NewK + b * k_b + hk * k_h + d, mask=real, other=0.0)
         row_k, row_v = Keys + b * s_b + hk * s_h, Values + b * s_b + hk * s_h
@@ -136,7 +151,11 @@ def decode_kernel(
         lo = first + part * span
         hi = tl.minimum(lo + span, length)
         if any_key & ((lo < hi) | (part == 0)):
-            q = tl.load(Q + b * q_b + h[:, None] * q_h + d[None, :], mask=mine[:, None] & real[None, :], other=0.0)
+            q = tl.load(
+                Q + b * q_b + h[:, None] * q_h + d[None, :],
+                mask=mine[:, None] & real[None, :],
+                other=0.0,
+            )
             m = tl.full([ROWS], HIDDEN, tl.float32)
             norm = tl.zeros([ROWS], tl.float32)
             acc = tl.zeros([ROWS, D], tl.float32)
@@ -152,7 +171,11 @@ def decode_kernel(
                 k = tl.load(row_k + at, mask=there, other=0.0)
                 v = tl.load(row_v + at, mask=there, other=0.0)
                 x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-                x = tl.where(inside[None, :] & looks[:, None] & (n[None, :] >= firsts[:, None]), x, -float("inf"))
+                x = tl.where(
+                    inside[None, :] & looks[:, None] & (n[None, :] >= firsts[:, None]),
+                    x,
+                    -float("inf"),
+                )
                 m_new = tl.maximum(m, tl.max(x, 1))
                 p = tl.exp2(x - m_new[:, None])
                 alpha = tl.exp2(m - m_new)
@@ -160,32 +183,46 @@ def decode_kernel(
                 acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
                 m = m_new
             at_part = (b * H + h) * SPLITS + part
-            tl.store(Partial + at_part[:, None] * D + d[None, :], acc / tl.maximum(norm, 1e-30)[:, None], mask=mine[:, None])
+            tl.store(
+                Partial + at_part[:, None] * D + d[None, :],
+                acc / tl.maximum(norm, 1e-30)[:, None],
+                mask=mine[:, None],
+            )
             tl.store(PartialLse + at_part, m + tl.log2(norm), mask=mine)
     else:
-        k_plain = tl.load(PlainK + b * pk_b + hk * pk_h + d, mask=real, other=-float("inf")).to(tl.float32)
+        k_plain = tl.load(PlainK + b * pk_b + hk * pk_h + d, mask=real, other=-float("inf")).to(
+            tl.float32
+        )
         Value = NewV + b * v_b + hk * v_h
         if LINEAR and part == SPLITS:
             h = hk * GROUP
             _step_state(
-                LinearState + (b * (H // GROUP) + hk) * DIM * (DIM + 1), Value, PlainQ + b * pq_b + h * pq_h,
-                Out + (b * H + h) * DIM, phi(k_plain), 1.0, 1.0, pq_h, GROUP, Route, h, UNIT, r_r, linear, False, DIM, BC, D,
+                LinearState + (b * (H // GROUP) + hk) * DIM * (DIM + 1), Value,
+                PlainQ + b * pq_b + h * pq_h,
+                Out + (b * H + h) * DIM, phi(k_plain), 1.0, 1.0, pq_h, GROUP, Route, h, UNIT, r_r,
+                linear, False, DIM, BC, D,
             )  # fmt: skip
         if GATED and part >= SPLITS + LINEAR:
             h = hk * GROUP + part - SPLITS - LINEAR
             sharpness = tl.exp(tl.load(LogScale + h).to(tl.float32))
             gate = tl.load(Gate + h * DIM + d, mask=real, other=0.0).to(tl.float32)
-            logit = tl.sum(tl.where(real, k_plain, 0.0) * gate, 0) + tl.load(Bias + h).to(tl.float32)
+            logit = tl.sum(tl.where(real, k_plain, 0.0) * gate, 0) + tl.load(Bias + h).to(
+                tl.float32
+            )
             _step_state(
                 GatedState + (b * H + h) * DIM * (DIM + 1), Value, PlainQ + b * pq_b + h * pq_h,
-                Out + (b * H + h) * DIM, _softmax(k_plain, sharpness), 1.0 / (1.0 + tl.exp(-logit)), sharpness, pq_h, 1,
+                Out + (b * H + h) * DIM, _softmax(k_plain, sharpness),
+                1.0 / (1.0 + tl.exp(-logit)), sharpness, pq_h, 1,
                 Route, h, UNIT, r_r, gated, True, DIM, BC, D,
             )  # fmt: skip
 
 
-@triton.jit(debug=True)  # keeps the assertions, which stand here as debugging would slow the loop over keys
+@triton.jit(
+    debug=True
+)  # keeps the assertions, which stand here as debugging would slow the loop over keys
 def join_kernel(
-    Partial, PartialLse, Route, Lengths, Out, r_b, r_r, H, GROUP, UNIT, room, num_experts, full, local, window,
+    Partial, PartialLse, Route, Lengths, Out, r_b, r_r, H, GROUP, UNIT, room, num_experts, full,
+    local, window,
     ROWS: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Join the stretches of one row and head.
@@ -197,7 +234,9 @@ def join_kernel(
     length, route = tl.load(Lengths + b).to(tl.int32), tl.load(Route + h // UNIT * r_r)
     tl.device_assert((route >= 0) & (route < num_experts), "route out of range")
     tl.device_assert(length < room, "the cache is full")
-    first, _, _, _ = _first_read(Route, h // GROUP, GROUP, UNIT, r_r, length, full, local, window, ROWS)
+    first, _, _, _ = _first_read(
+        Route, h // GROUP, GROUP, UNIT, r_r, length, full, local, window, ROWS
+    )
     if (route == full) | (route == local):
         span = ((length - first + SPLITS - 1) // SPLITS + BN - 1) // BN * BN
         split, d = tl.arange(0, SPLITS), tl.arange(0, D)
@@ -234,22 +273,25 @@ def decode_step(
     Rows of experts that are not named here are not written.
 
     Args:
-        q: [B, H, 1, Dh]; k, v, plain_q and plain_k likewise, of the new token; the last dimension contiguous.
+        q: [B, H, 1, Dh]; k, v, plain_q and plain_k likewise, of the new token; the last dimension
+            contiguous.
         k: see q.
         v: see q.
         plain_q: see q.
         plain_k: see q.
         keys: the store [B, Hkv, S, Dh], written at `lengths`; None where no expert looks at keys.
         values: as keys, with its strides.
-        state: the linear state [B, Hkv, Dh, Dh + 1] float32, advanced in place; None where no expert is linear.
-        route: [B, 1, R], a choice for each of R units of H / R neighbouring query heads; one that is not in
-            0 .. num_experts - 1 is a device-side assertion.
+        state: the linear state [B, Hkv, Dh, Dh + 1] float32, advanced in place; None where no
+            expert is linear.
+        route: [B, 1, R], a choice for each of R units of H / R neighbouring query heads; one that
+            is not in 0 .. num_experts - 1 is a device-side assertion.
         lengths: [B] tokens stored.
         native: indices of full, linear and local among the experts, -1 where absent.
         window: of the local expert.
         gated: the gated expert, if there is one.
         num_experts: how many a route chooses from.
-        slots: of the store, those in use: a row that is longer is a device-side assertion; default S.
+        slots: of the store, those in use: a row that is longer is a device-side assertion; default
+            S.
         ring: position p is in slot p mod slots, and no expert looks further back than that.
     """
     (B, H, _, dim), Hkv = q.shape, k.shape[1]
@@ -271,8 +313,10 @@ def decode_step(
     fixed = {"SPLITS": splits, "BN": 64 if D <= 64 else 32, "DIM": dim, "D": D}
     launch(
         decode_kernel, (splits + (state is not None) + group * (gated is not None), Hkv, B),
-        q, k, v, plain_q, plain_k, stored, stored if values is None else values, partial if state is None else state,
-        gated_state, gate, bias, log_scale, route, lengths, out, partial, partial_lse, *strides, *stored.stride()[:3],
+        q, k, v, plain_q, plain_k, stored, stored if values is None else values,
+        partial if state is None else state,
+        gated_state, gate, bias, log_scale, route, lengths, out, partial, partial_lse, *strides,
+        *stored.stride()[:3],
         *ways, H, group, unit, slots, full, linear, local, number, window, LOG2_E / dim**0.5,
         LINEAR=state is not None, GATED=gated is not None, STORE=keys is not None, RING=ring,
         ROWS=fixed_rows, BC=min(D, STATE_ENTRIES // D), PRECISION=precision(q),

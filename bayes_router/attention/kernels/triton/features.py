@@ -40,7 +40,9 @@ def log_sigmoid(x):
     u = tl.exp(-tl.abs(x))
     z = u / (2.0 + u)
     z2 = z * z
-    series = 1.0 + z2 * (1 / 3 + z2 * (1 / 5 + z2 * (1 / 7 + z2 * (1 / 9 + z2 * (1 / 11 + z2 * (1 / 13 + z2 / 15))))))
+    series = 1.0 + z2 * (
+        1 / 3 + z2 * (1 / 5 + z2 * (1 / 7 + z2 * (1 / 9 + z2 * (1 / 11 + z2 * (1 / 13 + z2 / 15)))))
+    )
     return tl.minimum(x, 0.0) - 2.0 * z * series
 
 
@@ -66,7 +68,8 @@ def feature_kernel(
 
 @triton.jit
 def feature_backward_kernel(
-    X, DPhi, DLogGate, DX, Sums, Gate, Bias, LogScale, x_b, x_h, x_t, g_b, g_h, g_t, d_b, d_h, d_t, H, GROUP, T,
+    X, DPhi, DLogGate, DX, Sums, Gate, Bias, LogScale, x_b, x_h, x_t, g_b, g_h, g_t, d_b, d_h, d_t,
+    H, GROUP, T,
     GATED: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of tokens of one head of X, over its query heads.
@@ -94,7 +97,9 @@ def feature_backward_kernel(
         if GATED:
             gate = tl.load(Gate + h * DIM + d, mask=real, other=0.0).to(tl.float32)
             logit = tl.sum(x * gate[None, :], 1) + tl.load(Bias + h).to(tl.float32)
-            dlogit = tl.load(DLogGate + (b * H + h) * T + t, mask=inside, other=0.0) / (1.0 + tl.exp(logit))
+            dlogit = tl.load(DLogGate + (b * H + h) * T + t, mask=inside, other=0.0) / (
+                1.0 + tl.exp(logit)
+            )
             dx += dlogit[:, None] * gate[None, :]
             tl.store(part + d, tl.sum(dlogit[:, None] * x, 0), mask=real)
             tl.store(part + DIM, tl.sum(dlogit, 0))
@@ -105,7 +110,14 @@ def feature_backward_kernel(
 
 
 def features_forward(
-    q: Tensor, k: Tensor, gate: Tensor, bias: Tensor, log_scale: Tensor, phi_q: Tensor, phi_k: Tensor, log_gate: Tensor
+    q: Tensor,
+    k: Tensor,
+    gate: Tensor,
+    bias: Tensor,
+    log_scale: Tensor,
+    phi_q: Tensor,
+    phi_k: Tensor,
+    log_gate: Tensor,
 ) -> None:
     """Writes phi(q) and phi(k) [B, H, T, D], contiguous, and the log gates [B, H, T]."""
     H, rows = q.shape[1], _rows(q.shape[3])
@@ -118,17 +130,21 @@ def features_forward(
 
 
 def features_backward(
-    q: Tensor, k: Tensor, gate: Tensor, bias: Tensor, log_scale: Tensor, dphi_q: Tensor, dphi_k: Tensor, dlog_gate: Tensor,
+    q: Tensor, k: Tensor, gate: Tensor, bias: Tensor, log_scale: Tensor, dphi_q: Tensor,
+    dphi_k: Tensor, dlog_gate: Tensor,
     dq: Tensor, dk: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Writes the gradients of q and k; returns those of gate, bias and log_scale in float32."""
     H, rows, found = q.shape[1], _rows(q.shape[3]), []
     for x, dphi, dx in ((q, dphi_q, dq), (k, dphi_k, dk)):
         (B, heads, T, dim), blocks = x.shape, triton.cdiv(x.shape[2], rows)
-        sums = torch.empty(B * blocks, H, dim + 2 if x is k else 1, device=x.device, dtype=torch.float32)
+        sums = torch.empty(
+            B * blocks, H, dim + 2 if x is k else 1, device=x.device, dtype=torch.float32
+        )
         launch(
             feature_backward_kernel, (blocks, heads, B),
-            x, dphi, dlog_gate, dx, sums, gate, bias, log_scale, *strides(x, dphi, dx), H, H // heads, T,
+            x, dphi, dlog_gate, dx, sums, gate, bias, log_scale, *strides(x, dphi, dx), H,
+            H // heads, T,
             GATED=x is k, DIM=dim, BM=rows, D=head_size(dim), num_warps=4,
         )  # fmt: skip
         found.append(sums.sum(0))

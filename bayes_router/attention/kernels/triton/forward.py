@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 """Triton kernels of the routed forward pass; `launch_forward` launches them.
 
-Each program takes a block of queries of one kind, gathered by the order of `plan`, so that its rows cost the same.
-Softmax is taken online in base 2. Besides the output each row leaves `Lse`: log2 of its softmax normaliser, or its denominator
-under linear attention; the backward pass reads it.
+Each program takes a block of queries of one kind, gathered by the order of `plan`, so that its rows
+cost the same. Softmax is taken online in base 2. Besides the output each row leaves `Lse`: log2 of
+its softmax normaliser, or its denominator under linear attention; the backward pass reads it.
 """
 
 import triton
@@ -14,7 +14,9 @@ from bayes_router.attention.kernels.eager import chunks
 
 EPSILON = tl.constexpr(chunks.EPSILON)
 LOG2_E = tl.constexpr(capability.LOG2_E)
-HIDDEN = tl.constexpr(-1.0e30)  # below every score, and finite: a row without visible keys gets weight 0, not NaN
+HIDDEN = tl.constexpr(
+    -1.0e30
+)  # below every score, and finite: a row without visible keys gets weight 0, not NaN
 
 
 @triton.jit
@@ -51,13 +53,21 @@ def rows_before(Before, u, kind, token, T, NB, SORTED: tl.constexpr):
 
     SORTED: before the last multiple of 64 up to it.
     """
-    return tl.load(Before + (u * 3 + kind) * (NB + 1) + tl.minimum(token // 64, NB)) if SORTED else tl.minimum(token, T)
+    return (
+        tl.load(Before + (u * 3 + kind) * (NB + 1) + tl.minimum(token // 64, NB))
+        if SORTED
+        else tl.minimum(token, T)
+    )
 
 
 @triton.jit
 def nth_token(Order, u, kind, r, real, T, SORTED: tl.constexpr):
     """The r-th token of this kind; 0 where not real."""
-    return tl.load(Order + (u * 3 + kind) * T + r, mask=real, other=0) if SORTED else tl.where(real, r, 0)
+    return (
+        tl.load(Order + (u * 3 + kind) * T + r, mask=real, other=0)
+        if SORTED
+        else tl.where(real, r, 0)
+    )
 
 
 @triton.jit
@@ -76,7 +86,9 @@ def sees(pos, n, reach):
 
     One unsigned comparison.
     """
-    return (pos - n).to(tl.uint32, bitcast=True) < tl.cast(reach, tl.uint32)  # an argument equal to 1 is a constexpr
+    return (pos - n).to(tl.uint32, bitcast=True) < tl.cast(
+        reach, tl.uint32
+    )  # an argument equal to 1 is a constexpr
 
 
 @triton.jit
@@ -105,10 +117,25 @@ def band_tile(x, lo, sunk, SINKS: tl.constexpr):
 
 
 @triton.jit
-def _soften(s, v, n, pos, reach, m, norm, acc, scale, MASKED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr):
+def _soften(
+    s,
+    v,
+    n,
+    pos,
+    reach,
+    m,
+    norm,
+    acc,
+    scale,
+    MASKED: tl.constexpr,
+    SINKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """One tile of online softmax: raw scores s of keys n."""
     if MASKED:
-        s = tl.where(sees(pos[:, None], n[None, :], reach_of(n[None, :], reach, SINKS)), s, -float("inf"))
+        s = tl.where(
+            sees(pos[:, None], n[None, :], reach_of(n[None, :], reach, SINKS)), s, -float("inf")
+        )
     m_new = tl.maximum(m, tl.max(s, 1) * scale)
     p = tl.exp2(s * scale - m_new[:, None])
     alpha = tl.exp2(m - m_new)
@@ -118,7 +145,8 @@ def _soften(s, v, n, pos, reach, m, norm, acc, scale, MASKED: tl.constexpr, SINK
 
 
 @triton.jit
-def _tile(q, K, V, n0, num_keys, k_t, v_t, pos, reach, m, norm, acc, scale, MASKED: tl.constexpr, BN: tl.constexpr,
+def _tile(q, K, V, n0, num_keys, k_t, v_t, pos, reach, m, norm, acc, scale, MASKED: tl.constexpr,
+    BN: tl.constexpr,
           D: tl.constexpr, PRECISION: tl.constexpr, SINKS: tl.constexpr = 0):  # fmt: skip
     """Keys n0 .. n0 + BN, loaded by address."""
     n = n0 + tl.arange(0, BN)
@@ -135,7 +163,8 @@ def _tile(q, K, V, n0, num_keys, k_t, v_t, pos, reach, m, norm, acc, scale, MASK
 
 
 @triton.jit
-def attend_keys(q, K, V, lo, seen, hi, num_keys, k_t, v_t, pos, scale, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+def attend_keys(q, K, V, lo, seen, hi, num_keys, k_t, v_t, pos, scale, BM: tl.constexpr,
+    BN: tl.constexpr, D: tl.constexpr,
                 PRECISION: tl.constexpr):  # fmt: skip
     """Softmax over keys lo .. hi, of which every row sees those before `seen`.
 
@@ -145,14 +174,51 @@ def attend_keys(q, K, V, lo, seen, hi, num_keys, k_t, v_t, pos, scale, BM: tl.co
     norm = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
     for n in range(lo, seen, BN):
-        m, norm, acc = _tile(q, K, V, n, num_keys, k_t, v_t, pos, num_keys, m, norm, acc, scale, False, BN, D, PRECISION)
+        m, norm, acc = _tile(
+            q,
+            K,
+            V,
+            n,
+            num_keys,
+            k_t,
+            v_t,
+            pos,
+            num_keys,
+            m,
+            norm,
+            acc,
+            scale,
+            False,
+            BN,
+            D,
+            PRECISION,
+        )
     for n in range(seen, hi, BN):
-        m, norm, acc = _tile(q, K, V, n, num_keys, k_t, v_t, pos, num_keys, m, norm, acc, scale, True, BN, D, PRECISION)
+        m, norm, acc = _tile(
+            q,
+            K,
+            V,
+            n,
+            num_keys,
+            k_t,
+            v_t,
+            pos,
+            num_keys,
+            m,
+            norm,
+            acc,
+            scale,
+            True,
+            BN,
+            D,
+            PRECISION,
+        )
     return m, norm, acc
 
 
 @triton.jit
-def attend_band(q, K, V, first, last, num_keys, k_t, v_t, pos, window, scale, SINKS: tl.constexpr, BM: tl.constexpr,
+def attend_band(q, K, V, first, last, num_keys, k_t, v_t, pos, window, scale, SINKS: tl.constexpr,
+    BM: tl.constexpr,
                 BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Softmax over the sinks and the hull of the windows of queries at positions first .. last.
 
@@ -164,15 +230,36 @@ def attend_band(q, K, V, first, last, num_keys, k_t, v_t, pos, window, scale, SI
     lo, sunk = band_start(first, window, SINKS, BN)
     for x in range(lo - sunk, last + 1, BN):
         n = band_tile(x, lo, sunk, SINKS)
-        m, norm, acc = _tile(q, K, V, n, num_keys, k_t, v_t, pos, window, m, norm, acc, scale, True, BN, D, PRECISION, SINKS)
+        m, norm, acc = _tile(
+            q,
+            K,
+            V,
+            n,
+            num_keys,
+            k_t,
+            v_t,
+            pos,
+            window,
+            m,
+            norm,
+            acc,
+            scale,
+            True,
+            BN,
+            D,
+            PRECISION,
+            SINKS,
+        )
     return m, norm, acc
 
 
 @triton.jit
 def full_kernel(
     Q, K, V, Out, Lse, Partial, PartialLse, Order, Before, Starts, Items, Counters,
-    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, H, GROUP, UNIT, T, NB, num_keys, start, scale, programs,
-    STARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, H, GROUP, UNIT, T, NB, num_keys,
+    start, scale, programs,
+    STARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Full attention: programs stay resident and take items off the list, longest first.
 
@@ -199,7 +286,9 @@ def full_kernel(
         q = tl.load(Q + row * q_b + head * q_h + t[:, None].to(tl.int64) * q_t + d[None, :])
         Kh = K + row * k_b + head // GROUP * k_h
         Vh = V + row * v_b + head // GROUP * v_h
-        m, norm, acc = attend_keys(q, Kh, Vh, lo, seen, hi, num_keys, k_t, v_t, pos, scale, BM, BN, D, PRECISION)
+        m, norm, acc = attend_keys(
+            q, Kh, Vh, lo, seen, hi, num_keys, k_t, v_t, pos, scale, BM, BN, D, PRECISION
+        )
         acc = acc / tl.maximum(norm, 1e-30)[:, None]
         lse = m + tl.log2(norm)
         if part < 0:
@@ -208,7 +297,9 @@ def full_kernel(
             tl.store(Lse + (row * H + head) * T + t, lse, mask=real)
         else:
             slot = (part * UNIT + j).to(tl.int64) * BM
-            tl.store(Partial + (slot + r[:, None]) * D + d[None, :], acc.to(Partial.dtype.element_ty))
+            tl.store(
+                Partial + (slot + r[:, None]) * D + d[None, :], acc.to(Partial.dtype.element_ty)
+            )
             tl.store(PartialLse + slot + r, lse)
         item = following
         following = after
@@ -252,15 +343,23 @@ def combine_kernel(
             if not SUM:
                 acc = acc / norm[:, None]
                 tl.store(Lse + (b.to(tl.int64) * H + h) * T + t, m + tl.log2(norm), mask=real)
-            at_out = Out + b.to(tl.int64) * o_b + h.to(tl.int64) * o_h + t[:, None].to(tl.int64) * o_t + d[None, :]
+            at_out = (
+                Out
+                + b.to(tl.int64) * o_b
+                + h.to(tl.int64) * o_h
+                + t[:, None].to(tl.int64) * o_t
+                + d[None, :]
+            )
             tl.store(at_out, acc.to(Out.dtype.element_ty), mask=real[:, None])
 
 
 @triton.jit
 def local_kernel(
-    Q, K, V, Out, Lse, Order, Before, Starts, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
+    Q, K, V, Out, Lse, Order, Before, Starts, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b,
+    o_h, o_t,
     H, GROUP, UNIT, T, NB, num_keys, start, window, scale, SINKS: tl.constexpr,
-    SORTED: tl.constexpr, STARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    SORTED: tl.constexpr, STARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Windowed attention of a block of (sorted) local queries.
 
@@ -278,7 +377,8 @@ def local_kernel(
     q = tl.load(Q + b * q_b + h * q_h + t[:, None].to(tl.int64) * q_t + d[None, :])
     K += b * k_b + h // GROUP * k_h
     V += b * v_b + h // GROUP * v_h
-    m, norm, acc = attend_band(q, K, V, first + begin, last + begin, num_keys, k_t, v_t, pos, window, scale, SINKS, BM, BN, D,
+    m, norm, acc = attend_band(q, K, V, first + begin, last + begin, num_keys, k_t, v_t, pos,
+        window, scale, SINKS, BM, BN, D,
                                PRECISION)  # fmt: skip
     at = Out + b * o_b + h * o_h + t[:, None].to(tl.int64) * o_t + d[None, :]
     tl.store(at, (acc / norm[:, None]).to(Out.dtype.element_ty), mask=real[:, None])

@@ -1,8 +1,9 @@
 """Launching Triton kernels with little time on the host.
 
-Triton looks at every argument of every launch to find the compiled kernel, tens of microseconds each; a routed forward pass
-has eight launches and takes a fifth of a millisecond at 8192 tokens. Here arguments that look the same as before (numbers by
-value, tensors by dtype and alignment, which is all that Triton specialises on) go straight to the kernel compiled for them.
+Triton looks at every argument of every launch to find the compiled kernel, tens of microseconds
+each; a routed forward pass has eight launches and takes a fifth of a millisecond at 8192 tokens.
+Here arguments that look the same as before (numbers by value, tensors by dtype and alignment, which
+is all that Triton specialises on) go straight to the kernel compiled for them.
 """
 
 from typing import Any
@@ -13,7 +14,9 @@ from torch import Tensor
 
 _COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 _MOST = 4096
-_DIRECT = triton.__version__.startswith("3.6.")  # the calling convention of a compiled kernel is this version's
+_DIRECT = triton.__version__.startswith(
+    "3.6."
+)  # the calling convention of a compiled kernel is this version's
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:

@@ -7,13 +7,22 @@ import triton
 from torch import Tensor
 
 from bayes_router.attention.kernels.triton import backward as kernels
-from bayes_router.attention.kernels.triton.call import Call, combine, empty, multiprocessors, partials, precision, strides
+from bayes_router.attention.kernels.triton.call import (
+    Call,
+    combine,
+    empty,
+    multiprocessors,
+    partials,
+    precision,
+    strides,
+)
 from bayes_router.attention.kernels.triton.launch import launch
 from bayes_router.attention.kernels.triton.launch_linear import linear_backward
 
 
 def backward(
-    call: Call, q: Tensor, k: Tensor, v: Tensor, plain_q: Tensor, plain_k: Tensor, out: Tensor, lse: Tensor,
+    call: Call, q: Tensor, k: Tensor, v: Tensor, plain_q: Tensor, plain_k: Tensor, out: Tensor,
+    lse: Tensor,
     decay: Tensor | None, state: list[Tensor], dout: Tensor,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of (q, k, v, plain_q, plain_k, log_gate)."""
@@ -30,7 +39,8 @@ def backward(
     if has_local:
         launch(
             kernels.local_dq_kernel, (H, triton.cdiv(T, call.tiles.local_dq["BM"]), B),
-            q, k, v, out, dout, lse, delta, dq, rows.order, rows.before, *strides(q, k, v, out, dout, dq), *sizes, call.window,
+            q, k, v, out, dout, lse, delta, dq, rows.order, rows.before,
+            *strides(q, k, v, out, dout, dq), *sizes, call.window,
             call.scale, SINKS=call.sinks, SORTED=True, **fixed, **call.tiles.local_dq,
         )  # fmt: skip
     dk, dv = torch.empty_like(k), torch.empty_like(v)
@@ -38,8 +48,10 @@ def backward(
     if softmax:
         launch(
             kernels.dkv_kernel, (k.shape[1], triton.cdiv(T, call.tiles.dkv["BN"]), B),
-            q, k, v, dout, lse, delta, dk, dv, rows.order, rows.before, *strides(q, k, v, dout, dk, dv), *sizes, call.window,
-            call.scale, SINKS=call.sinks, FULL=has_full, LOCAL=has_local, SORTED=True, **fixed, **call.tiles.dkv,
+            q, k, v, dout, lse, delta, dk, dv, rows.order, rows.before,
+            *strides(q, k, v, dout, dk, dv), *sizes, call.window,
+            call.scale, SINKS=call.sinks, FULL=has_full, LOCAL=has_local, SORTED=True, **fixed,
+            **call.tiles.dkv,
         )  # fmt: skip
     else:
         dk.zero_()
@@ -47,13 +59,27 @@ def backward(
         return dq, dk, dv if softmax else dv.zero_(), None, None, None
     dplain_q = dq if shared_q else torch.zeros_like(plain_q)
     dplain_k, dlog_gate = linear_backward(
-        plain_q, plain_k, v, decay, out, dout, lse, delta, state, dplain_q, dv, softmax, rows, call.tiles
+        plain_q,
+        plain_k,
+        v,
+        decay,
+        out,
+        dout,
+        lse,
+        delta,
+        state,
+        dplain_q,
+        dv,
+        softmax,
+        rows,
+        call.tiles,
     )
     return dq, dk, dv, None if shared_q else dplain_q, dplain_k, dlog_gate
 
 
 def _launch_full_dq(
-    call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, dq: Tensor,
+    call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor,
+    delta: Tensor, dq: Tensor,
     fixed: dict[str, Any],
 ) -> None:  # fmt: skip
     (_, H, T, _), work, plan, blocks = q.shape, call.work, call.plan, call.plan.before.shape[2] - 1
@@ -63,8 +89,10 @@ def _launch_full_dq(
     partial, _ = partials(call, sizes["BM"], q)
     launch(
         kernels.full_dq_kernel, (programs,),
-        q, k, v, out, dout, lse, delta, dq, partial, plan.order, plan.before, work.items, work.counters,
-        *strides(q, k, v, out, dout, dq), H, H // k.shape[1], H // call.units, T, blocks, call.scale, programs, **fixed,
+        q, k, v, out, dout, lse, delta, dq, partial, plan.order, plan.before, work.items,
+        work.counters,
+        *strides(q, k, v, out, dout, dq), H, H // k.shape[1], H // call.units, T, blocks,
+        call.scale, programs, **fixed,
         **sizes,
     )  # fmt: skip
     combine(call, partial, partial, dq, lse, sizes["BM"], add=True)

@@ -20,7 +20,13 @@ from bayes_router.attention.kernels.triton.launch_linear import decays, linear_f
 
 
 def forward(
-    call: Call, q: Tensor, k: Tensor, v: Tensor, plain_q: Tensor, plain_k: Tensor, log_gate: Tensor | None
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plain_q: Tensor,
+    plain_k: Tensor,
+    log_gate: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]:
     """(out, lse [B, H, Tq], the sums of the log gates, linear state before each chunk)."""
     B, H, T, D = q.shape
@@ -30,31 +36,43 @@ def forward(
     starts = plan.before if call.starts is None else call.starts
     fixed: dict[str, Any] = {"D": D, "PRECISION": precision(q)}
     common = (H, H // k.shape[1], H // call.units, T, rows.steps, k.shape[2], call.start)
-    local = {**fixed, "SINKS": call.sinks, "SORTED": True, "STARTS": call.starts is not None, **call.tiles.local}
+    local = {
+        **fixed,
+        "SINKS": call.sinks,
+        "SORTED": True,
+        "STARTS": call.starts is not None,
+        **call.tiles.local,
+    }
     state: tuple[Tensor, ...] = ()
     if call.native[0] >= 0:
         _launch_full(call, q, k, v, out, lse, starts, common, fixed)
     if call.native[2] >= 0:
         launch(
             kernels.local_kernel, (H, triton.cdiv(T, local["BM"]), B),
-            q, k, v, out, lse, plan.order, plan.before, starts, *strides(q, k, v, out), *common, call.window,
+            q, k, v, out, lse, plan.order, plan.before, starts, *strides(q, k, v, out), *common,
+            call.window,
             call.scale, **local,
         )  # fmt: skip
     decay = decays(log_gate)
     if call.native[1] >= 0:
-        state = linear_forward(plain_q, plain_k, v, decay, out, lse, rows, call.tiles, call.starts, call.start)
+        state = linear_forward(
+            plain_q, plain_k, v, decay, out, lse, rows, call.tiles, call.starts, call.start
+        )
     return out, lse, decay, state
 
 
 def _launch_full(
-    call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor, common: tuple[int, ...],
+    call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor,
+    common: tuple[int, ...],
     fixed: dict[str, Any],
 ) -> None:  # fmt: skip
     sizes, work, plan = call.tiles.full, call.work, call.plan
     partial, partial_lse = partials(call, sizes["BM"], q)
     launch(
         kernels.full_kernel, (call.programs,),
-        q, k, v, out, lse, partial, partial_lse, plan.order, plan.before, starts, work.items, work.counters,
-        *strides(q, k, v, out), *common, call.scale, call.programs, STARTS=call.starts is not None, **fixed, **sizes,
+        q, k, v, out, lse, partial, partial_lse, plan.order, plan.before, starts, work.items,
+        work.counters,
+        *strides(q, k, v, out), *common, call.scale, call.programs, STARTS=call.starts is not None,
+        **fixed, **sizes,
     )  # fmt: skip
     combine(call, partial, partial_lse, out, lse, sizes["BM"], add=False)

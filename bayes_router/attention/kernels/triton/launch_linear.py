@@ -8,7 +8,13 @@ from torch import Tensor
 
 from bayes_router.attention.kernels.triton import linear as kernels
 from bayes_router.attention.kernels.triton import linear_backward as backward_kernels
-from bayes_router.attention.kernels.triton.call import Queries, Tiles, chunk_size, precision, strides
+from bayes_router.attention.kernels.triton.call import (
+    Queries,
+    Tiles,
+    chunk_size,
+    precision,
+    strides,
+)
 from bayes_router.attention.kernels.triton.launch import launch
 
 CHUNKS = 16  # states that a step of the prefix takes
@@ -29,7 +35,8 @@ def empty_states(k: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
 
 
 def linear_forward(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, out: Tensor, lse: Tensor, rows: Queries, tiles: Tiles,
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, out: Tensor, lse: Tensor, rows: Queries,
+    tiles: Tiles,
     starts: Tensor | None = None, start: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Writes the rows of out and their denominators to lse.
@@ -43,15 +50,23 @@ def linear_forward(
     sizes = {**tiles.chunk, "BN": min(chunk, tiles.chunk["BN"])}
     launch(
         kernels.chunk_kernel, (count, HK, B),
-        k, v, s, z, gates, *strides(k, v), HK, vgroup, T, count, CHUNK=chunk, **fixed, **_without(sizes, "BM"),
+        k, v, s, z, gates, *strides(k, v), HK, vgroup, T, count, CHUNK=chunk, **fixed,
+        **_without(sizes, "BM"),
     )  # fmt: skip
     prefix(s, z, T, chunk, decay)
-    read = {**fixed, "SORTED": rows.sorted, "STARTS": starts is not None, "CHUNK": chunk, **tiles.linear}
+    read = {
+        **fixed,
+        "SORTED": rows.sorted,
+        "STARTS": starts is not None,
+        "CHUNK": chunk,
+        **tiles.linear,
+    }
     if decay is not None:
         read.pop("maxnreg", None)  # the weights of a tile want registers of their own
     launch(
         kernels.linear_kernel, (H, triton.cdiv(Tq, read["BM"]), B),
-        q, k, v, out, lse, s, z, gates, rows.order, rows.before, rows.before if starts is None else starts,
+        q, k, v, out, lse, s, z, gates, rows.order, rows.before,
+        rows.before if starts is None else starts,
         *strides(q, k, v, out), H, H // HK, vgroup, H // rows.units, Tq, rows.steps, T, start,
         count, **read,
     )  # fmt: skip
@@ -59,7 +74,8 @@ def linear_forward(
 
 
 def linear_backward(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, out: Tensor, dout: Tensor, lse: Tensor, delta: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, out: Tensor, dout: Tensor, lse: Tensor,
+    delta: Tensor,
     state: list[Tensor], dq: Tensor, dv: Tensor, add: bool, rows: Queries, tiles: Tiles,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Gradients of k and of the log gates.
@@ -67,18 +83,30 @@ def linear_backward(
     Writes its rows of dq and, onto what dv holds if `add`, dv. As many q as k.
     """
     (B, H, T, _), HK, count, chunk = q.shape, k.shape[1], state[0].shape[2], chunk_size(k.shape[2])
-    group, vgroup, fixed = H // HK, HK // v.shape[1], {**_fixed(q, decay), "SORTED": rows.sorted, "CHUNK": chunk}
+    group, vgroup, fixed = (
+        H // HK,
+        HK // v.shape[1],
+        {**_fixed(q, decay), "SORTED": rows.sorted, "CHUNK": chunk},
+    )
     gates, tables = lse if decay is None else decay, (rows.order, rows.before)
-    dgate = torch.zeros_like(lse) if rows.sorted and decay is not None else torch.empty_like(lse) if decay is not None else lse
+    dgate = (
+        torch.zeros_like(lse)
+        if rows.sorted and decay is not None
+        else torch.empty_like(lse)
+        if decay is not None
+        else lse
+    )
     launch(
         backward_kernels.linear_dq_kernel, (H, triton.cdiv(T, tiles.linear_dq["BM"]), B),
-        q, k, v, out, dout, lse, delta, dq, *state, gates, dgate, *tables, *strides(q, k, v, out, dout, dq), H, group, vgroup,
+        q, k, v, out, dout, lse, delta, dq, *state, gates, dgate, *tables,
+        *strides(q, k, v, out, dout, dq), H, group, vgroup,
         H // rows.units, T, rows.steps, count, **fixed, **tiles.linear_dq,
     )  # fmt: skip
     r, rz = torch.empty_like(state[0]), torch.empty_like(state[1])
     launch(
         backward_kernels.chunk_reverse_kernel, (count, HK, B),
-        q, dout, lse, delta, r, rz, gates, *tables, *strides(q, dout), H, group, H // rows.units, T, rows.steps, count, **fixed,
+        q, dout, lse, delta, r, rz, gates, *tables, *strides(q, dout), H, group, H // rows.units,
+        T, rows.steps, count, **fixed,
         **_without(tiles.linear_dkv, "BN"),
     )  # fmt: skip
     cross = prefix(r, rz, T, chunk, decay, state)
@@ -86,7 +114,8 @@ def linear_backward(
     own = dv if vgroup == 1 else torch.empty_like(k)  # one a key head, then added up
     launch(
         backward_kernels.linear_dkv_kernel, (HK, triton.cdiv(T, tiles.linear_dkv["BN"]), B),
-        q, k, v, dout, lse, delta, dk, own, r, rz, gates, dgate, *tables, *strides(q, k, v, dout, dk, own), H, group, vgroup,
+        q, k, v, dout, lse, delta, dk, own, r, rz, gates, dgate, *tables,
+        *strides(q, k, v, dout, dk, own), H, group, vgroup,
         H // rows.units, T, rows.steps, count, ADD=add and vgroup == 1, **fixed, **tiles.linear_dkv,
     )  # fmt: skip
     if vgroup > 1:
@@ -97,13 +126,19 @@ def linear_backward(
     parts = cross.shape[1]
     launch(
         backward_kernels.log_gate_kernel, (count, B * H),
-        dgate, cross, T, count, parts, CHUNK=chunk, PARTS=triton.next_power_of_2(parts), num_warps=4,
+        dgate, cross, T, count, parts, CHUNK=chunk, PARTS=triton.next_power_of_2(parts),
+        num_warps=4,
     )  # fmt: skip
     return dk, dgate
 
 
 def prefix(
-    s: Tensor, z: Tensor, num_keys: int, chunk: int, decay: Tensor | None = None, others: list[Tensor] | None = None
+    s: Tensor,
+    z: Tensor,
+    num_keys: int,
+    chunk: int,
+    decay: Tensor | None = None,
+    others: list[Tensor] | None = None,
 ) -> Tensor:
     """In place: what stands before each chunk or, given the states that do, after it.
 
@@ -112,10 +147,15 @@ def prefix(
     B, H, count, D = z.shape
     block, reverse = min(64, D), others is not None
     parts = D * D // block + triton.cdiv(D, block)
-    cross = torch.empty(B * H, parts, count, device=z.device, dtype=torch.float32) if reverse and decay is not None else z
+    cross = (
+        torch.empty(B * H, parts, count, device=z.device, dtype=torch.float32)
+        if reverse and decay is not None
+        else z
+    )
     launch(
         kernels.prefix_kernel, (parts, B * H),
-        s, z, *(others or (s, z)), z if decay is None else decay, cross, count, num_keys, DECAY=decay is not None,
+        s, z, *(others or (s, z)), z if decay is None else decay, cross, count, num_keys,
+        DECAY=decay is not None,
         REVERSE=reverse, CHUNK=chunk, D=D, N=CHUNKS, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return cross

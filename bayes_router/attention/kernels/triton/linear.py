@@ -10,18 +10,27 @@ with phi = elu + 1. `Decay` is float64 [B, H, Tk], the sum of the log gates up t
 32k tokens float32 would hold it to 1e-4 only. Differences are taken first, then rounded to float32,
 and no positive number is exponentiated.
 
-Heads: K has H / GROUP of them and V those / VGROUP. Plain linear attention shares keys among queries (VGROUP = 1); a gate is a
-query head's own, so with DECAY keys are one a query head (GROUP = 1). States belong to heads of K:
+Heads: K has H / GROUP of them and V those / VGROUP. Plain linear attention shares keys among
+queries (VGROUP = 1); a gate is a query head's own, so with DECAY keys are one a query head (GROUP =
+1). States belong to heads of K:
 
-    S [B, HK, NC, D, D] in bfloat16 (float32 for float32 inputs; float16 would overflow), z [B, HK, NC, D] in float32,
+    S [B, HK, NC, D, D] in bfloat16 (float32 for float32 inputs; float16 would overflow), z [B, HK,
+    NC, D] in float32,
 
-first what chunk c adds, as seen from its end, then (after `prefix_kernel`) what stands before it. Sums are taken in float32.
+first what chunk c adds, as seen from its end, then (after `prefix_kernel`) what stands before it.
+Sums are taken in float32.
 """
 
 import triton
 import triton.language as tl
 
-from bayes_router.attention.kernels.triton.forward import EPSILON, count_rows, gather_rows, phi, table_row
+from bayes_router.attention.kernels.triton.forward import (
+    EPSILON,
+    count_rows,
+    gather_rows,
+    phi,
+    table_row,
+)
 
 
 @triton.jit
@@ -52,7 +61,8 @@ def fade(later, earlier):
 @triton.jit
 def add_chunk(
     K, V, S, Z, Decay, k_b, k_h, k_t, v_b, v_h, v_t, HK, VGROUP, num_keys, NC, c, h, b,
-    DECAY: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What one chunk of keys adds to the state: sum phi(k) v^T and sum phi(k)."""
     K += b * k_b + h * k_h
@@ -67,7 +77,9 @@ def add_chunk(
         n = c * CHUNK + n0 + tl.arange(0, BN)
         inside = n < num_keys
         nothing = 0.0 if DECAY else -float("inf")  # phi sends it to zero
-        k = tl.load(K + n[:, None].to(tl.int64) * k_t + d[None, :], mask=inside[:, None], other=nothing)
+        k = tl.load(
+            K + n[:, None].to(tl.int64) * k_t + d[None, :], mask=inside[:, None], other=nothing
+        )
         v = tl.load(V + n[:, None].to(tl.int64) * v_t + d[None, :], mask=inside[:, None], other=0.0)
         feature = feature_map(k, DECAY)
         if DECAY:
@@ -83,19 +95,22 @@ def add_chunk(
 @triton.jit
 def chunk_kernel(
     K, V, S, Z, Decay, k_b, k_h, k_t, v_b, v_h, v_t, HK, VGROUP, num_keys, NC,
-    DECAY: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (chunk, head of K, row of the batch)."""
     add_chunk(
         K, V, S, Z, Decay, k_b, k_h, k_t, v_b, v_h, v_t, HK, VGROUP, num_keys, NC,
-        tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64), DECAY, CHUNK, BN, D, PRECISION,
+        tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64), DECAY,
+        CHUNK, BN, D, PRECISION,
     )  # fmt: skip
 
 
 @triton.jit
 def _prefix(
     X, Y, Decay, Cross, x, WIDTH: tl.constexpr, NC, num_keys,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """In place, entries x of what stands before each chunk of X [NC, WIDTH].
 
@@ -114,7 +129,9 @@ def _prefix(
         at = X + c[:, None].to(tl.int64) * WIDTH + x[None, :]
         added = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         weight = tl.where(i[:, None] > i[None, :], 1.0, 0.0)
-        if DECAY:  # `here` is the edge of the chunk where one enters it, `there` where one leaves it
+        if (
+            DECAY
+        ):  # `here` is the edge of the chunk where one enters it, `there` where one leaves it
             first = tl.maximum(c, 0) * CHUNK
             here, there = edge(Decay, first, num_keys), edge(Decay, first + CHUNK, num_keys)
             if REVERSE:
@@ -122,7 +139,10 @@ def _prefix(
             base = tl.sum(tl.where(i == 0, here, 0.0), 0)
             here, there = (here - base).to(tl.float32), (there - base).to(tl.float32)
             weight = weight * fade(-tl.abs(here[:, None] - there[None, :]), 0.0)
-            before = tl.dot(weight, added, input_precision="ieee") + fade(-tl.abs(here), 0.0)[:, None] * carried[None, :]
+            before = (
+                tl.dot(weight, added, input_precision="ieee")
+                + fade(-tl.abs(here), 0.0)[:, None] * carried[None, :]
+            )
             after = before * fade(-tl.abs(there - here), 0.0)[:, None] + added
         else:
             before = tl.dot(weight, added, input_precision="ieee") + carried[None, :]
@@ -130,7 +150,9 @@ def _prefix(
         tl.store(at, before.to(X.dtype.element_ty), mask=mask)
         if REVERSE and DECAY:
             known = mask & (c + 1 < NC)[:, None]
-            y = tl.load(Y + (c[:, None] + 1).to(tl.int64) * WIDTH + x[None, :], mask=known, other=0.0).to(tl.float32)
+            y = tl.load(
+                Y + (c[:, None] + 1).to(tl.int64) * WIDTH + x[None, :], mask=known, other=0.0
+            ).to(tl.float32)
             tl.store(Cross + c, tl.sum(tl.where(known, before * y, 0.0), 1), mask=inside)
         carried = tl.sum(tl.where((i == N - 1)[:, None], after, 0.0), 0)
 
@@ -138,14 +160,16 @@ def _prefix(
 @triton.jit
 def prefix_kernel(
     S, Z, OtherS, OtherZ, Decay, Cross, NC, num_keys,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr,
+    N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """In place, the states before each chunk (REVERSE: after it).
 
     The last programs of a head take z.
 
-    With REVERSE and DECAY, Cross [B HK, parts, NC] adds up over its parts to the product of what stands after each chunk and
-    the state (OtherS, OtherZ) that stands before the next: all pairs of a query and a key that the boundary parts.
+    With REVERSE and DECAY, Cross [B HK, parts, NC] adds up over its parts to the product of what
+    stands after each chunk and the state (OtherS, OtherZ) that stands before the next: all pairs of
+    a query and a key that the boundary parts.
     """
     part, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     Decay += head * num_keys
@@ -153,18 +177,36 @@ def prefix_kernel(
     if part < D * D // BLOCK:
         x = part * BLOCK + tl.arange(0, BLOCK)
         at = head * NC * D * D
-        _prefix(S + at, OtherS + at, Decay, Cross, x, D * D, NC, num_keys, DECAY, REVERSE, CHUNK, N, BLOCK)
+        _prefix(
+            S + at,
+            OtherS + at,
+            Decay,
+            Cross,
+            x,
+            D * D,
+            NC,
+            num_keys,
+            DECAY,
+            REVERSE,
+            CHUNK,
+            N,
+            BLOCK,
+        )
     else:
         x = (part - D * D // BLOCK) * BLOCK + tl.arange(0, BLOCK)
         at = head * NC * D
-        _prefix(Z + at, OtherZ + at, Decay, Cross, x, D, NC, num_keys, DECAY, REVERSE, CHUNK, N, BLOCK)
+        _prefix(
+            Z + at, OtherZ + at, Decay, Cross, x, D, NC, num_keys, DECAY, REVERSE, CHUNK, N, BLOCK
+        )
 
 
 @triton.jit
 def linear_kernel(
-    Q, K, V, Out, Lse, S, Z, Decay, Order, Before, Starts, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
+    Q, K, V, Out, Lse, S, Z, Decay, Order, Before, Starts, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h,
+    v_t, o_b, o_h, o_t,
     H, GROUP, VGROUP, UNIT, T, NB, num_keys, start, NC,
-    DECAY: tl.constexpr, SORTED: tl.constexpr, STARTS: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    DECAY: tl.constexpr, SORTED: tl.constexpr, STARTS: tl.constexpr, CHUNK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
     D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Reads of a block of (sorted) queries.
@@ -205,7 +247,9 @@ def linear_kernel(
         a = tl.dot(feature, tl.trans(feature_map(k, DECAY).to(q.dtype)), input_precision=PRECISION)
         if DECAY:
             base = tl.load(Decay + n0)
-            a *= fade((since - base).to(tl.float32)[:, None], elapsed(Decay, n, base, inside)[None, :])
+            a *= fade(
+                (since - base).to(tl.float32)[:, None], elapsed(Decay, n, base, inside)[None, :]
+            )
         a = tl.where(n[None, :] <= pos[:, None], a, 0.0)
         den += tl.sum(a, 1)
         acc = tl.dot(a.to(v.dtype), v, acc, input_precision=PRECISION)

@@ -1,17 +1,20 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 """Triton kernels of linear attention's backward pass; words, heads and decay as in `linear`.
 
-With out = N / den, g = dout / den and gz = -delta / den, delta = sum(out * dout): every pair (t, s) has the weight w_ts, whose
-gradient is g_t v_s + gz_t. What lies beyond a chunk goes through the state S, and in reverse through
+With out = N / den, g = dout / den and gz = -delta / den, delta = sum(out * dout): every pair (t, s)
+has the weight w_ts, whose gradient is g_t v_s + gz_t. What lies beyond a chunk goes through the
+state S, and in reverse through
 
     R = sum_t phi(q_t) g_t^T,  rz = sum_t phi(q_t) gz_t,
 
 over the queries after the chunk, as seen from its end.
 
-With DECAY the log gate of token t has as gradient the sum of w_rs (g_r v_s + gz_r) over all pairs s < t <= r that it stands
-between: those that the end of its chunk parts (`Cross` of `prefix_kernel`), and phi(q_r) dphi(q_r) - phi(k_r) dphi(k_r) added
-up over r from t to there. A single sum to the end of the text would gather the rounding of all its tokens. Both kernels
-round a pair's part in the same way, so that it cancels where it must.
+With DECAY the log gate of token t has as gradient the sum of w_rs (g_r v_s + gz_r) over all pairs s
+< t <= r that it stands
+between: those that the end of its chunk parts (`Cross` of `prefix_kernel`), and phi(q_r) dphi(q_r)
+- phi(k_r) dphi(k_r) added up over r from t to there. A single sum to the end of the text would
+gather the rounding of all its tokens. Both kernels round a pair's part in the same way, so that it
+cancels where it must.
 """
 
 import triton
@@ -30,9 +33,11 @@ from bayes_router.attention.kernels.triton.linear import edge, elapsed, fade, fe
 
 @triton.jit
 def linear_dq_kernel(
-    Q, K, V, Out, DOut, Lse, Delta, DQ, S, Z, Decay, DDecay, Order, Before, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
+    Q, K, V, Out, DOut, Lse, Delta, DQ, S, Z, Decay, DDecay, Order, Before, q_b, q_h, q_t, k_b,
+    k_h, k_t, v_b, v_h, v_t,
     o_b, o_h, o_t, g_b, g_h, g_t, d_b, d_h, d_t, H, GROUP, VGROUP, UNIT, T, NB, NC,
-    DECAY: tl.constexpr, SORTED: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+    DECAY: tl.constexpr, SORTED: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the queries.
@@ -45,7 +50,9 @@ def linear_dq_kernel(
         return
     t, real, first, last = gather_rows(Order, Before, u, 1, i, T, NB, SORTED, BM)
     d = tl.arange(0, D)
-    part = S.dtype.element_ty if DECAY else K.dtype.element_ty  # of operands; the weights of pairs would underflow in float16
+    part = (
+        S.dtype.element_ty if DECAY else K.dtype.element_ty
+    )  # of operands; the weights of pairs would underflow in float16
     q = load_rows(Q + b * q_b + h * q_h, t, real, q_t, D).to(tl.float32)
     do = load_rows(DOut + b * g_b + h * g_h, t, real, g_t, D)
     out = load_rows(Out + b * o_b + h * o_h, t, real, o_t, D)
@@ -57,7 +64,9 @@ def linear_dq_kernel(
     row = (b * (H // GROUP) + hk) * NC + c
     s = tl.load(S + row * D * D + d[:, None] * D + d[None, :])
     z = tl.load(Z + row * D + d)
-    dphi = tl.dot(do.to(s.dtype), tl.trans(s), input_precision=PRECISION) - delta[:, None] * z[None, :]
+    dphi = (
+        tl.dot(do.to(s.dtype), tl.trans(s), input_precision=PRECISION) - delta[:, None] * z[None, :]
+    )
     Decay += (b * (H // GROUP) + hk) * T
     if DECAY:
         since = tl.load(Decay + t)
@@ -72,11 +81,18 @@ def linear_dq_kernel(
         a = tl.dot(do.to(part), tl.trans(v.to(part)), input_precision=PRECISION) - delta[:, None]
         if DECAY:
             base = tl.load(Decay + n0)
-            a *= fade((since - base).to(tl.float32)[:, None], elapsed(Decay, n, base, inside)[None, :]) / den[:, None]
+            a *= (
+                fade(
+                    (since - base).to(tl.float32)[:, None], elapsed(Decay, n, base, inside)[None, :]
+                )
+                / den[:, None]
+            )
         a = tl.where(n[None, :] <= t[:, None], a, 0.0)
         dphi = tl.dot(a.to(part), feature_map(k, DECAY).to(part), dphi, input_precision=PRECISION)
     if DECAY:
-        tl.store(DDecay + (b * H + h) * T + t, tl.sum(q.to(part).to(tl.float32) * dphi, 1), mask=real)
+        tl.store(
+            DDecay + (b * H + h) * T + t, tl.sum(q.to(part).to(tl.float32) * dphi, 1), mask=real
+        )
     else:
         dphi *= tl.where(q > 0, 1.0, tl.exp(tl.minimum(q, 0.0))) / den[:, None]
     at = DQ + b * d_b + h * d_h + t[:, None].to(tl.int64) * d_t + d[None, :]
@@ -85,8 +101,10 @@ def linear_dq_kernel(
 
 @triton.jit
 def chunk_reverse_kernel(
-    Q, DOut, Lse, Delta, R, RZ, Decay, Order, Before, q_b, q_h, q_t, g_b, g_h, g_t, H, GROUP, UNIT, T, NB, NC,
-    DECAY: tl.constexpr, SORTED: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    Q, DOut, Lse, Delta, R, RZ, Decay, Order, Before, q_b, q_h, q_t, g_b, g_h, g_t, H, GROUP, UNIT,
+    T, NB, NC,
+    DECAY: tl.constexpr, SORTED: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr,
+    D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the queries of one chunk add to R and rz as seen from its start.
 
@@ -117,7 +135,9 @@ def chunk_reverse_kernel(
             if DECAY:
                 feature *= fade(elapsed(Decay, t, base, real), 0.0)[:, None]
             wide = R.dtype.element_ty
-            r_acc = tl.dot(tl.trans(feature.to(wide)), do.to(wide), r_acc, input_precision=PRECISION)
+            r_acc = tl.dot(
+                tl.trans(feature.to(wide)), do.to(wide), r_acc, input_precision=PRECISION
+            )
             rz -= tl.sum(feature * delta[:, None], 0)
     row = row * NC + c
     tl.store(R + row * D * D + d[:, None] * D + d[None, :], r_acc.to(R.dtype.element_ty))
@@ -126,16 +146,19 @@ def chunk_reverse_kernel(
 
 @triton.jit
 def linear_dkv_kernel(
-    Q, K, V, DOut, Lse, Delta, DK, DV, R, RZ, Decay, DDecay, Order, Before, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
+    Q, K, V, DOut, Lse, Delta, DK, DV, R, RZ, Decay, DDecay, Order, Before, q_b, q_h, q_t, k_b,
+    k_h, k_t, v_b, v_h, v_t,
     g_b, g_h, g_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t, H, GROUP, VGROUP, UNIT, T, NB, NC,
-    DECAY: tl.constexpr, SORTED: tl.constexpr, CHUNK: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    DECAY: tl.constexpr, SORTED: tl.constexpr, CHUNK: tl.constexpr, ADD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
     D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys and values from the queries after it.
 
     ADD: values already hold another part.
 
-    DV has the heads of K. DDecay comes with the part of the queries and leaves as the difference of both.
+    DV has the heads of K. DDecay comes with the part of the queries and leaves as the difference of
+    both.
     """
     hk, j, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     n0 = j * BN
@@ -173,7 +196,9 @@ def linear_dkv_kernel(
             do = load_rows(DOut + b * g_b + h * g_h, t, real, g_t, D).to(wide)
             den = tl.load(Lse + (b * H + h) * T + t, mask=real, other=float("inf"))
             delta = tl.load(Delta + (b * H + h) * T + t, mask=real, other=0.0)
-            query = (feature_map(q, DECAY) if DECAY else feature_map(q, DECAY) / den[:, None]).to(wide)
+            query = (feature_map(q, DECAY) if DECAY else feature_map(q, DECAY) / den[:, None]).to(
+                wide
+            )
             seen = (n[:, None] <= t[None, :]) & real[None, :]
             a = tl.dot(feature, tl.trans(query), input_precision=PRECISION)  # [BN, BM]
             da = tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :]
@@ -185,7 +210,11 @@ def linear_dkv_kernel(
             dphi = tl.dot(tl.where(seen, da, 0.0).to(wide), query, dphi, input_precision=PRECISION)
     if DECAY:
         at = DDecay + (b * H + hk) * T + n
-        tl.store(at, tl.load(at, mask=inside, other=0.0) - tl.sum(feature.to(tl.float32) * dphi, 1), mask=inside)
+        tl.store(
+            at,
+            tl.load(at, mask=inside, other=0.0) - tl.sum(feature.to(tl.float32) * dphi, 1),
+            mask=inside,
+        )
     else:
         dphi *= tl.where(x > 0, 1.0, tl.exp(tl.minimum(x, 0.0)))
     at = DK + b * dk_b + hk * dk_h + n[:, None].to(tl.int64) * dk_t + d[None, :]

@@ -2,8 +2,8 @@
 
 They are operators that torch.compile takes whole.
 
-Triton is imported only where an operator runs. Static shapes, no host synchronisation, memory from torch alone: an operator
-may be captured into a CUDA graph.
+Triton is imported only where an operator runs. Static shapes, no host synchronisation, memory from
+torch alone: an operator may be captured into a CUDA graph.
 """
 
 from typing import Any, Optional
@@ -11,10 +11,18 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from bayes_router.attention.kernels.capability import LOG2_E, feature_dtype, head_size, packed, padded
+from bayes_router.attention.kernels.capability import (
+    LOG2_E,
+    feature_dtype,
+    head_size,
+    packed,
+    padded,
+)
 
 
-def features(q: Tensor, k: Tensor, gate: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def features(
+    q: Tensor, k: Tensor, gate: Tensor, bias: Tensor, log_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """As `GatedLinearAttention.features`, padded with zeros to the head size of the kernels."""
     phi_q, phi_k, log_gate = _features(q, k, gate, bias, log_scale)
     return phi_q, phi_k, log_gate
@@ -32,7 +40,9 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor | None = 
 
 def local_attention(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int = 0) -> Tensor:
     """[B, H, T, Dh]: softmax attention over the last `window` keys and the first `sinks`."""
-    out: Tensor = _local(padded(q), padded(k), padded(v), window, sinks, LOG2_E / q.shape[3] ** 0.5)[0]
+    out: Tensor = _local(
+        padded(q), padded(k), padded(v), window, sinks, LOG2_E / q.shape[3] ** 0.5
+    )[0]
     return out[..., : q.shape[3]]
 
 
@@ -51,7 +61,9 @@ def _states(k: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("bayes_router::linear_attention", mutates_args=())
-def _linear(q: Tensor, k: Tensor, v: Tensor, log_gate: Optional[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _linear(
+    q: Tensor, k: Tensor, v: Tensor, log_gate: Optional[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(out, denominators, S, z, sums of the log gates)."""
     from bayes_router.attention.kernels.triton.call import Queries, tiles
     from bayes_router.attention.kernels.triton.launch_linear import decays, linear_forward
@@ -74,7 +86,16 @@ def _(q: Tensor, k: Tensor, v: Tensor, log_gate: Optional[Tensor]) -> tuple[Tens
 
 @torch.library.custom_op("bayes_router::linear_attention_backward", mutates_args=())
 def _linear_backward(
-    q: Tensor, k: Tensor, v: Tensor, gated: bool, out: Tensor, lse: Tensor, s: Tensor, z: Tensor, decay: Tensor, dout: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gated: bool,
+    out: Tensor,
+    lse: Tensor,
+    s: Tensor,
+    z: Tensor,
+    decay: Tensor,
+    dout: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the log gates (empty if not gated)."""
     from bayes_router.attention.kernels.triton.call import Queries, tiles
@@ -84,7 +105,8 @@ def _linear_backward(
     dq, dv, delta = torch.empty_like(q), torch.empty_like(v), torch.empty_like(lse)
     with torch.cuda.device_of(q):
         dk, dlog_gate = linear_backward(
-            q, k, v, decay if gated else None, out, dout, lse, delta, [s, z], dq, dv, False, Queries(lse, lse, sorted=False),
+            q, k, v, decay if gated else None, out, dout, lse, delta, [s, z], dq, dv, False,
+            Queries(lse, lse, sorted=False),
             tiles(q.shape[3], q.dtype),
         )  # fmt: skip
     return dq, dk, dv, lse.new_empty(0) if dlog_gate is None else dlog_gate
@@ -92,7 +114,16 @@ def _linear_backward(
 
 @_linear_backward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, gated: bool, out: Tensor, lse: Tensor, s: Tensor, z: Tensor, decay: Tensor, dout: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gated: bool,
+    out: Tensor,
+    lse: Tensor,
+    s: Tensor,
+    z: Tensor,
+    decay: Tensor,
+    dout: Tensor,
 ) -> tuple[Tensor, ...]:
     dgate = torch.empty_like(lse) if gated else lse.new_empty(0)
     return (
@@ -111,7 +142,9 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.set_materialize_grads(False)
 
 
-def _differentiate_linear(ctx: Any, dout: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate_linear(
+    ctx: Any, dout: Tensor | None, *others: Tensor | None
+) -> tuple[Tensor | None, ...]:
     if dout is None:
         return None, None, None, None
     q, k, v, *saved = ctx.saved_tensors
@@ -123,7 +156,9 @@ _linear.register_autograd(_differentiate_linear, setup_context=_save_linear)
 
 
 @torch.library.custom_op("bayes_router::local_attention", mutates_args=())
-def _local(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scale: float) -> tuple[Tensor, Tensor]:
+def _local(
+    q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scale: float
+) -> tuple[Tensor, Tensor]:
     """(out, log2 of the softmax normalisers)."""
     from bayes_router.attention.kernels.triton.launch_local import local_forward
 
@@ -135,13 +170,23 @@ def _local(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scale: floa
 
 
 @_local.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scale: float) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scale: float
+) -> tuple[Tensor, Tensor]:
     return _outputs(q, v)
 
 
 @torch.library.custom_op("bayes_router::local_attention_backward", mutates_args=())
 def _local_backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, window: int, sinks: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    window: int,
+    sinks: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     from bayes_router.attention.kernels.triton.launch_local import local_backward
@@ -155,7 +200,15 @@ def _local_backward(
 
 @_local_backward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, window: int, sinks: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    window: int,
+    sinks: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(packed(q)), torch.empty_like(packed(k)), torch.empty_like(packed(v))
 
@@ -167,10 +220,17 @@ def _save_local(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.set_materialize_grads(False)
 
 
-def _differentiate_local(ctx: Any, dout: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate_local(
+    ctx: Any, dout: Tensor | None, *others: Tensor | None
+) -> tuple[Tensor | None, ...]:
     if dout is None:
         return None, None, None, None, None, None
-    return *_local_backward(*ctx.saved_tensors, dout, ctx.window, ctx.sinks, ctx.scale), None, None, None
+    return (
+        *_local_backward(*ctx.saved_tensors, dout, ctx.window, ctx.sinks, ctx.scale),
+        None,
+        None,
+        None,
+    )
 
 
 _local.register_autograd(_differentiate_local, setup_context=_save_local)
@@ -178,29 +238,49 @@ _local.register_autograd(_differentiate_local, setup_context=_save_local)
 
 def _feature_outputs(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     (B, H, Tq, _), Tk, D = q.shape, k.shape[2], head_size(q.shape[3])
-    phi_q, phi_k = (torch.empty(B, H, T, D, device=q.device, dtype=feature_dtype(q.dtype)) for T in (Tq, Tk))
+    phi_q, phi_k = (
+        torch.empty(B, H, T, D, device=q.device, dtype=feature_dtype(q.dtype)) for T in (Tq, Tk)
+    )
     return phi_q, phi_k, torch.empty(B, H, Tk, device=q.device, dtype=torch.float32)
 
 
 @torch.library.custom_op("bayes_router::gated_features", mutates_args=())
-def _features(q: Tensor, k: Tensor, gate: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _features(
+    q: Tensor, k: Tensor, gate: Tensor, bias: Tensor, log_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """(phi(q), phi(k), log gates)."""
     from bayes_router.attention.kernels.triton.features import features_forward
 
     found = _feature_outputs(q, k)
     with torch.cuda.device_of(q):
-        features_forward(packed(q), packed(k), gate.contiguous(), bias.contiguous(), log_scale.contiguous(), *found)
+        features_forward(
+            packed(q),
+            packed(k),
+            gate.contiguous(),
+            bias.contiguous(),
+            log_scale.contiguous(),
+            *found,
+        )
     return found
 
 
 @_features.register_fake
-def _(q: Tensor, k: Tensor, gate: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, gate: Tensor, bias: Tensor, log_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     return _feature_outputs(q, k)
 
 
 @torch.library.custom_op("bayes_router::gated_features_backward", mutates_args=())
 def _features_backward(
-    q: Tensor, k: Tensor, gate: Tensor, bias: Tensor, log_scale: Tensor, dphi_q: Tensor, dphi_k: Tensor, dlog_gate: Tensor
+    q: Tensor,
+    k: Tensor,
+    gate: Tensor,
+    bias: Tensor,
+    log_scale: Tensor,
+    dphi_q: Tensor,
+    dphi_k: Tensor,
+    dlog_gate: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, gate, bias and log_scale."""
     from bayes_router.attention.kernels.triton.features import features_backward
@@ -210,7 +290,8 @@ def _features_backward(
     gate, bias, log_scale = (x.contiguous() for x in own)
     with torch.cuda.device_of(q):
         found = features_backward(
-            q, k, gate, bias, log_scale, packed(dphi_q), packed(dphi_k), dlog_gate.contiguous(), dq, dk
+            q, k, gate, bias, log_scale, packed(dphi_q), packed(dphi_k), dlog_gate.contiguous(),
+            dq, dk
         )  # fmt: skip
     dgate, dbias, dscale = (g.to(x.dtype) for g, x in zip(found, own, strict=True))
     return dq, dk, dgate, dbias, dscale
@@ -218,9 +299,18 @@ def _features_backward(
 
 @_features_backward.register_fake
 def _(
-    q: Tensor, k: Tensor, gate: Tensor, bias: Tensor, log_scale: Tensor, dphi_q: Tensor, dphi_k: Tensor, dlog_gate: Tensor
+    q: Tensor,
+    k: Tensor,
+    gate: Tensor,
+    bias: Tensor,
+    log_scale: Tensor,
+    dphi_q: Tensor,
+    dphi_k: Tensor,
+    dlog_gate: Tensor,
 ) -> tuple[Tensor, ...]:
-    parameters = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (gate, bias, log_scale))
+    parameters = (
+        torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (gate, bias, log_scale)
+    )
     return torch.empty_like(packed(q)), torch.empty_like(packed(k)), *parameters
 
 

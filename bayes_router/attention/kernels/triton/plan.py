@@ -3,15 +3,16 @@
 
 The tables that every kernel reads.
 
-For each row of the batch b, each of its R routing units r, as row u = b R + r of the tables (U = B R of them), and each kind
-of expert (0 full, 1 linear, 2 local):
+For each row of the batch b, each of its R routing units r, as row u = b R + r of the tables (U = B
+R of them), and each kind of expert (0 full, 1 linear, 2 local):
 
     order  int32 [U, 3, T]       its tokens, ascending; only the first `count` entries are written
     before int32 [U, 3, NB + 1]  how many stand before token 64 * j; the last entry is their count
 
-Full attention is further cut into work items, so that a long row of blocks does not hold up the device: block i of BM sorted
-queries against keys [s * L, (s + 1) * L). L is chosen on the device from the work that there is. The list puts items that use
-all L keys first, then those cut short by causality, and among these the unsplit blocks (s = 0) last.
+Full attention is further cut into work items, so that a long row of blocks does not hold up the
+device: block i of BM sorted queries against keys [s * L, (s + 1) * L). L is chosen on the device
+from the work that there is. The list puts items that use all L keys first, then those cut short by
+causality, and among these the unsplit blocks (s = 0) last.
 """
 
 from typing import NamedTuple
@@ -42,8 +43,9 @@ class Plan(NamedTuple):
 class WorkList(NamedTuple):
     """The work items of full attention, of one head of a unit; every head of it has the same.
 
-    items: int32 [N, 8]: row of the tables, block, first key, end of its keys, end of those that the whole block sees, and the
-        number under which its partial result is kept (-1: the block is not split).
+    items: int32 [N, 8]: row of the tables, block, first key, end of its keys, end of those that the
+        whole block sees, and the number under which its partial result is kept (-1: the block is
+        not split).
     parts: int32 [U, blocks, S + 1]: how many items a block was split into, and their numbers.
     counters: int32 [2]: the number of items times heads of a unit; the next one to take.
     """
@@ -56,7 +58,8 @@ class WorkList(NamedTuple):
 
 @triton.jit
 def sort_tokens(
-    Route, Lengths, Order, Before, T, NB, R, stride_b, stride_t, stride_r, full, linear, local, num_experts, part, last_part,
+    Route, Lengths, Order, Before, T, NB, R, stride_b, stride_t, stride_r, full, linear, local,
+    num_experts, part, last_part,
     kind, u, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The entries that BLOCK tokens have in row u of both tables, in one kind."""
@@ -69,7 +72,9 @@ def sort_tokens(
     earlier = tl.zeros([BLOCK], tl.int32)
     for p in range(part):
         t = p * BLOCK + tl.arange(0, BLOCK)
-        earlier += (tl.load(Route + t.to(tl.int64) * stride_t, mask=t < length, other=-2) == wanted).to(tl.int32)
+        earlier += (
+            tl.load(Route + t.to(tl.int64) * stride_t, mask=t < length, other=-2) == wanted
+        ).to(tl.int32)
     count = tl.sum(earlier, 0)
 
     t = part * BLOCK + tl.arange(0, BLOCK)
@@ -87,13 +92,16 @@ def sort_tokens(
 
 @triton.jit(debug=True)  # keeps the assertion: a route out of range must not pass silently
 def _plan_kernel(
-    Route, Lengths, Order, Before, T, NB, R, stride_b, stride_t, stride_r, full, linear, local, num_experts,
+    Route, Lengths, Order, Before, T, NB, R, stride_b, stride_t, stride_r, full, linear, local,
+    num_experts,
     PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (block of tokens, kind, row of the tables)."""
     sort_tokens(
-        Route, Lengths, Order, Before, T, NB, R, stride_b, stride_t, stride_r, full, linear, local, num_experts,
-        tl.program_id(0), tl.num_programs(0) - 1, tl.program_id(1), tl.program_id(2).to(tl.int64), PADDED, BLOCK,
+        Route, Lengths, Order, Before, T, NB, R, stride_b, stride_t, stride_r, full, linear, local,
+        num_experts,
+        tl.program_id(0), tl.num_programs(0) - 1, tl.program_id(1), tl.program_id(2).to(tl.int64),
+        PADDED, BLOCK,
     )  # fmt: skip
 
 
@@ -107,7 +115,9 @@ def _blocks_before(Row, key, begin, NB, BM: tl.constexpr):
 
 
 @triton.jit
-def _work(Before, Starts, U, R, NB, start, STARTS: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr):
+def _work(
+    Before, Starts, U, R, NB, start, STARTS: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr
+):
     """Blocks of full queries times the keys that they see, of one head of each unit."""
     work = 0.0
     for first in range(0, U * NB, BLOCK):
@@ -126,8 +136,10 @@ def _work(Before, Starts, U, R, NB, start, STARTS: tl.constexpr, BM: tl.constexp
 
 @triton.jit
 def _schedule_kernel(
-    Order, Before, Starts, Items, Parts, Counters, U, R, UNIT, T, NB, num_keys, start, programs, max_blocks,
-    STARTS: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ROUNDS: tl.constexpr, MIN_KEYS: tl.constexpr,
+    Order, Before, Starts, Items, Parts, Counters, U, R, UNIT, T, NB, num_keys, start, programs,
+    max_blocks,
+    STARTS: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ROUNDS: tl.constexpr, MIN_KEYS: tl.constexpr,
     GROUPS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Each program writes the items of one group (u, s); all agree on the groups' sizes."""
@@ -135,7 +147,9 @@ def _schedule_kernel(
     keys = tl.maximum(work * UNIT / (programs * ROUNDS), (num_keys + S - 1) // S)
     L = (tl.maximum(keys, MIN_KEYS).to(tl.int32) + 127) // 128 * 128
 
-    g = tl.arange(0, GROUPS)  # first the groups with all L keys, u outer; then those cut short, s descending, u inner
+    g = tl.arange(
+        0, GROUPS
+    )  # first the groups with all L keys, u outer; then those cut short, s descending, u inner
     short = g >= U * S
     x = tl.where(short, g - U * S, g)
     inside = g < 2 * U * S
@@ -146,7 +160,9 @@ def _schedule_kernel(
         begin = tl.load(Starts + u // R).to(tl.int32)
     row = Before + u * 3 * (NB + 1)
     blocks = (tl.load(row + NB) + BM - 1) // BM
-    hi = tl.where(s == S - 1, blocks, tl.minimum(_blocks_before(row, (s + 1) * L, begin, NB, BM), blocks))
+    hi = tl.where(
+        s == S - 1, blocks, tl.minimum(_blocks_before(row, (s + 1) * L, begin, NB, BM), blocks)
+    )
     lo = tl.minimum(_blocks_before(row, s * L, begin, NB, BM), hi)
     size = tl.where(inside, tl.where(short, hi - lo, blocks - hi), 0)
     ends = tl.cumsum(size, 0)
@@ -160,7 +176,9 @@ def _schedule_kernel(
     last_part = tl.program_id(0) >= U * S
     mrow = Before + mu * 3 * (NB + 1)
     count = tl.load(mrow + NB)
-    one = tl.where(S == 1, max_blocks, _blocks_before(mrow, L, mbegin, NB, BM))  # earlier blocks are not split
+    one = tl.where(
+        S == 1, max_blocks, _blocks_before(mrow, L, mbegin, NB, BM)
+    )  # earlier blocks are not split
     for first in range(0, msize, WIDTH):
         n = first + tl.arange(0, WIDTH)
         real = n < msize
@@ -191,10 +209,15 @@ def empty_plan(route: Tensor) -> Plan:
     """Memory for the tables of route [B, T, R]."""
     B, T, R = route.shape
     order = torch.empty(B * R, KINDS, T, dtype=torch.int32, device=route.device)
-    return Plan(order, torch.empty(B * R, KINDS, triton.cdiv(T, STEP) + 1, dtype=torch.int32, device=route.device))
+    return Plan(
+        order,
+        torch.empty(B * R, KINDS, triton.cdiv(T, STEP) + 1, dtype=torch.int32, device=route.device),
+    )
 
 
-def make_plan(route: Tensor, indices: tuple[int, int, int], num_experts: int, lengths: Tensor | None) -> Plan:
+def make_plan(
+    route: Tensor, indices: tuple[int, int, int], num_experts: int, lengths: Tensor | None
+) -> Plan:
     """Sort the tokens by route [B, T, R].
 
     `indices` are those of full, linear and local among the experts, -1 where absent.
@@ -212,7 +235,13 @@ def make_plan(route: Tensor, indices: tuple[int, int, int], num_experts: int, le
 
 
 def make_work(
-    plan: Plan, units: int, unit_heads: int, num_keys: int, starts: Tensor | None, tile: tuple[int, int], programs: int
+    plan: Plan,
+    units: int,
+    unit_heads: int,
+    num_keys: int,
+    starts: Tensor | None,
+    tile: tuple[int, int],
+    programs: int,
 ) -> WorkList:
     """Cut full attention into items for `programs` resident programs.
 
@@ -223,7 +252,9 @@ def make_work(
     U, _, T = plan.order.shape
     segments = max(1, min(MAX_SEGMENTS, 128 // triton.next_power_of_2(U)))
     blocks, max_blocks = plan.before.shape[2] - 1, triton.cdiv(T, tile[0])
-    split = programs * ROUNDS // unit_heads + U * segments  # at most, of one head of each unit: items with all their keys
+    split = (
+        programs * ROUNDS // unit_heads + U * segments
+    )  # at most, of one head of each unit: items with all their keys
     items = torch.empty(split + U * max_blocks, 8, dtype=torch.int32, device=plan.order.device)
     parts = torch.empty(U, max_blocks, segments + 1, dtype=torch.int32, device=plan.order.device)
     counters = torch.empty(2, dtype=torch.int32, device=plan.order.device)
@@ -231,8 +262,10 @@ def make_work(
         _schedule_kernel, (2 * U * segments,),
         plan.order, plan.before, plan.before if starts is None else starts, items, parts, counters,
         U, units, unit_heads, T, blocks, num_keys, num_keys - T, programs, max_blocks,
-        STARTS=starts is not None, S=segments, BM=tile[0], BN=tile[1], ROUNDS=ROUNDS, MIN_KEYS=MIN_KEYS,
-        GROUPS=triton.next_power_of_2(2 * U * segments), BLOCK=min(2048, triton.next_power_of_2(U * blocks)), WIDTH=64,
+        STARTS=starts is not None, S=segments, BM=tile[0], BN=tile[1], ROUNDS=ROUNDS,
+        MIN_KEYS=MIN_KEYS,
+        GROUPS=triton.next_power_of_2(2 * U * segments),
+        BLOCK=min(2048, triton.next_power_of_2(U * blocks)), WIDTH=64,
         num_warps=4,
     )  # fmt: skip
     return WorkList(items, parts, counters, 2 * split if segments > 1 else 0)

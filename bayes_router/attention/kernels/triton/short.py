@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 """Hard routing of short texts on the GPU in two launches, where the backend `triton` has eight.
 
-The first sorts the tokens by route and sums up each chunk of keys for linear attention. In the second, programs stay resident
-and take items off a list that they all know, heaviest kind first:
+The first sorts the tokens by route and sums up each chunk of keys for linear attention. In the
+second, programs stay resident and take items off a list that they all know, heaviest kind first:
 
     full    a block of queries against a segment of the keys; the last to finish a block joins
             its segments
@@ -10,8 +10,9 @@ and take items off a list that they all know, heaviest kind first:
             last keys follow one by one
     local   a block of queries against the hull of their windows
 
-Adding up the chunks anew for every block is quadratic in the length, which a longer text would feel; the state of a large head
-does not fit into registers meanwhile, so that a launch between the two adds up there. Forward only.
+Adding up the chunks anew for every block is quadratic in the length, which a longer text would
+feel; the state of a large head does not fit into registers meanwhile, so that a launch between the
+two adds up there. Forward only.
 """
 
 from typing import NamedTuple
@@ -20,16 +21,26 @@ import torch
 import triton
 import triton.language as tl
 
-from bayes_router.attention.kernels.triton.forward import EPSILON, HIDDEN, attend_band, attend_keys, gather_rows, load_rows, phi
+from bayes_router.attention.kernels.triton.forward import (
+    EPSILON,
+    HIDDEN,
+    attend_band,
+    attend_keys,
+    gather_rows,
+    load_rows,
+    phi,
+)
 from bayes_router.attention.kernels.triton.linear import add_chunk
 from bayes_router.attention.kernels.triton.plan import sort_tokens
 
 
 @triton.jit(debug=True)  # keeps the assertion: a route out of range must not pass silently
 def prepare_kernel(
-    Route, Lengths, Order, Before, PlainK, V, S, Z, Arrived, r_b, r_t, r_r, k_b, k_h, k_t, v_b, v_h, v_t,
+    Route, Lengths, Order, Before, PlainK, V, S, Z, Arrived, r_b, r_t, r_r, k_b, k_h, k_t, v_b,
+    v_h, v_t,
     full, linear, local, num_experts, U, R, HK, T, NB, num_keys, NC, blocks,
-    PADDED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The tables of `plan`, a program for each kind of a row of them.
 
@@ -39,23 +50,29 @@ def prepare_kernel(
     if x < 3 * U:
         u = (x // 3).to(tl.int64)
         sort_tokens(
-            Route, Lengths, Order, Before, T, NB, R, r_b, r_t, r_r, full, linear, local, num_experts, 0, 0, x % 3, u, PADDED,
+            Route, Lengths, Order, Before, T, NB, R, r_b, r_t, r_r, full, linear, local,
+            num_experts, 0, 0, x % 3, u, PADDED,
             BLOCK,
         )  # fmt: skip
-        for i in range(x % 3 * BLOCK, blocks, 3 * BLOCK):  # blocks of full attention: none of their segments is there yet
+        for i in range(
+            x % 3 * BLOCK, blocks, 3 * BLOCK
+        ):  # blocks of full attention: none of their segments is there yet
             at = i + tl.arange(0, BLOCK)
             tl.store(Arrived + u * blocks + at, 0, mask=at < blocks)
     else:
         x -= 3 * U
         h, b = (x // NC % HK).to(tl.int64), (x // NC // HK).to(tl.int64)
-        add_chunk(PlainK, V, S, Z, Z, k_b, k_h, k_t, v_b, v_h, v_t, HK, 1, num_keys, NC, x % NC, h, b, False, CHUNK, BN, D,
+        add_chunk(PlainK, V, S, Z, Z, k_b, k_h, k_t, v_b, v_h, v_t, HK, 1, num_keys, NC, x % NC, h,
+            b, False, CHUNK, BN, D,
                   PRECISION)  # fmt: skip
 
 
 @triton.jit
 def _full(
-    q, Kh, Vh, Out, Partial, PartialLse, Arrived, t, real, begin, first, last, s, segment, num_keys, k_t, v_t, o_t, scale,
-    SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    q, Kh, Vh, Out, Partial, PartialLse, Arrived, t, real, begin, first, last, s, segment,
+    num_keys, k_t, v_t, o_t, scale,
+    SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A block of full queries against segment s of the keys.
 
@@ -64,8 +81,12 @@ def _full(
     d, r, pos = tl.arange(0, D), tl.arange(0, BM), t + begin
     lo, hi = s * segment, tl.minimum(s * segment + segment, last + begin + 1)
     if lo < hi:
-        seen = tl.maximum(tl.minimum((first + begin + 1) // BN * BN, hi // BN * BN), lo)  # end of the keys that all rows see
-        m, norm, acc = attend_keys(q, Kh, Vh, lo, seen, hi, num_keys, k_t, v_t, pos, scale, BM, BN, D, PRECISION)
+        seen = tl.maximum(
+            tl.minimum((first + begin + 1) // BN * BN, hi // BN * BN), lo
+        )  # end of the keys that all rows see
+        m, norm, acc = attend_keys(
+            q, Kh, Vh, lo, seen, hi, num_keys, k_t, v_t, pos, scale, BM, BN, D, PRECISION
+        )
         acc = acc / tl.maximum(norm, 1e-30)[:, None]
         at = Out + t[:, None].to(tl.int64) * o_t + d[None, :]
         parts = (last + begin) // segment + 1
@@ -74,7 +95,9 @@ def _full(
         else:
             one = r[:, None] * D + d[None, :]
             tl.store(Partial + s * BM * D + one, acc.to(Partial.dtype.element_ty))
-            tl.store(PartialLse + s * BM + r, m + tl.log2(norm))  # -inf of a row that sees none of these keys
+            tl.store(
+                PartialLse + s * BM + r, m + tl.log2(norm)
+            )  # -inf of a row that sees none of these keys
             tl.debug_barrier()  # every thread has stored before one of them says so
             if tl.atomic_add(Arrived, 1) == parts - 1:
                 m = tl.full([BM], HIDDEN, tl.float32)
@@ -94,7 +117,8 @@ def _full(
 @triton.jit
 def _linear(
     q, Kh, Vh, S, Z, Out, t, real, begin, first, last, num_keys, k_t, v_t, o_t,
-    SUMMED: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    SUMMED: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A block of linear queries.
 
@@ -115,7 +139,9 @@ def _linear(
             s += tl.load(S + c * D * D + at).to(tl.float32)
             s += tl.load(S + (c + 1) * D * D + at, mask=more, other=0.0).to(tl.float32)
             z += tl.load(Z + c * D + d) + tl.load(Z + (c + 1) * D + d, mask=more, other=0.0)
-    acc = tl.dot(feature.to(S.dtype.element_ty), s.to(S.dtype.element_ty), input_precision=PRECISION)
+    acc = tl.dot(
+        feature.to(S.dtype.element_ty), s.to(S.dtype.element_ty), input_precision=PRECISION
+    )
     den = tl.sum(feature.to(tl.float32) * z[None, :], 1) + EPSILON
     for n0 in range(chunks * CHUNK, last + begin + 1, BN):
         n = n0 + tl.arange(0, BN)
@@ -133,7 +159,8 @@ def work_kernel(
     Q, K, V, PlainQ, PlainK, Out, S, Z, Partial, PartialLse, Arrived, Order, Before, Starts,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, pq_b, pq_h, pq_t, pk_b, pk_h, pk_t, o_b, o_h, o_t,
     H, GROUP, UNIT, T, NB, num_keys, NC, start, window, scale, segment, blocks,
-    SINKS: tl.constexpr, STARTS: tl.constexpr, SPLIT: tl.constexpr, SUMMED: tl.constexpr, CHUNK: tl.constexpr,
+    SINKS: tl.constexpr, STARTS: tl.constexpr, SPLIT: tl.constexpr, SUMMED: tl.constexpr,
+    CHUNK: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (number, row of the tables).
@@ -149,7 +176,9 @@ def work_kernel(
     num_full = (tl.load(counts) + BM - 1) // BM * SPLIT
     num_linear = (tl.load(counts + NB + 1) + BM - 1) // BM
     num_local = (tl.load(counts + 2 * (NB + 1)) + BM - 1) // BM
-    for item in range(tl.program_id(0), (num_full + num_linear + num_local) * UNIT, tl.num_programs(0)):
+    for item in range(
+        tl.program_id(0), (num_full + num_linear + num_local) * UNIT, tl.num_programs(0)
+    ):
         h, x = u % (H // UNIT) * UNIT + item % UNIT, item // UNIT
         hk = h // GROUP
         Vh, Oh = V + b * v_b + hk * v_h, Out + b * o_b + h * o_h
@@ -158,21 +187,28 @@ def work_kernel(
             t, real, first, last = gather_rows(Order, Before, u, 0, i, T, NB, True, BM)
             q = load_rows(Q + b * q_b + h * q_h, t, real, q_t, D)
             block = (b * H + h) * blocks + i
-            _full(q, K + b * k_b + hk * k_h, Vh, Oh, Partial + block * SPLIT * BM * D, PartialLse + block * SPLIT * BM,
-                  Arrived + block, t, real, begin, first, last, s, segment, num_keys, k_t, v_t, o_t, scale, SPLIT, BM, BN, D,
+            _full(q, K + b * k_b + hk * k_h, Vh, Oh, Partial + block * SPLIT * BM * D,
+                PartialLse + block * SPLIT * BM,
+                  Arrived + block, t, real, begin, first, last, s, segment, num_keys, k_t, v_t,
+                  o_t, scale, SPLIT, BM, BN, D,
                   PRECISION)  # fmt: skip
         elif x < num_full + num_linear:
             i = num_linear - 1 - (x - num_full)
             t, real, first, last = gather_rows(Order, Before, u, 1, i, T, NB, True, BM)
             q = load_rows(PlainQ + b * pq_b + h * pq_h, t, real, pq_t, D)
             head = b * (H // GROUP) + hk
-            _linear(q, PlainK + b * pk_b + hk * pk_h, Vh, S + head * NC * D * D, Z + head * NC * D, Oh, t, real, begin, first,
-                    last, num_keys, pk_t, v_t, o_t, SUMMED, CHUNK, BM, BN, D, PRECISION)  # fmt: skip
+            _linear(q, PlainK + b * pk_b + hk * pk_h, Vh, S + head * NC * D * D, Z + head * NC * D,
+                Oh, t, real, begin, first,
+                    last, num_keys, pk_t, v_t, o_t, SUMMED, CHUNK, BM, BN, D,
+                    PRECISION)  # fmt: skip
         else:
-            t, real, first, last = gather_rows(Order, Before, u, 2, x - num_full - num_linear, T, NB, True, BM)
+            t, real, first, last = gather_rows(
+                Order, Before, u, 2, x - num_full - num_linear, T, NB, True, BM
+            )
             q = load_rows(Q + b * q_b + h * q_h, t, real, q_t, D)
             Kh = K + b * k_b + hk * k_h
-            _, norm, acc = attend_band(q, Kh, Vh, first + begin, last + begin, num_keys, k_t, v_t, t + begin, window, scale,
+            _, norm, acc = attend_band(q, Kh, Vh, first + begin, last + begin, num_keys, k_t, v_t,
+                t + begin, window, scale,
                                        SINKS, BM, BN, D, PRECISION)  # fmt: skip
             at = Oh + t[:, None].to(tl.int64) * o_t + tl.arange(0, D)[None, :]
             tl.store(at, (acc / norm[:, None]).to(Out.dtype.element_ty), mask=real[:, None])
@@ -192,7 +228,9 @@ class Cut(NamedTuple):
 
 def cut(num_keys: int, head_dim: int, dtype: torch.dtype) -> Cut:
     """What measured fastest on an H100."""
-    segment, chunk = (256, 64) if num_keys <= 1024 else (512, 128) if num_keys <= 2048 else (2048, 256)
+    segment, chunk = (
+        (256, 64) if num_keys <= 1024 else (512, 128) if num_keys <= 2048 else (2048, 256)
+    )
     if dtype == torch.float32:  # its products are not tensor-core ones: small tiles
         return Cut(segment, chunk, 32, 8 if head_dim > 32 else 4, 1, 2, None)
     if head_dim > 64:
