@@ -1,6 +1,7 @@
 """Holds the README to the committed results: every figure that it quotes is computed here again.
 
-    python -m analysis.quoted           says which sentences and rows of the README differ; exit status 1 if any does
+    python -m analysis.quoted           says which sentences and rows of the README differ;
+                                        exit status 1 if any does
     python -m analysis.quoted --print   prints them all, to be copied
 
 A figure is anything with a decimal point, a percent sign or a factor (2x) outside of code. One that
