@@ -1,6 +1,4 @@
-"""A mechanism of your own in a routed language model.
-
-The average of all values so far, nearly for free.
+"""A mechanism of your own in a routed language model: the average of all values so far.
 
 Run it: `python examples/custom_expert.py`. The text repeats itself, so that some tokens need to
 look back and others do not; the router learns which, at the prices that the experts name.
@@ -19,9 +17,7 @@ from bayes_router import (
 )
 
 EXPERTS = ("full", "running_mean", "local")
-SENTENCE = (
-    "Four score and seven years ago our fathers brought forth on this continent a new nation. "
-)
+SENTENCE = "Four score and seven years ago our fathers brought forth a new nation. "
 
 
 @register_expert("running_mean")
@@ -45,9 +41,8 @@ def main(steps=150):
     """Fit; the losses, and the share of tokens that each expert takes."""
     torch.manual_seed(0)
     text = torch.tensor(list((SENTENCE * 60).encode()))
-    lm = RoutedLanguageModel(
-        ModelConfig(d_model=32, num_layers=2, num_heads=2, window=8, experts=EXPERTS)
-    )
+    config = ModelConfig(d_model=32, num_layers=2, num_heads=2, window=8, experts=EXPERTS)
+    lm = RoutedLanguageModel(config)
     model = RoutingModel(lm.network, torch.full((2, 3), 0.17), torch.tensor([1.0, 0.05, 0.3]), 5.0)
     elbo = RoutingELBO(kl_weight=0.003)(model, RoutingGuide(model, lm.controller))
     windows, losses = text[: len(text) // 65 * 65].view(-1, 65), []
@@ -63,9 +58,8 @@ def main(steps=150):
         route = lm(windows[:8], mode="hard").route
     load = torch.bincount(route.flatten(), minlength=len(EXPERTS)) / route.numel()
     print(f"loss {losses[0]:.3f} to {losses[-1]:.3f} nats per token, the KL weighted")
-    print(
-        "  ".join(f"{name} {share:.0%}" for name, share in zip(EXPERTS, load.tolist(), strict=True))
-    )
+    for name, share in zip(EXPERTS, load.tolist(), strict=True):
+        print(f"{name} {share:.0%}")
     return losses, load
 
 
