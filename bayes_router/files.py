@@ -39,10 +39,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     try:
         try:
             write(temporary)
-        except (
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # how torch and safetensors report a full disk
+        # how torch and safetensors report a full disk
+        except (RuntimeError, SafetensorError) as error:
             raise OSError(f"{path}: {first_line(error)}") from error
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())

@@ -14,9 +14,8 @@ import torch
 
 CPUINFO = Path("/proc/cpuinfo")
 REPEATS = 7
-CYCLES_PER_MS = (
-    2_000_000  # of a GPU's clock, at most: at a lower clock the sleep before a reading is longer
-)
+# of a GPU's clock, at most: at a lower clock the sleep before a reading is longer
+CYCLES_PER_MS = 2_000_000
 MAX_SLEEP_MS = 50.0
 
 

@@ -26,9 +26,8 @@ from torch.nn import functional as F
 
 VOCABULARY, D, LAYERS, HEADS, WINDOW = 128, 32, 2, 2, 8
 COST = torch.tensor([1.00, 0.15, 0.30])  # of full, linear and local attention; full = 1
-CONCENTRATION = 0.5 * torch.softmax(
-    -COST, -1
-)  # of the prior: sparse, so that a draw is nearly one expert
+# of the prior: sparse, so that a draw is nearly one expert
+CONCENTRATION = 0.5 * torch.softmax(-COST, -1)
 PRICE, KL_WEIGHT, FLOOR = 2.0, 0.003, 0.01
 
 # Three experts: (q, k, v) [B, H, T, Dh] -> what the queries at positions `at` read.
@@ -36,9 +35,8 @@ PRICE, KL_WEIGHT, FLOOR = 2.0, 0.003, 0.01
 
 def softmax_attention(q, k, v, at, window):
     """Full attention, or over the last `window` keys."""
-    age = at[:, None] - torch.arange(
-        k.shape[2]
-    )  # of key j to query t: not from the future, not too old
+    # of key j to query t: not from the future, not too old
+    age = at[:, None] - torch.arange(k.shape[2])
     seen = (age >= 0) & (age < window)
     scores = (q[:, :, at] @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~seen, -math.inf)
     return scores.softmax(-1) @ v
@@ -47,9 +45,8 @@ def softmax_attention(q, k, v, at, window):
 def linear_attention(q, k, v, at):
     """sum_j phi(q_t) . phi(k_j) v_j over the past, normalised; phi = elu + 1."""
     phi_q, phi_k = F.elu(q[:, :, at]) + 1, F.elu(k) + 1
-    state = torch.einsum("bhtd,bhte->bhtde", phi_k, v).cumsum(2)[
-        :, :, at
-    ]  # every token enters it, whatever its route
+    # every token enters it, whatever its route
+    state = torch.einsum("bhtd,bhte->bhtde", phi_k, v).cumsum(2)[:, :, at]
     total = phi_k.cumsum(2)[:, :, at]
     return torch.einsum("bhtd,bhtde->bhte", phi_q, state) / (
         (phi_q * total).sum(-1, keepdim=True) + 1e-6

@@ -179,9 +179,8 @@ def test_no_file_reaches_into_what_another_keeps_private() -> None:
     everyone = set().union(*own.values())
     found = []
     for name, tree in FILES.items():
-        named = {
-            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)
-        }  # of a class that `type` makes
+        # of a class that `type` makes
+        named = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bayes_router"):
                 found += [

@@ -136,9 +136,8 @@ def test_a_stranger_with_the_readme_alone(built: dict[str, Path], tmp_path: Path
     for line in lines:
         line = line.replace("make fit", f"bayes-router fit --out runs/tiny {SMALL}")
         if line.startswith("bayes-router"):
-            quick = (
-                " --quick" if " report " in line else ""
-            )  # the long half of a report takes minutes
+            # the long half of a report takes minutes
+            quick = " --quick" if " report " in line else ""
             run(
                 [sys.executable, "-m", "bayes_router", *shlex.split(line + quick)[1:]],
                 home,

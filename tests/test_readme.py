@@ -22,9 +22,8 @@ def test_the_python_blocks_run(
     assert source.count("\n") > 20
     exec(compile(source, "README.md", "exec"), {"__name__": "readme"})
     printed = capsys.readouterr().out
-    assert all(
-        code in printed for language, code in BLOCKS if language == "text"
-    )  # what it shows is what it prints
+    # what it shows is what it prints
+    assert all(code in printed for language, code in BLOCKS if language == "text")
 
 
 def test_the_commands_exist() -> None:

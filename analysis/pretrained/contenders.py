@@ -46,9 +46,10 @@ def executed_cost(router: RoutedPretrained, routes: Tensor) -> float:
     local = window_keys(seen, router.settings.window, router.settings.sinks)
     keys = {"full": seen, "local": local}
     ratio = router.cost_ratio.to(routes.device).double()
+    # [E, T]
     cost = torch.stack(
         [keys.get(name, ratio[i] * seen.mean()).expand(T) for i, name in enumerate(router.experts)]
-    )  # [E, T]
+    )
     paid = cost[routes.clamp_min(0), torch.arange(T, device=routes.device)[:, None]]  # [L, T, R]
     return float(paid.sum() / (seen.sum() * routes.shape[0] * routes.shape[2]))
 

@@ -72,9 +72,8 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="?", default=RESULTS)
     args = parser.parse_args()
     frame = lost(pd.read_csv(args.results))
-    routed = set(
-        frame.loc[frame["contender"] == "routed", "context"]
-    )  # a run that was cut off has more originals
+    # a run that was cut off has more originals
+    routed = set(frame.loc[frame["contender"] == "routed", "context"])
     frame = frame[frame["context"].isin(routed)].sort_values(
         "context", ascending=False, kind="stable"
     )

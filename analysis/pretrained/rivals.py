@@ -83,7 +83,6 @@ def passkeys(
             with torch.no_grad():
                 gates.clamp_(0, 1)
             losses.append(float(loss.detach()))
-    choose_by(
-        router, gates.detach().cpu() + 1e-4 * torch.rand(gates.shape)
-    )  # ties broken at random
+    # ties broken at random
+    choose_by(router, gates.detach().cpu() + 1e-4 * torch.rand(gates.shape))
     return losses

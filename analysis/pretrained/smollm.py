@@ -62,18 +62,17 @@ from bayes_router.transformer.nll import token_nll
 from bayes_router.types import CostModel, Route
 
 BUDGETS = (0.5, 0.3, 0.2)  # the first is what the target names
-TESTS = {
-    "novels": "train",
-    "wikitext103": "wikitext103 valid",
-}  # and the text on which their prices are set
+# and the text on which their prices are set
+TESTS = {"novels": "train", "wikitext103": "wikitext103 valid"}
 WINDOW, SINKS = 1024, 4
 KEYS = ("text", "context", "contender", "budget")
+# tokens kept
 LIMITS = {
     "train": 2_000_000,
     "wikitext103 valid": 40_000,
     "wikitext103": 300_000,
     "novels": 300_000,
-}  # tokens kept
+}
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -287,9 +286,8 @@ def table(args: argparse.Namespace) -> None:
             add(text, context, "original", 1.0, hybrid(range(len(router.layers)), full, local))
         length = args.order_tokens or context
         for budget in BUDGETS:
-            kept, target = layers_within(
-                router, context, budget
-            )  # what a static choice of layers can cost
+            # what a static choice of layers can cost
+            kept, target = layers_within(router, context, budget)
             if late():
                 return summarise(rows.frame())
             if kept == 0:
@@ -307,9 +305,8 @@ def table(args: argparse.Namespace) -> None:
                 add(text, context, "routed", budget, None)
                 if text == "novels":
                     own = loads(router, tail, context, 2 * context, device)
-            if (
-                length not in ordered and args.order_seconds
-            ):  # after the first routed row, which is the one that counts
+            # after the first routed row, which is the one that counts
+            if length not in ordered and args.order_seconds:
                 with phase("static orders"):
                     tokens = tails["novels"].tokens[None, :length].long().to(device)
                     ordered[length] = orders(

@@ -45,10 +45,8 @@ BATCHES = {
     "cuda": {"prefill": [1, 8], "decode": [1, 32]},
 }
 SHORTER = 192  # tokens that the longest cache of decoding is shorter than the longest text
-WARM_UP, STEPS = (
-    4,
-    4,
-)  # steps of decoding that are not counted; and steps counted, for a turn of prefill
+# steps of decoding that are not counted; and steps counted, for a turn of prefill
+WARM_UP, STEPS = 4, 4
 
 
 @dataclass
@@ -154,9 +152,8 @@ class Bench:
     def decode(self, contexts: list[int], batch: int) -> None:
         """The longest context first: its cache is cut to the others."""
         caches: dict[str, Any] = {}
-        for (
-            c
-        ) in self.contenders:  # without routes a cache holds what the original's does, bit for bit
+        # without routes a cache holds what the original's does, bit for bit
+        for c in self.contenders:
             chooses = c.policy is not None or not caches
             caches[c.name] = (
                 c(self.texts[:batch, : max(contexts)])
@@ -199,9 +196,10 @@ def step_cost(contender: TimedModel, held: int) -> float:
     local = window_keys(seen, router.settings.window, router.settings.sinks) / seen
     shares = [{"full": torch.ones_like(seen), "local": local}.get(name) for name in router.experts]
     ratio = router.cost_ratio.double()
+    # [passes, E]
     cost = torch.stack(
         [ratio[i].expand(len(seen)) if x is None else x for i, x in enumerate(shares)], 1
-    )  # [passes, E]
+    )
     return float(cost.gather(1, routes.flatten(1).cpu()).mean())
 
 

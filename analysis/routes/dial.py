@@ -214,9 +214,8 @@ def study(
 
     argmax = dial("argmax")
     curve = argmax.curve(budgets)
-    budgets = curve.loc[
-        curve["budget"] < float(ratios.max()), "budget"
-    ].tolist()  # at the end there is one route for all
+    # at the end there is one route for all
+    budgets = curve.loc[curve["budget"] < float(ratios.max()), "budget"].tolist()
     return curve, compare(
         argmax, {t: dial("conservative", threshold=t) for t in thresholds}, budgets
     )

@@ -89,9 +89,8 @@ def main() -> None:
             end="",
         )
         print(f" {choice.short.name:>9} {choice.long.name:>9}")
-        for T in sorted(
-            options.lengths, reverse=True
-        ):  # the largest first: memory is then as in a model that has run
+        # the largest first: memory is then as in a model that has run
+        for T in sorted(options.lengths, reverse=True):
             ratios = []
             for (B, H, Dh), mix in ((shape, mix) for shape in SHAPES for mix in MIXES):
                 ms = measure(clock, device, Shape(B, H, T, Dh), mix, gradients)

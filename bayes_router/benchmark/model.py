@@ -312,9 +312,8 @@ def _routes(subject: Subject, route: Tensor, mode: Mode, start: int = 0) -> Row:
     )
     taken = F.one_hot(route.cpu(), len(names)).sum((0, 1, 3))  # [T, E]
     keys = torch.tensor([expert.keys_read(start + route.shape[2]) for expert in experts])
-    shared = route.cpu().unflatten(
-        -1, (-1, max(route.shape[3] // heads, 1))
-    )  # units that read the same key heads
+    # units that read the same key heads
+    shared = route.cpu().unflatten(-1, (-1, max(route.shape[3] // heads, 1)))
     most = shared.gather(-1, keys[shared].argmax(-1, keepdim=True))
     read = F.one_hot(most.flatten(), len(names)).sum(0)
     load = taken.sum(0).double() / taken.sum()

@@ -26,9 +26,8 @@ class Pace:
 
     def __init__(self, device: torch.device, share: float = SHARE):
         self.learns, self.share = device.type == "cpu", share
-        self.seconds: dict[
-            str, float
-        ] = {}  # for a unit of work, of each kind of pass; the slowest so far
+        # for a unit of work, of each kind of pass; the slowest so far
+        self.seconds: dict[str, float] = {}
 
     def learn(self, what: str, shape: Shape, once: float) -> None:
         """A turn of the calls of a group took `once` seconds."""

@@ -85,9 +85,8 @@ def plan_groups(plan: BenchmarkPlan, cuda: bool, longest: int = LENGTHS[-1]) -> 
         if asked or plan.quick
         else [replace(group, target=True) for group in _targets(mixes, cuda)]
     )
-    compiled = (
-        {group.shape.T for group in groups if group.mix} if cuda else set()
-    )  # a GPU takes seconds for a new length
+    # a GPU takes seconds for a new length
+    compiled = {group.shape.T for group in groups if group.mix} if cuda else set()
     ready, others = (
         [pair for pair in pairs if (pair[0].T in compiled) is known] for known in (True, False)
     )
@@ -105,9 +104,8 @@ def plan_groups(plan: BenchmarkPlan, cuda: bool, longest: int = LENGTHS[-1]) -> 
     if asked or plan.quick:
         alone = sorted({Shape(1, one.H, one.T, one.Dh) for one, _ in pairs}, key=lambda one: one.T)
         groups += [Group("alone", one) for one in alone]
-        most = (
-            [max(lengths) if cuda else min(max(lengths), 8192)] if lengths else []
-        )  # a CPU takes minutes for one longer
+        # a CPU takes minutes for one longer
+        most = [max(lengths) if cuda else min(max(lengths), 8192)] if lengths else []
         trained = [Shape(1, heads, T, 64) for T in most] + [
             Shape(1, one.H, one.T, one.Dh) for one in shapes
         ]

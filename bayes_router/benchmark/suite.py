@@ -203,9 +203,8 @@ class Suite:
                 self.left_out.append(group)
                 continue
             progress.say(f"{group.kind} T{group.shape.T}")
-            share = left / (
-                len(self.groups) - number
-            )  # half of it for drawing, compiling and warming up
+            # half of it for drawing, compiling and warming up
+            share = left / (len(self.groups) - number)
             self.clock.budget = self.budget if group.target else min(self.budget, share / 2)
             yield from measures.get(group.what, self.causal)(group)
             if group.what != "training memory":

@@ -162,19 +162,16 @@ def _verify(case: Case, experts: list[Expert], device: torch.device) -> list[Bac
     true = torch.autograd.grad((want * weight).sum(), exact) if case.grad else ()
     problem, found_right = RoutedProblem(q, k, v, q, k, route, tuple(experts), lengths), []
     for backend in backends():
-        if backend in (
-            REFERENCE,
-            AUTO,
-        ):  # what all are compared with, and what is one of the others
+        # what all are compared with, and what is one of the others
+        if backend in (REFERENCE, AUTO):
             continue
         with torch.no_grad():
             if backend.refuses(replace(problem)):
                 continue
             _compare(backend.name, device, "out", compared(call(backend, route)), want)
         found_right.append(backend)
-        lean = (
-            T < LONG or backend is not DENSE
-        )  # whose gradients are those of the experts' own passes
+        # whose gradients are those of the experts' own passes
+        lean = T < LONG or backend is not DENSE
         if case.grad and lean and not backend.refuses(replace(problem)):
             out = compared(call(backend, route))
             _compare(backend.name, device, "out", out, want)

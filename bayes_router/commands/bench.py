@@ -31,10 +31,8 @@ COLUMNS = (
 
 def run(options: Namespace) -> None:
     """Verify, measure, write, and print every row, where routing loses, and what was left out."""
-    from bayes_router.benchmark import (
-        suite,
-        summary,
-    )  # with pandas and seaborn, only where they are wanted
+    # with pandas and seaborn, only where they are wanted
+    from bayes_router.benchmark import suite, summary
     from bayes_router.benchmark.plan import BenchmarkPlan
 
     device = pick_device(options.device)

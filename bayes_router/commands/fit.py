@@ -32,9 +32,8 @@ def run(options: Namespace) -> None:
     )
     if not summary:  # another rank than 0
         return
-    from bayes_router.diagnostics.figures.run import (
-        draw_run,
-    )  # seaborn, now that there is something to draw
+    # seaborn, now that there is something to draw
+    from bayes_router.diagnostics.figures.run import draw_run
 
     draw_run(out)
     print_summary(summary)

@@ -71,10 +71,8 @@ def open_fitted(options: Namespace, text: Optional[bytes] = None) -> FittedRun:
 
 
 def _open_patch(options: Namespace, text: Optional[bytes]) -> FittedRun:
-    from bayes_router.integrations.huggingface.loading import (
-        load_base,
-        load_tokeniser_of,
-    )  # transformers, where it is needed
+    # transformers, where it is needed
+    from bayes_router.integrations.huggingface.loading import load_base, load_tokeniser_of
 
     origin = read_origin(options.run)
     kind, name = origin.model, origin.base

@@ -27,9 +27,8 @@ def run(options: Namespace) -> None:
         routes.append(token.route[:, 0])
         pending.append(int(token.tokens[0]))
         text = tokeniser.decode(pending)
-        if (
-            not text.endswith("\ufffd") or len(pending) > 3
-        ):  # an unfinished character waits for its other bytes
+        # an unfinished character waits for its other bytes
+        if not text.endswith("\ufffd") or len(pending) > 3:
             print(text, end="", flush=True)
             pending = []
     print(tokeniser.decode(pending))

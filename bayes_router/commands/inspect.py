@@ -26,13 +26,8 @@ from bayes_router.diagnostics.report import ShownText, route_text
 from bayes_router.diagnostics.shading import Scale, scale
 from bayes_router.files import write_text
 
-COLOURS = (
-    25,
-    172,
-    72,
-    133,
-    185,
-)  # of the 256 of a terminal: dark blue, orange, green, purple, yellow, as in the figures
+# of the 256 of a terminal: dark blue, orange, green, purple, yellow, as in the figures
+COLOURS = (25, 172, 72, 133, 185)
 REDS = (231, 224, 217, 167, 124)
 WHEN = ("auto", "always", "never")
 WIDTH = 80
@@ -115,8 +110,8 @@ def render(
         f"{name} {share:.1%}" for name, share in zip(fitted.experts, load.tolist(), strict=True)
     ]
     marked = (
-        f"{sum(doubt)} of {len(doubt)} tokens marked: the probability that their weight is "
-        f"the largest is below {threshold:g}"
+        f"{sum(doubt)} of {len(doubt)} tokens marked: the probability that their weight is the "
+        f"largest is below {threshold:g}"
     )
     if colour:
         legend = Text("  ").join(_paint(f" {share} ", e, False) for e, share in enumerate(shares))

@@ -148,9 +148,8 @@ def _tables(prior: ComputeAwarePrior, config: Config, options: Namespace) -> dic
         for name in ("cost", "map", "temperature", "total_concentration", "price")
     }
     if settings.cost_ratio is not None or settings.cost == CostModel.LATENCY.value:
-        table["cost_ratio"] = (
-            prior.cost_ratio.tolist()
-        )  # measured here: another machine would measure others
+        # measured here: another machine would measure others
+        table["cost_ratio"] = prior.cost_ratio.tolist()
     per_layer = {
         "layer_mean": prior.mean.tolist(),
         "layer_temperature": list(prior.temperature),
@@ -215,8 +214,8 @@ def _sweep(config: Config, options: Namespace) -> None:
         .rename(columns=lambda c: c.split(".")[-1])
     )
     title = (
-        f"posterior after {options.steps} steps of {options.refit}, mean of {options.seeds} "
-        f"seeds, {options.tokens:,} tokens:"
+        f"posterior after {options.steps} steps of {options.refit}, mean of {options.seeds} seeds, "
+        f"{options.tokens:,} tokens:"
     )
     print(
         "\n"

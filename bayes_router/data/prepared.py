@@ -75,9 +75,8 @@ class MappedTokens(TokenDataset):
 
     def _windows_at(self, starts: Tensor, context: int) -> Batch:
         tokens = np.memmap(self.path, self.dtype, mode="r", shape=(self.length,))
-        window = np.stack(
-            [tokens[start : start + context + 1] for start in starts.tolist()]
-        )  # [B, T + 1]
+        # [B, T + 1]
+        window = np.stack([tokens[start : start + context + 1] for start in starts.tolist()])
         ids = torch.from_numpy(window.astype(np.int64))
         return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
 
@@ -205,9 +204,8 @@ def _boundary(block: bytes) -> int:
         if end > len(block) // 2:
             return end
     end = len(block)
-    while (
-        end > len(block) - 4 and block[end - 1] & 0xC0 == 0x80
-    ):  # inside a character of several bytes
+    # inside a character of several bytes
+    while end > len(block) - 4 and block[end - 1] & 0xC0 == 0x80:
         end -= 1
     return end - 1 if block[end - 1] >= 0xC0 else len(block)
 
@@ -255,9 +253,8 @@ def _new_folder(home: Path) -> Iterator[Path]:
     held_until_the_end = ExitStack()
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
-        with held(
-            home.parent, wait=True
-        ):  # nobody takes a folder that is made, and not yet held, for one that was left
+        # nobody takes a folder that is made, and not yet held, for one that was left
+        with held(home.parent, wait=True):
             _remove_left(home.parent)
             made = Path(tempfile.mkdtemp(prefix=f".{home.name}.", dir=home.parent))
             held_until_the_end.enter_context(held(made))

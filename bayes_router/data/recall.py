@@ -124,9 +124,8 @@ class RecallData:
         """
         check_batch(batch_size)
         count = window_count(self.num_windows, context, limit)
-        rng = np.random.default_rng(
-            np.random.SeedSequence(0, spawn_key=(1,))
-        )  # training draws from the keys (0, step)
+        # training draws from the keys (0, step)
+        rng = np.random.default_rng(np.random.SeedSequence(0, spawn_key=(1,)))
         sequence = self._draw(rng, self.num_windows, context)[:count]
         return (self._as_batch(part) for part in torch.split(sequence, batch_size))
 
@@ -141,9 +140,10 @@ class RecallData:
             )
         first_value = 1 + self.num_keys
         keys = 1 + _distinct(rng, rows, self.num_keys, self.num_pairs)  # [B, P]
+        # [B, P]
         values = first_value + torch.from_numpy(
             rng.integers(0, self.num_values, size=(rows, self.num_pairs))
-        )  # [B, P]
+        )
         asked = _distinct(rng, rows, self.num_pairs, self.num_queries)  # [B, Q]
 
         # The tail holds Q queries of 3 tokens in random places: choose them as if each were 1 token
@@ -151,14 +151,12 @@ class RecallData:
         tail_start = 2 * self.num_pairs + self.distance
         slots = context + 1 - tail_start - 2 * self.num_queries
         place = _distinct(rng, rows, slots, self.num_queries).sort(dim=1).values  # [B, Q]
-        mark = (
-            tail_start + place + 2 * torch.arange(self.num_queries)
-        )  # [B, Q], positions of the marks
+        # [B, Q], positions of the marks
+        mark = tail_start + place + 2 * torch.arange(self.num_queries)
 
         sequence = self._filler(rng, mark, context + 1)  # [B, T + 1]
-        sequence[:, : 2 * self.num_pairs] = torch.stack([keys, values], dim=2).flatten(
-            1
-        )  # [B, 2 P]
+        # [B, 2 P]
+        sequence[:, : 2 * self.num_pairs] = torch.stack([keys, values], dim=2).flatten(1)
         sequence.scatter_(1, mark, MARK)
         sequence.scatter_(1, mark + 1, keys.gather(1, asked))
         return sequence.scatter_(1, mark + 2, values.gather(1, asked))
@@ -167,12 +165,10 @@ class RecallData:
         """Tokens [B, length] that alternate between two of a run; a run ends at each mark."""
         rows, runs = len(mark), self.num_queries + 1
         first = 1 + self.num_keys + self.num_values
-        pair = first + _distinct(rng, rows * runs, self.num_fillers, 2).view(
-            rows, runs, 2
-        )  # [B, R, 2]
-        run = (
-            torch.zeros(rows, length, dtype=torch.int64).scatter_(1, mark, 1).cumsum(dim=1)
-        )  # [B, length]
+        # [B, R, 2]
+        pair = first + _distinct(rng, rows * runs, self.num_fillers, 2).view(rows, runs, 2)
+        # [B, length]
+        run = torch.zeros(rows, length, dtype=torch.int64).scatter_(1, mark, 1).cumsum(dim=1)
         return pair.flatten(1).gather(1, 2 * run + torch.arange(length) % 2)  # of [B, 2 R]
 
     def _as_batch(self, sequence: Tensor) -> RecallBatch:

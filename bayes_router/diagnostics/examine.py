@@ -118,9 +118,8 @@ class Examination:
         if part not in self._failed:
             try:
                 return getattr(self, part)
-            except (
-                Exception
-            ) as error:  # of whatever kind: a package that is missing, memory that ends
+            # of whatever kind: a package that is missing, memory that ends
+            except Exception as error:
                 self.leave_out(part, error)
         return None
 
@@ -186,12 +185,8 @@ class Examination:
             return collapse_over_training(
                 pd.read_csv(path), self.run.experts, self.thresholds.collapse
             )
-        except (
-            ValueError,
-            LookupError,
-            TypeError,
-            OSError,
-        ) as error:  # whatever a damaged table makes pandas say
+        # whatever a damaged table makes pandas say
+        except (ValueError, LookupError, TypeError, OSError) as error:
             raise ValueError(
                 f"{path}: expected the metrics of this run; it is damaged; {one_line(error)}"
             ) from error

@@ -108,9 +108,8 @@ def pieces(ids: list[int], tokeniser: Tokeniser | None) -> list[str]:
     for token in ids:
         pending.append(token)
         text = tokeniser.decode(pending)
-        whole = (
-            not text.endswith("\ufffd") or len(pending) > 3
-        )  # no character has more than 4 bytes
+        # no character has more than 4 bytes
+        whole = not text.endswith("\ufffd") or len(pending) > 3
         shown.append(text if whole else "")
         pending = [] if whole else pending
     if pending:

@@ -227,9 +227,8 @@ def figures(examined: Examination, shown: ShownText, quick: bool) -> list[dict[s
     for title, caption, draw in found:
         try:
             drawn.append({"title": title, "caption": caption, "image": figure(draw)})
-        except (
-            Exception
-        ) as error:  # of whatever kind: the other figures and the text are worth more than it
+        # of whatever kind: the other figures and the text are worth more than it
+        except Exception as error:
             examined.leave_out(f"figure '{title}'", error)
     return drawn
 

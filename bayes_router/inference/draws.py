@@ -36,9 +36,8 @@ class RowDraws(Messenger):
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if msg["name"] != route_site(self._layer) or msg["is_observed"] or msg["done"]:
             return
-        rows = msg["fn"].concentration.unbind(
-            -3
-        )  # of the posterior, as the guide has it: [(R,) B, T, E]
+        # of the posterior, as the guide has it: [(R,) B, T, E]
+        rows = msg["fn"].concentration.unbind(-3)
         family = type(msg["fn"])
         draws = []
         for seed, row in zip(self.seeds, rows, strict=True):

@@ -319,18 +319,15 @@ def _shared(value: Tensor, dims: int) -> Tensor:
 
 def _stacked_kl(model_trace: Trace, guide_trace: Trace, routes: list[str]) -> Tensor:
     """Sum over layers and units of KL(q || p), per token: one expression for all."""
-    q = torch.stack(
-        [guide_trace.nodes[name]["fn"].concentration for name in routes]
-    )  # [L, ..., B, T, E]
+    # [L, ..., B, T, E]
+    q = torch.stack([guide_trace.nodes[name]["fn"].concentration for name in routes])
     priors = [model_trace.nodes[name]["fn"] for name in routes]
-    p = _stacked(
-        [_shared(prior.concentration, 1) for prior in priors]
-    )  # [L, 1, 1, E] of one for all tokens
+    # [L, 1, 1, E] of one for all tokens
+    p = _stacked([_shared(prior.concentration, 1) for prior in priors])
     if isinstance(priors[0], TiltedDirichlet):
         log_z = _stacked([_shared(prior.log_normaliser, 0) for prior in priors])
-        tilt = _stacked(
-            [_shared(prior.tilt, 1) for prior in priors]
-        )  # [L, E], or as the concentration
+        # [L, E], or as the concentration
+        tilt = _stacked([_shared(prior.tilt, 1) for prior in priors])
         tilt = tilt.view(len(routes), *[1] * (q.dim() - 2), -1) if tilt.dim() == 2 else tilt
         kl = tilted_kl(q, p, tilt, log_z)
     else:

@@ -243,9 +243,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: there are several.
     """
-    kind = getattr(
-        sys.modules.get("transformers"), "PreTrainedModel", None
-    )  # its models cannot exist without it
+    # its models cannot exist without it
+    kind = getattr(sys.modules.get("transformers"), "PreTrainedModel", None)
     if kind is None or not isinstance(model, nn.Module) or isinstance(model, kind):
         return model
     found: dict[str, nn.Module] = {}

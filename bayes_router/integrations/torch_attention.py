@@ -129,9 +129,8 @@ class RoutedTorch(RoutedModel):
 
         Of rows of tokens, over the real ones.
         """
-        out, target = (
-            x[0] if isinstance(x, tuple) else x for x in (out, target)
-        )  # without attention weights
+        # without attention weights
+        out, target = (x[0] if isinstance(x, tuple) else x for x in (out, target))
         distance: Tensor = (out - target).square()
         last, by_row = self.last, getattr(self.found[0].module, "batch_first", True)
         real = last.real.get(0)
@@ -170,9 +169,8 @@ def patch_torch(model: nn.Module, settings: PatchSettings) -> RoutedTorch:
     for layer in layers:
         router.undo.append(replace_forward(layer, torch_layer.forward))
     for encoder in (m for m in model.modules() if isinstance(m, nn.TransformerEncoder)):
-        if any(
-            layer not in layers and routed & set(layer.modules()) for layer in encoder.layers
-        ):  # takes no nested tensors
+        # takes no nested tensors
+        if any(layer not in layers and routed & set(layer.modules()) for layer in encoder.layers):
             router.undo.append(
                 partial(setattr, encoder, "use_nested_tensor", encoder.use_nested_tensor)
             )
@@ -306,9 +304,8 @@ def _call(
     heads = torch.cat(
         [F.linear(x, weight[: 2 * D], first), F.linear(values, weight[2 * D :], last)], 2
     )
-    q, k, v = heads.unflatten(2, (3, module.num_heads, -1)).permute(
-        2, 0, 3, 1, 4
-    )  # [B, H, T, Dh] each
+    # [B, H, T, Dh] each
+    q, k, v = heads.unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
     T, dropout = x.shape[1], module.dropout if module.training else 0.0
     causal, padding = False, None
     if mask is not None:

@@ -53,9 +53,8 @@ class Moments:
 
     def __init__(self, width: int):
         self.count, self.beside = 0, 0.0
-        self._shift: Tensor | None = (
-            None  # near the mean: sums of squares of what is far from zero lose digits
-        )
+        # near the mean: sums of squares of what is far from zero lose digits
+        self._shift: Tensor | None = None
         self._sum, self._square = (
             torch.zeros(width, dtype=torch.float64),
             torch.zeros(width, width, dtype=torch.float64),
@@ -99,9 +98,8 @@ class LayerEvidence(nn.Module):
             ("directions", directions),
             ("log_budget", log_budget),
         ):
-            self.register_buffer(
-                name, value, persistent=False
-            )  # a file of its own: runs of before have none
+            # a file of its own: runs of before have none
+            self.register_buffer(name, value, persistent=False)
 
     @classmethod
     def of(cls, moments: Moments, dimensions: int = DIRECTIONS) -> "LayerEvidence":

@@ -183,9 +183,8 @@ def tilted_by(concentration: Tensor, tilt: Tensor) -> Tensor:
     [..., E].
     """
     share = (concentration.log() - tilt).softmax(-1)
-    least = torch.finfo(
-        concentration.dtype
-    ).tiny  # an underflowed concentration is no concentration
+    # an underflowed concentration is no concentration
+    least = torch.finfo(concentration.dtype).tiny
     return (share * concentration.sum(-1, keepdim=True)).clamp_min(least)
 
 

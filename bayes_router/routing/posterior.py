@@ -108,9 +108,8 @@ def probability_of_largest(concentration: Tensor, expert: Tensor) -> Tensor:
     node, weight = _gauss_legendre(alpha.device)
     u = low.unsqueeze(-1) + (high - low).unsqueeze(-1) * node  # [..., N], log x
     x = u.exp()
-    density = (
-        chosen.unsqueeze(-1) * u - x - chosen.lgamma().unsqueeze(-1)
-    )  # log p(x) + log x, of log x
+    # log p(x) + log x, of log x
+    density = chosen.unsqueeze(-1) * u - x - chosen.lgamma().unsqueeze(-1)
     for f in range(alpha.shape[-1]):
         other = others[..., f].unsqueeze(-1)
         below = torch.special.gammainc(other.clamp_max(1e300), x).log()

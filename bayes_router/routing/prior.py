@@ -254,9 +254,8 @@ def _met(
     if target_entropy is None:
         return at(given)
     low, high = TOTALS
-    if (
-        cost(heated(low)) < target_cost
-    ):  # under a price a sparse prior cannot cost so much; where does it begin to?
+    # under a price a sparse prior cannot cost so much; where does it begin to?
+    if cost(heated(low)) < target_cost:
         low = (
             1.01
             * _solve(

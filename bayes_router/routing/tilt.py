@@ -61,9 +61,8 @@ def tilted_moments(concentration: Tensor, tilt: Tensor) -> TiltedMoments:
         Exact to about 1e-9 for total concentrations from 1e-3 to 1e4.
     """
     a, cost = concentration.double(), tilt.double()
-    shift = (
-        cost.min()
-    )  # exp(-tilt . route) = exp(-shift) exp(-(tilt - shift) . route), for weights sum to 1
+    # exp(-tilt . route) = exp(-shift) exp(-(tilt - shift) . route), for weights sum to 1
+    shift = cost.min()
     cost = cost - shift
     m = _saddle(a, cost).unsqueeze(-1)  # [..., 1]
     step = 6 / (m.sqrt() * NODES)  # |e^s| has fallen to e^-36 of its top at the last node

@@ -217,9 +217,8 @@ def save_weights(run: Path, model: nn.Module, settings: str) -> None:
         "settings": settings,
         "version": __version__,
     }
-    metadata = {
-        "run": json.dumps(table)
-    }  # one entry: the order of several is another in each process
+    # one entry: the order of several is another in each process
+    metadata = {"run": json.dumps(table)}
     write_whole(run / WEIGHTS, lambda p: save_file(weights, p, metadata))
 
 
@@ -269,9 +268,8 @@ def load_checkpoint(
         _check_finite(state["model"])
         model.load_state_dict(state["model"])
         for group in state["optimiser"]["param_groups"]:
-            group["fused"] = optimiser.defaults[
-                "fused"
-            ]  # of this device, whatever device wrote the file
+            # of this device, whatever device wrote the file
+            group["fused"] = optimiser.defaults["fused"]
         optimiser.load_state_dict(state["optimiser"])
         _check_moments(optimiser)
     return progress

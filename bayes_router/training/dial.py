@@ -98,9 +98,8 @@ class Dial:
         self.policy = policy
         self.experts = experts
         self.readings: dict[float, Executed] = {}
-        self._foresees = isinstance(
-            policy(0.0), Budget
-        )  # others take longer than a pass on posteriors that are held
+        # others take longer than a pass on posteriors that are held
+        self._foresees = isinstance(policy(0.0), Budget)
         self._last: Pass | None = None
 
     def read(self, price: float) -> Executed:
@@ -143,9 +142,8 @@ class Dial:
                 f"{most:.3f} (on the "
                 f"costliest); got {budget:g}; choose one in this range"
             )
-        margin = max(
-            tolerance / 2, torch.finfo(torch.float32).eps
-        )  # at an end, the price that just leads there
+        # at an end, the price that just leads there
+        margin = max(tolerance / 2, torch.finfo(torch.float32).eps)
         aim = min(max(budget, least + margin), most - margin)
         self.read(0.0)
         for turn in itertools.count():

@@ -46,9 +46,8 @@ class Evaluation:
     # weight 1
     elbo: float
     gap: float  # nll hard - nll mean
-    executed_cost: dict[
-        str, float
-    ]  # of the routes executed under HARD, by cost model: load times each expert's own ratio
+    # of the routes executed under HARD, by cost model: load times each expert's own ratio
+    executed_cost: dict[str, float]
     executed: dict[str, dict[str, float]]  # the same routes counted, see the class
     load_per_layer: list[list[float]]  # HARD; this and the next are means over units
     kl_per_layer: list[float]  # summed over units
@@ -114,9 +113,8 @@ class _Prior:
         self.concentration = concentration.to("cpu", torch.float64)  # [L, R or 1, E]
         self.price = torch.zeros(self.concentration.shape[-1]) if price is None else price.cpu()
         self.price = self.price.double()
-        self.log_normaliser = tilted_moments(
-            self.concentration, self.price
-        ).log_normaliser  # [L, R or 1]
+        # [L, R or 1]
+        self.log_normaliser = tilted_moments(self.concentration, self.price).log_normaliser
 
     def to(self, device: torch.device) -> "_Prior":
         """Moved there."""
@@ -157,9 +155,8 @@ class _Sums:
         flat = concentration.flatten(1, 2).double()  # [L, N, R, E]
         mean = posterior_mean(flat)
         self.taken = self.taken + F.one_hot(hard_choice, flat.shape[-1]).double().sum(1)
-        shared = hard_choice.unflatten(
-            -1, (-1, sharing)
-        )  # [L, B, T, units that read apart, sharing]
+        # [L, B, T, units that read apart, sharing]
+        shared = hard_choice.unflatten(-1, (-1, sharing))
         most = shared.gather(-1, keys_read[shared].argmax(-1, keepdim=True))
         self.read = self.read + F.one_hot(most.flatten(), flat.shape[-1]).double().sum(0)
         self.mean = self.mean + mean.sum(1)

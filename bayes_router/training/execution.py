@@ -50,9 +50,8 @@ class Execution:
 
     def __enter__(self) -> None:
         for owner, name, form in self.forms:
-            object.__setattr__(
-                owner, name, form
-            )  # in front of the method of the class, on this instance alone
+            # in front of the method of the class, on this instance alone
+            object.__setattr__(owner, name, form)
 
     def __exit__(self, *_: object) -> None:
         for owner, name, _form in self.forms:

@@ -93,9 +93,8 @@ def find_culprit(model: RoutedLanguageModel, tokens: Tensor) -> str:
     With its range of concentrations.
     """
     lost = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
-    ranges: list[
-        tuple[float, float, bool]
-    ] = []  # of each layer: concentration from, to; whether its input is finite
+    # of each layer: concentration from, to; whether its input is finite
+    ranges: list[tuple[float, float, bool]] = []
 
     def route(layer: int, hidden: Tensor) -> Tensor:
         concentration = model.controller.posterior(layer, hidden).concentration
@@ -145,9 +144,8 @@ class StopRequest:
         self._usual: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # Python takes signals there alone
+        # Python takes signals there alone
+        if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._usual[number] = signal.signal(number, self._note)
         return self

@@ -93,9 +93,8 @@ class GraphedGradient:
         known.graph.replay()
         for parameter, gradient in known.gradients:
             parameter.grad = gradient
-        loss, nll, kl, elbo, norm = (
-            known.outputs.clone().unbind()
-        )  # the next replay writes over them
+        # the next replay writes over them
+        loss, nll, kl, elbo, norm = known.outputs.clone().unbind()
         return loss, LossTerms(nll, kl, elbo), norm
 
     def _capture(self, tokens: Tensor, targets: Tensor) -> _Captured:
@@ -107,9 +106,8 @@ class GraphedGradient:
                 self.model.zero_grad(set_to_none=True)
                 self.gradient(tokens, targets)
         torch.cuda.current_stream().wait_stream(side)
-        self.model.zero_grad(
-            set_to_none=True
-        )  # so that the backward pass allocates the gradient inside the graph
+        # so that the backward pass allocates the gradient inside the graph
+        self.model.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             loss, terms, norm = self.gradient(tokens, targets)

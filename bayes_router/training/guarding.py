@@ -25,9 +25,8 @@ from bayes_router.training.executed import Routed, execute
 from bayes_router.training.guarantee import LEAST_WINDOWS, upper_bound
 from bayes_router.types import RoutingMode
 
-SHARES = tuple(
-    0.2 * 0.8**i for i in range(36)
-)  # of tokens below the level, from a fifth down to less than 1 in 10,000
+# of tokens below the level, from a fifth down to less than 1 in 10,000
+SHARES = tuple(0.2 * 0.8**i for i in range(36))
 RELEASE = 4.0  # the release is the quantile of four times the share
 
 

@@ -27,9 +27,8 @@ Grid = Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]
 class Refit(Enum):
     """Which weights a refit moves."""
 
-    CONTROLLERS = (
-        "controllers"  # the guide alone: what the prior does to the routes of a given network
-    )
+    # the guide alone: what the prior does to the routes of a given network
+    CONTROLLERS = "controllers"
     EVERYTHING = "everything"  # the network too, which learns to live with the routes
 
 

@@ -173,9 +173,8 @@ class Trainer:
         parts, world = self.config.train.accumulate, self.world
         losses, terms = [], []
         for part in range(parts):
-            shard = (
-                part * world.size + world.rank
-            )  # holds the rows shard, shard + shards, ... of the whole batch
+            # holds the rows shard, shard + shards, ... of the whole batch
+            shard = part * world.size + world.rank
             with world.averaging(self.replica, now=part == parts - 1):
                 with ONE_AT_A_TIME, self.execution, self._autocast(), self._draws(step, shard):
                     loss, of_part = self.replica(tokens[part::parts], targets[part::parts])

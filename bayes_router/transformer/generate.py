@@ -54,9 +54,8 @@ def choose_token(logits: Tensor, sampling: Sampling, generator: torch.Generator)
         return logits.argmax(-1)
     ordered, ids = (logits.float() / sampling.temperature).sort(-1, descending=True)
     probability = ordered.softmax(-1)
-    drop = (
-        probability.cumsum(-1) - probability >= sampling.top_p
-    )  # the likeliest token always stays
+    # the likeliest token always stays
+    drop = probability.cumsum(-1) - probability >= sampling.top_p
     if sampling.top_k:
         drop[:, sampling.top_k :] = True
     kept = probability.masked_fill(drop, 0.0)
@@ -143,9 +142,8 @@ def _steps(
             )
             last = torch.where(finished, last, choose_token(out.logits[:, -1], sampling, generator))
             yield GeneratedToken(last, last_token(out.route, lengths, dim=2)[:, :, 0])
-            finished = torch.isin(
-                last, stops
-            )  # a row that has ended repeats its stop token, so it stays so
+            # a row that has ended repeats its stop token, so it stays so
+            finished = torch.isin(last, stops)
             if stop_tokens and bool(finished.all()):
                 return
             tokens, lengths = last[:, None], None

@@ -55,11 +55,8 @@ def test_the_study_runs_and_goes_on_where_it_stopped(
     from analysis.pretrained import smollm as patch_smollm
 
     torch.manual_seed(0)
-    config = {
-        **GROUPED,
-        "max_position_embeddings": 1024,
-        "num_hidden_layers": 4,
-    }  # half of the cost keeps one layer on full
+    # half of the cost keeps one layer on full
+    config = {**GROUPED, "max_position_embeddings": 1024, "num_hidden_layers": 4}
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).save_pretrained(
         tmp_path / "model"
     )

@@ -113,9 +113,8 @@ def test_an_oracle_gets_all_and_one_that_repeats_the_last_token_nothing():
 def test_items_may_come_in_any_order_but_whole():
     prompt = Prompt((1, 2, 3, 4, 5, 6), ((3, 4), (5, 6)))
     assert prompt.right([3, 4, 5, 6]) == 1.0
-    assert (
-        prompt.right([5, 4, 5, 6]) == 1.0
-    )  # the other item's first token, then led on by the text
+    # the other item's first token, then led on by the text
+    assert prompt.right([5, 4, 5, 6]) == 1.0
     assert prompt.right([3, 9, 5, 6]) == 0.5
     assert prompt.right([3, 4, 3, 6]) == 0.5  # the first was named already
     assert prompt.right([9, 9, 9, 9]) == 0.0

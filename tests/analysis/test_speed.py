@@ -294,9 +294,8 @@ def test_targets_come_first_and_nothing_is_measured_twice() -> None:
         all(group.target for group in groups[: len(first)])
         and first[-1] == "alone B1 H16 T65536 Dh64"
     )
-    ready = groups[len(first) :][
-        : 2 * 2 * 9 - 4
-    ]  # lengths x runs x mixes and passes, less those measured already
+    # lengths x runs x mixes and passes, less those measured already
+    ready = groups[len(first) :][: 2 * 2 * 9 - 4]
     assert {group.shape.T for group in ready} == {8192, 32768} and {
         group.mix for group in ready
     } == {*cases.MIXES}
@@ -326,9 +325,8 @@ def test_one_shape_is_measured_alone() -> None:
         "alone",
         "training memory",
     }
-    assert {group.shape for group in groups if not group.mix} == {
-        Shape(1, 4, 300, 32)
-    }  # one sequence
+    # one sequence
+    assert {group.shape for group in groups if not group.mix} == {Shape(1, 4, 300, 32)}
     both = plan_groups(BenchmarkPlan(shapes=("2x4x300x32",), lengths=(64,)), cuda=False)
     assert {group.shape.T for group in both} == {300, 64}
     longest = [

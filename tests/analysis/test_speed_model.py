@@ -24,9 +24,8 @@ from bayes_router.transformer.cost import model_cost
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        memory, "measurable", lambda device: False
-    )  # a process for each variant takes seconds
+    # a process for each variant takes seconds
+    monkeypatch.setattr(memory, "measurable", lambda device: False)
     monkeypatch.setattr(model, "BATCHES", {"cpu": (2,)})
     monkeypatch.setattr(model, "SECONDS", 0.0)
 

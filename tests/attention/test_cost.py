@@ -199,9 +199,8 @@ def test_torch_counts_the_same_where_it_is_right(monkeypatch: pytest.MonkeyPatch
         counted(linear.extend, *last, linear.init_state(q, kv, kv))
         == hard_flops([linear], T, 2, Mode.DECODE).own[0]
     )
-    monkeypatch.setattr(
-        linear_module, "CHUNK", 1
-    )  # a chunk of one token: two products of its own with itself beside
+    # a chunk of one token: two products of its own with itself beside
+    monkeypatch.setattr(linear_module, "CHUNK", 1)
     cost = hard_flops([linear], T, 2)
     assert counted(linear, q, kv, kv) == T * (
         cost.own[0] + cost.shared + 2 * H * Dh + 2 * H * (Dh + 1)
@@ -283,9 +282,8 @@ def test_a_decoding_step_of_a_whole_model_as_torch_counts_it() -> None:
     assert counted(lambda: model(tokens[:, -1:], cache=cache)) == cost.flops.mean(torch.ones(1))
     weights = sum(p.numel() for p in model.parameters())
     token = 2 * model.config.kv_heads * model.config.head_dim
-    assert cost.bytes.mean(torch.ones(1)) == 4 * (
-        weights + 3 * (T + 1) * token
-    )  # 3 layers; its own key and value written
+    # 3 layers; its own key and value written
+    assert cost.bytes.mean(torch.ones(1)) == 4 * (weights + 3 * (T + 1) * token)
     shared = model_cost(model, T, Mode.DECODE, batch=10).bytes
     assert shared.mean(torch.ones(1)) == pytest.approx(4 * (weights / 10 + 3 * (T + 1) * token))
     assert model_cost(model, T, batch=2).bytes.shared == pytest.approx(

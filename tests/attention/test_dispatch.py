@@ -45,13 +45,8 @@ def draw_route(kind: str, B: int, T: int, seed: int = 0, units: int | None = Non
 
 
 ROUTES = ("independent", "clustered", "rows differ", "full", "linear", "local")
-SHAPES = [
-    (1, 4, 1, 16),
-    (2, 2, 37, 16),
-    (3, 1, 130, 32),
-    (1, 4, 300, 16),
-    (1, 2, 1100, 16),
-]  # B, Hkv, T, Dh
+# B, Hkv, T, Dh
+SHAPES = [(1, 4, 1, 16), (2, 2, 37, 16), (3, 1, 130, 32), (1, 4, 300, 16), (1, 2, 1100, 16)]
 
 
 @pytest.mark.parametrize(
@@ -262,9 +257,8 @@ def test_no_future_leak(backend: str, sinks: int) -> None:
     before = routed_attention(q, k, v, route, window=WINDOW, experts=experts, backend=backend)
     for x in (q, k, v):
         x[:, :, 100:] += 3.0
-    route[:, 100:] = (
-        route[:, 100:] + 1
-    ) % 3  # later routes may change what is gathered with an earlier token
+    # later routes may change what is gathered with an earlier token
+    route[:, 100:] = (route[:, 100:] + 1) % 3
     after = routed_attention(q, k, v, route, window=WINDOW, experts=experts, backend=backend)
     torch.testing.assert_close(before[:, :, :100], after[:, :, :100], rtol=1e-5, atol=1e-6)
 

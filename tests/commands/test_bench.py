@@ -12,9 +12,8 @@ from bayes_router.cli import main
 def test_bench_prints_and_writes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        memory, "measurable", lambda device: False
-    )  # a process for each reading takes seconds
+    # a process for each reading takes seconds
+    monkeypatch.setattr(memory, "measurable", lambda device: False)
     monkeypatch.setattr(suite, "QUICK_BUDGET", 0.0)
     monkeypatch.setattr(suite, "verify", lambda device, until: [])  # tests/analysis/test_speed.py
     arguments = [

@@ -104,9 +104,8 @@ def test_an_out_that_cannot_be_is_one_line(
         ("bench", "--quick"): (file, below),
     }
     if Path("/proc/version").exists():
-        commands = {
-            command: (*outs, Path("/proc/none")) for command, outs in commands.items()
-        }  # nobody may write there
+        # nobody may write there
+        commands = {command: (*outs, Path("/proc/none")) for command, outs in commands.items()}
     for command, outs in commands.items():
         for out in outs:
             assert main([*map(str, command), "--out", str(out)]) == 2, (command, out)

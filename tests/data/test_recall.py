@@ -47,9 +47,8 @@ def read(
         target = IGNORED
         if queried:
             assert after[place - 1] == 0, "a query is announced by the mark"
-            target, value_place = written.pop(
-                after[place]
-            )  # KeyError: asked twice, or never written
+            # KeyError: asked twice, or never written
+            target, value_place = written.pop(after[place])
             assert after[place + 1] == target, "the answer follows the query"
             distances.append(place - value_place)
         elif place and is_filler[place - 1] and is_filler[place] and is_filler[place + 1]:
@@ -74,9 +73,8 @@ def test_sequences_are_what_the_task_says(data: RecallData, context: int) -> Non
         for tokens, targets, is_query in zip(
             batch.tokens.tolist(), batch.targets.tolist(), batch.is_query.tolist(), strict=True
         ):
-            last = (
-                targets[-1] if targets[-1] != IGNORED else data.vocab_size - 1
-            )  # an unscored end tells nothing: any filler
+            # an unscored end tells nothing: any filler
+            last = targets[-1] if targets[-1] != IGNORED else data.vocab_size - 1
             expected, queries, distances = read(data, tokens, last)
             assert targets[:-1] == expected[:-1]
             assert is_query == queries

@@ -165,9 +165,10 @@ def test_auroc():
     )
     assert auroc(np.array([1.0, 3.0]), np.array([2.0])) == 0.5
     random = np.random.default_rng(0)
+    # Phi(1 / sqrt 2)
     assert auroc(random.normal(1, 1, 4000), random.normal(0, 1, 4000)) == pytest.approx(
         0.760, abs=0.02
-    )  # Phi(1 / sqrt 2)
+    )
     with pytest.raises(ValueError, match="auroc: expected scores on both sides"):
         auroc(np.array([]), np.array([1.0]))
 

@@ -44,9 +44,8 @@ def test_log_draws_and_their_ratio_stay_finite_where_the_draw_underflows():
     q = torch.full((20_000, 3), 0.01)
     torch.manual_seed(0)
     log_route = draw_log_route(q)
-    assert (
-        log_route < math.log(torch.finfo(torch.float32).tiny)
-    ).any()  # a float32 draw would be zero
+    # a float32 draw would be zero
+    assert (log_route < math.log(torch.finfo(torch.float32).tiny)).any()
     program, _ = toy(
         MixtureNetwork(torch.ones(3, 3) / 3), torch.tensor([[0.02, 0.3, 0.1]]), torch.ones(1, 3)
     )

@@ -109,9 +109,8 @@ def test_the_page_works_in_a_browser(page, tmp_path):
             and browser.run("document.activeElement.dataset.i") == "1"
         )
         assert browser.run("document.querySelectorAll('#text script, #text img').length") == 0
-        assert (
-            browser.run("make('span', '<img src=x>').children.length") == 0
-        )  # a token of many characters is text too
+        # a token of many characters is text too
+        assert browser.run("make('span', '<img src=x>').children.length") == 0
         assert browser.problems() == []
 
 
@@ -126,8 +125,8 @@ def test_twenty_thousand_tokens_are_painted_without_lag(examined, tmp_path):
         browser.open(page.as_uri())
         assert browser.run("tokens.length") == 20_000
         script = (
-            "(() => { const t = performance.now(); paint(); text.getBoundingClientRect(); "
-            "return performance.now() - t; })()"
+            "(() => { const t = performance.now(); paint(); text.getBoundingClientRect(); return "
+            "performance.now() - t; })()"
         )
         assert min(browser.run(script) for _ in range(3)) < 1000  # 150 ms on an idle machine
         assert browser.problems() == []

@@ -9,9 +9,8 @@ from bayes_router.inference.model import RoutingModel
 from bayes_router.routing.controller import MetaController
 from bayes_router.types import Route
 
-THETA = torch.tensor(
-    [[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]]
-)  # [E, V]: what each expert says of the next token
+# [E, V]: what each expert says of the next token
+THETA = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]])
 
 
 class MixtureNetwork(nn.Module):

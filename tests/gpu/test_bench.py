@@ -93,9 +93,8 @@ def test_bench_measures_one_shape_every_way(
 def test_targets_come_first_and_time_is_kept(tmp_path: Path) -> None:
     start = time.perf_counter()
     table = run_benchmark(CUDA, BenchmarkPlan(seconds=40), tmp_path)
-    assert (
-        time.perf_counter() - start < 70
-    )  # a group that has begun is finished, and kernels are compiled
+    # a group that has begun is finished, and kernels are compiled
+    assert time.perf_counter() - start < 70
     assert table.iloc[0]["T"] == 32768 and table.attrs["left_out"]
 
 

@@ -136,9 +136,8 @@ def draw_problem(
 def test_gated_among_routed_experts(
     route: str, dtype: torch.dtype, B: int, Hkv: int, T: int
 ) -> None:
-    from bayes_router.attention.hard.sorted_launch import (
-        native_experts,
-    )  # only where it can be imported
+    # only where it can be imported
+    from bayes_router.attention.hard.sorted_launch import native_experts
 
     problem = draw_problem(B, Hkv, T, 64, route, dtype)
     assert native_experts(problem) == (0, 1, 2)
@@ -186,9 +185,8 @@ def test_gates_that_keep_all_or_nothing() -> None:
     for gate in (-0.12, 0.0, -80.0):
         log_gate = torch.full((1, 1, 32768), gate, device="cuda", requires_grad=True)
         out = operators.linear_attention(phi_q, phi_k, v, log_gate)
-        last = (
-            torch.arange(32768, device="cuda").double().flip(0)
-        )  # tokens since each key, at the end of the text
+        # tokens since each key, at the end of the text
+        last = torch.arange(32768, device="cuda").double().flip(0)
         weight = (phi_q[0, 0, -1].double() @ phi_k[0, 0].double().T) * (last * gate).exp()
         want = weight @ v[0, 0].double() / (weight.sum() + 1e-6)
         assert relative_error(out[0, 0, -1], want) < 1e-5
@@ -231,9 +229,8 @@ def test_a_captured_step_is_the_step(name: str) -> None:
     graph.replay()
     replayed = [x.clone() for x in captured]
     for got, want in zip(replayed, step(), strict=True):
-        assert (
-            relative_error(got, want.double()) < 1e-3
-        )  # splits of full attention may be summed in another order
+        # splits of full attention may be summed in another order
+        assert relative_error(got, want.double()) < 1e-3
 
 
 @pytest.mark.parametrize("name", NAMES)

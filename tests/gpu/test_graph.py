@@ -55,9 +55,8 @@ def test_replayed_steps_are_eager_steps(corpus: str, changes: dict[str, object])
             )
     finally:
         torch.use_deterministic_algorithms(False)
-    assert (
-        graphed.graphed is not None and len(graphed.graphed._captured) == 3
-    )  # without a price, with one, straight through
+    # without a price, with one, straight through
+    assert graphed.graphed is not None and len(graphed.graphed._captured) == 3
 
 
 def test_a_step_does_not_wait_for_the_device(corpus: str) -> None:

@@ -35,6 +35,5 @@ def test_two_gpus_have_the_losses_of_one(tmp_path: Path) -> None:
     fit(config, tmp_path / "one", progress=False)
     columns = ["step", "nll", "kl", "valid_nll_hard"]
     two, one = (pd.read_csv(tmp_path / name / "metrics.csv")[columns] for name in ("two", "one"))
-    pd.testing.assert_frame_equal(
-        two, one, rtol=1e-3
-    )  # float32, summed in another order, over 40 steps
+    # float32, summed in another order, over 40 steps
+    pd.testing.assert_frame_equal(two, one, rtol=1e-3)

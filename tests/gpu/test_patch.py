@@ -78,6 +78,5 @@ def test_a_layer_waits_once_in_a_pass_and_in_a_step(policy: Any, new: int) -> No
     routed = waits(run)
     router.force("full")
     alone = waits(run)
-    assert routed - alone <= len(router.layers) * (
-        2 if new == 1 else 1
-    )  # a step stands behind a prompt
+    # a step stands behind a prompt
+    assert routed - alone <= len(router.layers) * (2 if new == 1 else 1)

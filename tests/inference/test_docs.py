@@ -24,14 +24,8 @@ def test_the_tests_that_it_names_exist() -> None:
 
 
 def test_every_test_of_an_idiom_is_in_the_table() -> None:
-    inner = {
-        "tempering",
-        "terms",
-        "scores",
-        "conditioned",
-        "tempered",
-        "weight",
-    }  # of what is said elsewhere on the page
+    # of what is said elsewhere on the page
+    inner = {"tempering", "terms", "scores", "conditioned", "tempered", "weight"}
     defined = re.findall(r"^def (test_\w+)", (HERE / "test_idioms.py").read_text("utf-8"), re.M)
     missing = [
         name for name in defined if f"`{name}`" not in PAGE and not inner & set(name.split("_"))

@@ -46,9 +46,8 @@ def test_the_loss_is_the_handwritten_elbo_in_value_and_gradient(
     want, nll, kl = negative_elbo(model, prior, kl_weight, tokens, targets, seed=7)
     generative, guide = program(model)
     elbo = RoutingELBO(kl_weight)
-    scaled = (
-        kl_weight / tokens.numel()
-    )  # of the tempered program's loss, nats of the batch over the weight
+    # of the tempered program's loss, nats of the batch over the weight
+    scaled = kl_weight / tokens.numel()
     for objective, other, scale in (
         (elbo, generative, 1.0),
         (TraceMeanField_ELBO(), tempered(generative, kl_weight), scaled),

@@ -88,9 +88,8 @@ def test_draws_fit_the_density_of_three_experts() -> None:
     u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     x, y = torch.meshgrid(u, u, indexing="ij")
     grid = torch.stack([x, (1 - x) * y, (1 - x) * (1 - y)], -1)
-    mass = (
-        p.log_prob(grid).exp() * (1 - x) / n**2
-    )  # (1 - x): of the map from the square to the triangle
+    # (1 - x): of the map from the square to the triangle
+    mass = p.log_prob(grid).exp() * (1 - x) / n**2
     assert float(mass.sum()) == pytest.approx(1.0, abs=1e-3)
 
     def order(routes: Tensor) -> Tensor:
@@ -115,9 +114,8 @@ def test_no_draw_has_a_zero_and_every_log_density_is_finite(price: float) -> Non
     )
     draws = p.expand(torch.Size([20_000])).sample()
     tiny = torch.finfo(torch.float32).tiny
-    assert (
-        draws.dtype == torch.float32 and float(draws.min()) == tiny
-    )  # some are clamped, none is zero
+    # some are clamped, none is zero
+    assert draws.dtype == torch.float32 and float(draws.min()) == tiny
     assert bool(p.log_prob(draws).isfinite().all())
 
 

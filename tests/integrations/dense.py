@@ -58,9 +58,8 @@ def dense_attention(
     )
     weights = phi_q @ phi_k.mT * seen
     linear = weights @ v / (weights.sum(-1, keepdim=True) + 1e-6)
-    choices = (
-        nn.functional.one_hot(route[..., 0], 3).float().permute(2, 0, 1)[:, :, None, :, None]
-    )  # [E, B, 1, T, 1]
+    # [E, B, 1, T, 1]
+    choices = nn.functional.one_hot(route[..., 0], 3).float().permute(2, 0, 1)[:, :, None, :, None]
     mixed = sum(w * out for w, out in zip(choices, (full, linear, local), strict=True))
     assert isinstance(mixed, Tensor)
     out: Tensor = module.out_proj(mixed.transpose(1, 2).reshape(B, T, D))

@@ -19,9 +19,8 @@ TEXT = torch.randint(3, VOCAB, (400,), generator=torch.Generator().manual_seed(0
 def test_half_precision_leaves_the_router_in_float32(cast: str) -> None:
     model, router = patched("llama")
     getattr(model, cast)()
-    assert {p.dtype for p in router.parameters()} == {
-        torch.float32
-    }  # no Dirichlet has half precision
+    # no Dirichlet has half precision
+    assert {p.dtype for p in router.parameters()} == {torch.float32}
     with torch.no_grad():
         out = router(tokens())
     assert (
@@ -88,9 +87,8 @@ def test_requires_grad_follows_where_it_changes() -> None:
     assert flags(router) == {True}  # asking flips nothing
     router.follow()
     assert flags(router) == {False}
-    router.requires_grad_(
-        True
-    )  # the router alone is trained: a choice after the model's, so it stands
+    # the router alone is trained: a choice after the model's, so it stands
+    router.requires_grad_(True)
     router(tokens(), "mean").logits.square().mean().backward()
     assert flags(router) == {True} and all(p.grad is None for p in model.parameters())
     for flag in (True, False):

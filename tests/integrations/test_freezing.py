@@ -142,9 +142,8 @@ def test_bytes_of_the_tensors_are_freed() -> None:
     router.thaw()
     _, whole = decoded(model, ids[:, :250], [250])
     dim, kept = 8, WINDOW + SINKS - 1
-    assert (
-        cache_bytes(whole) == 2 * 2 * 2 * 250 * dim * 4
-    )  # keys and values, layers, heads, tokens, float32
+    # keys and values, layers, heads, tokens, float32
+    assert cache_bytes(whole) == 2 * 2 * 2 * 250 * dim * 4
     assert freed == 2 * dim * 4 * (3 * 250 + kept)
     assert 1 - freed / cache_bytes(whole) == pytest.approx(found.freed(250))
     layer = cache.layers[0]

@@ -256,9 +256,8 @@ def test_the_whole_report_of_an_encoder(encoder: tuple[Path, Path], tmp_path: Pa
         "amortisation",
         "calibration",
     }
-    assert set(examined.k_hat["length"]) == {
-        24
-    }  # no weight belongs to a prefix of what is read from both sides
+    # no weight belongs to a prefix of what is read from both sides
+    assert set(examined.k_hat["length"]) == {24}
     row = examined.regret.iloc[0]
     batch = list(run.held_out.windows(24, 1))[int(row["sequence"])]
     with torch.no_grad():
@@ -266,9 +265,8 @@ def test_the_whole_report_of_an_encoder(encoder: tuple[Path, Path], tmp_path: Pa
     nll = torch.nn.functional.cross_entropy(
         out.logits[0], batch.targets[0], ignore_index=IGNORED, reduction="none"
     )
-    assert row[f"loss_{row['choice']}"] == pytest.approx(
-        float(nll[int(row["position"])]), abs=1e-4
-    )  # all of the text was read
+    # all of the text was read
+    assert row[f"loss_{row['choice']}"] == pytest.approx(float(nll[int(row["position"])]), abs=1e-4)
     html = write_report(examined, limit=48)
     data = json.loads(html.split('id="data">')[1].split("</script>")[0])
     assert [value is None for value in data["nll"]] == [

@@ -31,16 +31,10 @@ GREEDY: dict[str, Any] = {
 }
 FAST = ("gpt2", "llama", "gemma2", "falcon")  # of what takes long; the others are marked slow
 EAGER = [name for name in ALL if not name.startswith("falcon")]  # Falcon is served under sdpa alone
-TOGETHER = (
-    "falcon",
-    "falcon grouped",
-    "falcon alibi",
-    "opt",
-    "gpt_oss",
-)  # read packed documents as one, unpatched too
-SDPA = [
-    name for name in ALL if name not in ("gemma2", "gpt_oss")
-]  # a soft cap and sinks need eager
+# read packed documents as one, unpatched too
+TOGETHER = ("falcon", "falcon grouped", "falcon alibi", "opt", "gpt_oss")
+# a soft cap and sinks need eager
+SDPA = [name for name in ALL if name not in ("gemma2", "gpt_oss")]
 
 
 def fewer(names: Iterable[str], *more: Any) -> list[Any]:
@@ -121,9 +115,8 @@ def test_full_is_exact_in_bfloat16_with_padding_on_either_side(name: str, kernel
     before = [model(ids, attention_mask=shown).logits for ids, shown in batches]
     router = patch(model, window=6)
     for ids, shown in batches:
-        assert torch.equal(
-            model(ids, attention_mask=shown).logits, before.pop(0)
-        )  # unfitted: by its controllers
+        # unfitted: by its controllers
+        assert torch.equal(model(ids, attention_mask=shown).logits, before.pop(0))
     assert router(tokens(), "mean").concentration.dtype == torch.float32
 
 

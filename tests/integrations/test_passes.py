@@ -132,10 +132,8 @@ def test_copies_route_alike_and_are_unpatched_alone(name: str, how: str) -> None
         out = module(x)
         return out if name == "torch" else out.logits
 
-    routed, unrouted = (
-        call(model).detach(),
-        call(plain).detach(),
-    )  # a pass with gradients went before
+    # a pass with gradients went before
+    routed, unrouted = call(model).detach(), call(plain).detach()
     assert not torch.allclose(routed, unrouted, atol=1e-4)
     for other in (round_trip(router, how).model, round_trip(model, how)):
         assert torch.equal(call(other).detach(), routed)
@@ -160,9 +158,8 @@ def test_no_graph_outlives_its_backward_pass_unless_it_is_held(train: bool) -> N
     held, kl = router.last, float(router.kl())
     assert router.kl().requires_grad
     (out.loss + 0.01 * router.kl()).backward(retain_graph=True)
-    assert not router.kl().requires_grad and float(router.kl()) == pytest.approx(
-        kl
-    )  # the numbers stay
+    # the numbers stay
+    assert not router.kl().requires_grad and float(router.kl()) == pytest.approx(kl)
     router.kl(held).backward()
     del out, held
     gc.collect()
@@ -221,13 +218,8 @@ def test_a_model_made_in_inference_mode_is_not_fitted() -> None:
 
 def test_a_pass_begins_at_the_first_layer_and_where_a_layer_comes_again() -> None:
     here, seen = Here(), []
-    for layer in (
-        1,
-        2,
-        0,
-        1,
-        1,
-    ):  # the first pass skipped layer 0, as layer dropout does; the last is a layer called alone
+    # the first pass skipped layer 0, as layer dropout does; the last is a layer called alone
+    for layer in (1, 2, 0, 1, 1):
         here.begin(layer).real[layer] = None
         seen.append(sorted(here.slot.last.real))
     assert seen == [[1], [1, 2], [0], [0, 1], [1]]

@@ -84,9 +84,8 @@ def test_a_budget_is_met_within_half_a_percent(name: str, budget: float) -> None
     _, router = patched(name, experts=("full", "mapped", "local"))
     realised = router.set_budget(budget, TEXT, context=60)
     assert abs(realised - budget) <= 0.005
-    assert realised == pytest.approx(
-        _cost(router, TEXT[:540].view(9, 60)), abs=2e-3
-    )  # a token or two at the very price
+    # a token or two at the very price
+    assert realised == pytest.approx(_cost(router, TEXT[:540].view(9, 60)), abs=2e-3)
     assert isinstance(router.policy, Budget)
 
 
@@ -108,9 +107,8 @@ def test_budgets_out_of_reach_name_the_range() -> None:
     ):
         alike.set_budget(0.5, TEXT, context=32)
     assert router.policy is usual and alike.set_budget(1.0, TEXT, context=32) == 1.0
-    assert (
-        alike.set_budget(0.9, TEXT, context=32, tolerance=0.2) == 1.0
-    )  # the nearer end of the jump
+    # the nearer end of the jump
+    assert alike.set_budget(0.9, TEXT, context=32, tolerance=0.2) == 1.0
     with pytest.raises(ValueError, match="within 0.05;.*or a larger tolerance"):
         alike.set_budget(0.9, TEXT, context=32, tolerance=0.05)
 
@@ -137,29 +135,25 @@ def test_a_layer_that_slides_already_costs_its_own_window() -> None:
 
 def test_windows_of_the_layers_own_in_the_units_of_the_paper() -> None:
     mistral = patch(tiny("mistral"), window=20)
-    assert (
-        mistral.layer_cost.tolist() == [pytest.approx([0.3, 0.15, 0.3])] * 2
-    )  # local attention, that is what it is
+    # local attention, that is what it is
+    assert mistral.layer_cost.tolist() == [pytest.approx([0.3, 0.15, 0.3])] * 2
     short = patch(tiny("mistral"), window=20, context=12)
-    assert (
-        short.layer_cost.tolist() == [pytest.approx([1.0, 0.15, 0.3])] * 2
-    )  # a window as long as the text hides nothing
+    # a window as long as the text hides nothing
+    assert short.layer_cost.tolist() == [pytest.approx([1.0, 0.15, 0.3])] * 2
     by_hand = patch(tiny("mistral"), window=20, prior=PriorConfig(cost_ratio=(1.0, 0.2, 0.4)))
     assert by_hand.layer_cost.tolist() == [pytest.approx([1.0, 0.2, 0.4])] * 2
 
 
 def test_policies_and_budgets_know_what_a_sliding_layer_costs() -> None:
     _, router = patched("gemma3", experts=("full", "local"))
-    assert (
-        abs(router.set_budget(0.5, TEXT, context=60) - 0.5) <= 0.005
-    )  # of at most 0.65: one layer costs 0.3 at most
+    # of at most 0.65: one layer costs 0.3 at most
+    assert abs(router.set_budget(0.5, TEXT, context=60) - 0.5) <= 0.005
     with pytest.raises(ValueError, match="to 0.650"):
         router.set_budget(0.9, TEXT, context=60)
     router.policy = Budget(tuple(router.cost_ratio.tolist()), 1e4)
     route = router(tokens()).route
-    assert (route[1] == 1).all() and not (
-        route[0] == 1
-    ).all()  # local saves nothing in the sliding layer
+    # local saves nothing in the sliding layer
+    assert (route[1] == 1).all() and not (route[0] == 1).all()
 
 
 def test_fit_counts_the_cost_of_sliding_layers() -> None:

@@ -102,9 +102,8 @@ def test_minilm_is_exact_at_full_with_padding_and_local_stays_close() -> None:
     assert torch.equal(embed(), before) and len(router.layers) == 6 and not router.causal
     router.force("local")
     similarity = (embed() * before).sum(-1)
-    assert (
-        similarity[1] > 0.9999 and (similarity > 0.7).all() and similarity[0] < 0.99999
-    )  # the short one fits its window
+    # the short one fits its window
+    assert similarity[1] > 0.9999 and (similarity > 0.7).all() and similarity[0] < 0.99999
     with pytest.raises(ValueError, match="language-modelling head"):
         router.fit(TEXT, tokenizer=tokenizer, steps=1, context=16)
     router.unpatch()

@@ -21,11 +21,8 @@ from tests.integrations.tiny_models import DECODERS, patched, tokens
 
 T, STEPS = 11, 2
 LENGTHS = {"none": (T, T), "left": (T, 8), "right": (T, 8)}
-TOLERANCE = {
-    torch.float32: 2e-4,
-    torch.bfloat16: 0.05,
-    torch.float16: 0.01,
-}  # relative to the largest logit
+# relative to the largest logit
+TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
 class Precision(NamedTuple):
@@ -89,9 +86,8 @@ def batch(
 
 
 def steps(padding: str, cache: str) -> int:
-    return (
-        0 if padding == "right" or cache == "none" else STEPS
-    )  # nobody goes on behind right padding
+    # nobody goes on behind right padding
+    return 0 if padding == "right" or cache == "none" else STEPS
 
 
 @torch.no_grad()
@@ -122,9 +118,8 @@ def test_every_cell_gives_what_its_rows_give_alone(
     model.to(precision.own)
     ids = tokens(2, T + STEPS)
     caches = ["none", "dynamic", "static"] if name in DECODERS else ["none"]
-    if (
-        precision.autocast is not None and name != "gpt2"
-    ):  # the unpatched fails too: rotary keys are wider than values
+    # the unpatched fails too: rotary keys are wider than values
+    if precision.autocast is not None and name != "gpt2":
         caches = [cache for cache in caches if cache != "static"]
     cells = list(product(LENGTHS, caches))
     expected = {one: alone(model, router, ids, precision, *one) for one in cells}

@@ -53,9 +53,8 @@ def test_position_biases_of_t5_are_part_of_the_mask(kernel: str) -> None:
     router.unpatch()
     router = patch(model, window=6)
     scatter_routes(router)
-    router.policy = lambda concentration: (
-        torch.arange(ids.numel()).view(ids.shape) % 3
-    )  # every expert, hard
+    # every expert, hard
+    router.policy = lambda concentration: torch.arange(ids.numel()).view(ids.shape) % 3
     together = model(ids, attention_mask=mask).last_hidden_state
     one_hot = nn.functional.one_hot(torch.arange(ids.numel()).view(ids.shape) % 3, 3).float()
     with router.routed_by(lambda layer, hidden: one_hot):
@@ -66,9 +65,8 @@ def test_position_biases_of_t5_are_part_of_the_mask(kernel: str) -> None:
 def test_what_a_mixed_route_cannot_execute_is_refused_when_it_is_patched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(
-        interface, "folded", lambda mask, kwargs, *_: (mask, kwargs)
-    )  # as if it were unknown
+    # as if it were unknown
+    monkeypatch.setattr(interface, "folded", lambda mask, kwargs, *_: (mask, kwargs))
     model = t5_encoder()
     with pytest.raises(ValueError, match="T5EncoderModel.*routed differently.*not served"):
         patch(model, window=6)

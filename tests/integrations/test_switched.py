@@ -118,9 +118,8 @@ def test_a_kernel_that_cannot_be_routed_is_refused_by_name(monkeypatch: pytest.M
     with pytest.raises(ValueError, match="attn_implementation.*flash_attention_2"):
         model(tokens())
     model.config._attn_implementation_internal = "sdpa"
-    monkeypatch.setattr(
-        interface, "follow_switch", lambda module: None
-    )  # as where a module names no configuration
+    # as where a module names no configuration
+    monkeypatch.setattr(interface, "follow_switch", lambda module: None)
     with pytest.raises(ValueError, match="attn_implementation.*switched"):
         model(tokens())
 

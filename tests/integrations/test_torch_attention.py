@@ -77,9 +77,8 @@ def test_full_is_the_original(masks: str, batch_first: bool, train: bool) -> Non
         router = patch(model, window=5)
         router.force("full")
         after = model(x, **named)
-        real = (
-            ~PADDING if "padding" in masks else torch.ones_like(PADDING)
-        )  # the fast path zeroes padding, the other does not
+        # the fast path zeroes padding, the other does not
+        real = ~PADDING if "padding" in masks else torch.ones_like(PADDING)
         real = real if batch_first else real.T
         torch.testing.assert_close(after[real], before[real], atol=1e-5, rtol=1e-5)
         router.unpatch()
@@ -155,12 +154,12 @@ def test_decoder_routes_self_attention_and_leaves_cross_attention_alone() -> Non
         )
         router.force("local")
         changed = model(x, memory, tgt_mask=CAUSAL, tgt_is_causal=True)
+        # memory is read
         assert not torch.allclose(
             changed, model(x, memory * 2, tgt_mask=CAUSAL, tgt_is_causal=True)
-        )  # memory is read
-        torch.testing.assert_close(
-            changed[:, :5], before[:, :5], atol=1e-5, rtol=1e-5
-        )  # a window of 5 hides nothing yet
+        )
+        # a window of 5 hides nothing yet
+        torch.testing.assert_close(changed[:, :5], before[:, :5], atol=1e-5, rtol=1e-5)
         router.unpatch()
         assert torch.equal(model(x, memory, tgt_mask=CAUSAL, tgt_is_causal=True), before)
 
@@ -332,8 +331,6 @@ def test_a_causal_hint_without_its_mask_is_refused_as_the_original_refuses(padde
             with pytest.raises(RuntimeError, match="is_causal"):
                 bare(x, x, x, is_causal=True, key_padding_mask=hidden, need_weights=False)
     module.eval()
-    with (
-        torch.no_grad(),
-        pytest.raises(RuntimeError, match="is_causal"),
-    ):  # the fused original would see the future
+    # the fused original would see the future
+    with torch.no_grad(), pytest.raises(RuntimeError, match="is_causal"):
         module(x, is_causal=True, src_key_padding_mask=hidden)

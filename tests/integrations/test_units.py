@@ -86,10 +86,8 @@ def test_a_step_reads_the_keys_of_the_heads_that_ask_alone() -> None:
     model, router = patched("llama", route_by="head", experts=("full", "local"), window=6)
     ids = tokens(B=2, T=30)
     route = torch.ones(2, 2, 1, 4, dtype=torch.int64)
-    route[:, 0, :, :2], route[:, 1, :, 3] = (
-        0,
-        0,
-    )  # row 0: key head 0; row 1: one query head of key head 1
+    # row 0: key head 0; row 1: one query head of key head 1
+    route[:, 0, :, :2], route[:, 1, :, 3] = 0, 0
     with torch.no_grad():
         past = model(ids, use_cache=True).past_key_values
         router.force(route)

@@ -14,11 +14,8 @@ from bayes_router.attention.hard.dispatch import routed_attention
 from bayes_router.attention.shapes import ExpertShape
 
 NAMES = ("full", "linear", "local", "gated", "mapped")
-DTYPES = {
-    torch.float64: 1e-5,
-    torch.float32: 2e-4,
-    torch.bfloat16: 6e-2,
-}  # linear sums are in float32 at most
+# linear sums are in float32 at most
+DTYPES = {torch.float64: 1e-5, torch.float32: 2e-4, torch.bfloat16: 6e-2}
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 
 

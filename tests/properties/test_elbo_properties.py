@@ -70,9 +70,8 @@ def test_masked_targets_count_for_nothing(B: int, T: int, data: st.DataObject) -
         logits.flatten(0, 1), masked.flatten(), ignore_index=IGNORED, reduction="sum"
     )
     assert float(terms.nll) == pytest.approx(float(summed) / (B * T), rel=1e-4, abs=1e-6)
-    assert float(terms.kl) == pytest.approx(
-        float(whole.kl), rel=1e-5
-    )  # the routes of unscored tokens have a KL too
+    # the routes of unscored tokens have a KL too
+    assert float(terms.kl) == pytest.approx(float(whole.kl), rel=1e-5)
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 

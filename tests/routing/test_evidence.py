@@ -60,9 +60,8 @@ def test_evidence_is_the_root_of_a_student_t_in_the_directions_of_least_variance
     torch.testing.assert_close(
         layer(y).exp().double(), 2 * 3.0 / (1 + d2 / K), rtol=1e-3, atol=1e-5
     )
-    t = torch.distributions.StudentT(
-        1.0
-    )  # K = 1: the density itself, relative to that one deviation away
+    # K = 1: the density itself, relative to that one deviation away
+    t = torch.distributions.StudentT(1.0)
     one = LayerEvidence.of(moments_of(torch.tensor([[-1.0], [1.0]]).repeat(3, 1), 1.0), 1)
     z = torch.tensor([[0.0], [0.5], [7.0]])
     torch.testing.assert_close(one(z), (t.log_prob(z) - t.log_prob(torch.tensor(1.0)))[:, 0])

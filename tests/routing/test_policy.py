@@ -57,11 +57,8 @@ def test_conservative_falls_back_exactly_where_it_is_unsure(threshold: float, pr
 def test_conservative_by_hand() -> None:
     sure, unsure, far = [0.02, 9.0, 0.5], [0.9, 1.0, 0.9], [0.001, 1.0, 0.9]
     choice = Conservative(COSTS, 0.7)(torch.tensor([sure, unsure, far]))
-    assert choice.tolist() == [
-        1,
-        0,
-        2,
-    ]  # the last: full is implausible, local is the strongest that is not
+    # the last: full is implausible, local is the strongest that is not
+    assert choice.tolist() == [1, 0, 2]
 
 
 def test_conservative_without_threshold_is_the_budget_policy() -> None:
@@ -134,9 +131,8 @@ def test_a_family_refuses_what_it_does_not_have() -> None:
 def test_a_policy_is_saved_by_its_name(policy: Policy) -> None:
     saved = json.loads(json.dumps(policy_to_dict(policy)))
     assert saved["name"] == type(policy).__name__.lower() and policy_from_dict(saved) == policy
-    assert (
-        policy_from_dict({**saved, "name": type(policy).__name__}) == policy
-    )  # as patches of 0.1 have it
+    # as patches of 0.1 have it
+    assert policy_from_dict({**saved, "name": type(policy).__name__}) == policy
 
 
 def test_a_registered_policy_is_as_good_as_the_librarys() -> None:

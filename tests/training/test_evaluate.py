@@ -75,9 +75,8 @@ def test_executed_costs_are_counted_token_by_token() -> None:
     with torch.no_grad():
         route = model(tokens, "hard").route[..., 0]  # [L, B, T]
     pair, state = 4 * H * Dh, Dh * (Dh + 1)
-    at = [
-        [pair * (t + 1), 2 * H * state, pair * min(t + 1, 5), 2 * H * state] for t in range(T)
-    ]  # full, linear, local, gated
+    # full, linear, local, gated
+    at = [[pair * (t + 1), 2 * H * state, pair * min(t + 1, 5), 2 * H * state] for t in range(T)]
     shared = 2 * Hkv * state + 2 * H * state + 2 * H * Dh
     own = sum(at[t][e] for rows in route.tolist() for row in rows for t, e in enumerate(row)) / (
         10 * T
@@ -160,9 +159,8 @@ def test_a_tilted_prior_is_what_the_kl_is_measured_from() -> None:
     draws = Dirichlet(prior.double()).sample(torch.Size([100_000]))  # [S, L, E]
     log_z = (-(draws @ price.double())).exp().mean(0).log()
     tokens, _ = next(source().windows(40, 10, 400))
-    concentration = (
-        model(tokens, "hard").concentration[0].detach().double()
-    )  # layer 0 is the same in every mode
+    # layer 0 is the same in every mode
+    concentration = model(tokens, "hard").concentration[0].detach().double()
     expected = (
         concentration / concentration.sum(-1, keepdim=True) @ price.double()
     ).mean() + log_z[0]

@@ -69,9 +69,8 @@ def test_killed_at_twenty_random_moments_a_run_ends_as_if_it_had_not_been(
 ) -> None:
     moments = kill_and_finish(corpus, tmp_path, seed=0, kills=20)
     assert len(moments) >= 20
-    assert (
-        len(set(moments)) == 6
-    )  # at any time and at each of the five moments of writing a checkpoint
+    # at any time and at each of the five moments of writing a checkpoint
+    assert len(set(moments)) == 6
     assert_same_weights(tmp_path / "killed", tmp_path / "alone")
     columns = ["step", "nll", "kl", "valid_nll_hard", "skipped"]
     got, want = (pd.read_csv(tmp_path / run / METRICS)[columns] for run in ("killed", "alone"))

@@ -72,9 +72,8 @@ def test_the_promise_is_kept_in_the_stated_share_at_nearly_the_cost_of_hindsight
     kept, cost = outcomes(Pool(), Pool(), 200)
     tolerance = 0.95 - 1.64 * (0.95 * 0.05 / 200) ** 0.5
     assert kept >= tolerance and cost <= 1.10
-    wrong, _ = outcomes(
-        Pool(), Pool(), 200, confidence=0.5
-    )  # the quantile of another confidence breaks it
+    # the quantile of another confidence breaks it
+    wrong, _ = outcomes(Pool(), Pool(), 200, confidence=0.5)
     assert wrong < tolerance - 0.02
 
 
@@ -141,9 +140,8 @@ def test_a_promise_by_executed_passes():
     found = promise(model, windows, cost, family, full, 0.5, prices=PRICES[::8])
     assert model.policy is policy and found.windows == 8
     first = found.tried[0]
-    assert (
-        first.price == PRICES[0] and first.cost == 1 and first.lost == 0
-    )  # every token on the reference
+    # every token on the reference
+    assert first.price == PRICES[0] and first.cost == 1 and first.lost == 0
     assert found.kept.cost < 1 and found.kept.bound <= 0.5
     again = promise(model, windows, cost, family, full, 0.5, prices=cheaper_from(0.0)[::8])
     assert again.tried[0].price == 0.0 and all(t.price >= 0 for t in again.tried)

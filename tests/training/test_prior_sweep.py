@@ -125,9 +125,8 @@ def test_kl_is_from_the_prior_with_its_price(fitted: Fitted) -> None:
     )
     tilted = tilted + 4.0 * (q / q.sum(-1, keepdim=True)) @ prior.cost_ratio.double()
     log_z = tilted_moments(prior.concentration, 4.0 * prior.cost_ratio).log_normaliser.sum()
-    assert row["kl"] == pytest.approx(
-        float(tilted.mean((1, 2, 3)).sum() + log_z), rel=0.05
-    )  # one batch of all that was read
+    # one batch of all that was read
+    assert row["kl"] == pytest.approx(float(tilted.mean((1, 2, 3)).sum() + log_z), rel=0.05)
 
 
 def test_one_at_a_time(fitted: Fitted) -> None:

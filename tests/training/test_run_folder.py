@@ -101,9 +101,8 @@ def test_where_text_lies_and_what_computes_may_change(
     )
     config, _ = load_run(run)
     assert config.data.corpus == f"text:{moved}" and config.train.device == "auto"
-    assert str(corpus) not in (run / WEIGHTS).read_bytes().decode(
-        "latin-1"
-    )  # the same fit elsewhere writes the same bytes
+    # the same fit elsewhere writes the same bytes
+    assert str(corpus) not in (run / WEIGHTS).read_bytes().decode("latin-1")
 
 
 def test_runs_of_before_have_no_settings_in_their_weights(

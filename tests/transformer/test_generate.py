@@ -43,9 +43,8 @@ def test_draws_have_the_stated_distribution() -> None:
     torch.testing.assert_close(
         frequencies(logits, Sampling(0.7, top_k=2)), kept / kept.sum(), rtol=0, atol=0.01
     )
-    assert (
-        float(frequencies(logits, Sampling(0.7, top_p=0.5))[1]) == 1.0
-    )  # the likeliest holds more than half
+    # the likeliest holds more than half
+    assert float(frequencies(logits, Sampling(0.7, top_p=0.5))[1]) == 1.0
     top = torch.tensor([1.0, 1.0, 1.0, 0.0]) * p
     assert float(p[1] + p[2]) < 0.97
     torch.testing.assert_close(
@@ -68,9 +67,8 @@ def test_stop_tokens_end_each_row() -> None:
 def test_a_row_that_has_ended_repeats_its_stop_token_whatever_the_model_would_say(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    said = iter(
-        torch.tensor([[1, 4], [5, 2], [7, 3], [8, 5], [9, 9]])
-    )  # row 0 ends at the second step, row 1 at the fourth
+    # row 0 ends at the second step, row 1 at the fourth
+    said = iter(torch.tensor([[1, 4], [5, 2], [7, 3], [8, 5], [9, 9]]))
     monkeypatch.setattr(generate_module, "choose_token", lambda *_: next(said))
     steps = [
         step.tokens.tolist()

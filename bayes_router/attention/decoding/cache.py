@@ -30,12 +30,8 @@ from bayes_router.attention.hard.sorted import TRITON
 from bayes_router.attention.kernels import capability
 from bayes_router.attention.shapes import by_head, fits_units, with_units
 
-NATIVE = (
-    Kernel.FULL,
-    Kernel.LINEAR,
-    Kernel.LOCAL,
-    Kernel.GATED,
-)  # as the decoding kernel takes them
+# as the decoding kernel takes them
+NATIVE = (Kernel.FULL, Kernel.LINEAR, Kernel.LOCAL, Kernel.GATED)
 
 
 class LayerCache:
@@ -238,9 +234,8 @@ class LayerCache:
             for i, state in self.states.items()
         }
         dense = {i: out for i, (out, _) in extended.items() if out is not None}
-        late = self.ring and not _own_path(
-            new, choice
-        )  # a chunk may overwrite what its first queries see
+        # a chunk may overwrite what its first queries see
+        late = self.ring and not _own_path(new, choice)
         if not late:
             self._write(new)
         if weights is None:
@@ -270,10 +265,8 @@ class LayerCache:
 
         Any other that keeps a state by its own pass.
         """
-        from bayes_router.attention.kernels.triton.decode import (
-            GatedStep,
-            decode_step,
-        )  # only where it can be imported
+        # only where it can be imported
+        from bayes_router.attention.kernels.triton.decode import GatedStep, decode_step
 
         full, linear, local, gated = self._native
         expert = self.experts[gated] if gated >= 0 else None
@@ -399,17 +392,15 @@ class LayerCache:
 
         Of each row what the ring holds, in order, then its new tokens, then what nothing sees.
         """
-        assert (
-            self.keys is not None and self.values is not None
-        )  # a ring is kept for local experts, which are rotary
+        # a ring is kept for local experts, which are rotary
+        assert self.keys is not None and self.values is not None
         T = new.q.shape[2]
         held = self.lengths.clamp_max(self.slots)[:, None]  # [B, 1]
         entry = torch.arange(self.slots + T, device=new.q.device)
         old = (self.lengths[:, None] - held + entry) % self.slots
         fresh = (self.slots + 1 + entry - held).clamp_max(self.slots + T)
-        place = torch.where(entry < held, old, fresh)[
-            :, None, :, None
-        ]  # [B, 1, S + T, 1] among slots and new tokens
+        # [B, 1, S + T, 1] among slots and new tokens
+        place = torch.where(entry < held, old, fresh)[:, None, :, None]
         k, v = (
             torch.cat(pair, 2).gather(2, place.expand(-1, pair[1].shape[1], -1, pair[1].shape[3]))
             for pair in ((self.keys, new.k), (self.values, new.v))
@@ -426,9 +417,8 @@ class LayerCache:
             for x, y in ((self.keys, new.k), (self.plain_keys, new.plain_k), (self.values, new.v))
             if x is not None
         ]
-        if (
-            self.longest == 0 and not self.ring and self.slots >= T
-        ):  # what padding writes is overwritten before it is seen
+        # what padding writes is overwritten before it is seen
+        if self.longest == 0 and not self.ring and self.slots >= T:
             for store, x in pairs:
                 store[:, :, :T] = x
             return

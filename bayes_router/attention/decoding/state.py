@@ -25,9 +25,8 @@ def extend(
     """
     q, k, v = new.inputs(expert)
     real = new.real()
-    known = (
-        expert if isinstance(expert, SumExpert) and expert.kernel.sums else None
-    )  # a subclass may compute anything
+    # a subclass may compute anything
+    known = expert if isinstance(expert, SumExpert) and expert.kernel.sums else None
     if known is not None and empty:
         return None, advance(known, k, v, state, real)
     if real is None or q.shape[2] == 0:

@@ -69,9 +69,8 @@ def _fill(
         return
     expert = held.experts[index]
     reach = expert.reach(length) if expert.kernel.softmax else None
-    queries, key_heads = (
-        heads if reach is not None else WHOLE
-    )  # an expert of the user's knows all of its heads alone
+    # an expert of the user's knows all of its heads alone
+    queries, key_heads = heads if reach is not None else WHOLE
     first = 0 if reach is None else max(length - reach, 0)
     q, k, v = held.inputs(expert)
     k, v = (_stored(x[row, key_heads], first, length, slots) for x in (k, v))
@@ -110,13 +109,11 @@ def _masked(held: RoutedProblem, slots: int, ring: bool) -> Tensor:
     age = age[:, None, None]  # [B, 1, 1, S]
     seen = torch.zeros_like(age, dtype=torch.bool)
     for index, expert in held.computed():
-        seen = seen | (
-            held.chosen(index) & (age >= 0) & (age < (expert.reach(slots) or 0))
-        )  # [B, H or 1, 1, S]
+        # [B, H or 1, 1, S]
+        seen = seen | (held.chosen(index) & (age >= 0) & (age < (expert.reach(slots) or 0)))
     computed = seen.any(-1, keepdim=True)
     mask = seen | ~computed  # a row that sees nothing would divide by zero
-    mask = (
-        mask if held.units == 1 else mask.squeeze(2).unflatten(1, (held.k.shape[1], -1))
-    )  # as queries are packed
+    # as queries are packed
+    mask = mask if held.units == 1 else mask.squeeze(2).unflatten(1, (held.k.shape[1], -1))
     out = _softmax(held.q, held.k[:, :, :slots], held.v[:, :, :slots], mask)
     return torch.where(computed, out, 0.0)

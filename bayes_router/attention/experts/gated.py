@@ -97,9 +97,8 @@ class GatedLinearAttention(SumExpert):
 
         On a CPU the state takes the keys up to a unit's last row, and its chosen rows read it.
         """
-        own = (
-            self.kernel is Kernel.GATED and q.device.type == "cpu"
-        )  # elsewhere the host counts no rows
+        # elsewhere the host counts no rows
+        own = self.kernel is Kernel.GATED and q.device.type == "cpu"
         if not own or int(chosen.sum()) > MOST_ROWS * chosen.numel():
             return super().attend_rows(q, k, v, chosen.any(-1))
         units = unit_heads(chosen.shape[2], q.shape[1], k.shape[1])

@@ -77,9 +77,8 @@ class LinearAttention(SumExpert):
 
 def _step(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """One token: the state with its outer product added, then read."""
-    state = state + feature_map(widen(k)).transpose(-1, -2) * with_ones(
-        widen(v)
-    )  # [B, Hkv, Dh, Dh + 1]
+    # [B, Hkv, Dh, Dh + 1]
+    state = state + feature_map(widen(k)).transpose(-1, -2) * with_ones(widen(v))
     phi_q = feature_map(widen(q)).unflatten(1, (k.shape[1], -1)).squeeze(3)  # [B, Hkv, G, Dh]
     summed = phi_q @ state  # [B, Hkv, G, Dh + 1]
     return normalised(summed).flatten(1, 2).unsqueeze(2).to(v.dtype), state

@@ -12,13 +12,8 @@ from bayes_router.attention.hard.rows import TORCH
 from bayes_router.attention.hard.short import SHORT
 from bayes_router.attention.hard.sorted import TRITON
 
-__all__ = [
-    "AUTO",
-    "BREAK_EVEN",
-    "BreakEven",
-    "REFERENCE",
-    "choose_backend",
-]  # with this file the library's own are registered
+# with this file the library's own are registered
+__all__ = ["AUTO", "BREAK_EVEN", "BreakEven", "REFERENCE", "choose_backend"]
 
 
 class BreakEven(NamedTuple):

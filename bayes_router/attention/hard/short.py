@@ -37,9 +37,8 @@ class _Short:
 
     def attend(self, problem: RoutedProblem) -> Tensor:
         """See `Backend.attend`."""
-        from bayes_router.attention.hard.short_launch import (
-            launch_short,
-        )  # only where Triton can be imported
+        # only where Triton can be imported
+        from bayes_router.attention.hard.short_launch import launch_short
 
         return launch_short(problem)
 

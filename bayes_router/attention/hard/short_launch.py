@@ -22,18 +22,16 @@ def launch_short(problem: RoutedProblem) -> Tensor:
 
     Built-in experts, each at most once, few queries, no gradients.
     """
-    with torch.cuda.device_of(
-        problem.q
-    ):  # kernels run on the current device, whatever their tensors are on
+    # kernels run on the current device, whatever their tensors are on
+    with torch.cuda.device_of(problem.q):
         return _attend(problem)
 
 
 def _attend(problem: RoutedProblem) -> Tensor:
     head_dim = problem.q.shape[3]
     q, k, v = (packed(padded(x)) for x in (problem.q, problem.k, problem.v))
-    plain_q, plain_k = (
-        packed(padded(x, -torch.inf)) for x in (problem.plain_q, problem.plain_k)
-    )  # phi(-inf) = 0
+    # phi(-inf) = 0
+    plain_q, plain_k = (packed(padded(x, -torch.inf)) for x in (problem.plain_q, problem.plain_k))
     (B, H, T, D), (_, HK, num_keys, _), device = q.shape, k.shape, q.device
     R, U, unit = problem.units, B * problem.units, H // problem.units
     kernels = {expert.kernel: index for index, expert in problem.computed()}

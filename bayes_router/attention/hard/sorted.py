@@ -24,9 +24,8 @@ class _Sorted:
 
     def attend(self, problem: RoutedProblem) -> Tensor:
         """See `Backend.attend`."""
-        from bayes_router.attention.hard.sorted_launch import (
-            launch_sorted,
-        )  # only where Triton can be imported
+        # only where Triton can be imported
+        from bayes_router.attention.hard.sorted_launch import launch_sorted
 
         return launch_sorted(problem)
 

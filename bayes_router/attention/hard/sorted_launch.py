@@ -22,20 +22,15 @@ from bayes_router.attention.kernels.triton.launch_forward import forward
 from bayes_router.attention.kernels.triton.plan import make_plan, make_work
 from bayes_router.attention.shapes import by_head
 
-PLACES = {
-    Kernel.FULL: 0,
-    Kernel.LINEAR: 1,
-    Kernel.GATED: 1,
-    Kernel.LOCAL: 2,
-}  # in the order of `kernels.triton.plan`
+# in the order of `kernels.triton.plan`
+PLACES = {Kernel.FULL: 0, Kernel.LINEAR: 1, Kernel.GATED: 1, Kernel.LOCAL: 2}
 
 
 def launch_sorted(problem: RoutedProblem) -> Tensor:
     """[B, H, Tq, Dh] of a checked problem on CUDA."""
     native = native_experts(problem)
-    with torch.cuda.device_of(
-        problem.q
-    ):  # kernels run on the current device, whatever their tensors are on
+    # kernels run on the current device, whatever their tensors are on
+    with torch.cuda.device_of(problem.q):
         out = _attend_native(problem, native)[..., : problem.q.shape[3]]
     real = problem.real()
     for index, expert in problem.computed():

@@ -10,9 +10,8 @@ from pathlib import Path
 import matplotlib
 
 if "MPLBACKEND" not in os.environ and "matplotlib.pyplot" not in sys.modules:
-    matplotlib.use(
-        "Agg", force=False
-    )  # a command needs no window; a notebook or a user that chose a backend keeps it
+    # a command needs no window; a notebook or a user that chose a backend keeps it
+    matplotlib.use("Agg", force=False)
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
@@ -21,13 +20,8 @@ from matplotlib.axes import Axes
 from bayes_router.config import load_config
 from bayes_router.files import CONFIG, METRICS, require_file
 
-PALETTE = (
-    "#0b3c5d",
-    "#e08e2b",
-    "#4fae8f",
-    "#9c4f96",
-    "#c9c14a",
-)  # dark blue, orange, green, purple, yellow
+# dark blue, orange, green, purple, yellow
+PALETTE = ("#0b3c5d", "#e08e2b", "#4fae8f", "#9c4f96", "#c9c14a")
 
 
 def expert_palette(experts: list[str]) -> dict[str, str]:

@@ -124,9 +124,8 @@ def _regret_rows(
     pairs = [(int(p) % (L * R), scored[int(p) // (L * R)]) for p in picked]
     if not pairs:
         return []
-    pairs.sort(
-        key=lambda pair: pair[1]
-    )  # so that what goes through the network together ends at a like position
+    # so that what goes through the network together ends at a like position
+    pairs.sort(key=lambda pair: pair[1])
     parts = [pairs[i : i + ROWS] for i in range(0, len(pairs), ROWS)]
     ends = [part[-1][1] + 1 if causal else len(tokens) for part in parts]
     losses = [
@@ -230,9 +229,8 @@ def reliability(stated: Array, right: npt.NDArray[np.bool_], bins: int = BINS) -
     table = frame.groupby("bin").agg(
         stated=("stated", "mean"), observed=("observed", "mean"), count=("stated", "size")
     )
-    shrunk = (table["observed"] * table["count"] + 1) / (
-        table["count"] + 2
-    )  # a bin of two is not certain of its share
+    # a bin of two is not certain of its share
+    shrunk = (table["observed"] * table["count"] + 1) / (table["count"] + 2)
     table["error"] = np.sqrt(shrunk * (1 - shrunk) / table["count"])
     return table.reset_index()
 

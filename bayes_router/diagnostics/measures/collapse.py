@@ -161,9 +161,8 @@ class CollapseSummary:
         for layer in range(len(frame)):
             row = frame.iloc[layer]
             units = self._load[layer] / self.tokens  # [R, E]
-            widest = units[
-                int(units.amax(-1).argmin())
-            ].tolist()  # a layer has collapsed where all of its units have
+            # a layer has collapsed where all of its units have
+            widest = units[int(units.amax(-1).argmin())].tolist()
             state = LayerState(widest, row["route_information"], row["kl"])
             found += layer_verdicts(state, self.experts, layer, thresholds)
         return merged(found) or [healthy(frame, thresholds)]

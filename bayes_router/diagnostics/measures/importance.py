@@ -166,9 +166,8 @@ def pareto_k(log_weight: Tensor | npt.NDArray[np.float64]) -> float:
     require(bool(np.isfinite(values).all()), "log_weight", "finite numbers", float(values.min()))
     if np.ptp(values) < 1e-9:
         return float("-inf")
-    return float(
-        _smoother().psislw(-values)[1]
-    )  # it takes log likelihoods, and weighs by their inverse as LOO does
+    # it takes log likelihoods, and weighs by their inverse as LOO does
+    return float(_smoother().psislw(-values)[1])
 
 
 def _smoother() -> Any:

@@ -91,12 +91,10 @@ def cost_interval(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for part in concentration.detach().double().cpu().split(2048, 1):
-            route = torch.distributions.Dirichlet(part, validate_args=False).sample(
-                (draws,)
-            )  # [S, L, n, E]
-            ends.append(
-                torch.quantile((route @ cost_ratio.double().cpu()).mean(1), tails, dim=0)
-            )  # [2, n]
+            # [S, L, n, E]
+            route = torch.distributions.Dirichlet(part, validate_args=False).sample((draws,))
+            # [2, n]
+            ends.append(torch.quantile((route @ cost_ratio.double().cpu()).mean(1), tails, dim=0))
     low, high = torch.cat(ends, 1)
     return low, high
 
@@ -237,9 +235,8 @@ class UncertaintySummary:
 
     def add(self, reading: Reading) -> "UncertaintySummary":
         """Take in a batch of windows, of any length."""
-        measured = measures(reading.concentration, self.cost_ratio).mean(
-            3
-        )  # [L, B, T, M], the mean over units
+        # [L, B, T, M], the mean over units
+        measured = measures(reading.concentration, self.cost_ratio).mean(3)
         L, B, T, M = measured.shape
         longer = T - len(self._position_count)
         if longer > 0:

@@ -91,9 +91,8 @@ class RoutedLayer(nn.Module):
         if not route.is_floating_point():
             return self._hard(call, route)
         heads, mixed = call.q.shape[1], None
-        for i, weight in enumerate(
-            route.to(call.q.dtype).unbind(-1)
-        ):  # each expert once, whatever the number of units
+        # each expert once, whatever the number of units
+        for i, weight in enumerate(route.to(call.q.dtype).unbind(-1)):
             part = by_head(weight, heads) * self.expert(i)(call)
             mixed = part if mixed is None else mixed + part
         assert mixed is not None
@@ -102,20 +101,19 @@ class RoutedLayer(nn.Module):
     def _hard(self, call: AttentionCall, route: Tensor) -> Tensor:
         if route.shape[1] == 1 and call.causal:
             return attend_one(self.experts, call, route)
+        # [E]
         each = (
             (route[..., None] == torch.arange(len(self.names), device=route.device))
             .flatten(0, 2)
             .any(0)
-        )  # [E]
-        taken = [
-            index for index, some_take in enumerate(each.tolist()) if some_take
-        ]  # waits for the device, once
+        )
+        # waits for the device, once
+        taken = [index for index, some_take in enumerate(each.tolist()) if some_take]
         if len(taken) == 1:
             return self._attend(call, taken[0])
         if self._dispatchable(call):
-            among = (
-                route if len(taken) == len(self.names) else (each.cumsum(0) - 1)[route]
-            )  # indices into `taken`
+            # indices into `taken`
+            among = route if len(taken) == len(self.names) else (each.cumsum(0) - 1)[route]
             shift = unpadding(call)
             if shift is not None:
                 return shift.back(

@@ -34,9 +34,8 @@ class LinearExpert(PatchedExpert):
 
     def __init__(self, shape: ExpertShape, kv_heads: int, sinks: int = 0):
         super().__init__(shape, kv_heads, sinks)
-        start = (
-            torch.eye(shape.head_dim) * shape.head_dim**0.25
-        )  # the product of both is sqrt(Dh) x scaled scores
+        # the product of both is sqrt(Dh) x scaled scores
+        start = torch.eye(shape.head_dim) * shape.head_dim**0.25
         self.query_map = nn.Parameter(start.repeat(shape.num_heads, 1, 1))  # [H, F, Dh]
         self.key_map = nn.Parameter(start.repeat(kv_heads, 1, 1))  # [Hkv, F, Dh]
 
@@ -48,11 +47,12 @@ class LinearExpert(PatchedExpert):
             and call.q.shape[2] == 1
             and not self.needs_grad(call)
         ):
+            # [B, Hkv, G, F]
             phi_q = (
                 self._phi(call.q, self.query_map, call)
                 .unflatten(1, (call.k.shape[1], -1))
                 .squeeze(3)
-            )  # [B, Hkv, G, F]
+            )
             summed = (phi_q @ self.running(call)).flatten(1, 2).unsqueeze(2)
             return normalised(summed).to(call.v.dtype)
         phi_q = self._phi(call.q, self.query_map, call)  # [B, H, Tq, F]

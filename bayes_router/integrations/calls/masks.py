@@ -49,9 +49,8 @@ class OfLast(Generic[Answer]):
 
     def __init__(self, read: Callable[..., Answer]):
         self._read = read
-        self._last: tuple[tuple[Any, ...], Answer] | None = (
-            None  # one object: threads see a question with its answer
-        )
+        # one object: threads see a question with its answer
+        self._last: tuple[tuple[Any, ...], Answer] | None = None
 
     def __call__(self, *asked: Any) -> Answer:
         """The answer to these arguments, tensors or what compares by value."""
@@ -83,9 +82,8 @@ def padding_of(mask: Tensor, num_queries: int, causal: bool) -> Tensor | None:
     ):
         return None
     Tk = mask.shape[3]
-    real = mask[
-        :, 0, -1
-    ].clone()  # the last query sees all that is real; a view would keep the whole mask
+    # the last query sees all that is real; a view would keep the whole mask
+    real = mask[:, 0, -1].clone()
     key = torch.arange(Tk, device=mask.device)
     expected = real[:, None].expand(-1, num_queries, -1)
     if causal:
@@ -110,7 +108,6 @@ def real_queries(mask: Tensor, num_queries: int) -> Tensor:
     The queries are the last keys.
     """
     own = mask[(None,) * (4 - mask.dim())][..., mask.shape[-1] - num_queries :]
-    own = (
-        own.diagonal(dim1=-2, dim2=-1) if mask.shape[-2] == num_queries else own[..., -1, :]
-    )  # one row for all queries
+    # one row for all queries
+    own = own.diagonal(dim1=-2, dim2=-1) if mask.shape[-2] == num_queries else own[..., -1, :]
     return seen(own).reshape(-1, *own.shape[-2:]).any(1)

@@ -212,25 +212,22 @@ class LocalExpert(SoftmaxExpert):
             return [last]
         if call.mask is None:
             return [(call.k[:, :, :sinks], call.v[:, :, :sinks], None), last]
-        order = (
-            call.visible()[:, 0, 0].int().cumsum(-1)
-        )  # [B or 1, Tk], a key that is seen: its place among those
+        # [B or 1, Tk], a key that is seen: its place among those
+        order = call.visible()[:, 0, 0].int().cumsum(-1)
         place = torch.arange(1, self.sinks + 1, device=order.device)
         at = (order[:, None] == place[:, None]).int().argmax(-1)  # [B or 1, sinks]
         there = (order[:, -1:] >= place) & (at < before)  # those in the window are there already
         index = at.expand(len(call.q), -1)[:, None, :, None]
         k, v = (x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (call.k, call.v))
-        shown = restrict(
-            call.mask.gather(3, at[:, None, None]), there[:, None, None]
-        )  # [B or 1, 1, 1, sinks]
+        # [B or 1, 1, 1, sinks]
+        shown = restrict(call.mask.gather(3, at[:, None, None]), there[:, None, None])
         return [(k, v, shown), last]
 
     def _joined(self, call: AttentionCall) -> Tensor:
         """One new token: one softmax over the sinks and the window, whose keys are not copied."""
         pieces = self._pieces(call)
-        q = (
-            call.q.reshape(len(call.q), call.k.shape[1], -1, call.q.shape[3]) * call.scaling
-        )  # [B, Hkv, G, Dh]
+        # [B, Hkv, G, Dh]
+        q = call.q.reshape(len(call.q), call.k.shape[1], -1, call.q.shape[3]) * call.scaling
         weights = torch.cat([_masked(q @ k.mT, mask) for k, _, mask in pieces], 3).softmax(3)
         (_, v, _), past = pieces[-1], weights.shape[3] - pieces[-1][0].shape[2]
         out = weights[..., past:] @ v

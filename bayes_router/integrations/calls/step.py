@@ -81,9 +81,8 @@ def some(expert: PatchedExpert, call: AttentionCall, rows: Sequence[int]) -> Ten
         [b for _, b in group]
         for _, group in groupby(enumerate(rows), key=lambda pair: pair[1] - pair[0])
     ]
-    return torch.cat(
-        [expert(call.part(slice(part[0], part[-1] + 1))) for part in neighbours]
-    )  # no keys are copied
+    # no keys are copied
+    return torch.cat([expert(call.part(slice(part[0], part[-1] + 1))) for part in neighbours])
 
 
 def remember(experts: nn.ModuleList, call: AttentionCall, route: Tensor | int) -> None:
@@ -136,9 +135,8 @@ def _one_fused(experts: nn.ModuleList, call: AttentionCall, route: Tensor) -> Te
 
     The other experts read little and do all rows.
     """
-    from bayes_router.attention.kernels.triton.decode import (
-        decode_step,
-    )  # only where it can be imported
+    # only where it can be imported
+    from bayes_router.attention.kernels.triton.decode import decode_step
 
     full = next(index for index, expert in enumerate(experts) if isinstance(expert, FullExpert))
     q = call.rescaled()

@@ -39,9 +39,8 @@ def check_model(model: PreTrainedModel) -> str:
         "load them first",
     )
     method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
-    quantised = (
-        getattr(model, "is_quantized", False) and method != "gguf"
-    )  # GGUF weights are floats once loaded
+    # GGUF weights are floats once loaded
+    quantised = getattr(model, "is_quantized", False) and method != "gguf"
     require(
         not quantised,
         "model",

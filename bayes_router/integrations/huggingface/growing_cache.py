@@ -82,9 +82,8 @@ def grow(layer: Any) -> None:
     concatenates as before.
     """
     known = layer.__dict__.get("update")
-    if not (
-        isinstance(known, partial) and known.func is _append and known.args[0] is layer
-    ):  # a shallow copy has another's
+    # a shallow copy has another's
+    if not (isinstance(known, partial) and known.func is _append and known.args[0] is layer):
         layer.update = partial(_append, layer, _Room())
 
 
@@ -105,9 +104,8 @@ def _append(
             length = stop + max(stop // SPARE, LEAST)
             room.store = _longer(layer.keys, length), _longer(layer.values, length)
         for store, new in zip(room.store, (key_states, value_states), strict=True):
-            store.data[:, :, start:stop] = (
-                new  # `data`: earlier views show what they showed, and keep their version
-            )
+            # `data`: earlier views show what they showed, and keep their version
+            store.data[:, :, start:stop] = new
         left = room.store[0][:, :, :stop], room.store[1][:, :, :stop]
     room.left = layer.keys, layer.values = left
     return left

@@ -83,9 +83,8 @@ def routed_interface(
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         if k is key and v is value and mask is attention_mask:
-            k, v, mask = (
-                whole  # with the empty slots, which are hidden: the very call that the layer made
-            )
+            # with the empty slots, which are hidden: the very call that the layer made
+            k, v, mask = whole
         if base == "eager" and mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(
                 ~mask, torch.finfo(q.dtype).min
@@ -121,9 +120,8 @@ def without_empty(x: Any, dim: int, filled: int, query: Tensor) -> Any:
 
 def weights_wanted(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     """Whether the caller asks for attention weights, which a mixture of experts has not."""
-    collector = getattr(
-        output_capturing, "_active_collector", None
-    )  # some architectures pass the argument no further
+    # some architectures pass the argument no further
+    collector = getattr(output_capturing, "_active_collector", None)
     collected = None if collector is None else collector.get()
     configured = getattr(getattr(module, "config", None), "output_attentions", False)
     return bool(

@@ -23,9 +23,8 @@ class Asked(NamedTuple):
     """What a step of the fit is run at."""
 
     price: float  # of the prior's tilt
-    dial: float = (
-        0.0  # by which the posterior is moved, as `Budget` moves it; both in nats per unit of cost
-    )
+    # by which the posterior is moved, as `Budget` moves it; both in nats per unit of cost
+    dial: float = 0.0
 
 
 class Pressure(Protocol):

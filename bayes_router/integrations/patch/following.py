@@ -24,9 +24,8 @@ class Following(nn.Module):
 
     controller: MetaController
     layers: nn.ModuleList
-    _trainable: bool | None = (
-        None  # whether any of the model's weights was, when the flags here were last set
-    )
+    # whether any of the model's weights was, when the flags here were last set
+    _trainable: bool | None = None
 
     def __init__(self, model: nn.Module, found: Sequence[Found]):
         super().__init__()
@@ -72,9 +71,8 @@ class Following(nn.Module):
         frozen, call it before.
         """
         for index, one in enumerate(self.found):
-            own = next(
-                (p for p in one.module.parameters() if not p.is_meta), None
-            )  # offloaded weights are nowhere
+            # offloaded weights are nowhere
+            own = next((p for p in one.module.parameters() if not p.is_meta), None)
             if own is not None:
                 self.place(index, own)
         trainable = any(p.requires_grad for p in self.model.parameters())

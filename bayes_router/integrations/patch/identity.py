@@ -49,9 +49,8 @@ def _rounded(x: Tensor, y: Tensor) -> bool:
     most = min(kind.max for kind in kinds)
     a, b = (z.clamp(-most, most) for z in (a, b))  # float16 overflows
     relative = sum(kind.eps for kind in kinds) / 2
-    absolute = (
-        sum(kind.smallest_normal * kind.eps for kind in kinds) / 2
-    )  # between numbers too small to be normal
+    # between numbers too small to be normal
+    absolute = sum(kind.smallest_normal * kind.eps for kind in kinds) / 2
     return bool(((a - b).abs() <= relative * torch.maximum(a.abs(), b.abs()) + absolute).all())
 
 

@@ -19,9 +19,8 @@ def hooks(module: nn.Module) -> Iterator[Any]:
 def kept(model: nn.Module, name: str) -> Tensor | None:
     """The parameter called `name` where accelerate keeps it; None: nowhere."""
     parts = name.split(".")
-    for depth in range(
-        len(parts) - 1, -1, -1
-    ):  # its own module's hook, or one that places all below it
+    # its own module's hook, or one that places all below it
+    for depth in range(len(parts) - 1, -1, -1):
         for hook in hooks(model.get_submodule(".".join(parts[:depth]))):
             weights = getattr(hook, "weights_map", None)
             if weights is not None:

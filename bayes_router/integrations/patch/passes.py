@@ -73,14 +73,10 @@ class Given(NamedTuple):
     """What the hook before an attention module hands to its attention function."""
 
     hidden: Tensor
-    past: tuple[Any, Tensor | None] | None = (
-        None  # the KV cache, and what it held of this layer's keys
-    )
-    filled: int | None = (
-        # tokens in a static cache before this call, whose later slots are empty; None: no such
-        # cache
-        None
-    )
+    # the KV cache, and what it held of this layer's keys
+    past: tuple[Any, Tensor | None] | None = None
+    # tokens in a static cache before this call, whose later slots are empty; None: no such cache
+    filled: int | None = None
 
 
 class Slot:

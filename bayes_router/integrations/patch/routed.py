@@ -100,9 +100,8 @@ class RoutedModel(Following):
             settings.route_by,
         )
         usual, costs = tuple(self.cost_ratio.tolist()), map(tuple, self.layer_cost.tolist())
-        self._own_costs = {
-            i: cost for i, cost in enumerate(costs) if cost != usual
-        }  # of layers that slide already
+        # of layers that slide already
+        self._own_costs = {i: cost for i, cost in enumerate(costs) if cost != usual}
         self.prior = layer_prior(settings.prior, self.cost_ratio, self.layer_cost)
         self.controller = MetaController(
             found[0].width,
@@ -340,9 +339,8 @@ class RoutedModel(Following):
         routed, terms = self._routed(of), []
         routed.kl_taken = True
         for layer, q in sorted(routed.concentration.items()):
-            of_token = tilted_kl(q, prior[layer].to(q), tilt[layer], log_z[layer].to(q)).sum(
-                -1
-            )  # over units
+            # over units
+            of_token = tilted_kl(q, prior[layer].to(q), tilt[layer], log_z[layer].to(q)).sum(-1)
             terms.append(routed.mean(layer, of_token))
         return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
@@ -454,9 +452,8 @@ class RoutedModel(Following):
         """Give every found module its binding."""
         for index, one in enumerate(self.found):
             setattr(one.module, BINDING, Binding(self, index))
-            self.undo.append(
-                partial(delattr, one.module, BINDING)
-            )  # a partial is copied with the model, a closure not
+            # a partial is copied with the model, a closure not
+            self.undo.append(partial(delattr, one.module, BINDING))
 
 
 def normalised(hidden: Tensor) -> Tensor:

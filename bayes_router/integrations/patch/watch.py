@@ -27,9 +27,8 @@ class TrainingWatch:
     def __init__(self, router: nn.Module):
         self.router: Any = router
         self.told = False  # or seen that all is well
-        self.before: tuple[tuple[int, int], list[Tensor]] | None = (
-            None  # some of the router's weights, and of the model's
-        )
+        # some of the router's weights, and of the model's
+        self.before: tuple[tuple[int, int], list[Tensor]] | None = None
 
     def drawn(self, layer: int) -> None:
         """A layer's routes were drawn in training mode.

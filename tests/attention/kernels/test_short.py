@@ -68,9 +68,8 @@ def test_every_unit(
 ) -> None:
     one = problem(Hkv=Hkv, route=route, units=units, seed=fresh_seed, sinks=2)
     compare(one)
-    monkeypatch.setattr(
-        short, "cut", lambda *_: Cut(64, 32, 32, 4, 1, 2, None)
-    )  # full attention in segments
+    # full attention in segments
+    monkeypatch.setattr(short, "cut", lambda *_: Cut(64, 32, 32, 4, 1, 2, None))
     compare(replace(one, lengths=torch.tensor([150, 77])))
 
 

@@ -135,9 +135,8 @@ def test_every_unit(units: int, Hkv: int, route: str, fresh_seed: int) -> None:
     one = problem(2, Hkv, 100, route, fresh_seed, units=units, H=4)
     compare(one)
     compare(replace(one, lengths=torch.tensor([50, 100])))
-    compare(
-        replace(one, route=one.route.transpose(1, 2).contiguous().transpose(1, 2))
-    )  # any strides
+    # any strides
+    compare(replace(one, route=one.route.transpose(1, 2).contiguous().transpose(1, 2)))
     parts = {name: getattr(one, name).detach()[:, :, -30:] for name in ("q", "plain_q")}
     keys = {name: getattr(one, name).detach() for name in ("k", "v", "plain_k")}
     compare(replace(one, **parts, **keys, route=one.route[:, -30:], starts=torch.tensor([0, 70])))

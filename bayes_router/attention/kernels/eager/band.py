@@ -23,10 +23,8 @@ def banded(
     (B, H, Tq, _), Tk = q.shape, k.shape[2]
     past, block, sinks = Tk - Tq, max(window, MIN_BLOCK), min(sinks, Tk)
     older = max(past - window + 1, 0)  # keys before every window
-    front, back = (
-        older + window - 1 - past,
-        -Tq % block,
-    )  # missing keys before the first query; queries to fill a block
+    # missing keys before the first query; queries to fill a block
+    front, back = older + window - 1 - past, -Tq % block
     blocks = F.pad(q, (0, 0, 0, back)).unflatten(2, (-1, block)).transpose(1, 2)  # [B, N, H, C, Dh]
     N = blocks.shape[1]
 
@@ -39,9 +37,8 @@ def banded(
         return near.flatten(0, 1)
 
     query = past + torch.arange(N * block, device=q.device).view(N, block, 1)
-    key = (
-        query[:, :1] - (window - 1) + torch.arange(block + window - 1, device=q.device)
-    )  # [N, 1, C + W - 1]
+    # [N, 1, C + W - 1]
+    key = query[:, :1] - (window - 1) + torch.arange(block + window - 1, device=q.device)
     mask = (key <= query) & (key > query - window) & (key >= 0)
     if sinks:  # those in the window are there already
         mask = torch.cat([torch.arange(sinks, device=q.device) <= query - window, mask], -1)

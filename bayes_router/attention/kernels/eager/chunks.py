@@ -84,18 +84,15 @@ def causal_sum(
         phi_k, value, before = (repeat_heads(x, H) for x in (phi_k, value, states[:, :, :-1]))
         out = phi_q @ before + (phi_q @ phi_k.transpose(-1, -2)).tril() @ value
         return out.flatten(2, 3)[:, :, :T], states[:, :, -1]
-    decay = in_chunks(F.pad(log_decay, (0, pad)) if pad else log_decay, chunk).cumsum(
-        -1
-    )  # [B, H, N, C]
+    # [B, H, N, C]
+    decay = in_chunks(F.pad(log_decay, (0, pad)) if pad else log_decay, chunk).cumsum(-1)
     total = decay[..., -1]  # [B, H, N]
     update = (phi_k * (total.unsqueeze(-1) - decay).exp().unsqueeze(-1)).transpose(-1, -2) @ value
-    entries = torch.cat([state.unsqueeze(2), update], 2).flatten(
-        -2
-    )  # [B, H, N + 1, F D], the past first
+    # [B, H, N + 1, F D], the past first
+    entries = torch.cat([state.unsqueeze(2), update], 2).flatten(-2)
     states = decayed_prefix(entries, F.pad(total, (1, 0))).unflatten(-1, state.shape[-2:])
-    within = (
-        (decay.unsqueeze(-1) - decay.unsqueeze(-2)).tril().exp().tril()
-    )  # [B, H, N, C, C], s <= t
+    # [B, H, N, C, C], s <= t
+    within = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).tril().exp().tril()
     out = (phi_q * decay.exp().unsqueeze(-1)) @ states[:, :, :-1] + (
         phi_q @ phi_k.transpose(-1, -2) * within
     ) @ value

@@ -218,9 +218,8 @@ def _weigh(chunk: Chunk, state: Before) -> tuple[Tensor, Tensor, Tensor]:
     weight = torch.bmm(queries, chunk.keys.transpose(1, 2)).mul_(_visible(chunk))
     if chunk.decay is not None:
         here = chunk.decay.index_select(1, chunk.rows)[..., None]  # [H, m, 1]
-        weight = weight.mul_(
-            (here - chunk.decay[:, None]).clamp_(max=0).exp_()
-        )  # positive for later keys, which are not seen
+        # positive for later keys, which are not seen
+        weight = weight.mul_((here - chunk.decay[:, None]).clamp_(max=0).exp_())
         queries = queries * here.exp()
     norm = weight.sum(-1, keepdim=True)
     norm = norm if state is None else norm + (queries * state.z).sum(-1, keepdim=True)

@@ -12,9 +12,8 @@ from bayes_router.attention.shapes import ExpertShape, widen
 ROWS = 192  # packed queries in a tile with a mask
 FAR_ROWS = 768  # queries that share one tile, without a mask, over the keys that all of them see
 SPAN = 128  # positions in a tile of local queries, at least
-LOCAL_ROWS = (
-    384  # packed queries that such a tile is to have, where these do not span more than the window
-)
+# packed queries that such a tile is to have, where these do not span more than the window
+LOCAL_ROWS = 384
 KEYS = 512  # keys of a tile in the backward pass, at most: their gradients are temporaries
 
 
@@ -36,9 +35,8 @@ def tiles(positions: Tensor, local: ExpertShape | None, groups: int) -> Iterator
     the sinks before these, which all see.
     """
     if local is not None:
-        stretch = int(positions[-1] - positions[0] + 1) // len(
-            positions
-        )  # positions to a chosen one
+        # positions to a chosen one
+        stretch = int(positions[-1] - positions[0] + 1) // len(positions)
         counts = torch.bincount(
             positions // max(min(LOCAL_ROWS * stretch // groups, local.window), SPAN)
         )
@@ -79,9 +77,8 @@ class _Masks:
     def __init__(self, local: ExpertShape | None, groups: int, like: Tensor, num_keys: int):
         self.groups, self.num_keys, self.room = groups, num_keys, like.new_empty(0)
         self.sinks = 0 if local is None else local.sinks
-        self.causal = like.new_zeros(
-            2 * num_keys
-        )  # of the distance from query to key, num_keys at zero
+        # of the distance from query to key, num_keys at zero
+        self.causal = like.new_zeros(2 * num_keys)
         self.causal[num_keys + 1 :] = -torch.inf
         self.line = self.causal
         if local is not None:

@@ -203,9 +203,8 @@ def dkv_kernel(
                 rows_before(Before, u, 0, n0, T, NB, SORTED),
                 count_rows(Before, u, 0, T, NB, SORTED),
             )
-            clear = rows_before(
-                Before, u, 0, n0 + BN + 63, T, NB, SORTED
-            )  # from here on every query sees the whole block
+            # from here on every query sees the whole block
+            clear = rows_before(Before, u, 0, n0 + BN + 63, T, NB, SORTED)
             split = lo + (clear - lo + BM - 1) // BM * BM
             for r0 in range(lo, split, BM):
                 dk, dv = _dkv_rows(Qh, DOh, Lh, Dh, Order, u, 0, T, r0, end, k, v, n, dk, dv, q_t,

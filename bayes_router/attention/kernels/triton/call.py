@@ -39,9 +39,8 @@ class Tiles:
 
 def _sizes(rows: int, keys: int, warps: int, stages: int, registers: int | None = None) -> Sizes:
     sizes = {"BM": rows, "BN": keys, "num_warps": warps, "num_stages": stages}
-    return (
-        sizes if registers is None else {**sizes, "maxnreg": registers}
-    )  # fewer registers, more resident programs
+    # fewer registers, more resident programs
+    return sizes if registers is None else {**sizes, "maxnreg": registers}
 
 
 def tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
@@ -53,9 +52,8 @@ def tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
         small = _sizes(32, 32, 4, 1)
         return Tiles(small, small, small, small, small, small, small, small, small, 2, 2)
     deep, shallow = _sizes(64, 64, 4, 3), _sizes(64, 64, 4, 2)
-    if (
-        head_dim > 128
-    ):  # shared memory ends here: one stage, and a state's rows over twice the threads
+    # shared memory ends here: one stage, and a state's rows over twice the threads
+    if head_dim > 128:
         tile = _sizes(64, 32, 8, 1)
         low = _sizes(32, 32, 8, 1)
         return Tiles(_sizes(64, 64, 8, 2), tile, tile, tile, tile, tile, tile, low, low, 1, 1)

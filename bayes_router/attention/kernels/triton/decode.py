@@ -217,9 +217,8 @@ def decode_kernel(
             )  # fmt: skip
 
 
-@triton.jit(
-    debug=True
-)  # keeps the assertions, which stand here as debugging would slow the loop over keys
+# keeps the assertions, which stand here as debugging would slow the loop over keys
+@triton.jit(debug=True)
 def join_kernel(
     Partial, PartialLse, Route, Lengths, Out, r_b, r_r, H, GROUP, UNIT, room, num_experts, full,
     local, window,

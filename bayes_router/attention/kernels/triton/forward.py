@@ -14,9 +14,8 @@ from bayes_router.attention.kernels.eager import chunks
 
 EPSILON = tl.constexpr(chunks.EPSILON)
 LOG2_E = tl.constexpr(capability.LOG2_E)
-HIDDEN = tl.constexpr(
-    -1.0e30
-)  # below every score, and finite: a row without visible keys gets weight 0, not NaN
+# below every score, and finite: a row without visible keys gets weight 0, not NaN
+HIDDEN = tl.constexpr(-1.0e30)
 
 
 @triton.jit
@@ -86,9 +85,8 @@ def sees(pos, n, reach):
 
     One unsigned comparison.
     """
-    return (pos - n).to(tl.uint32, bitcast=True) < tl.cast(
-        reach, tl.uint32
-    )  # an argument equal to 1 is a constexpr
+    # an argument equal to 1 is a constexpr
+    return (pos - n).to(tl.uint32, bitcast=True) < tl.cast(reach, tl.uint32)
 
 
 @triton.jit

@@ -14,9 +14,8 @@ from torch import Tensor
 
 _COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 _MOST = 4096
-_DIRECT = triton.__version__.startswith(
-    "3.6."
-)  # the calling convention of a compiled kernel is this version's
+# the calling convention of a compiled kernel is this version's
+_DIRECT = triton.__version__.startswith("3.6.")
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:

@@ -129,9 +129,8 @@ def _prefix(
         at = X + c[:, None].to(tl.int64) * WIDTH + x[None, :]
         added = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         weight = tl.where(i[:, None] > i[None, :], 1.0, 0.0)
-        if (
-            DECAY
-        ):  # `here` is the edge of the chunk where one enters it, `there` where one leaves it
+        # `here` is the edge of the chunk where one enters it, `there` where one leaves it
+        if DECAY:
             first = tl.maximum(c, 0) * CHUNK
             here, there = edge(Decay, first, num_keys), edge(Decay, first + CHUNK, num_keys)
             if REVERSE:

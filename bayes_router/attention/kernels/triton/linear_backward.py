@@ -50,9 +50,8 @@ def linear_dq_kernel(
         return
     t, real, first, last = gather_rows(Order, Before, u, 1, i, T, NB, SORTED, BM)
     d = tl.arange(0, D)
-    part = (
-        S.dtype.element_ty if DECAY else K.dtype.element_ty
-    )  # of operands; the weights of pairs would underflow in float16
+    # of operands; the weights of pairs would underflow in float16
+    part = S.dtype.element_ty if DECAY else K.dtype.element_ty
     q = load_rows(Q + b * q_b + h * q_h, t, real, q_t, D).to(tl.float32)
     do = load_rows(DOut + b * g_b + h * g_h, t, real, g_t, D)
     out = load_rows(Out + b * o_b + h * o_h, t, real, o_t, D)

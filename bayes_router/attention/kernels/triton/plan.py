@@ -147,9 +147,8 @@ def _schedule_kernel(
     keys = tl.maximum(work * UNIT / (programs * ROUNDS), (num_keys + S - 1) // S)
     L = (tl.maximum(keys, MIN_KEYS).to(tl.int32) + 127) // 128 * 128
 
-    g = tl.arange(
-        0, GROUPS
-    )  # first the groups with all L keys, u outer; then those cut short, s descending, u inner
+    # first the groups with all L keys, u outer; then those cut short, s descending, u inner
+    g = tl.arange(0, GROUPS)
     short = g >= U * S
     x = tl.where(short, g - U * S, g)
     inside = g < 2 * U * S
@@ -176,9 +175,8 @@ def _schedule_kernel(
     last_part = tl.program_id(0) >= U * S
     mrow = Before + mu * 3 * (NB + 1)
     count = tl.load(mrow + NB)
-    one = tl.where(
-        S == 1, max_blocks, _blocks_before(mrow, L, mbegin, NB, BM)
-    )  # earlier blocks are not split
+    # earlier blocks are not split
+    one = tl.where(S == 1, max_blocks, _blocks_before(mrow, L, mbegin, NB, BM))
     for first in range(0, msize, WIDTH):
         n = first + tl.arange(0, WIDTH)
         real = n < msize
@@ -252,9 +250,8 @@ def make_work(
     U, _, T = plan.order.shape
     segments = max(1, min(MAX_SEGMENTS, 128 // triton.next_power_of_2(U)))
     blocks, max_blocks = plan.before.shape[2] - 1, triton.cdiv(T, tile[0])
-    split = (
-        programs * ROUNDS // unit_heads + U * segments
-    )  # at most, of one head of each unit: items with all their keys
+    # at most, of one head of each unit: items with all their keys
+    split = programs * ROUNDS // unit_heads + U * segments
     items = torch.empty(split + U * max_blocks, 8, dtype=torch.int32, device=plan.order.device)
     parts = torch.empty(U, max_blocks, segments + 1, dtype=torch.int32, device=plan.order.device)
     counters = torch.empty(2, dtype=torch.int32, device=plan.order.device)

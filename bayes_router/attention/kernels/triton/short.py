@@ -54,9 +54,8 @@ def prepare_kernel(
             num_experts, 0, 0, x % 3, u, PADDED,
             BLOCK,
         )  # fmt: skip
-        for i in range(
-            x % 3 * BLOCK, blocks, 3 * BLOCK
-        ):  # blocks of full attention: none of their segments is there yet
+        # blocks of full attention: none of their segments is there yet
+        for i in range(x % 3 * BLOCK, blocks, 3 * BLOCK):
             at = i + tl.arange(0, BLOCK)
             tl.store(Arrived + u * blocks + at, 0, mask=at < blocks)
     else:
@@ -81,9 +80,8 @@ def _full(
     d, r, pos = tl.arange(0, D), tl.arange(0, BM), t + begin
     lo, hi = s * segment, tl.minimum(s * segment + segment, last + begin + 1)
     if lo < hi:
-        seen = tl.maximum(
-            tl.minimum((first + begin + 1) // BN * BN, hi // BN * BN), lo
-        )  # end of the keys that all rows see
+        # end of the keys that all rows see
+        seen = tl.maximum(tl.minimum((first + begin + 1) // BN * BN, hi // BN * BN), lo)
         m, norm, acc = attend_keys(
             q, Kh, Vh, lo, seen, hi, num_keys, k_t, v_t, pos, scale, BM, BN, D, PRECISION
         )
@@ -95,9 +93,8 @@ def _full(
         else:
             one = r[:, None] * D + d[None, :]
             tl.store(Partial + s * BM * D + one, acc.to(Partial.dtype.element_ty))
-            tl.store(
-                PartialLse + s * BM + r, m + tl.log2(norm)
-            )  # -inf of a row that sees none of these keys
+            # -inf of a row that sees none of these keys
+            tl.store(PartialLse + s * BM + r, m + tl.log2(norm))
             tl.debug_barrier()  # every thread has stored before one of them says so
             if tl.atomic_add(Arrived, 1) == parts - 1:
                 m = tl.full([BM], HIDDEN, tl.float32)
