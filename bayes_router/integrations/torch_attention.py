@@ -21,12 +21,10 @@ from bayes_router.attention.shapes import ExpertShape, merge_tokens
 from bayes_router.checks import require
 from bayes_router.integrations import torch_layer
 from bayes_router.integrations.calls.call import AttentionCall
-from bayes_router.integrations.calls.layer import RoutedLayer
-from bayes_router.integrations.calls.linear import LinearExpert
 from bayes_router.integrations.calls.masks import padding_of, seen
 from bayes_router.integrations.patch.binding import BINDING, Binding, all_on, replace_forward
+from bayes_router.integrations.patch.distil import distillation_errors
 from bayes_router.integrations.patch.found import Found
-from bayes_router.integrations.patch.passes import Pass
 from bayes_router.integrations.patch.routed import RoutedModel
 from bayes_router.integrations.patch.settings import PatchSettings
 from bayes_router.types import RoutingMode
@@ -59,18 +57,7 @@ class RoutedTorch(RoutedModel):
         optimiser, losses = torch.optim.Adam(parameters, lr=lr), []
 
         def compare(index: int, call: AttentionCall, hidden: Tensor) -> None:
-            layer = self.layers[index]
-            assert isinstance(layer, RoutedLayer)
-            target = layer.expert(layer.names.index("full"))(call)  # [B, H, T, Dv]
-            seen_here = Pass(real={index: call.real_queries()})
-
-            def mean_square(x: Tensor) -> Tensor:
-                return seen_here.mean(index, x.square().transpose(1, 2))
-
-            with torch.enable_grad():
-                for expert in layer.experts:
-                    if isinstance(expert, LinearExpert):
-                        errors.append(mean_square(expert(call) - target) / mean_square(target))
+            errors.extend(distillation_errors(self.layers[index], call))
 
         with self.only_this():
             for x in inputs:

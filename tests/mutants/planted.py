@@ -181,9 +181,9 @@ FAULTS = [
     ),
     Fault(
         "distillation towards the first expert",
-        f"{P}/integrations/huggingface/fitting.py",
-        'target = layer.expert(layer.names.index("full"))(call).float()',
-        "target = layer.expert(0)(call).float()",
+        f"{P}/integrations/patch/distil.py",
+        'layer.expert(layer.names.index("full"))(call)',
+        "layer.expert(0)(call)",
         f"{T}/integrations/test_details.py",
     ),
     # Others

@@ -22,11 +22,10 @@ from bayes_router.inference.guide import Controller, RoutingGuide
 from bayes_router.inference.likelihood import Likelihood, NextToken, Observed, Teacher, entropy
 from bayes_router.inference.model import RoutingModel
 from bayes_router.integrations.calls.call import AttentionCall
-from bayes_router.integrations.calls.layer import RoutedLayer
-from bayes_router.integrations.calls.linear import LinearExpert
 from bayes_router.integrations.calls.precision import uncached
 from bayes_router.integrations.huggingface.language import Network, RoutedLanguage
 from bayes_router.integrations.huggingface.pressure import BudgetRange, Dialled, pressure_for
+from bayes_router.integrations.patch.distil import distillation_errors
 from bayes_router.integrations.patch.settings import FitRecord
 from bayes_router.progress import Progress
 from bayes_router.routing.schedule import Schedule, ScheduleState
@@ -240,17 +239,10 @@ def distil(
         def compare(
             index: int, call: AttentionCall, hidden: Tensor, errors: list[Tensor] = errors
         ) -> None:
-            layer = router.layers[index]
-            assert isinstance(layer, RoutedLayer)
-            target = layer.expert(layer.names.index("full"))(call).float()
-            with torch.enable_grad():
-                for expert in layer.experts:
-                    if isinstance(expert, LinearExpert):
-                        error = (
-                            expert(call).float() - target
-                        ).square().mean() / target.square().mean()
-                        error.backward()  # at once: only one layer's graph is ever held
-                        errors.append(error.detach())
+            found = distillation_errors(router.layers[index], call)
+            for error in found:
+                error.backward()  # at once: only one layer's graph is ever held
+            errors.extend(error.detach() for error in found)
 
         optimiser.zero_grad(set_to_none=True)
         with torch.no_grad(), router.observed_by(compare):
