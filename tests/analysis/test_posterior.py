@@ -1,3 +1,4 @@
+import shutil
 import sys
 
 import pandas as pd
@@ -34,6 +35,7 @@ def test_each_part_writes_its_tables_and_figures(
 ):
     monkeypatch.setattr(posterior, "Effort", lambda tokens: QUICK)
     monkeypatch.setattr(posterior, "RESPLITS", 5)
+    run = shutil.copytree(finished_run, tmp_path / "run")  # the risk that it fits stays in the run
     other = tmp_path / "other.txt"
     other.write_text("Es war einmal ein Mann. " * 50)
     arguments = [
@@ -49,9 +51,7 @@ def test_each_part_writes_its_tables_and_figures(
         "8",
     ]
     arguments += ["--draws", "4", "--risk-steps", "10"]
-    monkeypatch.setattr(
-        sys, "argv", ["posterior", str(finished_run), *arguments, "--text", f"tale={other}"]
-    )
+    monkeypatch.setattr(sys, "argv", ["posterior", str(run), *arguments, "--text", f"tale={other}"])
     posterior.main()
     told = capsys.readouterr()
     assert "left out" not in told.err and str(tmp_path / "out") in told.out

@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bayes_router.attention.cost import Mode, cost_ratios, flops, hard_bytes, hard_flops, own_flops
 from bayes_router.attention.decoding.cache import LayerCache
-from bayes_router.attention.experts import linear as linear_module
 from bayes_router.attention.experts.contract import Expert, expert_class
 from bayes_router.attention.experts.gated import GatedLinearAttention
 from bayes_router.attention.experts.mapped import MappedGatedAttention
+from bayes_router.attention.kernels.eager import chunks
 from bayes_router.attention.kernels.eager.chunks import feature_map
 from bayes_router.attention.shapes import ExpertShape
 from bayes_router.transformer.cost import model_cost
@@ -200,7 +200,7 @@ def test_torch_counts_the_same_where_it_is_right(monkeypatch: pytest.MonkeyPatch
         == hard_flops([linear], T, 2, Mode.DECODE).own[0]
     )
     # a chunk of one token: two products of its own with itself beside
-    monkeypatch.setattr(linear_module, "CHUNK", 1)
+    monkeypatch.setattr(chunks, "CHUNK", 1)
     cost = hard_flops([linear], T, 2)
     assert counted(linear, q, kv, kv) == T * (
         cost.own[0] + cost.shared + 2 * H * Dh + 2 * H * (Dh + 1)
