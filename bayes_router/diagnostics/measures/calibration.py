@@ -25,7 +25,6 @@ from bayes_router.routing.posterior import (
     posterior_mean,
     probability_of_largest,
 )
-from bayes_router.training.risk import read_risk
 from bayes_router.transformer.model import RoutedLanguageModel
 from bayes_router.transformer.nll import token_nll
 from bayes_router.types import IGNORED, RoutingMode
@@ -133,7 +132,6 @@ def _regret_rows(
         for part, end in zip(parts, ends, strict=True)
     ]
     loss = torch.cat(losses)
-    risk = None if model.controller.risk is None else read_risk(model, tokens[None])[0]  # [T]
     log_p = out.logits[0].double().log_softmax(-1)
     predictive = -(log_p.exp() * log_p).sum(-1)  # [T]
     rows: list[dict[str, object]] = []
@@ -162,7 +160,7 @@ def _regret_rows(
             "total_concentration": float(q.sum()),
             "predictive_entropy": float(predictive[at_position]),
         }
-        rows.append(row if risk is None else row | {"risk": float(risk[at_position])})
+        rows.append(row)
     return rows
 
 

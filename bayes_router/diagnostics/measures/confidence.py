@@ -3,10 +3,10 @@
 The probability that a choice is within a tolerance of the best, fitted to measured regret.
 
 The posterior's own probability that a weight is the largest is about the weight, not about the
-loss. This is a logistic regression on what a routed pass knows of a token and layer (its estimated
-risk too, where one was fitted), fitted to the regret of forced routes on some text and read on
-other text. Beside it stand the posterior's own probability, that under one temperature, under one a
-layer, and under vector scaling (Guo et al. 2017, arXiv 1706.04599), and split conformal sets.
+loss. This is a logistic regression on what a routed pass knows of a token and layer, fitted to the
+regret of forced routes on some text and read on other text. Beside it stand the posterior's own
+probability, that under one temperature, under one a layer, and under vector scaling (Guo et al.
+2017, arXiv 1706.04599), and split conformal sets.
 """
 
 from collections.abc import Sequence
@@ -80,7 +80,6 @@ class Confidence:
 
     def __init__(self, frame: pd.DataFrame, experts: Sequence[str], tolerance: float):
         self.experts, self.tolerance = list(experts), tolerance
-        self.reads_risk = "risk" in frame
         self.latents = sorted(set(_latents(frame)))  # (layer, unit)
         right = right_within(frame, tolerance)
         both = bool(right.any() and not right.all())
@@ -119,21 +118,10 @@ class Confidence:
             np.log1p(position),
             np.log1p(position) * np.log(entropy + 0.01),
         ]
-        if self.reads_risk:
-            require(
-                "risk" in frame,
-                "regret",
-                "the estimated risk that the fit read",
-                "none",
-                "fit_risk first",
-            )
-            common.append(np.log(frame["risk"].to_numpy() + 1e-5))
         of = _latents(frame)
         layers = [np.array([one == latent for one in of], dtype=float) for latent in self.latents]
         taken = [layer * (chosen == e) for layer in layers for e in range(len(self.experts))]
-        own = [
-            layer * column for layer in layers for column in (common[0], *common[4:5], *common[8:])
-        ]
+        own = [layer * column for layer in layers for column in (common[0], common[4])]
         return np.column_stack([*common, *taken, *own])
 
 

@@ -13,7 +13,7 @@ from bayes_router.checks import choose, require
 from bayes_router.config import ScheduleConfig
 from bayes_router.data.fingerprint import fingerprint, seen_before
 from bayes_router.data.mixture import source_of
-from bayes_router.data.stream import stream_of
+from bayes_router.data.stream import TokenStream, stream_of
 from bayes_router.data.tokens import Batch
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel
@@ -132,15 +132,7 @@ class RoutedPretrained(RoutedLanguage):
             ValueError: no text, or less than two windows of it.
         """
         self.require_patched()
-        source = (
-            self.held_out
-            if texts is None
-            else stream_of(texts, tokenizer, self.config.vocab_size, self.causal)
-        )
-        if source is None:
-            raise ValueError(
-                "texts: expected held-out text, from fit() or given here; got None; pass texts="
-            )
+        source = self._source(texts, tokenizer)
         return freezing.freeze(
             self, list(source.windows(context, 1, max(limit, 2 * context))), share
         )
@@ -255,17 +247,20 @@ class RoutedPretrained(RoutedLanguage):
         self.policy = replace(found.policy, cost_ratio=tuple(self.cost_ratio.tolist()))
         return found
 
-    def _calibration(self, texts: Any, tokenizer: Any, context: int, limit: int) -> list[Batch]:
-        """Windows of some text, or of what `fit` held out."""
-        source = (
-            self.held_out
-            if texts is None
-            else stream_of(texts, tokenizer, self.config.vocab_size, self.causal)
-        )
+    def _source(self, texts: Any, tokenizer: Any) -> TokenStream:
+        """Some text, or what `fit` held out."""
+        if texts is not None:
+            return stream_of(texts, tokenizer, self.config.vocab_size, self.causal)
+        source = self.held_out
         if source is None:
             raise ValueError(
                 "texts: expected held-out text, from fit() or given here; got None; pass texts="
             )
+        return source
+
+    def _calibration(self, texts: Any, tokenizer: Any, context: int, limit: int) -> list[Batch]:
+        """Windows of some text, or of what `fit` held out."""
+        source = self._source(texts, tokenizer)
         seen = 0.0 if self.fitted is None else seen_before(source.tokens[:limit], self.fitted.text)
         fix = "give text that it has not seen, or leave texts out to take what fit held out"
         got = f"text of which about {seen:.0%} was fitted on"
@@ -407,15 +402,7 @@ class RoutedPretrained(RoutedLanguage):
                 message names what is within reach.
         """
         self.require_patched()
-        source = (
-            self.held_out
-            if texts is None
-            else stream_of(texts, tokenizer, self.config.vocab_size, self.causal)
-        )
-        if source is None:
-            raise ValueError(
-                "texts: expected held-out text, from fit() or given here; got None; pass texts="
-            )
+        source = self._source(texts, tokenizer)
         context = min(context, len(source) - 1)
         by_bytes = choose("by", by, CostBy) is CostBy.BYTES
         sharing = max(self.config.num_units // self.config.kv_heads, 1)
