@@ -66,7 +66,7 @@ TOLERANCE = 0.01  # nats by which a right choice may lose to the best
 RESPLITS = 400
 
 
-class Found(NamedTuple):
+class Written(NamedTuple):
     """What a part writes, and what it prints."""
 
     tables: Mapping[str, pd.DataFrame]
@@ -74,7 +74,7 @@ class Found(NamedTuple):
     shown: str
 
 
-def collapse(run: FittedRun, options: argparse.Namespace) -> Found:
+def collapse(run: FittedRun, options: argparse.Namespace) -> Written:
     """Which layers have collapsed, and when."""
     examined = Examination(run, effort=Effort(tokens=options.tokens))
     layers, training = examined.collapse.layers(), examined.training
@@ -88,7 +88,7 @@ def collapse(run: FittedRun, options: argparse.Namespace) -> Found:
         figures["route_information"] = lambda: draw.plot_collapse_over_training(
             training, "route_information"
         )
-    return Found(
+    return Written(
         tables, figures, "\n".join([text_of(layers), *map(str, examined.verdicts(quick=True))])
     )
 
@@ -110,7 +110,7 @@ def prior_table(run: FittedRun, layers: pd.DataFrame) -> pd.DataFrame:
     return table.join(layers[[f"load {name}" for name in run.experts] + ["kl", "prior_distance"]])
 
 
-def prior(run: FittedRun, options: argparse.Namespace) -> Found:
+def prior(run: FittedRun, options: argparse.Namespace) -> Written:
     """What the prior says before any text, and how far the posterior moved."""
     examined = Examination(run, effort=Effort(tokens=options.tokens))
     layers = examined.collapse.layers()
@@ -122,10 +122,10 @@ def prior(run: FittedRun, options: argparse.Namespace) -> Found:
         drawn = run.program.token_prior(best).sample(torch.Size([DRAWS])).flatten(0, -2)
         concentration = reading.concentration[best].flatten(0, 2)
         figures["simplex"] = lambda: draw.plot_simplex_density(concentration, drawn, run.experts)
-    return Found({"prior_by_layer": table}, figures, text_of(table))
+    return Written({"prior_by_layer": table}, figures, text_of(table))
 
 
-def uncertainty(run: FittedRun, options: argparse.Namespace) -> Found:
+def uncertainty(run: FittedRun, options: argparse.Namespace) -> Written:
     """Is it sure, and is it right, by the posterior's own account.
 
     What cannot be had is named, the rest stands.
@@ -161,10 +161,10 @@ def uncertainty(run: FittedRun, options: argparse.Namespace) -> Found:
         figures["other_text"] = lambda: draw.plot_other_text(other)
         figures["uncertainty_by_kind"] = lambda: draw.plot_by_kind(summary.kinds_frame())
     left_out = "".join(f"\nleft out: {line}" for line in examined.left_out())
-    return Found(tables, figures, text_of(quoted) + left_out)
+    return Written(tables, figures, text_of(quoted) + left_out)
 
 
-def evidence(run: FittedRun, options: argparse.Namespace) -> Found:
+def evidence(run: FittedRun, options: argparse.Namespace) -> Written:
     """Is this text like the fit's, token by token."""
     own, context = held_out(run, options.tokens), run.config.data.context
     assert run.tokeniser is not None
@@ -173,10 +173,10 @@ def evidence(run: FittedRun, options: argparse.Namespace) -> Found:
         ids = run.tokeniser.encode(Path(path).read_bytes()[: 8 * len(own)])
         others[name] = torch.from_numpy(ids.astype("int64"))[: len(own)]
     table = evidence_apart(run.model, own, others, context, min(options.draws, 100))
-    return Found({"evidence": table}, {}, text_of(table))
+    return Written({"evidence": table}, {}, text_of(table))
 
 
-def confidence(run: FittedRun, options: argparse.Namespace) -> Found:
+def confidence(run: FittedRun, options: argparse.Namespace) -> Written:
     """Is this route right, by a probability fitted to regret."""
     rows = list(
         islice(Examination(run).source.windows(run.config.data.context, 1), options.windows)
@@ -207,10 +207,10 @@ def confidence(run: FittedRun, options: argparse.Namespace) -> Found:
     tables = {"confidence": pd.DataFrame(found), "confidence_regret": frame}
     curves = [reliability(stated[name], right) for name in ("posterior", "confidence")]
     figures = {"confidence_reliability": lambda: draw.plot_reliability(*curves)}
-    return Found(tables, figures, text_of(tables["confidence"]))
+    return Written(tables, figures, text_of(tables["confidence"]))
 
 
-def risk(run: FittedRun, options: argparse.Namespace) -> Found:
+def risk(run: FittedRun, options: argparse.Namespace) -> Written:
     """What does routing lose, estimated from the routed pass."""
     train, valid = run.config.train, Examination(run).source
     context, limit = (
@@ -260,10 +260,10 @@ def risk(run: FittedRun, options: argparse.Namespace) -> Found:
                 }
             )
     table = pd.DataFrame(found)
-    return Found({"risk": table}, {}, text_of(table))
+    return Written({"risk": table}, {}, text_of(table))
 
 
-def promised(run: FittedRun, options: argparse.Namespace) -> Found:
+def promised(run: FittedRun, options: argparse.Namespace) -> Written:
     """The promise of a quality, and how often it is kept.
 
     Windows drawn anew from those that were read.
@@ -311,7 +311,7 @@ def promised(run: FittedRun, options: argparse.Namespace) -> Found:
                 | {"hindsight": hindsight, "refused": refused, "trials": RESPLITS}
             )
     table = pd.DataFrame(found)
-    return Found({"quality": table}, {}, text_of(table))
+    return Written({"quality": table}, {}, text_of(table))
 
 
 def drawn(reading: Executed, index: Tensor) -> Executed:
@@ -343,7 +343,7 @@ def text_of(table: pd.DataFrame) -> str:
     return table.to_string(float_format=lambda x: f"{x:.3f}", index=table.index.name is not None)
 
 
-PARTS: dict[str, Callable[[FittedRun, argparse.Namespace], Found]] = {
+PARTS: dict[str, Callable[[FittedRun, argparse.Namespace], Written]] = {
     "collapse": collapse,
     "prior": prior,
     "uncertainty": uncertainty,

@@ -4,6 +4,7 @@ Imports run downwards only, public names exist, no upper floor leaks into import
 """
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -239,6 +240,26 @@ def test_public_names_are_those_of_the_type_checker() -> None:
         bayes_router.nosuch  # noqa: B018
     code = "import sys, bayes_router, bayes_router.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def names_of(tree: ast.Module) -> set[str]:
+    """Classes and type aliases at the head of a file, private ones too."""
+    found = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return {name for name in found if re.match("_?[A-Z]", name) and not name.isupper()}
+
+
+def test_a_name_means_one_thing() -> None:
+    """A class or type alias is defined in one file, the studies' included."""
+    homes: dict[str, list[str]] = {}
+    for folder in (ROOT, ROOT.parent / "analysis"):
+        for path in sorted(folder.rglob("*.py")):
+            for name in names_of(ast.parse(path.read_text(encoding="utf-8"))):
+                homes.setdefault(name, []).append(str(path.relative_to(ROOT.parent)))
+    assert {"Pass", "Rows", "Found"} <= set(homes)
+    assert not {name: files for name, files in homes.items() if len(files) > 1}
 
 
 def test_no_room_without_a_name() -> None:

@@ -46,7 +46,7 @@ class Haystack:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class Question:
     """A text with its answer: `tokens`, the last of which are `items`, one after the other."""
 
     tokens: tuple[int, ...]
@@ -87,7 +87,7 @@ def _assemble(
     answer: Sequence[str],
     length: int,
     rng: Random,
-) -> Prompt:
+) -> Question:
     """`pieces` in their order at random places of running text.
 
     Then come the question and the answer.
@@ -107,10 +107,10 @@ def _assemble(
         tokens += text[before:place] + piece
         before = place
     tokens += text[before:] + end
-    return Prompt(tuple(tokens) + tuple(t for item in items for t in item), items)
+    return Question(tuple(tokens) + tuple(t for item in items for t in item), items)
 
 
-def needle(hay: Haystack, length: int, rng: Random, keys: int = 1) -> Prompt:
+def needle(hay: Haystack, length: int, rng: Random, keys: int = 1) -> Question:
     """`keys` numbers under names of their own in running text, one of them asked for."""
     names, numbers = _keys(rng, keys), [_number(rng) for _ in range(keys)]
     pieces = [
@@ -128,12 +128,12 @@ def needle(hay: Haystack, length: int, rng: Random, keys: int = 1) -> Prompt:
     )
 
 
-def many_needles(hay: Haystack, length: int, rng: Random) -> Prompt:
+def many_needles(hay: Haystack, length: int, rng: Random) -> Question:
     """Eight numbers, one asked for."""
     return needle(hay, length, rng, keys=8)
 
 
-def variables(hay: Haystack, length: int, rng: Random, hops: int = 4) -> Prompt:
+def variables(hay: Haystack, length: int, rng: Random, hops: int = 4) -> Question:
     """A number handed on from variable to variable, beside another such chain: who holds it?"""
     names = ["".join(rng.sample(LETTERS, 5)) for _ in range(2 * (hops + 1))]
     mine, other, value = names[: hops + 1], names[hops + 1 :], _number(rng, 5)
@@ -156,7 +156,7 @@ def variables(hay: Haystack, length: int, rng: Random, hops: int = 4) -> Prompt:
     )
 
 
-def common_words(hay: Haystack, length: int, rng: Random) -> Prompt:
+def common_words(hay: Haystack, length: int, rng: Random) -> Question:
     """A long list in which ten words stand thirty times each and the others thrice: which ten?
 
     The list alone fills the text, so that its number of rare words follows from `length`.
@@ -183,10 +183,10 @@ def common_words(hay: Haystack, length: int, rng: Random) -> Prompt:
         )
     rng.shuffle(listed)
     tokens = [*begin, *(t for ids in listed for t in ids), *ask]
-    return Prompt(tuple(tokens) + tuple(t for item in items for t in item), items)
+    return Question(tuple(tokens) + tuple(t for item in items for t in item), items)
 
 
-TASKS: dict[str, Callable[[Haystack, int, Random], Prompt]] = {
+TASKS: dict[str, Callable[[Haystack, int, Random], Question]] = {
     "needle": needle,
     "many needles": many_needles,
     "variables": variables,
@@ -194,12 +194,12 @@ TASKS: dict[str, Callable[[Haystack, int, Random], Prompt]] = {
 }
 
 
-def prompts(task: str, hay: Haystack, length: int, count: int, seed: int = 0) -> list[Prompt]:
+def prompts(task: str, hay: Haystack, length: int, count: int, seed: int = 0) -> list[Question]:
     """`count` texts of at most `length` tokens, answer included; the same for the same seed."""
     return [TASKS[task](hay, length, Random(f"{task} {length} {seed} {i}")) for i in range(count)]
 
 
-class Found(NamedTuple):
+class Answered(NamedTuple):
     """What a model says of the answer of a prompt."""
 
     right: float  # share of the items
@@ -209,8 +209,8 @@ class Found(NamedTuple):
 
 @torch.no_grad()
 def score(
-    last: Callable[[Tensor, int], Tensor], asked: Sequence[Prompt], device: torch.device
-) -> list[Found]:
+    last: Callable[[Tensor, int], Tensor], asked: Sequence[Question], device: torch.device
+) -> list[Answered]:
     """The score of each prompt.
 
     `last(tokens [1, T], n)` gives the logits [1, n, V] of the last n positions.
@@ -220,5 +220,5 @@ def score(
         tokens = torch.tensor(prompt.tokens, device=device)
         logits = last(tokens[None, :-1], prompt.answer)[0].float()
         nats = torch.nn.functional.cross_entropy(logits, tokens[-prompt.answer :])
-        found.append(Found(prompt.right(logits.argmax(-1).tolist()), float(nats)))
+        found.append(Answered(prompt.right(logits.argmax(-1).tolist()), float(nats)))
     return found

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from analysis.pretrained.contenders import share, window_keys, window_of, windowed
-from analysis.pretrained.retrieval import TASKS, Found, Haystack, Prompt, prompts, score
+from analysis.pretrained.retrieval import TASKS, Answered, Haystack, Question, prompts, score
 from analysis.pretrained.rivals import blind, passkeys
 from analysis.pretrained.texts import load
 from bayes_router.benchmark.rows import Rows
@@ -277,7 +277,7 @@ class Reader:
         return min(tried, key=lambda t: abs(t[1] - budget))[0], first
 
     @torch.no_grad()
-    def retrieval(self, asked: list[Prompt], setting: Setting | None) -> list[Found]:
+    def retrieval(self, asked: list[Question], setting: Setting | None) -> list[Answered]:
         """Of each prompt; None: unpatched."""
         full = self.router.experts.index("full")
 
@@ -291,7 +291,7 @@ class Reader:
 
 
 @dataclass
-class Plan:
+class Extent:
     """How much is read."""
 
     lengths: tuple[int, ...] = (8192, 4096, 2048)
@@ -308,30 +308,30 @@ def read(
     contender: str,
     texts: dict[str, TokenStream],
     hay: Haystack,
-    plan: Plan,
+    extent: Extent,
     rows: Rows,
 ) -> None:
     """All rows of a contender; those that count first."""
     reader, started = Reader(router), time.perf_counter()
 
     def late() -> bool:
-        return time.perf_counter() - started > plan.seconds
+        return time.perf_counter() - started > extent.seconds
 
     def settings(text: str, context: int, budget: float) -> Iterator[tuple[str, Setting, float]]:
         dial, first = reader.meet(texts[text], context, budget)
         yield contender, Setting(router, dial), first
-        if plan.windows:
+        if extent.windows:
             yield (
                 "one window of equal cost",
                 Setting(router, width=window_of(context, budget, SINKS)),
                 math.nan,
             )
 
-    for context in plan.lengths:
-        for budget in plan.budgets:
+    for context in extent.lengths:
+        for budget in extent.budgets:
             if budget < share(context, router.settings.window, SINKS) + 0.02:
                 continue
-            for text in plan.texts:
+            for text in extent.texts:
                 if late():
                     return
                 for name, setting, first in settings(text, context, budget):
@@ -342,11 +342,13 @@ def read(
                         "budget": budget,
                         "at_fit": first,
                     }
-                    found = reader.lost(text, texts[text], context, plan.tokens // context, setting)
+                    found = reader.lost(
+                        text, texts[text], context, extent.tokens // context, setting
+                    )
                     for row in found:
                         rows.add(facts | row)
-        for task in TASKS if plan.prompts else ():
-            asked = prompts(task, hay, context, plan.prompts)
+        for task in TASKS if extent.prompts else ():
+            asked = prompts(task, hay, context, extent.prompts)
             for budget in (1.0, *NEEDLES):
                 if late() or budget < share(context, router.settings.window, SINKS) + 0.02:
                     continue
@@ -418,7 +420,7 @@ def main() -> None:
         tuple(map(int, args.lengths.split(","))),
         tuple(map(float, args.budgets.split(","))),
     )
-    plan = Plan(
+    extent = Extent(
         lengths,
         args.pieces,
         args.prompts,
@@ -427,7 +429,7 @@ def main() -> None:
         seconds=args.read_seconds,
     )
     rows = Rows(args.results, {"window": router.settings.window, "seed": args.seed})
-    read(router, contender, texts, haystack(args.model, texts["novels"]), plan, rows)
+    read(router, contender, texts, haystack(args.model, texts["novels"]), extent, rows)
     rows.finish()
 
 

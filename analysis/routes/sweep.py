@@ -56,7 +56,7 @@ def run_one(job: dict[str, Any]) -> dict[str, Any]:
         trainer.model,
         data.valid,
         trainer.prior.concentration,
-        prior_price=trainer.prior.tilt,
+        prior_tilt=trainer.prior.tilt,
         context=config.data.context,
         batch_size=batch,
         limit=limit,

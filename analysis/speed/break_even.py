@@ -23,7 +23,7 @@ from bayes_router.benchmark.cases import (
     draw_route,
     full_attention,
 )
-from bayes_router.benchmark.clock import Call, Clock
+from bayes_router.benchmark.clock import Clock, Thunk
 from bayes_router.timing import device_name
 
 MIXES = ("10/60/30", "50/30/20")
@@ -41,7 +41,7 @@ def measure(
     )
     given, choice = torch.randn_like(inputs[0]), BREAK_EVEN[device.type == "cuda", gradients]
 
-    def whole(call: Call) -> Call:
+    def whole(call: Thunk) -> Thunk:
         return (
             (lambda: torch.autograd.grad(call(), inputs, given))
             if gradients

@@ -18,7 +18,7 @@ from bayes_router.attention.decoding.cache import LayerCache
 from bayes_router.attention.experts.contract import Expert, expert_class
 from bayes_router.attention.hard.dispatch import EXPERTS
 from bayes_router.attention.shapes import ExpertShape
-from bayes_router.benchmark.clock import Call
+from bayes_router.benchmark.clock import Thunk
 
 WINDOW = 256
 MIXES = ("10/60/30", "25/45/30", "50/30/20")
@@ -133,7 +133,7 @@ def ideal_flops(shape: Shape, mix: str) -> float:
 
 def decode_calls(
     shape: Shape, mix: str, device: torch.device, run: int = 1
-) -> tuple[dict[str, Call], float]:
+) -> tuple[dict[str, Thunk], float]:
     """One step of a batch in which every row takes its own expert.
 
     Beside it full attention over the same keys, and the ideal.
@@ -162,7 +162,7 @@ def decode_calls(
         cache.longest -= 1
         return out
 
-    calls: dict[str, Call] = {
+    calls: dict[str, Thunk] = {
         name: partial(full_attention, q, keys, values, backend, causal=False)
         for name, backend in baselines(device).items()
     }

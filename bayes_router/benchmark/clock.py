@@ -11,7 +11,7 @@ import torch
 
 from bayes_router.timing import Timing, read_call
 
-Call = Callable[[], object]
+Thunk = Callable[[], object]
 MOST = 15  # turns of a call
 
 
@@ -31,7 +31,7 @@ class Clock:
         self.once = 0.0
         """Seconds of a turn of the last calls."""
 
-    def __call__(self, calls: dict[str, Call]) -> dict[str, Timing]:
+    def __call__(self, calls: dict[str, Thunk]) -> dict[str, Timing]:
         """Each call once to warm up, once to time it, then in turns.
 
         There are 1 to MOST turns, as many as the budget allows.
@@ -47,11 +47,11 @@ class Clock:
             for name in calls
         }
 
-    def _turn(self, calls: dict[str, Call]) -> dict[str, Timing]:
+    def _turn(self, calls: dict[str, Thunk]) -> dict[str, Timing]:
         return {name: read_call(call, self.device, self.now) for name, call in calls.items()}
 
 
-def captured(call: Call) -> Call:
+def captured(call: Thunk) -> Thunk:
     """A CUDA call recorded once in a graph; calling the result replays it over the same tensors.
 
     Raises:

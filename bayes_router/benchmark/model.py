@@ -37,7 +37,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bayes_router.attention.cost import Mode, cost_ratios, executed_attention
 from bayes_router.benchmark import memory
 from bayes_router.benchmark.cases import baselines
-from bayes_router.benchmark.clock import Call, Clock, captured
+from bayes_router.benchmark.clock import Clock, Thunk, captured
 from bayes_router.checks import require
 from bayes_router.config import Config
 from bayes_router.data.tokens import TokenSource
@@ -130,7 +130,7 @@ def _prefill(subject: Subject, length: int) -> Iterator[Row]:
         yield {**row, **(facts if row["variant"] == "routed" else {})}
 
 
-def prefills(model: RoutedLanguageModel, tokens: Tensor) -> dict[str, Call]:
+def prefills(model: RoutedLanguageModel, tokens: Tensor) -> dict[str, Thunk]:
     """One pass over tokens [B, T] by each variant: logits [B, 1, V]."""
     lean = lean_network(model)
 
@@ -139,7 +139,7 @@ def prefills(model: RoutedLanguageModel, tokens: Tensor) -> dict[str, Call]:
             logits: Tensor = lean(tokens, _only, last_only=True)
         return logits
 
-    calls: dict[str, Call] = {
+    calls: dict[str, Thunk] = {
         "routed": partial(model, tokens, RoutingMode.HARD, last_only=True),
         "force full": partial(model, tokens, RoutingMode.HARD, force="full", last_only=True),
     }

@@ -37,7 +37,7 @@ from bayes_router.benchmark.cases import (
     draw_route,
     full_attention,
 )
-from bayes_router.benchmark.clock import Call, Clock, captured
+from bayes_router.benchmark.clock import Clock, Thunk, captured
 from bayes_router.benchmark.pace import SHARE, Pace
 from bayes_router.benchmark.plan import LENGTHS, BenchmarkPlan, Group, plan_groups
 from bayes_router.benchmark.verify import verify
@@ -225,7 +225,7 @@ class Suite:
         route = draw_route(group.mix, shape.B, shape.T, group.run).to(self.device)
         gradient = torch.randn_like(inputs[0])
 
-        def whole(call: Callable[[], Tensor]) -> Call:
+        def whole(call: Callable[[], Tensor]) -> Thunk:
             if training:
                 return lambda: torch.autograd.grad(call(), inputs, gradient)
             return torch.no_grad()(call)
@@ -280,7 +280,7 @@ class Suite:
     def alone(self, group: Group) -> Iterator[dict[str, Any]]:
         """Linear and local attention of every token, to see them grow with T."""
         shape, inputs = group.shape, draw_inputs(group.shape, self.device)
-        calls: dict[str, Call] = {
+        calls: dict[str, Thunk] = {
             name: torch.no_grad()(
                 partial(routed_attention, *inputs, EXPERTS.index(name), window=WINDOW)
             )

@@ -77,7 +77,7 @@ def run(options: Namespace) -> None:
             model,
             WatchedSource(data.valid, progress),
             prior.concentration,
-            prior_price=prior.tilt,
+            prior_tilt=prior.tilt,
             context=context,
             batch_size=batch_size,
             limit=limit,

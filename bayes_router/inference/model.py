@@ -32,7 +32,7 @@ Its batch shape is `shape`, or broadcasts to it: [B, T], and [R, B, T] where a l
 routing units."""
 
 
-class Pass(NamedTuple):
+class KeptPass(NamedTuple):
     """A pass of the network that a guide has made.
 
     The model need not repeat it for the same routes.
@@ -125,7 +125,7 @@ class RoutingModel(Named):
         self.prior: Prior = (
             DirichletPrior(prior, cost_ratio, price) if isinstance(prior, Tensor) else prior
         )
-        self._kept: Pass | None = None
+        self._kept: KeptPass | None = None
         experts = getattr(network, "num_experts", None)
         if isinstance(prior, Tensor) and experts is not None:
             require(
@@ -284,7 +284,7 @@ class RoutingModel(Named):
 
         Its tokens and draws must be these very tensors.
         """
-        self._kept = Pass(tokens, routes, output, self._state())
+        self._kept = KeptPass(tokens, routes, output, self._state())
 
     def _state(self) -> tuple[object, ...]:
         """What a pass hangs on beside tokens and routes."""

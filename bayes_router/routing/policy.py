@@ -29,10 +29,10 @@ class Policy(Protocol):
 
 
 _REGISTRY: dict[str, type[Any]] = {}
-Registered = TypeVar("Registered", bound=type[Any])
+PolicyType = TypeVar("PolicyType", bound=type[Any])
 
 
-def register_policy(name: str) -> Callable[[Registered], Registered]:
+def register_policy(name: str) -> Callable[[PolicyType], PolicyType]:
     """Class decorator: names a policy for `evaluate --policy` and saved patches.
 
     It decorates a frozen dataclass that is a `Policy`, whose fields are numbers, names or tuples of
@@ -44,7 +44,7 @@ def register_policy(name: str) -> Callable[[Registered], Registered]:
         ValueError: the name is taken by another class.
     """
 
-    def register(kind: Registered) -> Registered:
+    def register(kind: PolicyType) -> PolicyType:
         if not is_dataclass(kind) or not kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]
             raise TypeError(
                 f"register_policy: expected a frozen dataclass; got {kind!r}; put "

@@ -16,7 +16,14 @@ from torch import Tensor
 from bayes_router.checks import require
 from bayes_router.data.tokens import TokenSource
 from bayes_router.routing.policy import Budget, Policy, at_price
-from bayes_router.training.executed import CountedCost, Executed, Pass, Routed, cost_of, execute
+from bayes_router.training.executed import (
+    CountedCost,
+    Executed,
+    ExecutedPass,
+    Routed,
+    cost_of,
+    execute,
+)
 from bayes_router.types import RoutingMode
 
 if TYPE_CHECKING:
@@ -100,7 +107,7 @@ class Dial:
         self.readings: dict[float, Executed] = {}
         # others take longer than a pass on posteriors that are held
         self._foresees = isinstance(policy(0.0), Budget)
-        self._last: Pass | None = None
+        self._last: ExecutedPass | None = None
 
     def read(self, price: float) -> Executed:
         """What the policy at `price` does, executed."""

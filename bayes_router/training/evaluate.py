@@ -105,27 +105,27 @@ class Evaluation:
 class _Prior:
     """What KL is measured from, in float64.
 
-    Dirichlet([L, E] or [L, R, E]), tilted by a price [E] if there is one.
+    Dirichlet([L, E] or [L, R, E]), tilted by [E] nats per unit of weight if at all.
     """
 
-    def __init__(self, concentration: Tensor, price: Tensor | None):
+    def __init__(self, concentration: Tensor, tilt: Tensor | None):
         concentration = concentration if concentration.dim() == 3 else concentration[:, None]
         self.concentration = concentration.to("cpu", torch.float64)  # [L, R or 1, E]
-        self.price = torch.zeros(self.concentration.shape[-1]) if price is None else price.cpu()
-        self.price = self.price.double()
+        self.tilt = torch.zeros(self.concentration.shape[-1]) if tilt is None else tilt.cpu()
+        self.tilt = self.tilt.double()
         # [L, R or 1]
-        self.log_normaliser = tilted_moments(self.concentration, self.price).log_normaliser
+        self.log_normaliser = tilted_moments(self.concentration, self.tilt).log_normaliser
 
     def to(self, device: torch.device) -> "_Prior":
         """Moved there."""
-        self.concentration, self.price = self.concentration.to(device), self.price.to(device)
+        self.concentration, self.tilt = self.concentration.to(device), self.tilt.to(device)
         self.log_normaliser = self.log_normaliser.to(device)
         return self
 
     def kl(self, concentration: Tensor) -> Tensor:
         """KL(Dirichlet(concentration [L, N, R, E]) || prior), [L, N], summed over units."""
         return tilted_kl(
-            concentration, self.concentration[:, None], self.price, self.log_normaliser[:, None]
+            concentration, self.concentration[:, None], self.tilt, self.log_normaliser[:, None]
         ).sum(-1)
 
 
@@ -175,7 +175,7 @@ def evaluate(
     context: int,
     batch_size: int,
     limit: int | None = None,
-    prior_price: Tensor | None = None,
+    prior_tilt: Tensor | None = None,
     policy: Policy | None = None,
     costs: Sequence[CostModel] = (CostModel.PAPER, CostModel.FLOPS),
     seed: int = 0,
@@ -188,7 +188,7 @@ def evaluate(
         model: the fitted model.
         source: held-out data.
         prior_concentration: [L, E] or [L, R, E], of the prior that KL is measured from.
-        prior_price: [E], nats per unit of weight by which that prior is tilted (price x cost
+        prior_tilt: [E], nats per unit of weight by which that prior is tilted (price x cost
             ratio); none by default.
         context: tokens of a window; the first tokens of each have little to go by.
         batch_size: windows at a time.
@@ -198,7 +198,7 @@ def evaluate(
         seed: of the draws of SAMPLE; the generator of the caller is left as it was.
     """
     device = next(model.parameters()).device
-    prior = _Prior(prior_concentration, prior_price).to(device)
+    prior = _Prior(prior_concentration, prior_tilt).to(device)
     sums, was_training, usual = _Sums(), model.training, model.policy
     model.eval()
     model.policy = policy or usual

@@ -71,7 +71,7 @@ class Executed:
         return float(difference.mean()), float(difference.std() / len(difference) ** 0.5)
 
 
-class Pass(NamedTuple):
+class ExecutedPass(NamedTuple):
     """What one pass gave."""
 
     reading: Executed
@@ -119,7 +119,7 @@ def execute(
     policy: Policy,
     price: float,
     seed: int = 0,
-) -> Pass:
+) -> ExecutedPass:
     """`read_routes` over given windows, with what it knows of each token; `cost` may be counted."""
     device = next(model.parameters()).device
     was_training, usual = model.training, model.policy
@@ -149,7 +149,7 @@ def execute(
     reading = Executed(
         price, cost_of(route, load, cost), load, torch.cat(nlls).cpu(), torch.cat(scored).cpu()
     )
-    return Pass(reading, torch.cat(concentrations, 1), route)
+    return ExecutedPass(reading, torch.cat(concentrations, 1), route)
 
 
 def cost_of(route: Tensor, load: Tensor, cost: Tensor | CountedCost) -> float:

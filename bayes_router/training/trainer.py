@@ -229,7 +229,7 @@ class Trainer:
                 self.model,
                 self.data.valid,
                 self.prior.concentration,
-                prior_price=self.prior.tilt,
+                prior_tilt=self.prior.tilt,
                 context=config.data.context,
                 batch_size=config.train.batch_size,
                 limit=max(config.data.eval_tokens, config.data.context),

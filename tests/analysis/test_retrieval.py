@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 
-from analysis.pretrained.retrieval import COMMON, TASKS, Haystack, Prompt, prompts, score
+from analysis.pretrained.retrieval import COMMON, TASKS, Haystack, Question, prompts, score
 
 WORDS = [a + b + c for a in "bdfgklmnprstv" for b in "aeiou" for c in "dgklmnprst"]
 
@@ -111,7 +111,7 @@ def test_an_oracle_gets_all_and_one_that_repeats_the_last_token_nothing():
 
 
 def test_items_may_come_in_any_order_but_whole():
-    prompt = Prompt((1, 2, 3, 4, 5, 6), ((3, 4), (5, 6)))
+    prompt = Question((1, 2, 3, 4, 5, 6), ((3, 4), (5, 6)))
     assert prompt.right([3, 4, 5, 6]) == 1.0
     # the other item's first token, then led on by the text
     assert prompt.right([5, 4, 5, 6]) == 1.0

@@ -153,7 +153,7 @@ def test_a_tilted_prior_is_what_the_kl_is_measured_from() -> None:
     model = tiny_model()
     prior, price = tiny_concentration(model.config), 4.0 * COST
     plain, tilted = (
-        evaluate(model, source(), prior, prior_price=p, context=40, batch_size=10, limit=400)
+        evaluate(model, source(), prior, prior_tilt=p, context=40, batch_size=10, limit=400)
         for p in (None, price)
     )
     draws = Dirichlet(prior.double()).sample(torch.Size([100_000]))  # [S, L, E]
@@ -243,7 +243,7 @@ def test_bounds_of_texts_with_unscored_targets_are_the_objective() -> None:
         model,
         data,
         prior.concentration,
-        prior_price=2 * prior.cost_ratio,
+        prior_tilt=2 * prior.cost_ratio,
         context=96,
         batch_size=8,
         limit=96 * 32,

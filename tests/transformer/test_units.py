@@ -130,7 +130,7 @@ def test_the_kl_is_summed_over_units(route_by: str, per_unit: bool) -> None:
     bias = model.controller.layers[1].out.bias.grad.view(R, 4)
     assert bool((bias.abs().sum(-1) > 0).all())
     source = _Once(tokens, targets)
-    own = evaluate(model, source, prior, context=40, batch_size=2, prior_price=2.0 * COST, seed=3)
+    own = evaluate(model, source, prior, context=40, batch_size=2, prior_tilt=2.0 * COST, seed=3)
     assert own.elbo == pytest.approx(-own.nll["sample"] - sum(own.kl_per_layer))
     torch.manual_seed(3)
     assert float(terms.kl) == pytest.approx(_kl_by_hand(model, program, tokens), rel=1e-4)

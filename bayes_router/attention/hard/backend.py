@@ -40,10 +40,10 @@ class Backend(Protocol):
 
 
 _REGISTRY: dict[str, Backend] = {}
-Registered = TypeVar("Registered", bound=Backend)
+BackendType = TypeVar("BackendType", bound=Backend)
 
 
-def register_backend(backend: Registered) -> Registered:
+def register_backend(backend: BackendType) -> BackendType:
     """Calls may name this backend from now on: `register_backend(Mine())`.
 
     Raises:

@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from bayes_router.checks import require
 
-Rows = npt.NDArray[np.int64]
+Array = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.int64]
 DRAWS = 400
 LEVEL = 0.95
 
@@ -29,7 +30,7 @@ class Estimate(NamedTuple):
 
 
 def clustered(
-    statistic: Callable[[Rows], float],
+    statistic: Callable[[Indices], float],
     cluster: npt.ArrayLike,
     *,
     kind: npt.ArrayLike | None = None,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bayes_router.checks import require
 from bayes_router.data.tokens import Batch
-from bayes_router.diagnostics.measures.bootstrap import Estimate, clustered
+from bayes_router.diagnostics.measures.bootstrap import Array, Estimate, clustered
 from bayes_router.diagnostics.measures.verdict import Severity, Verdict
 from bayes_router.routing.posterior import (
     entropy_of_mean,
@@ -29,7 +29,6 @@ from bayes_router.transformer.model import RoutedLanguageModel
 from bayes_router.transformer.nll import token_nll
 from bayes_router.types import IGNORED, RoutingMode
 
-Array = npt.NDArray[np.float64]
 ROWS = 16  # forced tokens that go through the network together
 BINS = 10
 INTERVAL_DRAWS = 200

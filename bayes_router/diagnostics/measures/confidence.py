@@ -18,7 +18,7 @@ import pandas as pd
 from scipy.optimize import minimize
 
 from bayes_router.checks import require
-from bayes_router.diagnostics.measures.bootstrap import Estimate, clustered
+from bayes_router.diagnostics.measures.bootstrap import Array, Estimate, clustered
 from bayes_router.diagnostics.measures.calibration import (
     auroc,
     expected_calibration_error,
@@ -28,7 +28,6 @@ from bayes_router.diagnostics.measures.calibration import (
     tempered,
 )
 
-Array = npt.NDArray[np.float64]
 RIDGE = 10.0  # of the regression, in units of its standardised columns
 LEAST = 1e-4  # of a stated probability
 

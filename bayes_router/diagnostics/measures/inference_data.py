@@ -15,7 +15,7 @@ from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel
 from bayes_router.inference.sites import TARGETS, is_route_site
 
-Group = dict[str, npt.NDArray[Any]]
+Arrays = dict[str, npt.NDArray[Any]]
 
 
 @torch.no_grad()
@@ -26,7 +26,7 @@ def draw_groups(
     targets: Tensor,
     draws: int = 100,
     seed: int = 0,
-) -> dict[str, Group]:
+) -> dict[str, Arrays]:
     """What an InferenceData holds, as arrays with leading dimensions (chain, draw).
 
     Args:

@@ -12,7 +12,7 @@ from torch import Tensor
 from bayes_router.integrations.calls.masks import real_queries, seen, seen_by_one
 from bayes_router.integrations.calls.memory import LayerMemory
 
-Kernel = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+OwnAttention = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 """(q [B, H, n, Dh], k and v [B, Hkv, m, Dh], mask) -> [B, H, n, Dv], with the layer's own scale,
 soft cap and sinks."""
 
@@ -45,7 +45,7 @@ class AttentionCall:
     v: Tensor
     mask: Tensor | None
     causal: bool
-    kernel: Kernel
+    kernel: OwnAttention
     scaling: float
     plain: bool = False
     padding: Tensor | None = None

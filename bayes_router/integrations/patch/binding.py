@@ -21,7 +21,7 @@ from bayes_router.integrations.patch.passes import Given, Here
 BINDING = "_bayes_router"
 
 
-class Router(Protocol):
+class Bindable(Protocol):
     """What a binding asks of the router that it belongs to."""
 
     @property
@@ -58,7 +58,7 @@ class Binding:
     What a call hands over lies in `router.here`.
     """
 
-    def __init__(self, router: Router, index: int):
+    def __init__(self, router: Bindable, index: int):
         self.router, self.index = router, index
         self.crossed = False  # it was called as cross-attention
 
@@ -118,7 +118,7 @@ class Binding:
         )
 
 
-def router_of(model: nn.Module) -> Router | None:
+def router_of(model: nn.Module) -> Bindable | None:
     """The router of a patched model, also inside a wrapper; None: it is not patched."""
     for module in model.modules():
         binding = getattr(module, BINDING, None)
