@@ -20,8 +20,11 @@ quick: check
 
 QUICK := tests/test_architecture.py tests/test_config.py tests/test_progress.py tests/routing tests/inference
 
+# As many tests at a time as there are cores, each with one thread. Files with slow tests begin.
+WORKERS ?= logical
+test: export OMP_NUM_THREADS ?= 1
 test: check
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # The Triton kernels on the CPU, in Triton's interpreter, in about eight minutes; on a GPU: python -m pytest -m gpu -n 12
 # The interpreter fails with numpy 2.4, so it may have packages of its own in $(KERNELS).

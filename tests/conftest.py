@@ -4,6 +4,7 @@ All tests that read a run share it.
 """
 
 import os
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -13,6 +14,12 @@ import pytest
 from bayes_router.data.text import load_corpus
 from bayes_router.training.fit import fit
 from tests.tiny import fit_config
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: no process is left alone with one at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")
