@@ -3,13 +3,16 @@
 In another precision, offloaded by accelerate, with added tokens, inside a wrapper.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from bayes_router.integrations.patch.identity import FEWEST, SIGNED, sums_of
 from bayes_router.integrations.patch.saving import BASE
 from bayes_router.integrations.patching import load_patch, patch
 from tests.integrations.tiny_models import VOCAB, patched, scatter_routes, tiny, tokens
@@ -49,6 +52,75 @@ def test_a_patch_knows_its_model_in_every_precision(saved: str, now: str, tmp_pa
     for other in ({"seed": 1}, {"shift": 0.03}):
         with pytest.raises(ValueError, match="weights or architecture differ"):
             load_patch(checkpoint(now, **other), tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["float", "bfloat16", "half"])
+def test_a_patch_of_a_lightly_changed_model_is_refused(kind: str, tmp_path: Path) -> None:
+    patch(tiny("llama"), window=6).save(tmp_path)
+    load_patch(getattr(tiny("llama"), kind)(), tmp_path)
+    model = tiny("llama")
+    torch.manual_seed(1)
+    for p in model.parameters():  # as a short fine-tune would
+        p += 0.02 * p.std() * torch.randn_like(p)
+    with pytest.raises(ValueError, match="weights or architecture differ"):
+        load_patch(getattr(model, kind)(), tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("kind", ["float", "bfloat16"])
+def test_a_patch_is_taken_by_its_model_with_added_tokens(kind: str, tmp_path: Path) -> None:
+    model = tiny("llama")
+    router = patch(model, window=6)
+    router.save(tmp_path)
+    model.resize_token_embeddings(VOCAB + 5)
+    router.save(tmp_path / "again")  # no warning that the weights moved
+    router.unpatch()
+    load_patch(getattr(model, kind)(), tmp_path).unpatch()
+    load_patch(getattr(tiny("llama"), kind)(), tmp_path / "again")
+    for number, p in enumerate(model.parameters()):
+        if number == 3:  # one matrix of one layer
+            p += 0.1 * p.std() * torch.randn_like(p)
+    with pytest.raises(ValueError, match="weights or architecture differ"):
+        load_patch(model, tmp_path)
+
+
+@torch.no_grad()
+def test_a_saved_patch_holds_no_weight_of_its_model(tmp_path: Path) -> None:
+    model = tiny("llama")
+    patch(model, window=6).save(tmp_path)
+    held = load_file(tmp_path / BASE)
+    numbers = torch.cat([x.double() for x in held.values()])
+    weights = torch.cat([p.double().flatten() for p in model.parameters()]).unique()
+    weights = weights[weights != 0]  # an embedding's row of padding
+    assert len(held) > 10 and not torch.isin(numbers, weights).any()
+    # of a tensor's 64 numbers 5 are kept
+    assert all(x.shape == (SIGNED + 1,) for x in held.values()) and SIGNED + 1 < FEWEST
+
+
+def test_sums_are_the_same_for_ever() -> None:
+    # patches that were saved rest on the signs: they may never change
+    found = sums_of(torch.arange(64.0)).values
+    assert found[:-1].tolist() == [22.0, -12.0, -158.0, 36.0]
+
+
+def test_a_patch_saved_with_numbers_of_the_base_is_still_loaded(tmp_path: Path) -> None:
+    model = tiny("llama")
+    patch(model, window=6).save(tmp_path)
+    save_file(dict(numbers_of(model)), tmp_path / BASE)  # as patches of before have them
+    for kind in ("float", "half", "bfloat16"):
+        load_patch(getattr(tiny("llama"), kind)(), tmp_path)
+    with pytest.raises(ValueError, match="weights or architecture differ"):
+        load_patch(tiny("llama", 1).half(), tmp_path)
+
+
+def numbers_of(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """64 numbers of each parameter, by its name and shape."""
+    for name, p in model.named_parameters():
+        flat = p.detach().flatten()
+        index = torch.linspace(0, len(flat) - 1, min(64, len(flat)), dtype=torch.float64)
+        yield f"{name}{tuple(p.shape)}", flat[index.long()]
 
 
 def test_a_patch_saved_without_numbers_of_the_base_is_loaded_by_its_fingerprint(

@@ -3,9 +3,9 @@
 router.safetensors holds what was added; router.json the settings, the policy, the fit and the model
 it belongs to.
 
-base.safetensors has numbers of that model's weights, which tell it from others in another precision
-too. Where it was fitted, evidence.safetensors; where asked for, held_out.safetensors: text that the
-fit did not read, as token ids.
+base.safetensors has sums over that model's weights under random signs, which tell it from others in
+another precision too and hold no weight. Where it was fitted, evidence.safetensors; where asked
+for, held_out.safetensors: text that the fit did not read, as token ids.
 """
 
 import json
@@ -25,7 +25,7 @@ from bayes_router.data.stream import MaskedStream, TokenStream
 from bayes_router.files import write_json, write_text, write_whole
 from bayes_router.integrations.patch.card import CARD, card, foreign
 from bayes_router.integrations.patch.freezing import Frozen, read_frozen
-from bayes_router.integrations.patch.identity import Identity, identity
+from bayes_router.integrations.patch.identity import Identity, Sums, identity, kept, read_kept
 from bayes_router.integrations.patch.settings import OLD_NAME, FitRecord, PatchSettings
 from bayes_router.routing.evidence import Evidence
 from bayes_router.routing.policy import Policy, policy_from_dict, policy_to_dict
@@ -81,7 +81,7 @@ def save_patch(record: PatchRecord, folder: Path | str) -> None:
         )
     weights = {key: value.detach().cpu().contiguous() for key, value in record.weights.items()}
     write_whole(folder / WEIGHTS, lambda path: save_file(weights, path))
-    write_whole(folder / BASE, lambda path: save_file(now.samples, path))
+    write_whole(folder / BASE, lambda path: save_file(kept(now.sums), path))
     write_json(
         folder / SETTINGS,
         {
@@ -104,10 +104,10 @@ def save_patch(record: PatchRecord, folder: Path | str) -> None:
     save_risk(folder, record.risk)
     text = record.held_out
     if text is not None:
-        kept = {"tokens": text.tokens[:HELD_OUT_TOKENS].contiguous()}
+        some = {"tokens": text.tokens[:HELD_OUT_TOKENS].contiguous()}
         if isinstance(text, MaskedStream):
-            kept["mask_token"] = torch.tensor(text.mask_token)
-        write_whole(folder / HELD_OUT, lambda path: save_file(kept, path))
+            some["mask_token"] = torch.tensor(text.mask_token)
+        write_whole(folder / HELD_OUT, lambda path: save_file(some, path))
     else:
         (folder / HELD_OUT).unlink(missing_ok=True)
 
@@ -140,9 +140,7 @@ def read_settings(model: nn.Module, folder: Path | str) -> tuple[PatchSettings, 
         ) from error
     moved = "its own weights had moved when it was saved: load the model that was saved with it"
     require(
-        identity(model).same(
-            Identity(str(saved.get("fingerprint")), _samples(Path(folder) / BASE))
-        ),
+        identity(model).same(Identity(str(saved.get("fingerprint")), _sums(Path(folder) / BASE))),
         "model",
         f"the {saved.get('model')} that {folder} was made for",
         type(model).__name__,
@@ -163,13 +161,13 @@ def _renamed(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _samples(path: Path) -> dict[str, Tensor]:
+def _sums(path: Path) -> dict[str, Sums]:
     """See `Identity`; none where the patch was saved before they were."""
     try:
-        return load_file(path) if path.is_file() else {}
-    except (SafetensorError, OSError) as error:
+        return read_kept(load_file(path)) if path.is_file() else {}
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
-            f"{path}: expected numbers of the patched model's weights; damaged: {error}"
+            f"{path}: expected sums over the patched model's weights; damaged: {error}"
         ) from error
 
 
@@ -219,8 +217,8 @@ def read_fit(folder: Path | str, vocab_size: int) -> tuple[FitRecord | None, Tok
     if not text.is_file():
         return fitted, None
     try:
-        kept = load_file(text)
-        tokens, mask_token = kept["tokens"].long(), kept.get("mask_token")
+        held = load_file(text)
+        tokens, mask_token = held["tokens"].long(), held.get("mask_token")
     except (SafetensorError, KeyError, OSError) as error:
         raise ValueError(
             f"{text}: expected token ids of held-out text; damaged: {error}; delete it to go "
