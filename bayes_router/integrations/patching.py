@@ -49,6 +49,7 @@ class PatchOptions(TypedDict, total=False):
 
     window: int
     experts: Sequence[str]
+    route_by: str
     layers: Sequence[int] | None
     sinks: int
     prior: PriorConfig | None

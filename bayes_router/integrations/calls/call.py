@@ -38,6 +38,9 @@ class AttentionCall:
             causality); else None.
         memory: what decoding remembers of this layer beside the cache that the keys come from;
             None: nothing.
+        held: of one new token before a static cache on a GPU, whose length no host knows: how many
+            tokens stand there, the new one among them; an integer [] on the device. Keys, values
+            and mask have all slots. None: no such call.
     """
 
     q: Tensor
@@ -50,6 +53,7 @@ class AttentionCall:
     plain: bool = False
     padding: Tensor | None = None
     memory: LayerMemory | None = None
+    held: Tensor | None = None
 
     @property
     def dense(self) -> bool:
@@ -84,7 +88,11 @@ class AttentionCall:
 
     def real_queries(self) -> Tensor | None:
         """[B or 1, Tq] bool, False on padding, or None: every query is a token."""
-        return None if self.mask is None else real_queries(self.mask, self.q.shape[2])
+        return (
+            None
+            if self.mask is None or self.held is not None
+            else real_queries(self.mask, self.q.shape[2])
+        )
 
     def rescaled(self) -> Tensor:
         """Queries for the kernels of `attention`, whatever the layer's own scale.

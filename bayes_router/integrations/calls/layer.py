@@ -14,6 +14,7 @@ from bayes_router.attention.experts.full import FullAttention
 from bayes_router.attention.experts.local import LocalAttention
 from bayes_router.attention.hard.dispatch import routed_attention
 from bayes_router.attention.hard.problem import shared_expert
+from bayes_router.attention.kernels import capability
 from bayes_router.attention.shapes import ExpertShape, by_head, unit_heads, with_units
 from bayes_router.checks import require
 from bayes_router.integrations.calls.call import AttentionCall
@@ -86,6 +87,9 @@ class RoutedLayer(nn.Module):
 
     def _attend(self, call: AttentionCall, route: Tensor | int) -> Tensor:
         if isinstance(route, int):
+            # the kernel knows how many keys there are
+            if call.held is not None and self.names[route] != "full":
+                return attend_one(self.experts, call, route_of(route, call))
             out: Tensor = self.expert(route)(call)
             return out
         if not route.is_floating_point():
@@ -101,6 +105,8 @@ class RoutedLayer(nn.Module):
     def _hard(self, call: AttentionCall, route: Tensor) -> Tensor:
         if route.shape[1] == 1 and call.causal:
             return attend_one(self.experts, call, route)
+        if self.without_waiting(call):
+            return self._dispatch(call, route, list(range(len(self.names))))
         # [E]
         each = (
             (route[..., None] == torch.arange(len(self.names), device=route.device))
@@ -122,6 +128,18 @@ class RoutedLayer(nn.Module):
             if call.mask is None:
                 return self._dispatch(call, among, taken)
         return self._by_rows(call, route, taken)
+
+    def without_waiting(self, call: AttentionCall) -> bool:
+        """Whether nobody has to ask which experts were taken: kernels compute all of them, and what
+        none took costs nothing.
+        """
+        native = all(name in ("full", "local") for name in self.names)
+        return (
+            native
+            and call.mask is None
+            and self._dispatchable(call)
+            and capability.computes(call.q, call.k, call.v)
+        )
 
     def _by_rows(self, call: AttentionCall, route: Tensor, taken: list[int]) -> Tensor:
         """Text by text, expert by expert.
@@ -187,6 +205,13 @@ class RoutedLayer(nn.Module):
         if name == "local":
             return shared_expert(LocalAttention, self.shape._replace(sinks=self.sinks))
         return _Adapter(self.expert(index), self.shape, call)
+
+
+def route_of(expert: int, call: AttentionCall) -> Tensor:
+    """[B, Tq, 1]: every token on one expert."""
+    return torch.full(
+        (len(call.q), call.q.shape[2], 1), expert, dtype=torch.int64, device=call.q.device
+    )
 
 
 @dataclass(frozen=True)

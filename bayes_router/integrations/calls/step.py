@@ -13,17 +13,19 @@ from bayes_router.attention.kernels.capability import HAS_TRITON
 from bayes_router.attention.shapes import by_head, unit_heads
 from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.integrations.calls.linear import LinearExpert
-from bayes_router.integrations.calls.softmax import FullExpert, PatchedExpert
+from bayes_router.integrations.calls.masks import OfLast
+from bayes_router.integrations.calls.masks import seen as seen_keys
+from bayes_router.integrations.calls.softmax import FullExpert, LocalExpert, PatchedExpert
 
 
 def attend_one(experts: nn.ModuleList, call: AttentionCall, route: Tensor) -> Tensor:
     """[B, H, 1, Dv]: the heads of unit r of row b by experts[route[b, 0, r]].
 
     The choices are read on the host (on CUDA one small transfer), so that what is not on `full`
-    does not read what `full` reads. Several rows or units on CUDA, where a kernel can look at the
-    choices itself, wait for nothing.
+    does not read what `full` reads. On CUDA, where a kernel can look at the choices itself, nothing
+    waits.
     """
-    if max(len(call.q), route.shape[2]) > 1 and _fused(experts, call):
+    if call.held is not None or _fused(experts, call):
         return _one_fused(experts, call, route)
     taken: list[list[int]] = route[:, 0].tolist()  # [B][R]
     each = sorted({index for row in taken for index in row})
@@ -131,34 +133,49 @@ def _fused(experts: nn.ModuleList, call: AttentionCall) -> bool:
 
 
 def _one_fused(experts: nn.ModuleList, call: AttentionCall, route: Tensor) -> Tensor:
-    """Rows on `full` by the kernel, which lets the others read nothing.
+    """Rows on `full` and `local` by the kernel, which lets the others read nothing.
 
-    The other experts read little and do all rows.
+    Other experts do all rows.
     """
     # only where it can be imported
     from bayes_router.attention.kernels.triton.decode import decode_step
 
-    full = next(index for index, expert in enumerate(experts) if isinstance(expert, FullExpert))
-    q = call.rescaled()
-    k, v = call.k[:, :, -1:], call.v[:, :, -1:]
-    before = torch.full((len(q),), call.k.shape[2] - 1, dtype=torch.int64, device=q.device)
-    # the new key and value are in the cache already; the kernel writes them there once more
-    out = decode_step(
-        q,
-        k,
-        v,
-        q,
-        k,
-        call.k,
-        call.v,
-        None,
-        route,
-        before,
-        (full, -1, -1),
-        1,
-        num_experts=len(experts),
+    full, local = (
+        next((index for index, expert in enumerate(experts) if isinstance(expert, kind)), -1)
+        for kind in (FullExpert, LocalExpert)
     )
+    narrow = experts[local] if local >= 0 else None
+    window, sinks = (
+        (narrow.shape.window, narrow.sinks) if isinstance(narrow, LocalExpert) else (1, 0)
+    )
+    q, k, v = call.rescaled(), call.k[:, :, -1:], call.v[:, :, -1:]
+    rows, seen, sink_end = len(q), None, None
+    if call.held is None:
+        before = torch.full((rows,), call.k.shape[2] - 1, dtype=torch.int64, device=q.device)
+    else:
+        before = (call.held - 1).expand(rows).contiguous()
+    if call.mask is not None:
+        seen, sink_end = seen_and_sinks(call.mask, rows, sinks)
+    elif sinks:
+        sink_end = torch.full((rows,), sinks, dtype=torch.int64, device=q.device)
+    # the host knows the room, and one number compiles once
+    slots = call.k.shape[2] if call.held is not None else 2**31 - 1
+    out = decode_step(
+        q, k, v, q, k, call.k, call.v, None, route, before, (full, -1, local), window,
+        num_experts=len(experts), slots=slots,
+        held=True, seen=seen, sink_end=sink_end,
+    )  # fmt: skip
     for index, expert in enumerate(experts):
-        if index != full:
+        if index not in (full, local):
             out = torch.where(by_head(route == index, out.shape[1]), expert(call), out)
     return out
+
+
+@OfLast
+def seen_and_sinks(mask: Tensor, rows: int, sinks: int) -> tuple[Tensor, Tensor | None]:
+    """Of a mask [B or 1, 1, 1, S]: the keys seen, bool [rows, S], and where the first `sinks` of
+    them end, [rows].
+    """
+    visible = seen_keys(mask)[:, 0, 0]
+    end = (visible.cumsum(-1) <= sinks).sum(-1).expand(rows).contiguous() if sinks else None
+    return visible.contiguous().expand(rows, -1), end

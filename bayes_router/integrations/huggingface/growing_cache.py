@@ -52,6 +52,22 @@ def filled_slots(cache: Any, layer: Any) -> int:
     return int(one.get_seq_length())
 
 
+def counted_on_device(cache: Any, layer: Any) -> Tensor | None:
+    """The integer [] on a GPU in which a static layer of a cache counts its tokens, in place.
+
+    None where it has none yet.
+    """
+    layers = getattr(cache, "layers", None)
+    if layers is None or not isinstance(layer, int) or not 0 <= layer < len(layers):
+        return None
+    one = layers[layer]
+    static = getattr(sys.modules.get("transformers.cache_utils"), "StaticLayer", None)
+    if static is None or type(one) is not static or not one.is_initialized:
+        return None
+    counter: Any = one.cumulative_length
+    return counter if isinstance(counter, Tensor) and counter.is_cuda else None
+
+
 SPARE = 8  # a store has room for another eighth of what it holds, and for
 LEAST = 64  # tokens at least
 

@@ -20,7 +20,11 @@ from bayes_router.attention.kernels.eager.fused import keep_layout
 from bayes_router.checks import require
 from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.integrations.calls.masks import OfLast, padding_of
-from bayes_router.integrations.huggingface.growing_cache import filled_slots, held_keys
+from bayes_router.integrations.huggingface.growing_cache import (
+    counted_on_device,
+    filled_slots,
+    held_keys,
+)
 from bayes_router.integrations.patch.binding import BINDING, Binding
 from bayes_router.integrations.patch.passes import Given
 
@@ -74,11 +78,13 @@ def routed_interface(
         binding.require_full("output_attentions")
         return original(module, query, key, value, attention_mask, **kwargs)
     attention_mask, kwargs = folded(attention_mask, kwargs, query, key, bool(causal))
-    whole = key, value, attention_mask
-    if binding.filled is not None:
+    whole, filled, held = (key, value, attention_mask), binding.filled, binding.held
+    plain = base == "sdpa" and not kwargs.get("dropout") and kwargs.get("s_aux") is None
+    if held is not None and not plain:
+        filled, held = int(held) - query.shape[2], None
+    if filled is not None:
         key, value, attention_mask = (
-            without_empty(x, d, binding.filled, query)
-            for x, d in zip(whole, (2, 2, 3), strict=True)
+            without_empty(x, d, filled, query) for x, d in zip(whole, (2, 2, 3), strict=True)
         )
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -93,7 +99,6 @@ def routed_interface(
         return keep_layout(out).transpose(1, 2)  # [B, Tq, H, Dv] -> [B, H, Tq, Dv]
 
     scaling = kwargs.get("scaling")
-    plain = base == "sdpa" and not kwargs.get("dropout") and kwargs.get("s_aux") is None
     call = AttentionCall(
         query,
         key,
@@ -106,6 +111,7 @@ def routed_interface(
         _padding(attention_mask, query.shape[2], bool(causal))
         if _readable(attention_mask, query)
         else None,
+        held=held,
     )
     return binding.attend(call).transpose(1, 2).contiguous(), None
 
@@ -193,7 +199,12 @@ def keep_hidden(
     if not isinstance(hidden, Tensor) or crossed:
         binding.give(None)
     elif getattr(cache, "is_compileable", False):
-        binding.give(Given(hidden, filled=filled_slots(cache, getattr(module, "layer_idx", None))))
+        layer = getattr(module, "layer_idx", None)
+        counter = counted_on_device(cache, layer) if hidden.shape[1] == 1 else None
+        if counter is not None and binding.router.steps_in_place(binding.index, hidden):
+            binding.give(Given(hidden, held=counter))
+        else:
+            binding.give(Given(hidden, filled=filled_slots(cache, layer)))
     else:
         past = (
             None if cache is None else (cache, held_keys(cache, getattr(module, "layer_idx", None)))

@@ -51,6 +51,11 @@ class Bindable(Protocol):
     def observed(self) -> bool:
         """Whether calls are shown to an observer, every token on full attention."""
 
+    def steps_in_place(self, index: int, hidden: Tensor) -> bool:
+        """Whether a new token of a layer may be attended behind a cache whose length no
+        host knows.
+        """
+
 
 class Binding:
     """What a patched module holds: its router and its index there.
@@ -79,9 +84,14 @@ class Binding:
         """Of the call under way, see `Given`."""
         return self.router.here.given[self.index].filled
 
+    @property
+    def held(self) -> Tensor | None:
+        """Of the call under way, see `Given`."""
+        return self.router.here.given[self.index].held
+
     def attend(self, call: AttentionCall) -> Tensor:
         """Route the call's queries and execute it: [B, H, Tq, Dv]."""
-        hidden, past, _ = self.router.here.given.pop(self.index)
+        hidden, past, *_ = self.router.here.given.pop(self.index)
         if past is not None:
             memory = self.router.memories.of(past[0], self.index)
             memory.follow(past[1], call.k, call.q.shape[2], *call.real_keys())

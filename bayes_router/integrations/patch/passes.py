@@ -32,22 +32,21 @@ class Pass:
         executed: by layer, weights [B, T, R, E] or choices int64 [B, T, R].
         real: by layer, [B or 1, T] bool, False on padding; None: no token is padding.
         kl_taken: its KL was asked for.
+        on_full: layers whose text was so short that every token took `full` and nothing was routed,
+            see `full_up_to`.
     """
 
     concentration: dict[int, Tensor] = field(default_factory=dict)
     executed: dict[int, Tensor] = field(default_factory=dict)
     real: dict[int, Tensor | None] = field(default_factory=dict)
     kl_taken: bool = False
+    on_full: set[int] = field(default_factory=set)
 
     def detached(self) -> "Pass":
         """The same numbers without the graph."""
         numbers = {layer: x.detach() for layer, x in self.concentration.items()}
-        return Pass(
-            numbers,
-            {layer: x.detach() for layer, x in self.executed.items()},
-            dict(self.real),
-            self.kl_taken,
-        )
+        executed = {layer: x.detach() for layer, x in self.executed.items()}
+        return Pass(numbers, executed, dict(self.real), self.kl_taken, set(self.on_full))
 
     def mean(self, layer: int, values: Tensor) -> Tensor:
         """The mean of values [B, T, ...] of a layer over its real tokens."""
@@ -77,6 +76,8 @@ class Given(NamedTuple):
     past: tuple[Any, Tensor | None] | None = None
     # tokens in a static cache before this call, whose later slots are empty; None: no such cache
     filled: int | None = None
+    # the same on the device, which the call will have counted up; None: nobody waits for it
+    held: Tensor | None = None
 
 
 class Slot:

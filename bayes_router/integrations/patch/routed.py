@@ -16,13 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributions import Dirichlet
-from torch.nn import functional as F
 
 from bayes_router.attention.experts.contract import Expert
-from bayes_router.attention.shapes import widen
+from bayes_router.attention.kernels.capability import HAS_TRITON, TYPES
 from bayes_router.checks import require
 from bayes_router.data.stream import TokenStream
 from bayes_router.integrations.calls.call import AttentionCall
+from bayes_router.integrations.calls.fused_router import (
+    FULL_UP_TO,
+    Settled,
+    infer,
+    normalised,
+    takes_full,
+)
 from bayes_router.integrations.calls.layer import RoutedLayer
 from bayes_router.integrations.calls.memory import Memories
 from bayes_router.integrations.calls.precision import exact
@@ -75,7 +81,12 @@ class RoutedModel(Following):
         held_out: text that `fit` did not read.
         frozen: units whose route is static; None: every unit chooses.
         made_for: identity of the model as it was patched; None once `fit` moved its own weights.
+        full_up_to: on a GPU, in evaluation mode, where the experts are full and local: a text of at
+            most so many tokens takes `full` for all of them, exactly as unpatched, as routing would
+            cost more time than it saves; `last.on_full` says so. 0: every text is routed.
     """
+
+    full_up_to: int = FULL_UP_TO
 
     fitted: FitRecord | None = None
     frozen: Frozen | None = None
@@ -119,6 +130,7 @@ class RoutedModel(Following):
         self.mode: RoutingMode | None = None
         self._force: Force | None = None
         self.here, self.watch = Here(), TrainingWatch(self)
+        self._settled = Settled()
         self.undo: list[Callable[[], None]] = []
         self.memories = Memories()
         self.made_for: Identity | None = identity(model)
@@ -162,6 +174,12 @@ class RoutedModel(Following):
 
     def route_call(self, index: int, hidden: Tensor, call: AttentionCall) -> Tensor | int:
         """`route` of the queries of a call, which a policy that remembers texts may look at."""
+        if self._leaves(call):
+            self.place(index, hidden)
+            routed = self.here.begin(index)
+            routed.real[index] = None
+            routed.on_full.add(index)
+            return self.experts.index("full")
         self.here.call = call
         try:
             return self.route(index, hidden, call.real_queries())
@@ -193,17 +211,49 @@ class RoutedModel(Following):
             "router.force('full'), another expert, or unpatch() first",
         )
         with exact(hidden.device):
-            hidden = normalised(hidden)
             if self.here.route is not None:
-                return self.here.route(index, hidden)
-            q = self.posterior(index, hidden)
-            mode = self.mode or (RoutingMode.SAMPLE if self.training else RoutingMode.HARD)
-            executed = self.decide(index, q, mode, hidden)
+                return self.here.route(index, normalised(hidden))
+            mode, decide = self._mode, partial(self.decide, index)
+            policy = None if self.frozen is not None else self._policy_of(index)
+            q, executed, one = infer(
+                self.posterior, self.controller, index, hidden, mode, policy, self._settled, decide
+            )
         if not again:
             if self.training:
                 self.watch.drawn(index)
             self.note(index, q, executed)
-        return executed
+        return executed if one is None else one
+
+    @property
+    def _mode(self) -> RoutingMode:
+        return self.mode or (RoutingMode.SAMPLE if self.training else RoutingMode.HARD)
+
+    @property
+    def _executes(self) -> bool:
+        """Whether passes execute the policy's choice, and nobody looks on."""
+        free = self.here.route is None and self.here.observe is None and not torch.is_grad_enabled()
+        return free and self.frozen is None and self._mode is RoutingMode.HARD
+
+    def _leaves(self, call: AttentionCall) -> bool:
+        """Whether a text is so short that routing is left alone, see `full_up_to`."""
+        return (
+            self._executes
+            and self._force is None
+            and takes_full(call, self.experts, self.full_up_to)
+        )
+
+    def steps_in_place(self, index: int, hidden: Tensor) -> bool:
+        """Whether a new token of a layer may be attended behind a cache whose length no host knows:
+        see `decode_step`.
+        """
+        known = all(name in ("full", "local") for name in self.experts) and self.found[index].causal
+        sizes = (
+            hidden.is_cuda
+            and hidden.dtype in TYPES
+            and self.found[index].shape.head_dim in (16, 32, 64, 128, 256)
+        )
+        weighed = isinstance(self._force, Tensor) and self._force.is_floating_point()
+        return known and sizes and HAS_TRITON and self._executes and not weighed
 
     def posterior(self, index: int, hidden: Tensor) -> Dirichlet:
         """Of a layer's routes for what its controller reads, [B, T, D].
@@ -246,14 +296,17 @@ class RoutedModel(Following):
 
         A policy that knows costs is told the layer's own.
         """
+        alarm = self._alarm(index, hidden) if mode is RoutingMode.HARD else None
+        executed = execute(q, mode, self._policy_of(index), alarm)
+        return executed if self.frozen is None else self.frozen.fix(index, executed)
+
+    def _policy_of(self, index: int) -> Any:
         policy: Any = self.policy
         if index in self._own_costs and getattr(policy, "cost_ratio", None) == tuple(
             self.cost_ratio.tolist()
         ):
             policy = replace(policy, cost_ratio=self._own_costs[index])
-        alarm = self._alarm(index, hidden) if mode is RoutingMode.HARD else None
-        executed = execute(q, mode, policy, alarm)
-        return executed if self.frozen is None else self.frozen.fix(index, executed)
+        return policy
 
     def _alarm(self, index: int, hidden: Tensor) -> Tensor | None:
         """Which tokens [B, T] a guard is alarmed by.
@@ -364,6 +417,12 @@ class RoutedModel(Following):
 
     def _routed(self, of: Pass | None) -> Pass:
         routed = self.last if of is None else of
+        require(
+            not routed.on_full,
+            "last pass",
+            f"a text of more than {self.full_up_to} tokens, or router.full_up_to = 0",
+            "a shorter one: routing would not save time, and every token took full",
+        )
         unrouted = [one.name for i, one in enumerate(self.found) if i not in routed.concentration]
         require(
             not unrouted,
@@ -454,11 +513,3 @@ class RoutedModel(Following):
             setattr(one.module, BINDING, Binding(self, index))
             # a partial is copied with the model, a closure not
             self.undo.append(partial(delattr, one.module, BINDING))
-
-
-def normalised(hidden: Tensor) -> Tensor:
-    """Scaled to unit root mean square, float32 at least.
-
-    What a controller reads, on one scale in all layers and models.
-    """
-    return F.rms_norm(widen(hidden), hidden.shape[-1:])

@@ -114,20 +114,47 @@ def _step_state(
 
 
 @triton.jit
+def _scores(q, row_k, row_v, n, inside, real, s_t, scale, D: tl.constexpr, PRECISION: tl.constexpr):
+    """Scores [ROWS, BN] of the stored keys at n, and their values.
+
+    Those not inside are not read.
+    """
+    at = n[:, None].to(tl.int64) * s_t + tl.arange(0, D)[None, :]
+    there = inside[:, None] & real[None, :]
+    k = tl.load(row_k + at, mask=there, other=0.0)
+    v = tl.load(row_v + at, mask=there, other=0.0)
+    return tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, v
+
+
+@triton.jit
+def _soften_step(x, v, m, norm, acc, PRECISION: tl.constexpr):
+    """One tile of online softmax."""
+    m_new = tl.maximum(m, tl.max(x, 1))
+    p = tl.exp2(x - m_new[:, None])
+    alpha = tl.exp2(m - m_new)
+    norm = norm * alpha + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return m_new, norm, acc
+
+
+@triton.jit
 def decode_kernel(
     Q, NewK, NewV, PlainQ, PlainK, Keys, Values, LinearState, GatedState, Gate, Bias, LogScale,
     Route, Lengths, Out,
-    Partial, PartialLse,
-    q_b, q_h, k_b, k_h, v_b, v_h, pq_b, pq_h, pk_b, pk_h, s_b, s_h, s_t, r_b, r_r,
+    Partial, PartialLse, Seen, SinkEnd,
+    q_b, q_h, k_b, k_h, v_b, v_h, pq_b, pq_h, pk_b, pk_h, s_b, s_h, s_t, r_b, r_r, seen_b,
     H, GROUP, UNIT, slots, full, linear, local, gated, window, scale,
     SPLITS: tl.constexpr, LINEAR: tl.constexpr, GATED: tl.constexpr, STORE: tl.constexpr,
     RING: tl.constexpr,
     ROWS: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr,
+    HELD: tl.constexpr = False, MASKED: tl.constexpr = False, SINKS: tl.constexpr = False,
 ):  # fmt: skip
-    """Program (part, key head, row of the batch).
+    """Program (part, key head, row of the batch): the parts are SPLITS stretches, the linear state,
+    GROUP gated states.
 
-    The parts are SPLITS stretches, the linear state, GROUP gated states.
+    HELD: the new key and value stand in the store already. MASKED: Seen hides keys. SINKS: keys
+    that are seen and stand before SinkEnd are seen by `local` too, whose first part reads them.
     """
     part, hk, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     Route += b * r_b
@@ -138,9 +165,16 @@ def decode_kernel(
         first, any_key, firsts, looks = _first_read(
             Route, hk, GROUP, UNIT, r_r, length, full, local, window, ROWS
         )
-        v_new = tl.load(NewV + b * v_b + hk * v_h + d, mask=real, other=0.0)
-        k_new = tl.load(NewK + b * k_b + hk * k_h + d, mask=real, other=0.0)
         row_k, row_v = Keys + b * s_b + hk * s_h, Values + b * s_b + hk * s_h
+        if HELD:
+            v_new = tl.load(row_v + length.to(tl.int64) * s_t + d, mask=real, other=0.0)
+            k_new = tl.load(row_k + length.to(tl.int64) * s_t + d, mask=real, other=0.0)
+        else:
+            v_new = tl.load(NewV + b * v_b + hk * v_h + d, mask=real, other=0.0)
+            k_new = tl.load(NewK + b * k_b + hk * k_h + d, mask=real, other=0.0)
+        sink_end = 0
+        if SINKS:
+            sink_end = tl.load(SinkEnd + b).to(tl.int32)
         if STORE and part == 0:
             slot = length % slots if RING else length
             tl.store(row_k + slot.to(tl.int64) * s_t + d, k_new, mask=real)
@@ -163,25 +197,40 @@ def decode_kernel(
                 m = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * scale
                 norm += 1.0
                 acc += v_new.to(tl.float32)[None, :]
+            if SINKS and part == 0:
+                before = tl.minimum(sink_end, first)
+                for n0 in range(0, before, BN):
+                    n = n0 + tl.arange(0, BN)
+                    inside = n < before
+                    if MASKED:
+                        inside = inside & (
+                            tl.load(Seen + b * seen_b + n, mask=inside, other=0) != 0
+                        )
+                    x, v = _scores(q, row_k, row_v, n, inside, real, s_t, scale, D, PRECISION)
+                    x = tl.where(inside[None, :] & looks[:, None], x, -float("inf"))
+                    m, norm, acc = _soften_step(x, v, m, norm, acc, PRECISION)
             for n0 in range(lo, hi, BN):
                 n = n0 + tl.arange(0, BN)
                 inside = n < hi
-                there = inside[:, None] & real[None, :]
-                at = (n % slots if RING else n)[:, None].to(tl.int64) * s_t + d[None, :]
-                k = tl.load(row_k + at, mask=there, other=0.0)
-                v = tl.load(row_v + at, mask=there, other=0.0)
-                x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-                x = tl.where(
-                    inside[None, :] & looks[:, None] & (n[None, :] >= firsts[:, None]),
-                    x,
-                    -float("inf"),
+                if MASKED:
+                    inside = inside & (tl.load(Seen + b * seen_b + n, mask=inside, other=0) != 0)
+                x, v = _scores(
+                    q,
+                    row_k,
+                    row_v,
+                    n % slots if RING else n,
+                    inside,
+                    real,
+                    s_t,
+                    scale,
+                    D,
+                    PRECISION,
                 )
-                m_new = tl.maximum(m, tl.max(x, 1))
-                p = tl.exp2(x - m_new[:, None])
-                alpha = tl.exp2(m - m_new)
-                norm = norm * alpha + tl.sum(p, 1)
-                acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-                m = m_new
+                within = n[None, :] >= firsts[:, None]
+                if SINKS:
+                    within = within | (n < sink_end)[None, :]
+                x = tl.where(inside[None, :] & looks[:, None] & within, x, -float("inf"))
+                m, norm, acc = _soften_step(x, v, m, norm, acc, PRECISION)
             at_part = (b * H + h) * SPLITS + part
             tl.store(
                 Partial + at_part[:, None] * D + d[None, :],
@@ -266,6 +315,9 @@ def decode_step(
     num_experts: int = 2**31 - 1,
     slots: int | None = None,
     ring: bool = False,
+    held: bool = False,
+    seen: Tensor | None = None,
+    sink_end: Tensor | None = None,
 ) -> Tensor:
     """Append one token to each row and attend: [B, H, 1, Dh].
 
@@ -292,6 +344,10 @@ def decode_step(
         slots: of the store, those in use: a row that is longer is a device-side assertion; default
             S.
         ring: position p is in slot p mod slots, and no expert looks further back than that.
+        held: the new key and value stand in the store already, at `lengths`; k and v are not read.
+        seen: bool [B, S], which stored keys are seen at all; None: all.
+        sink_end: integer [B]: what is seen before it is seen by the local expert too; None: no
+            sinks.
     """
     (B, H, _, dim), Hkv = q.shape, k.shape[1]
     stored = keys if keys is not None and values is not None else k
@@ -314,12 +370,16 @@ def decode_step(
         decode_kernel, (splits + (state is not None) + group * (gated is not None), Hkv, B),
         q, k, v, plain_q, plain_k, stored, stored if values is None else values,
         partial if state is None else state,
-        gated_state, gate, bias, log_scale, route, lengths, out, partial, partial_lse, *strides,
+        gated_state, gate, bias, log_scale, route, lengths, out, partial, partial_lse,
+        route if seen is None else seen, lengths if sink_end is None else sink_end, *strides,
         *stored.stride()[:3],
-        *ways, H, group, unit, slots, full, linear, local, number, window, LOG2_E / dim**0.5,
-        LINEAR=state is not None, GATED=gated is not None, STORE=keys is not None, RING=ring,
-        ROWS=fixed_rows, BC=min(D, STATE_ENTRIES // D), PRECISION=precision(q),
-        num_warps=4, num_stages=3, **fixed,
+        *ways, 0 if seen is None else seen.stride(0), H, group, unit, slots, full, linear, local,
+        number, window,
+        LOG2_E / dim**0.5,
+        LINEAR=state is not None, GATED=gated is not None, STORE=keys is not None and not held,
+        RING=ring,
+        ROWS=fixed_rows, BC=min(D, STATE_ENTRIES // D), PRECISION=precision(q), HELD=held,
+        MASKED=seen is not None, SINKS=sink_end is not None, num_warps=4, num_stages=3, **fixed,
     )  # fmt: skip
     launch(
         join_kernel, (H, B),

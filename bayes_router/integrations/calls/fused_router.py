@@ -1,0 +1,218 @@
+"""The router of a layer in one piece: norm, controller of all units and policy, hidden states ->
+choices.
+
+On CUDA, where nobody asks for a gradient, that is one Triton kernel, an operator that torch.compile
+takes whole and a CUDA graph may hold; `reference` says what it computes.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.distributions import Dirichlet
+from torch.nn import functional as F
+
+from bayes_router.attention.kernels import capability
+from bayes_router.attention.shapes import widen
+from bayes_router.integrations.calls.call import AttentionCall
+from bayes_router.routing.controller import LayerController, MetaController
+from bayes_router.routing.policy import Argmax, Budget, like
+from bayes_router.types import RoutingMode
+
+
+def normalised(hidden: Tensor) -> Tensor:
+    """Scaled to unit root mean square, float32 at least: what a controller reads, on one scale in
+    all layers and models.
+    """
+    return F.rms_norm(widen(hidden), hidden.shape[-1:])
+
+
+def reference(
+    hidden: Tensor, controller: LayerController, floor: float, tilt: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What `fused` computes, in plain torch: hidden [B, T, D] -> concentration [B, T, R, E], choice
+    int64 [B, T, R].
+    """
+    concentration = floor + F.softplus(controller(normalised(hidden)))
+    score = concentration if tilt is None else concentration.log() - tilt
+    return concentration, score.argmax(-1)
+
+
+def tilt_of(policy: Any, like_this: Tensor) -> Tensor | None:
+    """The tilt price x cost, [E] or [R, E], of a policy that is an argmax after it.
+
+    None of `Argmax`.
+
+    Raises:
+        TypeError: it is another policy; ask `chooses` before.
+    """
+    if type(policy) is Budget:
+        return like(policy.cost_ratio, like_this, policy.price)
+    if type(policy) is Argmax:
+        return None
+    raise TypeError(f"policy: expected Argmax or Budget; got {type(policy).__name__}")
+
+
+def chooses(policy: Any) -> bool:
+    """Whether the kernel knows this policy; of any other it computes the posterior alone."""
+    return type(policy) in (Argmax, Budget)
+
+
+def available(hidden: Tensor, controller: LayerController) -> bool:
+    """Whether the kernel takes these: CUDA, float32 controllers, no gradient wanted."""
+    if not (hidden.is_cuda and capability.HAS_TRITON and hidden.dtype in capability.TYPES):
+        return False
+    grad = torch.is_grad_enabled() and (hidden.requires_grad or controller.out.weight.requires_grad)
+    width = controller.out.in_features if controller.hidden is not None else 0
+    fits = width <= 256 and controller.out.out_features <= 256
+    return fits and not grad and controller.out.weight.dtype == torch.float32
+
+
+def fused(
+    hidden: Tensor, controller: LayerController, floor: float, tilt: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(concentration [B, T, R, E] float32, choice int64 [B, T, R]): argmax of log concentration -
+    tilt, or of it.
+    """
+    out, inner, units = controller.out, controller.hidden, controller.num_units
+    experts = out.out_features // units
+    if tilt is not None:
+        tilt = tilt.expand(units, experts).contiguous()
+    first, first_bias = (out.weight, None) if inner is None else (inner.weight, inner.bias)
+    found: tuple[Tensor, Tensor] = _route(
+        hidden, first, first_bias, out.weight, out.bias, tilt, floor, units
+    )
+    return found
+
+
+class Settled:
+    """Which layers send every token to one expert whatever it reads, as an unfitted controller
+    does.
+
+    Asked once for each state of a layer's weights: that waits for a GPU, no later pass does.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Any, int | None]] = {}
+
+    def __call__(
+        self, index: int, controller: LayerController, policy: Any, floor: float
+    ) -> int | None:
+        """The expert; None: the layer's tokens differ, or nobody may be asked now."""
+        if torch.compiler.is_compiling() or not chooses(policy):
+            return None
+        weight, bias = controller.out.weight, controller.out.bias
+        state = weight.data_ptr(), weight._version, bias._version, policy
+        known = self._known.get(index)
+        if known is None or known[0] != state:
+            if torch.cuda.is_current_stream_capturing():
+                return None
+            known = self._known[index] = state, _settled(controller, policy, floor)
+        return known[1]
+
+
+def _settled(controller: LayerController, policy: Any, floor: float) -> int | None:
+    if bool(controller.out.weight.any()):
+        return None
+    concentration = floor + F.softplus(
+        controller.out.bias.detach().unflatten(-1, (controller.num_units, -1))
+    )
+    choices = set(policy(concentration).tolist())
+    return choices.pop() if len(choices) == 1 else None
+
+
+Decide = Callable[[Dirichlet, RoutingMode, Tensor], Tensor]
+"""(posterior, mode, what the controller read) -> the executed route."""
+
+
+def infer(
+    posterior: Callable[[int, Tensor], Dirichlet],
+    meta: MetaController,
+    index: int,
+    hidden: Tensor,
+    mode: RoutingMode,
+    policy: Any,
+    settled: Settled,
+    decide: Decide,
+) -> tuple[Dirichlet, Tensor, int | None]:
+    """(posterior, the executed route, the one expert of all tokens where that is known) of a
+    layer's tokens [B, T, D].
+
+    `policy` is what `decide` asks; the kernel takes the place of both where it can, and nothing
+    does where it is None.
+    """
+    controller = meta.layers[index]
+    assert isinstance(controller, LayerController)
+    if policy is None or not available(hidden, controller):
+        read = normalised(hidden)
+        q = posterior(index, read)
+        return q, decide(q, mode, read), None
+    known = mode is RoutingMode.HARD and chooses(policy)
+    tilt = tilt_of(policy, controller.out.weight) if known else None
+    concentration, choice = fused(hidden, controller, meta.floor, tilt)
+    q = Dirichlet(concentration, validate_args=False)
+    if not known:
+        return q, decide(q, mode, normalised(hidden)), None
+    return q, choice, settled(index, controller, policy, meta.floor)
+
+
+FULL_UP_TO = 4096
+"""Tokens of a text up to which routing is left alone.
+
+`python -m analysis.speed.patched` reads where it begins to save.
+"""
+
+
+def takes_full(call: AttentionCall, names: Sequence[str], up_to: int) -> bool:
+    """Whether routing could only lose time: a short text over itself, on a GPU, whose experts are
+    full and local.
+    """
+    short = call.causal and 1 < call.q.shape[2] == call.k.shape[2] <= up_to
+    return short and call.q.is_cuda and all(name in ("full", "local") for name in names)
+
+
+def _outputs(hidden: Tensor, out_bias: Tensor, units: int) -> tuple[Tensor, Tensor]:
+    shape, experts = (*hidden.shape[:2], units), len(out_bias) // units
+    choice = torch.empty(shape, device=hidden.device, dtype=torch.int64)
+    return torch.empty(*shape, experts, device=hidden.device, dtype=torch.float32), choice
+
+
+@torch.library.custom_op("bayes_router::route", mutates_args=())
+def _route(
+    hidden: Tensor,
+    first: Tensor,
+    first_bias: Optional[Tensor],
+    out_weight: Tensor,
+    out_bias: Tensor,
+    tilt: Optional[Tensor],
+    floor: float,
+    units: int,
+) -> tuple[Tensor, Tensor]:
+    # only where Triton can be imported
+    from bayes_router.attention.kernels.triton.route import launch_route
+
+    concentration, choice = _outputs(hidden, out_bias, units)
+    x = hidden.reshape(-1, hidden.shape[-1])
+    x = x if x.stride(1) == 1 else x.contiguous()
+    if len(x):
+        with torch.cuda.device_of(x):
+            weights = first.contiguous(), first_bias, out_weight.contiguous(), out_bias
+            launch_route(
+                x, *weights, tilt, floor, concentration.flatten(0, 1), choice.flatten(0, 1)
+            )
+    return concentration, choice
+
+
+@_route.register_fake
+def _(
+    hidden: Tensor,
+    first: Tensor,
+    first_bias: Optional[Tensor],
+    out_weight: Tensor,
+    out_bias: Tensor,
+    tilt: Optional[Tensor],
+    floor: float,
+    units: int,
+) -> tuple[Tensor, Tensor]:
+    return _outputs(hidden, out_bias, units)

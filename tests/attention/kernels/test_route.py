@@ -1,0 +1,59 @@
+"""The router's kernel in Triton's interpreter, against its formula in plain torch."""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
+
+from bayes_router.integrations.calls.fused_router import fused, reference
+from bayes_router.routing.controller import LayerController
+
+
+@pytest.mark.parametrize("hidden", [0, 24, 64])
+@pytest.mark.parametrize(("units", "experts"), [(1, 2), (1, 3), (9, 2), (3, 5)])
+@pytest.mark.parametrize("tilted", [False, True])
+def test_posterior_and_choice_are_the_formulas(
+    hidden: int, units: int, experts: int, tilted: bool
+) -> None:
+    torch.manual_seed(hidden + units + experts)
+    layer = LayerController(72, experts, hidden, units).requires_grad_(False)
+    layer.out.weight.normal_(std=0.5)
+    layer.out.bias.normal_(std=0.3)
+    x = 3 * torch.randn(2, 37, 72)
+    tilt = 0.3 * torch.randn(units, experts) if tilted else None
+    concentration, choice = fused(x, layer, 0.01, tilt)
+    expected, expected_choice = reference(x, layer, 0.01, tilt)
+    torch.testing.assert_close(concentration, expected, rtol=2e-5, atol=1e-6)
+    assert torch.equal(choice, expected_choice)
+    assert choice.unique().numel() > 1
+
+
+def test_small_and_large_concentrations_are_exact() -> None:
+    """softplus far from 0: what is nearly the floor, and what is nearly linear."""
+    layer = LayerController(16, 2, 0).requires_grad_(False)
+    layer.out.bias.copy_(torch.tensor([-9.0, 40.0]))
+    concentration, choice = fused(torch.randn(1, 3, 16), layer, 0.0, None)
+    expected = torch.nn.functional.softplus(torch.tensor([-9.0, 40.0]).double())
+    torch.testing.assert_close(
+        concentration[0, :, 0].double(), expected.expand(3, 2), rtol=1e-5, atol=0
+    )
+    assert (choice == 1).all()
+
+
+@pytest.mark.parametrize("hidden", [0, 64])
+def test_halves_lose_nothing_of_the_weights(hidden: int) -> None:
+    """Beside float16 inputs float32 weights are the sum of two halves (the interpreter has no
+    bfloat16 products).
+    """
+    torch.manual_seed(0)
+    layer = LayerController(72, 2, hidden, 3).requires_grad_(False)
+    layer.out.weight.normal_()
+    x = torch.randn(1, 40, 72).half()
+    concentration, _ = fused(x, layer, 0.01, None)
+    torch.testing.assert_close(
+        concentration, reference(x, layer, 0.01, None)[0], rtol=5e-6, atol=2e-6
+    )

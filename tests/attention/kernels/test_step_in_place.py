@@ -1,0 +1,46 @@
+"""A new token behind a static cache, in Triton's interpreter: sinks, hidden keys and empty slots,
+against softmax attention.
+"""
+
+import os
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
+
+from bayes_router.attention.kernels.triton import decode
+from bayes_router.integrations.calls.step import seen_and_sinks
+
+
+@pytest.mark.parametrize("units", [1, 2, 4])
+@pytest.mark.parametrize("padding", [0, 5])
+def test_sinks_and_hidden_keys(units: int, padding: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots after the tokens hold NaN: what is empty is not read."""
+    monkeypatch.setattr(decode, "MIN_KEYS", 64)
+    torch.manual_seed(units)
+    B, H, Hkv, D, S, held, window, sinks = 3, 4, 2, 16, 160, 130, 9, 3
+    q, k, v = torch.randn(B, H, 1, D), torch.randn(B, Hkv, S, D), torch.randn(B, Hkv, S, D)
+    k[:, :, held:], v[:, :, held:] = torch.nan, torch.nan
+    route = torch.randint(2, (B, 1, units))
+    key = torch.arange(S)
+    seen = (key < held)[None].repeat(B, 1)
+    seen[1, :padding] = False
+    mask = seen[:, None, None]
+    visible, end = seen_and_sinks(mask, B, sinks)
+    lengths = torch.full((B,), held - 1)
+    out = decode.decode_step(
+        q, k[:, :, -1:], v[:, :, -1:], q, k[:, :, -1:], k, v, None, route, lengths, (0, -1, 1),
+        window, held=True,
+        seen=visible, sink_end=end,
+    )  # fmt: skip
+    near = seen & ((key >= held - window) | (seen.cumsum(-1) <= sinks))  # [B, S]
+    local = (route[:, 0] == 1).repeat_interleave(H // units, 1)  # [B, H]
+    allowed = torch.where(local[..., None], near[:, None], seen[:, None])[:, :, None]
+    k, v = (x.nan_to_num().repeat_interleave(H // Hkv, 1) for x in (k, v))
+    torch.testing.assert_close(
+        out, F.scaled_dot_product_attention(q, k, v, allowed), rtol=1e-5, atol=1e-5
+    )
