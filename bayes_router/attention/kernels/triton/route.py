@@ -19,7 +19,6 @@ from torch import Tensor
 from bayes_router.attention.kernels.triton.launch import launch
 
 EPSILON = 1.1920928955078125e-07  # of float32, as torch's rms_norm takes it
-ROWS = 32  # tokens of a program
 
 
 @triton.jit
@@ -103,6 +102,15 @@ def route_kernel(
     tl.store(Choice + n[:, None].to(tl.int64) * R + r[None, :], choice.to(tl.int64), mask=mine)
 
 
+def rows_of(tokens: int, width: int) -> int:
+    """Tokens of a program: few where there are few, else what an H100 was fastest with, for
+    accumulators of this width: every program reads all weights.
+    """
+    if tokens < 4096:
+        return 16 if tokens <= 64 else 32
+    return 128 if tokens >= 16_384 and width <= 64 else 64 if width <= 128 else 32
+
+
 def launch_route(
     x: Tensor, first: Tensor, first_bias: Tensor | None, out: Tensor, bias: Tensor,
     tilt: Tensor | None, floor: float,
@@ -120,11 +128,13 @@ def launch_route(
     units = max(triton.next_power_of_2(R), 16 // experts)
     width = max(16, triton.next_power_of_2(hidden)) if hidden else units * experts
     narrow = x.element_size() == 2
+    rows, columns = rows_of(N, width) if narrow else 32, 64 if narrow else 32
     launch(
-        route_kernel, (triton.cdiv(N, ROWS),),
+        route_kernel, (triton.cdiv(N, rows),),
         x, first, bias if first_bias is None else first_bias, out, bias,
         bias if tilt is None else tilt, concentration,
         choice, N, dim, x.stride(0), floor, EPSILON, HIDDEN=hidden, R=R, E=E,
         TILTED=tilt is not None, SPLIT=narrow,
-        BM=ROWS, BK=64 if narrow else 32, HP=width, RP=units, EP=experts, num_warps=4, num_stages=3,
+        BM=rows, BK=columns, HP=width, RP=units, EP=experts, num_warps=4,
+        num_stages=3 if width <= 128 else 2,
     )  # fmt: skip
