@@ -144,7 +144,7 @@ def nothing() -> None:
     """No preparation."""
 
 
-class Contender(NamedTuple):
+class Timed(NamedTuple):
     """The share of its tokens on full, what is timed, and what is done before, which is not."""
 
     on_full: float
@@ -152,14 +152,14 @@ class Contender(NamedTuple):
     prepare: Callable[[], object] = nothing
 
 
-class Bench:
+class Turns:
     """Contenders that take turns, and the table."""
 
     def __init__(self, path: Path | None, turns: int, device: torch.device):
         facts = {"device": torch.cuda.get_device_name(device), "torch": torch.__version__}
         self.rows, self.turns, self.device = Rows(path, facts), turns, device
 
-    def group(self, facts: dict[str, Any], contenders: dict[str, Contender]) -> None:
+    def group(self, facts: dict[str, Any], contenders: dict[str, Timed]) -> None:
         """Time the contenders; a name that begins with `unpatched` is a rival."""
         able: dict[str, Callable[[], object]] = {}
         for name, contender in contenders.items():
@@ -197,7 +197,7 @@ class Bench:
 
 
 def prefill(
-    bench: Bench, shape: str, units: list[str], lengths: list[int], shares: list[float]
+    bench: Turns, shape: str, units: list[str], lengths: list[int], shares: list[float]
 ) -> None:
     """Texts of each length, one at a time."""
     device = bench.device
@@ -215,11 +215,11 @@ def prefill(
         for length in lengths:
             tokens = text[:, :length]
             contenders = {
-                "unpatched": Contender(1.0, partial(run, plain, tokens)),
-                "unpatched, flash": Contender(
+                "unpatched": Timed(1.0, partial(run, plain, tokens)),
+                "unpatched, flash": Timed(
                     1.0, partial(run, plain, tokens, SDPBackend.FLASH_ATTENTION)
                 ),
-                "unpatched, graph": Contender(
+                "unpatched, graph": Timed(
                     1.0, partial(Graphs(plain, length, bucket=length).prefill, tokens)
                 ),
             }
@@ -228,10 +228,10 @@ def prefill(
                 executed = send(router, share, partial(run, model, tokens))
                 prepare = partial(stand, router, [bias.clone() for bias in biases(router)], 0)
                 graphs = Graphs(model, length, bucket=length)  # reads the biases where they are
-                contenders[f"routed {share:g}"] = Contender(
+                contenders[f"routed {share:g}"] = Timed(
                     executed, partial(run, model, tokens), prepare
                 )
-                contenders[f"routed {share:g}, graph"] = Contender(
+                contenders[f"routed {share:g}, graph"] = Timed(
                     executed, partial(graphs.prefill, tokens), prepare
                 )
             if length <= type(router).full_up_to:
@@ -242,8 +242,8 @@ def prefill(
                     type(router).full_up_to,
                 )
                 graphs = Graphs(model, length, bucket=length)
-                contenders["as shipped"] = Contender(1.0, partial(run, model, tokens), prepare)
-                contenders["as shipped, graph"] = Contender(
+                contenders["as shipped"] = Timed(1.0, partial(run, model, tokens), prepare)
+                contenders["as shipped, graph"] = Timed(
                     1.0, partial(graphs.prefill, tokens), prepare
                 )
             bench.group(
@@ -267,7 +267,7 @@ def stand(router: RoutedPretrained, state: list[Tensor], full_up_to: int) -> Non
         bias.copy_(value)
 
 
-def decode(bench: Bench, shape: str, unit: str, context: int, batch: int, share: float) -> None:
+def decode(bench: Turns, shape: str, unit: str, context: int, batch: int, share: float) -> None:
     """One token for each of `batch` texts behind `context` keys."""
     device, room = bench.device, 64
     plain, model = build(shape).to(device, torch.bfloat16), build(shape).to(device, torch.bfloat16)
@@ -304,10 +304,10 @@ def decode(bench: Bench, shape: str, unit: str, context: int, batch: int, share:
 
     executed = send(router, share, partial(eager, model))
     contenders = {
-        "unpatched, flash": Contender(1.0, partial(eager, plain, SDPBackend.FLASH_ATTENTION)),
-        "unpatched, static cache, graph": Contender(1.0, partial(again, rivals)),
-        f"routed {share:g}": Contender(executed, partial(eager, model)),
-        f"routed {share:g}, static cache, graph": Contender(executed, partial(again, ours)),
+        "unpatched, flash": Timed(1.0, partial(eager, plain, SDPBackend.FLASH_ATTENTION)),
+        "unpatched, static cache, graph": Timed(1.0, partial(again, rivals)),
+        f"routed {share:g}": Timed(executed, partial(eager, model)),
+        f"routed {share:g}, static cache, graph": Timed(executed, partial(again, ours)),
     }
     bench.group(
         {"what": "decode", "shape": shape, "unit": unit, "context": context, "batch": batch},
@@ -385,7 +385,7 @@ def main() -> None:
     wrong = disagreements(args.device, args.units)
     if wrong:
         sys.exit("nothing is reported, these differ: " + "; ".join(wrong))
-    bench = Bench(args.results, args.turns, args.device)
+    bench = Turns(args.results, args.turns, args.device)
     for shape in args.shapes:
         if "prefill" in args.what:
             prefill(bench, shape, args.units, args.lengths, args.shares)
