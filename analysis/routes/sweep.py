@@ -87,9 +87,10 @@ def run_one(job: dict[str, Any]) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "commit": commit(),
     }
-    del trainer
-    gc.collect()  # a captured step and its trainer hold one another, and device memory with them
-    torch.cuda.empty_cache()
+    if device.type == "cuda":
+        del trainer
+        gc.collect()  # a captured step and its trainer hold one another, and device memory with them
+        torch.cuda.empty_cache()
     return row
 
 

@@ -70,7 +70,9 @@ def test_static_contenders_cost_what_their_pattern_says(frame: pd.DataFrame) -> 
 
 
 def test_contenders_of_the_longer_study_and_of_the_recipe_train(corpus: str) -> None:
-    names = [name for name in (*LONG, *RECIPE) if name not in SHORT]
+    layouts = [name for name in LONG if name.startswith("static")]
+    # of the layouts one trains: they differ in their letters alone
+    names = [layouts[-1], *(n for n in (*LONG, *RECIPE) if n not in (*SHORT, *layouts))]
     rows = [run_one(job) for job in plan("toy", f"text:{corpus}", 1, names)]
     assert [row["contender"] for row in rows] == names
     assert all(row["nll_hard"] < 7 for row in rows)
