@@ -14,10 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bayes_router.attention.cost import executed_attention
+from bayes_router.attention.experts.full import FullAttention
+from bayes_router.attention.experts.local import LocalAttention
+from bayes_router.attention.shapes import ExpertShape
 from bayes_router.data.stream import TokenStream
 from bayes_router.integrations.calls.softmax import LocalExpert
 from bayes_router.integrations.huggingface.language import Unforced
 from bayes_router.integrations.huggingface.model import RoutedPretrained
+from bayes_router.integrations.patch.cost import counted_experts
 from bayes_router.routing.policy import at_price
 from bayes_router.timing import isolated_ms
 from bayes_router.training.dial import BudgetUnreachable, Dial
@@ -31,38 +36,26 @@ def hybrid(fully: Collection[int], full: int, local: int) -> Route:
     return lambda layer, hidden: full if layer in fully else local
 
 
-def executed_cost(router: RoutedPretrained, routes: Tensor) -> float:
-    """Keys read over those that full attention reads, position by position.
+def executed_cost(router: RoutedPretrained, routes: Tensor, start: int = 0) -> float:
+    """What hard routes int64 [L, T, R] or [L, T] cost in attention, every token on `full` = 1.
 
-    The routes are int64 [L, T, R] or [L, T].
-
-    `full` reads t + 1 keys at position t and `local` its window and the sinks outside it, so that
-    routes which spend on late tokens are charged for it. Experts that read no keys are charged at
-    their cost ratio.
+    `executed_attention` at each position from `start` on: keys that are read, over all, so that
+    routes which spend on late tokens are charged for it. Padding (-1) counts as the first expert.
     """
     routes = routes if routes.dim() == 3 else routes[..., None]
-    T = routes.shape[1]
-    seen = torch.arange(1, T + 1, device=routes.device, dtype=torch.float64)
-    local = window_keys(seen, router.settings.window, router.settings.sinks)
-    keys = {"full": seen, "local": local}
-    ratio = router.cost_ratio.to(routes.device).double()
-    # [E, T]
-    cost = torch.stack(
-        [keys.get(name, ratio[i] * seen.mean()).expand(T) for i, name in enumerate(router.experts)]
-    )
-    paid = cost[routes.clamp_min(0), torch.arange(T, device=routes.device)[:, None]]  # [L, T, R]
-    return float(paid.sum() / (seen.sum() * routes.shape[0] * routes.shape[2]))
-
-
-def window_keys(seen: Tensor, window: int, sinks: int) -> Tensor:
-    """Keys that a window with sinks reads where full attention reads `seen`."""
-    return seen.clamp_max(window) + (seen - window).clamp(0, sinks)
+    taken = F.one_hot(routes.clamp_min(0), len(router.experts)).sum((0, 2))  # [T, E]
+    config = router.config
+    return executed_attention(counted_experts(config), taken, config.kv_heads, 4, start=start)[
+        "flops"
+    ]
 
 
 def share(context: int, window: int, sinks: int) -> float:
     """Cost of `local` relative to full over a window of `context` tokens."""
-    seen = torch.arange(1, context + 1, dtype=torch.float64)
-    return float(window_keys(seen, window, sinks).sum() / seen.sum())
+    shape = ExpertShape(1, 2, window + sinks)
+    return LocalAttention(shape).flops_per_token(context) / FullAttention(shape).flops_per_token(
+        context
+    )
 
 
 def layers_within(router: RoutedPretrained, context: int, budget: float) -> tuple[int, float]:
@@ -174,9 +167,7 @@ def meet(
     dial = Dial(
         Unforced(router),
         stream,
-        lambda routes: (
-            sum(executed_cost(router, one) for one in routes.unbind(1)) / routes.shape[1]
-        ),
+        lambda routes: executed_cost(router, routes.flatten(0, 1)),
         context=context,
         batch_size=1,
         limit=limit,

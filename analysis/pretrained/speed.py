@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from analysis.pretrained.contenders import executed_cost, window_keys
+from analysis.pretrained.contenders import executed_cost
 from analysis.pretrained.smollm import load_model, load_streams
 from bayes_router.benchmark.rows import Rows
 from bayes_router.integrations.huggingface.model import RoutedPretrained
@@ -184,7 +184,7 @@ def prefill_cost(contender: TimedModel) -> float:
     routes, router = contender.routes(), contender.router
     if routes is None or router is None:
         return 1.0
-    return statistics.mean(executed_cost(router, one) for one in routes[-1].unbind(1))
+    return executed_cost(router, routes[-1].flatten(0, 1))
 
 
 def step_cost(contender: TimedModel, held: int) -> float:
@@ -192,15 +192,7 @@ def step_cost(contender: TimedModel, held: int) -> float:
     routes, router = contender.routes(), contender.router
     if routes is None or router is None:
         return 1.0
-    seen = held + 1 + torch.arange(len(routes), dtype=torch.float64)
-    local = window_keys(seen, router.settings.window, router.settings.sinks) / seen
-    shares = [{"full": torch.ones_like(seen), "local": local}.get(name) for name in router.experts]
-    ratio = router.cost_ratio.double()
-    # [passes, E]
-    cost = torch.stack(
-        [ratio[i].expand(len(seen)) if x is None else x for i, x in enumerate(shares)], 1
-    )
-    return float(cost.gather(1, routes.flatten(1).cpu()).mean())
+    return executed_cost(router, routes.flatten(1)[None], held)
 
 
 def fitted(args: argparse.Namespace) -> tuple[list[TimedModel], Tensor]:

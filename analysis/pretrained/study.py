@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from analysis.pretrained.contenders import share, window_keys, window_of, windowed
+from analysis.pretrained.contenders import executed_cost, share, window_of, windowed
 from analysis.pretrained.retrieval import TASKS, Answered, Haystack, Question, prompts, score
 from analysis.pretrained.rivals import blind, passkeys
 from analysis.pretrained.texts import load
@@ -159,20 +159,16 @@ class Setting:
             return router.experts.index("local")
         q = router.controller.posterior(layer, hidden)
         chosen = Budget(tuple(router.layer_cost[layer].tolist()), self.dial)(q.concentration)
-        self.taken.append((chosen == router.experts.index("full")).float().mean(-1))  # [B, T]
+        self.taken.append(chosen)
         return chosen
 
     def cost(self, context: int) -> Tensor:
         """Keys read over those of full attention, [B], since the last call."""
-        window = self.router.settings.window if self.width is None else self.width
-        local = share(context, window, SINKS)
         if self.width is not None:
-            return torch.tensor([local])
-        full = torch.stack(self.taken).mean(0)  # [B, T]
+            return torch.tensor([share(context, self.width, SINKS)])
+        routes = torch.stack(self.taken, 1)  # [B, L, T, R]
         self.taken.clear()
-        seen = torch.arange(1, context + 1, device=full.device, dtype=torch.float32)
-        extra = seen - window_keys(seen, window, SINKS)
-        return local + (1 - local) * (full @ (extra / extra.sum().clamp_min(1))).cpu()
+        return torch.tensor([executed_cost(self.router, one) for one in routes])
 
 
 class Reader:

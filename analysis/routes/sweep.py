@@ -88,8 +88,8 @@ def run_one(job: dict[str, Any]) -> dict[str, Any]:
         "commit": commit(),
     }
     if device.type == "cuda":
-        del trainer
-        gc.collect()  # a captured step and its trainer hold one another, and device memory with them
+        del trainer  # a captured step and it hold one another, and device memory with them
+        gc.collect()
         torch.cuda.empty_cache()
     return row
 

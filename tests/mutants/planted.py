@@ -146,7 +146,7 @@ FAULTS = [
     ),
     Fault(
         "what a controller reads is not normalised",
-        f"{P}/integrations/patch/routed.py",
+        f"{P}/integrations/calls/fused_router.py",
         "return F.rms_norm(widen(hidden), hidden.shape[-1:])",
         "return widen(hidden)",
         f"{T}/integrations/test_details.py",

@@ -4,9 +4,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from bayes_router.attention.experts.contract import Expert
+from bayes_router.attention.kernels.eager.chunks import end_state
 from bayes_router.attention.shapes import segments
 
 
@@ -42,9 +42,5 @@ def advance(expert: SumExpert, k: Tensor, v: Tensor, state: Tensor, real: Tensor
             phi_k, value = torch.where(mask, phi_k, 0.0), torch.where(mask, value, 0.0)
         if rest is not None:
             rest = rest if real is None else torch.where(real[:, None, a:b], rest, 0.0)
-            # [B, H, T], log of what is kept from before a token to the end
-            since = rest.flip(-1).cumsum(-1).flip(-1)
-            state = since[..., :1, None].exp() * state
-            phi_k = phi_k * F.pad(since[..., 1:], (0, 1)).exp().unsqueeze(-1)
-        state = state + phi_k.transpose(-1, -2) @ value
+        state = end_state(phi_k, value, rest, state)
     return state

@@ -17,7 +17,7 @@ from torch import Tensor
 from bayes_router.attention.experts.contract import Expert, Kernel
 from bayes_router.attention.hard.backend import register_backend
 from bayes_router.attention.hard.problem import RoutedProblem
-from bayes_router.attention.kernels.eager.chunks import EPSILON, feature_map
+from bayes_router.attention.kernels.eager.chunks import feature_map, normalised, with_ones
 from bayes_router.attention.kernels.eager.fused import fused_attention
 from bayes_router.attention.shapes import by_head, repeat_heads, widen
 
@@ -118,4 +118,4 @@ def _linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weight = (feature_map(widen(q)) @ feature_map(widen(k)).transpose(-1, -2)).tril_(
         k.shape[2] - q.shape[2]
     )
-    return ((weight @ widen(v)) / (weight.sum(-1, keepdim=True) + EPSILON)).to(v.dtype)
+    return normalised(weight @ with_ones(widen(v))).to(v.dtype)

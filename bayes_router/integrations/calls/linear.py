@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayes_router.attention.kernels.eager.chunks import causal_sum, normalised, with_ones
+from bayes_router.attention.kernels.eager.chunks import causal_sum, end_state, normalised, with_ones
 from bayes_router.attention.shapes import ExpertShape, repeat_heads, widen
 from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.integrations.calls.memory import Running
@@ -101,17 +101,7 @@ class LinearExpert(PatchedExpert):
         if memory.real is not None:
             real = memory.real[:, None, start:]
             phi_k, decay = phi_k * real.unsqueeze(-1), decay if decay is None else decay * real
-        if decay is not None:
-            elapsed = decay.cumsum(-1)
-            phi_k = phi_k * (elapsed[..., -1:] - elapsed).exp().unsqueeze(-1)
-        state = phi_k.mT @ value
-        if before is not None:
-            kept = (
-                before.state
-                if decay is None
-                else before.state * decay.sum(-1)[..., None, None].exp()
-            )
-            state = kept + state
+        state = end_state(phi_k, value, decay, None if before is None else before.state)
         memory.running[type(self)] = Running(state, call.k.shape[2])
         return state
 

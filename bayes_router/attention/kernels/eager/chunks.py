@@ -29,6 +29,24 @@ def normalised(summed: Tensor) -> Tensor:
     return summed[..., :-1] / (summed[..., -1:] + EPSILON)
 
 
+def end_state(
+    phi_k: Tensor, value: Tensor, log_decay: Tensor | None, state: Tensor | None = None
+) -> Tensor:
+    """exp(D) state + sum_s exp(D - D_s) phi_k,s value_s^T: the state after T tokens, [..., F, D].
+
+    D_s is the sum of log_decay [..., T] up to s and D all of it, 0 where nothing fades. phi_k
+    [..., T, F], value [..., T, D]; `state` is what stands before them (default: nothing). Nothing
+    is computed of each token's own.
+    """
+    if log_decay is not None:
+        # log of what is kept from before each token to the end; summed from there, where it counts
+        since = log_decay.flip(-1).cumsum(-1).flip(-1)
+        phi_k = phi_k * F.pad(since[..., 1:], (0, 1)).exp().unsqueeze(-1)
+        state = state if state is None else since[..., :1, None].exp() * state
+    added = phi_k.mT @ value
+    return added if state is None else state + added
+
+
 def in_chunks(x: Tensor, chunk: int) -> Tensor:
     """[B, H, N * C, ...] -> [B, H, N, C, ...]."""
     return x.unflatten(2, (-1, chunk))
