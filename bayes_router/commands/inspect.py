@@ -12,6 +12,7 @@ from itertools import groupby
 from string import ascii_lowercase
 from typing import TextIO
 
+import numpy as np
 import torch
 from jsonargparse import Namespace
 from rich.console import CONSOLE_SVG_FORMAT, Console
@@ -21,7 +22,7 @@ from bayes_router.checks import require, unknown
 from bayes_router.commands.fitted import open_fitted, read_text
 from bayes_router.data.load import load_data
 from bayes_router.diagnostics.fitted import FittedRun
-from bayes_router.diagnostics.measures.uncertainty import probability_right
+from bayes_router.diagnostics.measures.uncertainty import probability_right, token_frame
 from bayes_router.diagnostics.report import ShownText, route_text
 from bayes_router.diagnostics.shading import Scale, scale
 from bayes_router.files import write_text
@@ -62,6 +63,10 @@ def run(options: Namespace) -> None:
         print(page.plain)
     if options.svg is not None:
         write_text(options.svg, picture(_page(fitted, shown, options, True), str(options.run)))
+    if options.table is not None:
+        frame = token_frame(shown.concentration, fitted.experts, fitted.prior.cost_ratio)
+        frame.insert(2, "piece", np.tile(shown.pieces, layers))
+        write_text(options.table, frame.to_csv(index=False, float_format="%.6g"))
     if fitted.patched and fitted.tokeniser is None:
         print("\nshown as token ids: the base model has no tokenizer beside it")
 

@@ -367,13 +367,21 @@ def inspect(arguments: Sequence[str]) -> Parser:
         default=None,
         help="file to write the coloured text to, as a picture",
     )
+    result.add_argument(
+        "--table",
+        type=Optional[Path],
+        default=None,
+        help="CSV file to write what is known of each token in each layer: choice, mean and "
+        "credible interval of each expert, entropies, cost",
+    )
     return result
 
 
 def _begin_inspect(options: Namespace) -> None:
     _check_fitted(options)
-    if options.svg is not None:
-        check_file_for(options.svg, "svg")
+    for name in ("svg", "table"):
+        if options[name] is not None:
+            check_file_for(options[name], name)
     _say(f"inspect: {options.run}")
 
 

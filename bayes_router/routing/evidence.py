@@ -8,9 +8,7 @@ pseudo-observations as its density grants:
     n_post(h) = n_prior + n(h)        chi_post(h) = (n_prior chi_prior + n(h) chi(h)) / n_post(h)
 
 For a Dirichlet, n is the total concentration and chi the mean. `Watch.total` is n_post; the mean
-that routes tokens stays the controller's, so that budgets, losses and times do. `NaturalController`
-gives the guide of the paper whole, mean
-included: Dirichlet(prior + n(h) mean(h)).
+that routes tokens stays the controller's, so that budgets, losses and times do.
 
 The density is a multivariate Student t in K whitened directions of h, those in which the text of
 the fit varies least: p(h) is proportional to (1 + d2(h) / K)^-K, with d2 the squared distance from
@@ -31,11 +29,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Dirichlet
 from torch.utils.hooks import RemovableHandle
 
 from bayes_router.checks import require
-from bayes_router.routing.posterior import posterior_mean
 
 DIRECTIONS = 8
 MEMORY = 128
@@ -347,40 +343,3 @@ def evidence_of(controller: Any) -> Evidence:
             "that is like the fit's: fit_evidence(texts)"
         )
     return evidence
-
-
-def with_total(concentration: Tensor, total: Tensor) -> Tensor:
-    """The concentration [..., E] of the same mean whose total is `total`.
-
-    The total is [...] or lacks trailing dimensions (units).
-    """
-    mean = posterior_mean(concentration)
-    return mean * total.reshape(total.shape + (1,) * (mean.dim() - total.dim())).to(mean)
-
-
-class NaturalController(nn.Module):
-    """q(route | h) = Dirichlet(prior + n(h) mean(h)).
-
-    The natural posterior, mean included, as a guide's controller.
-
-    On text unlike the fit's it falls back to the prior, routes included: nothing else in the
-    library decides by it.
-
-    Args:
-        controller: with evidence.
-        prior: concentration [L, E].
-    """
-
-    prior: Tensor
-
-    def __init__(self, controller: Any, prior: Tensor):
-        super().__init__()
-        evidence_of(controller)
-        self.controller = controller
-        self.register_buffer("prior", prior, persistent=False)
-
-    def posterior(self, layer: int, hidden: Tensor) -> Dirichlet:
-        """Hidden [B, T, D] -> Dirichlet, batch shape [B, T]."""
-        q = self.controller.posterior(layer, hidden).concentration
-        granted = with_total(q, self.controller.evidence.log_evidence(layer, hidden).exp())
-        return Dirichlet(self.prior[layer].to(granted) + granted, validate_args=False)

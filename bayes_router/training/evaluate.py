@@ -9,9 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bayes_router.attention.cost import Mode, cost_ratios, executed_attention
-from bayes_router.checks import require
 from bayes_router.data.tokens import Batch, TokenSource
-from bayes_router.routing.force import Force
 from bayes_router.routing.policy import Policy
 from bayes_router.routing.posterior import categorical_entropy, expected_entropy, posterior_mean
 from bayes_router.routing.tilt import tilted_kl, tilted_moments
@@ -295,23 +293,3 @@ def _executed(
                 model, routes, mode, start=start, read=read
             )
     return found
-
-
-@torch.no_grad()
-def forced_nll(
-    model: RoutedLanguageModel,
-    source: TokenSource,
-    force: Force,
-    *,
-    context: int,
-    batch_size: int,
-    limit: int,
-) -> float:
-    """Nats per scored token with every token sent where `force` says."""
-    device, total, count = next(model.parameters()).device, 0.0, 0
-    require(limit >= context, "limit", f"at least one window of {context} tokens", limit)
-    for batch in source.windows(context, batch_size, limit):
-        logits = model(batch.tokens.to(device), force=force).logits
-        total += float(token_nll(logits, batch.targets.to(device)).double().sum())
-        count += int((batch.targets != IGNORED).sum())
-    return total / count

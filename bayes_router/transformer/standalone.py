@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from bayes_router.checks import choose, require
 from bayes_router.config import ModelConfig, PriorConfig
-from bayes_router.presets import preset
 from bayes_router.routing.controller import LayerController
 from bayes_router.routing.policy import Argmax, Policy, execute
 from bayes_router.routing.posterior import posterior
@@ -60,11 +59,6 @@ class RoutedAttention(nn.Module):
         log_normaliser = tilted_moments(prior_.concentration[0], prior_.tilt).log_normaliser.float()
         self.register_buffer("tilt", prior_.tilt, persistent=False)
         self.register_buffer("log_normaliser", log_normaliser, persistent=False)
-
-    @classmethod
-    def from_preset(cls, name: str) -> "RoutedAttention":
-        """A layer of the size of a preset: tiny (d_model 128), small (256), base (512)."""
-        return cls(preset(name).model)
 
     def forward(self, x: Tensor, mode: RoutingMode | str | None = None) -> RoutedAttentionOutput:
         """Route and attend; x [B, T, D] normalised."""

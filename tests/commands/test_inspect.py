@@ -6,6 +6,7 @@ Every expert has a mark of its own, and the legend says which.
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -48,6 +49,28 @@ def test_the_command_prints_the_legend(
 ) -> None:
     assert main(["inspect", str(finished_run), "--tokens", "40", "--device", "cpu"]) == 0
     assert re.search(r"layer 0: f: full .*  g: gated .*  l: local ", capsys.readouterr().out)
+
+
+def test_a_table_says_what_is_known_of_each_token(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fitted, file = load_fitted(finished_run), tmp_path / "there" / "tokens.csv"
+    text = tmp_path / "text.txt"
+    text.write_text('a,b\n"c" \u00e9', encoding="utf-8")
+    arguments = ["--text", str(text), "--device", "cpu", "--table", str(file)]
+    assert main(["inspect", str(finished_run), *arguments]) == 2  # nothing is read for no file
+    assert "table: expected" in capsys.readouterr().err
+    file.parent.mkdir()
+    assert main(["inspect", str(finished_run), *arguments]) == 0
+    table = pd.read_csv(file, keep_default_na=False)
+    shown = route_text(fitted, text.read_bytes(), 800)
+    L, N, _ = shown.concentration.shape
+    assert table["piece"].tolist() == shown.pieces * L
+    assert table["layer"].tolist() == [layer for layer in range(L) for _ in range(N)]
+    for index, name in enumerate(fitted.experts):
+        mean = (shown.concentration / shown.concentration.sum(-1, keepdim=True))[..., index]
+        assert table[f"mean_{name}"].tolist() == pytest.approx(mean.flatten().tolist(), rel=1e-4)
+        assert table[f"low_{name}"].le(table[f"high_{name}"]).all()
 
 
 def test_colour_and_picture_say_the_same(

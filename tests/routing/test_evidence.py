@@ -3,18 +3,15 @@ import threading
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from bayes_router.data.tokens import Batch
 from bayes_router.routing.evidence import (
     Evidence,
     LayerEvidence,
     Moments,
-    NaturalController,
     RunningMean,
     inputs_of,
     watching,
-    with_total,
 )
 from bayes_router.training.evidence import fit_evidence
 from tests.tiny import tiny_batch, tiny_model
@@ -162,26 +159,6 @@ def test_the_budget_is_the_mean_total_of_the_posterior():
     total = model(batch.tokens).concentration.sum(-1).mean((1, 2, 3))
     torch.testing.assert_close(
         torch.stack([layer.log_budget for layer in evidence.layers]).exp(), total, rtol=1e-5, atol=0
-    )
-
-
-def test_a_total_keeps_the_mean_and_reaches_units():
-    q, total = torch.rand(3, 2, 5, 4) + 0.1, torch.rand(3, 2) * 9 + 0.1
-    moved = with_total(q, total)
-    torch.testing.assert_close(moved.sum(-1), total[..., None].expand(3, 2, 5))
-    torch.testing.assert_close(F.normalize(moved, 1, -1), F.normalize(q, 1, -1))
-
-
-def test_the_natural_posterior_adds_evidence_to_the_prior():
-    model = fitted_tiny()
-    prior = torch.rand(3, 4) + 0.1
-    natural, hidden = NaturalController(model.controller, prior), torch.randn(2, 5, 16)
-    q = model.controller.posterior(1, hidden).concentration
-    n = model.controller.evidence.log_evidence(1, hidden).exp()[..., None, None]
-    expected = prior[1] + n * q / q.sum(-1, keepdim=True)
-    torch.testing.assert_close(natural.posterior(1, hidden).concentration, expected)
-    torch.testing.assert_close(
-        natural.posterior(1, 1e9 * hidden).mean, (prior[1] / prior[1].sum()).expand(2, 5, 1, 4)
     )
 
 

@@ -15,10 +15,10 @@ from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel
 from bayes_router.inference.tilted import TiltedDirichlet
 from bayes_router.routing.policy import Budget
-from bayes_router.training.evaluate import evaluate, forced_nll
+from bayes_router.training.evaluate import evaluate
 from bayes_router.transformer.build import build_experts, build_prior
 from bayes_router.transformer.model import RoutedLanguageModel
-from tests.tiny import EXPERTS, tiny_concentration, tiny_model
+from tests.tiny import tiny_concentration, tiny_model
 
 COST = torch.tensor([1.0, 0.15, 0.3, 0.15])
 
@@ -205,19 +205,6 @@ def test_a_policy_moves_the_cost() -> None:
     assert costs[0]["paper"] > costs[1]["paper"] > costs[2]["paper"]
     assert costs[0]["paper"] == pytest.approx(1.0)
     assert costs[2]["paper"] == pytest.approx(0.15, abs=0.005)
-
-
-def test_forced_nll_is_the_loss_of_that_expert() -> None:
-    model = tiny_model()
-    tokens, targets = next(source().windows(40, 10, 400))
-    for expert in EXPERTS:
-        with torch.no_grad():
-            want = F.cross_entropy(
-                model(tokens, force=expert).logits.flatten(0, 1), targets.flatten()
-            )
-        assert forced_nll(
-            model, source(), expert, context=40, batch_size=3, limit=400
-        ) == pytest.approx(float(want), rel=1e-4)
 
 
 def test_the_table_reads_as_the_numbers() -> None:

@@ -135,10 +135,7 @@ def test_both_collapses_are_told_apart() -> None:
     )
 
 
-def test_presets_and_bad_input() -> None:
-    assert RoutedAttention.from_preset("small").config.d_model == 256
-    with pytest.raises(ValueError, match="preset: expected one of base, small, tiny; got 'huge'"):
-        RoutedAttention.from_preset("huge")
+def test_bad_input() -> None:
     layer, x = layer_and_input()
     with pytest.raises(ValueError, match=r"x: expected shape \[B, T, 16\]; got \(2, 30, 8\)"):
         layer(x[..., :8])
