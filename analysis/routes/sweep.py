@@ -75,6 +75,7 @@ def run_one(job: dict[str, Any]) -> dict[str, Any]:
         "cost_paper": result.executed_cost["paper"],
         "cost_flops": result.executed_cost["flops"],
         "route_information": float(torch.tensor(result.route_information_per_layer).mean()),
+        "context_information": float(torch.tensor(result.context_information_per_layer).mean()),
         "least_kl": min(result.kl_per_layer)
         if contender.kind == "svi"
         else math.nan,  # others have no posterior

@@ -39,6 +39,7 @@ SHOWN = [
     "nll_mean",
     "nll_hard",
     "route_information",
+    "context_information",
     "kl",
 ]
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from bayes_router.attention.cost import Mode, cost_ratios, executed_attention
 from bayes_router.data.tokens import Batch, TokenSource
+from bayes_router.routing.information import ByToken
 from bayes_router.routing.policy import Policy
 from bayes_router.routing.posterior import categorical_entropy, expected_entropy, posterior_mean
 from bayes_router.routing.tilt import tilted_kl, tilted_moments
@@ -55,6 +56,9 @@ class Evaluation:
     total_concentration_per_layer: list[float]
     load_per_unit: list[list[list[float]]] = field(default_factory=list)  # [L][R][E], HARD
     route_information_per_unit: list[list[float]] = field(default_factory=list)  # [L][R]
+    # what of the route information the token at hand does not tell, see `routing.information`
+    context_information_per_layer: list[float] = field(default_factory=list)
+    context_information_per_unit: list[list[float]] = field(default_factory=list)  # [L][R]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -66,6 +70,8 @@ class Evaluation:
 
         frame = pd.DataFrame(self.load_per_layer, columns=[f"load {name}" for name in self.experts])
         frame["route information"] = self.route_information_per_layer
+        if self.context_information_per_layer:
+            frame["of context"] = self.context_information_per_layer
         frame["entropy of mean"] = self.entropy_of_mean_per_layer
         frame["expected entropy"] = self.expected_entropy_per_layer
         frame["KL"] = self.kl_per_layer
@@ -142,11 +148,17 @@ class _Sums:
     expected_entropy: Tensor | float = 0.0  # [L, R]
     total: Tensor | float = 0.0  # [L, R]
     kl: Tensor | float = 0.0  # [L]
+    by_token: ByToken = field(default_factory=ByToken)
 
     def add_routes(
-        self, concentration: Tensor, hard_choice: Tensor, keys_read: Tensor, sharing: int
+        self,
+        tokens: Tensor,
+        concentration: Tensor,
+        hard_choice: Tensor,
+        keys_read: Tensor,
+        sharing: int,
     ) -> None:
-        """Concentration [L, B, T, R, E] and the choices executed [L, B, T, R].
+        """Tokens [B, T], concentration [L, B, T, R, E], the choices executed [L, B, T, R].
 
         `keys_read` [E] by a decoding step; `sharing` neighbouring units read the same key heads.
         """
@@ -158,6 +170,7 @@ class _Sums:
         most = shared.gather(-1, keys_read[shared].argmax(-1, keepdim=True))
         self.read = self.read + F.one_hot(most.flatten(), flat.shape[-1]).double().sum(0)
         self.mean = self.mean + mean.sum(1)
+        self.by_token.add(tokens, mean.movedim(1, -2))
         self.entropy_of_mean = self.entropy_of_mean + categorical_entropy(mean).sum(1)
         self.expected_entropy = self.expected_entropy + expected_entropy(flat).sum(1)
         self.total = self.total + flat.sum((1, 3))
@@ -226,7 +239,7 @@ def _read(
                 device=out.route.device,
             )
             sharing = max(model.config.num_units // model.config.kv_heads, 1)
-            sums.add_routes(out.concentration, out.route, keys, sharing)
+            sums.add_routes(batch.tokens, out.concentration, out.route, keys, sharing)
             sums.correct += int(((out.logits.argmax(-1) == batch.targets) & scored).sum())
     sums.scored += int(scored.sum())
 
@@ -244,6 +257,7 @@ def _finish(
     experts = model.counted_experts
     of_units, mean, kl = (x.cpu() / n for x in (sums.taken.sum(1), sums.mean, sums.kl))
     information = categorical_entropy(mean) - sums.entropy_of_mean.cpu() / n  # [L, R]
+    of_context = sums.by_token.entropy() - sums.entropy_of_mean.cpu() / n
     load = of_units.mean(1)
     nll = {mode: total / sums.scored for mode, total in sums.nll.items()}
     return Evaluation(
@@ -265,6 +279,8 @@ def _finish(
         total_concentration_per_layer=(sums.total / n).mean(1).tolist(),  # type: ignore[union-attr]
         load_per_unit=of_units.tolist(),
         route_information_per_unit=information.tolist(),
+        context_information_per_layer=of_context.mean(1).tolist(),
+        context_information_per_unit=of_context.tolist(),
     )
 
 

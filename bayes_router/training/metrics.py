@@ -124,6 +124,7 @@ def evaluation_row(evaluation: Evaluation) -> dict[str, float]:
             for name, share in zip(evaluation.experts, load, strict=True)
         }
         row[f"route_information_{layer}"] = evaluation.route_information_per_layer[layer]
+        row[f"context_information_{layer}"] = evaluation.context_information_per_layer[layer]
         row[f"kl_{layer}"] = evaluation.kl_per_layer[layer]
         row[f"total_concentration_{layer}"] = evaluation.total_concentration_per_layer[layer]
     return row

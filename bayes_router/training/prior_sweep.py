@@ -72,8 +72,8 @@ def sweep_prior(
         prior_cost (of the prior predictive), posterior_cost (E_q of the cost, SAMPLE) and
         executed_cost (HARD) in the unit of the prior, cost_paper and cost_flops (executed), all
         ratios to full attention; nll_mean, nll_sample, nll_hard (nats per token); route_information
-        (nats, mean over layers); kl (nats per token, summed over layers, from the prior as trained
-        with, its price included); `load NAME` (HARD).
+        and, of it, context_information (nats, mean over layers); kl (nats per token, summed over
+        layers, from the prior as trained with, its price included); `load NAME` (HARD).
 
     Raises:
         ValueError: settings that are unknown, refused, outside `prior` and `schedule`, or overruled
@@ -166,6 +166,7 @@ def posterior_row(trainer: Trainer) -> dict[str, float]:
         **{f"cost_{name}": value for name, value in result.executed_cost.items()},
         **{f"nll_{name}": value for name, value in result.nll.items()},
         "route_information": sum(result.route_information_per_layer) / prior.num_layers,
+        "context_information": sum(result.context_information_per_layer) / prior.num_layers,
         "kl": sum(result.kl_per_layer),
     }
     return row | {

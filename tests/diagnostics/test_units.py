@@ -36,6 +36,7 @@ def test_a_layer_is_the_mean_of_its_units_and_its_kl_their_sum():
     for column in (
         "load full",
         "route_information",
+        "context_information",
         "largest_load",
         "share_sure",
         "effective_experts",

@@ -58,6 +58,16 @@ def test_every_figure_by_hand() -> None:
     torch.testing.assert_close(
         torch.tensor(result.route_information_per_layer), information, rtol=1e-2, atol=1e-3
     )
+    of_context = torch.zeros(3)
+    for token in tokens.unique():
+        same = p.probs[:, tokens == token]
+        of_context += same.shape[1] / 400 * Categorical(same.mean(1)).entropy()
+    torch.testing.assert_close(
+        torch.tensor(result.context_information_per_layer),
+        of_context - p.entropy().mean((1, 2)),
+        rtol=1e-2,
+        atol=1e-3,
+    )
     total = concentration.sum(-1).mean((1, 2))
     torch.testing.assert_close(
         torch.tensor(result.total_concentration_per_layer), total, rtol=1e-3, atol=1e-3

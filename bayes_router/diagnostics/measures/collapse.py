@@ -20,6 +20,7 @@ from bayes_router.diagnostics.measures.uncertainty import SURE_WEIGHT
 from bayes_router.diagnostics.measures.verdict import Severity, Verdict, merged
 from bayes_router.diagnostics.reading import Reading
 from bayes_router.inference.model import RoutingModel
+from bayes_router.routing.information import ByToken
 from bayes_router.routing.posterior import categorical_entropy, posterior_mean
 from bayes_router.routing.tilt import tilted_moments
 
@@ -89,6 +90,7 @@ class CollapseSummary:
         nothing = torch.zeros((), dtype=torch.float64)
         self._load, self._mean = nothing, nothing  # [L, R, E]
         self._entropy, self._kl, self._sure = nothing, nothing, nothing  # [L, R]
+        self._by_token = ByToken()
 
     def add(self, reading: Reading) -> "CollapseSummary":
         """Take in a batch."""
@@ -99,6 +101,7 @@ class CollapseSummary:
             + F.one_hot(reading.hard_choice.flatten(1, 2), q.shape[-1]).double().sum(1).cpu()
         )
         self._mean = self._mean + mean.sum(1)
+        self._by_token.add(reading.tokens, mean.movedim(1, -2))
         self._entropy = self._entropy + categorical_entropy(mean).sum(1)
         self._sure = self._sure + (mean.amax(-1) > SURE_WEIGHT).double().sum(1)
         self._kl = (
@@ -125,6 +128,7 @@ class CollapseSummary:
         frame["largest_load"] = of_units.amax(-1).mean(1).numpy()
         frame["share_sure"] = (self._sure / self.tokens).mean(1).numpy()
         frame["route_information"] = self._information().mean(1).numpy()
+        frame["context_information"] = self._of_context().mean(1).numpy()
         frame["kl"] = (self._kl / self.tokens).sum(1).numpy()
         frame["prior_distance"] = (
             (0.5 * (mean - prior_mean(self.program)).abs().sum(-1)).mean(1).numpy()
@@ -137,10 +141,15 @@ class CollapseSummary:
         mean = self._mean / self.tokens
         return (categorical_entropy(mean) - self._entropy / self.tokens).clamp_min(0)
 
+    def _of_context(self) -> Tensor:
+        """[L, R], nats of it that the token at hand does not tell; see `routing.information`."""
+        return (self._by_token.entropy() - self._entropy / self.tokens).clamp_min(0)
+
     def units(self) -> pd.DataFrame:
         """One row a layer and unit.
 
-        Its load on each expert, the largest, and its route information in nats.
+        Its load on each expert, the largest, its route information and what of it the context
+        adds, in nats.
         """
         require(self.tokens > 0, "text", "at least one token", "an empty text", "read a text first")
         load = self._load / self.tokens
@@ -152,6 +161,7 @@ class CollapseSummary:
         frame.insert(1, "unit", np.tile(np.arange(R), L))
         frame["largest_load"] = load.amax(-1).flatten().numpy()
         frame["route_information"] = self._information().flatten().numpy()
+        frame["context_information"] = self._of_context().flatten().numpy()
         return frame
 
     def verdicts(self, thresholds: CollapseThresholds | None = None) -> list[Verdict]:
