@@ -6,8 +6,6 @@ It reads only the token's own hidden state, which a prefix determines: no future
 length.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.distributions import Dirichlet
@@ -35,14 +33,14 @@ class LayerController(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, hidden: Tensor, units: Sequence[int] | None = None) -> Tensor:
-        """See the class; of some units alone [..., n, E] where `units` names them."""
+    def forward(self, hidden: Tensor, units: Tensor | None = None) -> Tensor:
+        """See the class; of some units alone [..., n, E] where `units`, int64 [n], names them."""
         read = hidden if self.hidden is None else F.silu(self.hidden(hidden))
         if units is None:
             raw: Tensor = self.out(read)
             return raw.unflatten(-1, (self.num_units, -1))
         weight, bias = (
-            x.unflatten(0, (self.num_units, -1))[list(units)]
+            x.unflatten(0, (self.num_units, -1)).index_select(0, units)
             for x in (self.out.weight, self.out.bias)
         )
         return F.linear(read, weight.flatten(0, 1), bias.flatten()).unflatten(-1, (len(units), -1))
@@ -76,14 +74,12 @@ class MetaController(nn.Module):
         self.evidence: Evidence | None = None
         self.risk: Risk | None = None
 
-    def posterior(
-        self, layer: int, hidden: Tensor, units: Sequence[int] | None = None
-    ) -> Dirichlet:
+    def posterior(self, layer: int, hidden: Tensor, units: Tensor | None = None) -> Dirichlet:
         """The posterior of a layer's routes, batch shape [B, T, R], for hidden [B, T, D].
 
         float32 whatever autocast says.
 
-        Of some units alone where `units` names them: only these are computed.
+        Of some units alone where `units`, int64 [n], names them: only these are computed.
         """
         raw = self.layers[layer](hidden) if units is None else self.layers[layer](hidden, units)
         return posterior(raw, self.floor)

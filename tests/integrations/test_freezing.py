@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bayes_router.integrations.huggingface.freed_cache import FreedLayer, cache_bytes
+from bayes_router.integrations.patch.freezing import Frozen
 from bayes_router.integrations.patching import load_patch, patch
 from bayes_router.routing.policy import Budget
 from tests.integrations.tiny_models import VOCAB, tiny
@@ -62,6 +63,37 @@ def decoded(model: Any, ids: Tensor, chunks: list[int]) -> tuple[Tensor, Any]:
             cache = out.past_key_values
             outs.append(out.logits)
     return torch.cat(outs, 1), cache
+
+
+def test_a_pass_makes_no_table_of_frozen_units_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, router, _ = frozen()
+    with torch.inference_mode():
+        before = model(TEXT[None, :40], use_cache=False).logits
+
+    def refused(*args: Any, **kwargs: Any) -> Tensor:
+        raise AssertionError("a table was copied to the device")
+
+    monkeypatch.setattr("bayes_router.integrations.patch.freezing.torch.tensor", refused)
+    out = model(
+        TEXT[None, :40], use_cache=False
+    ).logits  # with gradients, behind a pass that had none
+    torch.testing.assert_close(out, before.clone())
+    monkeypatch.undo()
+    out.sum().backward()
+    router.thaw()
+    router.freeze(TEXT, share=0.49, context=40, limit=240)
+    assert not torch.equal(model(TEXT[None, :40], use_cache=False).logits, out)
+
+
+def test_a_table_made_in_inference_mode_serves_a_backward_pass() -> None:
+    model, router, _ = frozen()
+    router.frozen = Frozen(router.frozen.experts)
+    hidden = torch.randn(1, 3, 32)
+    with torch.inference_mode():
+        router.posterior(0, hidden)
+    router.posterior(0, hidden).concentration.square().sum().backward()
+    moved = router.controller.layers[0].out.weight.grad.unflatten(0, (4, 2)).abs().sum((1, 2)) > 0
+    assert moved.tolist() == [True, True, False, False]  # the units that choose
 
 
 def test_freezing_finds_the_units_that_stand_still_and_says_what_they_cost() -> None:

@@ -4,7 +4,7 @@ A static expert in place of a controller, and the key heads whose cache that fre
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,6 +27,20 @@ class Frozen:
     """
 
     experts: tuple[tuple[int, ...], ...]
+    # by device, what passes read: [L, R], and of each layer the units that choose
+    _there: dict[torch.device, tuple[Tensor, list[Tensor]]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def at(self, layer: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`experts` of a layer [R], and the units of it that still choose, kept on the device."""
+        if device not in self._there:
+            with torch.inference_mode(False):  # a fit may read what a pass without one left
+                live = [torch.tensor(self.live(i)).long() for i in range(len(self.experts))]
+                table = torch.tensor(self.experts).to(device)
+                self._there[device] = table, [units.to(device) for units in live]
+        table, units = self._there[device]
+        return table[layer], units[layer]
 
     def live(self, layer: int) -> list[int]:
         """The units of a layer that still choose."""
@@ -34,7 +48,7 @@ class Frozen:
 
     def fix(self, layer: int, executed: Tensor) -> Tensor:
         """Choices [.., R] or weights [.., R, E] of a layer with those of its frozen units."""
-        static = torch.tensor(self.experts[layer], device=executed.device)  # [R]
+        static, _ = self.at(layer, executed.device)
         if not executed.is_floating_point():
             return torch.where(static != LIVE, static, executed)
         one_hot = F.one_hot(static.clamp_min(0), executed.shape[-1]).to(executed)
@@ -49,11 +63,11 @@ class Frozen:
 
         `like` [.., D] is what the controller read; `num` is E.
         """
-        static = torch.tensor(self.experts[layer], device=like.device)
+        static, units = self.at(layer, like.device)
         sure = floor + CERTAIN * F.one_hot(static.clamp_min(0), num).to(like)  # [R, E]
         out = sure.expand(*like.shape[:-1], *sure.shape).clone()
         if live is not None:
-            out[..., self.live(layer), :] = live.to(out)
+            out.index_copy_(-2, units, live.to(out))
         return out
 
     def short_heads(self, layer: int, expert: int, num_heads: int, kv_heads: int) -> list[int]:

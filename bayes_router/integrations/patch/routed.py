@@ -262,8 +262,8 @@ class RoutedModel(Following):
         """
         if self.frozen is None:
             return self.controller.posterior(index, hidden)
-        live = self.frozen.live(index)
-        chosen = self.controller.posterior(index, hidden, live).concentration if live else None
+        _, live = self.frozen.at(index, hidden.device)
+        chosen = self.controller.posterior(index, hidden, live).concentration if len(live) else None
         floor = self.controller.floor
         return Dirichlet(
             self.frozen.filled(index, chosen, hidden, len(self.experts), floor), validate_args=False
