@@ -3,6 +3,7 @@
 The ELBO of this model per token, its KL weighted, without work that its value does not need.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -239,7 +240,11 @@ class RoutingELBO(TraceMeanField_ELBO):
 
 def _check_weight(kl_weight: float) -> None:
     require(
-        kl_weight > 0, "kl_weight", "a positive number", kl_weight, "a tiny one stands for zero"
+        0 < kl_weight < math.inf,
+        "kl_weight",
+        "a positive number",
+        kl_weight,
+        "a tiny one stands for zero",
     )
 
 

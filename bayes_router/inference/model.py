@@ -126,14 +126,11 @@ class RoutingModel(Named):
             DirichletPrior(prior, cost_ratio, price) if isinstance(prior, Tensor) else prior
         )
         self._kept: KeptPass | None = None
-        experts = getattr(network, "num_experts", None)
-        if isinstance(prior, Tensor) and experts is not None:
-            require(
-                prior.shape[-1] == experts,
-                "prior",
-                f"the {experts} experts of the network",
-                prior.shape[-1],
-            )
+        for axis, what in ((-1, "experts"), (0, "layers")):
+            known = getattr(network, f"num_{what}", None)
+            if isinstance(prior, Tensor) and known is not None:
+                got = prior.shape[axis]
+                require(got == known, "prior", f"the {known} {what} of the network", got)
 
     @property
     def dirichlet_prior(self) -> DirichletPrior:

@@ -5,18 +5,19 @@ program goes on to give every estimator of the ELBO the objective per token,
 (nll + w KL) / (B T), and now whichever guide it is given: none has to repeat the scale.
 """
 
+import math
 import warnings
-from typing import Any
+from typing import Any, TypeVar
 
-from pyro.poutine.messenger import Messenger
+from pyro.poutine.messenger import Messenger, block_messengers
 from pyro.poutine.replay_messenger import ReplayMessenger
-from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 
 from bayes_router.checks import require
 
 SCALED = "_bayes_router_scaled"
+M = TypeVar("M", bound=Messenger)
 
 
 def warn_of_weight(kl_weight: float) -> None:
@@ -25,7 +26,7 @@ def warn_of_weight(kl_weight: float) -> None:
     Raises:
         ValueError: a weight that is not positive.
     """
-    require(kl_weight > 0, "kl_weight", "a positive number", kl_weight)
+    require(0 < kl_weight < math.inf, "kl_weight", "a positive number", kl_weight)
     warnings.warn(
         f"RoutingModel(kl_weight={kl_weight}): the weight belongs to the objective, "
         "RoutingELBO(kl_weight=...) or tempered(model, ...). This program serves estimators of the "
@@ -47,6 +48,12 @@ class Literal(Messenger):
         self.kl_weight = kl_weight
 
 
+def around(kind: type[M]) -> list[M]:
+    """The handlers of a kind that stand around this line, from the outermost inwards."""
+    with block_messengers(lambda handler: isinstance(handler, kind)) as found:
+        return list(found)
+
+
 class PerToken(Messenger):
     """(nll + kl_weight KL) / tokens for the estimator that replays a guide against this model.
 
@@ -65,10 +72,9 @@ class PerToken(Messenger):
         self.literal = False
 
     def __enter__(self) -> Any:
-        outer = list(_PYRO_STACK)
-        traces = [h.trace for h in outer if isinstance(h, ReplayMessenger) and h.trace is not None]
+        traces = [h.trace for h in around(ReplayMessenger) if h.trace is not None]
         self.guide = traces[-1] if traces else None
-        for one in (h for h in outer if isinstance(h, Literal)):
+        for one in around(Literal):
             self.literal = True
             require(
                 one.kl_weight == self.kl_weight,

@@ -140,6 +140,11 @@ class RoutedTransformer(nn.Module):
         return rotary_angles(positions, self.config.head_dim, self.config.rope_base)
 
     @property
+    def num_layers(self) -> int:
+        """L."""
+        return self.config.num_layers
+
+    @property
     def num_experts(self) -> int:
         """E: over how many a route is."""
         return len(self.config.experts)

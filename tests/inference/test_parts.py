@@ -3,6 +3,7 @@
 And each part that does not fit, refused by name.
 """
 
+import math
 from collections.abc import Callable
 
 import pyro
@@ -15,7 +16,7 @@ from pyro.infer.autoguide import AutoMessenger
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from bayes_router.inference.elbo import NegativeELBO, RoutingELBO
+from bayes_router.inference.elbo import NegativeELBO, RoutingELBO, tempered
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.likelihood import ExpectedToken, NextToken, Teacher
 from bayes_router.inference.model import RoutingModel
@@ -341,8 +342,12 @@ BAD: list[tuple[Callable[[], object], str]] = [
         "prior: expected the 4 experts of the network; got 3",
     ),
     (
-        lambda: step(tiny(prior=torch.ones(2, 4))),
-        "prior: expected 3 layers or more; got 2",
+        lambda: tiny(prior=torch.ones(4, 4)),
+        "prior: expected the 3 layers of the network; got 4",
+    ),
+    (
+        lambda: tiny().token_prior(3),
+        "prior: expected 4 layers or more; got 3",
     ),
     (
         lambda: tiny(price=2.0),
@@ -384,6 +389,8 @@ BAD: list[tuple[Callable[[], object], str]] = [
         lambda: NegativeELBO(m := tiny(), RoutingGuide(m, tiny_model().controller), -1.0),
         "kl_weight: expected a positive number; got -1.0",
     ),
+    (lambda: RoutingELBO(math.inf), "kl_weight: expected a positive number; got inf"),
+    (lambda: tempered(tiny(), math.nan), "kl_weight: expected a positive number; got nan"),
 ]
 
 

@@ -40,7 +40,7 @@ def soak(corpus: str, steps: int) -> tuple[int, int]:
     for step in range(warm, steps):
         trainer.step(step)
     assert len(pyro.get_param_store()) == store
-    assert not pyro.poutine.runtime._PYRO_STACK
+    assert not pyro.poutine.runtime.am_i_wrapped()
     return resident() - memory, tensors() - count
 
 
