@@ -8,7 +8,7 @@ Run it: `python examples/mini_router.py` fits two small layers to a speech, on o
     q(route | h)    =  Dirichlet(floor + softplus(controller(h)))                  the guide
 
 The prior knows what attention costs; the experts share queries, keys and values; the guide is
-amortised and never sees y. Read from top to bottom: experts, network, model, guide, objective,
+amortised and never sees y. Read from top to bottom: experts, network, prior, model and guide,
 execution. `bayes_router` is the same with kernels, a cache, schedules, patches for models made
 elsewhere, and diagnostics.
 """
@@ -26,41 +26,35 @@ from torch.nn import functional as F
 
 VOCABULARY, D, LAYERS, HEADS, WINDOW = 128, 32, 2, 2, 8
 COST = torch.tensor([1.00, 0.15, 0.30])  # of full, linear and local attention; full = 1
-# of the prior: sparse, so that a draw is nearly one expert
-CONCENTRATION = 0.5 * torch.softmax(-COST, -1)
+CONCENTRATION = 0.5 * torch.softmax(-COST, -1)  # sparse: a draw of the prior is nearly one expert
 PRICE, KL_WEIGHT, FLOOR = 2.0, 0.003, 0.01
 
 # Three experts: (q, k, v) [B, H, T, Dh] -> what the queries at positions `at` read.
 
 
 def softmax_attention(q, k, v, at, window):
-    """Full attention, or over the last `window` keys."""
-    # of key j to query t: not from the future, not too old
-    age = at[:, None] - torch.arange(k.shape[2])
-    seen = (age >= 0) & (age < window)
-    scores = (q[:, :, at] @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~seen, -math.inf)
-    return scores.softmax(-1) @ v
+    """Over the last `window` keys: local attention, or full where that is all of them."""
+    age = at[:, None] - torch.arange(k.shape[2])  # of key j when query t reads it; < 0: the future
+    scores = q[:, :, at] @ k.mT / math.sqrt(q.shape[-1])
+    return scores.masked_fill((age < 0) | (age >= window), -math.inf).softmax(-1) @ v
 
 
 def linear_attention(q, k, v, at):
-    """sum_j phi(q_t) . phi(k_j) v_j over the past, normalised; phi = elu + 1."""
+    """sum_j phi(q_t) . phi(k_j) v_j / sum_j phi(q_t) . phi(k_j) over the past; phi = elu + 1."""
     phi_q, phi_k = F.elu(q[:, :, at]) + 1, F.elu(k) + 1
-    # every token enters it, whatever its route
-    state = torch.einsum("bhtd,bhte->bhtde", phi_k, v).cumsum(2)[:, :, at]
-    total = phi_k.cumsum(2)[:, :, at]
-    return torch.einsum("bhtd,bhtde->bhte", phi_q, state) / (
-        (phi_q * total).sum(-1, keepdim=True) + 1e-6
-    )
+    v_and_one = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    state = (phi_k[..., None] * v_and_one[..., None, :]).cumsum(2)  # every token's, any route
+    read = (phi_q[..., None, :] @ state[:, :, at]).squeeze(-2)
+    return read[..., :-1] / (read[..., -1:] + 1e-6)
 
 
 def rotate(x):
     """Rotary positions: the pair (i, i + Dh / 2) at position t turned by t / 10000^(2 i / Dh)."""
-    half = x.shape[-1] // 2
+    first, second = x.chunk(2, -1)
+    half = first.shape[-1]
     angle = torch.arange(x.shape[2])[:, None] * 10_000 ** (-torch.arange(half) / half)
-    turned = torch.view_as_complex(torch.stack([x[..., :half], x[..., half:]], -1)) * torch.polar(
-        torch.ones_like(angle), angle
-    )
-    return torch.cat([turned.real, turned.imag], -1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
 class Layer(nn.Module):
@@ -85,14 +79,11 @@ class Layer(nn.Module):
     def attend(self, x, route):
         """Soft: weights [B, T, E] mix all experts. Hard: choices [T] of one text run theirs."""
         everyone = torch.arange(x.shape[1])
-        if route.is_floating_point():
-            mixed = sum(
-                weight[:, None, :, None] * expert(everyone)
-                for weight, expert in zip(route.unbind(-1), self.experts(x), strict=True)
-            )
-        else:
-            mixed = x.new_zeros(1, HEADS, len(route), D // HEADS)
-            for e, expert in enumerate(self.experts(x)):
+        mixed = x.new_zeros(len(x), HEADS, x.shape[1], D // HEADS)
+        for e, expert in enumerate(self.experts(x)):
+            if route.is_floating_point():
+                mixed = mixed + route[:, None, :, e, None] * expert(everyone)
+            else:
                 mixed[:, :, route == e] = expert(everyone[route == e])
         return self.out(mixed.transpose(1, 2).flatten(2))
 
@@ -116,22 +107,6 @@ class Network(nn.Module):
         return self.norm(h) @ self.embed.weight.T
 
 
-class Controllers(nn.Module):
-    """The posterior of a token's route in each layer, from the token's own input to that layer."""
-
-    def __init__(self):
-        super().__init__()
-        nets = (
-            nn.Sequential(nn.Linear(D, 16), nn.SiLU(), nn.Linear(16, len(COST)))
-            for _ in range(LAYERS)
-        )
-        self.layers = nn.ModuleList(nets)
-
-    def posterior(self, layer, x):
-        """Dirichlet, batch shape [B, T]."""
-        return dist.Dirichlet(FLOOR + F.softplus(self.layers[layer](x)), validate_args=False)
-
-
 class Priced(dist.Dirichlet):
     """Dirichlet(concentration) exp(-tilt . route), up to log Z, which no parameter moves."""
 
@@ -140,7 +115,7 @@ class Priced(dist.Dirichlet):
         super().__init__(concentration, validate_args=False)
 
     def expand(self, batch_shape, _instance=None):
-        """The same for all tokens."""
+        """The same for all tokens; a plate asks for it."""
         return Priced(self.concentration.expand(*batch_shape, -1), self.tilt)
 
     def log_prob(self, value):
@@ -151,9 +126,8 @@ class Priced(dist.Dirichlet):
 @register_kl(Dirichlet, Priced)
 def kl_priced(q, p):
     """KL(q || Dirichlet) + tilt . E_q[route]: the expected cost is part of the KL."""
-    return kl_divergence(q, Dirichlet(p.concentration, validate_args=False)) + q.mean @ p.tilt.to(
-        q.mean
-    )
+    untilted = Dirichlet(p.concentration, validate_args=False)
+    return kl_divergence(q, untilted) + q.mean @ p.tilt.to(q.mean)
 
 
 class Router(nn.Module):
@@ -161,47 +135,39 @@ class Router(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.network, self.controllers = Network(), Controllers()
+        self.network, self.controllers = Network(), nn.ModuleList()
+        for _ in range(LAYERS):
+            net = nn.Sequential(nn.Linear(D, 16), nn.SiLU(), nn.Linear(16, len(COST)))
+            self.controllers.append(net)
+
+    def posterior(self, layer, x):
+        """q(route | x), batch shape [B, T]: from the token's own input to that layer."""
+        concentration = FLOOR + F.softplus(self.controllers[layer](x))
+        return dist.Dirichlet(concentration, validate_args=False)
 
     def model(self, tokens, targets):
-        """p(routes, targets | tokens).
-
-        The KL weight w stands here as the power 1 / w of the likelihood: its loss is objective / w.
-        """
+        """p(routes, targets | tokens); w = KL_WEIGHT is the power 1 / w of the likelihood."""
         pyro.module("network", self.network)
-        batch, token = (
-            pyro.plate("batch", len(tokens), dim=-2),
-            pyro.plate("token", tokens.shape[1], dim=-1),
-        )
+        batch, token = plates(tokens)
 
         def route(layer, x):
             with batch, token:
-                return pyro.sample(
-                    f"route_{layer}", Priced(CONCENTRATION, PRICE * COST).expand(x.shape[:2])
-                )
+                return pyro.sample(f"route_{layer}", Priced(CONCENTRATION, PRICE * COST))
 
         logits = self.network(tokens, route)
         with batch, token, poutine.scale(scale=1 / KL_WEIGHT):
             pyro.sample("targets", dist.Categorical(logits=logits), obs=targets)
 
     def guide(self, tokens, targets):
-        """q(routes | tokens); runs the network too, as a layer's input hangs on routes below it."""
+        """q(routes | tokens); runs the network too: a layer's input hangs on the routes below."""
         pyro.module("controllers", self.controllers)
-        batch, token = (
-            pyro.plate("batch", len(tokens), dim=-2),
-            pyro.plate("token", tokens.shape[1], dim=-1),
-        )
+        batch, token = plates(tokens)
 
         def route(layer, x):
             with batch, token:
-                return pyro.sample(f"route_{layer}", self.controllers.posterior(layer, x))
+                return pyro.sample(f"route_{layer}", self.posterior(layer, x))
 
         self.network(tokens, route)
-
-    def loss(self, tokens, targets):
-        """(nll + w KL) / tokens, in nats: the negative ELBO where w = 1, up to w log Z a layer."""
-        elbo = TraceMeanField_ELBO().differentiable_loss(self.model, self.guide, tokens, targets)
-        return KL_WEIGHT * elbo / tokens.numel()
 
     @torch.no_grad()
     def execute(self, tokens, hard=True):
@@ -209,20 +175,23 @@ class Router(nn.Module):
         choices = []
 
         def route(layer, x):
-            mean = self.controllers.posterior(layer, x).mean
+            mean = self.posterior(layer, x).mean
             choices.append(mean[0].argmax(-1))
             return choices[-1] if hard else mean
 
-        logits = self.network(tokens, route)
-        return logits, torch.stack(choices)
+        return self.network(tokens, route), torch.stack(choices)
+
+
+def plates(tokens):
+    """Texts and tokens are independent given what they condition on."""
+    B, T = tokens.shape
+    return pyro.plate("batch", B, dim=-2), pyro.plate("token", T, dim=-1)
 
 
 SPEECH = """Four score and seven years ago our fathers brought forth on this continent, a new
 nation, conceived in Liberty, and dedicated to the proposition that all men are created equal. Now
 we are engaged in a great civil war, testing whether that nation, or any nation so conceived and so
-dedicated, can long endure. We are met on a great battle-field of that war. We have come to
-dedicate a portion of that field, as a final resting place for those who here gave their lives that
-that nation might live. It is altogether fitting and proper that we should do this."""
+dedicated, can long endure. We are met on a great battle-field of that war."""
 
 
 def main(steps=200):
@@ -230,23 +199,21 @@ def main(steps=200):
     torch.manual_seed(0)
     pyro.clear_param_store()
     text, router = torch.tensor(list(SPEECH.encode())), Router()
-    svi = SVI(
-        router.model, router.guide, pyro.optim.ClippedAdam({"lr": 5e-3}), TraceMeanField_ELBO()
-    )
+    adam = pyro.optim.ClippedAdam({"lr": 5e-3})
+    svi = SVI(router.model, router.guide, adam, TraceMeanField_ELBO())
     for step in range(steps + 1):
-        starts = torch.randint(len(text) - 64, (8,))
-        window = text[starts[:, None] + torch.arange(65)]
-        loss = KL_WEIGHT * svi.step(window[:, :-1], window[:, 1:]) / (8 * 64)
+        window = text[torch.randint(len(text) - 64, (8, 1)) + torch.arange(65)]
+        negative_elbo = svi.step(window[:, :-1], window[:, 1:])  # (nll + w KL) / w, all tokens'
         if step % 50 == 0:
+            loss = KL_WEIGHT * negative_elbo / (8 * 64)
             print(f"step {step:4}  loss {loss:.3f} nats per token (the KL weighted by {KL_WEIGHT})")
-    tokens, targets = text[None, :64], text[1:65]
     for hard in (False, True):
-        logits, choices = router.execute(tokens, hard)
-        nll = float(F.cross_entropy(logits[0], targets))
+        logits, choices = router.execute(text[None, :64], hard)
+        nll = float(F.cross_entropy(logits[0], text[1:65]))
         print(f"{'argmax executed' if hard else 'mean of experts'}  nll {nll:.3f} nats per token")
-    load = F.one_hot(choices, len(COST)).double().mean(1)
-    for layer, share in enumerate(load.tolist()):
-        print(f"layer {layer}: full {share[0]:.2f}  linear {share[1]:.2f}  local {share[2]:.2f}")
+    load = F.one_hot(choices, len(COST)).double().mean(1)  # [L, E]
+    for layer, (full, linear, local) in enumerate(load.tolist()):
+        print(f"layer {layer}: full {full:.2f}  linear {linear:.2f}  local {local:.2f}")
     cost = float((load @ COST.double()).mean())
     print(f"attention of the executed route costs {cost:.2f} of full attention")
 
