@@ -14,9 +14,13 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+DRAWN = ("run", "mix", "ms", "speedup", "wall_speedup", "ideal", "over_full", "peak_mib")
+"""Columns that a table lacks if no row of it was measured that has them."""
+
 
 def draw(table: pd.DataFrame, path: Path) -> None:
     """Six panels; what was run, where and with which versions stands below them."""
+    table = table.reindex(columns=[*table, *(name for name in DRAWN if name not in table)])
     sns.set_theme(style="whitegrid", context="paper", font_scale=1.1)
     figure, axes = plt.subplots(2, 3, figsize=(15, 9), layout="constrained")
     routed = table[table["variant"].isin(["auto", "cache"])]
@@ -129,6 +133,9 @@ def _memory(data: pd.DataFrame, axes: Axes) -> None:
 
 
 def _alone(data: pd.DataFrame, axes: Axes) -> None:
+    if data.empty:
+        axes.set(title="Linear and local alone: not measured")
+        return
     sns.lineplot(data, x="T", y="ms", hue="variant", marker="o", ax=axes)
     axes.set(title="Linear and local alone", xlabel="tokens T", ylabel="milliseconds (solid)")
     axes.set_ylim(bottom=0)

@@ -5,8 +5,9 @@ By torch's allocator on CUDA, by a fresh process on the CPU.
 
 import multiprocessing
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,16 +27,38 @@ def peak_bytes(
     *,
     training: bool,
     device: torch.device,
+    patience: float | None = None,
 ) -> int:
     """Of one expert by name, or of a route drawn with these shares of the three.
 
     With its backward pass if `training`.
+
+    Raises:
+        TimeoutError: on a CPU, it took longer than `patience` seconds.
+        RuntimeError: on a CPU, the process ended before it had an answer.
     """
     arguments = (kind, T, H, Dh, window, training)
     if device.type == "cuda":
         return _peak(*arguments, device)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_peak, *arguments, device).result()
+    fresh = multiprocessing.get_context("spawn")
+    receiver, sender = fresh.Pipe(duplex=False)
+    process = fresh.Process(target=_send_peak, args=(sender, *arguments, device), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(patience):
+            raise TimeoutError(f"peak memory: expected within {patience:.0f} s")
+        return int(receiver.recv())
+    except EOFError:
+        raise RuntimeError(f"peak memory of {kind} at {T} tokens: its process ended") from None
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+
+
+def _send_peak(sender: Connection, *arguments: Any) -> None:
+    sender.send(_peak(*arguments))
 
 
 def peak_of(call: Callable[[], object], device: torch.device) -> int:

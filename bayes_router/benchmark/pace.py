@@ -12,7 +12,10 @@ BACKWARD = 3.5
 ROUNDS = 2
 """Times that every call is made at the least: to warm up, and to be measured."""
 PROCESS = 5.0
-"""Seconds in which a fresh process imports torch, to read its peak memory on a CPU."""
+"""Seconds in which a fresh process imports torch, to read its peak memory on a CPU; at the least.
+"""
+TRIED = 2048
+"""Tokens of the text on which a kind that was never measured is tried before a longer one."""
 SHARE = 1 / 3
 """Of the time that is left, which one group may take: others are to come."""
 
@@ -28,6 +31,8 @@ class Pace:
         self.learns, self.share = device.type == "cpu", share
         # for a unit of work, of each kind of pass; the slowest so far
         self.seconds: dict[str, float] = {}
+        self.process = PROCESS
+        """Seconds of a reading in a process of its own; of the slowest so far."""
 
     def learn(self, what: str, shape: Shape, once: float) -> None:
         """A turn of the calls of a group took `once` seconds."""
@@ -39,11 +44,16 @@ class Pace:
         if what == "training memory":  # each variant once, on one thread, in a process of its own
             forward = self.seconds.get("forward", 0.0) * torch.get_num_threads()
             return (
-                variants * (PROCESS + forward * work("forward+backward", shape))
+                variants * (self.process + forward * work("forward+backward", shape))
                 if self.learns
                 else 0.0
             )
         return ROUNDS * self.seconds.get(what, 0.0) * work(what, shape)
+
+    def unknown(self, what: str, shape: Shape) -> bool:
+        """Whether nothing says how long such a group takes, though its text is long."""
+        causal = what in ("forward", "forward+backward", "decode")
+        return self.learns and causal and shape.T > TRIED and what not in self.seconds
 
     def fits(self, what: str, shape: Shape, left: float, variants: int = 1) -> bool:
         """Whether a group may begin with so many seconds left."""

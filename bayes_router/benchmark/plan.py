@@ -22,7 +22,7 @@ class BenchmarkPlan:
         cpu_time: on a CPU, processor time of one thread instead of the clock on the wall.
         shapes: BxHxTxDh, measured instead of the usual ones (or beside `lengths`).
         seconds: time for all, the comparison with the reference and the drawing included: nothing
-            begins that would not end within it, as far as can be foreseen; None for SECONDS.
+            begins that would not end within it, as far as earlier readings tell; None for SECONDS.
     """
 
     quick: bool = False

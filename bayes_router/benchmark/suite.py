@@ -14,6 +14,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,8 +38,8 @@ from bayes_router.benchmark.cases import (
     draw_route,
     full_attention,
 )
-from bayes_router.benchmark.clock import Clock, Thunk, captured
-from bayes_router.benchmark.pace import SHARE, Pace
+from bayes_router.benchmark.clock import Clock, OutOfTime, Thunk, captured
+from bayes_router.benchmark.pace import SHARE, TRIED, Pace
 from bayes_router.benchmark.plan import LENGTHS, BenchmarkPlan, Group, plan_groups
 from bayes_router.benchmark.verify import verify
 from bayes_router.checks import require
@@ -52,7 +53,7 @@ BIG_MEMORY = 40 * 2**30  # bytes of a GPU that is given the longest text
 GRAPH = "graph "  # before the name of a variant that is replayed from a CUDA graph
 CPU_BUDGET, CUDA_BUDGET, QUICK_BUDGET = 6.0, 1.0, 0.2  # seconds of a group, at most
 SECONDS = {"cpu": 1800.0, "cuda": 140.0}  # of all, verifying included; none is begun after
-DRAWING = 2.0  # seconds at the end
+DRAWING = 2.0  # seconds at the end, at the least
 
 
 def run_benchmark(
@@ -74,18 +75,21 @@ def run_benchmark(
     Raises:
         ValueError: a backend disagrees with the reference on this device, or a package is missing.
     """
+    importing = time.perf_counter()
+    started = importing if started is None else started
     drawing_packages()
     from bayes_router.benchmark.figure import draw
     from bayes_router.benchmark.rows import Rows
 
-    started = time.perf_counter() if started is None else started
+    # what takes long to import takes as long to draw, on a machine that has much to do
+    drawing = max(DRAWING, time.perf_counter() - importing)
     progress = progress or Progress("bench", shown=False)
     progress.say("holding every backend against the reference")
     if plan.cpu_time:
         torch.set_num_threads(1)
     torch.manual_seed(0)
     limit = plan.seconds or SECONDS[device.type]
-    suite = Suite(device, plan, verify(device, until=started + limit), started)
+    suite = Suite(device, plan, verify(device, until=started + limit), started, drawing)
     facts = {
         "device": f"{device_name(device)}{', processor time' if plan.cpu_time else ''}",
         "versions": versions(device),
@@ -168,6 +172,7 @@ class Suite:
         plan: BenchmarkPlan,
         backends: Sequence[Backend],
         started: float | None = None,
+        drawing: float = DRAWING,
     ):
         self.device, self.plan, self.cuda = device, plan, device.type == "cuda"
         self.budget = QUICK_BUDGET if plan.quick else CUDA_BUDGET if self.cuda else CPU_BUDGET
@@ -175,7 +180,9 @@ class Suite:
         self.groups = plan_groups(plan, self.cuda, self._longest())
         self.own = [b for b in backends if b in (TRITON, SHORT)]
         started = time.perf_counter() if started is None else started
-        self.end = started + (plan.seconds or SECONDS["cuda" if self.cuda else "cpu"]) - DRAWING
+        self.end = started + (plan.seconds or SECONDS["cuda" if self.cuda else "cpu"]) - drawing
+        # without a wish the last group may end later
+        self.clock.end = self.end if plan.seconds else math.inf
         self.pace = Pace(device, SHARE if plan.seconds else 1.0)
         self.left_out: list[Group] = []
         self.before: dict[str, dict[str, Any]] = {}  # the last row of each expert alone
@@ -197,8 +204,12 @@ class Suite:
             "training memory": self.training_memory,
         }
         for number, group in enumerate(self.groups):
-            left = self.end - time.perf_counter()
             progress.step()
+            measure = measures.get(group.what, self.causal)
+            left = self.end - time.perf_counter()
+            if self.plan.seconds and left > 0 and self.pace.unknown(group.what, group.shape):
+                self._try(group, measure)
+                left = self.end - time.perf_counter()
             if not self.pace.fits(group.what, group.shape, left, self._variants()):
                 self.left_out.append(group)
                 continue
@@ -206,9 +217,23 @@ class Suite:
             # half of it for drawing, compiling and warming up
             share = left / (len(self.groups) - number)
             self.clock.budget = self.budget if group.target else min(self.budget, share / 2)
-            yield from measures.get(group.what, self.causal)(group)
+            try:
+                yield from measure(group)
+            except OutOfTime:
+                self.left_out.append(group)
+                continue
             if group.what != "training memory":
                 self.pace.learn(group.what, group.shape, self.clock.once)
+
+    def _try(self, group: Group, measure: Callable[[Group], Iterator[dict[str, Any]]]) -> None:
+        """Learn from a short text how long such a group will take; of what is read, no row."""
+        short, self.clock.budget = replace(group.shape, T=TRIED), 0.0
+        try:
+            next(iter(measure(replace(group, shape=short))))
+            once = self.clock.once
+        except OutOfTime:
+            once = math.inf  # none of its kind will end in time
+        self.pace.learn(group.what, short, once)
 
     def _variants(self) -> int:
         """Readings of a peak of training memory: full attention, and every mix."""
@@ -289,7 +314,10 @@ class Suite:
         for name, (ms, wall_ms) in self.clock(calls).items():
             row = {"what": "alone", "variant": name, **vars(shape), "ms": ms, "wall_ms": wall_ms}
             if memory.measurable(self.device) and (self.cuda or not self.plan.quick):
-                row["peak_mib"] = self._peak(name, shape, training=False)
+                try:
+                    row["peak_mib"] = self._peak(name, shape, training=False)
+                except OutOfTime:  # the times are there
+                    self.left_out.append(replace(group, what=f"memory of {name} alone"))
             yield row | doubling(self.before.get(name), row)
             self.before[name] = row
 
@@ -314,9 +342,24 @@ class Suite:
             }
 
     def _peak(self, kind: str | Sequence[float], shape: Shape, training: bool) -> float:
-        found = memory.peak_bytes(
-            kind, shape.T, shape.H, shape.Dh, WINDOW, training=training, device=self.device
-        )
+        """MiB; OutOfTime where the process that reads them would not end in time, or did not."""
+        if not self.cuda:
+            self.clock.check(self.pace.process)
+        began = time.perf_counter()
+        try:
+            found = memory.peak_bytes(
+                kind,
+                shape.T,
+                shape.H,
+                shape.Dh,
+                WINDOW,
+                training=training,
+                device=self.device,
+                patience=None if math.isinf(self.clock.end) else self.clock.end - began,
+            )
+        except TimeoutError:
+            raise OutOfTime from None
+        self.pace.process = max(self.pace.process, time.perf_counter() - began)
         return found / 2**20
 
 

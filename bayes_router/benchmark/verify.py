@@ -39,6 +39,7 @@ class Case(NamedTuple):
         grad: compare gradients too.
         lengths: real tokens of each row.
         expert: index of the only expert.
+        work: of a CPU, over that of the shortest.
     """
 
     shape: Shape
@@ -47,15 +48,17 @@ class Case(NamedTuple):
     grad: bool = True
     lengths: tuple[int, ...] | None = None
     expert: int = 0
+    work: float = 1.0
 
 
 CASES = (
-    Case(Shape(2, 4, 777, 64), 4),
-    Case(Shape(1, 4, 777, 64), 2, run=50),
-    Case(Shape(3, 4, 900, 64), 2, grad=False, lengths=(900, 1, 333)),
-    Case(Shape(1, 4, LONG, 64), 2),
-    Case(Shape(1, 2, LONG, 128), 1, run=50, grad=False),
+    Case(Shape(2, 4, 777, 64), 4, work=3),
+    Case(Shape(1, 4, 777, 64), 2, run=50, work=2.5),
+    Case(Shape(3, 4, 900, 64), 2, grad=False, lengths=(900, 1, 333), work=1.5),
+    Case(Shape(1, 4, LONG, 64), 2, work=7.5),
+    Case(Shape(1, 2, LONG, 128), 1, run=50, grad=False, work=3),
 )
+CACHE_WORK = 4.0
 
 
 def verify(
@@ -69,20 +72,24 @@ def verify(
     heads that share keys, two head sizes. `experts` are registered names.
 
     Raises:
-        ValueError: one disagrees; no speed-up may be reported then. Or the clock
-            (`time.perf_counter`) passes `until`.
+        ValueError: one disagrees; no speed-up may be reported then. Or the
+            comparisons would not all end before `until`, by `time.perf_counter`; on a CPU the first
+            of them tells.
     """
     alone = [
         Case(Shape(1, 2, LONG, 64), 1, run=0, grad=False, expert=i) for i in range(len(experts))
     ]
     compared: dict[str, Backend] = {}
+    began, done = time.perf_counter(), 0.0
+    total = sum(case.work for case in (*CASES, *alone)) + CACHE_WORK
     for case in (*CASES, *alone):
-        _in_time(until)
+        _in_time(until, began, done / total if device.type == "cpu" else 0.0)
         compared |= {
             backend.name: backend
             for backend in _verify(case, _built(experts, case.shape, device), device)
         }
-    _in_time(until)
+        done += case.work
+    _in_time(until, began, done / total if device.type == "cpu" else 0.0)
     batch = max(3, len(experts))
     _verify_cache(
         Case(Shape(batch, 4, LONG, 64), 2, grad=False),
@@ -92,12 +99,15 @@ def verify(
     return list(compared.values())
 
 
-def _in_time(until: float | None) -> None:
-    ended = until is not None and time.perf_counter() > until
+def _in_time(until: float | None, began: float, done: float) -> None:
+    """ValueError where all that was begun will not end in time, `done` of it being done."""
+    now = time.perf_counter()
+    whole = (now - began) / done if done else 0.0
     require(
-        not ended,
+        until is None or max(now, began + whole) <= until,
         "seconds",
-        "time to hold every backend against the reference first",
+        "time to hold every backend against the reference first"
+        + (f", {whole:.0f} s at the pace of this machine" if done else ""),
         "less",
         "give more",
     )

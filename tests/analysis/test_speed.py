@@ -3,7 +3,9 @@
 What it refuses, how it compares, where it says that
 routing loses."""
 
+import multiprocessing
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -394,6 +396,25 @@ def test_no_time_at_all_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         suite.run_benchmark(CPU, BenchmarkPlan(quick=True, seconds=1e-3))
 
 
+def test_the_first_comparison_tells_that_all_of_them_take_too_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(verify.time, "perf_counter", lambda: now[0])
+
+    def slow(case: verify.Case, *_: object) -> list[Backend]:
+        now[0] += 10 * case.work
+        return []
+
+    monkeypatch.setattr(verify, "_verify", slow)
+    monkeypatch.setattr(verify, "_verify_cache", slow)
+    with pytest.raises(ValueError, match="against the reference first, 245 s at the pace of this"):
+        verify.verify(CPU, until=244.0)
+    assert now[0] == 30.0
+    now[0] = 0.0
+    verify.verify(CPU, until=246.0)
+
+
 def test_what_there_is_no_time_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(suite.time, "perf_counter", lambda: now[0])
@@ -478,3 +499,118 @@ def test_a_missing_package_is_named_with_the_fix(monkeypatch: pytest.MonkeyPatch
         match="expected the packages pandas and seaborn; got: .* run: pip install seaborn",
     ):
         suite.drawing_packages()
+
+
+def test_the_time_is_kept_on_a_machine_that_gets_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything takes longer and longer, in the end eight times; processes hang."""
+    now = [0.0]
+    monkeypatch.setattr(suite.time, "perf_counter", lambda: now[0])
+
+    def takes(seconds: float) -> None:
+        now[0] += seconds * min(2 ** (now[0] / 10), 8)
+
+    timed = Suite(CPU, BenchmarkPlan(lengths=(512, 2048, 8192), seconds=60.0), [], drawing=5.0)
+
+    def measured(group: Group) -> Iterator[dict[str, object]]:
+        seconds = pace.work(group.what, group.shape) / 2e11
+        timed.clock(dict.fromkeys(("full", "auto"), lambda: takes(seconds)))
+        yield {"what": group.what, "T": group.shape.T}
+
+    def peak_bytes(*_: object, patience: float, **__: object) -> int:
+        began = now[0]
+        takes(4.0)
+        if now[0] - began > patience:
+            now[0] = began + patience
+            raise TimeoutError
+        return 2**20
+
+    for name in ("causal", "decode"):
+        monkeypatch.setattr(timed, name, measured)
+    monkeypatch.setattr(suite, "routed_attention", lambda *_, **__: takes(0.01))
+    monkeypatch.setattr(suite.memory, "peak_bytes", peak_bytes)
+    monkeypatch.setattr(suite.memory, "measurable", lambda device: True)
+    rows = list(timed.rows())
+    assert 20 < now[0] <= 60 - 5.0
+    assert {row["T"] for row in rows} >= {512, 2048} and timed.left_out
+
+
+def test_no_turn_begins_that_would_pass_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(suite.time, "perf_counter", lambda: now[0])
+
+    def slower() -> None:  # a second to warm up, one in the first turn, two in each later one
+        now[0] += 1.0 if now[0] < 2 else 2.0
+
+    timer = Clock(CPU, budget=100.0)
+    for end, turns, slowest in ((8.0, 4, 2.0), (7.9, 3, 2.0), (2.0, 1, 1.0)):
+        now[0], timer.end, read = 0.0, end, []
+        timer({"a": lambda read=read: (read.append(now[0]), slower())})  # type: ignore[misc]
+        assert (len(read), timer.once) == (1 + turns, slowest) and now[0] <= end
+    now[0], timer.end = 0.0, 1.5
+    with pytest.raises(clock.OutOfTime):
+        timer({"a": slower})
+
+
+def test_a_long_text_is_tried_on_a_short_one_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a time was given; of what is learned there, no row."""
+    for seconds, tried in ((60.0, [2048]), (None, [])):
+        lengths: list[int] = []
+        plan = BenchmarkPlan(lengths=(65536,), mixes=("10/60/30",), seconds=seconds)
+        timed = Suite(CPU, plan, [])
+
+        def measured(group: Group, timed=timed, lengths=lengths) -> Iterator[dict[str, object]]:  # type: ignore[no-untyped-def]
+            lengths.append(group.shape.T)
+            timed.clock.once = pace.work(group.what, group.shape) / 1e9
+            yield {"what": group.what, "T": group.shape.T}
+
+        for name in ("causal", "decode", "alone", "training_memory"):
+            monkeypatch.setattr(timed, name, measured)
+        rows = [row for row in timed.rows() if row["what"] == "forward"]
+        assert lengths[: len(tried)] == tried and (not rows) == bool(tried)
+    lengths, now = [], [0.0]
+    monkeypatch.setattr(suite.time, "perf_counter", lambda: now[0])
+    timed = Suite(CPU, replace(plan, seconds=60.0, lengths=(65536, 32768)), [])
+
+    def slow(group: Group) -> Iterator[dict[str, object]]:
+        lengths.append(group.shape.T)
+        raise clock.OutOfTime
+        yield {}
+
+    for name in ("causal", "decode", "alone", "training_memory"):
+        monkeypatch.setattr(timed, name, slow)
+    assert not list(timed.rows())
+    assert lengths == [2048] * 3 + [32768, 65536]  # one of a kind, and expert by expert
+
+
+@pytest.mark.skipif(not memory.measurable(CPU), reason="this system tells no peak")
+def test_a_process_that_takes_too_long_is_ended() -> None:
+    began = suite.time.perf_counter()
+    with pytest.raises(TimeoutError, match="expected within 0 s"):
+        memory.peak_bytes("full", 2**14, 8, 64, 256, training=True, device=CPU, patience=0.2)
+    assert suite.time.perf_counter() - began < 60
+    assert not any(child.is_alive() for child in multiprocessing.active_children())
+
+
+@pytest.mark.parametrize("what", ["alone", "training memory", "decode", "forward"])
+def test_a_table_of_what_there_was_time_for_is_drawn(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def only(group: Group) -> Iterator[dict[str, object]]:
+        if group.what != what:
+            raise clock.OutOfTime
+        row = {"what": what, **vars(group.shape)}
+        if what == "training memory":
+            yield {**row, "variant": "full", "peak_mib": 3.0, "over_full": 1.0}
+        elif what == "alone":
+            yield {**row, "variant": "local", "ms": 1.0, "wall_ms": 1.0}
+        else:
+            both = {"full": Timing(2, 2), "auto": Timing(1, 1)}
+            yield from compared(both, {}, **row, mix="10/60/30", run=1, ideal=4.0)
+
+    monkeypatch.setattr(suite, "verify", lambda device, until: [])
+    for name in ("causal", "decode", "alone", "training_memory"):
+        monkeypatch.setattr(Suite, name, lambda self, group: only(group))
+    plan = BenchmarkPlan(lengths=(64,), mixes=("10/60/30",), seconds=60.0)
+    found = run_benchmark(CPU, plan, tmp_path)
+    assert set(found["what"]) == {what} and (tmp_path / "speed_cpu.png").stat().st_size > 1000
+    assert summary.closing(found) and found.attrs["left_out"]
