@@ -55,7 +55,10 @@ def unknown(field: str, value: object, options: Iterable[object]) -> ValueError:
     )
 
 
-def nearest(value: object, options: Iterable[object]) -> str:
-    """The option that was probably meant, as the end of a message; empty where none is near."""
-    found = get_close_matches(str(value), [str(option) for option in options], n=1)
+def nearest(value: object, options: Iterable[object], alike: float = 0.6) -> str:
+    """The option that was probably meant, as the end of a message; empty where none is near.
+
+    At least `alike`: 1 is the same, 0 has no letter in common.
+    """
+    found = get_close_matches(str(value), [str(option) for option in options], 1, alike)
     return f"; did you mean {found[0]}?" if found else ""

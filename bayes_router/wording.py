@@ -32,9 +32,11 @@ def plain(message: str, options: Iterable[str] = ()) -> str:
             return f"{parts['name']}: expected {kind}; got {parts['value'].strip()!r}"
     if found := re.match(r"unrecognized arguments: (\S+)", message):
         option = found[1].split("=")[0]
+        if not option.startswith("-"):
+            return f"arguments: expected no further one; got {option!r}; --help lists them"
         return (
-            f"{option}: expected an option of this command; got "
-            f"another{nearest(option, options)}; --help lists them"
+            f"option: expected one of this command; got {option!r}"
+            f"{nearest(option, options, alike=0.3)}; --help lists them"
         )
     if found := re.match(r"argument command: invalid choice: '(.*)' \(choose from (.*)\)", message):
         return str(unknown("command", found[1], re.findall(r"[\w-]+", found[2])))

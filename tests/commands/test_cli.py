@@ -145,8 +145,8 @@ def test_a_file_and_dotted_options_override_the_preset(corpus: str, tmp_path: Pa
         (["fit", "--preset"], "--preset: expected a value; got none"),
         (
             ["fit", "--train.precison", "float32"],
-            "--train.precison: expected an option of this command; got another; did you mean "
-            "--train.prec",
+            "option: expected one of this command; got '--train.precison'; did you mean "
+            "--train.precision?",
         ),
         (
             ["evalute", "runs/tiny"],
@@ -167,7 +167,10 @@ def test_a_file_and_dotted_options_override_the_preset(corpus: str, tmp_path: Pa
         ),
         (["fit", "--config", "/nowhere.toml"], "/nowhere.toml does not exist"),
         (["fit", "--resume", "--out", "/nowhere"], "/nowhere does not exist"),
-        (["fit", "--colour", "blue"], "--colour: expected an option of this command"),
+        (["fit", "--colour", "blue"], "option: expected one of this command; got '--colour'; did"),
+        (["fit", "--nosuch", "1"], "got '--nosuch'; did you mean --out?; --help lists them"),
+        (["evaluate", "x", "--by", "risk"], "got '--by'; did you mean --"),
+        (["fit", "more"], "arguments: expected no further one; got 'more'; --help lists them"),
         (["evaluate", "/nowhere"], "/nowhere does not exist"),
         (["generate", "/nowhere"], "prompt"),
     ],
