@@ -5,7 +5,7 @@ The prompt in one pass, then a token at a time from the cache, routes executed.
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -167,17 +167,8 @@ def generate(
 
     A row shorter than T is followed by its N new tokens at once, and then by zeros.
     """
-    steps = list(
-        stream(
-            model,
-            prompt,
-            max_new_tokens,
-            sampling,
-            lengths=lengths,
-            stop_tokens=stop_tokens,
-            force=force,
-        )
-    )
+    options: dict[str, Any] = {"lengths": lengths, "stop_tokens": stop_tokens, "force": force}
+    steps = list(stream(model, prompt, max_new_tokens, sampling, **options))
     tokens, real = _rows(model, prompt, lengths)
     new = torch.stack([step.tokens for step in steps], 1)  # [B, N]
     out = torch.cat([tokens, torch.zeros_like(new)], 1)

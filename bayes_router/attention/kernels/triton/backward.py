@@ -15,6 +15,7 @@ from bayes_router.attention.kernels.triton.forward import (
     band_tile,
     count_rows,
     gather_rows,
+    load_keys,
     load_rows,
     nth_token,
     reach_of,
@@ -28,15 +29,7 @@ from bayes_router.attention.kernels.triton.forward import (
 def _dq_tile(q, do, K, V, n0, num_keys, k_t, v_t, pos, reach, lse, delta, dq, scale,
     MASKED: tl.constexpr, BN: tl.constexpr,
              D: tl.constexpr, PRECISION: tl.constexpr, SINKS: tl.constexpr = 0):  # fmt: skip
-    n = n0 + tl.arange(0, BN)
-    d = tl.arange(0, D)
-    at_k, at_v = n[:, None] * k_t + d[None, :], n[:, None] * v_t + d[None, :]
-    if MASKED:
-        k = tl.load(K + at_k, mask=n[:, None] < num_keys, other=0.0)
-        v = tl.load(V + at_v, mask=n[:, None] < num_keys, other=0.0)
-    else:
-        k = tl.load(K + at_k)
-        v = tl.load(V + at_v)
+    n, k, v = load_keys(K, V, n0, num_keys, k_t, v_t, MASKED, BN, D)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     p = tl.exp2(s * scale - lse[:, None])
     if MASKED:

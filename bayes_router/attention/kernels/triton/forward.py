@@ -143,10 +143,9 @@ def _soften(
 
 
 @triton.jit
-def _tile(q, K, V, n0, num_keys, k_t, v_t, pos, reach, m, norm, acc, scale, MASKED: tl.constexpr,
-    BN: tl.constexpr,
-          D: tl.constexpr, PRECISION: tl.constexpr, SINKS: tl.constexpr = 0):  # fmt: skip
-    """Keys n0 .. n0 + BN, loaded by address."""
+def load_keys(K, V, n0, num_keys, k_t, v_t, MASKED: tl.constexpr, BN: tl.constexpr,
+              D: tl.constexpr):  # fmt: skip
+    """Positions n0 .. n0 + BN, their keys and their values; MASKED: zero from num_keys on."""
     n = n0 + tl.arange(0, BN)
     d = tl.arange(0, D)
     at_k, at_v = n[:, None] * k_t + d[None, :], n[:, None] * v_t + d[None, :]
@@ -156,6 +155,15 @@ def _tile(q, K, V, n0, num_keys, k_t, v_t, pos, reach, m, norm, acc, scale, MASK
     else:
         k = tl.load(K + at_k)
         v = tl.load(V + at_v)
+    return n, k, v
+
+
+@triton.jit
+def _tile(q, K, V, n0, num_keys, k_t, v_t, pos, reach, m, norm, acc, scale, MASKED: tl.constexpr,
+    BN: tl.constexpr,
+          D: tl.constexpr, PRECISION: tl.constexpr, SINKS: tl.constexpr = 0):  # fmt: skip
+    """Keys n0 .. n0 + BN, loaded by address."""
+    n, k, v = load_keys(K, V, n0, num_keys, k_t, v_t, MASKED, BN, D)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     return _soften(s, v, n, pos, reach, m, norm, acc, scale, MASKED, SINKS, PRECISION)
 
@@ -172,45 +180,11 @@ def attend_keys(q, K, V, lo, seen, hi, num_keys, k_t, v_t, pos, scale, BM: tl.co
     norm = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
     for n in range(lo, seen, BN):
-        m, norm, acc = _tile(
-            q,
-            K,
-            V,
-            n,
-            num_keys,
-            k_t,
-            v_t,
-            pos,
-            num_keys,
-            m,
-            norm,
-            acc,
-            scale,
-            False,
-            BN,
-            D,
-            PRECISION,
-        )
+        m, norm, acc = _tile(q, K, V, n, num_keys, k_t, v_t, pos, num_keys, m, norm, acc, scale,
+                             False, BN, D, PRECISION)  # fmt: skip
     for n in range(seen, hi, BN):
-        m, norm, acc = _tile(
-            q,
-            K,
-            V,
-            n,
-            num_keys,
-            k_t,
-            v_t,
-            pos,
-            num_keys,
-            m,
-            norm,
-            acc,
-            scale,
-            True,
-            BN,
-            D,
-            PRECISION,
-        )
+        m, norm, acc = _tile(q, K, V, n, num_keys, k_t, v_t, pos, num_keys, m, norm, acc, scale,
+                             True, BN, D, PRECISION)  # fmt: skip
     return m, norm, acc
 
 
@@ -228,26 +202,8 @@ def attend_band(q, K, V, first, last, num_keys, k_t, v_t, pos, window, scale, SI
     lo, sunk = band_start(first, window, SINKS, BN)
     for x in range(lo - sunk, last + 1, BN):
         n = band_tile(x, lo, sunk, SINKS)
-        m, norm, acc = _tile(
-            q,
-            K,
-            V,
-            n,
-            num_keys,
-            k_t,
-            v_t,
-            pos,
-            window,
-            m,
-            norm,
-            acc,
-            scale,
-            True,
-            BN,
-            D,
-            PRECISION,
-            SINKS,
-        )
+        m, norm, acc = _tile(q, K, V, n, num_keys, k_t, v_t, pos, window, m, norm, acc, scale,
+                             True, BN, D, PRECISION, SINKS)  # fmt: skip
     return m, norm, acc
 
 

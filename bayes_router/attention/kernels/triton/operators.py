@@ -114,24 +114,10 @@ def _linear_backward(
 
 @_linear_backward.register_fake
 def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gated: bool,
-    out: Tensor,
-    lse: Tensor,
-    s: Tensor,
-    z: Tensor,
-    decay: Tensor,
-    dout: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, gated: bool, out: Tensor, lse: Tensor, *others: Tensor
 ) -> tuple[Tensor, ...]:
-    dgate = torch.empty_like(lse) if gated else lse.new_empty(0)
-    return (
-        torch.empty_like(packed(q)),
-        torch.empty_like(packed(k)),
-        torch.empty_like(packed(v)),
-        dgate,
-    )
+    dq, dk, dv = (torch.empty_like(packed(x)) for x in (q, k, v))
+    return dq, dk, dv, torch.empty_like(lse) if gated else lse.new_empty(0)
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -199,17 +185,7 @@ def _local_backward(
 
 
 @_local_backward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor,
-    window: int,
-    sinks: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(packed(q)), torch.empty_like(packed(k)), torch.empty_like(packed(v))
 
 
