@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from bayes_router.attention.decoding.cache import RoutedCache
+from bayes_router.attention.decoding.model_cache import RoutedCache
 from bayes_router.attention.experts.contract import Expert
 from bayes_router.checks import choose, require
 from bayes_router.config import Config, ModelConfig

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from bayes_router.attention.decoding import cache as cache_module
-from bayes_router.attention.decoding.cache import LayerCache, RoutedCache
+from bayes_router.attention.decoding.cache import LayerCache
+from bayes_router.attention.decoding.model_cache import RoutedCache
 from bayes_router.attention.experts.contract import Expert, expert_class
 from bayes_router.attention.hard.dispatch import routed_attention
 from bayes_router.attention.kernels.eager.chunks import with_ones

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bayes_router.attention.decoding.cache import RoutedCache
+from bayes_router.attention.decoding.model_cache import RoutedCache
 from bayes_router.transformer.model import RoutedLanguageModel, RoutedTransformer
 from bayes_router.types import RoutingMode
 from tests.tiny import EXPERTS, tiny_batch, tiny_config, tiny_model

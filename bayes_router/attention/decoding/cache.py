@@ -19,8 +19,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from bayes_router.attention.decoding.inputs import check_tensor, described, hard_choices
 from bayes_router.attention.decoding.state import extend
 from bayes_router.attention.decoding.step import attend_one
+from bayes_router.attention.decoding.store import KeyStore
 from bayes_router.attention.experts.contract import Expert, Kernel
 from bayes_router.attention.experts.gated import GatedLinearAttention
 from bayes_router.attention.hard.auto import AUTO
@@ -28,26 +30,19 @@ from bayes_router.attention.hard.backend import Backend, able, backend_of, run
 from bayes_router.attention.hard.problem import RoutedProblem, check_problem
 from bayes_router.attention.hard.sorted import TRITON
 from bayes_router.attention.kernels import capability
-from bayes_router.attention.shapes import by_head, fits_units, with_units
+from bayes_router.attention.shapes import by_head, with_units
 
 # as the decoding kernel takes them
 NATIVE = (Kernel.FULL, Kernel.LINEAR, Kernel.LOCAL, Kernel.GATED)
 
 
-class LayerCache:
+class LayerCache(KeyStore):
     """The past of one layer.
 
     Attributes:
         experts: those of the layer; their states and keys are what is held.
-        lengths: [B] int64, tokens held of each row.
-        keys: [B, Hkv, S + 1, Dh], rotated; slot S takes what padding would write. S is the
-            capacity, or the widest window where no expert looks further (then a ring: position p is
-            in slot p mod S). None where all experts keep a state.
-        values: as keys.
-        plain_keys: as keys, without rotary positions; kept only for an expert that wants them and
-            keeps no state.
         states: by expert index, what each stateful expert keeps, changed in place.
-        longest: an upper bound of lengths that the host knows.
+        keys, values, plain_keys, lengths, longest: see `KeyStore`.
     """
 
     def __init__(
@@ -60,9 +55,7 @@ class LayerCache:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        if capacity < 1:
-            raise ValueError(f"capacity: expected at least 1 token; got {capacity}")
-        self.experts, self.capacity = tuple(experts), capacity
+        self.experts = tuple(experts)
         sinks = max((e.shape.sinks for e in self.experts if e.kernel is Kernel.LOCAL), default=0)
         if sinks:  # a ring overwrites the first keys, and no decoding kernel looks for them
             raise ValueError(
@@ -76,32 +69,12 @@ class LayerCache:
             )
         like_q = torch.empty(batch, num_heads, 0, head_dim, device=device, dtype=dtype)
         like_k = torch.empty(batch, num_kv_heads, 0, head_dim, device=device, dtype=dtype)
-        stored = [e for e in self.experts if not e.stateful]
-        self.ring = bool(stored) and all(e.kernel is Kernel.LOCAL for e in stored)
-        self.slots = (
-            min(capacity, max(e.shape.window for e in stored))
-            if self.ring
-            else capacity
-            if stored
-            else 0
-        )
-        self.ring = self.ring and self.slots < capacity
-
-        def store(wanted: bool) -> Tensor | None:
-            return (
-                like_k.new_zeros(batch, num_kv_heads, self.slots + 1, head_dim) if wanted else None
-            )
-
-        self.keys = store(any(e.rotary for e in stored))
-        self.plain_keys = store(any(not e.rotary for e in stored))
-        self.values = store(bool(stored))
+        super().__init__(self.experts, capacity, like_k)
         self.states = {
             i: e.init_state(like_q, like_k, like_k)
             for i, e in enumerate(self.experts)
             if e.stateful
         }
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=like_k.device)
-        self.longest = 0
         self._like = like_k
         kinds = [_step_kernel(expert) for expert in self.experts]
         self._native = tuple(kinds.index(kind) if kind in kinds else -1 for kind in NATIVE)
@@ -109,8 +82,7 @@ class LayerCache:
     @property
     def bytes(self) -> int:
         """Size of everything held."""
-        held = (self.keys, self.plain_keys, self.values, *self.states.values())
-        return sum(x.numel() * x.element_size() for x in held if x is not None)
+        return sum(x.numel() * x.element_size() for x in (*self.held(), *self.states.values()))
 
     def reset(self) -> None:
         """Forget every token."""
@@ -122,7 +94,7 @@ class LayerCache:
     def reorder(self, index: Tensor) -> None:
         """Row b becomes what row index[b] was (beam search); index int64 [B]."""
         batch, device = len(self.lengths), self.lengths.device
-        _check_tensor("index", index)
+        check_tensor("index", index)
         if (
             index.shape != self.lengths.shape
             or index.device != device
@@ -134,9 +106,8 @@ class LayerCache:
             )
         if device.type == "cpu" and batch and not 0 <= int(index.min()) <= int(index.max()) < batch:
             raise ValueError(f"index: expected rows 0..{batch - 1}; got {index.tolist()}")
-        for x in (self.keys, self.plain_keys, self.values, *self.states.values(), self.lengths):
-            if x is not None:
-                x.copy_(x.index_select(0, index))
+        for x in (*self.held(), *self.states.values(), self.lengths):
+            x.copy_(x.index_select(0, index))
 
     def check_owner(self, experts: Iterable[object], name: str = "cache") -> None:
         """Raise a ValueError unless this cache was built for these very experts.
@@ -152,8 +123,8 @@ class LayerCache:
         ):
             return
         raise ValueError(
-            f"{name}.experts: expected this layer's own experts, {_describe(own)}; "
-            f"got those of another layer or model, {_describe(self.experts)}; build it with "
+            f"{name}.experts: expected this layer's own experts, {described(own)}; "
+            f"got those of another layer or model, {described(self.experts)}; build it with "
             f"new_cache of this model"
         )
 
@@ -196,21 +167,20 @@ class LayerCache:
         """
         choice = backend_of(backend)
         for name, x in (("q", q), ("k", k), ("v", v)):
-            _check_tensor(name, x, 4)
+            check_tensor(name, x, 4)
         for name, optional in (
             ("linear_q", linear_q),
             ("linear_k", linear_k),
             ("lengths", lengths),
         ):
             if optional is not None:
-                _check_tensor(name, optional)
+                check_tensor(name, optional)
         plain_q, plain_k = q if linear_q is None else linear_q, k if linear_k is None else linear_k
-        new = RoutedProblem(
-            q, k, v, plain_q, plain_k, self._choices(q, route), self.experts, lengths
-        )
+        choices = hard_choices(q, route, len(self.experts), self._like.shape[1])
+        new = RoutedProblem(q, k, v, plain_q, plain_k, choices, self.experts, lengths)
         self._check(new)
         able(choice, new if self.longest == 0 else replace(new, elsewhere=frozenset(self.states)))
-        self._make_room(new)
+        self.make_room(new)
         weights = (
             with_units(route) if isinstance(route, Tensor) and route.is_floating_point() else None
         )
@@ -237,7 +207,7 @@ class LayerCache:
         # a chunk may overwrite what its first queries see
         late = self.ring and not _own_path(new, choice)
         if not late:
-            self._write(new)
+            self.write(new)
         if weights is None:
             out = self._hard(new, dense, choice)
         else:
@@ -247,7 +217,7 @@ class LayerCache:
                 rows = dense[index] if index in dense else self._hard(one, {}, choice)
                 out = out + by_head(weights[..., index].to(out.dtype), out.shape[1]) * rows
         if late:
-            self._write(new)
+            self.write(new)
         for index, (_, state) in extended.items():
             self.states[index].copy_(state)
         return out
@@ -292,30 +262,6 @@ class LayerCache:
                 state.copy_(after)
         return out
 
-    def _choices(self, q: Tensor, route: Tensor | int) -> Tensor:
-        """[B, T, R] hard choices; zeros for a soft route of the right shape."""
-        experts, (B, H, T, _), Hkv = len(self.experts), q.shape, self._like.shape[1]
-        if isinstance(route, int):
-            if not 0 <= route < experts:
-                raise ValueError(f"route: expected values in 0..{experts - 1}; got {route}")
-            return torch.full((B, T, 1), route, device=q.device)
-        _check_tensor("route", route)
-        if not route.is_floating_point():
-            return with_units(route)
-        soft = with_units(route)
-        fits = (
-            soft.dim() == 4
-            and tuple(soft.shape) == (B, T, soft.shape[2], experts)
-            and fits_units(soft.shape[2], H, Hkv)
-        )
-        if not fits:
-            raise ValueError(
-                f"route: expected [B, T, R] or [B, T, R, {experts}], R units of the heads (or "
-                f"neither R); "
-                f"got shape {tuple(route.shape)}"
-            )
-        return torch.zeros(soft.shape[:3], dtype=torch.int64, device=route.device)
-
     def _check(self, new: RoutedProblem) -> None:
         check_problem(new)
         q, k, like, shape = new.q, new.k, self._like, self.experts[0].shape
@@ -335,24 +281,8 @@ class LayerCache:
                 "build one for this model and batch with RoutedCache.build"
             )
 
-    def _make_room(self, new: RoutedProblem) -> None:
-        """Check the capacity.
-
-        True lengths are read only where the bound that the host knows would overflow.
-        """
-        added = new.q.shape[2]
-        if self.longest + added <= self.capacity:
-            return
-        self.longest = int(self.lengths.max())
-        needed = int((self.lengths + (added if new.lengths is None else new.lengths)).max())
-        if needed > self.capacity:
-            raise ValueError(
-                f"cache: capacity is {self.capacity} tokens, {needed} are needed; build it with "
-                f"capacity={needed}"
-            )
-
     def _assert_on_device(self, new: RoutedProblem) -> None:
-        """What `_check` and `_make_room` do not read on CUDA.
+        """What `_check` and `make_room` do not read on CUDA.
 
         A route out of range or a row without room ends the program.
         """
@@ -380,56 +310,12 @@ class LayerCache:
             return torch.zeros_like(new.q)
         own = _own_path(new, choice)
         if self.ring and not own:
-            held = self._unrolled(new)
+            held = self.unrolled(new)
         else:
             keys = self.values if self.keys is None else self.keys
             plain_keys = keys if self.plain_keys is None else self.plain_keys
             held = replace(new, k=keys, v=self.values, plain_k=plain_keys, starts=self.lengths)
         return attend_one(held, self.slots, self.ring) if own else run(choice, held)
-
-    def _unrolled(self, new: RoutedProblem) -> RoutedProblem:
-        """A chunk behind a ring.
-
-        Of each row what the ring holds, in order, then its new tokens, then what nothing sees.
-        """
-        # a ring is kept for local experts, which are rotary
-        assert self.keys is not None and self.values is not None
-        T = new.q.shape[2]
-        held = self.lengths.clamp_max(self.slots)[:, None]  # [B, 1]
-        entry = torch.arange(self.slots + T, device=new.q.device)
-        old = (self.lengths[:, None] - held + entry) % self.slots
-        fresh = (self.slots + 1 + entry - held).clamp_max(self.slots + T)
-        # [B, 1, S + T, 1] among slots and new tokens
-        place = torch.where(entry < held, old, fresh)[:, None, :, None]
-        k, v = (
-            torch.cat(pair, 2).gather(2, place.expand(-1, pair[1].shape[1], -1, pair[1].shape[3]))
-            for pair in ((self.keys, new.k), (self.values, new.v))
-        )
-        return replace(new, k=k, v=v, plain_q=new.q, plain_k=k, starts=held[:, 0])
-
-    def _write(self, new: RoutedProblem) -> None:
-        """Store keys and values at each row's own positions."""
-        if self.values is None:
-            return
-        T = new.q.shape[2]
-        pairs = [
-            (x, y)
-            for x, y in ((self.keys, new.k), (self.plain_keys, new.plain_k), (self.values, new.v))
-            if x is not None
-        ]
-        # what padding writes is overwritten before it is seen
-        if self.longest == 0 and not self.ring and self.slots >= T:
-            for store, x in pairs:
-                store[:, :, :T] = x
-            return
-        step = torch.arange(T, device=new.q.device)
-        added = T if new.lengths is None else new.lengths[:, None]
-        positions = self.lengths[:, None] + step  # [B, T]
-        kept = (step < added) & (step >= added - self.slots)
-        slot = torch.where(kept, positions % self.slots, self.slots)
-        row = torch.arange(slot.shape[0], device=slot.device)[:, None]
-        for store, x in pairs:
-            store[row, :, slot] = x.transpose(1, 2)  # [B, T, Hkv, Dh]
 
 
 def _step_kernel(expert: Expert) -> Kernel:
@@ -451,101 +337,3 @@ def _one_token(new: RoutedProblem) -> bool:
 def _own_path(new: RoutedProblem, choice: Backend) -> bool:
     """Whether `attend_one` computes it, and not a backend."""
     return _one_token(new) and choice is AUTO
-
-
-def _check_tensor(name: str, x: object, dims: int | None = None) -> None:
-    if not isinstance(x, Tensor):
-        raise ValueError(f"{name}: expected a tensor; got {type(x).__name__}")
-    if dims is not None and x.dim() != dims:
-        raise ValueError(
-            f"{name}: expected {dims} dimensions [B, H, T, Dh]; got shape {tuple(x.shape)}"
-        )
-
-
-def _describe(experts: Iterable[object]) -> str:
-    return (
-        "("
-        + ", ".join(
-            f"{e.name} {tuple(e.shape)}" if isinstance(e, Expert) else repr(e) for e in experts
-        )
-        + ")"
-    )
-
-
-class RoutedCache:
-    """The caches of all layers, which hold the same tokens."""
-
-    def __init__(self, layers: Sequence[LayerCache]):
-        if not layers:
-            raise ValueError("layers: expected at least one; got none")
-        self.layers = tuple(layers)
-        self.beside: dict[int, Tensor] = {}  # by layer, [B, n]: what a policy remembers of the rows
-
-    def keep(self, layer: int, state: Tensor) -> None:
-        """Remember `state` [B, n] beside a layer, where it was.
-
-        A captured graph writes there again.
-        """
-        if layer in self.beside:
-            self.beside[layer].copy_(state)
-        else:
-            self.beside[layer] = state.clone()
-
-    @classmethod
-    def build(
-        cls,
-        experts: Sequence[Sequence[Expert]],
-        batch: int,
-        capacity: int,
-        num_kv_heads: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> "RoutedCache":
-        """An empty cache for `batch` sequences of at most `capacity` tokens.
-
-        `experts` are those of each layer.
-        """
-        return cls(
-            [
-                LayerCache(e, batch, capacity, num_kv_heads, device=device, dtype=dtype)
-                for e in experts
-            ]
-        )
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-    def __getitem__(self, layer: int) -> LayerCache:
-        return self.layers[layer]
-
-    @property
-    def lengths(self) -> Tensor:
-        """[B] tokens that every layer holds.
-
-        The position of each row's next token, also while a pass is under way.
-        """
-        return self.layers[-1].lengths
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that a row may hold."""
-        return self.layers[0].capacity
-
-    @property
-    def bytes(self) -> int:
-        """Size of everything held."""
-        return sum(layer.bytes for layer in self.layers)
-
-    def reset(self) -> None:
-        """Forget every token."""
-        for layer in self.layers:
-            layer.reset()
-        self.beside.clear()
-
-    def reorder(self, index: Tensor) -> None:
-        """Row b becomes what row index[b] was (beam search); index int64 [B]."""
-        for layer in self.layers:
-            layer.reorder(index)
-        for state in self.beside.values():
-            state.copy_(state.index_select(0, index))
