@@ -466,8 +466,13 @@ def load_config(path: Path, base: Optional[Config] = None) -> Config:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"config: expected a TOML file; {path} does not exist") from None
-    except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"config: expected a TOML file; {path}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"config: expected a TOML file in UTF-8; {path} has an invalid byte at {error.start}"
+        ) from error
+    except (OSError, RecursionError, tomllib.TOMLDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"config: expected a TOML file; {path}: {why}") from error
     try:
         return config_from_dict(values, base)
     except ValueError as error:

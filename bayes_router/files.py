@@ -105,10 +105,7 @@ def check_file_for(path: Path, name: str = "out") -> None:
         ValueError: `path` is a folder, its folder is not there, or may not be written.
     """
     if path.is_dir():
-        raise ValueError(
-            f"{name}: expected a file; {path} is a folder; name a file in it, as "
-            f"{path / 'report.html'}"
-        )
+        raise ValueError(f"{name}: expected a file; {path} is a folder; name a file in it")
     if not path.parent.is_dir():
         raise ValueError(
             f"{name}: expected a file in an existing folder; {path.parent} is none; make it first"

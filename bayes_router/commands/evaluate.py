@@ -21,6 +21,7 @@ from bayes_router.training.evaluate import evaluate
 from bayes_router.training.guarantee import (
     Guarantee,
     cheaper_from,
+    check_promise,
     later_windows,
     promise,
     strongest_single,
@@ -146,6 +147,8 @@ def _check(options: Namespace) -> tuple[str, CostModel, dict[str, float]]:
         "no --budget beside it",
         options.budget,
     )
+    if options.quality is not None:
+        check_promise(options.quality, options.confidence)
     for name in ("tokens", "curve_tokens"):
         require(options[name] is None or options[name] >= 1, name, "at least 1", options[name])
     return policy, cost, {} if options.threshold is None else {"threshold": options.threshold}

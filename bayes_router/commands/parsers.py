@@ -219,6 +219,7 @@ def generate(arguments: Sequence[str]) -> Parser:
 def _begin_generate(options: Namespace) -> None:
     """The text begins with the prompt."""
     require_file(options.run, CONFIG)
+    _check_tokens(options)
     for name, texts in (("prompt", [options.prompt]), ("stop", options.stop)):
         for text in texts:
             _check_utf8(name, text)
@@ -477,8 +478,23 @@ def _check_folder(options: Namespace) -> None:
 def _check_fitted(options: Namespace) -> None:
     if not options.run.is_dir():
         require_file(options.run, CONFIG)
-    if options.text is not None and not options.text.is_file():
-        raise ValueError(f"text: expected a file; {options.text} does not exist; correct the path")
+    _check_tokens(options)
+    if options.text is None:
+        return
+    if not options.text.is_file():
+        what = "is a folder" if options.text.is_dir() else "does not exist"
+        raise ValueError(f"text: expected a file; {options.text} {what}; correct the path")
+    try:
+        options.text.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"text: expected UTF-8; got an invalid byte at {error.start}; convert the file"
+        ) from error
+
+
+def _check_tokens(options: Namespace) -> None:
+    if options.tokens < 1:
+        raise ValueError(f"tokens: expected at least 1; got {options.tokens}")
 
 
 COMMANDS = {

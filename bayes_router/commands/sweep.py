@@ -72,7 +72,7 @@ def _check(options: Namespace) -> None:
         options.target_cost is not None or options.run is not None,
         "target_cost",
         "a cost to solve for, or a run to sweep",
-        None,
+        "neither",
         "give --target-cost 0.25, or a run folder",
     )
     for name in ("target_entropy", "total_concentration", "map", "price"):

@@ -95,6 +95,12 @@ def windows_needed(excess: Tensor, allowed: float, confidence: float) -> int:
     )
 
 
+def check_promise(lost: float, confidence: float) -> None:
+    """Refuse what nobody can promise: see `keep_promise`."""
+    require(0 < confidence < 1, "confidence", "a probability between 0 and 1", confidence)
+    require(lost > 0, "quality", "a share of perplexity above 0, such as 0.005", lost)
+
+
 def keep_promise(
     read: Callable[[float], Executed],
     reference: Executed,
@@ -115,8 +121,7 @@ def keep_promise(
         ValueError: a level outside (0, 1), too few windows to say anything (with how many it would
             take), or a quality that the first policy does not meet.
     """
-    require(0 < confidence < 1, "confidence", "a probability between 0 and 1", confidence)
-    require(lost > 0, "quality", "a share of perplexity above 0, such as 0.005", lost)
+    check_promise(lost, confidence)
     W, allowed = len(reference.window_nll), math.log1p(lost)
     require(W >= LEAST_WINDOWS, "texts", f"at least {LEAST_WINDOWS} windows", W, "give more text")
     tried: list[Tested] = []
@@ -183,6 +188,7 @@ def promise(
         confidence: idem.
         prices: idem.
     """
+    check_promise(lost, confidence)  # before anything is read
 
     def read(policy: Policy, price: float) -> Executed:
         return execute(model, windows, cost, RoutingMode.HARD, policy, price).reading

@@ -196,7 +196,7 @@ def test_bad_input_is_one_line_and_status_2(
         ("--prompt", "", "prompt: expected at least one character"),
         ("--temperature", "-1", "temperature: expected"),
         ("--top_p", "0", "top_p: expected"),
-        ("--tokens", "0", "max_new_tokens: expected at least 1"),
+        ("--tokens", "0", "tokens: expected at least 1"),
     ],
 )
 def test_bad_generation(
