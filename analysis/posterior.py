@@ -50,6 +50,7 @@ from bayes_router.diagnostics.reading import read, windows
 from bayes_router.routing.policy import at_price
 from bayes_router.routing.posterior import categorical_entropy, expected_entropy
 from bayes_router.routing.risk import RiskFit
+from bayes_router.routing.saving import save_risk
 from bayes_router.training.executed import Executed, execute
 from bayes_router.training.guarantee import (
     Single,
@@ -58,7 +59,7 @@ from bayes_router.training.guarantee import (
     later_windows,
     strongest_single,
 )
-from bayes_router.training.risk import fit_risk, reference_of, risk_data, save_risk
+from bayes_router.training.risk import fit_risk, reference_of, risk_data
 from bayes_router.types import RoutingMode
 
 DRAWS = 250

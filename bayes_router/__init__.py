@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bayes_router.inference.model import RoutingModel
     from bayes_router.inference.prior import DirichletPrior
     from bayes_router.inference.tilted import TiltedDirichlet
+    from bayes_router.integrations.patch.settings import RouterConfig
     from bayes_router.integrations.patching import Router, load_patch, patch
     from bayes_router.presets import preset
     from bayes_router.routing.controller import MetaController
@@ -61,6 +62,7 @@ __all__ = [
     "RoutedLanguageModel",
     "RoutedTransformer",
     "Router",
+    "RouterConfig",
     "RoutingELBO",
     "RoutingGuide",
     "RoutingMode",
@@ -100,6 +102,7 @@ _HOMES = {
     "inference.model": "RoutingModel",
     "inference.prior": "DirichletPrior",
     "inference.tilted": "TiltedDirichlet",
+    "integrations.patch.settings": "RouterConfig",
     "integrations.patching": "Router load_patch patch",
     "presets": "preset",
     "routing.controller": "MetaController",

@@ -285,6 +285,8 @@ class TrainConfig:
         graph: auto, on or off: replay the loss and its gradient from a CUDA graph, without time on
             the host. auto does it on one CUDA device with accumulate 1, draws batch and built-in
             experts.
+        shard: cut parameters, gradients and moments over the processes of torchrun (FSDP2) instead
+            of keeping all of them in each.
         recompute: keep no activations inside attention and MLP but compute them again backwards,
             for memory.
         max_skipped: steps in a row that may be skipped because loss or gradient is not finite.
@@ -308,6 +310,7 @@ class TrainConfig:
     draws: str = "batch"
     compile: bool = False
     graph: str = "auto"
+    shard: bool = False
     recompute: bool = False
     max_skipped: int = 10
     tensorboard: bool = False

@@ -25,6 +25,8 @@ CONFIG, METRICS, SUMMARY, WEIGHTS, STATE = (
     "model.safetensors",
     "state.pt",
 )
+PRETRAINED = "config.json"
+"""What tells Hugging Face's Auto classes what the weights are."""
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -21,6 +21,7 @@ FLOORS = {
     "presets": 0,
     "wording": 0,
     "files": 0,
+    "hub": 0,
     "progress": 0,
     "timing": 0,
     "data": 0,

@@ -49,3 +49,5 @@ def print_summary(summary: dict[str, Any]) -> None:
         f"{summary['corpus']['name']} in {summary['seconds']:.0f} s on {summary['device']}"
     )
     print(Evaluation(**fields).table())
+    for rank, held in enumerate(summary.get("held_bytes_per_rank", [])):
+        print(f"rank {rank} holds {held / 1e6:.3f} MB of weights, gradients and moments")

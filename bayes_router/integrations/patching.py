@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, Unpack, overload
 import torch
 from torch import nn
 
-from bayes_router.checks import one_line, require
+from bayes_router.checks import require
 from bayes_router.config import PriorConfig
+from bayes_router.hub import folder_of
 from bayes_router.integrations.patch.binding import router_of
 from bayes_router.integrations.patch.routed import RoutedModel
 from bayes_router.integrations.patch.saving import (
@@ -22,11 +23,10 @@ from bayes_router.integrations.patch.saving import (
     read_settings,
     saved_frozen,
 )
-from bayes_router.integrations.patch.settings import PatchSettings
-from bayes_router.integrations.patch.shipped import folder_of
+from bayes_router.integrations.patch.settings import RouterConfig
+from bayes_router.integrations.patch.shipped import folder_of as shipped_or
 from bayes_router.routing.policy import Policy
-from bayes_router.training.evidence import load_evidence
-from bayes_router.training.risk import load_risk
+from bayes_router.routing.saving import load_evidence, load_risk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,6 +47,7 @@ TorchAttention: TypeAlias = (
 class PatchOptions(TypedDict, total=False):
     """What `patch` can be told, as a type checker reads it."""
 
+    config: RouterConfig | None
     window: int
     experts: Sequence[str]
     route_by: str
@@ -73,6 +74,7 @@ def patch(  # type: ignore
 def patch(
     model: nn.Module,
     *,
+    config: RouterConfig | None = None,
     window: int = 256,
     experts: Sequence[str] = ("full", "mapped", "local"),
     route_by: str = "layer",
@@ -99,6 +101,8 @@ def patch(
             which is used on as it was; or `nn.TransformerEncoder`, `nn.TransformerDecoder`, one of
             their layers, or `nn.MultiheadAttention` (self-attention alone is routed, what is not is
             named in a warning).
+        config: all settings in one, as `RouterConfig.from_pretrained` reads them; none of those
+            below beside it but `policy`.
         window: keys that `local` sees, the token itself included.
         experts: of full, mapped, local, gated; `full` must be among them.
         route_by: what chooses an expert for a token: `layer` (all heads together), `kv_head` (each
@@ -125,17 +129,21 @@ def patch(
     """
     model = unwrapped(model)
     check_weights(model)
-    settings = PatchSettings(
+    settings = RouterConfig(
         window=window,
         experts=tuple(experts),
         route_by=route_by,
         layers=None if layers is None else tuple(layers),
         sinks=sinks,
-        prior=prior or PatchSettings().prior,
+        prior=prior or RouterConfig().prior,
         context=context,
         controller_hidden=controller_hidden,
         concentration_floor=concentration_floor,
     )
+    if config is not None:
+        fix = "put the others into it (dataclasses.replace)"
+        require(settings == RouterConfig(), "config", "no settings beside it", settings, fix)
+        settings = config
     router = existing(model, settings) or _patch(model, settings)
     if policy is not None:
         router.policy = policy
@@ -167,7 +175,7 @@ def load_patch(model: nn.Module, folder: Path | str) -> Any:
     """
     model = unwrapped(model)
     check_weights(model)
-    folder = folder_of(folder)
+    folder = shipped_or(folder)
     settings, policy = read_settings(model, folder)
     known = existing(model, settings)
     router = known or _patch(model, settings)
@@ -216,26 +224,7 @@ class Router:
         Raises:
             ValueError: there is no such folder or repository, or it was made for another model.
         """
-        folder = Path(folder_or_name)
-        name = str(folder_or_name)
-        if folder.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-            return load_patch(model, folder)
-        from huggingface_hub import snapshot_download
-
-        try:
-            found = snapshot_download(
-                name,
-                revision=revision,
-                local_files_only=local_files_only,
-                allow_patterns=["*.safetensors", "*.json"],
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"folder_or_name: expected a folder, or a repository of the hub; got {name}: "
-                f"{one_line(error)}; "
-                "give the folder that save_pretrained wrote"
-            ) from error
-        return load_patch(model, found)
+        return load_patch(model, folder_of(folder_or_name, revision, local_files_only))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -302,7 +291,7 @@ def check_weights(model: nn.Module) -> None:
     )
 
 
-def _patch(model: nn.Module, settings: PatchSettings) -> RoutedModel:
+def _patch(model: nn.Module, settings: RouterConfig) -> RoutedModel:
     transformers = sys.modules.get("transformers")  # its models cannot exist without it
     if transformers is not None and isinstance(model, transformers.PreTrainedModel):
         version = int(transformers.__version__.split(".")[0])
@@ -321,7 +310,7 @@ def _patch(model: nn.Module, settings: PatchSettings) -> RoutedModel:
     return patch_torch(model, settings)
 
 
-def existing(model: nn.Module, settings: PatchSettings) -> RoutedModel | None:
+def existing(model: nn.Module, settings: RouterConfig) -> RoutedModel | None:
     """The router of a model that is patched already, if it was patched alike.
 
     Raises:

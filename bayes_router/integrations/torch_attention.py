@@ -26,7 +26,7 @@ from bayes_router.integrations.patch.binding import BINDING, Binding, all_on, re
 from bayes_router.integrations.patch.distil import distillation_errors
 from bayes_router.integrations.patch.found import Found
 from bayes_router.integrations.patch.routed import RoutedModel
-from bayes_router.integrations.patch.settings import PatchSettings
+from bayes_router.integrations.patch.settings import RouterConfig
 from bayes_router.types import RoutingMode
 
 Loss = Callable[[Any], Tensor]
@@ -132,7 +132,7 @@ def _arguments(x: Any) -> tuple[Any, ...]:
     return x if isinstance(x, tuple) else (x,)
 
 
-def patch_torch(model: nn.Module, settings: PatchSettings) -> RoutedTorch:
+def patch_torch(model: nn.Module, settings: RouterConfig) -> RoutedTorch:
     """Route the self-attention in `model`; see `bayes_router.patch`."""
     modules = _attention(model)
     chosen = range(len(modules)) if settings.layers is None else settings.layers

@@ -5,46 +5,52 @@ config.toml, metrics.csv, summary.json, model.safetensors (to use), state.pt (to
 Every file is written under a temporary name and renamed, so that each is whole or absent. state.pt
 alone holds all that a resumed run needs, weights included: a run killed between two files resumes
 from one consistent step. state.pt ends with a SHA-256 of what stands before it, model.safetensors
-names that of its tensors; both hold the settings too, under the same
+names that of its tensors (`transformer/saving.py`); both hold the settings too, under the same
 sum: a flipped bit is found in any of the three, not trained on.
 """
 
 import hashlib
 import io
-import json
-import pickle
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
-from bayes_router import __version__
 from bayes_router.checks import require
-from bayes_router.config import Config, config_from_toml, load_config
+from bayes_router.config import Config, load_config
 from bayes_router.files import (
     CONFIG,
+    PRETRAINED,
     STATE,
     WEIGHTS,
-    first_line,
     require_file,
+    write_json,
     write_text,
     write_whole,
 )
-from bayes_router.training.evidence import load_evidence
+from bayes_router.routing.saving import load_evidence, load_risk
 from bayes_router.training.faults import sole_user
-from bayes_router.training.risk import load_risk
+from bayes_router.training.sharding import load_whole
 from bayes_router.transformer.model import RoutedLanguageModel
+from bayes_router.transformer.pretrained import config_json, read_summary
+from bayes_router.transformer.saving import (
+    check_finite,
+    damage_named,
+    fill,
+    other_version,
+    read_settings_beside,
+    read_weights,
+    save_weights,
+    settings_in,
+)
 
 DIGEST_BYTES = 32
-FREE = ("data.corpus", "data.prepared", "train.device")
-"""Settings that may change behind a run: where its text lies now, and what computes."""
+FREE = ("data.corpus", "data.prepared", "train.device", "train.shard")
+"""Settings that may change behind a run: where its text lies now, what computes, and on how many
+processes."""
 LOWERED = ("train.lr", "train.controller_lr")
 """Settings that a resumed run may be given anew, lower than before: it diverged."""
 
@@ -71,7 +77,7 @@ def prepare_run(out: Path, config: Config, overwrite: bool, resume: bool) -> Non
         differing = [
             f"{name} (run {theirs!r}, now {ours!r})"
             for name, (theirs, ours) in found.items()
-            if name not in slower
+            if name not in slower and name != "train.shard"
         ]
         if differing:
             raise ValueError(
@@ -146,17 +152,20 @@ def _check_settings(
 def save_checkpoint(
     run: Path,
     model: RoutedLanguageModel,
-    optimiser: torch.optim.Optimizer,
+    moments: Mapping[str, Any],
     progress: Mapping[str, Any],
     config: Config,
 ) -> None:
-    """Write state.pt, then model.safetensors, each with the settings."""
+    """Write state.pt, then model.safetensors, each with the settings.
+
+    `moments` is the state of the optimiser; it and the model are whole.
+    """
     settings = bound_settings(config)
     state = {
         "progress": dict(progress),
         "settings": settings,
         "model": model.state_dict(),
-        "optimiser": optimiser.state_dict(),
+        "optimiser": dict(moments),
     }
 
     def write(path: Path) -> None:
@@ -166,6 +175,7 @@ def save_checkpoint(
             file.write(digest)
 
     write_whole(run / STATE, write)
+    write_json(run / PRETRAINED, config_json(model.config, model.policy))
     save_weights(run, model, settings)
 
 
@@ -198,41 +208,9 @@ def check_bound(run: Path, asked: Config | None = None) -> None:
     """
     if not ((run / CONFIG).is_file() and (run / WEIGHTS).is_file()):
         return
-    try:
-        with safe_open(run / WEIGHTS, framework="pt") as file:
-            stored = _settings_in(_table_of(file.metadata() or {}))
-    except (*DAMAGE, SafetensorError):
-        return
+    stored = read_settings_beside(run / WEIGHTS)
     if stored is not None:
         _check_settings(run / CONFIG, load_config(run / CONFIG), stored, asked)
-
-
-def save_weights(run: Path, model: nn.Module, settings: str) -> None:
-    """Write model.safetensors, with `bound_settings` of what the model was made with."""
-    weights = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
-    }
-    table = {
-        "sha256": weights_digest(weights, settings + __version__),
-        "settings": settings,
-        "version": __version__,
-    }
-    # one entry: the order of several is another in each process
-    metadata = {"run": json.dumps(table)}
-    write_whole(run / WEIGHTS, lambda p: save_file(weights, p, metadata))
-
-
-def weights_digest(weights: Mapping[str, Tensor], words: str = "") -> str:
-    """SHA-256 over settings and version, and over tensors on the CPU.
-
-    Of tensors it takes names, types, shapes and bytes.
-    """
-    digest = hashlib.sha256(words.encode())
-    for name in sorted(weights):
-        tensor = weights[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def load_checkpoint(
@@ -254,51 +232,24 @@ def load_checkpoint(
             tensors and plain values load.
     """
     path = require_file(run, STATE)
-    with _damage_named(path, "a checkpoint of this model"):
+    with damage_named(path, "a checkpoint of this model"):
         content = path.read_bytes()
         payload, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
         require(
             hashlib.sha256(payload).digest() == digest, "checksum", "that of the content", "another"
         )
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-        progress, stored = _checked_progress(state["progress"], steps), _settings_in(state)
+        progress, stored = _checked_progress(state["progress"], steps), settings_in(state)
     if stored is not None:
         _check_settings(run / CONFIG, load_config(require_file(run, CONFIG)), stored, asked)
-    with _damage_named(path, "a checkpoint of this model"):
-        _check_finite(state["model"])
-        model.load_state_dict(state["model"])
+    with damage_named(path, "a checkpoint of this model"):
+        check_finite(state["model"])
         for group in state["optimiser"]["param_groups"]:
             # of this device, whatever device wrote the file
             group["fused"] = optimiser.defaults["fused"]
-        optimiser.load_state_dict(state["optimiser"])
+        load_whole(model, optimiser, state["model"], state["optimiser"])
         _check_moments(optimiser)
     return progress
-
-
-def _check_finite(weights: Mapping[str, Tensor]) -> None:
-    """Weights that are no numbers give text and figures that are none."""
-    for name, tensor in weights.items():
-        require(
-            bool(torch.isfinite(tensor).all()),
-            name,
-            "numbers",
-            "NaN or infinity",
-            "take an earlier copy, or fit again",
-        )
-
-
-DAMAGE = (
-    RuntimeError,
-    LookupError,
-    EOFError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    OSError,
-    OverflowError,
-    MemoryError,
-)
-"""What readers raise on files that nobody meant to write."""
 
 
 def _checked_progress(progress: Mapping[str, Any], steps: int) -> dict[str, Any]:
@@ -344,97 +295,12 @@ def load_run(run: Path | str, device: str = "cpu") -> tuple[Config, RoutedLangua
     try:
         config = load_config(settings)
     except ValueError as error:
-        raise ValueError(f"{error}{_other_version(run)}") from error
-    with _damage_named(path):
-        with safe_open(path, framework="pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}  # other writers of safetensors leave none
-        table = _table_of(metadata)
-        if metadata:
-            wanted = weights_digest(weights, table.get("settings", "") + table.get("version", ""))
-            require(
-                table.get("sha256") == wanted,
-                "checksum",
-                "that of the tensors",
-                table.get("sha256"),
-            )
-        stored = _settings_in(table)
+        raise ValueError(f"{error}{other_version(run)}") from error
+    weights, stored = read_weights(path)
     if stored is not None:
         _check_settings(run / CONFIG, config, stored)
-    with _damage_named(path):
-        _check_shapes(config, {name: tuple(tensor.shape) for name, tensor in weights.items()})
-        _check_finite(weights)
-        model = RoutedLanguageModel.from_config(config)
-        model.load_state_dict(weights)
+    model: RoutedLanguageModel = fill(RoutedLanguageModel, config.model, weights, path)
     model.controller.evidence = load_evidence(run, config.model.num_layers, config.model.d_model)
     model.controller.risk = load_risk(run)
+    model.summary = read_summary(run)
     return config, model.to(device).eval()
-
-
-@contextmanager
-def _damage_named(
-    path: Path, expected: str = f"the weights of the model in {CONFIG}"
-) -> Iterator[None]:
-    try:
-        yield
-    except (*DAMAGE, SafetensorError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{path}: expected {expected}; damaged or another's: "
-            f"{first_line(error)}{_other_version(path.parent)}"
-        ) from error
-
-
-def _other_version(run: Path) -> str:
-    """By which other version a run was written, as the end of a message."""
-    try:
-        with safe_open(run / WEIGHTS, framework="pt") as file:
-            version = str(_table_of(file.metadata() or {}).get("version", __version__))
-    except (*DAMAGE, SafetensorError):
-        return ""
-    return (
-        ""
-        if version == __version__
-        else f"; bayes-router {version} wrote this run, this is {__version__}"
-    )
-
-
-def _table_of(metadata: Mapping[str, str]) -> Mapping[str, Any]:
-    """What model.safetensors says of its tensors.
-
-    Files of before have the checksum alone, as an entry of its own.
-    """
-    table = json.loads(metadata["run"]) if "run" in metadata else metadata
-    require(isinstance(table, Mapping), "run", "a table", table)
-    return dict(table)
-
-
-def _settings_in(table: Mapping[str, Any]) -> Config | None:
-    """The settings that weights were made with; None in files of before, and of other programs."""
-    text = table.get("settings")
-    require(text is None or isinstance(text, str), "settings", "a text", text)
-    return None if text is None else config_from_toml(str(text))
-
-
-def _check_shapes(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare settings with stored shapes.
-
-    This comes before a model of the size that the settings claim is built.
-    """
-    model = config.model
-    layers = {name.split(".")[2] for name in shapes if name.startswith("network.blocks.")}
-    require(
-        layers == set(map(str, range(len(layers)))) and len(layers) == model.num_layers,
-        "layers",
-        str(len(layers)),
-        model.num_layers,
-    )
-    with torch.device("meta"):
-        wanted = RoutedLanguageModel(model).state_dict()
-    require(
-        set(wanted) == set(shapes),
-        "names",
-        "those of the model",
-        sorted(set(wanted) ^ set(shapes))[:3],
-    )
-    for name, tensor in wanted.items():
-        require(tuple(tensor.shape) == shapes[name], name, str(tuple(tensor.shape)), shapes[name])

@@ -84,6 +84,12 @@ class World:
             else replica.no_sync()
         )
 
+    def each(self, value: float, device: torch.device) -> list[float]:
+        """The value of every rank."""
+        mine = torch.zeros(self.size, dtype=torch.float64, device=device)
+        mine[self.rank] = value
+        return (self.mean(mine) * self.size).tolist()
+
     def mean(self, value: Tensor) -> Tensor:
         """Mean over ranks."""
         if self.size == 1:
@@ -118,11 +124,14 @@ class World:
 def connected(device: torch.device) -> Iterator[World]:
     """The world that torchrun describes: NCCL between GPUs, gloo between CPUs.
 
-    The group is taken down at the end.
+    The group is taken down at the end; one that the caller has made is used, and stays.
 
     Raises:
         ValueError: WORLD_SIZE without the other variables that torchrun sets.
     """
+    if dist.is_available() and dist.is_initialized():
+        yield World(dist.get_rank(), dist.get_world_size())
+        return
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield World()

@@ -1,20 +1,13 @@
-"""The density of a fit's text, from one pass over some of it after SVI.
-
-And the file that keeps it beside the weights.
-"""
+"""The density of a fit's text, from one pass over some of it after SVI."""
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bayes_router.checks import require
 from bayes_router.data.tokens import Batch, TokenSource
-from bayes_router.files import first_line, write_whole
 from bayes_router.routing.evidence import (
     DIRECTIONS,
     MEMORY,
@@ -25,7 +18,6 @@ from bayes_router.routing.evidence import (
 )
 from bayes_router.types import RoutingMode
 
-EVIDENCE = "evidence.safetensors"
 FIT_TOKENS = 65_536
 
 
@@ -89,30 +81,3 @@ def training_batches(
     while True:
         yield source.batch(step, batch_size, context, seed)
         step += 1
-
-
-def save_evidence(folder: Path, evidence: Evidence | None) -> None:
-    """Write the file of a run or patch folder; without evidence one of before goes."""
-    if evidence is None:
-        (folder / EVIDENCE).unlink(missing_ok=True)
-        return
-    kept = {name: tensor.contiguous() for name, tensor in evidence.tensors().items()}
-    write_whole(folder / EVIDENCE, lambda path: save_file(kept, path))
-
-
-def load_evidence(folder: Path, num_layers: int, width: int) -> Evidence | None:
-    """What a folder keeps; None where it was made without.
-
-    Raises:
-        ValueError: the file is damaged or another's.
-    """
-    path = folder / EVIDENCE
-    if not path.is_file():
-        return None
-    try:
-        return Evidence.from_tensors(load_file(path), num_layers, width)
-    except (ValueError, SafetensorError, OSError, RuntimeError) as error:
-        raise ValueError(
-            f"{path}: expected the evidence of this fit; damaged or another's: "
-            f"{first_line(error)}; delete it to go without"
-        ) from error

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bayes_router.files import held
 from bayes_router.routing.posterior import posterior_mean
+from bayes_router.training.sharding import whole_model, whole_tensor
 from bayes_router.transformer.model import RoutedLanguageModel
 
 
@@ -65,10 +66,11 @@ class StepGuard:
         in_a_row = int(self.in_a_row)
         if in_a_row == 0 or (in_a_row <= self.max_skipped and all_finite(self.model)):
             return
+        culprit = find_culprit(whole_model(self.model), tokens)
         raise TrainingDiverged(
             f"step {step}: loss {float(loss):.4g}, gradient norm {float(norm):.4g}; {in_a_row} "
             f"steps in a row were skipped; "
-            f"{find_culprit(self.model, tokens)}; lower train.lr or raise model.concentration_floor"
+            f"{culprit}; lower train.lr or raise model.concentration_floor"
         )
 
     def state(self) -> dict[str, int]:
@@ -82,8 +84,8 @@ class StepGuard:
 
 
 def all_finite(model: nn.Module) -> bool:
-    """Whether every parameter is."""
-    return all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    """Whether every parameter is; all ranks ask together where they are cut."""
+    return all([bool(torch.isfinite(whole_tensor(p)).all()) for p in model.parameters()])
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ import torch
 from bayes_router.config import Config, load_config
 from bayes_router.data.load import Data, load_data
 from bayes_router.files import CONFIG, SUMMARY, write_json, write_text
+from bayes_router.routing.saving import save_evidence
 from bayes_router.training.checkpoint import (
     check_bound,
     load_checkpoint,
@@ -28,7 +29,6 @@ from bayes_router.training.checkpoint import (
 )
 from bayes_router.training.distributed import World, connected, pick_device
 from bayes_router.training.evaluate import Evaluation
-from bayes_router.training.evidence import save_evidence
 from bayes_router.training.faults import Interrupted, StopRequest, TrainingDiverged, sole_user
 from bayes_router.training.metrics import (
     MetricsLog,
@@ -38,6 +38,7 @@ from bayes_router.training.metrics import (
     tensorboard_writer,
 )
 from bayes_router.training.optimise import set_peaks
+from bayes_router.training.sharding import held_bytes, whole_state
 from bayes_router.training.trainer import (
     CHECK_EVERY,
     ONE_AT_A_TIME,
@@ -113,7 +114,8 @@ def fit(
             run = _Run(trainer, out, on_evaluation)
             if resume:
                 run.restore()
-            return trainer.model, run.train(progress and world.main)
+            summary = run.train(progress and world.main)
+            return run.model, summary
 
 
 @contextmanager
@@ -140,6 +142,7 @@ class _Run:
         self.done, self.seconds, self.started = 0, 0.0, time.perf_counter()
         self.kept: int | None = None  # the step of the checkpoint in the folder
         self.log = MetricsLog(out, 0)
+        self.model = trainer.model  # at the end, whole
 
     def restore(self) -> None:
         """Go on from the last checkpoint."""
@@ -152,9 +155,15 @@ class _Run:
         self.seconds = saved["seconds"]
         self.trainer.guard.restore(saved)
         self.log = MetricsLog(self.out, self.done)
-        if self.world.main and lowered(load_config(self.out / CONFIG), config):
+        if self._takes_part and lowered(load_config(self.out / CONFIG), config):
             self._save(self.done)
-            write_text(self.out / CONFIG, config.to_toml())
+            if self.world.main:
+                write_text(self.out / CONFIG, config.to_toml())
+
+    @property
+    def _takes_part(self) -> bool:
+        """Whether this rank helps to save: all do where parameters are cut, else rank 0 alone."""
+        return self.world.main or self.trainer.config.train.shard
 
     def train(self, progress: bool) -> dict[str, Any]:
         """Take the steps that are left; the summary."""
@@ -181,7 +190,7 @@ class _Run:
                 if step + 1 < steps:
                     self._save_between(step + 1, stop)
                 reporter.step()
-        return self._finish(evaluation) if self.world.main else {}
+        return self._finish(evaluation)
 
     def _evaluates(self, step: int) -> bool:
         train = self.trainer.config.train
@@ -192,9 +201,12 @@ class _Run:
 
         On rank 0, while the others wait at the next step.
         """
-        if not self.world.main or not self._evaluates(step):
+        if not self._evaluates(step):
             return None
-        evaluation = self.trainer.evaluate()
+        model = self.trainer.whole()
+        if not self.world.main:
+            return None
+        evaluation = self.trainer.evaluate(model)
         if self.on_evaluation is not None:
             self.on_evaluation(step, evaluation)
         return evaluation
@@ -214,8 +226,11 @@ class _Run:
         if not stops and not (every and step % every == 0):
             return
         missed = ""
+        sound = self._takes_part and self.trainer.sound(step)
+        if self.trainer.config.train.shard:
+            sound = not self.world.any(not sound, device)
         try:
-            if self.world.main and self.trainer.sound(step):
+            if sound:
                 self._save(step)
             elif self.world.main:
                 missed = f"the loss of these weights is no number; {self._what_is_kept()}"
@@ -247,11 +262,14 @@ class _Run:
 
     def _save(self, step: int) -> None:
         trainer = self.trainer
+        model, moments = trainer.whole(), whole_state(trainer.optimiser)
+        if not self.world.main:
+            return
         self.log.write()
         save_checkpoint(
             self.out,
-            trainer.model,
-            trainer.optimiser,
+            model,
+            moments,
             {"step": step, "seconds": self._seconds(), **trainer.guard.state()},
             trainer.config,
         )
@@ -259,8 +277,14 @@ class _Run:
 
     def _finish(self, evaluation: Evaluation | None) -> dict[str, Any]:
         """The last files of a run."""
-        trainer = self.trainer
-        evaluation = evaluation or trainer.evaluate()
+        trainer, world = self.trainer, self.world
+        held = world.each(held_bytes(trainer.model, trainer.optimiser), trainer.device)
+        self.model = trainer.whole()
+        if not world.main:
+            if self._takes_part:
+                self._save(trainer.config.train.steps)
+            return {}
+        evaluation = evaluation or trainer.evaluate(self.model)
         if not all(map(math.isfinite, (*evaluation.nll.values(), evaluation.elbo))):
             lost = f"step {trainer.config.train.steps}: the loss on held-out text is no number"
             raise TrainingDiverged(f"{lost}; lower train.lr; {self._what_is_kept(go_on=True)}")
@@ -271,8 +295,10 @@ class _Run:
             "processes": self.world.size,
             "skipped_steps": int(trainer.guard.skipped),
         }
+        if world.size > 1:
+            run["held_bytes_per_rank"] = [round(value) for value in held]
         summary = summarise(trainer.config, trainer.data, evaluation, run)
-        evidence = trainer.fit_evidence()
+        evidence = trainer.fit_evidence(self.model)
         try:
             self._save(trainer.config.train.steps)
             save_evidence(self.out, evidence)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from bayes_router.config import TrainConfig
+from bayes_router.training.sharding import is_sharded, whole_tensor
 from bayes_router.transformer.model import RoutedLanguageModel
 
 
@@ -25,10 +26,10 @@ def build_optimiser(model: RoutedLanguageModel, config: TrainConfig) -> torch.op
             parameters, peak_rates(config), (config.weight_decay, 0.0, 0.0), strict=True
         )
     ]
-    # fused on a GPU: one kernel, and it can skip a step without asking the host
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=(0.9, 0.98), fused=True if plain[0].is_cuda else None
-    )
+    # fused on a GPU: one kernel, and it can skip a step without asking the host; but not of
+    # parameters that are cut over ranks
+    fused = True if plain[0].is_cuda and not is_sharded(model) else None
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=fused)
 
 
 def peak_rates(config: TrainConfig) -> tuple[float, float, float]:
@@ -61,4 +62,4 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, config: TrainConfig, ste
 
 def clip_gradient(model: nn.Module, largest: float) -> torch.Tensor:
     """Scale the gradient to a norm of at most `largest`; returns the norm before, []."""
-    return nn.utils.clip_grad_norm_(model.parameters(), largest)
+    return whole_tensor(nn.utils.clip_grad_norm_(model.parameters(), largest))

@@ -5,21 +5,16 @@ Routed and unrouted passes over some text, then a small network on both.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bayes_router.checks import require
 from bayes_router.data.tokens import Batch
-from bayes_router.files import first_line, write_whole
 from bayes_router.routing.risk import Risk, RiskFit, RiskHead, divergence, risk_features
 from bayes_router.types import IGNORED, RoutingMode, RoutingOutput
 
-RISK = "risk.safetensors"
 FIT_TOKENS = 32_768
 
 
@@ -149,35 +144,3 @@ def read_risk(model: Any, tokens: Tensor) -> Tensor:
             "fit_risk(texts)"
         )
     return risk(_routed(model, tokens)[1])
-
-
-def save_risk(folder: Path, risk: Risk | None) -> None:
-    """Write the file of a run or patch folder; without an estimate one of before goes."""
-    if risk is None:
-        (folder / RISK).unlink(missing_ok=True)
-        return
-    kept = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in risk.head.state_dict().items()
-    }
-    write_whole(folder / RISK, lambda path: save_file(kept, path))
-
-
-def load_risk(folder: Path) -> Risk | None:
-    """What a folder keeps; None where nothing was fitted.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    path = folder / RISK
-    if not path.is_file():
-        return None
-    try:
-        kept = load_file(path)
-        head = RiskHead(len(kept["mean"]), len(kept["body.0.bias"]))
-        head.load_state_dict(kept)
-    except (KeyError, SafetensorError, OSError, RuntimeError) as error:
-        raise ValueError(
-            f"{path}: expected an estimate of risk; damaged: {first_line(error)}; delete it to go "
-            f"without"
-        ) from error
-    return Risk(head)

@@ -28,6 +28,7 @@ from bayes_router.training.execution import Execution
 from bayes_router.training.faults import StepGuard, all_finite
 from bayes_router.training.graph import GraphedGradient, wants_graph
 from bayes_router.training.optimise import build_optimiser, clip_gradient, set_learning_rate
+from bayes_router.training.sharding import gather_gradients, shard, whole_model
 from bayes_router.transformer.build import build_prior
 from bayes_router.transformer.model import RoutedLanguageModel
 from bayes_router.types import LossTerms
@@ -102,7 +103,11 @@ class Trainer:
         self.model.controller.start_at(start.concentration.to(device))
         self.objective = build_objective(self.model, start, self.prior.cost_ratio.to(device))
         assert isinstance(self.objective, nn.Module)
-        self.replica = self.world.replicate(self.objective, device)
+        if config.train.shard:
+            shard(self.objective, self.model.network.blocks, device, self.world.size)
+            self.replica: Callable[..., tuple[Tensor, LossTerms]] = self.objective
+        else:
+            self.replica = self.world.replicate(self.objective, device)
         self.optimiser = build_optimiser(self.model, config.train)
         self.guard = StepGuard(self.model, config.train.max_skipped)
         self.execution = Execution(self.model.network, config.train.compile, config.train.recompute)
@@ -132,6 +137,10 @@ class Trainer:
         if self.device.type == "cpu" or step % CHECK_EVERY == 0 or step == config.steps - 1:
             self.guard.check(step, loss, norm, tokens)
         return terms, {"lr": lr, "kl_weight": state.kl_weight, "price": state.price}
+
+    def whole(self) -> RoutedLanguageModel:
+        """The model, or a copy that is not cut over ranks; all ranks ask together."""
+        return whole_model(self.model)
 
     @torch.no_grad()
     def sound(self, step: int) -> bool:
@@ -175,6 +184,7 @@ class Trainer:
         for part in range(parts):
             # holds the rows shard, shard + shards, ... of the whole batch
             shard = part * world.size + world.rank
+            gather_gradients(self.replica, part == parts - 1)
             with world.averaging(self.replica, now=part == parts - 1):
                 with ONE_AT_A_TIME, self.execution, self._autocast(), self._draws(step, shard):
                     loss, of_part = self.replica(tokens[part::parts], targets[part::parts])
@@ -221,12 +231,12 @@ class Trainer:
             else tokens.to(self.device)
         )
 
-    def evaluate(self) -> Evaluation:
-        """Read the model on held-out data."""
+    def evaluate(self, model: RoutedLanguageModel | None = None) -> Evaluation:
+        """Read the model, or a whole copy of it, on held-out data."""
         config = self.config
         with ONE_AT_A_TIME:
             return evaluate(
-                self.model,
+                model or self.model,
                 self.data.valid,
                 self.prior.concentration,
                 prior_tilt=self.prior.tilt,
@@ -235,16 +245,15 @@ class Trainer:
                 limit=max(config.data.eval_tokens, config.data.context),
             )
 
-    def fit_evidence(self) -> Evidence:
+    def fit_evidence(self, model: RoutedLanguageModel | None = None) -> Evidence:
         """One pass over some of the text after the last step; see `training.evidence`."""
         train, context = self.config.train, self.config.data.context
         batches = training_batches(
             self.data.train, train.steps, train.batch_size, context, train.seed
         )
         tokens = min(FIT_TOKENS, train.steps * train.batch_size * context)
-        return fit_evidence(
-            self.model, batches, torch.tensor(self.prior.total_concentration), tokens=tokens
-        )
+        prior_total = torch.tensor(self.prior.total_concentration)
+        return fit_evidence(model or self.model, batches, prior_total, tokens=tokens)
 
 
 def draw_seed(seed: int, step: int, stream: int = 0) -> int:

@@ -4,6 +4,8 @@ Plain PyTorch: it knows neither Pyro nor the prior.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from bayes_router.attention.decoding.cache import LayerCache
 from bayes_router.attention.decoding.model_cache import RoutedCache
 from bayes_router.attention.experts.contract import Expert
 from bayes_router.checks import choose, require
 from bayes_router.config import Config, ModelConfig
+from bayes_router.hub import folder_of, push
 from bayes_router.routing.controller import MetaController
 from bayes_router.routing.force import Force, as_units, forced_route
 from bayes_router.routing.guard import UNKNOWN, Guard, guarded
@@ -22,6 +26,7 @@ from bayes_router.routing.policy import Argmax, Policy, execute
 from bayes_router.transformer.build import build_experts
 from bayes_router.transformer.layer import Angles, AttentionMixture
 from bayes_router.transformer.padding import check_lengths, check_tokens, last_token, real_tokens
+from bayes_router.transformer.pretrained import load_model, save_model
 from bayes_router.transformer.rotary import rotary_angles
 from bayes_router.types import Route, RoutingMode, RoutingOutput
 
@@ -36,6 +41,22 @@ class Block(nn.Module):
         self.attention = AttentionMixture(config)
         self.up = nn.Linear(config.d_model, hidden, bias=False)
         self.down = nn.Linear(hidden, config.d_model, bias=False)
+
+    def forward(
+        self,
+        h: Tensor,
+        route: Callable[[Tensor], Tensor | int],
+        angles: Angles,
+        cache: LayerCache | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """The residual stream after this block, [B, T, D].
+
+        `route` is asked once, with norm(h).
+        """
+        x = self.attention_norm(h)
+        h = h + self.attention(x, route(x), angles, cache, lengths)
+        return h + self.mlp(self.mlp_norm(h))
 
     def mlp(self, h: Tensor) -> Tensor:
         """Squared ReLU (So et al. 2021, arXiv 2109.08668): cheaper than GELU, no worse."""
@@ -104,11 +125,8 @@ class RoutedTransformer(nn.Module):
         # embeddings have norm about 1, the stream's unit is sqrt(D)
         h = self.embed(tokens) * self.config.d_model**0.5
         for layer, block in enumerate(self.blocks):
-            assert isinstance(block, Block)
-            x = block.attention_norm(h)
             layer_cache = None if cache is None else cache[layer]
-            h = h + block.attention(x, route(layer, x), angles, layer_cache, lengths)
-            h = h + block.mlp(block.mlp_norm(h))
+            h = block(h, partial(route, layer), angles, layer_cache, lengths)
         return h
 
     def _check_cache(self, cache: RoutedCache, tokens: Tensor) -> None:
@@ -180,7 +198,7 @@ class RoutedTransformer(nn.Module):
 class RoutedLanguageModel(nn.Module):
     """A fitted router at work: the Transformer and its meta-controller. No Pyro, no prior.
 
-    `policy` decides HARD routes.
+    `policy` decides HARD routes; `summary` is what a run said of itself, where it came from one.
     """
 
     def __init__(self, config: ModelConfig, policy: Policy | None = None):
@@ -196,6 +214,54 @@ class RoutedLanguageModel(nn.Module):
             config.num_units,
         )
         self.policy: Policy = policy or Argmax()
+        self.summary: dict[str, Any] | None = None
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write config.json, the weights, the policy and a card; `from_pretrained` reads them.
+
+        The settings of training, its corpus and its optimiser are a run's: copy the run folder to
+        keep them, or to evaluate and report.
+
+        Raises:
+            ValueError: the policy is not registered.
+        """
+        save_model(self, Path(folder))
+
+    def push_to_hub(self, name: str, *, private: bool = True, token: str | None = None) -> str:
+        """`save_pretrained` to a repository of the Hugging Face hub; the address.
+
+        No text is sent.
+
+        Args:
+            name: OWNER/REPOSITORY, made if it is not there.
+            private: of a repository that is made.
+            token: of an account that may write there; by default the one that is logged in.
+        """
+        return push(self.save_pretrained, name, private, token)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_name: Path | str,
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> "RoutedLanguageModel":
+        """A fitted model, in evaluation mode on the CPU, with its policy, evidence and risk.
+
+        Args:
+            folder_or_name: of `save_pretrained`, or a run folder of `fit`, which asks nobody; or
+                OWNER/REPOSITORY, which is kept in the hub's cache.
+            revision: branch, tag or commit of a repository.
+            local_files_only: of a repository: take what the cache has and ask nobody.
+
+        Raises:
+            ValueError: there is no such folder or repository, or a file is missing or damaged.
+        """
+        model: RoutedLanguageModel = load_model(
+            folder_of(folder_or_name, revision, local_files_only), cls
+        )
+        return model
 
     def show_last(self, see: Callable[[Tensor], object]) -> RemovableHandle:
         """Show `see` what the head reads, [B, T, D], in every pass until the handle is removed."""

@@ -3,7 +3,7 @@ import torch
 
 from bayes_router import load_patch, patch
 from bayes_router.routing.evidence import watching
-from bayes_router.training.evidence import EVIDENCE
+from bayes_router.routing.saving import EVIDENCE
 from tests.integrations.tiny_models import tiny
 
 

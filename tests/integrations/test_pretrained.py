@@ -11,7 +11,7 @@ import torch
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 
-from bayes_router import Router, patch  # noqa: E402
+from bayes_router import Router, RouterConfig, patch  # noqa: E402
 from tests.integrations.tiny_models import DECODERS  # noqa: E402
 
 TEXT = torch.arange(1200) % 97
@@ -93,3 +93,21 @@ def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:
         Router.from_pretrained(original(), "no/where", local_files_only=True)
     with pytest.raises(ValueError, match="folder: expected a saved patch"):
         Router.from_pretrained(original(), tmp_path / "none")
+
+
+def test_the_settings_travel_without_the_model(tmp_path: Path) -> None:
+    fitted(tmp_path)
+    config = RouterConfig.from_pretrained(tmp_path)
+    assert config == RouterConfig(window=8, sinks=2, experts=("full", "local"))
+    assert RouterConfig.from_json(config.to_json()) == config
+    model = original()
+    assert patch(model, config=config).settings == config
+    with pytest.raises(ValueError, match="config: expected no settings beside it"):
+        patch(original(), config=config, window=9)
+    with pytest.raises(ValueError, match="RouterConfig: expected one of .*; got 'widow'.*window"):
+        RouterConfig.from_dict({"widow": 3})
+    with pytest.raises(ValueError, match="folder_or_name: expected a folder with router.json"):
+        RouterConfig.from_pretrained(tmp_path / "none")
+    (tmp_path / "router.json").write_text("{}")
+    with pytest.raises(ValueError, match="router.json: expected the settings of a router"):
+        RouterConfig.from_pretrained(tmp_path)

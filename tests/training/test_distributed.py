@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 
 from bayes_router.config import Config, with_changes
 from bayes_router.training import execution
+from bayes_router.training.checkpoint import load_run
 from bayes_router.training.distributed import World, connected, pick_device
 from bayes_router.training.fit import Trainer, fit, load_data
 from bayes_router.training.trainer import draw_seed, svi_objective
 from bayes_router.types import LossTerms
 from tests.tiny import fit_config
-from tests.training.two_ranks import build_double, losses
+from tests.training.two_ranks import SHORT, build_double, losses
 
 Result = dict[str, dict[str, list[float]]]
 
@@ -60,8 +61,13 @@ def settings(corpus: str) -> Config:
 
 
 @pytest.fixture(scope="module")
-def ranks(settings: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Result]:
-    out = tmp_path_factory.mktemp("ranks")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def ranks(settings: Config, folder: Path) -> tuple[Result, Result]:
+    out = folder
     (out / "settings.toml").write_text(settings.to_toml())
     torchrun("-m", "tests.training.two_ranks", out)
     first, second = (json.loads((out / f"rank_{rank}.json").read_text()) for rank in range(2))
@@ -102,7 +108,57 @@ def test_a_gradient_that_one_rank_cannot_use_is_skipped_by_all(
     ranks: tuple[Result, Result],
 ) -> None:
     for rank in ranks:
-        assert rank["poisoned"] == {"kept": [1.0], "moved": [1.0], "skipped": [1.0]}
+        for way in ("poisoned", "poisoned, sharded"):
+            assert rank[way] == {"kept": [1.0], "moved": [1.0], "skipped": [1.0]}
+
+
+# Parameters that are cut over the two
+
+
+def test_sharded_they_have_the_losses_of_copies(ranks: tuple[Result, Result]) -> None:
+    for way in ("row", "row, accumulated"):
+        sharded = ranks[0][way.replace("row", "sharded")]
+        assert sharded["mean"] == pytest.approx(ranks[0][way]["mean"][:8], rel=1e-9)
+        assert sharded["weight"] == ranks[1][way.replace("row", "sharded")]["weight"]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_run(run)[1].state_dict()
+
+
+def test_a_sharded_run_is_one_that_a_process_opens_and_resumes(
+    settings: Config, ranks: tuple[Result, Result], folder: Path
+) -> None:
+    copies, cut = weights(folder / "copies"), weights(folder / "cut")
+    for name, weight in copies.items():
+        torch.testing.assert_close(cut[name], weight, rtol=1e-4, atol=1e-5)
+    stopped = weights(folder / "stopped")
+    assert all(torch.equal(stopped[name], weight) for name, weight in cut.items())
+    half = weights(folder / "half")
+    assert not torch.equal(half["network.embed.weight"], cut["network.embed.weight"])
+    alone = with_changes(settings, SHORT)
+    model, summary = fit(alone, folder / "half", resume=True, progress=False)
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(cut[name], weight, rtol=1e-4, atol=1e-5)
+    assert "held_bytes_per_rank" not in summary
+
+
+def test_each_rank_holds_its_part(ranks: tuple[Result, Result], folder: Path) -> None:
+    of_copies, of_parts = (
+        json.loads((folder / run / "summary.json").read_text())["held_bytes_per_rank"]
+        for run in ("copies", "cut")
+    )
+    # weight, gradient and two moments of float32; a count of steps for each tensor
+    model = load_run(folder / "cut")[1]
+    whole = 16 * sum(p.numel() for p in model.parameters())
+    assert of_copies == [whole + 4 * len(list(model.parameters()))] * 2
+    assert all(0.45 * whole < part < 0.6 * whole for part in of_parts)
+
+
+def test_one_process_is_nothing_to_shard_over(settings: Config) -> None:
+    config, data = load_data(with_changes(settings, {"train.shard": True}))
+    with pytest.raises(ValueError, match="train.shard: expected several processes; got 1; .*false"):
+        Trainer(config, data, torch.device("cpu"))
 
 
 @pytest.mark.slow

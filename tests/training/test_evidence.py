@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from bayes_router.routing.evidence import watching
+from bayes_router.routing.saving import EVIDENCE
 from bayes_router.training.checkpoint import load_run
-from bayes_router.training.evidence import EVIDENCE
 
 
 def test_a_run_keeps_its_evidence_and_one_of_before_loads_without(finished_run, tmp_path):

@@ -19,6 +19,7 @@ from tests.tiny import fit_config, tiny_model
 
 FILES = {
     "config.toml",
+    "config.json",
     "metrics.csv",
     "summary.json",
     "evidence.safetensors",

@@ -87,5 +87,7 @@ def test_the_state_is_whole_before_the_weights_are_written(
 
     monkeypatch.setattr(checkpoint, "write_whole", note)
     progress = {"step": 1, "seconds": 0.0, **trainer.guard.state()}
-    checkpoint.save_checkpoint(tmp_path, trainer.model, trainer.optimiser, progress, trainer.config)
+    checkpoint.save_checkpoint(
+        tmp_path, trainer.model, trainer.optimiser.state_dict(), progress, trainer.config
+    )
     assert written == [STATE, WEIGHTS]

@@ -17,7 +17,7 @@ from bayes_router.integrations.huggingface import falcon
 from bayes_router.integrations.huggingface.interface import MASKS, watching
 from bayes_router.integrations.patch.found import Found
 from bayes_router.integrations.patch.offload import device_of, in_memory
-from bayes_router.integrations.patch.settings import PatchSettings
+from bayes_router.integrations.patch.settings import RouterConfig
 
 PROBE_TOKENS = 8
 
@@ -90,7 +90,7 @@ def check_model(model: PreTrainedModel) -> str:
     return base
 
 
-def find_layers(model: PreTrainedModel, settings: PatchSettings) -> list[Found]:
+def find_layers(model: PreTrainedModel, settings: RouterConfig) -> list[Found]:
     """The attention layers, in the order in which the model runs them.
 
     It is run once on a few tokens.

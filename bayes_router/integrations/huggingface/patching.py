@@ -19,10 +19,10 @@ from bayes_router.integrations.huggingface.discovery import check_model, find_la
 from bayes_router.integrations.huggingface.interface import install, keep_hidden, require_answered
 from bayes_router.integrations.huggingface.model import RoutedPretrained
 from bayes_router.integrations.patch.binding import BINDING, Binding
-from bayes_router.integrations.patch.settings import PatchSettings
+from bayes_router.integrations.patch.settings import RouterConfig
 
 
-def patch_pretrained(model: PreTrainedModel, settings: PatchSettings) -> RoutedPretrained:
+def patch_pretrained(model: PreTrainedModel, settings: RouterConfig) -> RoutedPretrained:
     """Route the attention layers of `model`; see `bayes_router.patch`."""
     base = check_model(model)
     restore = falcon.install(model) if base == falcon.OWN else install(model, base)

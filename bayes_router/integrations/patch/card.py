@@ -1,26 +1,15 @@
 """The card of a saved patch, README.md: what it belongs to, how it was fitted, what to mind."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from bayes_router.integrations.patch.settings import FitRecord, PatchSettings
-
-CARD = "README.md"
-LIBRARY = "library_name: bayes-router"
-
-
-def foreign(path: Path) -> bool:
-    """Whether somebody else wrote the file, as a trainer does for the model beside a patch.
-
-    Then it stays.
-    """
-    return path.exists() and LIBRARY not in path.read_text(encoding="utf-8")
+from bayes_router.hub import LIBRARY
+from bayes_router.integrations.patch.settings import FitRecord, RouterConfig
 
 
 def card(
     base: str,
     kind: str,
-    settings: PatchSettings,
+    settings: RouterConfig,
     fitted: FitRecord | None,
     policy: str,
     moved: bool,

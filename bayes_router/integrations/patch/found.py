@@ -7,7 +7,7 @@ from torch import nn
 from bayes_router.attention.shapes import ExpertShape
 from bayes_router.checks import require
 from bayes_router.config import ModelConfig
-from bayes_router.integrations.patch.settings import PatchSettings
+from bayes_router.integrations.patch.settings import RouterConfig
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Found:
 
 
 def model_config(
-    found: Found, settings: PatchSettings, num_layers: int, vocab_size: int = 1
+    found: Found, settings: RouterConfig, num_layers: int, vocab_size: int = 1
 ) -> ModelConfig:
     """The routed layers in the terms of the project: what costs, diagnostics and reports read."""
     heads, dim = found.shape.num_heads, found.shape.head_dim

@@ -6,7 +6,6 @@ What is added lives here and not in the model: its parameters, state dict and `s
 its own.
 """
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +20,7 @@ from bayes_router.attention.experts.contract import Expert
 from bayes_router.attention.kernels.capability import HAS_TRITON, TYPES
 from bayes_router.checks import require
 from bayes_router.data.stream import TokenStream
+from bayes_router.hub import push
 from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.integrations.calls.fused_router import (
     FULL_UP_TO,
@@ -45,7 +45,7 @@ from bayes_router.integrations.patch.freezing import Frozen
 from bayes_router.integrations.patch.identity import Identity, identity
 from bayes_router.integrations.patch.passes import Here, Observe, Pass, recomputing
 from bayes_router.integrations.patch.saving import PatchRecord, save_patch
-from bayes_router.integrations.patch.settings import FitRecord, PatchSettings
+from bayes_router.integrations.patch.settings import FitRecord, RouterConfig
 from bayes_router.integrations.patch.watch import TrainingWatch
 from bayes_router.routing.controller import MetaController
 from bayes_router.routing.force import Force, forced_route
@@ -92,7 +92,7 @@ class RoutedModel(Following):
     frozen: Frozen | None = None
     held_out: TokenStream | None = None
 
-    def __init__(self, model: nn.Module, found: list[Found], settings: PatchSettings):
+    def __init__(self, model: nn.Module, found: list[Found], settings: RouterConfig):
         super().__init__(model, found)
         self.settings = settings
         shapes = [one.shape._replace(window=settings.window) for one in found]
@@ -499,13 +499,7 @@ class RoutedModel(Following):
             private: of a repository that is made.
             token: of an account that may write there; by default the one that is logged in.
         """
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        api.create_repo(name, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save(folder)
-            return str(api.upload_folder(repo_id=name, folder_path=folder))
+        return push(self.save, name, private, token)
 
     def bind(self) -> None:
         """Give every found module its binding."""

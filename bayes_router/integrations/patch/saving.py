@@ -10,9 +10,9 @@ for, held_out.safetensors: text that the fit did not read, as token ids.
 
 import json
 import warnings
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -20,25 +20,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bayes_router.checks import require
-from bayes_router.config import PriorConfig
 from bayes_router.data.stream import MaskedStream, TokenStream
-from bayes_router.files import write_json, write_text, write_whole
-from bayes_router.integrations.patch.card import CARD, card, foreign
+from bayes_router.files import write_json, write_whole
+from bayes_router.hub import write_card
+from bayes_router.integrations.patch.card import card
 from bayes_router.integrations.patch.freezing import Frozen, read_frozen
 from bayes_router.integrations.patch.identity import Identity, Sums, identity, kept, read_kept
-from bayes_router.integrations.patch.settings import OLD_NAME, FitRecord, PatchSettings
+from bayes_router.integrations.patch.settings import SETTINGS, FitRecord, RouterConfig
 from bayes_router.routing.evidence import Evidence
 from bayes_router.routing.policy import Policy, policy_from_dict, policy_to_dict
 from bayes_router.routing.risk import Risk
-from bayes_router.training.evidence import save_evidence
-from bayes_router.training.risk import save_risk
+from bayes_router.routing.saving import save_evidence, save_risk
 
-WEIGHTS, SETTINGS, BASE, HELD_OUT = (
-    "router.safetensors",
-    "router.json",
-    "base.safetensors",
-    "held_out.safetensors",
-)
+WEIGHTS, BASE, HELD_OUT = "router.safetensors", "base.safetensors", "held_out.safetensors"
 FORMAT = 1
 HELD_OUT_TOKENS = 32_768
 
@@ -49,7 +43,7 @@ class PatchRecord(NamedTuple):
     model: nn.Module
     router: str  # class of what `patch` returned
     weights: dict[str, Tensor]
-    settings: PatchSettings
+    settings: RouterConfig
     policy: Policy
     fitted: FitRecord | None
     made_for: Identity | None  # of the model as it was patched; None once the fit moved its weights
@@ -97,9 +91,8 @@ def save_patch(record: PatchRecord, folder: Path | str) -> None:
             "frozen": None if record.frozen is None else record.frozen.experts,
         },
     )
-    if not foreign(folder / CARD):
-        page = card(base, kind, record.settings, record.fitted, repr(record.policy), moved)
-        write_text(folder / CARD, page)
+    page = card(base, kind, record.settings, record.fitted, repr(record.policy), moved)
+    write_card(folder, page)
     save_evidence(folder, record.evidence)
     save_risk(folder, record.risk)
     text = record.held_out
@@ -112,7 +105,7 @@ def save_patch(record: PatchRecord, folder: Path | str) -> None:
         (folder / HELD_OUT).unlink(missing_ok=True)
 
 
-def read_settings(model: nn.Module, folder: Path | str) -> tuple[PatchSettings, Policy]:
+def read_settings(model: nn.Module, folder: Path | str) -> tuple[RouterConfig, Policy]:
     """Settings and policy of a saved patch, once it is sure that it belongs to `model`.
 
     Raises:
@@ -129,11 +122,8 @@ def read_settings(model: nn.Module, folder: Path | str) -> tuple[PatchSettings, 
         )
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        settings, chosen = _renamed(saved["settings"]), policy_from_dict(saved["policy"])
-        made = PatchSettings(
-            **_tuples(settings, PatchSettings)
-            | {"prior": PriorConfig(**_tuples(settings["prior"], PriorConfig))}
-        )
+        made = RouterConfig.from_saved(saved["settings"])
+        chosen = policy_from_dict(saved["policy"])
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path}: expected the settings of a patch; damaged or of another version: {error!r}"
@@ -152,13 +142,6 @@ def read_settings(model: nn.Module, folder: Path | str) -> tuple[PatchSettings, 
         ),
     )
     return made, chosen
-
-
-def _renamed(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings with the names that experts have today."""
-    return settings | {
-        "experts": ["mapped" if name == OLD_NAME else name for name in settings["experts"]]
-    }
 
 
 def _sums(path: Path) -> dict[str, Sums]:
@@ -259,12 +242,3 @@ def load_weights(router: nn.Module, folder: Path | str) -> None:
             f"{path}: expected the weights of the patch in {SETTINGS}; damaged or another's: "
             f"{reason}"
         ) from error
-
-
-def _tuples(values: dict[str, Any], cls: type[Any]) -> dict[str, Any]:
-    known = {f.name for f in fields(cls)}
-    return {key: _tuple(value) for key, value in values.items() if key in known}
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(map(_tuple, value)) if isinstance(value, list) else value

@@ -1,20 +1,28 @@
-"""What a patch was asked for, the layers that it found, and how it was fitted."""
+"""What a patch was asked for, and how it was fitted."""
 
-from dataclasses import asdict, dataclass, field
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from bayes_router.checks import choose, require, unknown
 from bayes_router.config import PriorConfig
+from bayes_router.hub import folder_of
 from bayes_router.integrations.calls.layer import EXPERTS
 from bayes_router.types import RouteBy
 
+SETTINGS = "router.json"
 OLD_NAME = "linear"
 """What `mapped` was called in patches once; those that were saved then are read."""
 
 
 @dataclass(frozen=True)
-class PatchSettings:
-    """What `patch` was asked for.
+class RouterConfig:
+    """What `patch` is asked for: `patch(model, config=RouterConfig(window=128))`.
+
+    `router.save_pretrained` writes it into router.json; `RouterConfig.from_pretrained` reads it
+    there, without the model.
 
     Attributes:
         window: keys that `local` sees, the token itself included.
@@ -77,6 +85,72 @@ class PatchSettings:
         """Plain values, for JSON."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "RouterConfig":
+        """What `to_dict` gave, also by way of JSON.
+
+        Raises:
+            ValueError: a field is unknown, or its value is refused.
+        """
+        names = {f.name for f in fields(cls)}
+        for name in values:
+            if name not in names:
+                raise unknown("RouterConfig", name, names)
+        return cls.from_saved(values)
+
+    @classmethod
+    def from_saved(cls, values: Mapping[str, Any]) -> "RouterConfig":
+        """The settings in a router.json of any version: fields of before are left out."""
+        known = _tuples(values, cls)
+        known["prior"] = PriorConfig(**_tuples(values.get("prior", {}), PriorConfig))
+        known["experts"] = tuple(
+            "mapped" if name == OLD_NAME else name for name in known.get("experts", cls.experts)
+        )
+        return cls(**known)
+
+    def to_json(self) -> str:
+        """The settings as JSON; `from_json` reads it back unchanged."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "RouterConfig":
+        """What `to_json` wrote.
+
+        Raises:
+            ValueError: it is no JSON object of these settings.
+        """
+        values = json.loads(text)
+        require(isinstance(values, dict), "RouterConfig", "a JSON object", text[:40])
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_name: Path | str,
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> "RouterConfig":
+        """The settings of a saved router, from its folder or a repository of the hub.
+
+        Args:
+            folder_or_name: of `save_pretrained`, or OWNER/REPOSITORY.
+            revision: branch, tag or commit of a repository.
+            local_files_only: of a repository: take what the cache has and ask nobody.
+
+        Raises:
+            ValueError: there is no router.json, or it is damaged.
+        """
+        path = folder_of(folder_or_name, revision, local_files_only) / SETTINGS
+        require(path.is_file(), "folder_or_name", f"a folder with {SETTINGS}", str(folder_or_name))
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            return cls.from_saved(saved["settings"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{path}: expected the settings of a router; damaged: {error!r}"
+            ) from error
+
 
 @dataclass(frozen=True)
 class FitRecord:
@@ -112,3 +186,13 @@ class FitRecord:
         object.__setattr__(self, "text", tuple(self.text))
         if isinstance(self.budget, list):
             object.__setattr__(self, "budget", tuple(self.budget))
+
+
+def _tuples(values: Mapping[str, Any], cls: type[Any]) -> dict[str, Any]:
+    """The fields of `cls` among `values`, lists as tuples."""
+    names = {f.name for f in fields(cls)}
+    return {key: _tuple(value) for key, value in values.items() if key in names}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(map(_tuple, value)) if isinstance(value, list) else value
