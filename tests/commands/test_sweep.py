@@ -12,9 +12,10 @@ import torch
 
 from bayes_router.cli import main
 from bayes_router.config import load_config
-from bayes_router.training.checkpoint import bound_settings, load_run, save_weights
+from bayes_router.training.checkpoint import bound_settings, load_run
 from bayes_router.training.fit import fit
 from bayes_router.transformer.build import build_prior
+from bayes_router.transformer.saving import save_weights
 from tests.tiny import fit_config
 
 

@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file
 
 from bayes_router.config import load_config
 from bayes_router.files import CONFIG, METRICS, STATE, WEIGHTS
-from bayes_router.training.checkpoint import DIGEST_BYTES, load_checkpoint, load_run, weights_digest
+from bayes_router.training.checkpoint import DIGEST_BYTES, load_checkpoint, load_run
 from bayes_router.training.fit import fit
 from bayes_router.training.metrics import MetricsLog
 from bayes_router.training.optimise import build_optimiser
 from bayes_router.transformer.model import RoutedLanguageModel
+from bayes_router.transformer.saving import weights_digest
 from tests.fuzz.damage import ALL, Damage
 from tests.tiny import fit_config
 

@@ -74,7 +74,7 @@ FAULTS = [
     Fault(
         "weights are written before the state",
         f"{P}/training/checkpoint.py",
-        "    write_whole(run / STATE, write)\n    save_weights(run, model, settings)\n",
+        "    write_whole(run / STATE, write)\n",
         "    save_weights(run, model, settings)\n    write_whole(run / STATE, write)\n",
         f"{T}/training/test_steps.py",
     ),
@@ -441,7 +441,7 @@ FAULTS = [
     ),
     Fault(
         "weights that are no numbers are read",
-        f"{P}/training/checkpoint.py",
+        f"{P}/transformer/saving.py",
         "bool(torch.isfinite(tensor).all())",
         "True",
         f"{T}/training/test_run_folder.py",

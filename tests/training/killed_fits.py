@@ -18,8 +18,8 @@ import torch
 
 from bayes_router.config import Config, load_config
 from bayes_router.files import METRICS, STATE
-from bayes_router.training import checkpoint
 from bayes_router.training.fit import fit
+from bayes_router.transformer import saving
 
 MOMENTS = (
     "any time",
@@ -49,7 +49,7 @@ def arm(moment: str, countdown: int) -> None:
         if left == 0:
             die()
 
-    save, replace, save_weights = torch.save, os.replace, checkpoint.save_file
+    save, replace, save_weights = torch.save, os.replace, saving.save_file
 
     def half_a_state(state: object, path: Path) -> None:
         save(state, path)
@@ -88,7 +88,7 @@ def arm(moment: str, countdown: int) -> None:
     elif moment == "renamed state":
         os.replace = rename(no, is_state)  # type: ignore[assignment]
     elif moment == "half the weights":
-        checkpoint.save_file = half_the_weights  # type: ignore[assignment]
+        saving.save_file = half_the_weights  # type: ignore[assignment]
     elif moment == "between two files":
         os.replace = rename(no, lambda path: path.name == METRICS)  # type: ignore[assignment]
 

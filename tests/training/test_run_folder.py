@@ -16,15 +16,14 @@ from safetensors.torch import load_file, save_file
 from bayes_router import __version__
 from bayes_router.cli import main
 from bayes_router.files import CONFIG, METRICS, STATE, WEIGHTS
-from bayes_router.training import checkpoint
 from bayes_router.training.checkpoint import (
     DIGEST_BYTES,
     bound_settings,
     load_run,
-    save_weights,
-    weights_digest,
 )
 from bayes_router.training.fit import fit
+from bayes_router.transformer import saving
+from bayes_router.transformer.saving import save_weights, weights_digest
 from tests.tiny import fit_config
 
 
@@ -134,7 +133,7 @@ def test_a_run_of_another_version_names_both(
     """
     config, model = load_run(run)
     with monkeypatch.context() as later:
-        later.setattr(checkpoint, "__version__", "9.9.0")
+        later.setattr(saving, "__version__", "9.9.0")
         save_weights(run, model, bound_settings(config))
     assert load_run(run)[0] == config  # nothing is wrong with it
     text = (run / CONFIG).read_text()

@@ -16,6 +16,7 @@ from bayes_router.training import checkpoint
 from bayes_router.training.metrics import MetricsLog
 from bayes_router.training.optimise import clip_gradient
 from bayes_router.training.trainer import Trainer
+from bayes_router.transformer import saving
 from tests.tiny import fit_config, tiny_model
 
 
@@ -85,7 +86,8 @@ def test_the_state_is_whole_before_the_weights_are_written(
         usual(path, write)  # type: ignore[arg-type]
         written.append(path.name)
 
-    monkeypatch.setattr(checkpoint, "write_whole", note)
+    for writer in (checkpoint, saving):
+        monkeypatch.setattr(writer, "write_whole", note)
     progress = {"step": 1, "seconds": 0.0, **trainer.guard.state()}
     checkpoint.save_checkpoint(
         tmp_path, trainer.model, trainer.optimiser.state_dict(), progress, trainer.config
