@@ -11,9 +11,11 @@ steps are compared with the same model on the CPU in float32; nothing is reporte
 
 Contenders take turns; `ms` is a median, from an idle device to an idle device, launches included;
 `ratio` is over the fastest unpatched contender's: torch's own choice of kernel, flash attention,
-and its choice replayed from a CUDA graph. A step of decoding is read behind so many keys of random
-numbers; unpatched with flash attention on exactly these keys, which are not copied, and with a
-static cache replayed from a graph.
+its choice replayed from a CUDA graph, and, at some lengths, compiled. A step of decoding is read
+behind so many keys of random numbers; unpatched with flash attention on exactly these keys, which
+are not copied, the same from a graph of this one length (nobody decodes so, it is the floor), and
+with a static cache replayed from a graph. `routed as fitted` executes the routes that the patch of
+`smollm2-135m` took on a text (`analysis.speed.recorded_routes`) at the cost of its router.
 """
 
 import argparse
@@ -28,80 +30,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 from transformers.cache_utils import DynamicLayer
 
+from analysis.speed.patched_check import disagreements
+from analysis.speed.patched_model import (
+    SHAPES,
+    VOCABULARY,
+    biases,
+    build,
+    executing,
+    read_routes,
+    routed,
+    send,
+    stand,
+)
 from bayes_router.benchmark.rows import Rows
-from bayes_router.integrations.huggingface.graphs import Graphs
-from bayes_router.integrations.huggingface.model import RoutedPretrained
-from bayes_router.integrations.patching import patch
-from bayes_router.routing.controller import LayerController
+from bayes_router.integrations.huggingface.graphs import Graphs, without_mask
 from bayes_router.timing import isolated_ms
 
 RESULTS = Path(__file__).parents[1] / "results" / "patched_cuda.csv"
-WINDOW, SINKS, VOCABULARY = 1024, 4, 1024
-SHAPES = {
-    "llama-1b, 8 layers": (2048, 8192, 8, 32, 8),
-    "smollm2-135m, 30 layers": (576, 1536, 30, 9, 3),
-}
+ROUTES = Path(__file__).parents[1] / "results" / "routes_smollm2_8192.npz"
+SOME = (8192, 32_768)
+"""Lengths that are read for every unit."""
 TURNS = 5
-
-
-def build(shape: str, layers: int | None = None) -> LlamaForCausalLM:
-    """Random weights, on the CPU, float32."""
-    width, inner, depth, heads, kv_heads = SHAPES[shape]
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=layers or depth,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=131_072,
-    )
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config).eval()
-
-
-def routed(model: LlamaForCausalLM, unit: str) -> RoutedPretrained:
-    """The model patched, with controllers of random weights; nothing is left to `full_up_to`."""
-    router: RoutedPretrained = patch(
-        model, window=WINDOW, sinks=SINKS, experts=("full", "local"), route_by=unit, context=32_768
-    )
-    router.full_up_to = 0
-    torch.manual_seed(1)
-    for layer in router.controller.layers:
-        assert isinstance(layer, LayerController)
-        layer.out.weight.data.normal_(std=0.5)
-        layer.out.bias.data.zero_()
-    return router
-
-
-@torch.no_grad()
-def send(router: RoutedPretrained, share: float, run: Callable[[], object]) -> float:
-    """Move the biases until `share` of the tokens of `run()` take full, in every layer and unit.
-
-    The share then executed.
-    """
-    for _ in range(2 if 0 < share < 1 else 1):
-        run()
-        for index, concentration in router.last.concentration.items():
-            raw = (concentration - router.controller.floor).clamp_min(1e-6).expm1().log()
-            lead = (raw[..., 0] - raw[..., 1]).flatten(0, 1)  # [N, R]
-            N, layers = len(lead), len(router.layers)
-            # where there is one token
-            of_layers = float(share > 0 and index < max(round(share * layers), 1))
-            count = round((of_layers if N == 1 else share) * N)
-            if count in (0, N):
-                cut = torch.full_like(lead[0], 1e3 if not count else -1e3)
-            else:
-                order = lead.sort(0, descending=True).values
-                cut = (order[count - 1] + order[count]) / 2
-            layer = router.controller.layers[index]
-            assert isinstance(layer, LayerController)
-            layer.out.bias.view(-1, 2)[:, 0].sub_(cut)
-    run()
-    return statistics.mean(float((x == 0).float().mean()) for x in router.last.executed.values())
 
 
 @contextmanager
@@ -196,75 +148,84 @@ class Turns:
             )
 
 
-def prefill(
-    bench: Turns, shape: str, units: list[str], lengths: list[int], shares: list[float]
-) -> None:
+def read(what: Any, tokens: Tensor, backend: SDPBackend | None = None) -> object:
+    """A text, from launch to launch."""
+    with only(backend):
+        return what(tokens, use_cache=True, logits_to_keep=1)
+
+
+def ways(
+    model: LlamaForCausalLM, tokens: Tensor, name: str, on_full: float, compiled: Any = None,
+    prepare: Callable[[], object] = nothing,
+) -> dict[str, Timed]:  # fmt: skip
+    """A model as it is called, replayed from a graph, and compiled if there is such a form."""
+    length = tokens.shape[1]
+    graphs = Graphs(model, length, bucket=length)  # reads biases where they are
+    found = {
+        name: Timed(on_full, partial(read, model, tokens), prepare),
+        f"{name}, graph": Timed(on_full, partial(graphs.prefill, tokens), prepare),
+    }
+    if compiled is not None:
+        found[f"{name}, compiled"] = Timed(on_full, partial(read, compiled, tokens), prepare)
+    return found
+
+
+def whole(model: LlamaForCausalLM) -> Any:
+    """By torch.compile, without a break in its graph."""
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(model, fullgraph=True, dynamic=False)
+
+
+def prefill(bench: Turns, shape: str, args: argparse.Namespace) -> None:
     """Texts of each length, one at a time."""
-    device = bench.device
-    plain, model = build(shape).to(device, torch.bfloat16), build(shape).to(device, torch.bfloat16)
-    text = torch.randint(
-        VOCABULARY, (1, max(lengths)), generator=torch.Generator().manual_seed(2)
-    ).to(device)
-
-    def run(what: LlamaForCausalLM, tokens: Tensor, backend: SDPBackend | None = None) -> object:
-        with only(backend):
-            return what(tokens, use_cache=True, logits_to_keep=1)
-
-    for unit in units:
+    device, first = bench.device, args.units[0]
+    plain, model = (build(shape).to(device, torch.bfloat16) for _ in range(2))
+    generator = torch.Generator().manual_seed(2)
+    text = torch.randint(VOCABULARY, (1, max(args.lengths)), generator=generator).to(device)
+    for unit in args.units:
         router = routed(model, unit)
-        for length in lengths:
+        for length in args.lengths:
+            if unit != first and length not in SOME:
+                continue
             tokens = text[:, :length]
-            contenders = {
-                "unpatched": Timed(1.0, partial(run, plain, tokens)),
-                "unpatched, flash": Timed(
-                    1.0, partial(run, plain, tokens, SDPBackend.FLASH_ATTENTION)
-                ),
-                "unpatched, graph": Timed(
-                    1.0, partial(Graphs(plain, length, bucket=length).prefill, tokens)
-                ),
-            }
-            for share in shares:
-                router.full_up_to = 0
-                executed = send(router, share, partial(run, model, tokens))
-                prepare = partial(stand, router, [bias.clone() for bias in biases(router)], 0)
-                graphs = Graphs(model, length, bucket=length)  # reads the biases where they are
-                contenders[f"routed {share:g}"] = Timed(
-                    executed, partial(run, model, tokens), prepare
-                )
-                contenders[f"routed {share:g}, graph"] = Timed(
-                    executed, partial(graphs.prefill, tokens), prepare
-                )
-            if length <= type(router).full_up_to:
-                prepare = partial(
-                    stand,
-                    router,
-                    [bias.clone() for bias in biases(router)],
-                    type(router).full_up_to,
-                )
-                graphs = Graphs(model, length, bucket=length)
-                contenders["as shipped"] = Timed(1.0, partial(run, model, tokens), prepare)
-                contenders["as shipped, graph"] = Timed(
-                    1.0, partial(graphs.prefill, tokens), prepare
-                )
-            bench.group(
-                {"what": "prefill", "shape": shape, "unit": unit, "context": length, "batch": 1},
-                contenders,
+            forms = [None, None]
+            if unit == first and length in args.compiled and shape == args.shapes[0]:
+                forms = [whole(plain), whole(model)]
+            contenders = ways(plain, tokens, "unpatched", 1.0, forms[0])
+            contenders["unpatched, flash"] = Timed(
+                1.0, partial(read, plain, tokens, SDPBackend.FLASH_ATTENTION)
             )
-            del contenders, graphs
+            for share in args.shares if unit == first else args.shares[1:2]:
+                router.full_up_to = 0
+                executed = send(router, share, partial(read, model, tokens))
+                prepare = partial(stand, router, [bias.clone() for bias in biases(router)], 0)
+                contenders |= ways(model, tokens, f"routed {share:g}", executed, forms[1], prepare)
+            if length <= type(router).full_up_to:
+                kept = [bias.clone() for bias in biases(router)]
+                prepare = partial(stand, router, kept, type(router).full_up_to)
+                contenders |= ways(model, tokens, "as shipped", 1.0, forms[1], prepare)
+            routes = fitted_routes(args.routes, shape, unit, length)
+            if routes is not None:
+                router.full_up_to = 0
+                graphs = Graphs(model, length, bucket=length)
+                with executing(router, routes.to(device)):
+                    graphs.prefill(tokens)
+                contenders["routed as fitted, graph"] = Timed(
+                    float(routes.float().mean()), partial(graphs.prefill, tokens)
+                )
+            facts = {"what": "prefill", "shape": shape, "unit": unit}
+            bench.group({**facts, "context": length, "batch": 1}, contenders)
+            del contenders
             torch.cuda.empty_cache()
         router.unpatch()
 
 
-def biases(router: RoutedPretrained) -> list[Tensor]:
-    """Of the controllers: what says how many tokens take full."""
-    return [layer.get_parameter("out.bias").data for layer in router.controller.layers]
-
-
-def stand(router: RoutedPretrained, state: list[Tensor], full_up_to: int) -> None:
-    """Copy biases in place, and leave short texts to full or not."""
-    router.full_up_to = full_up_to
-    for bias, value in zip(biases(router), state, strict=True):
-        bias.copy_(value)
+def fitted_routes(path: Path, shape: str, unit: str, length: int) -> Tensor | None:
+    """Those of a fitted patch, if the file has some of this shape: bool [L, T, R]."""
+    if unit != "head" or not path.exists():
+        return None
+    routes, (_, _, depth, heads, _) = read_routes(path), SHAPES[shape]
+    return routes if routes.shape == (depth, length, heads) else None
 
 
 def decode(bench: Turns, shape: str, unit: str, context: int, batch: int, share: float) -> None:
@@ -303,7 +264,10 @@ def decode(bench: Turns, shape: str, unit: str, context: int, batch: int, share:
             return what(token, past_key_values=store, use_cache=True)
 
     executed = send(router, share, partial(eager, model))
+    with without_mask(plain):
+        exactly = replayed(partial(eager, plain, SDPBackend.FLASH_ATTENTION))
     contenders = {
+        "unpatched, flash, graph": Timed(1.0, exactly),
         "unpatched, flash": Timed(1.0, partial(eager, plain, SDPBackend.FLASH_ATTENTION)),
         "unpatched, static cache, graph": Timed(1.0, partial(again, rivals)),
         f"routed {share:g}": Timed(executed, partial(eager, model)),
@@ -315,48 +279,15 @@ def decode(bench: Turns, shape: str, unit: str, context: int, batch: int, share:
     )
 
 
-@torch.no_grad()
-def disagreements(device: torch.device, units: list[str]) -> list[str]:
-    """What differs from the same model on the CPU in float32: routed passes, replayed ones, steps
-    behind a static cache.
-    """
-    wrong = []
-    tokens = torch.randint(VOCABULARY, (1, 2500), generator=torch.Generator().manual_seed(3))
-    for unit in units:
-        reference, model = (
-            build("smollm2-135m, 30 layers", 2),
-            build("smollm2-135m, 30 layers", 2).to(device),
-        )
-        ours, theirs = routed(model, unit), routed(reference, unit)
-        executed = send(theirs, 0.3, lambda: reference(tokens))  # noqa: B023 (called here)
-        assert 0.2 < executed < 0.4, executed
-        ours.controller.load_state_dict(theirs.controller.state_dict())
-        expected = reference(tokens).logits
-        routes = [theirs.last.executed[index] for index in range(2)]
-        model(tokens.to(device), use_cache=False)
-        same = [
-            float((ours.last.executed[i].cpu() == route).float().mean())
-            for i, route in enumerate(routes)
-        ]
-        ours.force(torch.stack(routes).to(device))  # a near tie may fall to the other side
-        found = model(tokens.to(device), use_cache=False).logits.cpu()
-        ours.force(None)
-        graphs = Graphs(model, 2600, bucket=64)
-        first = graphs.prefill(tokens[:, :2400].to(device)).cpu()
-        steps = [graphs.step(tokens[:, t, None].to(device)).cpu() for t in range(2400, 2404)]
-        compared = {"pass": (found, expected), "replayed pass": (first, expected[:, 2399])}
-        compared |= {f"step {i}": (step, expected[:, 2400 + i]) for i, step in enumerate(steps)}
-        scale = float(expected.std())
-        for name, (a, b) in compared.items():
-            error = float((a - b).abs().max()) / scale
-            print(
-                f"check: {unit:8} {name:14} error {error:.1e} of the logits' spread, routes equal "
-                f"{min(same):.5f}",
-                flush=True,
-            )
-            if not error < 2e-2 or min(same) < 0.999:
-                wrong.append(f"{unit}, {name}: {error:.1e}")
-    return wrong
+def replayed(call: Callable[[], object]) -> Callable[[], object]:
+    """The same from a CUDA graph: of a step, one that serves this number of keys alone."""
+    for _ in range(2):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 @torch.no_grad()
@@ -370,9 +301,10 @@ def main() -> None:
         "--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768, 65536]
     )
     parser.add_argument("--shares", type=float, nargs="+", default=[0.3, 0.1, 0.0])
-    parser.add_argument(
-        "--units", nargs="+", default=["layer"], choices=["layer", "kv_head", "head"]
-    )
+    units = ["layer", "kv_head", "head"]
+    parser.add_argument("--units", nargs="+", default=units, choices=units)
+    parser.add_argument("--compiled", type=int, nargs="*", default=[8192])
+    parser.add_argument("--routes", type=Path, default=ROUTES)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument(
         "--what", nargs="+", default=["prefill", "decode"], choices=["prefill", "decode"]
@@ -388,7 +320,7 @@ def main() -> None:
     bench = Turns(args.results, args.turns, args.device)
     for shape in args.shapes:
         if "prefill" in args.what:
-            prefill(bench, shape, args.units, args.lengths, args.shares)
+            prefill(bench, shape, args)
         if "decode" in args.what and shape == args.shapes[0]:
             for batch in args.batches:
                 for context in (8192, 32768) if batch == 1 else (32768,):

@@ -7,6 +7,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from bayes_router.integrations.calls.tracing import exporting
+
 Answer = TypeVar("Answer")
 
 
@@ -54,7 +56,7 @@ class OfLast(Generic[Answer]):
 
     def __call__(self, *asked: Any) -> Answer:
         """The answer to these arguments, tensors or what compares by value."""
-        if torch.compiler.is_exporting():
+        if exporting():
             return self._read(*asked)  # what is traced is not kept
         last = self._last
         if last is None or not all(map(_same, last[0], asked)):

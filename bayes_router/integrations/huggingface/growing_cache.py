@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bayes_router.checks import require
+from bayes_router.integrations.calls.tracing import exporting
 
 
 def held_keys(cache: Any, layer: Any) -> Tensor | None:
@@ -41,7 +42,7 @@ def filled_slots(cache: Any, layer: Any) -> int:
     layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
     known = isinstance(layer, int) and 0 <= layer < len(layers or ())
     require(
-        known and not torch.compiler.is_exporting(),
+        known and not exporting(),
         "past_key_values",
         "a cache that grows with the text",
         type(cache).__name__
@@ -52,8 +53,8 @@ def filled_slots(cache: Any, layer: Any) -> int:
     return int(one.get_seq_length())
 
 
-def counted_on_device(cache: Any, layer: Any) -> Tensor | None:
-    """The integer [] on a GPU in which a static layer of a cache counts its tokens, in place.
+def counter_of(cache: Any, layer: Any) -> Tensor | None:
+    """The integer [] in which a static layer of a cache counts its tokens, in place.
 
     None where it has none yet.
     """
@@ -65,7 +66,7 @@ def counted_on_device(cache: Any, layer: Any) -> Tensor | None:
     if static is None or type(one) is not static or not one.is_initialized:
         return None
     counter: Any = one.cumulative_length
-    return counter if isinstance(counter, Tensor) and counter.is_cuda else None
+    return counter if isinstance(counter, Tensor) else None
 
 
 SPARE = 8  # a store has room for another eighth of what it holds, and for

@@ -6,12 +6,10 @@ And the hook that hands it hidden states.
 import sys
 import threading
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import output_capturing
@@ -20,8 +18,9 @@ from bayes_router.attention.kernels.eager.fused import keep_layout
 from bayes_router.checks import require
 from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.integrations.calls.masks import OfLast, padding_of
+from bayes_router.integrations.calls.tracing import exporting, traced
 from bayes_router.integrations.huggingface.growing_cache import (
-    counted_on_device,
+    counter_of,
     filled_slots,
     held_keys,
 )
@@ -65,7 +64,7 @@ def routed_interface(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
-    """The registered attention function: routes a bound module, leaves any other as it was."""
+    """An attention function: routes a bound module, leaves any other as it was."""
     original = original_kernel(base, module)
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
@@ -163,12 +162,7 @@ def _readable(mask: Tensor | None, query: Tensor) -> bool:
 
     An exported program has no values yet.
     """
-    return mask is not None and query.shape[2] > 1 and not torch.compiler.is_exporting()
-
-
-for _base, _mask in MASKS.items():
-    AttentionInterface.register(NAME.format(_base), partial(routed_interface, _base))
-    AttentionMaskInterface.register(NAME.format(_base), _mask)
+    return mask is not None and query.shape[2] > 1 and not exporting()
 
 
 def keep_hidden(
@@ -199,12 +193,20 @@ def keep_hidden(
     if not isinstance(hidden, Tensor) or crossed:
         binding.give(None)
     elif getattr(cache, "is_compileable", False):
-        layer = getattr(module, "layer_idx", None)
-        counter = counted_on_device(cache, layer) if hidden.shape[1] == 1 else None
-        if counter is not None and binding.router.steps_in_place(binding.index, hidden):
+        layer, new = getattr(module, "layer_idx", None), hidden.shape[1]
+        counter = counter_of(cache, layer)
+        if counter is not None and traced():
+            binding.give(Given(hidden, held=counter + new))
+        elif (
+            counter is not None
+            and new == 1
+            and binding.router.steps_in_place(binding.index, hidden)
+        ):
             binding.give(Given(hidden, held=counter))
         else:
             binding.give(Given(hidden, filled=filled_slots(cache, layer)))
+    elif traced():
+        binding.give(Given(hidden))
     else:
         past = (
             None if cache is None else (cache, held_keys(cache, getattr(module, "layer_idx", None)))
@@ -245,25 +247,3 @@ def follow_switch(module: nn.Module) -> None:
         name in MASKS, "attn_implementation", "sdpa or eager while the model is patched", name, fix
     )
     config._attn_implementation_internal = NAME.format(name)
-
-
-def install(model: PreTrainedModel, base: str) -> list[Callable[[], None]]:
-    """Switch the model to the registered attention function; what undoes it.
-
-    Each part keeps its own kernel: the language model may run sdpa and a vision tower eager.
-    """
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    model.set_attn_implementation(NAME.format(base))
-    for config, name in before:
-        if config._attn_implementation == NAME.format(base) != NAME.format(name):
-            config._attn_implementation_internal = NAME.format(name) if name in MASKS else name
-    return [
-        partial(switch_back, config, config._attn_implementation, name) for config, name in before
-    ]
-
-
-def switch_back(config: Any, installed: str, before: str) -> None:
-    """Give a part of the model its own attention back, or the one that it was switched to since."""
-    now = config._attn_implementation
-    config._attn_implementation_internal = before if now == installed else now.removeprefix(PREFIX)

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from bayes_router.integrations.huggingface import falcon
 from bayes_router.integrations.huggingface.discovery import check_model, find_layers, probe
-from bayes_router.integrations.huggingface.interface import install, keep_hidden, require_answered
+from bayes_router.integrations.huggingface.interface import keep_hidden, require_answered
 from bayes_router.integrations.huggingface.model import RoutedPretrained
+from bayes_router.integrations.huggingface.registered import install
 from bayes_router.integrations.patch.binding import BINDING, Binding
 from bayes_router.integrations.patch.settings import RouterConfig
 

@@ -3,7 +3,9 @@
 The way from a model's own attention call to its router.
 """
 
+import itertools
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,6 +21,9 @@ from bayes_router.integrations.patch.found import Found
 from bayes_router.integrations.patch.passes import Given, Here
 
 BINDING = "_bayes_router"
+
+_numbers = itertools.count()
+_numbered: "weakref.WeakValueDictionary[int, Number]" = weakref.WeakValueDictionary()
 
 
 class Bindable(Protocol):
@@ -66,6 +71,7 @@ class Binding:
     def __init__(self, router: Bindable, index: int):
         self.router, self.index = router, index
         self.crossed = False  # it was called as cross-attention
+        self.number = Number(self)
 
     def give(self, given: Given | None) -> None:
         """Hand over what the call under way needs; None: the call is left alone."""
@@ -89,9 +95,13 @@ class Binding:
         """Of the call under way, see `Given`."""
         return self.router.here.given[self.index].held
 
+    def take(self) -> Given:
+        """What the call under way was given, which is answered with it."""
+        return self.router.here.given.pop(self.index)
+
     def attend(self, call: AttentionCall) -> Tensor:
         """Route the call's queries and execute it: [B, H, Tq, Dv]."""
-        hidden, past, *_ = self.router.here.given.pop(self.index)
+        hidden, past, *_ = self.take()
         if past is not None:
             memory = self.router.memories.of(past[0], self.index)
             memory.follow(past[1], call.k, call.q.shape[2], *call.real_keys())
@@ -118,7 +128,7 @@ class Binding:
         Raises:
             ValueError: some take another expert; `asked` names the argument.
         """
-        route = self.router.route(self.index, self.router.here.given.pop(self.index).hidden)
+        route = self.router.route(self.index, self.take().hidden)
         require(
             all_on(route, self.router.experts.index("full")),
             asked,
@@ -126,6 +136,28 @@ class Binding:
             True,
             "force('full'), or unpatch() first",
         )
+
+
+class Number:
+    """What a compiled graph knows of a binding: an integer. A copy of the binding has its own.
+
+    Attributes:
+        value: the integer.
+    """
+
+    def __init__(self, binding: Binding):
+        self._binding, self.value = weakref.ref(binding), next(_numbers)
+        _numbered[self.value] = self
+
+    def __reduce__(self) -> Any:
+        return Number, (self._binding(),)
+
+    @staticmethod
+    def binding(value: int) -> Binding:
+        """Whose this number is."""
+        found = _numbered[value]._binding()
+        assert found is not None
+        return found
 
 
 def router_of(model: nn.Module) -> Bindable | None:

@@ -32,6 +32,7 @@ from bayes_router.integrations.calls.fused_router import (
 from bayes_router.integrations.calls.layer import RoutedLayer
 from bayes_router.integrations.calls.memory import Memories
 from bayes_router.integrations.calls.precision import exact
+from bayes_router.integrations.calls.tracing import exporting
 from bayes_router.integrations.patch.binding import BINDING, Binding
 from bayes_router.integrations.patch.cost import (
     counted_experts,
@@ -204,7 +205,7 @@ class RoutedModel(Following):
         if self.here.route is None and self._force is not None:
             return forced_route(self._force, self.experts, len(self.layers))(index, hidden)
         require(
-            self.here.route is not None or not torch.compiler.is_exporting(),
+            self.here.route is not None or not exporting(),
             "torch.export",
             "every token on one expert: routes depend on the data, an exported program cannot",
             "a patched model that routes",

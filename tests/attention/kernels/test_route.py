@@ -32,6 +32,19 @@ def test_posterior_and_choice_are_the_formulas(
     assert choice.unique().numel() > 1
 
 
+@pytest.mark.parametrize("hidden", [0, 24])
+@pytest.mark.parametrize(("tokens", "dim"), [(1, 300), (5, 300), (64, 1000), (65, 300)])
+def test_few_tokens_are_read_in_parts(hidden: int, tokens: int, dim: int) -> None:
+    torch.manual_seed(tokens)
+    layer = LayerController(dim, 2, hidden, 3).requires_grad_(False)
+    layer.out.weight.normal_(std=0.3)
+    x, tilt = 3 * torch.randn(tokens, 1, dim), 0.3 * torch.randn(3, 2)
+    concentration, choice = fused(x, layer, 0.01, tilt)
+    expected, expected_choice = reference(x, layer, 0.01, tilt)
+    torch.testing.assert_close(concentration, expected, rtol=2e-5, atol=2e-6)
+    assert torch.equal(choice, expected_choice)
+
+
 def test_small_and_large_concentrations_are_exact() -> None:
     """softplus far from 0: what is nearly the floor, and what is nearly linear."""
     layer = LayerController(16, 2, 0).requires_grad_(False)

@@ -12,6 +12,7 @@ sum of two halves of that type, whose products with x tensor cores take exactly,
 is float32's. What follows the first product is float32 throughout.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -35,50 +36,63 @@ def _times(x, w, acc, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def route_kernel(
-    X, W1, B1, W2, B2, Tilt, Concentration, Choice, N, DIM, x_n, floor, epsilon,
-    HIDDEN: tl.constexpr, R: tl.constexpr, E: tl.constexpr, TILTED: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, HP: tl.constexpr, RP: tl.constexpr, EP: tl.constexpr,
-):  # fmt: skip
-    """Program: BM tokens.
-
-    RP and EP are R and E up to powers of two, HP the first product's width.
-    """
-    n = tl.program_id(0) * BM + tl.arange(0, BM)
-    real, k0 = n < N, tl.arange(0, BK)
+def _columns(R: tl.constexpr, E: tl.constexpr, RP: tl.constexpr, EP: tl.constexpr):
+    """Of the last product's columns: which are there, and their rows of W2, B2 and Tilt."""
     column = tl.arange(0, RP * EP)
     unit, expert = column // EP, column % EP
-    there = (unit < R) & (expert < E)
-    row = unit * E + expert  # of W2, B2, Tilt and the concentration
-    first = tl.arange(0, HP)  # rows of the first product's weights
+    return (unit < R) & (expert < E), unit * E + expert
+
+
+@triton.jit
+def _first_rows(
+    HIDDEN: tl.constexpr, HP: tl.constexpr, R: tl.constexpr, E: tl.constexpr, RP: tl.constexpr,
+    EP: tl.constexpr,
+):  # fmt: skip
+    """Of the first product's columns: which are there, and their rows of W1."""
     if HIDDEN:
-        inside, at = first < HIDDEN, first
+        at = tl.arange(0, HP)
+        inside = at < HIDDEN
     else:
-        inside, at = there, row
+        inside, at = _columns(R, E, RP, EP)
+    return inside, at
+
+
+@triton.jit
+def _product(
+    X, W1, n, real, at, inside, lo, hi, DIM, x_n, SPLIT: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr, HP: tl.constexpr,
+):  # fmt: skip
+    """Over the columns lo .. hi of x: its product with the rows `at` of W1, and its squares."""
+    k0 = tl.arange(0, BK)
     acc = tl.zeros([BM, HP], tl.float32)
     square = tl.zeros([BM], tl.float32)
-    for k in range(0, DIM, BK):
+    for k in range(lo, hi, BK):
         cols = k + k0
+        there = cols[None, :] < DIM
         x = tl.load(
-            X + n[:, None].to(tl.int64) * x_n + cols[None, :],
-            mask=real[:, None] & (cols[None, :] < DIM),
-            other=0.0,
+            X + n[:, None].to(tl.int64) * x_n + cols[None, :], mask=real[:, None] & there, other=0.0
         )
-        w = tl.load(
-            W1 + at[:, None] * DIM + cols[None, :],
-            mask=inside[:, None] & (cols[None, :] < DIM),
-            other=0.0,
-        )
+        w = tl.load(W1 + at[:, None] * DIM + cols[None, :], mask=inside[:, None] & there, other=0.0)
         wide = x.to(tl.float32)
         square += tl.sum(wide * wide, 1)
         acc = _times(x, w, acc, SPLIT)
+    return acc, square
+
+
+@triton.jit
+def _choose(
+    acc, square, at, inside, n, real, B1, W2, B2, Tilt, Concentration, Choice, DIM, floor, epsilon,
+    HIDDEN: tl.constexpr, R: tl.constexpr, E: tl.constexpr, TILTED: tl.constexpr,
+    BM: tl.constexpr, RP: tl.constexpr, EP: tl.constexpr,
+):  # fmt: skip
+    """From the first product to the posterior and the choice, which are written."""
+    there, row = _columns(R, E, RP, EP)
     z = acc * (1.0 / tl.sqrt(square / DIM + epsilon))[:, None]
     if HIDDEN:
         z += tl.load(B1 + at, mask=inside, other=0.0)[None, :]
         z = z / (1.0 + tl.exp(-z))
         w = tl.load(
-            W2 + row[:, None] * HIDDEN + first[None, :],
+            W2 + row[:, None] * HIDDEN + at[None, :],
             mask=there[:, None] & inside[None, :],
             other=0.0,
         )
@@ -102,12 +116,76 @@ def route_kernel(
     tl.store(Choice + n[:, None].to(tl.int64) * R + r[None, :], choice.to(tl.int64), mask=mine)
 
 
+@triton.jit
+def route_kernel(
+    X, W1, B1, W2, B2, Tilt, Concentration, Choice, N, DIM, x_n, floor, epsilon,
+    HIDDEN: tl.constexpr, R: tl.constexpr, E: tl.constexpr, TILTED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, HP: tl.constexpr, RP: tl.constexpr, EP: tl.constexpr,
+):  # fmt: skip
+    """Program: BM tokens.
+
+    RP and EP are R and E up to powers of two, HP the first product's width.
+    """
+    n = tl.program_id(0) * BM + tl.arange(0, BM)
+    real = n < N
+    inside, at = _first_rows(HIDDEN, HP, R, E, RP, EP)
+    acc, square = _product(X, W1, n, real, at, inside, 0, DIM, DIM, x_n, SPLIT, BM, BK, HP)
+    _choose(
+        acc, square, at, inside, n, real, B1, W2, B2, Tilt, Concentration, Choice, DIM, floor,
+        epsilon, HIDDEN, R, E, TILTED, BM, RP, EP,
+    )  # fmt: skip
+
+
+@triton.jit
+def part_kernel(
+    X, W1, Partial, Square, N, DIM, x_n, PART,
+    HIDDEN: tl.constexpr, R: tl.constexpr, E: tl.constexpr, SPLIT: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, HP: tl.constexpr, RP: tl.constexpr, EP: tl.constexpr,
+):  # fmt: skip
+    """Program (BM tokens, PART columns of x): its part of the first product and of the squares."""
+    n = tl.program_id(0) * BM + tl.arange(0, BM)
+    inside, at = _first_rows(HIDDEN, HP, R, E, RP, EP)
+    lo = tl.program_id(1) * PART
+    acc, square = _product(X, W1, n, n < N, at, inside, lo, lo + PART, DIM, x_n, SPLIT, BM, BK, HP)
+    slot = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * BM + tl.arange(0, BM)
+    tl.store(Partial + slot[:, None] * HP + tl.arange(0, HP)[None, :], acc)
+    tl.store(Square + slot, square)
+
+
+@triton.jit
+def join_parts_kernel(
+    Partial, Square, B1, W2, B2, Tilt, Concentration, Choice, N, DIM, floor, epsilon,
+    HIDDEN: tl.constexpr, R: tl.constexpr, E: tl.constexpr, TILTED: tl.constexpr, S: tl.constexpr,
+    BM: tl.constexpr, HP: tl.constexpr, RP: tl.constexpr, EP: tl.constexpr,
+):  # fmt: skip
+    """Program: BM tokens, whose S parts are summed."""
+    n = tl.program_id(0) * BM + tl.arange(0, BM)
+    inside, at = _first_rows(HIDDEN, HP, R, E, RP, EP)
+    slot = tl.program_id(0) * S * BM + tl.arange(0, BM)
+    acc = tl.zeros([BM, HP], tl.float32)
+    square = tl.zeros([BM], tl.float32)
+    for s in tl.static_range(S):
+        mine = slot + s * BM
+        acc += tl.load(Partial + mine[:, None] * HP + tl.arange(0, HP)[None, :])
+        square += tl.load(Square + mine)
+    _choose(
+        acc, square, at, inside, n, n < N, B1, W2, B2, Tilt, Concentration, Choice, DIM, floor,
+        epsilon, HIDDEN, R, E, TILTED, BM, RP, EP,
+    )  # fmt: skip
+
+
+FEW = 64  # tokens up to which a program reads a part of x: the weights of many wait for none
+FEW_ROWS, FEW_PARTS = 16, 16
+
+
 def rows_of(tokens: int, width: int) -> int:
-    """Tokens of a program: few where there are few, else what an H100 was fastest with, for
-    accumulators of this width: every program reads all weights.
+    """Tokens of a program: what an H100 was fastest with, for accumulators of this width.
+
+    Every program reads all weights.
     """
     if tokens < 4096:
-        return 16 if tokens <= 64 else 32
+        return 32
     return 128 if tokens >= 16_384 and width <= 64 else 64 if width <= 128 else 32
 
 
@@ -128,13 +206,29 @@ def launch_route(
     units = max(triton.next_power_of_2(R), 16 // experts)
     width = max(16, triton.next_power_of_2(hidden)) if hidden else units * experts
     narrow = x.element_size() == 2
-    rows, columns = rows_of(N, width) if narrow else 32, 64 if narrow else 32
+    sizes = {"HIDDEN": hidden, "R": R, "E": E}
+    padded = {"HP": width, "RP": units, "EP": experts, "num_warps": 4}
+    rest = bias if first_bias is None else first_bias, out, bias, bias if tilt is None else tilt
+    if N <= FEW and dim > 256:
+        blocks, step = triton.cdiv(N, FEW_ROWS), 64 if narrow else 32
+        part = triton.cdiv(triton.cdiv(dim, FEW_PARTS), step) * step
+        parts = triton.cdiv(dim, part)
+        lines = blocks * parts * FEW_ROWS
+        values = torch.empty(lines, width, device=x.device, dtype=torch.float32)
+        squares = torch.empty(lines, device=x.device, dtype=torch.float32)
+        launch(
+            part_kernel, (blocks, parts), x, first, values, squares, N, dim, x.stride(0), part,
+            **sizes, SPLIT=narrow, BM=FEW_ROWS, BK=step, **padded,
+        )  # fmt: skip
+        launch(
+            join_parts_kernel, (blocks,), values, squares, *rest, concentration, choice, N, dim,
+            floor, EPSILON, **sizes, TILTED=tilt is not None, S=parts, BM=FEW_ROWS, **padded,
+        )  # fmt: skip
+        return
+    rows = rows_of(N, width) if narrow else 32
     launch(
         route_kernel, (triton.cdiv(N, rows),),
-        x, first, bias if first_bias is None else first_bias, out, bias,
-        bias if tilt is None else tilt, concentration,
-        choice, N, dim, x.stride(0), floor, EPSILON, HIDDEN=hidden, R=R, E=E,
-        TILTED=tilt is not None, SPLIT=narrow,
-        BM=rows, BK=columns, HP=width, RP=units, EP=experts, num_warps=4,
-        num_stages=3 if width <= 128 else 2,
+        x, first, *rest, concentration, choice, N, dim, x.stride(0), floor, EPSILON,
+        **sizes, TILTED=tilt is not None, SPLIT=narrow,
+        BM=rows, BK=64 if narrow else 32, **padded, num_stages=3 if width <= 128 else 2,
     )  # fmt: skip

@@ -1,0 +1,102 @@
+"""A patched model under torch.compile: one graph, and what it computes outside."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import StaticCache
+
+from bayes_router.integrations.calls.layer import RoutedLayer
+from bayes_router.types import RoutingMode
+from tests.integrations.tiny_models import left_padded, patched, tokens
+
+NAMES = ["llama", "gpt2", "mistral"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def whole(model: Any) -> Any:
+    """Compiled, and an error where the graph breaks."""
+    return torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+
+
+def masks(monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
+    """The masks of the calls that are answered from now on."""
+    seen: list[Tensor | None] = []
+    attend = RoutedLayer.attend
+
+    def watched(self: RoutedLayer, call: Any, route: Any) -> Tensor:
+        seen.append(call.mask)
+        return attend(self, call, route)
+
+    monkeypatch.setattr(RoutedLayer, "attend", watched)
+    return seen
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_one_graph_routes_as_the_model_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, router = patched(name, sinks=1)
+    ids = tokens(2, 30)
+    expected = model(ids, use_cache=False).logits
+    routes = dict(router.last.executed)
+    assert all(
+        0 < float(route.float().mean()) < len(router.experts) - 1 for route in routes.values()
+    )
+    seen = masks(monkeypatch)
+    found = whole(model)(ids, use_cache=False).logits
+    assert torch.equal(found, expected)
+    assert all(torch.equal(router.last.executed[i], route) for i, route in routes.items())
+    del seen[:]
+    found = whole(model)(ids).logits  # into a new cache: nobody asks for packed texts then
+    assert torch.equal(found, expected)
+    if name in ("llama", "gpt2"):  # the layers of the others slide
+        assert seen == [None] * len(router.layers)
+
+
+@torch.no_grad()
+def test_padding_and_caches_are_read_in_one_graph() -> None:
+    model, router = patched("llama", sinks=1)
+    ids, mask, _ = left_padded(2, 18)
+    expected = model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+    compiled = whole(model)
+    found = compiled(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+    assert torch.equal(found, expected)
+    both = []
+    for run in (model, compiled):
+        cache = StaticCache(config=model.config, max_cache_len=24)
+        model(ids, past_key_values=cache)  # as generate does, which compiles steps alone
+        steps = [run(ids[:, t, None], past_key_values=cache).logits for t in range(3)]
+        both.append(torch.stack(steps))
+    assert torch.equal(*both)
+    assert len(router.last.executed) == len(router.layers)
+
+
+@torch.no_grad()
+def test_a_compiled_copy_routes_by_its_own_controllers() -> None:
+    model, router = patched("llama", sinks=1)
+    twin = copy.deepcopy(model)
+    ids = tokens(2, 30)
+    first = model(ids, use_cache=False).logits
+    router.force("full")  # the original alone
+    assert torch.equal(whole(twin)(ids, use_cache=False).logits, first)
+    assert not torch.equal(model(ids, use_cache=False).logits, first)
+
+
+def test_what_is_trained_has_its_gradient() -> None:
+    model, router = patched("llama", sinks=1)
+    ids, norms = tokens(2, 30), []
+    for run in (model, torch.compile(model, backend="eager")):
+        router.zero_grad()
+        router.mode = RoutingMode.MEAN
+        run(ids, use_cache=False).logits.logsumexp(-1).sum().backward()
+        norms.append(router.controller.layers[0].get_parameter("out.weight").grad.norm())
+    assert norms[0] > 0
+    torch.testing.assert_close(norms[1], norms[0])
