@@ -12,7 +12,7 @@ from bayes_router.integrations.calls.layer import RoutedLayer
 from bayes_router.types import RoutingMode
 from tests.integrations.tiny_models import left_padded, patched, tokens
 
-NAMES = ["llama", "gpt2", "mistral"]
+NAMES = ["llama", "mistral"]
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def test_one_graph_routes_as_the_model_does(name: str, monkeypatch: pytest.Monke
     del seen[:]
     found = whole(model)(ids).logits  # into a new cache: nobody asks for packed texts then
     assert torch.equal(found, expected)
-    if name in ("llama", "gpt2"):  # the layers of the others slide
+    if name == "llama":  # the layers of the other slide
         assert seen == [None] * len(router.layers)
 
 
@@ -90,6 +90,7 @@ def test_a_compiled_copy_routes_by_its_own_controllers() -> None:
     assert not torch.equal(model(ids, use_cache=False).logits, first)
 
 
+@pytest.mark.slow
 def test_what_is_trained_has_its_gradient() -> None:
     model, router = patched("llama", sinks=1)
     ids, norms = tokens(2, 30), []
