@@ -25,7 +25,13 @@ PASSED = ("scaling", "dropout", "is_causal", "sliding_window", "softcap", "s_aux
 IGNORED = ("position_ids", "cache_position", "output_attentions", "use_cache")
 
 
-@torch.library.custom_op("bayes_router::attend_patched", mutates_args=())
+# torch.compile's own CUDA graphs stop before it and go on after it: what a pass keeps outlives them
+_UNSAFE: dict[str, Any] = (
+    {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+)
+
+
+@torch.library.custom_op("bayes_router::attend_patched", mutates_args=(), **_UNSAFE)
 def attend_patched(
     number: int,
     base: str,
