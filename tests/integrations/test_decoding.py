@@ -4,7 +4,9 @@ It reads what its route needs and no more, and equals the pass without a cache.
 """
 
 import copy
+import gc
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from bayes_router.integrations.calls.linear import LinearExpert
 from bayes_router.integrations.huggingface import growing_cache
-from tests.integrations.tiny_models import patched, tokens
+from tests.integrations.tiny_models import patched, tokens, transformers
 
 WINDOW, SINKS, T = 6, 2, 30
 EXPERTS = ("full", "mapped", "gated", "local")
@@ -285,3 +287,25 @@ def test_long_local_prefill_by_tiles_equals_the_masked_pass(name: str) -> None:
     torch.testing.assert_close(model(ids).logits, masked, atol=1e-5, rtol=1e-4)
     with torch.enable_grad():
         torch.testing.assert_close(model(ids).logits, masked, atol=1e-5, rtol=1e-4)
+
+
+def test_a_cache_goes_when_its_text_does() -> None:
+    model, router = patched("llama", window=6)
+    gc.collect()
+    gc.disable()
+    try:
+        cache = transformers.DynamicCache()
+        with torch.no_grad():
+            model(tokens(1, 12), past_key_values=cache, use_cache=True)
+            model(tokens(1, 1), past_key_values=cache, use_cache=True)
+        layer = weakref.ref(cache.layers[0])
+        copied = pickle.loads(pickle.dumps(cache)), copy.deepcopy(cache)
+        del cache
+        assert layer() is None
+    finally:
+        gc.enable()
+    for one in copied:
+        update = one.layers[0].update
+        assert update.layer() is one.layers[0]
+        router(tokens(1, 1), past_key_values=one, use_cache=True)  # and grows on
+        assert one.layers[0].keys.shape[2] == 14

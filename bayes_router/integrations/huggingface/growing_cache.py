@@ -1,7 +1,7 @@
 """The Hugging Face cache that grows in place."""
 
 import sys
-from functools import partial
+import weakref
 from typing import Any
 
 import torch
@@ -92,40 +92,51 @@ def grow(layer: Any) -> None:
 
     A step copies its own keys and no others.
 
-    Its class stays; the object gets an `update` of its own, a partial that copies and pickles with
-    it. `keys` and `values` become views of a store that is longer. What they show never changes:
+    Its class stays; the object gets an `update` of its own, which copies and pickles with it.
+    `keys` and `values` become views of a store that is longer. What they show never changes:
     tokens are only written behind it, and only behind the very tensors that the last step left.
     After anything else (a crop, a reordering, a copy) and where autograd looks on, the layer
     concatenates as before.
     """
     known = layer.__dict__.get("update")
     # a shallow copy has another's
-    if not (isinstance(known, partial) and known.func is _append and known.args[0] is layer):
-        layer.update = partial(_append, layer, _Room())
+    if not (isinstance(known, _Append) and known.layer() is layer):
+        layer.update = _Append(layer)
 
 
-def _append(
-    layer: Any, room: _Room, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-) -> tuple[Tensor, Tensor]:
-    """`DynamicLayer.update`."""
-    left: tuple[Tensor, Tensor]
-    if not _untouched(layer, room, key_states, value_states):
-        room.store, left = (
-            None,
-            type(layer).update(layer, key_states, value_states, *args, **kwargs),
-        )
-    else:
-        start = layer.keys.shape[2]
-        stop = start + key_states.shape[2]
-        if room.store is None or room.store[0].shape[2] < stop:
-            length = stop + max(stop // SPARE, LEAST)
-            room.store = _longer(layer.keys, length), _longer(layer.values, length)
-        for store, new in zip(room.store, (key_states, value_states), strict=True):
-            # `data`: earlier views show what they showed, and keep their version
-            store.data[:, :, start:stop] = new
-        left = room.store[0][:, :, :stop], room.store[1][:, :, :stop]
-    room.left = layer.keys, layer.values = left
-    return left
+class _Append:
+    """`DynamicLayer.update` of one layer, which it does not keep alive: no cycle holds a cache."""
+
+    def __init__(self, layer: Any):
+        self.layer = weakref.ref(layer)
+        self.room = _Room()
+
+    def __reduce__(self) -> Any:
+        return _Append, (self.layer(),)
+
+    def __call__(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        layer: Any = self.layer()
+        room = self.room
+        left: tuple[Tensor, Tensor]
+        if not _untouched(layer, room, key_states, value_states):
+            room.store, left = (
+                None,
+                type(layer).update(layer, key_states, value_states, *args, **kwargs),
+            )
+        else:
+            start = layer.keys.shape[2]
+            stop = start + key_states.shape[2]
+            if room.store is None or room.store[0].shape[2] < stop:
+                length = stop + max(stop // SPARE, LEAST)
+                room.store = _longer(layer.keys, length), _longer(layer.values, length)
+            for store, new in zip(room.store, (key_states, value_states), strict=True):
+                # `data`: earlier views show what they showed, and keep their version
+                store.data[:, :, start:stop] = new
+            left = room.store[0][:, :, :stop], room.store[1][:, :, :stop]
+        room.left = layer.keys, layer.values = left
+        return left
 
 
 def _untouched(layer: Any, room: _Room, *new: Tensor) -> bool:
