@@ -1,6 +1,9 @@
 """What a run's posterior is worth, in tables and figures.
 
     python -m analysis.posterior RUN [--parts PART ...]
+    python -m analysis.posterior PATCH --model MODEL --token-file TOKENS.npz
+
+The second reads a patch, see `analysis.pretrained.uncertainty`.
 
 Parts: collapse (load, information, distance from the prior, by layer and over training); prior
 (what it says before any text); uncertainty (by layer, position and kind of token, k-hat, gap,
@@ -25,6 +28,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from analysis.figures import write
+from analysis.pretrained.uncertainty import add_options, study
 from bayes_router.data.tokens import Batch
 from bayes_router.diagnostics.examine import Effort, Examination
 from bayes_router.diagnostics.figures import posterior as draw
@@ -37,12 +41,10 @@ from bayes_router.diagnostics.measures.calibration import (
 )
 from bayes_router.diagnostics.measures.collapse import prior_mean
 from bayes_router.diagnostics.measures.confidence import (
-    Confidence,
-    baselines,
-    conformal_sets,
-    quality,
+    confidence_table,
     right_within,
     split,
+    stated_by,
 )
 from bayes_router.diagnostics.measures.evidence import evidence_apart
 from bayes_router.diagnostics.measures.other_text import other_texts
@@ -51,7 +53,7 @@ from bayes_router.routing.policy import at_price
 from bayes_router.routing.posterior import categorical_entropy, expected_entropy
 from bayes_router.routing.risk import RiskFit
 from bayes_router.routing.saving import save_risk
-from bayes_router.training.executed import Executed, execute
+from bayes_router.training.executed import execute
 from bayes_router.training.guarantee import (
     Single,
     cheaper_from,
@@ -184,28 +186,12 @@ def confidence(run: FittedRun, options: argparse.Namespace) -> Written:
     )
     frame = routing_regret(run.model, rows, options.pairs)
     fitted, tested = split(frame)
-    base = float(right_within(fitted, TOLERANCE).mean())
-    model = Confidence(fitted, run.experts, TOLERANCE)
-    stated = baselines(fitted, tested, run.experts, TOLERANCE) | {"confidence": model(tested)}
-    found = [
-        {"stated by": name, "figure": figure, **estimate._asdict()}
-        for name, p in stated.items()
-        for figure, estimate in quality(p, tested, TOLERANCE, base, options.draws)._asdict().items()
-    ]
-    sets = conformal_sets(fitted, tested, run.experts)
-    found.append(
-        {"stated by": "conformal sets", "figure": "coverage of 0.9", **sets.coverage._asdict()}
-    )
-    found.append(
-        {
-            "stated by": "conformal sets",
-            "figure": "experts in a set",
-            "value": sets.size,
-            "n": len(tested),
-        }
-    )
+    tables = {
+        "confidence": confidence_table(fitted, tested, run.experts, TOLERANCE, options.draws),
+        "confidence_regret": frame,
+    }
+    stated = stated_by(fitted, tested, run.experts, TOLERANCE)
     right = right_within(tested, TOLERANCE)
-    tables = {"confidence": pd.DataFrame(found), "confidence_regret": frame}
     curves = [reliability(stated[name], right) for name in ("posterior", "confidence")]
     figures = {"confidence_reliability": lambda: draw.plot_reliability(*curves)}
     return Written(tables, figures, text_of(tables["confidence"]))
@@ -295,7 +281,11 @@ def promised(run: FittedRun, options: argparse.Namespace) -> Written:
                 )
                 try:
                     price = keep_promise(
-                        lambda p, i=i: drawn(known[p], i), drawn(base, i), lost, 0.95, prices
+                        lambda p, i=i: known[p].of_windows(i),
+                        base.of_windows(i),
+                        lost,
+                        0.95,
+                        prices,
                     ).kept.price
                 except ValueError:
                     refused += 1
@@ -313,17 +303,6 @@ def promised(run: FittedRun, options: argparse.Namespace) -> Written:
             )
     table = pd.DataFrame(found)
     return Written({"quality": table}, {}, text_of(table))
-
-
-def drawn(reading: Executed, index: Tensor) -> Executed:
-    """The windows `index` of a reading, with repetition."""
-    return Executed(
-        reading.price,
-        reading.cost,
-        reading.load,
-        reading.window_nll[index],
-        reading.window_scored[index],
-    )
 
 
 def held_out(run: FittedRun, tokens: int | None) -> Tensor:
@@ -364,9 +343,8 @@ def main() -> None:
     parser.add_argument(
         "--parts",
         nargs="+",
-        choices=PARTS,
-        default=list(PARTS),
-        help="what to examine (default: all)",
+        choices=dict.fromkeys((*PARTS, "guard", "decoding")),
+        help="what to examine (default: all that is known of a run or patch)",
     )
     parser.add_argument("--out", type=Path, help="folder to write (default: RUN/analysis)")
     parser.add_argument(
@@ -385,10 +363,14 @@ def main() -> None:
     parser.add_argument(
         "--risk-steps", type=int, default=RiskFit().steps, help="of the estimate of risk"
     )
+    add_options(parser)
     options = parser.parse_args()
     options.out = options.out or options.run / "analysis"
+    if options.model is not None or options.readings is not None:
+        print(f"\n{study(options)} files in {options.out}")
+        return
     run, count = load_fitted(options.run), 0
-    for name in options.parts:
+    for name in options.parts or PARTS:
         try:
             found = PARTS[name](run, options)
         except ValueError as error:

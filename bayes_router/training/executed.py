@@ -4,7 +4,7 @@ What they cost, and what the model then says.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -69,6 +69,11 @@ class Executed:
             (self.window_nll - other.window_nll) * len(self.window_nll) / self.window_scored.sum()
         )
         return float(difference.mean()), float(difference.std() / len(difference) ** 0.5)
+
+    def of_windows(self, index: Tensor) -> "Executed":
+        """The loss of the windows `index`, with repetition; cost and load are those of all."""
+        nll, scored = self.window_nll[index], self.window_scored[index]
+        return replace(self, window_nll=nll, window_scored=scored)
 
 
 class ExecutedPass(NamedTuple):

@@ -97,11 +97,14 @@ def routing_regret(
             rows += _regret_rows(model, tokens, targets, per_sequence, random, sequence, causal)
             sequence += 1
     require(len(rows) > 0, "text", "at least one scored token", "none", "read a longer text")
-    frame = pd.DataFrame(rows)
+    return with_regret(pd.DataFrame(rows), experts)
+
+
+def with_regret(frame: pd.DataFrame, experts: Sequence[str]) -> pd.DataFrame:
+    """With the column regret: the loss of the choice less that of the best."""
     losses = frame[[f"loss_{name}" for name in experts]].to_numpy()
-    chosen = losses[np.arange(len(frame)), [experts.index(name) for name in frame["choice"]]]
-    frame["regret"] = chosen - losses.min(1)
-    return frame
+    chosen = losses[np.arange(len(frame)), [list(experts).index(n) for n in frame["choice"]]]
+    return frame.assign(regret=chosen - losses.min(1))
 
 
 def _regret_rows(
@@ -116,7 +119,7 @@ def _regret_rows(
     """The triples of one sequence; tokens and targets [T]."""
     out = model(tokens[None], RoutingMode.HARD)
     choice, experts = out.route, list(model.config.experts)  # [L, 1, T, R]
-    (L, R), E = (choice.shape[0], choice.shape[3]), len(experts)
+    L, R = choice.shape[0], choice.shape[3]
     scored = (targets != IGNORED).nonzero()[:, 0].tolist()
     picked = random.choice(len(scored) * L * R, min(count, len(scored) * L * R), replace=False)
     pairs = [(int(p) % (L * R), scored[int(p) // (L * R)]) for p in picked]
@@ -137,30 +140,35 @@ def _regret_rows(
     for i, (latent, at_position) in enumerate(pairs):
         layer, unit = divmod(latent, R)
         q = out.concentration[layer, 0, at_position, unit].double().cpu()
-        largest = probability_of_largest(q.expand(E, E), torch.arange(E))
-        row: dict[str, object] = {
-            "sequence": sequence,
-            "position": at_position,
-            "layer": layer,
-            "unit": unit,
-        }
-        row["choice"] = experts[int(choice[layer, 0, at_position, unit])]
-        row |= {f"loss_{name}": float(loss[i, e]) for e, name in enumerate(experts)}
-        row |= {f"largest_{name}": float(largest[e]) for e, name in enumerate(experts)}
-        row |= {
-            "entropy_of_mean": float(entropy_of_mean(q)),
-            "mutual_information": float(mutual_information(q)),
-        }
-        row |= {
-            f"mean_{name}": float(mean)
-            for name, mean in zip(experts, posterior_mean(q), strict=True)
-        }
-        row |= {
-            "total_concentration": float(q.sum()),
-            "predictive_entropy": float(predictive[at_position]),
-        }
-        rows.append(row)
+        where = {"sequence": sequence, "position": at_position, "layer": layer, "unit": unit}
+        taken, entropy = int(choice[layer, 0, at_position, unit]), float(predictive[at_position])
+        rows.append(where | regret_row(experts, taken, loss[i], q, entropy))
     return rows
+
+
+def regret_row(
+    experts: Sequence[str], choice: int, loss: Tensor, q: Tensor, entropy: float
+) -> dict[str, object]:
+    """What `routing_regret` says of a triple beside where it is, without the regret.
+
+    Args:
+        experts: names.
+        choice: index of the expert taken.
+        loss: [E], nats under each.
+        q: [E], concentration of the posterior, float64.
+        entropy: of the next token as predicted, nats.
+    """
+    E = len(experts)
+    largest, mean = probability_of_largest(q.expand(E, E), torch.arange(E)), posterior_mean(q)
+    row: dict[str, object] = {"choice": experts[choice]}
+    for kind, values in (("loss", loss), ("largest", largest)):
+        row |= {f"{kind}_{name}": float(values[e]) for e, name in enumerate(experts)}
+    row |= {
+        "entropy_of_mean": float(entropy_of_mean(q)),
+        "mutual_information": float(mutual_information(q)),
+    }
+    row |= {f"mean_{name}": float(mean[e]) for e, name in enumerate(experts)}
+    return row | {"total_concentration": float(q.sum()), "predictive_entropy": entropy}
 
 
 def _forced_losses(

@@ -30,6 +30,7 @@ from bayes_router.diagnostics.measures.calibration import (
 
 RIDGE = 10.0  # of the regression, in units of its standardised columns
 LEAST = 1e-4  # of a stated probability
+LEAST_ROWS = 100  # of a unit of routing, for columns of its own
 
 
 class Logistic(NamedTuple):
@@ -79,7 +80,10 @@ class Confidence:
 
     def __init__(self, frame: pd.DataFrame, experts: Sequence[str], tolerance: float):
         self.experts, self.tolerance = list(experts), tolerance
-        self.latents = sorted(set(_latents(frame)))  # (layer, unit)
+        known = set(_latents(frame, units=True))
+        # few rows of each unit say nothing of it: those of a layer stand together
+        self.units = len(frame) >= LEAST_ROWS * len(known)
+        self.latents = sorted(set(_latents(frame, self.units)))  # (layer, unit)
         right = right_within(frame, tolerance)
         both = bool(right.any() and not right.all())
         require(
@@ -117,16 +121,16 @@ class Confidence:
             np.log1p(position),
             np.log1p(position) * np.log(entropy + 0.01),
         ]
-        of = _latents(frame)
+        of = _latents(frame, self.units)
         layers = [np.array([one == latent for one in of], dtype=float) for latent in self.latents]
         taken = [layer * (chosen == e) for layer in layers for e in range(len(self.experts))]
         own = [layer * column for layer in layers for column in (common[0], common[4])]
         return np.column_stack([*common, *taken, *own])
 
 
-def _latents(frame: pd.DataFrame) -> list[tuple[int, int]]:
-    """Layer and unit of each row."""
-    unit = frame["unit"] if "unit" in frame else pd.Series(0, frame.index)
+def _latents(frame: pd.DataFrame, units: bool) -> list[tuple[int, int]]:
+    """Layer and unit of each row; without `units` the layer alone, and 0."""
+    unit = frame["unit"] if units and "unit" in frame else pd.Series(0, frame.index)
     return list(zip(frame["layer"].astype(int), unit.astype(int), strict=True))
 
 
@@ -280,3 +284,34 @@ def conformal_sets(
         clustered(lambda rows: float(hit[rows].mean()), read["sequence"]),
         float(kept.sum(1).mean()),
     )
+
+
+def stated_by(
+    fitted: pd.DataFrame, read: pd.DataFrame, experts: Sequence[str], tolerance: float
+) -> dict[str, Array]:
+    """Stated probabilities [N] of the rows of `read`: of `baselines`, and of `Confidence`."""
+    found = baselines(fitted, read, experts, tolerance)
+    return found | {"confidence": Confidence(fitted, experts, tolerance)(read)}
+
+
+def confidence_table(
+    fitted: pd.DataFrame,
+    read: pd.DataFrame,
+    experts: Sequence[str],
+    tolerance: float,
+    draws: int = 400,
+) -> pd.DataFrame:
+    """Every figure of `quality` by what states it, and `conformal_sets`.
+
+    Columns stated by, figure, value, low, high, n.
+    """
+    base = float(right_within(fitted, tolerance).mean())
+    rows = [
+        {"stated by": name, "figure": figure, **estimate._asdict()}
+        for name, p in stated_by(fitted, read, experts, tolerance).items()
+        for figure, estimate in quality(p, read, tolerance, base, draws)._asdict().items()
+    ]
+    sets, by = conformal_sets(fitted, read, experts), {"stated by": "conformal sets"}
+    rows.append(by | {"figure": f"coverage of {sets.asked:g}", **sets.coverage._asdict()})
+    rows.append(by | {"figure": "experts in a set", "value": sets.size, "n": len(read)})
+    return pd.DataFrame(rows)

@@ -1,0 +1,247 @@
+"""What a patch's uncertainty is worth: tables with intervals over windows.
+
+Of the arrays of `analysis.pretrained.uncertain_passes`, reached by
+
+    python -m analysis.posterior PATCH --model MODEL --tokens TOKENS.npz [--device cuda]
+
+PATCH is a folder, or the name of a patch that comes with the package; the policy is the one that
+it was saved with, but for promise and guard, which choose their own price. TOKENS.npz is written by
+`analysis.pretrained.texts`. The arrays go to READINGS.npz in the folder of the tables; with
+--readings alone, and no model, the tables are made of those again.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from analysis.figures import write
+from analysis.pretrained.study import load_model
+from analysis.pretrained.uncertain_passes import (
+    PatchReading,
+    ReadArrays,
+    Study,
+    load,
+    looked_up,
+    of,
+)
+from analysis.pretrained.uncertain_passes import read as read_parts
+from bayes_router import load_patch
+from bayes_router.diagnostics.measures.bootstrap import Estimate, clustered
+from bayes_router.diagnostics.measures.calibration import rank_correlation
+from bayes_router.diagnostics.measures.confidence import confidence_table
+from bayes_router.diagnostics.measures.evidence import auroc_of
+from bayes_router.training.executed import Executed
+from bayes_router.training.guarantee import keep_promise
+
+TOLERANCES = (0.001, 0.0001)  # nats: one head of one layer at one token is worth no more
+LOST = (0.0025, 0.005, 0.01)
+RESPLITS = 400
+STRIDE = 8  # of the tokens of a window, for intervals of an order
+
+
+def evidence(found: ReadArrays, draws: int) -> pd.DataFrame:
+    """AUROC of each score against the own text."""
+    rows = []
+    for name in texts_of(found):
+        for score in ("recent", "passage", "token", "posterior", "nll"):
+            other, own = (found[f"{text}/{score}"].astype(np.float64) for text in (name, "own"))
+            thin = STRIDE if score != "passage" else 1
+            told = auroc_of(other[:, ::thin], own[:, ::thin], draws)
+            rows.append({"text": name, "score": score, **told._asdict(), "windows": len(other)})
+    return pd.DataFrame(rows).rename(columns={"value": "auroc"})
+
+
+def risk(found: ReadArrays, draws: int) -> pd.DataFrame:
+    """The estimate against the true KL."""
+    rows = []
+    for name in ("own", *texts_of(found)):
+        estimate, kl, entropy = (
+            found[f"{name}/{key}"].astype(np.float64) for key in ("estimate", "kl", "entropy")
+        )
+        figures: dict[str, Callable[[np.ndarray], float]] = {
+            "rank correlation": ranked(estimate, kl),
+            "rank correlation of the entropy": ranked(entropy, kl),
+            "mean over true mean": lambda i, a=estimate, b=kl: float(a[i].mean() / b[i].mean()),  # type: ignore[misc]
+            "true mean (nats)": lambda i, b=kl: float(b[i].mean()),  # type: ignore[misc]
+        }
+        for figure, statistic in figures.items():
+            told = over_windows(statistic, len(kl), draws)._replace(n=kl.size)
+            rows.append({"text": name, "figure": figure, **told._asdict(), "windows": len(kl)})
+    return pd.DataFrame(rows)
+
+
+def ranked(x: np.ndarray, y: np.ndarray) -> Callable[[np.ndarray], float]:
+    """Rank correlation of every eighth token of windows drawn."""
+    a, b = x[:, ::STRIDE], y[:, ::STRIDE]
+    return lambda rows: rank_correlation(a[rows].ravel(), b[rows].ravel())
+
+
+def over_windows(
+    statistic: Callable[[np.ndarray], float], windows: int, draws: int = 400
+) -> Estimate:
+    """A figure of windows with its interval."""
+    return clustered(statistic, np.arange(windows), draws=draws)
+
+
+def confidence(found: ReadArrays, draws: int) -> pd.DataFrame:
+    """Fitted on the calibration windows, read on later ones of the own text and on other text."""
+    frames = {
+        name: pd.DataFrame(of(found, name))
+        for name in dict.fromkeys(key.split("/")[0] for key in found)
+    }
+    fitted = frames.pop("calibration")
+    experts = [c.removeprefix("loss_") for c in fitted.columns if c.startswith("loss_")]
+    tables = {
+        (tolerance, name): confidence_table(fitted, frame, experts, tolerance, draws)
+        for tolerance in TOLERANCES
+        for name, frame in frames.items()
+    }
+    return pd.concat(tables, names=["tolerance", "text"]).reset_index(["tolerance", "text"])
+
+
+def quality(found: ReadArrays, draws: int) -> pd.DataFrame:
+    """How often a promise made on windows of the own text is kept there, and on other text."""
+    both = dict(found)
+    for key in ("nll", "cost", "scored"):
+        parts = [found[f"{name}/{key}"] for name in ("calibration", "own")]
+        both[f"own/{key}"] = np.concatenate(parts, -1)
+    base, known = looked_up(both, "own")
+    truth = {name: excess_of(*looked_up(both, name)) for name in ("own", "wikitext", "python")}
+    windows, rows = len(base.window_nll), []
+    for lost in LOST:
+        kept, refused = [], 0
+        for seed in range(RESPLITS):
+            at = torch.from_numpy(np.random.default_rng(seed).integers(0, windows, windows))
+            try:
+                found_price = keep_promise(
+                    lambda p, at=at: known[p].of_windows(at),  # type: ignore[misc]
+                    base.of_windows(at), lost, 0.95, list(known),
+                ).kept.price  # fmt: skip
+            except ValueError:
+                refused += 1
+                continue
+            kept.append(found_price)
+        allowed = math.log1p(lost)
+        cheapest = min(known[p].cost for p in known if truth["own"][p] <= allowed)
+        for name, excess in truth.items():
+            held = [excess[price] <= allowed for price in kept]
+            rows.append({"lost": lost, "promised on": "own", "read on": name, "windows": windows})
+            rows[-1] |= {"kept": float(np.mean(held)) if held else math.nan, "trials": len(held)}
+            rows[-1] |= {"refused": refused, "hindsight": cheapest}
+            cost = float(np.mean([known[p].cost for p in kept])) if kept else math.nan
+            rows[-1]["cost over hindsight"] = cost / cheapest if name == "own" else math.nan
+    return pd.DataFrame(rows)
+
+
+def excess_of(base: Executed, known: Mapping[float, Executed]) -> dict[float, float]:
+    """Nats per token over full attention, by price."""
+    return {
+        price: float((one.window_nll - base.window_nll).sum() / base.window_scored.sum())
+        for price, one in known.items()
+    }
+
+
+def guard(found: ReadArrays, draws: int) -> pd.DataFrame:
+    """Cost and loss of every text, bare and guarded, at the price of each promise."""
+    rows = []
+    for promise in dict.fromkeys(key.split("/")[0] for key in found):
+        part = of(found, promise)
+        price, _, _, bound = part["set"].tolist()
+        for name in dict.fromkeys(k.split("/")[0] for k in part if "/" in k):
+            base, scored = part[f"{name}/full/nll"], part[f"{name}/scored"]
+            bare = part[f"{name}/bare/cost"]
+            for policy in ("bare", "guard"):
+                more, cost = part[f"{name}/{policy}/nll"] - base, part[f"{name}/{policy}/cost"]
+                lost = over_windows(lost_of(more, scored), len(more), draws)
+                added = over_windows(added_of(cost, bare), len(more), draws)
+                rows.append({"promise": float(promise), "price": price, "text": name})
+                rows[-1] |= {"policy": policy, "cost": float(cost.mean())}
+                rows[-1] |= {"lost": lost.value, "low": lost.low, "high": lost.high}
+                if policy == "guard":
+                    rows[-1] |= {"cost added": added.value, "added low": added.low}
+                    rows[-1] |= {"added high": added.high, "added at most": bound}
+                rows[-1]["windows"] = len(more)
+    return pd.DataFrame(rows)
+
+
+def lost_of(more: np.ndarray, scored: np.ndarray) -> Callable[[np.ndarray], float]:
+    """Share of perplexity lost by windows drawn."""
+    return lambda rows: math.expm1(more[rows].sum() / scored[rows].sum())
+
+
+def added_of(cost: np.ndarray, bare: np.ndarray) -> Callable[[np.ndarray], float]:
+    """Share by which windows drawn cost more."""
+    return lambda rows: float(cost[rows].mean() / bare[rows].mean() - 1)
+
+
+def decoding(found: ReadArrays, draws: int) -> pd.DataFrame:
+    """Tokens decoded one by one under the guard, beside one pass over the same."""
+    rows = []
+    for name in dict.fromkeys(key.split("/")[0] for key in found):
+        part, row = of(found, name), dict[str, object]({"text": name})
+        row |= {"texts": len(part["nll"]), "as one pass": float(part["as one pass"].mean())}
+        row["cost"] = float(part["cost"].mean())
+        for key in ("nll", "nll one pass"):
+            tokens = np.full(len(part["nll"]), float(part["decoded"]))
+            lost = over_windows(lost_of(part[key] - part["nll full"], tokens), len(tokens), draws)
+            kind = "lost" if key == "nll" else "lost in one pass"
+            row |= {kind: lost.value, f"{kind}, low": lost.low, f"{kind}, high": lost.high}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def texts_of(found: ReadArrays) -> list[str]:
+    """Names of the texts that are not the own one."""
+    return [name for name in dict.fromkeys(k.split("/")[0] for k in found) if name != "own"]
+
+
+TABLES = {
+    "evidence": evidence, "confidence": confidence, "risk": risk, "quality": quality,
+    "guard": guard, "decoding": decoding,
+}  # fmt: skip
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What a patch is read with."""
+    group = parser.add_argument_group("a patch")
+    group.add_argument("--model", type=Path, help="folder of the pretrained model")
+    group.add_argument("--token-file", type=Path, help="of `analysis.pretrained.texts`")
+    group.add_argument("--readings", type=Path, help="file of arrays (default: OUT/readings.npz)")
+    group.add_argument("--device", default="cpu")
+    for name, kind in PatchReading.__annotations__.items():
+        if kind in (int, float):
+            option = f"--patch-{name}"
+            group.add_argument(option, type=kind, default=PatchReading._field_defaults[name])
+
+
+def study(options: argparse.Namespace) -> int:
+    """Passes, where a model is given, then tables; how many files were written."""
+    parts = options.parts or list(TABLES)
+    file = options.readings or options.out / "readings.npz"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if options.model is not None:
+        plan = PatchReading(**{
+            name: getattr(options, f"patch_{name}")
+            for name in PatchReading._fields if hasattr(options, f"patch_{name}")
+        })  # fmt: skip
+        model = load_model(options.model, torch.device(options.device))
+        router = load_patch(model, options.run)
+        with np.load(options.token_file) as ids:
+            held = Study.of(router, dict(ids), plan)
+        found = read_parts(held, parts, file)
+    else:
+        found = load(file)
+    count = 0
+    for part in (part for part in TABLES if part in parts):
+        arrays = of(found, part)
+        if not arrays:
+            continue
+        table = TABLES[part](arrays, options.draws)
+        count += len(write(options.out, {f"patch_{part}": table}, {}))
+        print(f"\n## {part}\n{table.to_string(index=False, float_format=lambda x: f'{x:.4f}')}")
+    return count
