@@ -34,11 +34,7 @@ from bayes_router.diagnostics.examine import Effort, Examination
 from bayes_router.diagnostics.figures import posterior as draw
 from bayes_router.diagnostics.fitted import FittedRun, load_fitted
 from bayes_router.diagnostics.measures.bootstrap import clustered
-from bayes_router.diagnostics.measures.calibration import (
-    rank_correlation,
-    reliability,
-    routing_regret,
-)
+from bayes_router.diagnostics.measures.calibration import rank_correlation, reliability
 from bayes_router.diagnostics.measures.collapse import prior_mean
 from bayes_router.diagnostics.measures.confidence import (
     confidence_table,
@@ -48,6 +44,7 @@ from bayes_router.diagnostics.measures.confidence import (
 )
 from bayes_router.diagnostics.measures.evidence import evidence_apart
 from bayes_router.diagnostics.measures.other_text import other_texts
+from bayes_router.diagnostics.measures.regret import routing_regret
 from bayes_router.diagnostics.reading import read, windows
 from bayes_router.routing.policy import at_price
 from bayes_router.routing.posterior import categorical_entropy, expected_entropy

@@ -27,9 +27,8 @@ from analysis.figures import write
 from analysis.routes.dial import at_cost
 from bayes_router.config import Config, config_from_dict
 from bayes_router.data.tokens import Batch
-from bayes_router.diagnostics.measures.calibration import routing_regret
 from bayes_router.diagnostics.measures.confidence import Confidence
-from bayes_router.routing.evidence import watching
+from bayes_router.diagnostics.measures.regret import routing_regret
 from bayes_router.routing.posterior import (
     categorical_entropy,
     entropy_of_mean,
@@ -37,6 +36,7 @@ from bayes_router.routing.posterior import (
     probability_of_largest,
 )
 from bayes_router.routing.risk import RiskFit
+from bayes_router.routing.watch import watching
 from bayes_router.training.checkpoint import load_run
 from bayes_router.training.dial import STEEPEST, Dial
 from bayes_router.training.evidence import training_batches

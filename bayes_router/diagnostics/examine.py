@@ -17,16 +17,14 @@ from bayes_router.data.tokens import Batch, TokenSource
 from bayes_router.diagnostics import standard  # noqa: F401, registers the library's own
 from bayes_router.diagnostics.diagnostic import Diagnostic, diagnostics
 from bayes_router.diagnostics.fitted import FittedRun
-from bayes_router.diagnostics.measures.calibration import (
-    CalibrationThresholds,
-    routing_regret,
-)
+from bayes_router.diagnostics.measures.calibration import CalibrationThresholds
 from bayes_router.diagnostics.measures.collapse import (
     CollapseSummary,
     CollapseThresholds,
     collapse_over_training,
 )
-from bayes_router.diagnostics.measures.importance import FitThresholds
+from bayes_router.diagnostics.measures.k_hat import FitThresholds
+from bayes_router.diagnostics.measures.regret import routing_regret
 from bayes_router.diagnostics.measures.uncertainty import UncertaintySummary, kinds_of_vocabulary
 from bayes_router.diagnostics.measures.verdict import Verdict
 from bayes_router.diagnostics.reading import read, windows

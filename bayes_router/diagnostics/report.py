@@ -29,8 +29,8 @@ from bayes_router.diagnostics.measures.uncertainty import probability_right
 from bayes_router.diagnostics.measures.verdict import Severity
 from bayes_router.diagnostics.reading import pieces, read, text_windows
 from bayes_router.diagnostics.shading import SCALES
-from bayes_router.routing.evidence import watching
 from bayes_router.routing.posterior import mutual_information, posterior_mean
+from bayes_router.routing.watch import watching
 from bayes_router.training.risk import read_risk
 
 SHOWN_TOKENS = 4000

@@ -21,7 +21,7 @@ from bayes_router.diagnostics.measures.calibration import (
     rank_correlation,
     stability,
 )
-from bayes_router.diagnostics.measures.importance import k_hat_frame, k_hat_verdicts
+from bayes_router.diagnostics.measures.k_hat import k_hat_frame, k_hat_verdicts
 from bayes_router.diagnostics.measures.other_text import (
     other_text_verdict,
     other_texts,

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from bayes_router.checks import require
-from bayes_router.routing.evidence import Evidence, RunningMean
+from bayes_router.routing.evidence import Evidence
 from bayes_router.routing.policy import Budget, Costs, Policy, register_policy
+from bayes_router.routing.watch import RunningMean
 
 BEFORE = 0.25
 """Share of the memory that stands before a text, as tokens of the usual evidence."""

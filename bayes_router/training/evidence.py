@@ -8,14 +8,8 @@ from torch import Tensor
 
 from bayes_router.checks import require
 from bayes_router.data.tokens import Batch, TokenSource
-from bayes_router.routing.evidence import (
-    DIRECTIONS,
-    MEMORY,
-    Evidence,
-    LayerEvidence,
-    Moments,
-    inputs_of,
-)
+from bayes_router.routing.evidence import DIRECTIONS, MEMORY, Evidence, LayerEvidence, Moments
+from bayes_router.routing.watch import inputs_of
 from bayes_router.types import RoutingMode
 
 FIT_TOKENS = 65_536

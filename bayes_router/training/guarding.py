@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from bayes_router.checks import require
 from bayes_router.data.tokens import Batch
-from bayes_router.routing.evidence import RunningMean, evidence_of, inputs_of
 from bayes_router.routing.guard import BEFORE, Guard, levels
 from bayes_router.routing.policy import Argmax, Budget, Policy
+from bayes_router.routing.watch import RunningMean, evidence_of, inputs_of
 from bayes_router.training.executed import Routed, execute
 from bayes_router.training.guarantee import LEAST_WINDOWS, upper_bound
 from bayes_router.types import RoutingMode

@@ -75,7 +75,7 @@ def test_a_step_over_a_cut_cache_loses_what_a_forced_pass_loses(
 
     from analysis.pretrained.uncertain_passes import step_losses
     from bayes_router import load_patch
-    from bayes_router.diagnostics.measures.calibration import _forced_losses
+    from bayes_router.diagnostics.measures.regret import _forced_losses
     from bayes_router.types import RoutingMode
 
     router = load_patch(AutoModelForCausalLM.from_pretrained(folders[0]).eval(), folders[1])

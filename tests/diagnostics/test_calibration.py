@@ -18,7 +18,6 @@ from bayes_router.diagnostics.measures.calibration import (
     fit_temperature,
     rank_correlation,
     reliability,
-    routing_regret,
     stability,
     tempered,
 )
@@ -28,6 +27,7 @@ from bayes_router.diagnostics.measures.other_text import (
     passage_scores,
     tell_apart,
 )
+from bayes_router.diagnostics.measures.regret import routing_regret
 from bayes_router.diagnostics.measures.verdict import Severity
 from bayes_router.routing.policy import Argmax
 from bayes_router.routing.posterior import probability_of_largest

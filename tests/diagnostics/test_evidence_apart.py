@@ -4,7 +4,7 @@ import torch
 
 from bayes_router.data.tokens import Batch
 from bayes_router.diagnostics.measures.evidence import auroc_of, evidence_apart, token_scores
-from bayes_router.routing.evidence import watching
+from bayes_router.routing.watch import watching
 from bayes_router.training.evidence import fit_evidence
 from tests.tiny import tiny_model
 

@@ -12,16 +12,14 @@ from bayes_router.diagnostics.measures.amortisation import (
     nuts_comparison,
 )
 from bayes_router.diagnostics.measures.importance import (
-    FitThresholds,
     draw_log_route,
     effective_sample_size,
     importance_bound,
     importance_weights,
-    k_hat_frame,
-    k_hat_verdicts,
     log_density_ratio,
     pareto_k,
 )
+from bayes_router.diagnostics.measures.k_hat import FitThresholds, k_hat_frame, k_hat_verdicts
 from bayes_router.diagnostics.measures.verdict import Severity
 from bayes_router.routing.posterior import dirichlet_kl
 from tests.diagnostics.toy import THETA, BlindNetwork, MixtureNetwork, exact_posterior_mean, toy

@@ -50,15 +50,15 @@ def decoder(names: tuple[str, ...] = ("full", "gated", "local"), **changes: obje
 
 @pytest.fixture
 def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    from bayes_router.attention.kernels.triton import decode  # only where Triton is
+    from bayes_router.attention.kernels.triton import launch_decode  # only where Triton is
 
-    calls, step = [], decode.decode_step
+    calls, step = [], launch_decode.decode_step
 
     def counted(*args: object, **named: object) -> Tensor:
         calls.append(1)
         return step(*args, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(decode, "decode_step", counted)
+    monkeypatch.setattr(launch_decode, "decode_step", counted)
     return calls
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.distributions import Dirichlet
 
 from bayes_router.config import PriorConfig
-from bayes_router.integrations.huggingface.fitting import FitSettings
+from bayes_router.integrations.huggingface.fit_settings import FitSettings
 from bayes_router.integrations.huggingface.pressure import BudgetRange, Dialled
 from bayes_router.integrations.patching import load_patch
 from bayes_router.routing.policy import Budget

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from bayes_router import load_patch, patch
-from bayes_router.routing.evidence import watching
 from bayes_router.routing.saving import EVIDENCE
+from bayes_router.routing.watch import watching
 from tests.integrations.tiny_models import tiny
 
 

@@ -5,14 +5,8 @@ import pytest
 import torch
 
 from bayes_router.data.tokens import Batch
-from bayes_router.routing.evidence import (
-    Evidence,
-    LayerEvidence,
-    Moments,
-    RunningMean,
-    inputs_of,
-    watching,
-)
+from bayes_router.routing.evidence import Evidence, LayerEvidence, Moments
+from bayes_router.routing.watch import RunningMean, inputs_of, watching
 from bayes_router.training.evidence import fit_evidence
 from tests.tiny import tiny_batch, tiny_model
 

@@ -3,8 +3,8 @@ import shutil
 import pytest
 import torch
 
-from bayes_router.routing.evidence import watching
 from bayes_router.routing.saving import EVIDENCE
+from bayes_router.routing.watch import watching
 from bayes_router.training.checkpoint import load_run
 
 

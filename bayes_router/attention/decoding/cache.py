@@ -236,7 +236,7 @@ class LayerCache(KeyStore):
         Any other that keeps a state by its own pass.
         """
         # only where it can be imported
-        from bayes_router.attention.kernels.triton.decode import GatedStep, decode_step
+        from bayes_router.attention.kernels.triton.launch_decode import GatedStep, decode_step
 
         full, linear, local, gated = self._native
         expert = self.experts[gated] if gated >= 0 else None

@@ -15,7 +15,7 @@ from torch.distributions import Dirichlet
 
 from bayes_router.checks import require
 from bayes_router.diagnostics.measures.collapse import kl_to_prior
-from bayes_router.diagnostics.measures.importance import FitThresholds
+from bayes_router.diagnostics.measures.k_hat import FitThresholds
 from bayes_router.diagnostics.measures.verdict import Severity, Verdict
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel, harden

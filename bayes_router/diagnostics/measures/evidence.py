@@ -15,7 +15,7 @@ from torch import Tensor
 from bayes_router.checks import require
 from bayes_router.diagnostics.measures.bootstrap import Estimate, clustered
 from bayes_router.diagnostics.measures.calibration import auroc
-from bayes_router.routing.evidence import RunningMean, evidence_of, watching
+from bayes_router.routing.watch import RunningMean, evidence_of, watching
 from bayes_router.transformer.nll import token_nll
 from bayes_router.types import RoutingMode
 

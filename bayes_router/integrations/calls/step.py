@@ -138,7 +138,7 @@ def _one_fused(experts: nn.ModuleList, call: AttentionCall, route: Tensor) -> Te
     Other experts do all rows.
     """
     # only where it can be imported
-    from bayes_router.attention.kernels.triton.decode import decode_step
+    from bayes_router.attention.kernels.triton.launch_decode import decode_step
 
     full, local = (
         next((index for index, expert in enumerate(experts) if isinstance(expert, kind)), -1)

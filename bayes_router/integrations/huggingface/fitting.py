@@ -3,30 +3,28 @@
 First distillation of feature maps, then SVI on the ELBO, all by the project's own program.
 """
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bayes_router.checks import choose, require
-from bayes_router.config import ScheduleConfig, TrainConfig
+from bayes_router.checks import require
+from bayes_router.config import ScheduleConfig
 from bayes_router.data.tokens import TokenSource, step_rng
 from bayes_router.inference.elbo import NegativeELBO
 from bayes_router.inference.guide import Controller, RoutingGuide
-from bayes_router.inference.likelihood import Likelihood, NextToken, Observed, Teacher, entropy
+from bayes_router.inference.likelihood import Likelihood, NextToken, Teacher, entropy
 from bayes_router.inference.model import RoutingModel
 from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.integrations.calls.precision import uncached
+from bayes_router.integrations.huggingface.fit_settings import FitSettings
 from bayes_router.integrations.huggingface.language import Network, RoutedLanguage
 from bayes_router.integrations.huggingface.pressure import BudgetRange, Dialled, pressure_for
 from bayes_router.integrations.patch.distil import distillation_errors
-from bayes_router.integrations.patch.settings import FitRecord
 from bayes_router.progress import Progress
 from bayes_router.routing.schedule import Schedule, ScheduleState
 from bayes_router.training.optimise import clip_gradient, set_learning_rate
@@ -34,154 +32,6 @@ from bayes_router.types import IGNORED, Route
 
 if TYPE_CHECKING:
     import pandas as pd
-
-KL_WEIGHT = 0.02  # of the mean over layers and units of the KL
-
-
-@dataclass(frozen=True)
-class FitSettings:
-    """How a patch is fitted.
-
-    Attributes:
-        steps: of SVI.
-        distil_steps: of distillation before it; skipped where no expert has parameters.
-        context: tokens of a sequence; or several lengths, one of which is drawn each step.
-        batch_size: sequences a step; of lengths below the longest so many that a step has as many
-            tokens.
-        lr: peak learning rate of the experts' own parameters.
-        controller_lr: peak learning rate of the controllers.
-        bias_lr: of the bias of their last layer, which moves a unit's posterior for all tokens at
-            once; None: `controller_lr`.
-        weights_lr: of the model's own weights; 0 leaves them as they are.
-        warmup: steps of linear warm-up.
-        clip: largest gradient norm.
-        likelihood: model, the next tokens of the unpatched model in expectation (self-distillation:
-            far less noise); or text, those of the text. None: model, but text where the model's own
-            weights move.
-        budget: cost at which executed draws are held by moving the price, full = 1; or (low, high),
-            a budget drawn anew each step, so that one fit serves them all, see `BudgetRange`; None:
-            the prior's own price.
-        seconds: the fit ends after about so many, its schedules shortened to that.
-        seed: of batches and posterior draws.
-    """
-
-    steps: int = 200
-    distil_steps: int = 100
-    context: int | tuple[int, ...] = 512
-    batch_size: int = 4
-    lr: float = 1e-3
-    controller_lr: float = 3e-3
-    bias_lr: float | None = None
-    weights_lr: float = 0.0
-    warmup: int = 10
-    clip: float = 1.0
-    likelihood: str | None = None
-    budget: float | tuple[float, float] | None = None
-    seconds: float = math.inf
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check every field."""
-        if self.likelihood is not None:
-            choose("likelihood", self.likelihood, Observed)
-        budgets = [] if self.budget is None else np.atleast_1d(self.budget).tolist()
-        ordered = len(budgets) < 2 or (len(budgets) == 2 and budgets == sorted(set(budgets)))
-        fits = ordered and all(0 < b <= 1 for b in budgets)
-        require(fits, "budget", "a cost in (0, 1], full = 1, or (low, high), or None", self.budget)
-        require(len(self.contexts) > 0, "context", "a length or several", self.context)
-        require(all(c >= 1 for c in self.contexts), "context", "at least 1", self.context)
-        for name in ("steps", "distil_steps", "weights_lr", "warmup", "seed"):
-            require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
-        require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
-        for name in ("lr", "controller_lr", "bias_lr", "clip", "seconds"):
-            value = getattr(self, name)
-            require(value is None or value > 0, name, "a positive number", value)
-
-    @property
-    def contexts(self) -> tuple[int, ...]:
-        """The lengths that are drawn from."""
-        return (self.context,) if isinstance(self.context, int) else tuple(self.context)
-
-    def shape(self, random: np.random.Generator) -> tuple[int, int]:
-        """(sequences, tokens of each) of a step."""
-        context = self.contexts[int(random.integers(len(self.contexts)))]
-        return max(1, self.batch_size * max(self.contexts) // context), context
-
-    @property
-    def teacher(self) -> bool:
-        """Whether the unpatched model is what the fit follows."""
-        return self.likelihood == Observed.MODEL.value or (
-            self.likelihood is None and self.weights_lr == 0
-        )
-
-    def rates(self, steps: int) -> TrainConfig:
-        """As the shared learning-rate schedule takes it."""
-        return TrainConfig(
-            steps=max(steps, 1),
-            warmup=min(self.warmup, steps),
-            lr=self.lr,
-            controller_lr=self.controller_lr,
-        )
-
-
-def final_state(router: RoutedLanguage, schedule: ScheduleConfig | None = None) -> ScheduleState:
-    """The objective at the end of a fit."""
-    chosen = schedule or default_schedule(len(router.layers) * router.config.num_units)
-    return Schedule(chosen, router.prior, 1, router.experts, router.settings.prior.price).at(1)
-
-
-def end_state(router: RoutedLanguage, schedule: ScheduleConfig | None = None) -> ScheduleState:
-    """The objective at the end of the fit that was, or of one by `schedule`."""
-    fitted = router.fitted
-    if schedule is not None or fitted is None:
-        return final_state(router, schedule)
-    return ScheduleState(
-        fitted.kl_weight, router.prior.concentration, fitted.price, fitted.straight_through
-    )
-
-
-def record(
-    router: RoutedLanguage,
-    settings: FitSettings,
-    schedule: ScheduleConfig,
-    frame: "pd.DataFrame",
-    tokens: int,
-    tokenizer: str | None,
-) -> FitRecord:
-    """What a patch remembers of its fit."""
-    end = final_state(router, schedule)
-    likelihood = Observed.MODEL if settings.teacher else Observed.TEXT
-    price = (
-        float(frame["price"].iloc[-1]) if len(frame) and settings.budget is not None else end.price
-    )
-    return FitRecord(
-        max(settings.contexts),
-        tokens,
-        end.kl_weight,
-        price,
-        end.straight_through,
-        likelihood.value,
-        settings.budget,
-        str(tokenizer) if tokenizer else None,
-    )
-
-
-def default_schedule(num_latents: int, ranged: bool = False) -> ScheduleConfig:
-    """Start on full attention, let the compute-aware prior in, end on executed argmax draws.
-
-    For a range of budgets the price does all that: draws are executed from the first step, under a
-    prior that stays. `num_latents` of a token, layers times units: the KL is summed over them.
-    """
-    if ranged:
-        still = ScheduleConfig(anneal_from=0.0, anneal_to=0.0, straight_through_from=0.0)
-        return replace(still, kl_weight=KL_WEIGHT / num_latents)
-    return ScheduleConfig(
-        kl_weight=KL_WEIGHT / num_latents,
-        start_experts=("full",),
-        anneal_from=0.0,
-        anneal_to=0.5,
-        straight_through_from=0.5,
-    )
 
 
 @contextmanager

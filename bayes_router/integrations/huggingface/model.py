@@ -18,7 +18,7 @@ from bayes_router.data.tokens import Batch
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel
 from bayes_router.integrations.calls.call import AttentionCall
-from bayes_router.integrations.huggingface import fitting, freezing
+from bayes_router.integrations.huggingface import fit_settings, fitting, freezing
 from bayes_router.integrations.huggingface.freed_cache import attend_freed, free, freed
 from bayes_router.integrations.huggingface.language import RoutedLanguage, Unforced
 from bayes_router.routing.cost import CostBy, counted
@@ -76,7 +76,7 @@ class RoutedPretrained(RoutedLanguage):
         """
         self.require_patched()
         self.require_thawed("fit")
-        chosen = fitting.FitSettings(**settings)
+        chosen = fit_settings.FitSettings(**settings)
         source, self.held_out = source_of(
             texts, tokenizer, self.config.vocab_size, self.causal
         ).split(valid_fraction)
@@ -84,14 +84,14 @@ class RoutedPretrained(RoutedLanguage):
         with torch.random.fork_rng(devices=devices), fitting.fitting(self, chosen.weights_lr > 0):
             torch.manual_seed(chosen.seed)
             errors = fitting.distil(self, source, chosen, progress)
-            steps = schedule or fitting.default_schedule(
+            steps = schedule or fit_settings.default_schedule(
                 len(self.layers) * self.config.num_units, isinstance(chosen.budget, tuple)
             )
             frame = fitting.fit_routes(self, source, chosen, steps, progress)
             self.made_for = None if chosen.weights_lr > 0 else self.made_for
             name, read = getattr(tokenizer, "name_or_path", None), fingerprint(source.tokens)
             self.fitted = replace(
-                fitting.record(self, chosen, steps, frame, len(source), name), text=read
+                fit_settings.record(self, chosen, steps, frame, len(source), name), text=read
             )
         frame.attrs["distillation"] = errors
         return frame
@@ -356,12 +356,12 @@ class RoutedPretrained(RoutedLanguage):
 
         Their arguments are (tokens int64 [B, T], targets or None).
         """
-        return fitting.program(self, fitting.end_state(self, schedule))
+        return fitting.program(self, fit_settings.end_state(self, schedule))
 
     @property
     def kl_weight(self) -> float:
         """Weight of the KL at the end of the fit, or where there was none by default."""
-        return fitting.end_state(self).kl_weight
+        return fit_settings.end_state(self).kl_weight
 
     def set_budget(
         self,

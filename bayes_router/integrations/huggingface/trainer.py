@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from bayes_router.checks import require
-from bayes_router.integrations.huggingface.fitting import KL_WEIGHT
+from bayes_router.integrations.huggingface.fit_settings import KL_WEIGHT
 from bayes_router.integrations.patch.binding import router_of
 from bayes_router.integrations.patch.routed import RoutedModel
 from bayes_router.integrations.patch.saving import is_patch, load_weights

@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
 
 from bayes_router.attention.kernels import capability
-from bayes_router.attention.kernels.triton import decode
+from bayes_router.attention.kernels.triton import launch_decode
 from tests.attention import decode_check
 from tests.attention.decode_check import DECODERS, Decoder, needed_only, steps_equal_the_full_pass
 
@@ -23,14 +23,14 @@ from tests.attention.decode_check import DECODERS, Decoder, needed_only, steps_e
 def small_kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The cache takes the kernel, a few keys a stretch; how often it was called."""
     calls = []
-    launch = decode.decode_step
+    launch = launch_decode.decode_step
 
     def counted(*args: object, **named: object) -> Tensor:
         calls.append(1)
         return launch(*args, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(decode, "decode_step", counted)
-    monkeypatch.setattr(decode, "MIN_KEYS", 8)
+    monkeypatch.setattr(launch_decode, "decode_step", counted)
+    monkeypatch.setattr(launch_decode, "MIN_KEYS", 8)
     monkeypatch.setattr(capability, "computes", lambda *xs: xs[0].dtype == torch.float32)
     return calls
 
@@ -81,8 +81,8 @@ def test_every_unit(units: int, Hkv: int, small_kernels_on_the_cpu: list[int]) -
 def test_columns_of_the_state_in_parts_and_stretches_of_several_tiles(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(decode, "STATE_ENTRIES", 64)  # 4 columns
-    monkeypatch.setattr(decode, "MIN_KEYS", 150)
+    monkeypatch.setattr(launch_decode, "STATE_ENTRIES", 64)  # 4 columns
+    monkeypatch.setattr(launch_decode, "MIN_KEYS", 150)
     decoder = Decoder(
         ("full", "gated", "local", "linear"), B=4, H=2, Hkv=1, Dh=16, window=130, capacity=300
     )
@@ -112,7 +112,7 @@ def test_a_route_out_of_range_is_a_device_side_assertion(wrong: int) -> None:
     q, k, v, _, _ = decoder.draw(1)
     route, lengths = torch.tensor([[[0]], [[wrong]]]), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(Exception, match="route out of range"):
-        decode.decode_step(
+        launch_decode.decode_step(
             q, k, v, q, k, None, None, None, route, lengths, (-1, -1, -1), 1, num_experts=3
         )
 

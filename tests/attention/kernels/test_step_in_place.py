@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
 
-from bayes_router.attention.kernels.triton import decode
+from bayes_router.attention.kernels.triton import launch_decode
 from bayes_router.integrations.calls.step import seen_and_sinks
 
 
@@ -20,7 +20,7 @@ from bayes_router.integrations.calls.step import seen_and_sinks
 @pytest.mark.parametrize("padding", [0, 5])
 def test_sinks_and_hidden_keys(units: int, padding: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slots after the tokens hold NaN: what is empty is not read."""
-    monkeypatch.setattr(decode, "MIN_KEYS", 64)
+    monkeypatch.setattr(launch_decode, "MIN_KEYS", 64)
     torch.manual_seed(units)
     B, H, Hkv, D, S, held, window, sinks = 3, 4, 2, 16, 160, 130, 9, 3
     q, k, v = torch.randn(B, H, 1, D), torch.randn(B, Hkv, S, D), torch.randn(B, Hkv, S, D)
@@ -32,7 +32,7 @@ def test_sinks_and_hidden_keys(units: int, padding: int, monkeypatch: pytest.Mon
     mask = seen[:, None, None]
     visible, end = seen_and_sinks(mask, B, sinks)
     lengths = torch.full((B,), held - 1)
-    out = decode.decode_step(
+    out = launch_decode.decode_step(
         q, k[:, :, -1:], v[:, :, -1:], q, k[:, :, -1:], k, v, None, route, lengths, (0, -1, 1),
         window, held=True,
         seen=visible, sink_end=end,

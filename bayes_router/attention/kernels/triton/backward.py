@@ -10,7 +10,7 @@ q, dv = p^T dout.
 import triton
 import triton.language as tl
 
-from bayes_router.attention.kernels.triton.forward import (
+from bayes_router.attention.kernels.triton.rows import (
     band_start,
     band_tile,
     count_rows,

@@ -24,7 +24,7 @@ Sums are taken in float32.
 import triton
 import triton.language as tl
 
-from bayes_router.attention.kernels.triton.forward import (
+from bayes_router.attention.kernels.triton.rows import (
     EPSILON,
     count_rows,
     gather_rows,

@@ -20,7 +20,8 @@ cancels where it must.
 import triton
 import triton.language as tl
 
-from bayes_router.attention.kernels.triton.forward import (
+from bayes_router.attention.kernels.triton.linear import edge, elapsed, fade, feature_map
+from bayes_router.attention.kernels.triton.rows import (
     count_rows,
     gather_rows,
     load_rows,
@@ -28,7 +29,6 @@ from bayes_router.attention.kernels.triton.forward import (
     rows_before,
     table_row,
 )
-from bayes_router.attention.kernels.triton.linear import edge, elapsed, fade, feature_map
 
 
 @triton.jit

@@ -21,17 +21,10 @@ import torch
 import triton
 import triton.language as tl
 
-from bayes_router.attention.kernels.triton.forward import (
-    EPSILON,
-    HIDDEN,
-    attend_band,
-    attend_keys,
-    gather_rows,
-    load_rows,
-    phi,
-)
+from bayes_router.attention.kernels.triton.forward import attend_band, attend_keys
 from bayes_router.attention.kernels.triton.linear import add_chunk
 from bayes_router.attention.kernels.triton.plan import sort_tokens
+from bayes_router.attention.kernels.triton.rows import EPSILON, HIDDEN, gather_rows, load_rows, phi
 
 
 @triton.jit(debug=True)  # keeps the assertion: a route out of range must not pass silently

@@ -1,0 +1,165 @@
+"""The evidence of the passes made under `watching`, and what the controllers read in them."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from bayes_router.checks import require
+from bayes_router.routing.evidence import Evidence
+
+CHUNK = 128  # tokens at a time in a running mean
+
+
+class RunningMean:
+    """Means over the last tokens, exponentially forgotten.
+
+    m[t] = sum_s g^(t-s) x[s] / sum_s g^(t-s), g = 1 - 1 / memory.
+
+    Nothing depends on later tokens. `memory` 1 is the token alone.
+    """
+
+    def __init__(self, memory: int, state: Tensor | None = None):
+        self.decay = 1 - 1 / memory
+        self.state = state  # [2, B]: sum, and sum of weights
+
+    def __call__(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        """The means at x [B, T], which go on from those of the last call.
+
+        `real` [B, T] is False where there is no token.
+
+        Padding is as though it were not there; the means on it say nothing.
+        """
+        state = x.new_zeros(2, x.shape[0]) if self.state is None else self.state
+        if real is None:
+            sums = self._sums(x, state)
+            self.state = sums[..., -1] if x.shape[1] else state
+            return _ratio(sums)
+        real = real.expand(x.shape)
+        order = (~real).byte().argsort(dim=1, stable=True)  # real tokens first
+        sums = self._sums(torch.where(real, x, 0.0).gather(1, order), state)
+        whole = torch.cat([state[..., None], sums], -1)
+        self.state = whole.gather(-1, real.sum(1).expand(2, -1)[..., None])[..., 0]
+        return torch.empty_like(x).scatter(1, order, _ratio(sums))
+
+    def _sums(self, x: Tensor, state: Tensor) -> Tensor:
+        """Of values and of weights, [2, B, T]."""
+        both = torch.stack([x, torch.ones_like(x)])
+        power = torch.arange(min(CHUNK, max(x.shape[1], 1)), device=x.device)
+        gap = (power[:, None] - power).to(x)  # [t, s]
+        mix = torch.where(gap >= 0, self.decay ** gap.clamp_min(0), 0.0)
+        found = []
+        for part in both.split(CHUNK, -1):
+            n = part.shape[-1]
+            found.append(
+                part @ mix[:n, :n].T + state[..., None] * self.decay ** (power[:n] + 1).to(x)
+            )
+            state = found[-1][..., -1] if n else state
+        return torch.cat(found, -1)
+
+
+def _ratio(sums: Tensor) -> Tensor:
+    return sums[0] / sums[1].clamp_min(torch.finfo(sums.dtype).tiny)
+
+
+class Watch:
+    """The evidence of the passes made under `watching`: of the last one, [B, T] a layer."""
+
+    def __init__(self, evidence: Evidence, memory: int, real: Tensor | None = None):
+        require(memory >= 1, "memory", "at least 1 token", memory)
+        self.evidence, self.memory, self.real = evidence, memory, real
+        self.last: dict[int, Tensor] = {}
+        self._means: dict[int, RunningMean] = {}
+
+    def see(self, layer: int, hidden: Tensor) -> None:
+        """Take in what the controller of a layer reads.
+
+        One token goes on with the texts at hand, more start texts anew.
+        """
+        found = self.evidence.log_evidence(layer, hidden.detach())
+        goes_on = found.shape[1] == 1 and layer in self._means
+        if not goes_on:
+            self._means[layer] = RunningMean(self.memory)
+        self.last[layer] = self._means[layer](found, None if goes_on else self.real)
+
+    @property
+    def log_evidence(self) -> Tensor:
+        """Of the last pass, [L, B, T]: means of log n over the last tokens."""
+        return torch.stack([self.last[layer].cpu() for layer in sorted(self.last)])
+
+    def total(self) -> Tensor:
+        """The total concentration n_post of the last pass, [L, B, T]."""
+        return self.evidence.prior_total.cpu()[:, None, None] + self.log_evidence.exp()
+
+
+@contextmanager
+def watching(
+    controller: Any, memory: int | None = None, real: Tensor | None = None
+) -> Iterator[Watch]:
+    """Compute the evidence of the passes of this thread inside; nothing is computed outside.
+
+    Args:
+        controller: the `MetaController` of a fitted run or patch.
+        memory: tokens of the running mean; 1 is each token alone. Default that of the fit.
+        real: [B, T], False on padding, of passes of several tokens.
+
+    Raises:
+        ValueError: the fit kept no evidence.
+    """
+    evidence = evidence_of(controller)
+    watch = Watch(evidence, evidence.memory if memory is None else memory, real)
+    with _shown(controller, watch.see):
+        yield watch
+
+
+@contextmanager
+def inputs_of(controller: Any) -> Iterator[list[Tensor]]:
+    """What the controllers read in the pass made inside, by this thread.
+
+    hidden [B, T, D] of each layer.
+    """
+    found: list[Tensor] = []
+    with _shown(controller, lambda layer, hidden: found.append(hidden.detach())):
+        yield found
+
+
+@contextmanager
+def _shown(controller: Any, see: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Show `see` the layer and the input of each call of a controller that this thread makes."""
+    thread = threading.get_ident()
+    handles: list[RemovableHandle] = []
+
+    def seen(layer: int) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if threading.get_ident() == thread:
+                see(layer, inputs[0])
+
+        return hook
+
+    try:
+        for layer, module in enumerate(controller.layers):
+            handles.append(module.register_forward_pre_hook(seen(layer)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def evidence_of(controller: Any) -> Evidence:
+    """What a fit kept beside its controller.
+
+    Raises:
+        ValueError: nothing.
+    """
+    evidence: Evidence | None = getattr(controller, "evidence", None)
+    if evidence is None:
+        raise ValueError(
+            "evidence: expected a density of the fit's text beside the controller; got a fit "
+            "without one; make it from text "
+            "that is like the fit's: fit_evidence(texts)"
+        )
+    return evidence
