@@ -88,7 +88,7 @@ def flops(expert: Expert, context: int, mode: Mode = Mode.PREFILL) -> float:
 def hard_flops(
     experts: Sequence[Expert], context: int, num_kv_heads: int, mode: Mode = Mode.PREFILL
 ) -> Cost:
-    """Of one layer's attention: each token its own expert.
+    """FLOPs per token of one layer's attention, where each token takes its own expert.
 
     Every token also enters the state of each stateful expert.
 
@@ -150,7 +150,7 @@ def hard_bytes(
 
 
 def read_ratios(experts: Sequence[Expert], context: int) -> Tensor:
-    """Cached keys that a decoding step reads at `context` under each expert, all = 1.
+    """Share of the cached keys that a decoding step at `context` reads under each expert.
 
     float64 [E].
     """

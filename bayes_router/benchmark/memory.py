@@ -29,7 +29,7 @@ def peak_bytes(
     device: torch.device,
     patience: float | None = None,
 ) -> int:
-    """Of one expert by name, or of a route drawn with these shares of the three.
+    """Peak bytes of one expert by name, or of a route drawn with these shares of the three.
 
     With its backward pass if `training`.
 

@@ -234,7 +234,7 @@ class Decoder:
         self.run: Callable[[], object] = self.step
 
     def read(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, T] into the cache: logits [B, 1, V]."""
+        """Read tokens [B, T] into the cache: logits [B, 1, V]."""
         if self.way == "alone":
             logits: Tensor = self.network(tokens, _only, self.cache, last_only=True)
             return logits
@@ -243,7 +243,7 @@ class Decoder:
         ).logits
 
     def step(self) -> Tensor:
-        """`token` into the cache."""
+        """Read `token` into the cache."""
         return self.read(self.token)
 
     def rewind(self) -> None:
@@ -256,7 +256,7 @@ class Decoder:
 
     @torch.no_grad()
     def turn(self, device: torch.device) -> float:
-        """Milliseconds for all of `following`."""
+        """The milliseconds that decoding all of `following` takes."""
         self.rewind()
 
         def steps() -> None:

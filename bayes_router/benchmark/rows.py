@@ -43,7 +43,7 @@ class Rows:
             self.rows = [{str(key): value for key, value in row.items()} for row in known]
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """One more."""
+        """Add a row, and write it."""
         self.rows.append({**row, **self.facts})
         if self._now is not None:
             write_whole(

@@ -137,7 +137,7 @@ def drawing_packages() -> None:
 
 
 def command_line() -> str:
-    """What was typed, shorter: programs by their names."""
+    """The command that was typed, with programs by their names alone."""
     name = Path(sys.argv[0]).name
     known = {
         "kernels.py": "python -m analysis.speed.kernels",
@@ -147,7 +147,7 @@ def command_line() -> str:
 
 
 def versions(device: torch.device) -> str:
-    """Of Python, torch and what its kernels are made with."""
+    """The versions of Python, torch and what its kernels are made with."""
     parts = [f"Python {sys.version.split()[0]}", f"torch {torch.__version__}"]
     if device.type == "cuda":
         parts += [f"CUDA {torch.version.cuda}", f"cuDNN {torch.backends.cudnn.version()}"]

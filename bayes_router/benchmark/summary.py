@@ -14,7 +14,7 @@ CLOCKS = {"busy stream": "speedup", "isolated calls": "wall_speedup"}
 
 
 def closing(table: "pd.DataFrame") -> list[str]:
-    """All of them."""
+    """Every line that a table of the benchmark ends with."""
     return [
         *break_even(table),
         *worst(table),
@@ -25,7 +25,7 @@ def closing(table: "pd.DataFrame") -> list[str]:
 
 
 def break_even(table: "pd.DataFrame") -> list[str]:
-    """For each pass, mix and shape, by each clock.
+    """Where routing begins to pay, for each pass, mix and shape, by each clock.
 
     The shortest text from which routing stays ahead of full attention.
     """

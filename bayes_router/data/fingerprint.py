@@ -20,7 +20,7 @@ LEAST_SEEN = 3  # passages: fewer may be quotations
 def fingerprint(tokens: Tensor, kept: int = KEPT) -> tuple[int, ...]:
     """The `kept` smallest hashes of token ids [N], ascending.
 
-    ) of a text shorter than a passage.
+    A text shorter than a passage has none.
     """
     found = torch.empty(0, dtype=torch.int64)
     for start in range(0, len(tokens) - LENGTH + 1, AT_A_TIME):

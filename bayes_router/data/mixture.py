@@ -49,7 +49,7 @@ class Mixture:
 
     @property
     def tokens(self) -> Tensor:
-        """Of all kinds, one after another."""
+        """The tokens of all kinds, one after another."""
         return torch.cat([stream.tokens for stream in self.streams.values()])
 
     def __len__(self) -> int:

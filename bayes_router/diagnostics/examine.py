@@ -63,7 +63,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Of all verdicts."""
+    """Where the verdicts of each diagnostic begin."""
 
     collapse: CollapseThresholds = CollapseThresholds()
     fit: FitThresholds = FitThresholds()
@@ -165,12 +165,12 @@ class Examination:
 
     @property
     def uncertainty(self) -> UncertaintySummary:
-        """By layer, position and kind of token."""
+        """How sure the posterior is, by layer, position and kind of token."""
         return self._summaries[0]
 
     @property
     def collapse(self) -> CollapseSummary:
-        """By layer."""
+        """The collapses, by layer."""
         return self._summaries[1]
 
     @cached_property

@@ -16,7 +16,7 @@ class Scale(NamedTuple):
     meaning: str
 
     def shades(self, values: Tensor) -> list[int]:
-        """Of values [N]."""
+        """The shade of each of values [N]."""
         found: list[int] = torch.bucketize(
             values.double(), torch.tensor(self.edges, dtype=torch.float64)
         ).tolist()

@@ -126,7 +126,7 @@ class RoutingELBO(TraceMeanField_ELBO):
 
     @property
     def kl_weight(self) -> float:
-        """Of the KL; `set_kl_weight` moves it."""
+        """The weight of the KL; `set_kl_weight` moves it."""
         return self._kl_weight
 
     def set_kl_weight(self, kl_weight: float, on_device: Tensor | None = None) -> None:
@@ -367,7 +367,7 @@ class NegativeELBO(nn.Module):
 
     @property
     def kl_weight(self) -> float:
-        """Of the KL; `follow` moves it."""
+        """The weight of the KL; `follow` moves it."""
         return self.elbo.kl_weight
 
     def follow(self, state: ScheduleState) -> None:

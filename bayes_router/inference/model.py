@@ -65,9 +65,9 @@ class _OneDraw(Messenger):
 
 
 class RoutingModel(Named):
-    """p(targets, routes | tokens).
+    """The joint p(targets, routes | tokens).
 
-    what it says is what Pyro's estimators, samplers and handlers get, in nats of the batch.
+    What it says is what Pyro's estimators, samplers and handlers get, in nats of the batch.
 
     What is per token, weighted or annealed belongs to the objective: `RoutingELBO(kl_weight=...)`,
     or `tempered(model, ...)` for an estimator or sampler of Pyro's own.
@@ -153,7 +153,7 @@ class RoutingModel(Named):
 
     @property
     def concentration(self) -> Tensor:
-        """Of the compute-aware prior, [L, E]."""
+        """The concentration of the compute-aware prior, [L, E]."""
         return self.dirichlet_prior.concentration
 
     @property
@@ -163,7 +163,7 @@ class RoutingModel(Named):
 
     @property
     def price(self) -> float:
-        """Of the compute-aware prior, nats per unit of cost; `set_prior` moves it."""
+        """The price of the compute-aware prior, nats per unit of cost; `set_prior` moves it."""
         return self.dirichlet_prior.price
 
     def set_prior(self, concentration: Tensor, price: float = 0.0) -> None:

@@ -101,7 +101,7 @@ class DirichletPrior(nn.Module):
         self._given, self._price = concentration, price
 
     def forward(self, layer: int, shape: torch.Size = torch.Size()) -> dist.TorchDistribution:  # noqa: B008
-        """Of the routes of a layer, batch shape `shape`, [(R,) B, T].
+        """The prior of the routes of a layer, batch shape `shape`, [(R,) B, T].
 
         By default that of one token.
         """

@@ -59,11 +59,11 @@ class Plates:
         return torch.Size((*self.units, self.B, self.T))
 
     def routes(self) -> ExitStack:
-        """Around a route site."""
+        """The plates around a route site."""
         return _inside(*self._unit, self._batch, self._token)
 
     def targets(self, per_token: bool) -> ExitStack:
-        """Around the targets: one a token, or one a row."""
+        """The plates around the targets: one a token, or one a row."""
         return _inside(self._batch, *([self._token] if per_token else []))
 
     def repeat(self, tokens: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class Plates:
         return output.reshape(*self.lead, *ones, self.B, *output.shape[1:]) if self.lead else output
 
     def to_site(self, weights: Tensor) -> Tensor:
-        """Of a network, [rows, T, (R,) E], as a route site holds it: [*lead, (R,) B, T, E]."""
+        """Routes of a network, [rows, T, (R,) E], as a site holds them: [*lead, (R,) B, T, E]."""
         whole = weights.reshape(*self.lead, self.B, self.T, *self.units, weights.shape[-1])
         return whole.movedim(-2, -4) if self.units else whole
 

@@ -93,7 +93,7 @@ class LayerEvidence(nn.Module):
 
     @classmethod
     def of(cls, moments: Moments, dimensions: int = DIRECTIONS) -> "LayerEvidence":
-        """That of a stream; the budget is the mean of what stood beside its rows.
+        """The evidence of a stream; its budget is the mean of what stood beside the rows.
 
         Raises:
             ValueError: fewer rows than numbers in a row.

@@ -28,7 +28,7 @@ LEAST_SADDLE = 4.0
 
 
 class TiltedMoments(NamedTuple):
-    """Of a tilted Dirichlet; float64."""
+    """The moments of a tilted Dirichlet; float64."""
 
     log_normaliser: Tensor  # [...], log Z = log E_Dirichlet(a)[exp(-tilt . route)]
     mean: Tensor  # [..., E]
@@ -37,9 +37,7 @@ class TiltedMoments(NamedTuple):
 
 
 def tilted_kl(q: Tensor, concentration: Tensor, tilt: Tensor, log_normaliser: Tensor) -> Tensor:
-    """KL(Dirichlet(q) || Dirichlet(concentration) tilted by exp(-tilt . route)), nats, [...].
-
-    exact.
+    """KL(Dirichlet(q) || Dirichlet(concentration) tilted by exp(-tilt . route)), in nats.
 
     = KL(Dirichlet(q) || Dirichlet(concentration)) + tilt . E_q[route] + log Z. q, concentration and
     tilt broadcast over [..., E], log Z over [...]; a tilt of 0 has log Z = 0.

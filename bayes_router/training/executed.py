@@ -158,7 +158,7 @@ def execute(
 
 
 def cost_of(route: Tensor, load: Tensor, cost: Tensor | CountedCost) -> float:
-    """Of executed routes, whose shares are `load` [L, E]."""
+    """What executed routes cost, whose shares are `load` [L, E]."""
     if not isinstance(cost, Tensor):
         return cost(route)
     fits = cost.shape in (load.shape, load.shape[1:])

@@ -121,7 +121,7 @@ def one_at_a_time(config: Config, values: Mapping[str, Sequence[Any]]) -> list[d
 
 
 def knobs(config: Config) -> dict[str, Any]:
-    """The settings of `KNOBS`."""
+    """What a configuration says of each of `KNOBS`."""
     return {name: _value(config, name) for name in KNOBS}
 
 

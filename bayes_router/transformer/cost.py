@@ -13,7 +13,7 @@ from bayes_router.config import ModelConfig
 
 
 class ModelCost(NamedTuple):
-    """Of a whole model; `own` is that of a token which takes the expert in every layer."""
+    """The cost of a whole model; `own` is of a token that takes the expert in every layer."""
 
     flops: Cost
     bytes: Cost
@@ -61,7 +61,7 @@ def model_cost(
 
 
 def model_experts(model: nn.Module) -> list[Expert]:
-    """Those of a layer."""
+    """The experts of a layer."""
     return next(
         [e for e in part if isinstance(e, Expert)]
         for part in model.modules()

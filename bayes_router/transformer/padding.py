@@ -63,7 +63,7 @@ def check_lengths(lengths: Tensor, tokens: Tensor, least: int = 0) -> None:
 
 
 def last_token(x: Tensor, lengths: Tensor | None, dim: int = 1) -> Tensor:
-    """Of each row its last real token, the first if it has none: 1 along `dim`, the tokens.
+    """The last real token of each row, the first if it has none: 1 along `dim`, the tokens.
 
     The batch stands before it.
     """

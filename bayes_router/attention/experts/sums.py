@@ -20,7 +20,7 @@ class SumExpert(Expert):
     stateful: ClassVar[bool] = True
 
     def entries(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Of tokens, for each head of the state.
+        """What tokens add to the state, by head of the state.
 
         Features [B, Hs, T, Dh], values with ones [B, Hs, T, Dh + 1], log gates.
 

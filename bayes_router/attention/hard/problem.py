@@ -150,7 +150,7 @@ def _build(kind: type[Expert], shape: ExpertShape) -> Expert:
 
 @lru_cache(256)
 def shared_expert(kind: type[Expert], shape: ExpertShape) -> Expert:
-    """One for all calls.
+    """The built expert of a kind and shape, one for all calls.
 
     These own no tensors, and building modules takes longer than checking a call.
     """
@@ -158,7 +158,7 @@ def shared_expert(kind: type[Expert], shape: ExpertShape) -> Expert:
 
 
 def check_problem(problem: RoutedProblem) -> tuple[int, int] | None:
-    """The lowest and highest route; None on CUDA, where values are not read, or of no tokens.
+    """Check a problem. Returns the lowest and highest route; None on CUDA or without tokens.
 
     Raises:
         ValueError: shapes, dtypes, devices or, on a CPU, values that do not fit.

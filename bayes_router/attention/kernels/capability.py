@@ -58,18 +58,18 @@ def head_size(dim: int) -> int:
 
 
 def padded(x: Tensor, value: float = 0.0) -> Tensor:
-    """Of shape [B, H, T, Dh], with `value` up to the head size that the kernels take."""
+    """The tensor [B, H, T, Dh] filled with `value` up to the head size that the kernels take."""
     extra = head_size(x.shape[3]) - x.shape[3]
     return F.pad(x, (0, extra), value=value) if extra else x
 
 
 def packed(x: Tensor) -> Tensor:
-    """Of shape [B, H, T, Dh], contiguous along its last dimension."""
+    """The tensor [B, H, T, Dh], contiguous along its last dimension."""
     return x if x.stride(3) == 1 else x.contiguous()
 
 
 def feature_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of features and of their gradients.
+    """The dtype of features and of their gradients.
 
     A denominator that is nearly nothing sends these past what float16 holds.
     """

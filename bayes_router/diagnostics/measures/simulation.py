@@ -31,7 +31,7 @@ independent."""
 
 
 def guide_draws(program: RoutingModel, guide: RoutingGuide, draws: int) -> Draws:
-    """Of a guide, which never sees the targets."""
+    """Posterior draws of a guide, which never sees the targets."""
 
     def draw(tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
         found: dict[str, Tensor] = Predictive(program, guide=guide, num_samples=draws)(tokens)
@@ -43,7 +43,7 @@ def guide_draws(program: RoutingModel, guide: RoutingGuide, draws: int) -> Draws
 def sampler_draws(
     program: RoutingModel, draws: int, warmup: int = 100, thin: int = 3, depth: int = 6
 ) -> Draws:
-    """Of NUTS, every `thin`-th draw; `depth` bounds its trees."""
+    """Posterior draws of NUTS, every `thin`-th; `depth` bounds its trees."""
 
     def draw(tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
         kernel = NUTS(program, max_tree_depth=depth)
@@ -117,5 +117,5 @@ def rank_counts(ranks: pd.Series, draws: int, bins: int = 8) -> npt.NDArray[np.i
 
 
 def uniform_p_value(counts: npt.NDArray[np.int64]) -> float:
-    """Of a chi-square test that ranks are uniform; they have to be independent."""
+    """The p-value of a chi-square test that ranks, which have to be independent, are uniform."""
     return float(chisquare(counts).pvalue)

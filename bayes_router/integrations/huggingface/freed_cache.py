@@ -45,7 +45,7 @@ class FreedLayer(DynamicLayer):
 
     @property
     def keys(self) -> Tensor:
-        """Of the heads that keep all, [B, whole, T, Dh]."""
+        """The keys of the heads that keep all, [B, whole, T, Dh]."""
         kept = self.rest.keys
         assert kept is not None
         return kept
@@ -56,7 +56,7 @@ class FreedLayer(DynamicLayer):
 
     @property
     def values(self) -> Tensor:
-        """Of the heads that keep all."""
+        """The values of the heads that keep all."""
         kept = self.rest.values
         assert kept is not None
         return kept

@@ -87,12 +87,12 @@ class Binding:
 
     @property
     def filled(self) -> int | None:
-        """Of the call under way, see `Given`."""
+        """See `Given`, of the call under way."""
         return self.router.here.given[self.index].filled
 
     @property
     def held(self) -> Tensor | None:
-        """Of the call under way, see `Given`."""
+        """See `Given`, of the call under way."""
         return self.router.here.given[self.index].held
 
     def take(self) -> Given:

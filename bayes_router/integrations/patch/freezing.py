@@ -83,7 +83,7 @@ class Frozen:
 
     @property
     def number(self) -> int:
-        """Of frozen units."""
+        """How many units are frozen."""
         return sum(expert != LIVE for layer in self.experts for expert in layer)
 
 

@@ -59,7 +59,7 @@ class Identity(NamedTuple):
 
 
 def sums_of(samples: Tensor) -> Sums:
-    """Of at most `SAMPLES` numbers of a tensor."""
+    """The sums of at most `SAMPLES` numbers of a tensor."""
     x = samples.detach().cpu().double()
     signs = torch.tensor([_signs(row) for row in range(SIGNED)], dtype=torch.float64)
     return Sums(torch.cat([signs[:, : len(x)] @ x, x.norm()[None]]), samples.dtype)
@@ -90,7 +90,7 @@ def _rounded(x: Sums, y: Sums) -> bool:
 
 @torch.no_grad()
 def identity(model: nn.Module) -> Identity:
-    """Of a model where its weights lie, on any device."""
+    """The identity of a model, read where its weights lie, on any device."""
     digest, sums = hashlib.sha256(type(model).__name__.encode()), dict[str, Sums]()
     for name, parameter in weights(model):
         flat = parameter.detach().reshape(-1)
@@ -115,7 +115,7 @@ def _by_token(model: nn.Module) -> Iterator[str]:
 
 
 def kept(sums: dict[str, Sums]) -> dict[str, Tensor]:
-    """As they are saved: the precision is part of the name."""
+    """The sums as they are saved: the precision is part of the name."""
     return {
         f"{name}|{str(one.dtype).removeprefix('torch.')}": one.values for name, one in sums.items()
     }

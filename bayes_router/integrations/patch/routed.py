@@ -257,7 +257,7 @@ class RoutedModel(Following):
         return known and sizes and HAS_TRITON and self._executes and not weighed
 
     def posterior(self, index: int, hidden: Tensor) -> Dirichlet:
-        """Of a layer's routes for what its controller reads, [B, T, D].
+        """The posterior of a layer's routes for what its controller reads, [B, T, D].
 
         Frozen units are not computed, and near certain.
         """
@@ -400,7 +400,7 @@ class RoutedModel(Following):
 
     @property
     def price(self) -> float:
-        """Of the prior's tilt, nats per unit of cost: where the fit ended, or as it was patched."""
+        """The price of the prior, nats per unit of cost: where the fit ended, or as patched."""
         return self.settings.prior.price if self.fitted is None else self.fitted.price
 
     def statistics(self, of: Pass | None = None) -> list[RoutingStatistics]:

@@ -8,7 +8,7 @@ SHIPPED = Path(__file__).parents[2] / "patches"
 
 
 def shipped() -> list[str]:
-    """Their names."""
+    """The names of the patches that come with the package."""
     return sorted(path.parent.name for path in SHIPPED.glob("*/router.json"))
 
 

@@ -51,7 +51,7 @@ class Span(NamedTuple):
 class Chunk(NamedTuple):
     """Features of a chunk's keys, and of its chosen queries, packed by key head.
 
-    None, an empty tensor.
+    Where no query is chosen, `queries` is empty.
     """
 
     keys: Tensor  # [Hk, C, Dh]
@@ -62,7 +62,7 @@ class Chunk(NamedTuple):
 
 
 def plain(queries: Tensor, k: Tensor, v: Tensor) -> Features:
-    """Those of `LinearAttention`."""
+    """The features of `LinearAttention`, which fade by nothing."""
     return Features(_phi(queries), _phi(k), widen(v).contiguous())
 
 

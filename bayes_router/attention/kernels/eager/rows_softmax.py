@@ -27,7 +27,7 @@ class Tile(NamedTuple):
 
 
 def tiles(positions: Tensor, local: ExpertShape | None, groups: int) -> Iterator[Tile]:
-    """Of queries at ascending positions [n].
+    """The tiles of queries at ascending positions [n].
 
     Full: for FAR_ROWS queries the keys before the first of them, which all see, then the same for
     ROWS of them at a time, and what is left with a mask. Local: blocks of S positions, wherever in

@@ -145,7 +145,7 @@ def partials(call: Call, block: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many the device has; 1 for tensors that the interpreter runs on the CPU."""
+    """How many multiprocessors the device has; 1 where the interpreter runs on the CPU."""
     return (
         torch.cuda.get_device_properties(device).multi_processor_count
         if device.type == "cuda"
@@ -159,12 +159,12 @@ def empty(like: Tensor, covered: bool) -> Tensor:
 
 
 def precision(x: Tensor) -> str:
-    """Of products of float32; halves ignore it."""
+    """The precision of products of float32; halves ignore it."""
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
 def strides(*xs: Tensor) -> list[int]:
-    """Of batch, head and token of each; the last dimension is contiguous."""
+    """The strides of batch, head and token of each; the last dimension is contiguous."""
     return [stride for x in xs for stride in x.stride()[:3]]
 
 

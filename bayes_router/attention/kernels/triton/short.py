@@ -155,7 +155,7 @@ def work_kernel(
 ):  # fmt: skip
     """Program (number, row of the tables).
 
-    Every so many-th item of the row's list, on which its heads come fastest.
+    It takes items of the row's list at a fixed stride; in the list heads come fastest.
     """
     u = tl.program_id(1).to(tl.int64)
     b = u // (H // UNIT)
