@@ -52,8 +52,8 @@ FAULTS = [
     Fault(
         "no clipping",
         f"{P}/training/optimise.py",
-        "return nn.utils.clip_grad_norm_(model.parameters(), largest)",
-        "return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not "
+        "nn.utils.clip_grad_norm_(model.parameters(), largest)",
+        "nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not "
         "None])",
         f"{T}/training/test_steps.py",
     ),
