@@ -24,8 +24,9 @@ from bayes_router.diagnostics.measures.collapse import (
     collapse_over_training,
 )
 from bayes_router.diagnostics.measures.k_hat import FitThresholds
+from bayes_router.diagnostics.measures.kinds import kinds_of_vocabulary
 from bayes_router.diagnostics.measures.regret import routing_regret
-from bayes_router.diagnostics.measures.uncertainty import UncertaintySummary, kinds_of_vocabulary
+from bayes_router.diagnostics.measures.uncertainty import UncertaintySummary
 from bayes_router.diagnostics.measures.verdict import Verdict
 from bayes_router.diagnostics.reading import read, windows
 from bayes_router.files import METRICS

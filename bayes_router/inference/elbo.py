@@ -16,17 +16,14 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
-from torch.distributions import Dirichlet
 
 from bayes_router.checks import require
 from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel, refuse_tracing
 from bayes_router.inference.sites import TARGETS, is_route_site
-from bayes_router.inference.tilted import TiltedDirichlet
+from bayes_router.inference.stacked import check_sites, stackable, stacked_kl
 from bayes_router.inference.weighted import Literal
-from bayes_router.routing.posterior import dirichlet_kl
 from bayes_router.routing.schedule import ScheduleState
-from bayes_router.routing.tilt import tilted_kl
 from bayes_router.types import LossTerms
 
 UNCHECKED = dict.fromkeys(
@@ -196,7 +193,7 @@ class RoutingELBO(TraceMeanField_ELBO):
             prune_subsample_sites(model_trace),
             prune_subsample_sites(guide_trace),
         )
-        _check_sites(model_trace, guide_trace)
+        check_sites(model_trace, guide_trace)
         return model_trace, guide_trace
 
     def _particle(self, model_trace: Trace, guide_trace: Trace, terms: list[LossTerms]) -> Tensor:
@@ -210,12 +207,12 @@ class RoutingELBO(TraceMeanField_ELBO):
             "the number of tokens is read there",
         )
         tokens = torch.Size(model_trace.nodes[routes[0]]["fn"].batch_shape[-2:]).numel()
-        if _stackable(model_trace, guide_trace, routes):
+        if stackable(model_trace, guide_trace, routes):
             observed = model_trace.nodes[TARGETS]
             nll = -_unmasked(observed, observed["fn"].log_prob(observed["value"])).sum() * (
                 1 / tokens
             )
-            kl = _stacked_kl(model_trace, guide_trace, routes)
+            kl = stacked_kl(model_trace, guide_trace, routes)
         else:
             nll, kl = self._by_pyro(model_trace, guide_trace, 1 / tokens)
         weight = self._weight
@@ -248,64 +245,6 @@ def _check_weight(kl_weight: float) -> None:
     )
 
 
-def _check_sites(model_trace: Trace, guide_trace: Trace) -> None:
-    """Model and guide are over the same latents."""
-    latents = [
-        n for n, s in model_trace.nodes.items() if s["type"] == "sample" and not s["is_observed"]
-    ]
-    drawn = {
-        n: s for n, s in guide_trace.nodes.items() if s["type"] == "sample" and not s["is_observed"]
-    }
-    missing = [name for name in latents if name not in drawn]
-    require(
-        not missing,
-        "guide",
-        f"a site for each latent of the model: {', '.join(latents)}",
-        f"none of {', '.join(missing)}",
-    )
-    extra = [
-        name
-        for name, site in drawn.items()
-        if name not in latents and not site["infer"].get("is_auxiliary")
-    ]
-    require(not extra, "guide", f"sites that the model has: {', '.join(latents)}", ", ".join(extra))
-    for name in latents:
-        wanted, got = (
-            tuple(trace.nodes[name]["fn"].shape()) for trace in (model_trace, guide_trace)
-        )
-        fits = (
-            wanted[-len(got) :] == got and all(size == 1 for size in wanted[: -len(got)])
-            if got
-            else not wanted
-        )
-        require(fits, f"guide of {name}", f"the shape of the model's site, {wanted}", got)
-
-
-def _stackable(model_trace: Trace, guide_trace: Trace, routes: list[str]) -> bool:
-    """Whether nll and KL are what the stacked expression computes.
-
-    Plain Dirichlet routes, one likelihood, no other latent.
-    """
-    kinds = {type(model_trace.nodes[name]["fn"]) for name in routes}
-    plain = kinds in ({pyro.distributions.Dirichlet}, {TiltedDirichlet})
-    sites = [
-        s
-        for trace in (model_trace, guide_trace)
-        for s in trace.nodes.values()
-        if s["type"] == "sample"
-    ]
-    known = all(is_route_site(site["name"]) or site["name"] == TARGETS for site in sites)
-    mine = [trace.nodes[name] for trace in (model_trace, guide_trace) for name in routes]
-    unscaled = all(site["scale"] == 1.0 and site["mask"] is None for site in mine)
-    observed = model_trace.nodes.get(TARGETS)
-    literal = observed is not None and observed["is_observed"] and observed["scale"] == 1.0
-    guided = all(isinstance(guide_trace.nodes[name]["fn"], Dirichlet) for name in routes)
-    shapes = {
-        trace.nodes[name]["fn"].shape() for trace in (model_trace, guide_trace) for name in routes
-    }
-    return plain and known and unscaled and literal and guided and len(shapes) == 1
-
-
 def _unmasked(site: dict[str, Any], density: Tensor) -> Tensor:
     """A site's log density where it counts, 0 elsewhere."""
     mask = site["mask"]
@@ -314,35 +253,6 @@ def _unmasked(site: dict[str, Any], density: Tensor) -> Tensor:
         if mask is None or mask is True
         else density.masked_fill(~torch.as_tensor(mask), 0.0)
     )
-
-
-def _shared(value: Tensor, dims: int) -> Tensor:
-    """`value` with each leading dimension a one where all that lies along it is one number."""
-    lead = value.stride()[: value.dim() - dims]
-    return value[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in lead)]
-
-
-def _stacked_kl(model_trace: Trace, guide_trace: Trace, routes: list[str]) -> Tensor:
-    """Sum over layers and units of KL(q || p), per token: one expression for all."""
-    # [L, ..., B, T, E]
-    q = torch.stack([guide_trace.nodes[name]["fn"].concentration for name in routes])
-    priors = [model_trace.nodes[name]["fn"] for name in routes]
-    # [L, 1, 1, E] of one for all tokens
-    p = _stacked([_shared(prior.concentration, 1) for prior in priors])
-    if isinstance(priors[0], TiltedDirichlet):
-        log_z = _stacked([_shared(prior.log_normaliser, 0) for prior in priors])
-        # [L, E], or as the concentration
-        tilt = _stacked([_shared(prior.tilt, 1) for prior in priors])
-        tilt = tilt.view(len(routes), *[1] * (q.dim() - 2), -1) if tilt.dim() == 2 else tilt
-        kl = tilted_kl(q, p, tilt, log_z)
-    else:
-        kl = dirichlet_kl(q, p)  # [L, ..., B, T]
-    return kl.mean((-2, -1)).sum()
-
-
-def _stacked(values: list[Tensor]) -> Tensor:
-    """One after the other, [L, ...], of the shape that all fit in."""
-    return torch.stack(list(torch.broadcast_tensors(*values)))
 
 
 class NegativeELBO(nn.Module):

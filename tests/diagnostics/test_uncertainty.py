@@ -6,17 +6,15 @@ from scipy import stats
 from torch.distributions import Dirichlet
 
 from bayes_router.data.tokenisers import ByteTokeniser
+from bayes_router.diagnostics.measures.kinds import TokenKind, kinds_of_vocabulary, token_kind
 from bayes_router.diagnostics.measures.uncertainty import (
     Measure,
-    TokenKind,
     UncertaintySummary,
     cost_interval,
     credible_interval,
-    kinds_of_vocabulary,
     probability_right,
     summarise_uncertainty,
     token_frame,
-    token_kind,
 )
 from bayes_router.diagnostics.reading import pieces, text_windows
 from bayes_router.types import IGNORED

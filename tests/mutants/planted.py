@@ -53,8 +53,7 @@ FAULTS = [
         "no clipping",
         f"{P}/training/optimise.py",
         "nn.utils.clip_grad_norm_(model.parameters(), largest)",
-        "nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not "
-        "None])",
+        "nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])",
         f"{T}/training/test_steps.py",
     ),
     Fault(

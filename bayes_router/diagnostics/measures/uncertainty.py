@@ -3,7 +3,6 @@
 Per token as a frame, and per layer, position and kind of token in one streaming pass.
 """
 
-import unicodedata
 from collections.abc import Iterable, Sequence
 from enum import Enum
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from bayes_router.checks import require
 from bayes_router.data.tokenisers import Tokeniser
+from bayes_router.diagnostics.measures.kinds import TokenKind, kinds_of_vocabulary
 from bayes_router.diagnostics.reading import Reading
 from bayes_router.routing.posterior import (
     entropy_of_mean,
@@ -167,52 +167,6 @@ def measures(concentration: Tensor, cost_ratio: Tensor) -> Tensor:
             (mean.amax(-1) > SURE_WEIGHT).double(),
         ],
         -1,
-    )
-
-
-class TokenKind(Enum):
-    """What a token is, as a reader sees it."""
-
-    LETTER = "letter"
-    CAPITAL = "capital"
-    WORD = "word"  # of several letters
-    DIGIT = "digit"
-    SPACE = "space"
-    NEWLINE = "newline"
-    PUNCTUATION = "punctuation"
-    OTHER = "other"
-
-
-def token_kind(piece: str) -> TokenKind:
-    """The kind of what a token shows; a leading space does not count."""
-    core = piece.strip(" ")
-    if not core:
-        return TokenKind.SPACE if piece else TokenKind.OTHER
-    if "\n" in core:
-        return TokenKind.NEWLINE
-    if core.isalpha():
-        return (
-            TokenKind.WORD
-            if len(core) > 1
-            else TokenKind.CAPITAL
-            if core.isupper()
-            else TokenKind.LETTER
-        )
-    if core.isdigit():
-        return TokenKind.DIGIT
-    return (
-        TokenKind.PUNCTUATION
-        if all(unicodedata.category(c)[0] in "PS" for c in core)
-        else TokenKind.OTHER
-    )
-
-
-def kinds_of_vocabulary(tokeniser: Tokeniser) -> Tensor:
-    """Index into `TokenKind` of every token id, int64 [V]."""
-    order = {kind: index for index, kind in enumerate(TokenKind)}
-    shown = (tokeniser.decode([token]) for token in range(tokeniser.vocab_size))
-    return torch.tensor(
-        [order[TokenKind.OTHER if text == "\ufffd" else token_kind(text)] for text in shown]
     )
 
 
