@@ -18,7 +18,8 @@ from bayes_router.attention.hard.backend import Backend
 from bayes_router.attention.hard.dense import DENSE
 from bayes_router.benchmark import memory, model, verify
 from bayes_router.benchmark.cases import Shape
-from bayes_router.benchmark.model import Decoder, lean_network, measure, note_on_context
+from bayes_router.benchmark.decoder import Decoder, lean_network
+from bayes_router.benchmark.model import measure, note_on_context
 from bayes_router.transformer.cost import model_cost
 
 
