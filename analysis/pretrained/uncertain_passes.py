@@ -22,9 +22,8 @@ from transformers import DynamicCache
 
 from bayes_router.data.stream import TokenStream
 from bayes_router.data.tokens import Batch
-from bayes_router.diagnostics.measures.regret import regret_row
-from bayes_router.diagnostics.measures.regret import with_regret
 from bayes_router.diagnostics.measures.evidence import token_scores
+from bayes_router.diagnostics.measures.regret import regret_row, with_regret
 from bayes_router.files import write_whole
 from bayes_router.integrations.huggingface.language import Unforced
 from bayes_router.routing.policy import Policy, at_price

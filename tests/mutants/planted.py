@@ -497,8 +497,8 @@ FAULTS = [
     Fault(
         "regret against the worst",
         f"{P}/diagnostics/measures/regret.py",
-        'frame["regret"] = chosen - losses.min(1)',
-        'frame["regret"] = losses.max(1) - chosen',
+        "regret=chosen - losses.min(1)",
+        "regret=losses.max(1) - chosen",
         f"{T}/diagnostics/test_calibration.py",
     ),
     Fault(

@@ -3,7 +3,7 @@
 From the regrets follows what a calibrated router says.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,21 +13,17 @@ import pandas as pd
 import torch
 from scipy.optimize import minimize_scalar
 from scipy.stats import rankdata, spearmanr
-from torch import Tensor
 
 from bayes_router.checks import require
 from bayes_router.data.tokens import Batch
 from bayes_router.diagnostics.measures.bootstrap import Array, Estimate, clustered
 from bayes_router.diagnostics.measures.verdict import Severity, Verdict
 from bayes_router.routing.posterior import (
-    entropy_of_mean,
-    mutual_information,
-    posterior_mean,
     probability_of_largest,
 )
 from bayes_router.transformer.model import RoutedLanguageModel
-from bayes_router.transformer.nll import token_nll
-from bayes_router.types import IGNORED, RoutingMode
+from bayes_router.types import RoutingMode
+
 BINS = 10
 INTERVAL_DRAWS = 200
 

@@ -1,21 +1,14 @@
 """What other routes of a sampled token would have cost: the loss under each of them."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import torch
-from scipy.optimize import minimize_scalar
-from scipy.stats import rankdata, spearmanr
 from torch import Tensor
 
 from bayes_router.checks import require
 from bayes_router.data.tokens import Batch
-from bayes_router.diagnostics.measures.bootstrap import Array, Estimate, clustered
-from bayes_router.diagnostics.measures.verdict import Severity, Verdict
 from bayes_router.routing.posterior import (
     entropy_of_mean,
     mutual_information,
@@ -25,7 +18,6 @@ from bayes_router.routing.posterior import (
 from bayes_router.transformer.model import RoutedLanguageModel
 from bayes_router.transformer.nll import token_nll
 from bayes_router.types import IGNORED, RoutingMode
-from bayes_router.diagnostics.measures.calibration import calibrate
 
 ROWS = 16  # forced tokens that go through the network together
 
