@@ -120,6 +120,13 @@ class World:
             dist.barrier()
 
 
+def joined() -> World:
+    """The world of the process group that this process has joined; without one it is alone."""
+    if dist.is_available() and dist.is_initialized():
+        return World(dist.get_rank(), dist.get_world_size())
+    return World()
+
+
 @contextmanager
 def connected(device: torch.device) -> Iterator[World]:
     """The world that torchrun describes: NCCL between GPUs, gloo between CPUs.

@@ -16,7 +16,9 @@ from bayes_router.integrations.huggingface.fit_settings import KL_WEIGHT
 from bayes_router.integrations.patch.binding import router_of
 from bayes_router.integrations.patch.routed import RoutedModel
 from bayes_router.integrations.patch.saving import is_patch, load_weights
+from bayes_router.integrations.patch.sharing import share_weights
 from bayes_router.routing.statistics import executed_load
+from bayes_router.training.distributed import joined
 
 ROUTER_LR = 3e-3
 
@@ -37,6 +39,9 @@ class RoutedTraining(_Trainer):
     (HARD). Every checkpoint has the patch beside the model's weights, so that `load_patch` reads
     it, and resuming goes on from it.
 
+    Several processes share what was added as they share the model: they begin with the weights of
+    the first, and step by the mean of their gradients.
+
     To train the routes alone, freeze the model first: model.requires_grad_(False).
 
     The model is patched, also inside a wrapper.
@@ -46,8 +51,7 @@ class RoutedTraining(_Trainer):
         router_lr: learning rate of what was added; the Trainer's schedule scales it as its own.
 
     Raises:
-        ValueError: the model is not patched, or several processes train it: its added gradients are
-            not shared.
+        ValueError: the model is not patched, or FSDP or DeepSpeed trains it.
     """
 
     def __init__(
@@ -66,14 +70,9 @@ class RoutedTraining(_Trainer):
             type(self.model).__name__,
             "call patch(model) first",
         )
-        processes = self.args.world_size
-        require(
-            processes == 1,
-            "model",
-            "one process: gradients of what was added are not shared",
-            processes,
-            "use one",
-        )
+        for kind in ("fsdp", "deepspeed"):
+            split = bool(getattr(self, f"is_{kind}_enabled", False))
+            require(not split, kind, "none: it would not know what was added", kind, "use DDP")
         for name, value in (("kl_weight", kl_weight), ("router_lr", router_lr)):
             require(value is None or value > 0, name, "a positive number", value)
         assert isinstance(router, RoutedModel)
@@ -100,6 +99,13 @@ class RoutedTraining(_Trainer):
                 loss = loss + self.kl_weight * self._share(num_items_in_batch) * kl.to(loss.device)
             self._note("" if model.training else "eval_", kl)
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **named: Any) -> Tensor:
+        """The Trainer's own; with the last part of a batch, what processes tell each other."""
+        loss: Tensor = super().training_step(*args, **named)
+        if self.accelerator.sync_gradients:
+            self.router.share_gradients()
+        return loss
 
     def _share(self, num_items: Any) -> float:
         """Of the KL in one part of an accumulated batch.
@@ -135,7 +141,7 @@ class RoutedTraining(_Trainer):
         """The Trainer's own, and how tokens were routed since the last one."""
         evaluated = any(name.startswith("eval_") for name in logs)
         for name in [name for name in self._read if name.startswith("eval_") == evaluated]:
-            logs[name] = float(torch.stack(self._read.pop(name)).mean())
+            logs[name] = float(joined().mean(torch.stack(self._read.pop(name)).mean()))
         super().log(logs, *args, **named)
 
     def create_optimizer(self, *args: Any, **named: Any) -> Any:
@@ -191,6 +197,7 @@ class _CleanGradients(TrainerCallback):
     def on_train_begin(self, *args: Any, **named: Any) -> None:
         """Before the first step."""
         self.router.zero_grad()
+        share_weights(self.router.parameters())
 
     def on_optimizer_step(self, *args: Any, **named: Any) -> None:
         """After each step."""

@@ -47,6 +47,7 @@ from bayes_router.integrations.patch.identity import Identity, identity
 from bayes_router.integrations.patch.passes import Here, Observe, Pass, recomputing
 from bayes_router.integrations.patch.saving import PatchRecord, save_patch
 from bayes_router.integrations.patch.settings import FitRecord, RouterConfig
+from bayes_router.integrations.patch.sharing import share_gradients
 from bayes_router.integrations.patch.watch import TrainingWatch
 from bayes_router.routing.controller import MetaController
 from bayes_router.routing.force import Force, forced_route
@@ -463,6 +464,14 @@ class RoutedModel(Following):
             got,
             "patch it again, or load_patch what was saved",
         )
+
+    def share_gradients(self) -> None:
+        """Let the processes that train one model step alike: between backward() and step().
+
+        Each gradient of what was added becomes its mean over the processes of `torch.distributed`,
+        as DistributedDataParallel does with those of the model. `RoutingTrainer` calls it.
+        """
+        self.watch.shared = share_gradients(self.parameters()).size > 1
 
     def save(self, folder: Any, held_out: bool = False) -> None:
         """Write what was added, see `load_patch`. None of your text is written, unless asked for.

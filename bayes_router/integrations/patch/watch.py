@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bayes_router.checks import require
 from bayes_router.integrations.patch.passes import Pass, checkpointed_without_graph
+from bayes_router.training.distributed import joined
 
 ADVICE = (
     "train with bayes_router.integrations.huggingface.trainer.RoutingTrainer in place of Hugging "
@@ -27,6 +28,7 @@ class TrainingWatch:
     def __init__(self, router: nn.Module):
         self.router: Any = router
         self.told = False  # or seen that all is well
+        self.shared = False  # the gradients of the last pass, among processes
         # some of the router's weights, and of the model's
         self.before: tuple[tuple[int, int], list[Tensor]] | None = None
 
@@ -83,6 +85,13 @@ class TrainingWatch:
             )
         elif moved and not of.kl_taken:
             self._tell("what the patch added is trained without its KL, hence without a price")
+        processes = joined().size
+        if moved and processes > 1 and not self.shared:
+            self._tell(
+                f"{processes} processes train it, and each what the patch added by itself, unless "
+                "they call router.share_gradients() before each step"
+            )
+        self.shared = False
         self.told = self.told or moved
 
     def _tell(self, what: str) -> None:
