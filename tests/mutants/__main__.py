@@ -1,7 +1,7 @@
 """Plant faults one at a time in a copy of the repository, and run the tests beside each.
 
 `python -m tests.mutants [WORD ...] [--list]`: the faults whose file or name contains one of the
-words; all by default, in about an hour on two cores. A line a fault; status 1 where one was not
+words; all by default, in about an hour on one core. A line a fault; status 1 where one was not
 caught, or no longer fits the code. Not part of `make test`.
 """
 

@@ -1,4 +1,7 @@
-"""Faults in what came after the first list: objectives' units, units of routing, evidence, risk."""
+"""Faults in what came after the first list.
+
+Units of objectives and of routing, evidence, risk, other processes, time that is kept.
+"""
 
 from tests.mutants.planted import Fault, P, T
 
@@ -107,5 +110,161 @@ NEWER = [
         "log_z[layer].to(q)).sum(-1)",
         "log_z[layer].to(q)).mean(-1)",
         f"{T}/integrations/test_units.py {T}/integrations/test_prior_and_cost.py",
+    ),
+    Fault(
+        "a spawned process does not know the attention",
+        f"{P}/integrations/huggingface/interface.py",
+        "for _base, _mask in MASKS.items():",
+        'for _base, _mask in () if __import__("multiprocessing").parent_process() else '
+        "MASKS.items():",
+        f"{T}/integrations/test_other_processes.py",
+    ),
+    Fault(
+        "what a thread was doing is pickled",
+        f"{P}/integrations/patch/passes.py",
+        "        return Here, ()  # a copy of the model starts with none of it",
+        "        return object.__reduce_ex__(self, 2)",
+        f"{T}/integrations/test_passes.py {T}/integrations/test_other_processes.py",
+    ),
+    Fault(
+        "the model inside DistributedDataParallel is not found",
+        f"{P}/integrations/patching.py",
+        "if kind is None or not isinstance(model, nn.Module) or isinstance(model, kind):",
+        "if kind is None or isinstance(model, (kind, nn.parallel.DistributedDataParallel)):",
+        f"{T}/integrations/test_other_processes.py",
+    ),
+    Fault(
+        "the model under adapters is not found",
+        f"{P}/integrations/patching.py",
+        "if kind is None or not isinstance(model, nn.Module) or isinstance(model, kind):",
+        'if kind is None or isinstance(model, kind) or hasattr(model, "base_model"):',
+        f"{T}/integrations/test_other_processes.py",
+    ),
+    Fault(
+        "what was added is a part of the model under adapters",
+        f"{P}/integrations/patch/routed.py",
+        "        self._start_on_full()\n\n    def",
+        "        self._start_on_full()\n        model.controller = self.controller\n\n    def",
+        f"{T}/integrations/test_other_processes.py {T}/integrations/test_patch.py",
+    ),
+    Fault(
+        "an offloaded weight is read where it is not",
+        f"{P}/integrations/patch/offload.py",
+        "here = kept(model, name) if parameter.is_meta else parameter",
+        "here = parameter",
+        f"{T}/integrations/test_kept_elsewhere.py",
+    ),
+    Fault(
+        "a hook that places all below it is not found",
+        f"{P}/integrations/patch/offload.py",
+        "for depth in range(len(parts) - 1, -1, -1):",
+        "for depth in range(len(parts) - 1, len(parts) - 2, -1):",
+        f"{T}/integrations/test_kept_elsewhere.py",
+    ),
+    Fault(
+        "a weight that offloading took apart counts twice",
+        f"{P}/integrations/patch/offload.py",
+        "if tied.get(name) in seen or any(",
+        "if False and any(",
+        f"{T}/integrations/test_kept_elsewhere.py",
+    ),
+    Fault(
+        "weights that are nowhere are taken for weights",
+        f"{P}/integrations/patch/offload.py",
+        "return not any(p.is_meta and kept(model, name) is None",
+        "return True or not any(p.is_meta and kept(model, name) is None",
+        f"{T}/integrations/test_refused.py {T}/integrations/test_kept_elsewhere.py",
+    ),
+    Fault(
+        "gradients of what was added are not shared",
+        f"{P}/integrations/patch/sharing.py",
+        "gradient.copy_(part.view_as(gradient))",
+        "pass",
+        f"{T}/integrations/test_two_ranks.py",
+    ),
+    Fault(
+        "processes begin with weights of their own",
+        f"{P}/integrations/patch/sharing.py",
+        "dist.broadcast(parameter, 0)",
+        "pass",
+        f"{T}/integrations/test_two_ranks.py",
+    ),
+    Fault(
+        "nobody tells a loop that its processes part",
+        f"{P}/integrations/patch/watch.py",
+        "if moved and processes > 1 and not self.shared:",
+        "if False:",
+        f"{T}/integrations/test_two_ranks.py",
+    ),
+    Fault(
+        "a turn begins that will not end in time",
+        f"{P}/benchmark/clock.py",
+        "if now + last > min(first + self.budget, self.end):",
+        "if now + last > first + self.budget:",
+        f"{T}/analysis/test_speed.py -k slower",
+    ),
+    Fault(
+        "the first turn is not foreseen",
+        f"{P}/benchmark/clock.py",
+        "turns = [self._turn(calls, warm)]",
+        "turns = [self._turn(calls, 0.0)]",
+        f"{T}/analysis/test_speed.py",
+    ),
+    Fault(
+        "a process is waited for without end",
+        f"{P}/benchmark/memory.py",
+        "if not receiver.poll(patience):",
+        "if not receiver.poll(None):",
+        f"{T}/analysis/test_speed.py",
+    ),
+    Fault(
+        "a comparison that will not end is begun",
+        f"{P}/benchmark/verify.py",
+        "max(now, began + whole) <= until",
+        "now <= until",
+        f"{T}/analysis/test_speed.py",
+    ),
+    Fault(
+        "a table without a forward pass is not drawn",
+        f"{P}/benchmark/figure.py",
+        "    table = table.reindex(columns=[*table, *(name for name in DRAWN if name not in "
+        "table)])\n",
+        "",
+        f"{T}/analysis/test_speed.py",
+    ),
+    Fault(
+        "a prior of more layers than the network is taken",
+        f"{P}/inference/model.py",
+        '((-1, "experts"), (0, "layers"))',
+        '((-1, "experts"),)',
+        f"{T}/inference/test_parts.py",
+    ),
+    Fault(
+        "an infinite weight of the KL is taken",
+        f"{P}/inference/elbo.py",
+        "0 < kl_weight < math.inf,",
+        "kl_weight > 0,",
+        f"{T}/inference/test_parts.py",
+    ),
+    Fault(
+        "a quality that nobody can promise is refused after reading",
+        f"{P}/commands/evaluate.py",
+        "        check_promise(options.quality, options.confidence)\n",
+        "        pass\n",
+        f"{T}/commands/test_wrong_inputs.py -k evaluate",
+    ),
+    Fault(
+        "a report reads for minutes before it refuses its text",
+        f"{P}/commands/parsers.py",
+        "        options.text.read_bytes().decode()\n",
+        "        pass\n",
+        f"{T}/commands/test_wrong_inputs.py -k report",
+    ),
+    Fault(
+        "the nearest option is not named",
+        f"{P}/wording.py",
+        'f"{nearest(option, options, alike=0.3)}; --help lists them"',
+        'f"; --help lists them"',
+        f"{T}/commands/test_cli.py",
     ),
 ]

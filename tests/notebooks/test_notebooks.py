@@ -9,7 +9,7 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[2]
-STORIES = ("01_fit_with_svi.ipynb", "02_routing_uncertainty.ipynb", "03_calibrate_prior.ipynb")
+STORIES = ("01_fit_with_svi.ipynb", "02_routing_uncertainty.ipynb", "03_choose_prior.ipynb")
 # what an optional extra installs
 NEEDS = {"04_patch_pretrained.ipynb": "transformers", "05_your_own_parts.ipynb": "arviz"}
 NOTEBOOKS = (*STORIES, *NEEDS)
