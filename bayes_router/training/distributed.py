@@ -137,7 +137,7 @@ def connected(device: torch.device) -> Iterator[World]:
         ValueError: WORLD_SIZE without the other variables that torchrun sets.
     """
     if dist.is_available() and dist.is_initialized():
-        yield World(dist.get_rank(), dist.get_world_size())
+        yield joined()
         return
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -159,6 +159,6 @@ def connected(device: torch.device) -> Iterator[World]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
-        yield World(dist.get_rank(), dist.get_world_size())
+        yield joined()
     finally:
         dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """Reading a fitted model on held-out text: every mode executed, every figure per layer."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -190,6 +191,7 @@ def evaluate(
     policy: Policy | None = None,
     costs: Sequence[CostModel] = (CostModel.PAPER, CostModel.FLOPS),
     seed: int = 0,
+    prior_price: Tensor | None = None,
 ) -> Evaluation:
     """Read `model` on windows of `context` tokens under MEAN, SAMPLE and HARD.
 
@@ -207,7 +209,12 @@ def evaluate(
         policy: of HARD; the model's by default.
         costs: the cost models to report.
         seed: of the draws of SAMPLE; the generator of the caller is left as it was.
+        prior_price: the name of `prior_tilt` before; it is served with a FutureWarning.
     """
+    if prior_price is not None:
+        said = "evaluate(prior_price=...): the argument is called prior_tilt now"
+        warnings.warn(said, FutureWarning, stacklevel=2)
+        prior_tilt = prior_price
     device = next(model.parameters()).device
     prior = _Prior(prior_concentration, prior_tilt).to(device)
     sums, was_training, usual = _Sums(), model.training, model.policy

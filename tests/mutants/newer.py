@@ -113,10 +113,10 @@ NEWER = [
     ),
     Fault(
         "a spawned process does not know the attention",
-        f"{P}/integrations/huggingface/interface.py",
-        "for _base, _mask in MASKS.items():",
-        'for _base, _mask in () if __import__("multiprocessing").parent_process() else '
-        "MASKS.items():",
+        f"{P}/integrations/huggingface/registered.py",
+        "    AttentionInterface.register(NAME",
+        '    if __import__("multiprocessing").current_process().name == "MainProcess":\n'
+        "        AttentionInterface.register(NAME",
         f"{T}/integrations/test_other_processes.py",
     ),
     Fault(

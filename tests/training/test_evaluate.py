@@ -263,3 +263,13 @@ def test_bounds_of_texts_with_unscored_targets_are_the_objective() -> None:
             [objective(batch.tokens, batch.targets)[1].elbo for _ in range(8)]
         ).mean()
     assert gap.bound_controller == pytest.approx(float(mean), abs=0.03)
+
+
+def test_the_tilt_is_served_by_its_name_of_before() -> None:
+    model, prior, tilt = tiny_model(), tiny_concentration(tiny_model().config), 3 * COST
+
+    def elbo(**priced: torch.Tensor) -> float:
+        return evaluate(model, source(), prior, context=40, batch_size=5, limit=200, **priced).elbo
+
+    with pytest.warns(FutureWarning, match="is called prior_tilt now"):
+        assert elbo(prior_price=tilt) == elbo(prior_tilt=tilt) != elbo()
