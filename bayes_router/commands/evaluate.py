@@ -1,6 +1,7 @@
 """`bayes-router evaluate`: read a run on held-out text, at a budget if one is given."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
@@ -10,6 +11,7 @@ from bayes_router.attention.cost import cost_ratios
 from bayes_router.checks import choose, require
 from bayes_router.config import Config, config_from_dict
 from bayes_router.data.load import Data, load_data
+from bayes_router.data.tokens import TokenSource
 from bayes_router.data.watched import WatchedSource
 from bayes_router.files import write_json, write_text
 from bayes_router.progress import Progress
@@ -18,6 +20,7 @@ from bayes_router.training.checkpoint import load_run
 from bayes_router.training.dial import Dial
 from bayes_router.training.distributed import pick_device
 from bayes_router.training.evaluate import evaluate
+from bayes_router.training.fitted_text import require_unread
 from bayes_router.training.guarantee import (
     Guarantee,
     cheaper_from,
@@ -125,10 +128,21 @@ def _promise(
         windows = later_windows(
             WatchedSource(data.valid, progress), context, batch_size, limit, limit
         )
+        require_unread(Path(options.run), _own_text(options, data), windows)
         prices = cheaper_from(0.0)
         return promise(
             model, windows, ratios, family, best, options.quality, options.confidence, prices
         )
+
+
+def _own_text(options: Namespace, data: Data) -> TokenSource | None:
+    """What the run was fitted on; None where that corpus cannot be loaded."""
+    if options.corpus is None:
+        return data.train
+    try:
+        return load_data(load_run(options.run)[0])[1].train
+    except ValueError:
+        return None
 
 
 def _check(options: Namespace) -> tuple[str, CostModel, dict[str, float]]:

@@ -30,6 +30,7 @@ from bayes_router.training.checkpoint import (
 from bayes_router.training.distributed import World, connected, pick_device
 from bayes_router.training.evaluate import Evaluation
 from bayes_router.training.faults import Interrupted, StopRequest, TrainingDiverged, sole_user
+from bayes_router.training.fitted_text import save_fitted_text
 from bayes_router.training.metrics import (
     MetricsLog,
     Reporter,
@@ -302,6 +303,7 @@ class _Run:
         try:
             self._save(trainer.config.train.steps)
             save_evidence(self.out, evidence)
+            save_fitted_text(self.out, trainer.data.train)
             write_json(self.out / SUMMARY, summary)
         except OSError as error:
             raise self._cannot_write(error) from error

@@ -26,3 +26,22 @@ def test_a_quotation_and_a_text_without_passages_are_not_known():
     assert seen_before(torch.cat([text(1, 3000), text(0)[:30]]), sketch) == 0.0
     assert fingerprint(text(0)[:15]) == () and seen_before(text(0), ()) == 0.0
     assert seen_before(text(0)[:15], sketch) == 0.0
+
+
+def test_passages_of_bytes_are_longer_than_what_texts_share():
+    words = torch.stack([text(seed, 20) for seed in range(40)])  # of 20 bytes each
+    one, other = (words[text(seed, 3000, 40)].flatten() for seed in (50, 51))
+    assert seen_before(other, fingerprint(one)) > 0.2
+    assert seen_before(other, fingerprint(one, length=64), 64) == 0.0
+    assert seen_before(one[5000:9000], fingerprint(one, length=64), 64) == 1.0
+    assert module.passage_of(256) == 64 and module.passage_of(257) == 16
+
+
+def test_hashes_are_those_of_before():
+    tokens = torch.arange(40) * 7 % 23
+    found = torch.zeros(25, dtype=torch.int64)
+    for i in range(16):
+        found = found * module.FACTOR + tokens[i : 25 + i] + 1
+    found = (found ^ (found >> 29)) * module.MIX
+    found = (found ^ (found >> 32)) * module.FACTOR
+    assert fingerprint(tokens) == tuple(found.unique().tolist())

@@ -23,6 +23,7 @@ FILES = {
     "metrics.csv",
     "summary.json",
     "evidence.safetensors",
+    "fitted_text.safetensors",
     "model.safetensors",
     "state.pt",
 }

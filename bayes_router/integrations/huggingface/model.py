@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bayes_router.checks import choose, require
 from bayes_router.config import ScheduleConfig
-from bayes_router.data.fingerprint import fingerprint, seen_before
+from bayes_router.data.fingerprint import fingerprint, require_unseen
 from bayes_router.data.mixture import source_of
 from bayes_router.data.stream import TokenStream, stream_of
 from bayes_router.data.tokens import Batch
@@ -34,10 +34,6 @@ from bayes_router.training.risk import fit_risk, read_risk
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-MOST_SEEN = 0.1
-"""Share of calibration text that may be known from the fit: quotations and what all texts share."""
 
 
 class RoutedPretrained(RoutedLanguage):
@@ -261,16 +257,9 @@ class RoutedPretrained(RoutedLanguage):
     def _calibration(self, texts: Any, tokenizer: Any, context: int, limit: int) -> list[Batch]:
         """Windows of some text, or of what `fit` held out."""
         source = self._source(texts, tokenizer)
-        seen = 0.0 if self.fitted is None else seen_before(source.tokens[:limit], self.fitted.text)
         fix = "give text that it has not seen, or leave texts out to take what fit held out"
-        got = f"text of which about {seen:.0%} was fitted on"
-        require(
-            seen < MOST_SEEN,
-            "texts",
-            "text that fit did not read: a promise from it would be too good",
-            got,
-            fix,
-        )
+        if self.fitted is not None:
+            require_unseen(source.tokens[:limit], self.fitted.text, fix)
         context = min(context, len(source) - 1)
         return list(source.windows(context, 1, max(limit, context)))
 
