@@ -1,0 +1,163 @@
+"""The study of pretrained models on a tiny one: its tables by hand, its rivals, its reader."""
+
+import argparse
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from tests.integrations.tiny_models import VOCAB, patched, tiny
+
+study = pytest.importorskip("analysis.pretrained.study")
+
+from analysis.pretrained import rivals, table  # noqa: E402
+from analysis.pretrained.contenders import share  # noqa: E402
+from analysis.pretrained.retrieval import Haystack  # noqa: E402
+from bayes_router.benchmark.rows import Rows  # noqa: E402
+from bayes_router.data.mixture import Mixture  # noqa: E402
+from bayes_router.data.stream import TokenStream  # noqa: E402
+
+WINDOW, SINKS, T = 8, 4, 64
+
+
+def router_of(route_by: str = "head") -> Any:
+    """A tiny Llama, 2 layers of 4 query heads, whose tokens route apart."""
+    return patched(
+        "llama", window=WINDOW, sinks=SINKS, experts=("full", "local"), route_by=route_by
+    )[1]
+
+
+def stream(length: int = 900, seed: int = 0) -> TokenStream:
+    ids = np.random.default_rng(seed).integers(3, VOCAB, length)
+    return TokenStream(torch.from_numpy(ids), VOCAB, "toy")
+
+
+def rows_of(contender: str, lost: list[list[float]], **facts: Any) -> list[dict[str, Any]]:
+    """A row a seed and piece."""
+    one = {"text": "novels", "context": 64, "budget": 0.3, "window": 8, "cost": 0.3} | facts
+    return [
+        one | {"contender": contender, "seed": seed, "piece": piece, "lost": nats}
+        for seed, pieces in enumerate(lost)
+        for piece, nats in enumerate(pieces)
+    ]
+
+
+def test_losses_are_means_over_pieces_of_means_over_seeds() -> None:
+    lost = [[0.01, 0.03, 0.02], [0.03, 0.05, 0.02]]
+    (row,) = table.losses(pd.DataFrame(rows_of(table.OURS, lost))).to_dict("records")
+    pieces = np.array([0.02, 0.04, 0.02])
+    assert row["lost"] == pytest.approx(100 * math.expm1(pieces.mean()))
+    assert row["se"] == pytest.approx(100 * pieces.std(ddof=1) / 3**0.5)
+    assert (row["seeds"], row["pieces"]) == (2, 3)
+    assert row["between"] == pytest.approx(100 * np.std([0.02, 0.1 / 3], ddof=1))
+
+
+def test_a_rival_is_compared_on_the_pieces_that_both_read() -> None:
+    ours, theirs = [[0.01, 0.02, 0.03]], [[0.02, 0.05]]
+    frame = pd.DataFrame(rows_of(table.OURS, ours) + rows_of("rival", theirs))
+    (row,) = table.below(frame, "rival", 8).to_dict("records")
+    apart = np.array([0.01, 0.03])
+    assert row["below"] == pytest.approx(100 * apart.mean()) and row["pieces"] == 2
+    assert row["se"] == pytest.approx(100 * apart.std(ddof=1) / 2**0.5)
+    assert table.below(frame, "rival", 16).empty
+
+
+def test_a_blind_router_learns_a_choice_that_no_token_moves() -> None:
+    router = study.patch(
+        tiny("llama"), window=WINDOW, sinks=SINKS, experts=("full", "local"), route_by="head",
+        controller_hidden=0,
+    )  # fmt: skip
+    rivals.blind(router)
+    router.fit(
+        stream(), steps=3, distil_steps=0, context=T, batch_size=1, controller_lr=0.1,
+        budget=(0.4, 0.9), progress=False,
+    )  # fmt: skip
+    for controller in router.controller.layers:
+        assert not controller.out.weight.any() and controller.out.bias.std() > 0
+    with torch.no_grad():
+        q = router.controller.posterior(0, torch.randn(1, 5, 32)).concentration
+    assert torch.equal(q, q[:, :1].expand_as(q))
+
+
+def test_units_are_chosen_in_the_order_of_their_scores() -> None:
+    router = router_of()
+    score = torch.linspace(-1, 1, 8)[torch.randperm(8)].view(2, 4)
+    rivals.choose_by(router, score)
+    for count, dial in ((8, -9.0), (0, 9.0)):
+        setting = study.Setting(router, dial)
+        full = sum(
+            int((setting(layer, torch.randn(1, 3, 32)) == 0).all((0, 1)).sum()) for layer in (0, 1)
+        )
+        assert full == count
+    middle = study.Setting(router, 0.0)
+    chosen = torch.stack([middle(layer, torch.randn(1, 1, 32))[0, 0] == 0 for layer in (0, 1)])
+    assert chosen.any() and not chosen.all() and score[chosen].min() > score[~chosen].max()
+
+
+def test_the_rivals_own_objective_moves_its_gates(monkeypatch: pytest.MonkeyPatch) -> None:
+    router = router_of("kv_head")
+    hay = Haystack(lambda t: [3 + ord(c) % 97 for c in t], stream().tokens.tolist(), ["a"])
+    chosen: list[torch.Tensor] = []
+    monkeypatch.setattr(rivals, "choose_by", lambda router, score: chosen.append(score))
+    found = rivals.passkeys(router, hay, 620, math.inf, 4, 0, lr=0.1)
+    # at the start every gate is on full, so the penalty of 0.05 is all there is
+    assert len(found) == 4 and found[0] == pytest.approx(0.05, abs=1e-4)
+    assert chosen[0].shape == (2, 2) and chosen[0].max() < 0.999  # the penalty has pulled
+
+
+def test_an_executed_cost_is_counted_in_keys() -> None:
+    router = router_of()
+    local = share(T, WINDOW, SINKS)
+    setting = study.Setting(router)
+    chosen = torch.ones(1, T, 4, dtype=torch.int64)
+    chosen[:, T // 2 :, ::2] = 0  # half of the units send the later half to full
+    setting.taken = [chosen] * 2
+    keys = sum(t + 1 for t in range(T))
+    near = [min(t + 1, WINDOW) + min(max(t + 1 - WINDOW, 0), SINKS) for t in range(T)]
+    read = sum(near) + 0.5 * sum(t + 1 - near[t] for t in range(T // 2, T))
+    assert float(setting.cost(T)) == pytest.approx(read / keys)
+    assert not setting.taken
+    assert float(study.Setting(router, width=WINDOW).cost(T)) == pytest.approx(local)
+
+
+def test_a_reader_meets_a_budget_and_reads_what_it_costs() -> None:
+    router, text = router_of(), stream()
+    reader = study.Reader(router)
+    dial, _ = reader.meet(text, T, 0.6)
+    assert reader.spent(text, T, 8, study.Setting(router, dial)) == pytest.approx(0.6, abs=0.03)
+    rows = list(reader.lost("toy", text, T, 3, study.Setting(router, dial)))
+    assert [row["piece"] for row in rows] == [0, 1, 2]
+    everywhere = list(reader.lost("toy", text, T, 3, study.Setting(router, -99.0)))
+    assert [row["lost"] for row in everywhere] == pytest.approx([0, 0, 0], abs=1e-5)
+    assert [row["cost"] for row in everywhere] == pytest.approx([1, 1, 1])
+    assert rows[0]["unpatched"] == everywhere[0]["unpatched"] and abs(rows[0]["lost"]) > 1e-5
+    wide = list(reader.lost("toy", text, T, 3, study.Setting(router, width=T)))
+    assert [row["lost"] for row in wide] == pytest.approx([0, 0, 0], abs=1e-5)
+
+
+def test_a_contender_is_fitted_and_read_from_end_to_end(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "TASKS", ("needle",))
+    hay = Haystack(lambda t: [3 + ord(c) % 97 for c in t], stream().tokens.tolist(), ["a"])
+    args = argparse.Namespace(
+        contexts="160,80", price=2000.0, total=2.0, window=WINDOW, steps=2, seconds=math.inf,
+        rows=1, lr=0.01, seed=0, model="toy",
+    )  # fmt: skip
+    texts = Mixture({"novels": stream(), "python": stream(seed=1)}, {"novels": 0.5, "python": 0.5})
+    router = study.fit(tiny("llama"), texts, "token x query head", args)
+    plan = study.Extent((160,), 320, 1, ("novels",), (0.5, 0.05), windows=True)
+    rows = Rows(tmp_path / "rows.csv", {"window": WINDOW, "seed": 0})
+    study.read(router, "token x query head", {"novels": stream()}, hay, plan, rows)
+    frame = rows.finish()
+    lost = frame[frame["lost"].notna()]
+    assert set(lost["contender"]) == {"token x query head", "one window of equal cost"}
+    assert set(lost["budget"]) == {0.5}  # 0.05 is less than the window costs
+    assert lost.groupby("contender")["piece"].nunique().tolist() == [2, 2]
+    asked = frame[frame["right"].notna()]
+    assert set(asked["text"]) == {"needle"} and 1.0 in set(asked["budget"])
+    printed = "\n".join(table.lines(table.spread(table.losses(frame))))
+    assert "one window of equal cost" in printed
