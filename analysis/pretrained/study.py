@@ -381,7 +381,7 @@ def options() -> argparse.ArgumentParser:
         "seconds": 110.0,
     }
     numbers |= {
-        "lr": 3e-3,
+        "lr": 1e-2,
         "total": 2.0,
         "price": 2000.0,
         "pieces": 98_304,
@@ -390,9 +390,7 @@ def options() -> argparse.ArgumentParser:
     }
     for name, value in numbers.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    parser.add_argument(
-        "--contexts", default=f"{LONGEST},4096,2048", help="lengths that a fit draws from"
-    )
+    parser.add_argument("--contexts", default=str(LONGEST), help="lengths that a fit draws from")
     parser.add_argument("--lengths", default=f"{LONGEST},4096,2048", help="lengths that are read")
     parser.add_argument("--budgets", default="0.3,0.2,0.5,0.4,0.15,0.7")
     parser.add_argument("--windows", action="store_true", help="read one window of equal cost, too")

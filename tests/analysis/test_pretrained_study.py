@@ -13,7 +13,7 @@ from tests.integrations.tiny_models import VOCAB, patched, tiny
 
 study = pytest.importorskip("analysis.pretrained.study")
 
-from analysis.pretrained import rivals, table  # noqa: E402
+from analysis.pretrained import freezing, rivals, table  # noqa: E402
 from analysis.pretrained.contenders import share  # noqa: E402
 from analysis.pretrained.retrieval import Haystack  # noqa: E402
 from bayes_router.benchmark.rows import Rows  # noqa: E402
@@ -161,3 +161,27 @@ def test_a_contender_is_fitted_and_read_from_end_to_end(
     assert set(asked["text"]) == {"needle"} and 1.0 in set(asked["budget"])
     printed = "\n".join(table.lines(table.spread(table.losses(frame))))
     assert "one window of equal cost" in printed
+
+
+def test_what_freezing_frees_is_measured_in_bytes() -> None:
+    router = router_of()
+    with torch.no_grad():
+        for controller in router.controller.layers:  # the second key head stands on local
+            weight = controller.out.weight.view(4, 2, -1)
+            bias = controller.out.bias.view(4, 2)
+            weight[2:], bias[2:] = 0.0, torch.tensor([-5.0, 5.0])
+    texts = {name: stream(seed=seed) for seed, name in enumerate(("novels", "python"))}
+    tokens = freezing.mixed(texts, 100, 4)
+    assert torch.equal(tokens[100:200], texts["python"].tokens[:100])
+    assert torch.equal(tokens[200:300], texts["novels"].tokens[225:325])
+    rows = list(freezing.freeze(router, texts, 100, 4, 0.4, (0.0, 0.3)))
+    assert rows[0]["frozen"] >= 4 and rows[0]["short"] >= 2 and router.frozen is None
+    whole = 2 * 2 * 2 * 100 * 8 * 4  # layers, keys and values, heads, tokens, Dh, float32
+    assert whole <= rows[0]["bytes_before"] <= 2 * whole  # room to grow
+    assert rows[0]["bytes"] < rows[0]["bytes_before"] - 0.3 * whole
+    assert rows[1]["bytes"] <= rows[0]["bytes"] and abs(rows[1]["lost"]) >= abs(rows[0]["lost"])
+    frame = pd.DataFrame(rows).assign(window=WINDOW, seed=0)
+    shown = freezing.summary(frame)
+    assert shown["bytes freed, %"][0] == pytest.approx(
+        100 * (1 - rows[0]["bytes"] / rows[0]["bytes_before"]), abs=1e-3
+    )

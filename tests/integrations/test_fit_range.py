@@ -119,6 +119,29 @@ def test_a_range_below_the_cheapest_expert_is_refused() -> None:
         router.fit(TEXT, steps=1, **{**RANGE, "budget": (0.01, 0.9)})
 
 
+def test_rates_stay_at_their_peak_until_the_last_part_of_the_fit() -> None:
+    settings = FitSettings(steps=100, warmup=4, decay=0.25)
+    found = [settings.rate(step, step / 100) for step in range(100)]
+    assert found[:4] == [0.25, 0.5, 0.75, 1.0] and set(found[4:75]) == {1.0}
+    assert found[75:] == pytest.approx([(100 - step) / 25 for step in range(75, 100)])
+    assert FitSettings(steps=100, warmup=0).rate(0, 0.95) == pytest.approx(0.2)  # time is short
+
+
+def test_a_fit_follows_its_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def seen(optimiser: torch.optim.AdamW) -> None:
+        found.append(optimiser.param_groups[0]["lr"])
+        step(optimiser)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", seen)
+    _, router = ranged()
+    router.fit(TEXT, steps=4, warmup=2, decay=0.5, progress=False, **RANGE)
+    router.unpatch()
+    assert found == pytest.approx([0.01, 0.02, 0.02, 0.01])
+
+
 def test_biases_have_a_rate_of_their_own() -> None:
     """Adam's first step moves every number by its rate."""
     moved = []

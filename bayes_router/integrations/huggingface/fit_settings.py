@@ -35,6 +35,8 @@ class FitSettings:
             once; None: `controller_lr`.
         weights_lr: of the model's own weights; 0 leaves them as they are.
         warmup: steps of linear warm-up.
+        decay: share of SVI, its last, in which rates fall linearly to 0. Before they are constant:
+            controllers learn most once the cost has come down (`analysis/PRETRAINED.md`).
         clip: largest gradient norm.
         likelihood: model, the next tokens of the unpatched model in expectation (self-distillation:
             far less noise); or text, those of the text. None: model, but text where the model's own
@@ -55,6 +57,7 @@ class FitSettings:
     bias_lr: float | None = None
     weights_lr: float = 0.0
     warmup: int = 10
+    decay: float = 0.25
     clip: float = 1.0
     likelihood: str | None = None
     budget: float | tuple[float, float] | None = None
@@ -73,6 +76,7 @@ class FitSettings:
         require(all(c >= 1 for c in self.contexts), "context", "at least 1", self.context)
         for name in ("steps", "distil_steps", "weights_lr", "warmup", "seed"):
             require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        require(0 < self.decay <= 1, "decay", "a share of the fit, in (0, 1]", self.decay)
         require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
         for name in ("lr", "controller_lr", "bias_lr", "clip", "seconds"):
             value = getattr(self, name)
@@ -95,14 +99,15 @@ class FitSettings:
             self.likelihood is None and self.weights_lr == 0
         )
 
-    def rates(self, steps: int) -> TrainConfig:
-        """As the shared learning-rate schedule takes it."""
-        return TrainConfig(
-            steps=max(steps, 1),
-            warmup=min(self.warmup, steps),
-            lr=self.lr,
-            controller_lr=self.controller_lr,
-        )
+    def distil_rates(self) -> TrainConfig:
+        """Of distillation, as the shared learning-rate schedule takes it."""
+        steps = self.distil_steps
+        return TrainConfig(steps=max(steps, 1), warmup=min(self.warmup, steps), lr=self.lr)
+
+    def rate(self, step: int, done: float) -> float:
+        """Of SVI, over the peak, at a step before which `done` of the fit lies."""
+        warm = min((step + 1) / max(min(self.warmup, self.steps), 1), 1.0)
+        return warm * min((1 - done) / self.decay, 1.0)
 
 
 def final_state(router: RoutedLanguage, schedule: ScheduleConfig | None = None) -> ScheduleState:

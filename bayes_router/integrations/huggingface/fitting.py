@@ -80,7 +80,7 @@ def distil(
     for step in Progress("distil", settings.distil_steps, shown=progress).over(
         range(settings.distil_steps)
     ):
-        set_learning_rate(optimiser, settings.rates(settings.distil_steps), step)
+        set_learning_rate(optimiser, settings.distil_rates(), step)
         tokens = source.batch(
             step, settings.batch_size, min(settings.contexts), settings.seed + 7
         ).tokens.to(device)
@@ -196,9 +196,8 @@ def fit_routes(
             asked = pressure.ask(done, random)
             state, dialled.dial = replace(state, price=asked.price), asked.dial
         objective.follow(state)
-        set_learning_rate(
-            optimiser, settings.rates(settings.steps), max(step, int(done * settings.steps))
-        )
+        for group in optimiser.param_groups:
+            group["lr"] = group["peak"] * settings.rate(step, done)
         batch = source.batch(step, *settings.shape(random), settings.seed)
         tokens, targets = batch.tokens.to(device), batch.targets.to(device)
         teacher.logits = router.unrouted(tokens) if settings.teacher else None

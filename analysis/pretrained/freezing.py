@@ -1,0 +1,125 @@
+"""What freezing frees: the memory of the cache against the loss, at several shares.
+
+    python -m analysis.pretrained.freezing read MODEL TOKENS.npz PATCH --results FREEZING.csv
+    python -m analysis.pretrained.freezing table [FREEZING.csv]
+
+Under the policy that spends the budget on novels, units are frozen that send all but a share of the
+tokens to one expert (`router.freeze`), chosen on windows of all four kinds of text; what that costs
+is read on as many others. Bytes are those of the cache of transformers behind one window, measured.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analysis.pretrained.study import Reader, load_model
+from analysis.pretrained.table import lines
+from analysis.pretrained.texts import load
+from bayes_router.benchmark.rows import Rows
+from bayes_router.data.stream import TokenStream
+from bayes_router.integrations.huggingface.freed_cache import cache_bytes
+from bayes_router.integrations.huggingface.model import RoutedPretrained
+from bayes_router.integrations.patching import load_patch
+from bayes_router.routing.policy import Budget
+
+RESULTS = Path(__file__).parents[1] / "results" / "pretrained_freezing.csv"
+SHARES = (0.0, 0.01, 0.02, 0.05)
+
+
+def mixed(texts: dict[str, TokenStream], context: int, each: int) -> Tensor:
+    """`each` windows of every text, the texts by turns, from all over them."""
+    room = {name: len(stream) // each for name, stream in texts.items()}
+    short = [name for name, length in room.items() if length < context]
+    if short:
+        raise ValueError(f"texts: expected {each} windows of {context} tokens; {short} are shorter")
+    parts = [
+        stream.tokens[i * room[name] : i * room[name] + context]
+        for i in range(each)
+        for name, stream in texts.items()
+    ]
+    return torch.cat([*parts, parts[0][:1]]).long()
+
+
+@torch.no_grad()
+def held(router: RoutedPretrained, tokens: Tensor) -> int:
+    """Bytes of the cache behind a window [T]."""
+    out = router.model(tokens[None].to(router.device), use_cache=True, logits_to_keep=1)
+    return cache_bytes(out.past_key_values)
+
+
+def freeze(
+    router: RoutedPretrained,
+    texts: dict[str, TokenStream],
+    context: int,
+    each: int,
+    budget: float,
+    shares: tuple[float, ...] = SHARES,
+) -> Iterator[dict[str, Any]]:
+    """A row a share."""
+    dial, _ = Reader(router).meet(texts["novels"], context, budget)
+    router.policy = Budget(tuple(router.cost_ratio.tolist()), dial)
+    tokens = mixed(texts, context, each)
+    before = held(router, tokens[:context])
+    for share in shares:
+        found = router.freeze(tokens, share=share, context=context, limit=len(tokens))
+        row = {"budget": budget, "share": share, "frozen": found.frozen, "units": found.units}
+        row |= {"short": found.short, "key_heads": found.key_heads, "context": context}
+        row |= {"bytes_before": before, "bytes": held(router, tokens[:context])}
+        row |= {"lost": found.lost, "error": found.error, "tokens": found.tokens}
+        yield row | {"cost_before": found.cost_before, "cost": found.cost}
+        router.thaw()
+
+
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """A line a budget and share, means over fits; `SE` is over the windows of one fit, the mean."""
+    frame = frame.assign(
+        freed=100 * (1 - frame["bytes"] / frame["bytes_before"]),
+        lost=100 * frame["lost"],
+        SE=100 * frame["error"],
+        frozen=100 * frame["frozen"] / frame["units"],
+    )
+    keys = ["window", "context", "budget", "share"]
+    shown = frame.groupby(keys)[["frozen", "freed", "lost", "SE", "cost_before", "cost"]].mean()
+    shown.insert(0, "fits", frame.groupby(keys)["seed"].nunique())
+    named = {"frozen": "units frozen, %", "freed": "bytes freed, %", "lost": "perplexity lost, %"}
+    return shown.reset_index().rename(columns=named).round(3)
+
+
+def main() -> None:
+    """Read, or print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="do", required=True)
+    read = commands.add_parser("read")
+    for name in ("model", "tokens"):
+        read.add_argument(name, type=Path)
+    read.add_argument("patch", help="a folder, or a name that comes with the package")
+    read.add_argument("--results", type=Path, required=True)
+    read.add_argument("--seed", type=int, default=0, help="of the fit, for the rows")
+    read.add_argument("--context", type=int, default=8192)
+    read.add_argument("--each", type=int, default=4, help="windows of each text, half to choose")
+    read.add_argument("--budgets", default="0.3")
+    show = commands.add_parser("table")
+    show.add_argument("results", type=Path, nargs="?", default=RESULTS)
+    args = parser.parse_args()
+    if args.do == "read":
+        model = load_model(args.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        _, texts = load(args.tokens, model.config.vocab_size)
+        router = load_patch(model, args.patch)
+        rows = Rows(args.results, {"window": router.settings.window, "seed": args.seed})
+        for budget in map(float, args.budgets.split(",")):
+            for row in freeze(router, texts, args.context, args.each, budget):
+                rows.add(row)
+        rows.finish()
+    print("\n".join(lines(summary(pd.read_csv(args.results)))))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
