@@ -43,7 +43,7 @@ def executed_cost(router: RoutedPretrained, routes: Tensor, start: int = 0) -> f
     routes which spend on late tokens are charged for it. Padding (-1) counts as the first expert.
     """
     routes = routes if routes.dim() == 3 else routes[..., None]
-    taken = F.one_hot(routes.clamp_min(0), len(router.experts)).sum((0, 2))  # [T, E]
+    taken = F.one_hot(routes.clamp_min(0), len(router.experts)).sum((0, 2)).cpu()  # [T, E]
     config = router.config
     return executed_attention(counted_experts(config), taken, config.kv_heads, 4, start=start)[
         "flops"

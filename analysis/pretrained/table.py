@@ -135,6 +135,8 @@ def main() -> None:
             "(paired by piece)\n"
         )
         print("\n".join(lines(pd.concat(apart).round(3))))
+    if "right" not in frame:
+        return
     print(
         "\n### Retrieval: share of items right, nats per token of the answer (budget 1: "
         "unpatched)\n"

@@ -65,6 +65,13 @@ def test_a_rival_is_compared_on_the_pieces_that_both_read() -> None:
     assert table.below(frame, "rival", 16).empty
 
 
+def test_rows_without_retrieval_are_printed(tmp_path: Any, monkeypatch: Any, capsys: Any) -> None:
+    pd.DataFrame(rows_of(table.OURS, [[0.01, 0.03]])).to_csv(tmp_path / "rows.csv")
+    monkeypatch.setattr("sys.argv", ["table", str(tmp_path / "rows.csv")])
+    table.main()
+    assert "2.02 +- 1.00" in capsys.readouterr().out
+
+
 def test_a_blind_router_learns_a_choice_that_no_token_moves() -> None:
     router = study.patch(
         tiny("llama"), window=WINDOW, sinks=SINKS, experts=("full", "local"), route_by="head",
