@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bayes_router.integrations.patch.identity import FEWEST, SIGNED, sums_of
+from bayes_router.integrations.patch.identity import FEWEST, SIGNED, identity, sums_of
+from bayes_router.integrations.patch.offload import weights
 from bayes_router.integrations.patch.saving import BASE
 from bayes_router.integrations.patching import load_patch, patch
 from tests.integrations.tiny_models import VOCAB, patched, scatter_routes, tiny, tokens
@@ -256,3 +257,38 @@ def test_replicas_of_data_parallel_are_refused() -> None:
     model.model.layers[0].self_attn._is_replica = True
     with pytest.raises(ValueError, match="DistributedDataParallel"):
         model(tokens())
+
+
+def test_a_model_that_is_nowhere_is_refused() -> None:
+    model = tiny("llama").to("meta")
+    with pytest.raises(ValueError, match="weights in memory; got .*meta device.*load them first"):
+        patch(model, window=6)
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_offloading_changes_no_name_and_no_number_that_a_model_is_known_by(
+    where: str, tmp_path: Path
+) -> None:
+    """It takes the tied weights of GPT-2 apart."""
+    pytest.importorskip("accelerate")
+    model, plain = tiny("gpt2"), tiny("gpt2")
+    offload(model, where, tmp_path)
+    assert len(list(model.named_parameters())) > len(list(plain.named_parameters()))
+    assert [name for name, _ in weights(model)] == [name for name, _ in weights(plain)]
+    assert identity(model).fingerprint == identity(plain).fingerprint
+
+
+def test_a_weight_is_read_by_the_hook_that_places_all_below_it() -> None:
+    """As accelerate's AlignDevicesHook does with place_submodules."""
+    pytest.importorskip("accelerate")
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(2, 3)))
+    here = {name: p.detach().clone() for name, p in model[0].named_parameters()}
+    add_hook_to_module(
+        model[0],
+        AlignDevicesHook("cpu", offload=True, weights_map=here, place_submodules=True),
+    )
+    assert all(p.is_meta for p in model.parameters())
+    for name, found in weights(model):
+        assert torch.equal(found, here[name.removeprefix("0.")])

@@ -159,21 +159,21 @@ NEWER = [
         f"{P}/integrations/patch/offload.py",
         "for depth in range(len(parts) - 1, -1, -1):",
         "for depth in range(len(parts) - 1, len(parts) - 2, -1):",
-        f"{T}/integrations/test_kept_elsewhere.py",
+        f"{T}/integrations/test_kept_elsewhere.py -k below_it",
     ),
     Fault(
         "a weight that offloading took apart counts twice",
         f"{P}/integrations/patch/offload.py",
         "if tied.get(name) in seen or any(",
         "if False and any(",
-        f"{T}/integrations/test_kept_elsewhere.py",
+        f"{T}/integrations/test_kept_elsewhere.py -k no_name",
     ),
     Fault(
         "weights that are nowhere are taken for weights",
         f"{P}/integrations/patch/offload.py",
         "return not any(p.is_meta and kept(model, name) is None",
         "return True or not any(p.is_meta and kept(model, name) is None",
-        f"{T}/integrations/test_refused.py {T}/integrations/test_kept_elsewhere.py",
+        f"{T}/integrations/test_kept_elsewhere.py -k is_nowhere",
     ),
     Fault(
         "gradients of what was added are not shared",
@@ -265,6 +265,6 @@ NEWER = [
         f"{P}/wording.py",
         'f"{nearest(option, options, alike=0.3)}; --help lists them"',
         'f"; --help lists them"',
-        f"{T}/commands/test_cli.py",
+        f"{T}/commands/test_cli.py -k bad_input",
     ),
 ]
