@@ -13,7 +13,7 @@ from tests.integrations.tiny_models import VOCAB, patched, tiny
 
 study = pytest.importorskip("analysis.pretrained.study")
 
-from analysis.pretrained import freezing, rivals, table  # noqa: E402
+from analysis.pretrained import bisect, freezing, rivals, table  # noqa: E402
 from analysis.pretrained.contenders import share  # noqa: E402
 from analysis.pretrained.retrieval import Haystack  # noqa: E402
 from bayes_router.benchmark.rows import Rows  # noqa: E402
@@ -168,6 +168,22 @@ def test_a_contender_is_fitted_and_read_from_end_to_end(
     assert set(asked["text"]) == {"needle"} and 1.0 in set(asked["budget"])
     printed = "\n".join(table.lines(table.spread(table.losses(frame))))
     assert "one window of equal cost" in printed
+
+
+def test_planted_effects_of_a_bisect_are_found() -> None:
+    frame = pd.read_csv(bisect.RESULTS)
+    fits = frame["draws"].notna()
+    first = frame[fits].iloc[0]
+    planted = {"draws": -0.2, "lengths": 0.5, "rates": -0.3}
+    frame.loc[fits, "lost"] = sum(
+        size * (frame[fits][d] != first[d]) for d, size in planted.items()
+    )
+    found = bisect.effects(frame)
+    assert len(found) == 9
+    for name in (*bisect.DIFFERENCES, "none"):
+        assert found[name].to_numpy() == pytest.approx(planted.get(name, 0.0), abs=1e-9), name
+    with pytest.raises(ValueError, match="each level in half of them"):
+        bisect.effects(frame[frame["fit"] != "r8"])
 
 
 def test_what_freezing_frees_is_measured_in_bytes() -> None:
