@@ -262,3 +262,14 @@ def test_one_line_names_field_expected_and_got(
     assert not [word for word in LEAKS if word in error], error
     assert not list(tmp_path.iterdir())  # nothing was begun
     assert before == {path: path.stat().st_mtime_ns for path in Path(places["RUN"]).rglob("*")}
+
+
+@pytest.mark.parametrize("wrong", ["--quality -1", "--quality 0.1 --confidence 2"])
+def test_what_nobody_can_promise_is_refused_before_the_run_is_read(
+    wrong: str, places: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object) -> None:
+        raise AssertionError("the run was read")
+
+    monkeypatch.setattr("bayes_router.commands.evaluate.load_run", read)
+    assert main(["evaluate", places["RUN"], *wrong.split()]) == 2

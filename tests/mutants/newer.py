@@ -201,7 +201,7 @@ NEWER = [
         f"{P}/benchmark/clock.py",
         "if now + last > min(first + self.budget, self.end):",
         "if now + last > first + self.budget:",
-        f"{T}/analysis/test_speed.py -k slower",
+        f"{T}/analysis/test_speed.py -k turn_begins",
     ),
     Fault(
         "the first turn is not foreseen",
@@ -251,7 +251,7 @@ NEWER = [
         f"{P}/commands/evaluate.py",
         "        check_promise(options.quality, options.confidence)\n",
         "        pass\n",
-        f"{T}/commands/test_wrong_inputs.py -k evaluate",
+        f"{T}/commands/test_wrong_inputs.py -k nobody",
     ),
     Fault(
         "a report reads for minutes before it refuses its text",
