@@ -13,6 +13,7 @@ kept; it takes the same tiles again one by one and adds to one gradient of each 
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,11 @@ from bayes_router.attention.hard.problem import RoutedProblem
 from bayes_router.attention.kernels.eager import rows_linear
 from bayes_router.attention.kernels.eager.rows_linear import take
 from bayes_router.attention.kernels.eager.rows_softmax import softmax_rows, softmax_rows_backward
+from bayes_router.attention.kernels.eager.threads import in_threads
 from bayes_router.attention.shapes import ExpertShape, unit_heads, widen
+
+SHARED = 512  # queries from which heads are shared between threads
+PIECES = 2  # shares a thread, for some end before others
 
 
 class Gathering(NamedTuple):
@@ -37,6 +42,25 @@ class Gathering(NamedTuple):
     rows: Tensor  # [n]
     heads: slice  # the unit's query heads
     key_heads: slice
+
+
+class Share(NamedTuple):
+    """What one thread computes at a time: a sequence, or some of its heads."""
+
+    row: int  # of the batch
+    heads: slice
+    key_heads: slice
+    problem: RoutedProblem  # of these alone
+
+
+class Targets(NamedTuple):
+    """Gradients that a share adds to, of its sequence and heads [heads, T, Dh]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    plain_q: Tensor
+    plain_k: Tensor
 
 
 class Kept(NamedTuple):
@@ -72,7 +96,7 @@ def _attend(problem: RoutedProblem) -> Tensor:
         plain_k = None if problem.plain_k is problem.k else problem.plain_k
         out: Tensor = _Gathered.apply(problem, problem.q, problem.k, problem.v, plain_q, plain_k)
     else:
-        out = _forward(problem, None)
+        out = _forward(problem, _parts(problem), None)
     for index, expert in problem.computed():
         if not expert.kernel.plain:
             out = _own_rows(problem, index, expert, out)
@@ -121,38 +145,61 @@ def _groups(one: RoutedProblem) -> Iterator[Gathering]:
                 yield Gathering(one.experts[index], local, rows, heads, key_heads)
 
 
-def _forward(problem: RoutedProblem, kept: list[list[Kept]] | None) -> Tensor:
+def _parts(problem: RoutedProblem) -> int:
+    """Into how many parts the key heads of a sequence are cut, so that every thread has work."""
+    if problem.q.device.type != "cpu" or problem.q.shape[2] < SHARED:
+        return 1
+    B, Hkv, R = *problem.k.shape[:2], problem.units
+    wanted = max(-(-PIECES * torch.get_num_threads() // max(B, 1)), 1)
+    fitting = (n for n in range(1, Hkv + 1) if Hkv % n == 0 and (R % n == 0 or n % R == 0))
+    return max(n for n in fitting if n <= wanted)
+
+
+def _shares(problem: RoutedProblem, parts: int) -> Iterator[Share]:
+    """One sequence at a time, in so many parts."""
+    for b, one in enumerate(problem.sequences()):
+        for heads, keys, part in one.cut(parts):
+            yield Share(b, heads, keys, part)
+
+
+def _forward(problem: RoutedProblem, parts: int, kept: list[list[Kept]] | None) -> Tensor:
     """Rows of the plain experts, zero elsewhere.
 
-    What the backward pass needs is appended to `kept`, one list a sequence.
+    What the backward pass needs is appended to `kept`, one list a share of the work.
     """
     B, H, Tq, Dh = problem.q.shape
     out = problem.q.new_zeros(B, Tq, H, Dh)
-    for b, one in enumerate(problem.sequences()):
-        mine = []
-        for group in _groups(one):
-            expert, local, rows, heads, key_heads = group
-            x, key, value = one.inputs(expert)
-            x, key, value = x[:, heads], key[:, key_heads], value[:, key_heads]
-            mine_out = out[b, :, heads]
-            if kept is None and rows.numel() == one.q.shape[2]:  # nothing to gather
-                mine_out[: rows.numel()] = expert(x, key, value)[0].transpose(0, 1)
-                continue
-            q, k, v = x[0], key[0], value[0]
-            notes: Any
-            if expert.kernel is Kernel.LINEAR:
-                notes = None if kept is None else []
-                for here, part in rows_linear.linear_rows(q, k, v, rows, notes):
-                    mine_out.index_copy_(0, rows[here], part.to(out.dtype))
-            else:
-                part, notes = softmax_rows(
-                    take(q, rows), k, v, rows + (k.shape[1] - q.shape[1]), local
-                )
-                mine_out.index_copy_(0, rows, part.transpose(0, 1))
-            mine.append(Kept(group, notes))
+    pieces = []
+    for row, heads, _, part in _shares(problem, parts):
+        mine: list[Kept] | None = None
         if kept is not None:
-            kept.append(mine)
+            kept.append(mine := [])
+        pieces.append(partial(_share_forward, part, out[row, :, heads], mine))
+    in_threads(pieces)
     return out.transpose(1, 2)
+
+
+def _share_forward(one: RoutedProblem, out: Tensor, kept: list[Kept] | None) -> None:
+    """Write the rows of one share to out [Tq, heads, Dh]."""
+    for group in _groups(one):
+        expert, local, rows, heads, key_heads = group
+        x, key, value = one.inputs(expert)
+        x, key, value = x[:, heads], key[:, key_heads], value[:, key_heads]
+        mine_out = out[:, heads]
+        if kept is None and rows.numel() == one.q.shape[2]:  # nothing to gather
+            mine_out[: rows.numel()] = expert(x, key, value)[0].transpose(0, 1)
+            continue
+        q, k, v = x[0], key[0], value[0]
+        notes: Any
+        if expert.kernel is Kernel.LINEAR:
+            notes = None if kept is None else []
+            for here, part in rows_linear.linear_rows(q, k, v, rows, notes):
+                mine_out.index_copy_(0, rows[here], part.to(out.dtype))
+        else:
+            part, notes = softmax_rows(take(q, rows), k, v, rows + (k.shape[1] - q.shape[1]), local)
+            mine_out.index_copy_(0, rows, part.transpose(0, 1))
+        if kept is not None:
+            kept.append(Kept(group, notes))
 
 
 class _Gathered(torch.autograd.Function):
@@ -169,7 +216,8 @@ class _Gathered(torch.autograd.Function):
         plain_k: Tensor | None,
     ) -> Tensor:
         kept: list[list[Kept]] = []
-        out = _forward(problem, kept)
+        ctx.parts = _parts(problem)
+        out = _forward(problem, ctx.parts, kept)
         ctx.save_for_backward(q, k, v, plain_q, plain_k, out)
         none = torch.empty(0)  # the tensors are saved apart, once
         ctx.problem = replace(problem, q=none, k=none, v=none, plain_q=none, plain_k=none)
@@ -191,18 +239,14 @@ class _Gathered(torch.autograd.Function):
         dq, dk, dv = (torch.zeros_like(x, dtype=widen(x[:0]).dtype) for x in (q, k, v))
         dplain_q = dq if plain_q is None else torch.zeros_like(plain_q, dtype=dq.dtype)
         dplain_k = dk if plain_k is None else torch.zeros_like(plain_k, dtype=dk.dtype)
-        for b, one in enumerate(problem.sequences()):
-            queries, keys = slice(0, one.q.shape[2]), slice(0, one.k.shape[2])
-            for (expert, local, rows, heads, key_heads), notes in ctx.kept[b]:
-                to_q, to_k = (dq, dk) if expert.rotary else (dplain_q, dplain_k)
-                targets = to_q[b, heads, queries], to_k[b, key_heads, keys], dv[b, key_heads, keys]
-                x, key, value = (x[0] for x in one.inputs(expert))
-                own = x[heads], key[key_heads], value[key_heads]
-                sides = *own, rows, notes, out[b, heads], gradients[0][b, heads]
-                if expert.kernel is Kernel.LINEAR:
-                    rows_linear.linear_rows_backward(*sides, *targets)
-                else:
-                    softmax_rows_backward(*sides, local, *targets)
+        pieces = []
+        shares = _shares(problem, ctx.parts)
+        for (b, heads, keys, part), notes in zip(shares, ctx.kept, strict=True):
+            targets = Targets(dq[b, heads], dk[b, keys], dv[b, keys], dplain_q[b, heads],
+                              dplain_k[b, keys])  # fmt: skip
+            found = out[b, heads], gradients[0][b, heads]
+            pieces.append(partial(_share_backward, part, notes, *found, targets))
+        in_threads(pieces)
         return (
             None,
             dq.to(q.dtype),
@@ -211,3 +255,21 @@ class _Gathered(torch.autograd.Function):
             None if plain_q is None else dplain_q.to(q.dtype),
             None if plain_k is None else dplain_k.to(k.dtype),
         )
+
+
+def _share_backward(
+    one: RoutedProblem, kept: list[Kept], out: Tensor, dout: Tensor, targets: Targets
+) -> None:
+    """Add the gradients of one share; out, dout and the targets are of its sequence and heads."""
+    queries, keys = slice(0, one.q.shape[2]), slice(0, one.k.shape[2])
+    dq, dk, dv, dplain_q, dplain_k = targets
+    for (expert, local, rows, heads, key_heads), notes in kept:
+        to_q, to_k = (dq, dk) if expert.rotary else (dplain_q, dplain_k)
+        mine = to_q[heads, queries], to_k[key_heads, keys], dv[key_heads, keys]
+        x, key, value = (x[0] for x in one.inputs(expert))
+        own = x[heads], key[key_heads], value[key_heads]
+        sides = *own, rows, notes, out[heads], dout[heads]
+        if expert.kernel is Kernel.LINEAR:
+            rows_linear.linear_rows_backward(*sides, *mine)
+        else:
+            softmax_rows_backward(*sides, local, *mine)

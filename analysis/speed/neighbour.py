@@ -1,0 +1,125 @@
+"""Does routed attention on a CPU survive a busy neighbour?
+
+    python -m analysis.speed.neighbour [--keys 512 2048 8192] [--threads 2]
+
+10% of the tokens on full, 60% linear and 30% local, window 256, 8 heads of 64, and full attention
+by torch: alone, and beside a process that computes all the time. Routed attention is read as it is
+(heads over threads of ours), with every operator shared between torch's threads as before, and with
+one thread. Contenders take turns; the load of the machine before a situation is a column, for on a
+machine that others use `alone` is not alone.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bayes_router.attention.hard import rows as by_rows
+from bayes_router.attention.hard.dispatch import routed_attention
+from bayes_router.benchmark.rows import Rows
+from bayes_router.timing import device_name
+
+RESULTS = Path(__file__).parents[1] / "results" / "neighbour_cpu.csv"
+HEADS, HEAD_DIM, WINDOW, SHARES = 8, 64, 256, (0.1, 0.6, 0.3)
+
+
+@contextmanager
+def neighbours(number: int) -> Iterator[None]:
+    """So many processes that do nothing but compute."""
+    busy = [sys.executable, "-c", "while True: pass"]
+    started = [subprocess.Popen(busy) for _ in range(number)]
+    try:
+        time.sleep(0.5 if started else 0.0)
+        yield
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def contenders(keys: int) -> dict[str, Callable[[], Tensor]]:
+    """Of one problem, by name."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, HEADS, keys, HEAD_DIM, generator=generator) for _ in range(3))
+    route = torch.multinomial(torch.tensor(SHARES), keys, replacement=True, generator=generator)
+    routed = partial(routed_attention, q, k, v, route[None], window=WINDOW)
+
+    def shared() -> Tensor:
+        with mock.patch.object(by_rows, "SHARED", keys + 1):
+            return routed()
+
+    def one_thread() -> Tensor:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return routed()
+        finally:
+            torch.set_num_threads(before)
+
+    full = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
+    return {
+        "routed": routed,
+        "routed, operators shared": shared,
+        "routed, one thread": one_thread,
+        "full": full,
+    }
+
+
+def measure(rows: Rows, keys: int, busy: int, turns: int) -> None:
+    """The rows of one problem beside so many busy processes."""
+    calls = contenders(keys)
+    expected = calls["routed, one thread"]()
+    for name in ("routed", "routed, operators shared"):
+        error = float((calls[name]() - expected).abs().max())
+        if not error < 1e-4:
+            sys.exit(f"nothing is reported, {name} differs: {error:.1e}")
+    load = os.getloadavg()[0]
+    with neighbours(busy):
+        read: list[dict[str, float]] = [{} for _ in range(turns)]
+        for turn in read:
+            for name, call in calls.items():
+                start = time.perf_counter()
+                call()
+                turn[name] = (time.perf_counter() - start) * 1e3
+    for name in calls:
+        times = sorted(turn[name] for turn in read)
+        ratio = statistics.median(turn[name] / turn["full"] for turn in read)
+        row = {"keys": keys, "busy": busy, "contender": name, "ms": statistics.median(times)}
+        row |= {"least": times[0], "most": times[-1], "over full": ratio, "load": load}
+        rows.add(row)
+        print("  ".join(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()))
+
+
+def main() -> None:
+    """Measure, write, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--keys", type=int, nargs="+", default=[512, 1024, 2048, 8192])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    facts = {"device": device_name(torch.device("cpu")), "torch": torch.__version__}
+    rows = Rows(args.results, facts)
+    with torch.no_grad():
+        for keys in args.keys:
+            for busy in (0, 1):
+                measure(rows, keys, busy, args.turns)
+    rows.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""The benchmark of a busy neighbour, at toy size."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from analysis.speed import neighbour
+
+
+def test_each_contender_is_read_alone_and_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, before = tmp_path / "rows.csv", torch.get_num_threads()
+    options = ["--keys", "600", "--turns", "3", "--results", str(path)]
+    monkeypatch.setattr("sys.argv", ["neighbour", *options])
+    neighbour.main()
+    torch.set_num_threads(before)
+    rows = pd.read_csv(path)
+    assert rows["busy"].tolist() == [0] * 4 + [1] * 4
+    assert (rows["least"] <= rows["ms"]).all() and (rows["ms"] <= rows["most"]).all()
+    assert (rows.loc[rows["contender"] == "full", "over full"] == 1).all()
+
+
+def test_a_neighbour_ends_with_its_block() -> None:
+    with neighbour.neighbours(1):
+        pass
