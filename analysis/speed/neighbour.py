@@ -1,6 +1,6 @@
 """Does routed attention on a CPU survive a busy neighbour?
 
-    python -m analysis.speed.neighbour [--keys 512 2048 8192] [--threads 2]
+    python -m analysis.speed.neighbour [--keys 1024 2048 8192] [--threads 2]
 
 10% of the tokens on full, 60% linear and 30% local, window 256, 8 heads of 64, and full attention
 by torch: alone, and beside a process that computes all the time. Routed attention is read as it is
@@ -106,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--keys", type=int, nargs="+", default=[512, 1024, 2048, 8192])
+    parser.add_argument("--keys", type=int, nargs="+", default=[1024, 2048, 8192])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--results", type=Path, default=RESULTS)

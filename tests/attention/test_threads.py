@@ -1,6 +1,7 @@
 """Routed attention on threads of ours: the same numbers, the caller's modes, its errors."""
 
 import os
+import signal
 import threading
 from collections.abc import Iterator
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from bayes_router.attention.hard import rows
 from bayes_router.attention.hard.dispatch import routed_attention
-from bayes_router.attention.kernels.eager.threads import in_threads
+from bayes_router.attention.kernels.eager.threads import in_threads, pool_of
 
 
 @pytest.fixture
@@ -54,9 +55,15 @@ def test_every_thread_computes_alone(two: None) -> None:
         meet.wait(timeout=20)  # two run at a time
         seen[threading.current_thread().name] = torch.get_num_threads()
 
+    pool_of.cache_clear()
     in_threads([piece] * 4)
     assert list(seen.values()) == [1, 1] and threading.current_thread().name not in seen
     assert torch.get_num_threads() == 2
+    later: list[int] = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert later == [2]
 
 
 def test_modes_are_the_callers_and_errors_reach_it(two: None) -> None:
@@ -87,6 +94,7 @@ def test_a_forked_process_has_threads_of_its_own(two: None) -> None:
     in_threads([int, int])
     child = os.fork()
     if child == 0:
+        signal.alarm(20)
         done: list[int] = []
         in_threads([lambda: done.append(1)] * 4)
         os._exit(len(done))

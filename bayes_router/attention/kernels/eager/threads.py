@@ -7,6 +7,7 @@ nothing inside of which is shared, and they meet once.
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -16,12 +17,12 @@ import torch
 
 
 @lru_cache(maxsize=4)
-def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+def pool_of(threads: int, process: int) -> ThreadPoolExecutor:
     """Threads that torch leaves alone; of a process, for a fork has none of its parent's."""
     pool = ThreadPoolExecutor(threads, "bayes-router", _alone)
-    number = torch.get_num_threads()
+    number, all_begun = torch.get_num_threads(), threading.Barrier(threads)
     # a setting of torch's own is for threads to come as well: it is put back when all have begun
-    list(pool.map(_begin, range(threads)))
+    list(pool.map(lambda _: all_begun.wait(), range(threads)))
     torch.set_num_threads(number)
     return pool
 
@@ -29,10 +30,6 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
 def _alone() -> None:
     torch.get_num_threads()  # first, for it would take the setting of the process
     torch.set_num_threads(1)
-
-
-def _begin(number: int) -> None:
-    """One of the first pieces, which every thread has one of."""
 
 
 def in_threads(pieces: Sequence[Callable[[], None]]) -> None:
@@ -59,7 +56,7 @@ def in_threads(pieces: Sequence[Callable[[], None]]) -> None:
         with modes():
             piece()
 
-    list(_pool(torch.get_num_threads(), os.getpid()).map(run, pieces))
+    list(pool_of(torch.get_num_threads(), os.getpid()).map(run, pieces))
 
 
 @contextmanager
