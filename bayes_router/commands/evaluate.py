@@ -123,12 +123,12 @@ def _promise(
     """
     context, batch_size = config.data.context, config.train.batch_size
     with Progress("promising a quality", unit="window") as progress:
-        early = WatchedSource(data.valid, progress).windows(context, batch_size, limit)
-        best = strongest_single(model, list(early), ratios)
         windows = later_windows(
             WatchedSource(data.valid, progress), context, batch_size, limit, limit
         )
         require_unread(Path(options.run), _own_text(options, data), windows)
+        early = WatchedSource(data.valid, progress).windows(context, batch_size, limit)
+        best = strongest_single(model, list(early), ratios)
         prices = cheaper_from(0.0)
         return promise(
             model, windows, ratios, family, best, options.quality, options.confidence, prices

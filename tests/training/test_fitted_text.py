@@ -37,12 +37,17 @@ def test_a_run_of_before_is_checked_against_its_corpus_where_that_is_there(
         require_unread(old, None, windows(data.train))
 
 
-def test_evaluate_refuses_a_promise_from_fitted_text(finished_run, data, tmp_path, capsys):
+def test_evaluate_asks_before_it_promises(finished_run, data, capsys, monkeypatch):
     from bayes_router.cli import main
+    from bayes_router.commands import evaluate
 
-    passage = bytes(data.train.tokens[:40_000].tolist()).decode(errors="ignore")
-    for i in range(4):
-        (tmp_path / f"{i}.txt").write_text(passage)
-    arguments = ["evaluate", str(finished_run), "--quality", "0.5", "--tokens", "8192"]
-    assert main([*arguments, "--corpus", f"text:{tmp_path}"]) != 0
-    assert "was fitted on" in capsys.readouterr().err
+    asked = []
+
+    def refuse(folder, own, windows):
+        asked.append((folder, len(own), sum(batch.tokens.numel() for batch in windows)))
+        raise ValueError("texts: seen")
+
+    monkeypatch.setattr(evaluate, "require_unread", refuse)
+    main(["evaluate", str(finished_run), "--quality", "0.5", "--tokens", "512"])
+    assert asked == [(finished_run, len(data.train), 512)]
+    assert "texts: seen" in capsys.readouterr().err
