@@ -15,16 +15,18 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 fit: $(VENV)/.ready
 	$(VENV)/bin/bayes-router fit --out $(RUN) --overwrite
 
+# As many tests at a time as there are cores, each with one thread. Files with slow tests begin.
+WORKERS ?= logical
+PYTEST := $(VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+quick test: export OMP_NUM_THREADS ?= 1
+
 quick: check
-	$(VENV)/bin/python -m pytest -m "not slow and not gpu" $(QUICK)
+	$(PYTEST) -m "not slow and not gpu" $(QUICK)
 
 QUICK := tests/test_architecture.py tests/test_config.py tests/test_progress.py tests/routing tests/inference
 
-# As many tests at a time as there are cores, each with one thread. Files with slow tests begin.
-WORKERS ?= logical
-test: export OMP_NUM_THREADS ?= 1
 test: check
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
 
 # The Triton kernels on the CPU, in Triton's interpreter, in about eight minutes; on a GPU: python -m pytest -m gpu -n 12
 # The interpreter fails with numpy 2.4, so it may have packages of its own in $(KERNELS).

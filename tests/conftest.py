@@ -4,6 +4,7 @@ All tests that read a run share it.
 """
 
 import os
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +21,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first: no process is left alone with one at the end."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+
+
+@pytest.fixture(autouse=True)
+def no_parameters_of_another_test() -> None:
+    """Pyro's store is global: a model takes what stands there under its name."""
+    if "pyro" in sys.modules:
+        sys.modules["pyro"].clear_param_store()
 
 
 @pytest.fixture(scope="session")
