@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from bayes_router.integrations.calls.layer import RoutedLayer
+from bayes_router.integrations.huggingface import registered
 from bayes_router.types import RoutingMode
 from tests.integrations.tiny_models import left_padded, patched, tokens
 
@@ -101,3 +102,16 @@ def test_what_is_trained_has_its_gradient() -> None:
         norms.append(router.controller.layers[0].get_parameter("out.weight").grad.norm())
     assert norms[0] > 0
     torch.testing.assert_close(norms[1], norms[0])
+
+
+def test_no_mask_is_written_out_where_it_says_no_more_than_causal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(registered, "traced", lambda: True)
+    asked = {"batch_size": 1, "q_length": 5, "kv_length": 5, "allow_is_causal_skip": False}
+    assert registered.compiled_mask("sdpa", **asked) is None
+    padding = torch.tensor([[False, True, True, True, True]])
+    for more in ({"attention_mask": padding}, {"kv_length": 7}, {"q_offset": torch.tensor(0)}):
+        assert registered.compiled_mask("sdpa", **{**asked, **more}) is not None
+    monkeypatch.setattr(registered, "traced", lambda: False)
+    assert registered.compiled_mask("sdpa", **asked) is not None
