@@ -4,17 +4,20 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from io import TextIOWrapper
 from typing import Optional
 
 from jsonargparse import ArgumentError
 
 from bayes_router import __version__
-from bayes_router.checks import one_line
+from bayes_router.checks import get_extra, one_line, unknown
 from bayes_router.commands.options import Parser
 from bayes_router.commands.parsers import COMMANDS
 from bayes_router.wording import plain
 
+COMPLETION = "--print_completion"
+SHELLS = ("bash", "zsh", "tcsh")
 RENAMED = {"calibrate": "sweep"}
 """Commands by the name that they had before: what is calibrated are probabilities."""
 
@@ -31,6 +34,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             print(f"bayes-router: `{name}` is called `{RENAMED[name]}` now", file=sys.stderr)
             arguments[0] = RENAMED[name]
     try:
+        if arguments[:1] == [COMPLETION]:
+            print(completion(arguments[1:]))
+            return 0
         parsed = build_parser(arguments).parse_args(arguments)
         options = parsed[parsed.command]
         COMMANDS[parsed.command].begin(options)
@@ -70,6 +76,20 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     return 0
 
 
+def completion(arguments: Sequence[str]) -> str:
+    """The script by which a shell completes commands and options.
+
+    Raises:
+        ValueError: a shell that has none, or the package that writes it is not installed.
+    """
+    shell = " ".join(arguments)
+    if shell not in SHELLS:
+        raise unknown(COMPLETION, shell, SHELLS)
+    if not find_spec("shtab"):
+        raise ValueError(f"{COMPLETION}: expected the package shtab; {get_extra('completion')}")
+    return str(build_parser([]).get_completion_script(f"shtab-{shell}"))
+
+
 def build_parser(arguments: Sequence[str]) -> Parser:
     """The parser of all commands.
 
@@ -82,6 +102,13 @@ def build_parser(arguments: Sequence[str]) -> Parser:
             "inference with Pyro."
         ),
         version=__version__,
+    )
+    parser.add_argument(
+        COMPLETION,
+        metavar="SHELL",
+        type=Optional[str],
+        default=None,
+        help=f"print what completes this command in {', '.join(SHELLS)}, and end",
     )
     commands = parser.add_subcommands(required=True, dest="command")
     for name, command in COMMANDS.items():

@@ -75,7 +75,9 @@ INNER = {
         "figures": 2,
         "standard": 3,
         "examine": 4,
-        "report": 5,
+        "headline": 5,
+        "report": 6,
+        "beside": 7,
     },
 }
 """The floors inside a room: a file on one may import those below it, and its own room."""

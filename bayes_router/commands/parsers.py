@@ -389,9 +389,13 @@ def _begin_inspect(options: Namespace) -> None:
 def report(arguments: Sequence[str]) -> Parser:
     """Options of `report`."""
     result = Parser(
-        description="Write one self-contained HTML file that shows the posterior of a run."
+        description="Write one self-contained HTML file that shows the posterior of a run, or of "
+        "two side by side."
     )
     add_fitted(result)
+    result.add_argument(
+        "other", type=Optional[Path], nargs="?", default=None, help="second run folder, beside it"
+    )
     result.add_argument(
         "--out", type=Optional[Path], default=None, help="file to write (default: RUN/report.html)"
     )
@@ -407,8 +411,14 @@ def report(arguments: Sequence[str]) -> Parser:
 def _begin_report(options: Namespace) -> None:
     _check_fitted(options)
     out = options.out or options.run / "report.html"
+    if options.other is not None:
+        if not options.other.is_dir():
+            require_file(options.other, CONFIG)
+        if options.out is None:
+            raise ValueError("out: expected a file for two runs; got none; give --out both.html")
     check_file_for(out)
-    _say(f"report: {options.run}, to {out}")
+    beside = "" if options.other is None else f" beside {options.other}"
+    _say(f"report: {options.run}{beside}, to {out}")
 
 
 def bench(arguments: Sequence[str]) -> Parser:

@@ -1,4 +1,4 @@
-"""`bayes-router report`: one HTML file that shows the posterior of a run."""
+"""`bayes-router report`: one HTML file that shows the posterior of a run, or of two."""
 
 import tempfile
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from bayes_router.commands.fitted import open_fitted, read_text
+from bayes_router.diagnostics.beside import Page, write_beside
 from bayes_router.diagnostics.diagnostic import diagnostics
 from bayes_router.diagnostics.examine import Examination
 from bayes_router.diagnostics.report import write_report
@@ -15,6 +16,15 @@ from bayes_router.progress import Progress
 
 def run(options: Namespace) -> None:
     """Read, print what was found, write the report and say where it is."""
+    page = _page(options)
+    html = page.html
+    if options.other is not None:
+        html = write_beside(page, _page(Namespace({**vars(options), "run": options.other})))
+    print(f"\nreport: {write_somewhere(options.out or options.run / 'report.html', html)}")
+
+
+def _page(options: Namespace) -> Page:
+    """The report of one fit."""
     text = read_text(options.text)
     examined = Examination(open_fitted(options, text))
     with Progress(
@@ -29,11 +39,13 @@ def run(options: Namespace) -> None:
             options.quick,
             "" if options.text is None else options.text.name,
         )
+    if options.other is not None:
+        print(f"{options.run}:")
     for verdict in examined.verdicts(options.quick):
         print(verdict)
     for reason in examined.left_out(options.quick):
         print(f"left out: {reason}")
-    print(f"\nreport: {write_somewhere(options.out or options.run / 'report.html', html)}")
+    return Page(str(options.run), examined, html)
 
 
 def write_somewhere(out: Path, html: str) -> str:

@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 
 import pandas as pd
+import torch
 
 from bayes_router.checks import one_line
 from bayes_router.data.load import load_data
@@ -31,6 +32,7 @@ from bayes_router.diagnostics.measures.verdict import Verdict
 from bayes_router.diagnostics.reading import read, windows
 from bayes_router.files import METRICS
 from bayes_router.progress import Progress
+from bayes_router.types import IGNORED
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,9 @@ class Examination:
         self.run, self.thresholds = run, thresholds or Thresholds()
         self.effort = effort or (PATCHED if run.patched else Effort())
         self.source = source or run.held_out or load_data(run.config)[1].valid
+        # once the text was read: nats under HARD and scored tokens of each window, [W, 2]; and a
+        # number that tells its text from another, [W]
+        self.window_nll, self.window_print = torch.empty(0, 2), torch.empty(0)
         self._failed: dict[str, str] = {}
         self._results: dict[str, Any] = {}
 
@@ -146,6 +151,12 @@ class Examination:
                 return
             progress.step()
 
+    @property
+    def nll(self) -> float:
+        """Under HARD, nats per scored token."""
+        _ = self.collapse
+        return float(self.window_nll[:, 0].sum() / self.window_nll[:, 1].sum())
+
     def rows(self, count: int) -> list[Batch]:
         """The first `count` windows, one a batch, where the model is."""
         context, device = self.run.config.data.context, self.run.device
@@ -159,9 +170,15 @@ class Examination:
         kinds = None if tokeniser is None else kinds_of_vocabulary(tokeniser)
         uncertainty = UncertaintySummary(run.prior.cost_ratio, kinds)
         collapse = CollapseSummary(run.program, run.experts)
+        lost, prints = [], []
         for reading in read(run.model, windows(self.source, run.config, self.effort.tokens)):
             uncertainty.add(reading)
             collapse.add(reading)
+            scored = (reading.targets != IGNORED).sum(1)
+            lost.append(torch.stack([reading.nll.double().sum(1), scored.double()], 1).cpu())
+            places = torch.arange(1, reading.tokens.shape[1] + 1, device=reading.tokens.device)
+            prints.append((reading.tokens * places).sum(1).cpu())
+        self.window_nll, self.window_print = torch.cat(lost), torch.cat(prints)
         return uncertainty, collapse
 
     @property
@@ -232,7 +249,20 @@ class Examination:
             return found
         for diagnostic, result in self.found():
             found += diagnostic.verdicts(self, result)
-        return found
+        return [verdict if verdict.basis else self._based(verdict) for verdict in found]
+
+    def _based(self, verdict: Verdict) -> Verdict:
+        """What a verdict was read from; intervals stand in its sentence."""
+        effort, context = self.effort, self.run.config.data.context
+        length = min(effort.gap_length, context)
+        basis = {
+            "guide": f"{effort.guide_sequences} windows, {effort.guide_draws} draws each",
+            "amortisation": f"{effort.gap_sequences} windows of {length} tokens",
+            "calibration": f"{effort.regret_sequences} windows",
+            "regret": f"{effort.regret_sequences} windows",
+            "other text": f"{standard.OWN_ROWS} windows of the fit's text",
+        }.get(verdict.topic, "")
+        return verdict._replace(basis=basis and f"from {basis}")
 
     def left_out(self, quick: bool = False) -> list[str]:
         """What is not said of this fit, and why."""

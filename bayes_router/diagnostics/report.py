@@ -8,6 +8,7 @@ import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, NamedTuple
 
 import jinja2
@@ -24,6 +25,7 @@ from bayes_router.diagnostics.examine import Examination
 from bayes_router.diagnostics.figures import posterior as posterior_plots
 from bayes_router.diagnostics.figures import run as plots
 from bayes_router.diagnostics.fitted import FittedRun
+from bayes_router.diagnostics.headline import commands, headline, settings, versions
 from bayes_router.diagnostics.measures.collapse import kl_to_prior
 from bayes_router.diagnostics.measures.uncertainty import probability_right
 from bayes_router.diagnostics.measures.verdict import Severity
@@ -46,6 +48,8 @@ class ShownText(NamedTuple):
     hard_choice: Tensor  # int64 [L, N], of that unit
     nll: Tensor  # [N], of the token itself given those before it in its window; nan for the first
     numbers: Mapping[str, Tensor] = {}  # [N] by the name of a `Scale`, those that the fit can say
+    mean: Tensor | None = None  # [L, R, N, E], of every unit
+    choice: Tensor | None = None  # int64 [L, R, N], of every unit
 
 
 def route_text(
@@ -97,18 +101,24 @@ def route_text(
         assert tokeniser is not None
         batches = text_windows(text, tokeniser, context, limit, run.causal)
     ids, concentration, choice, nll = [], [], [], []
+    means, choices = [], []
     numbers: dict[str, list[Tensor]] = {}
     for reading in read(run.model, batches):
         ids += reading.tokens[0].tolist()
         concentration.append(reading.concentration[:, 0, :, unit].cpu())
         choice.append(reading.hard_choice[:, 0, :, unit].cpu())
+        means.append(posterior_mean(reading.concentration[:, 0].double().cpu()).movedim(2, 1))
+        choices.append(reading.hard_choice[:, 0].cpu().movedim(2, 1))
         nll.append(reading.own_nll(run.causal)[0].cpu())
         for key, values in token_numbers(run.model, reading.tokens).items():
             numbers.setdefault(key, []).append(values)
     parts = (torch.cat(concentration, 1), torch.cat(choice, 1), torch.cat(nll))
     said = {key: torch.cat(values)[:limit] for key, values in numbers.items()}
     text_of = pieces(ids[:limit], run.tokeniser)
-    return ShownText(text_of, parts[0][:, :limit], parts[1][:, :limit], parts[2][:limit], said)
+    of_units = (torch.cat(means, 2)[:, :, :limit], torch.cat(choices, 2)[:, :, :limit])
+    return ShownText(
+        text_of, parts[0][:, :limit], parts[1][:, :limit], parts[2][:limit], said, *of_units
+    )
 
 
 @torch.no_grad()
@@ -158,6 +168,25 @@ def layer_tables(run: FittedRun, shown: ShownText, unit: int = 0) -> list[dict[s
             }
         )
     return tables
+
+
+def unit_tables(shown: ShownText) -> list[list[dict[str, str]]]:
+    """Of each layer and unit the choices, a digit a token, and the means in 255ths as base64.
+
+    Empty where there is one unit, which `layer_tables` has whole.
+    """
+    if shown.choice is None or shown.mean is None or shown.choice.shape[1] == 1:
+        return []
+    return [
+        [
+            {
+                "choice": "".join(map(str, choice.tolist())),
+                "mean": base64.b64encode(bytes((255 * mean).round().byte().flatten())).decode(),
+            }
+            for choice, mean in zip(choices, means, strict=True)
+        ]
+        for choices, means in zip(shown.choice, shown.mean, strict=True)
+    ]
 
 
 def figure(draw: Callable[[], Axes]) -> str:
@@ -217,6 +246,10 @@ def figures(examined: Examination, shown: ShownText, quick: bool) -> list[dict[s
                 lambda: plots.plot_cost(metrics),
             )
         )
+        found += [
+            (f"Over training: {title}", f"In {unit}.", partial(plots.plot_term, metrics, term))
+            for term, (title, unit) in plots.TERMS.items()
+        ]
     if not quick:
         found += [
             plot
@@ -292,6 +325,8 @@ def write_report(
         "pieces": shown.pieces,
         "nll": [None if x != x else round(x, 2) for x in shown.nll.tolist()],
         "layers": layer_tables(run, shown),
+        "units": unit_tables(shown),
+        "heat": heat(examined),
         "scales": [
             {
                 "name": one.name,
@@ -323,15 +358,60 @@ def write_report(
         verdicts=verdicts,
         left_out=examined.left_out(quick),
         figures=drawn,
-        columns=[str(column).replace("_", " ") for column in summary.columns],
-        rows=_rows(summary),
-        numbers=numbers,
+        headline=headline(examined),
+        commands=commands(examined),
+        settings=settings(examined),
+        versions=versions(),
+        tables=_tables(examined, summary, numbers, quick),
         data=data,
     )
 
 
-def _rows(frame: pd.DataFrame) -> Sequence[tuple[str, list[str]]]:
+class Table(NamedTuple):
+    """A table of the page, which can be had as CSV."""
+
+    name: str
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def _tables(
+    examined: Examination, layers: pd.DataFrame, numbers: Sequence[tuple[str, str]], quick: bool
+) -> list[Table]:
+    found = [_table("layers", "Layers", layers.reset_index())]
+    if examined.run.config.model.num_units > 1:
+        found.append(_table("units", "Units", examined.collapse.units()))
+    rivals = None if quick else examined.attempt("rivals")
+    if rivals is not None:
+        found.insert(0, _table("rivals", "Dial and static rivals", rivals))
+    if numbers:
+        found.append(Table("numbers", "Numbers", ("name", "value"), numbers))
+    return found
+
+
+def _table(name: str, title: str, frame: pd.DataFrame) -> Table:
+    columns = [str(column).replace("_", " ") for column in frame.columns]
+    return Table(name, title, columns, [list(map(_cell, row)) for row in frame.to_numpy().tolist()])
+
+
+def _cell(value: object) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return "" if value != value else str(int(value)) if value.is_integer() else f"{value:.3f}"
+
+
+def heat(examined: Examination) -> list[dict[str, Any]]:
+    """What the map of layers and units can show: a name, a sentence, and values [L][R]."""
+    units = examined.collapse.units()
+    shape = (len(examined.collapse.layers()), -1)
+    names = {f"load {name}": f"share of tokens on {name}" for name in examined.run.experts}
+    names["route_information"] = "route information, nats: 0 where no token moves the route"
     return [
-        (str(index), [f"{value:.3f}" for value in row])
-        for index, row in zip(frame.index, frame.to_numpy(), strict=True)
+        {
+            "name": column.replace("_", " "),
+            "meaning": meaning,
+            "values": units[column].to_numpy().reshape(shape).round(3).tolist(),
+        }
+        for column, meaning in names.items()
     ]

@@ -9,6 +9,7 @@ import torch
 from bayes_router.checks import require
 from bayes_router.diagnostics.diagnostic import Diagnostic, Plot, register_diagnostic
 from bayes_router.diagnostics.figures import posterior as figures
+from bayes_router.diagnostics.figures.rivals import plot_rivals
 from bayes_router.diagnostics.measures.amortisation import (
     AmortisationGap,
     amortisation_gap,
@@ -27,7 +28,8 @@ from bayes_router.diagnostics.measures.other_text import (
     other_texts,
     tell_apart,
 )
-from bayes_router.diagnostics.measures.verdict import Verdict
+from bayes_router.diagnostics.measures.rivals import against_static, sentence
+from bayes_router.diagnostics.measures.verdict import Severity, Verdict
 
 OWN_ROWS = 32  # windows of the training text that other text is told apart from
 
@@ -194,6 +196,32 @@ register_diagnostic(
             "routes that flip under noise of 0.1": frame["flips"].mean()
         },
     )
+)
+RIVAL_ROWS = 16  # windows that the dial and its static rivals read
+
+
+def _rivals(examined: Any) -> pd.DataFrame:
+    run = examined.run
+    return against_static(
+        run.model, examined.rows(RIVAL_ROWS), run.prior.cost_ratio.cpu(), run.experts
+    )
+
+
+def _rival_verdicts(examined: Any, table: pd.DataFrame) -> Sequence[Verdict]:
+    good, text = sentence(table)
+    advice = "" if good else "that layout: where it serves, nothing needs to be routed."
+    return [Verdict("static rivals", Severity.GOOD if good else Severity.NOTE, text, advice)]
+
+
+def _rival_plots(examined: Any, table: pd.DataFrame) -> Sequence[Plot]:
+    caption = (
+        "The fit's own weights on one expert, or on one layout, for every token; bars are 95%."
+    )
+    return [Plot("Dial and static rivals", caption, lambda: plot_rivals(table))]
+
+
+register_diagnostic(
+    Diagnostic("rivals", "static rivals", _rivals, _rival_verdicts, plots=_rival_plots)
 )
 register_diagnostic(
     Diagnostic(

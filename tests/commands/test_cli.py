@@ -71,6 +71,7 @@ def test_fit_evaluate_generate(
         "losses.png",
         "cost_nll.png",
         "load.png",
+        "terms.png",
     }
     summary = json.loads((out / "summary.json").read_text())
     assert run("evaluate", out) == 0

@@ -4,6 +4,7 @@ Colours stay apart in greyscale and for the colour-blind.
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -88,6 +89,45 @@ def plot_cost(metrics: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return ax
 
 
+TERMS = {
+    "kl": ("KL to the prior", "nats per token"),
+    "elbo": ("ELBO", "nats per token"),
+    "cost": ("executed cost", "full = 1"),
+    "price": ("price", "nats per unit of cost"),
+}
+"""What a fit moves beside its loss, and in which unit."""
+
+
+def plot_term(metrics: pd.DataFrame, term: str, ax: Axes | None = None) -> Axes:
+    """One of `TERMS` over steps: training in grey, held out in black with points."""
+    ax = ax or plt.subplots(figsize=(4, 3))[1]
+    title, unit = TERMS[term]
+    held_out = metrics.dropna(subset=["valid_nll_hard"])
+    if term in metrics:
+        ax.plot(metrics["step"], metrics[term], color="0.55", linewidth=1, label="training")
+    if term == "kl":
+        of_layers = [name for name in map(str, held_out) if re.fullmatch(r"kl_\d+", name)]
+        values = {"held out": (held_out[of_layers].sum(axis=1), "-", "o")}
+    elif term == "elbo":
+        values = {"held out": (held_out["valid_elbo"], "-", "o")}
+    elif term == "cost":
+        names = {"paper": ("-", "o"), "flops": ("--", "s")}
+        values = {
+            f"held out, {name}": (held_out[f"cost_{name}"], *style)
+            for name, style in names.items()
+            if f"cost_{name}" in held_out
+        }
+    else:
+        values = {}
+    for label, (y, style, marker) in values.items():
+        ax.plot(held_out["step"], y, style, marker=marker, color="0.1", markersize=4, label=label)
+    ax.set(xlabel="step", ylabel=unit, title=title)
+    if term == "elbo":  # the first steps would flatten the rest
+        ax.set_ylim(bottom=float(metrics["elbo"].iloc[len(metrics) // 10 :].min()))
+    ax.legend(frameon=False)
+    return ax
+
+
 def draw_run(run: Path) -> list[Path]:
     """Write the figures of a run to its folder `figures`; returns their paths."""
     metrics = pd.read_csv(require_file(run, METRICS))
@@ -99,6 +139,10 @@ def draw_run(run: Path) -> list[Path]:
             _save(plot_losses(metrics), folder / "losses.png"),
             _save(plot_cost(metrics), folder / "cost_nll.png"),
         ]
+        terms = plt.subplots(2, 2, figsize=(8, 6), layout="constrained")[1]
+        for term, ax in zip(TERMS, terms.flat, strict=True):
+            plot_term(metrics, term, ax)
+        paths.append(_save(terms.flat[0], folder / "terms.png"))
         columns = min(4, model.num_layers)
         rows = -(-model.num_layers // columns)
         figure, axes = plt.subplots(

@@ -16,6 +16,7 @@ from torch.distributions import Dirichlet, kl_divergence
 from torch.nn import functional as F
 
 from bayes_router.checks import require
+from bayes_router.diagnostics.measures.bootstrap import LEVEL, clustered
 from bayes_router.diagnostics.measures.uncertainty import SURE_WEIGHT
 from bayes_router.diagnostics.measures.verdict import Severity, Verdict, merged
 from bayes_router.diagnostics.reading import Reading
@@ -91,6 +92,7 @@ class CollapseSummary:
         self._load, self._mean = nothing, nothing  # [L, R, E]
         self._entropy, self._kl, self._sure = nothing, nothing, nothing  # [L, R]
         self._by_token = ByToken()
+        self._windows: list[Tensor] = []  # [L, R, E] loads of each window
 
     def add(self, reading: Reading) -> "CollapseSummary":
         """Take in a batch."""
@@ -100,6 +102,8 @@ class CollapseSummary:
             self._load
             + F.one_hot(reading.hard_choice.flatten(1, 2), q.shape[-1]).double().sum(1).cpu()
         )
+        taken = F.one_hot(reading.hard_choice, q.shape[-1]).double().mean(2)  # [L, B, R, E]
+        self._windows += list(taken.cpu().unbind(1))
         self._mean = self._mean + mean.sum(1)
         self._by_token.add(reading.tokens, mean.movedim(1, -2))
         self._entropy = self._entropy + categorical_entropy(mean).sum(1)
@@ -175,7 +179,24 @@ class CollapseSummary:
             widest = units[int(units.amax(-1).argmin())].tolist()
             state = LayerState(widest, row["route_information"], row["kl"])
             found += layer_verdicts(state, self.experts, layer, thresholds)
-        return merged(found) or [healthy(frame, thresholds)]
+        found = merged(found) or [healthy(frame, thresholds)]
+        return [one._replace(basis=self._basis(one.layers)) for one in found]
+
+    def _basis(self, layers: Sequence[int]) -> str:
+        """How much was read, and the largest load of these layers with its interval."""
+        count = f"n = {self.tokens:,} tokens in {len(self._windows)} windows"
+        if len(self._windows) < 2:
+            return count
+        load = torch.stack(self._windows).mean(2).numpy()  # [windows, L, E]
+        of = load[:, list(layers)] if layers else load
+        layer, expert = np.unravel_index(of.mean(0).argmax(), of.shape[1:])
+        share = of[:, layer, expert]
+        found = clustered(lambda rows: float(share[rows].mean()), range(len(share)))
+        where = (layers or range(load.shape[1]))[int(layer)]
+        return (
+            f"{count}; {self.experts[int(expert)]} in layer {where} takes {found.value:.1%}, "
+            f"{LEVEL:.0%} {found.low:.1%} to {found.high:.1%}"
+        )
 
 
 def kl_to_prior(program: RoutingModel, layer: int, concentration: Tensor) -> Tensor:

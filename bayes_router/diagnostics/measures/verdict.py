@@ -21,10 +21,12 @@ class Verdict(NamedTuple):
     text: str  # a sentence with the figure and the threshold in it
     advice: str = ""  # what to try; empty where nothing is wrong
     layers: tuple[int, ...] = ()  # none: all layers together
+    basis: str = ""  # from how much it was read, and the interval where the sentence has none
 
     def __str__(self) -> str:
         advice = f" Try: {self.advice}" if self.advice else ""
-        return f"[{self.severity.value}] {self.topic}{self.where}: {self.text}{advice}"
+        basis = f" ({self.basis})" if self.basis else ""
+        return f"[{self.severity.value}] {self.topic}{self.where}: {self.text}{basis}{advice}"
 
     @property
     def where(self) -> str:

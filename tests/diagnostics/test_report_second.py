@@ -1,0 +1,191 @@
+"""What a report says first, its map, its tables as CSV, two fits beside each other."""
+
+import base64
+import csv
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from bayes_router import __version__
+from bayes_router.cli import main
+from bayes_router.config import with_changes
+from bayes_router.diagnostics.beside import Page, difference, write_beside
+from bayes_router.diagnostics.examine import Effort, Examination
+from bayes_router.diagnostics.fitted import load_fitted
+from bayes_router.diagnostics.measures.rivals import against_static, sentence
+from bayes_router.diagnostics.report import route_text, unit_tables, write_report
+from bayes_router.training.fit import fit
+from tests.diagnostics.browser import chromium, find_chromium
+from tests.tiny import fit_config
+
+TEXT = ("The state of the Union is strong. " * 5).encode()
+browsing = pytest.mark.skipif(find_chromium() is None, reason="no Chromium here")
+
+
+@pytest.fixture(scope="module")
+def by_head(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two layers and two units."""
+    out = tmp_path_factory.mktemp("units") / "run"
+    changes = {"model.route_by": "head", "data.eval_tokens": 64, "train.eval_every": 1}
+    fit(with_changes(fit_config(corpus, steps=2), changes), out, progress=False)
+    return out
+
+
+@pytest.fixture(scope="module")
+def examined(by_head: Path) -> Examination:
+    return Examination(load_fitted(by_head), effort=Effort(tokens=256))
+
+
+@pytest.fixture(scope="module")
+def html(examined: Examination) -> str:
+    return write_report(examined, TEXT, quick=True)
+
+
+def test_it_begins_with_loss_cost_elbo_command_settings_and_versions(
+    html: str, examined: Examination, by_head: Path
+) -> None:
+    summary = json.loads((by_head / "summary.json").read_text(encoding="utf-8"))
+    head = html[: html.index("<h2>Verdicts</h2>")]
+    assert f"HARD {summary['nll']['hard']:.4f}" in head and f"{summary['elbo']:.4f}" in head
+    assert f"{summary['executed_cost']['paper']:.3f} in paper" in head
+    assert f"bayes-router report {by_head}" in head and "bayes-router fit --config" in head
+    assert "<td>model.route_by</td><td>head</td>" in head
+    assert f"<td>bayes-router</td><td>{__version__}</td>" in head and torch.__version__ in head
+    assert "n = 256 tokens in 8 windows" in html  # below each verdict
+    for term in ("KL to the prior", "ELBO", "executed cost", "price"):
+        assert f"Over training: {term}" in html
+
+
+def test_the_packed_units_are_what_the_model_did(examined: Examination) -> None:
+    shown = route_text(examined.run, TEXT)
+    packed = unit_tables(shown)
+    assert shown.choice is not None and shown.mean is not None
+    assert len(packed) == 2 and len(packed[0]) == 2
+    one = packed[1][1]
+    assert one["choice"] == "".join(map(str, shown.choice[1, 1].tolist()))
+    means = torch.tensor(list(base64.b64decode(one["mean"]))).view(-1, 3) / 255
+    torch.testing.assert_close(means.double(), shown.mean[1, 1], atol=0.002, rtol=0)
+    own = route_text(examined.run, TEXT, unit=1)
+    assert torch.equal(own.hard_choice, shown.choice[:, 1])
+
+
+def test_static_rivals_are_what_a_forced_pass_loses(examined: Examination) -> None:
+    run, rows = examined.run, examined.rows(4)
+    table = against_static(run.model, rows, run.prior.cost_ratio, run.experts).set_index("name")
+    tokens, targets = (torch.cat(part) for part in zip(*rows, strict=True))
+    logits = run.model(tokens, force="local").logits.detach()
+    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert table.loc["all on local", "nll"] == pytest.approx(float(want), abs=1e-5)
+    assert table.loc["all on full", "cost"] == 1
+    dial = table[table["kind"] == "dial"]
+    assert dial["cost"].max() > 0.9 and dial["cost"].min() == pytest.approx(0.15, abs=1e-6)
+    cheaper = dial[dial["cost"] <= table.loc["all on local", "cost"] + 1e-6]
+    gap = table.loc["all on local", "nll"] - cheaper["nll"].min()
+    assert table.loc["all on local", "behind"] == pytest.approx(gap, abs=1e-6)
+    assert table["low"].lt(table["nll"]).all() and table["high"].gt(table["nll"]).all()
+    worse = table.reset_index()
+    assert "none loses less" in sentence(worse.assign(behind_high=1.0))[1]
+    good, text = sentence(worse.assign(behind=-0.5, behind_low=-0.6, behind_high=-0.4))
+    assert not good and "by 0.500 nats (95% 0.400 to 0.600)" in text
+
+
+@browsing
+def test_the_map_is_walked_by_keys_and_enter_shows_the_unit(html: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text(html, encoding="utf-8")
+    with chromium(tmp_path / "profile") as browser:
+        browser.open(page.as_uri())
+        reached = []
+        for _ in range(60):  # what Tab reaches, in order
+            browser.call("Input.dispatchKeyEvent", type="rawKeyDown", key="Tab", code="Tab",
+                         windowsVirtualKeyCode=9)  # fmt: skip
+            reached.append(
+                browser.run(
+                    "(e => e.id || e.dataset.l && 'cell' || e.className || e.tagName)"
+                    "(document.activeElement)"
+                )
+            )
+            if reached[-1] == "cell":
+                break
+        assert reached.count("SUMMARY") == 2 and reached.index("shown") < reached.index("cell")
+        at = "[document.activeElement.dataset.l, document.activeElement.dataset.u].join()"
+        browser.key("ArrowDown")
+        browser.key("ArrowRight")
+        assert browser.run(at) == "1,1"
+        browser.key("ArrowRight")
+        assert browser.run(at) == "1,1"  # the edge
+        before = browser.run("tokens.map(t => t.style.background).join()")
+        browser.call("Input.dispatchKeyEvent", type="keyDown", key="Enter", code="Enter",
+                     windowsVirtualKeyCode=13, text="\r")  # fmt: skip
+        assert browser.run("[layer, unit, select.value, unitSelect.value].join()") == "1,1,1,1"
+        assert browser.run("tableOf().choice.join('') === data.units[1][1].choice")
+        assert browser.run("tokens.map(t => t.style.background).join()") != before
+        assert browser.run("document.activeElement.dataset.i") == "0"
+        assert "layer 1, unit 1" in browser.run("document.getElementById('card').textContent")
+        assert browser.run("cellAt(1, 1).getAttribute('aria-pressed')") == "true"
+        assert browser.problems() == []
+
+
+@browsing
+def test_every_table_is_had_as_csv_and_dark_is_dark(html: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text(html, encoding="utf-8")
+    with chromium(tmp_path / "profile") as browser:
+        browser.open(page.as_uri())
+        tables = browser.run("document.querySelectorAll('table').length")
+        assert tables >= 5 and browser.run("document.querySelectorAll('.csv').length") == tables
+        wanted = browser.run(
+            "Array.from(document.querySelector('[data-name=settings]').rows, "
+            "r => Array.from(r.cells, c => c.textContent))"
+        )
+        text = browser.run("csvOf(document.querySelector('[data-name=settings]'))")
+        assert list(csv.reader(io.StringIO(text))) == wanted and len(wanted) > 50
+        odd = "(t => { t.innerHTML = '<tr><td>a,\"b\"</td><td>c</td></tr>'; return csvOf(t); })"
+        assert browser.run(odd + "(document.createElement('table'))") == '"a,""b""",c\n'
+        paper = "getComputedStyle(document.body).backgroundColor"
+        assert browser.run(paper) == "rgb(255, 255, 255)"
+        dark = {"name": "prefers-color-scheme", "value": "dark"}
+        browser.call("Emulation.setEmulatedMedia", features=[dark])
+        assert browser.run(paper) == "rgb(20, 24, 30)"
+        assert browser.run("getComputedStyle(document.body).color") == "rgb(230, 234, 240)"
+        browser.call("Emulation.setDeviceMetricsOverride", width=400, height=800,
+                     deviceScaleFactor=1, mobile=True)  # fmt: skip
+        assert browser.run("document.documentElement.scrollWidth") <= 400
+        assert browser.problems() == []
+
+
+def test_two_fits_are_compared_on_the_same_text_alone(
+    examined: Examination, by_head: Path, html: str
+) -> None:
+    again = Examination(load_fitted(by_head), effort=Effort(tokens=256))
+    with torch.no_grad():
+        again.run.model.network.embed.weight.mul_(1.05)
+    _ = again.collapse
+    found = re.search(
+        r"first: ([+-][\d.]+) nats per token \(95% ([+-][\d.]+) to ([+-][\d.]+), paired over 8",
+        difference(examined, again),
+    )
+    assert found is not None
+    assert float(found[1]) == pytest.approx(again.nll - examined.nll, abs=1e-4)
+    assert float(found[2]) <= float(found[1]) <= float(found[3])
+    again.window_print = again.window_print + 1
+    assert difference(examined, again).startswith("They were read on other texts")
+    page = write_beside(Page("<one>", examined, html), Page("two", again, html))
+    assert "<one>" not in page and page.count("<iframe") == 2 and "srcdoc=" in page
+
+
+def test_the_command_takes_two(
+    by_head: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["report", str(by_head), str(by_head), "--quick", "--device", "cpu"]
+    assert main(arguments) == 2
+    assert "out: expected a file for two runs" in capsys.readouterr().err
+    assert main(["report", str(by_head), str(tmp_path / "no"), "--out", "x.html"]) == 2
+    assert "run: expected a run folder" in capsys.readouterr().err
+    out = tmp_path / "both.html"
+    assert main([*arguments, "--tokens", "40", "--out", str(out)]) == 0
+    assert "no difference is shown" in out.read_text(encoding="utf-8")
