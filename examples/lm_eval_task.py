@@ -1,9 +1,8 @@
 """lm-evaluation-harness on a patched model: a task of one's own, from a local file.
 
 `pip install lm_eval` first. The harness is given the model that was patched, so what it scores is
-what the router executes: here at two budgets, and unpatched. Nothing is downloaded: the model is a
-tiny one, its tokenizer is bytes; `AutoModelForCausalLM.from_pretrained(NAME)` and its tokenizer
-stand in their place elsewhere.
+what the router executes. Nothing is downloaded: the model is a tiny one of random weights, its
+tokenizer is bytes; `AutoModelForCausalLM.from_pretrained(NAME)` and its own stand in their place.
 """
 
 import json
@@ -12,17 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bayes_router import patch
 
 SPEECH = "The state of the Union is strong. The Congress shall have power to lay taxes. " * 20
-QUESTIONS = [
-    ("The state of the", " Union", " taxes"),
-    ("The Congress shall have", " power", " strong"),
-    ("The Union is", " strong", " the"),
-]
+QUESTIONS = [("The state of the", " Union", " taxes"), ("The Congress shall have", " power", " is")]
 TASK: dict[str, Any] = {
     "task": "next_word",
     "dataset_path": "json",
@@ -45,41 +42,29 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=letters[0])
 
 
-def main(steps: int = 60, folder: str | None = None) -> dict[str, float]:
-    """Accuracy of the unpatched model, and at each budget."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
+def main(folder: str) -> dict[str, float]:
+    """Accuracy of the unpatched model, and at a budget; the questions are written to `folder`."""
     torch.manual_seed(0)
-    file = Path(folder or tempfile.mkdtemp()) / "questions.jsonl"
     rows = [{"context": text, "choices": [right, wrong]} for text, right, wrong in QUESTIONS]
+    file = Path(folder) / "questions.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     task = {**TASK, "dataset_kwargs": {"data_files": {"test": str(file)}}}
     tokenizer = byte_tokenizer()
     sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=256, intermediate_size=96, **sizes))
     tokens = tokenizer(SPEECH, return_tensors="pt")["input_ids"]
-    adam = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(steps):
-        adam.zero_grad()
-        model(tokens[:, :512], labels=tokens[:, :512]).loss.backward()
-        adam.step()
     harness = HFLM(model.eval(), tokenizer=tokenizer, backend="causal", batch_size=1)
 
     def accuracy() -> float:
-        found = simple_evaluate(harness, tasks=[task], task_manager=TaskManager(), verbosity="ERROR")
+        found = simple_evaluate(harness, tasks=[task], bootstrap_iters=0)
         return float(found["results"]["next_word"]["acc,none"])
 
     scores = {"unpatched": accuracy()}
     router = patch(model, window=16, sinks=4, experts=("full", "local"))
-    router.fit(tokens[0], steps=5, distil_steps=0, context=64, batch_size=2)
-    for budget in (0.8, 0.5):
-        router.set_budget(budget, context=64, tolerance=0.2)
-        scores[f"budget {budget}"] = accuracy()
-    return scores
+    router.fit(tokens[0], steps=5, distil_steps=0, context=64, batch_size=2, budget=0.7)
+    return scores | {"routed": accuracy()}
 
 
 if __name__ == "__main__":
-    for name, score in main().items():
-        print(f"{name}: {score:.2f} of {len(QUESTIONS)} questions")
+    with tempfile.TemporaryDirectory() as own:
+        print(main(own))

@@ -51,6 +51,19 @@ def test_custom_expert() -> None:
     assert losses[-1] < losses[0] and float(load_.sum()) == pytest.approx(1)
 
 
+def test_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval")
+    example = load("lm_eval_task")
+    routers, usual = [], example.patch
+    monkeypatch.setattr(
+        example, "patch", lambda *a, **k: routers.append(usual(*a, **k)) or routers[0]
+    )
+    scores = example.main(str(tmp_path))
+    assert set(scores) == {"unpatched", "routed"} and all(0 <= s <= 1 for s in scores.values())
+    # what was read last is a question of the harness, on routes of the router
+    assert routers[0].statistics()[0] is not None
+
+
 def test_each_is_a_screen() -> None:
     for path in EXAMPLES.glob("*.py"):
         if path.name != "mini_router.py":
