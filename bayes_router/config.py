@@ -147,6 +147,18 @@ class PriorConfig:
 
     def __post_init__(self) -> None:
         """Check every field that does not need the experts."""
+        for name, depth in (("mean", 2), ("temperature", 1), ("total_concentration", 1)):
+            given, least = getattr(self, f"layer_{name}"), 0
+            while isinstance(given, tuple) and given:
+                given, least = given[0], least + 1
+            require(
+                least <= depth,
+                f"prior.layer_{name}",
+                "values by layer, which hold for all of its units",
+                getattr(self, f"layer_{name}"),
+                "a prior by unit is given to the program: RoutingModel(network, concentration "
+                "[L, R, E])",
+            )
         choose("prior.cost", self.cost, CostModel)
         for name in ("temperature", "total_concentration"):
             require(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bayes_router.config import Config, config_from_dict, load_config, with_changes
+from bayes_router.config import Config, PriorConfig, config_from_dict, load_config, with_changes
 from bayes_router.presets import PRESETS, preset
 
 
@@ -94,3 +94,16 @@ def test_an_unknown_preset_lists_the_presets() -> None:
 def test_settings_are_frozen() -> None:
     with pytest.raises(AttributeError):
         Config().train.steps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"layer_mean": (((0.2, 0.8), (0.5, 0.5)),) * 2},
+        {"layer_temperature": ((0.1, 0.2),) * 2},
+        {"layer_total_concentration": ((1.0, 2.0),) * 2},
+    ],
+)
+def test_a_prior_by_unit_is_refused_with_where_it_is_given(given: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"prior.layer_\w+: expected values by layer.*program"):
+        PriorConfig(**given)  # type: ignore[arg-type]
