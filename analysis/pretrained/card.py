@@ -15,7 +15,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from analysis.pretrained.study import Reader, Setting, load_model
+from analysis.pretrained.smollm import load_model
+from analysis.pretrained.study import Reader, Setting
 from analysis.pretrained.table import lines, percent, standard_error
 from analysis.pretrained.texts import load
 from bayes_router.data.stream import TokenStream

@@ -28,11 +28,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from analysis.pretrained.contenders import executed_cost, share, window_of, windowed
 from analysis.pretrained.retrieval import TASKS, Answered, Haystack, Question, prompts, score
 from analysis.pretrained.rivals import blind, passkeys
+from analysis.pretrained.smollm import load_model
 from analysis.pretrained.texts import load
 from bayes_router.benchmark.rows import Rows
 from bayes_router.config import PriorConfig, ScheduleConfig
@@ -59,14 +60,6 @@ CONTENDERS = {  # name: (unit, whether the token decides)
 BUDGETS = (0.3, 0.2, 0.5, 0.4, 0.15, 0.7)
 TEXTS = ("novels", "wikitext", "python", "speeches")
 NEEDLES = (0.3, 0.2)
-
-
-def load_model(folder: Path, device: torch.device) -> Any:
-    """The pretrained model in evaluation mode: bfloat16 on a GPU, float32 on a CPU."""
-    gguf = next(iter(folder.glob("*.gguf")), None)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    extra = {} if gguf is None else {"gguf_file": gguf.name}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra).to(device).eval()
 
 
 def haystack(model: Path, stream: TokenStream) -> Haystack:
