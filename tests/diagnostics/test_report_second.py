@@ -16,8 +16,10 @@ from bayes_router.config import with_changes
 from bayes_router.diagnostics.beside import Page, difference, write_beside
 from bayes_router.diagnostics.examine import Effort, Examination
 from bayes_router.diagnostics.fitted import load_fitted
+from bayes_router.diagnostics.measures import rivals
 from bayes_router.diagnostics.measures.rivals import against_static, sentence
 from bayes_router.diagnostics.report import route_text, unit_tables, write_report
+from bayes_router.training.executed import Executed
 from bayes_router.training.fit import fit
 from tests.diagnostics.browser import chromium, find_chromium
 from tests.tiny import fit_config
@@ -189,3 +191,13 @@ def test_the_command_takes_two(
     out = tmp_path / "both.html"
     assert main([*arguments, "--tokens", "40", "--out", str(out)]) == 0
     assert "no difference is shown" in out.read_text(encoding="utf-8")
+
+
+def test_a_rival_is_compared_with_what_costs_no_more() -> None:
+    def reading(cost: float, nll: float) -> Executed:
+        windows = torch.tensor([nll, nll + 1.0], dtype=torch.float64)
+        return Executed(0.0, cost, torch.ones(1, 2), windows, torch.ones(2, dtype=torch.float64))
+
+    dial = [reading(0.2, 5.0), reading(0.9, 1.0)]
+    row = rivals._row("rival", rivals.STATIC, reading(0.3, 4.0), dial)
+    assert row["against"] == "dial at 0.200" and row["behind"] == pytest.approx(-1.0)
