@@ -3,13 +3,11 @@
 One that is changed is found.
 """
 
-import re
-
 import pytest
 
 from analysis.pretrained.table import RESULTS, losses, spread
 from analysis.pretrained.table import lines as lines_of
-from analysis.quoted import ROOT, problems, read
+from analysis.quoted import ROOT, problems, read, words
 from analysis.routes.tiny_lm import markdown, summarise
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,9 +30,7 @@ def test_a_figure_without_a_result_is_found() -> None:
 
 
 def test_it_is_short() -> None:
-    prose = re.sub(r"```.*?```", "", README, flags=re.S)
-    words = " ".join(line for line in prose.splitlines() if not line.startswith("|")).split()
-    assert len(words) <= 900
+    assert words(README) <= 900
 
 
 @pytest.mark.parametrize(
