@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bayes_router.integrations.patch.passes import Here
 from bayes_router.integrations.patching import patch
+from bayes_router.types import RoutingMode
 from tests.integrations.test_torch_attention import draw, encoder, scatter
 from tests.integrations.tiny_models import patched, tiny, tokens
 
@@ -223,3 +224,18 @@ def test_a_pass_begins_at_the_first_layer_and_where_a_layer_comes_again() -> Non
         here.begin(layer).real[layer] = None
         seen.append(sorted(here.slot.last.real))
     assert seen == [[1], [1, 2], [0], [0, 1], [1]]
+
+
+@torch.no_grad()
+def test_a_mode_is_taken_by_its_name_and_a_wrong_one_refused() -> None:
+    model, router = patched("llama")
+    x = tokens(1, 16)
+    router.mode = RoutingMode.MEAN
+    mean = model(x).logits
+    router.mode = "mean"
+    torch.testing.assert_close(model(x).logits, mean, atol=0, rtol=0)
+    router.mode = None
+    assert not torch.allclose(model(x).logits, mean)
+    router.mode = "meen"
+    with pytest.raises(ValueError, match=r"mode: expected one of .*'meen'; did you mean mean"):
+        model(x)

@@ -18,7 +18,7 @@ from torch.distributions import Dirichlet
 
 from bayes_router.attention.experts.contract import Expert
 from bayes_router.attention.kernels.capability import HAS_TRITON, TYPES
-from bayes_router.checks import require
+from bayes_router.checks import choose, require
 from bayes_router.data.stream import TokenStream
 from bayes_router.hub import push
 from bayes_router.integrations.calls.call import AttentionCall
@@ -129,7 +129,7 @@ class RoutedModel(Following):
             for one, shape in zip(found, shapes, strict=True)
         )
         self.policy: Policy = Argmax()
-        self.mode: RoutingMode | None = None
+        self.mode: RoutingMode | str | None = None
         self._force: Force | None = None
         self.here, self.watch = Here(), TrainingWatch(self)
         self._settled = Settled()
@@ -228,7 +228,9 @@ class RoutedModel(Following):
 
     @property
     def _mode(self) -> RoutingMode:
-        return self.mode or (RoutingMode.SAMPLE if self.training else RoutingMode.HARD)
+        if self.mode is None:
+            return RoutingMode.SAMPLE if self.training else RoutingMode.HARD
+        return choose("mode", self.mode, RoutingMode)
 
     @property
     def _executes(self) -> bool:
