@@ -190,7 +190,9 @@ def confidence(run: FittedRun, options: argparse.Namespace) -> Written:
     stated = stated_by(fitted, tested, run.experts, TOLERANCE)
     right = right_within(tested, TOLERANCE)
     curves = [reliability(stated[name], right) for name in ("posterior", "confidence")]
-    figures = {"confidence_reliability": lambda: draw.plot_reliability(*curves)}
+    figures = {
+        "confidence_reliability": lambda: draw.plot_reliability(*curves, mended="confidence")
+    }
     return Written(tables, figures, text_of(tables["confidence"]))
 
 

@@ -149,6 +149,8 @@ def test_figures_have_axes_with_names(examined, finished_run):
     ]
     for ax in drawn:
         assert ax.get_xlabel() and ax.get_ylabel()
+    said = posterior_plots.plot_reliability(calibration.before, calibration.after, mended="fitted")
+    assert "fitted" in {text.get_text() for text in said.get_legend().get_texts()}
     simplex = posterior_plots.plot_simplex_density(
         torch.rand(50, 3) + 0.1, torch.rand(20, 3), experts
     )

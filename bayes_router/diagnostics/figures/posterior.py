@@ -219,16 +219,19 @@ def plot_by_kind(
 
 
 def plot_reliability(
-    before: pd.DataFrame, after: pd.DataFrame | None = None, ax: Axes | None = None
+    before: pd.DataFrame,
+    after: pd.DataFrame | None = None,
+    ax: Axes | None = None,
+    mended: str = "tempered",
 ) -> Axes:
     """Observed against stated probability (`reliability`), two standard errors as bars.
 
-    On the diagonal is calibrated.
+    On the diagonal is calibrated. `mended` says what made `after`.
     """
     ax = ax or plt.subplots(figsize=(4.4, 4))[1]
     ax.plot([0, 1], [0, 1], color="0.6", linewidth=1, label="calibrated")
     drawn = [(before, "as stated", PALETTE[0], "o", "-")]
-    drawn += [] if after is None else [(after, "tempered", PALETTE[1], "s", "--")]
+    drawn += [] if after is None else [(after, mended, PALETTE[1], "s", "--")]
     for table, label, colour, marker, style in drawn:
         ax.errorbar(
             table["stated"],
