@@ -236,3 +236,19 @@ def test_who_means_it_is_not_told() -> None:
                 loss = model(tokens(), labels=tokens(), use_cache=False).loss
                 (loss + 0.01 * router.kl() if own else loss).backward()
                 optimiser.step()
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])
+def test_what_splits_parameters_over_processes_is_refused(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Trainer.create_accelerator_and_postprocess
+
+    def split(self: Trainer) -> None:
+        made(self)
+        setattr(self, f"is_{kind}_enabled", True)
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", split)
+    model, _ = routed()
+    with pytest.raises(ValueError, match=f"{kind}: expected none.*use DDP"):
+        RoutingTrainer(model=model, args=arguments(tmp_path), train_dataset=ROWS)
