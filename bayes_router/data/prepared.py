@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from mmap import ACCESS_READ, mmap
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -73,8 +75,18 @@ class MappedTokens(TokenDataset):
         """Number of tokens N."""
         return self.length
 
+    @property
+    def tokens(self) -> Tensor:  # type: ignore[override]  # a file's are not assigned
+        """The file as [N], mapped anew, to be read alone."""
+        with warnings.catch_warnings():  # torch warns of what may not be written
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.from_numpy(self._mapped())
+
+    def _mapped(self) -> npt.NDArray[Any]:
+        return np.memmap(self.path, self.dtype, mode="r", shape=(self.length,))
+
     def _windows_at(self, starts: Tensor, context: int) -> Batch:
-        tokens = np.memmap(self.path, self.dtype, mode="r", shape=(self.length,))
+        tokens = self._mapped()
         # [B, T + 1]
         window = np.stack([tokens[start : start + context + 1] for start in starts.tolist()])
         ids = torch.from_numpy(window.astype(np.int64))

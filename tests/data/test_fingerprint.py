@@ -32,7 +32,8 @@ def test_passages_of_bytes_are_longer_than_what_texts_share():
     words = torch.stack([text(seed, 20) for seed in range(40)])  # of 20 bytes each
     one, other = (words[text(seed, 3000, 40)].flatten() for seed in (50, 51))
     assert seen_before(other, fingerprint(one)) > 0.2
-    assert seen_before(other, fingerprint(one, length=64), 64) == 0.0
+    # 64 bytes touch four words or more: by chance 3000 of 40^4 such sequences, 0.1%
+    assert seen_before(other, fingerprint(one, length=64), 64) < 0.01
     assert seen_before(one[5000:9000], fingerprint(one, length=64), 64) == 1.0
     assert module.passage_of(256) == 64 and module.passage_of(257) == 16
 

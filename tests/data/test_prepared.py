@@ -23,6 +23,7 @@ from bayes_router.data.prepared import BLOCK, MappedTokens, _blocks, prepared_da
 from bayes_router.data.tokenisers import ByteTokeniser
 from bayes_router.files import CAN_HOLD
 from bayes_router.training.fit import Trainer, fit, load_data
+from bayes_router.training.fitted_text import FITTED_TEXT
 from tests.tiny import fit_config
 
 
@@ -196,7 +197,7 @@ def test_a_fit_on_prepared_text_is_the_same_fit(
 ) -> None:
     config = with_changes(fit_config(corpus), {"data.prepared": str(tmp_path / "prepared")})
     fit(config, tmp_path / "run", progress=False)
-    for file in ("model.safetensors",):
+    for file in ("model.safetensors", FITTED_TEXT):
         assert (tmp_path / "run" / file).read_bytes() == (finished_run / file).read_bytes()
 
 

@@ -6,15 +6,9 @@ import torch
 
 from bayes_router.data.tokens import Batch
 from bayes_router.routing.risk import LEAST_KL, RiskFit, RiskHead, divergence, risk_features
+from bayes_router.routing.saving import load_risk, save_risk
 from bayes_router.training.checkpoint import load_run
-from bayes_router.training.risk import (
-    fit_risk,
-    load_risk,
-    read_risk,
-    reference_of,
-    risk_data,
-    save_risk,
-)
+from bayes_router.training.risk import fit_risk, read_risk, reference_of, risk_data
 from bayes_router.types import RoutingMode
 from tests.tiny import EXPERTS, tiny_batch, tiny_model
 
