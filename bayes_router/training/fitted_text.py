@@ -1,5 +1,6 @@
 """What a run was fitted on, by its fingerprint: text that promises nothing."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,13 +40,16 @@ def require_unread(folder: Path, own: TokenSource | None, windows: Sequence[Batc
     Args:
         folder: of the run.
         own: its training text, for runs of before, which have no file; None: not at hand, and
-            such a run is not checked.
+            such a run is not checked, and a warning says so.
         windows: calibration text.
 
     Raises:
         ValueError: about how much of the text was read by the fit, or the file is damaged.
     """
     path = folder / FITTED_TEXT
+    if own is None and not path.is_file():
+        said = f"{path} is missing: whether the fit read the calibration text is not known"
+        warnings.warn(f"{said}; a promise holds only if it did not", stacklevel=2)
     try:
         kept = load_file(path) if path.is_file() else {} if own is None else sketch_of(own)
         hashes = kept["hashes"].tolist() if kept else []
