@@ -114,6 +114,7 @@ def main() -> None:
         model = load_model(args.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         _, texts = load(args.tokens, model.config.vocab_size)
         router = load_patch(model, args.patch)
+        router.full_up_to = 0  # routes are read at every length
         rows = Rows(args.results, {"window": router.settings.window, "seed": args.seed})
         for budget in map(float, args.budgets.split(",")):
             for row in freeze(router, texts, args.context, args.each, budget):

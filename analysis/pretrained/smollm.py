@@ -138,6 +138,7 @@ def fit(args: argparse.Namespace) -> None:
         prior=prior,
         context=context,
     )
+    router.full_up_to = 0  # routes are read at every length
     schedule = ScheduleConfig(
         kl_weight=args.kl_weight / len(router.layers),
         start_experts=("full",),
@@ -224,6 +225,7 @@ def table(args: argparse.Namespace) -> None:
         model = load_model(args.model, device, args.dtype)
         streams = load_streams(args.tokens, model.config.vocab_size)
         router: RoutedPretrained = load_patch(model, args.patch)
+        router.full_up_to = 0  # routes are read at every length
     rows = Rows(args.results, digits=None, resume=True)
     done = {tuple(row[key] for key in KEYS) for row in rows.rows}
     lengths = (256, 512) if args.quick else tuple(map(int, args.lengths.split(",")))

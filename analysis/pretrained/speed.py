@@ -204,6 +204,7 @@ def fitted(args: argparse.Namespace) -> tuple[list[TimedModel], Tensor]:
     streams = load_streams(args.tokens, model.config.vocab_size)
     plain = copy.deepcopy(model)
     router: RoutedPretrained = load_patch(model, args.patch)
+    router.full_up_to = 0  # routes are read at every length
     contenders = [TimedModel("unpatched", plain), TimedModel("all on full", model, router)]
     longest = max(args.lengths)
     for budget in args.budgets:
@@ -236,6 +237,7 @@ def random(args: argparse.Namespace) -> tuple[list[TimedModel], Tensor]:
     router = patch(
         model, window=1024, sinks=4, experts=("full", "local"), context=max(args.lengths)
     )
+    router.full_up_to = 0  # routes are read at every length
     contenders = [TimedModel("unpatched", plain), TimedModel("all on full", model, router)]
     contenders += [
         TimedModel(f"random {share:g}", model, router, Watched(AtRandom(share)))

@@ -93,6 +93,7 @@ def fit(model: Any, texts: Mixture, contender: str, args: argparse.Namespace) ->
         context=max(contexts),
         controller_hidden=0,
     )
+    router.full_up_to = 0  # routes are read at every length
     if contender.startswith("Duo"):
         hay = haystack(args.model, texts.streams["novels"])
         losses = passkeys(router, hay, max(contexts), args.seconds, args.steps, args.seed)
@@ -402,6 +403,7 @@ def main() -> None:
     if args.do == "fit":
         return
     router = load_patch(model, args.patch)
+    router.full_up_to = 0  # routes are read at every length
     contender = (args.patch / "contender.txt").read_text()
     lengths, budgets = (
         tuple(map(int, args.lengths.split(","))),

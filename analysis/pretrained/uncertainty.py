@@ -231,6 +231,7 @@ def study(options: argparse.Namespace) -> int:
         })  # fmt: skip
         model = load_model(options.model, torch.device(options.device))
         router = load_patch(model, options.run)
+        router.full_up_to = 0  # routes are read at every length
         with np.load(options.token_file) as ids:
             held = Study.of(router, dict(ids), plan)
         found = read_parts(held, parts, file)

@@ -32,6 +32,7 @@ def main() -> None:
     args = parser.parse_args()
     model = load_base(str(args.model), None, torch.device("cpu"))
     router = load_patch(model, args.patch)
+    router.full_up_to = 0  # routes are read at every length
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     documents = load_corpus(args.corpus).documents
     text = b"".join(d if isinstance(d, bytes) else d.encode() for d in documents).decode()[

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bayes_router.integrations.calls.fused_router import watched
 from bayes_router.integrations.patch.passes import Here
 from bayes_router.integrations.patching import patch
+from bayes_router.routing.watch import inputs_of
 from bayes_router.types import RoutingMode
 from tests.integrations.test_torch_attention import draw, encoder, scatter
 from tests.integrations.tiny_models import patched, tiny, tokens
@@ -239,3 +241,14 @@ def test_a_mode_is_taken_by_its_name_and_a_wrong_one_refused() -> None:
     router.mode = "meen"
     with pytest.raises(ValueError, match=r"mode: expected one of .*'meen'; did you mean mean"):
         model(x)
+
+
+def test_a_watched_controller_is_called_and_no_text_is_left_to_full() -> None:
+    """Where a kernel or a short text would pass controllers by, evidence would see nothing."""
+    _, router = patched("llama")
+    layer = router.controller.layers[0]
+    with torch.no_grad():
+        assert router._executes and not watched(layer)
+        with inputs_of(router.controller):
+            assert watched(layer) and not router._executes
+        assert router._executes

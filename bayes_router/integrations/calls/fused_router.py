@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Dirichlet
 from torch.nn import functional as F
 
@@ -59,8 +59,17 @@ def chooses(policy: Any) -> bool:
     return type(policy) in (Argmax, Budget)
 
 
+def watched(controller: nn.Module) -> bool:
+    """Whether a hook looks at what the controller reads, so that it has to be called."""
+    return bool(controller._forward_pre_hooks)
+
+
 def available(hidden: Tensor, controller: LayerController) -> bool:
-    """Whether the kernel takes these: CUDA, float32 controllers, no gradient wanted."""
+    """Whether the kernel takes these: CUDA, float32 controllers that nobody watches, no gradient
+    wanted.
+    """
+    if watched(controller):
+        return False
     if not (hidden.is_cuda and capability.HAS_TRITON and hidden.dtype in capability.TYPES):
         return False
     grad = torch.is_grad_enabled() and (hidden.requires_grad or controller.out.weight.requires_grad)

@@ -28,6 +28,7 @@ from bayes_router.integrations.calls.fused_router import (
     infer,
     normalised,
     takes_full,
+    watched,
 )
 from bayes_router.integrations.calls.layer import RoutedLayer
 from bayes_router.integrations.calls.memory import Memories
@@ -236,6 +237,7 @@ class RoutedModel(Following):
     def _executes(self) -> bool:
         """Whether passes execute the policy's choice, and nobody looks on."""
         free = self.here.route is None and self.here.observe is None and not torch.is_grad_enabled()
+        free = free and not any(watched(layer) for layer in self.controller.layers)
         return free and self.frozen is None and self._mode is RoutingMode.HARD
 
     def _leaves(self, call: AttentionCall) -> bool:
