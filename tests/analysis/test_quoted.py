@@ -7,7 +7,7 @@ import pytest
 
 from analysis.pretrained.table import RESULTS, losses, spread
 from analysis.pretrained.table import lines as lines_of
-from analysis.quoted import ROOT, problems, read, words
+from analysis.quoted import ROOT, all_words, problems, read, words
 from analysis.routes.tiny_lm import markdown, summarise
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -18,7 +18,7 @@ def test_every_figure_is_in_the_results() -> None:
 
 
 @pytest.mark.parametrize(
-    "old, new", [("0.39%", "0.29%"), ("1.273 | 0.001", "1.263 | 0.001"), ("1.11%", "2.11%")]
+    "old, new", [("0.39%", "0.29%"), ("1.273 | 0.251", "1.263 | 0.251"), ("1.11%", "2.11%")]
 )
 def test_a_figure_that_was_changed_is_found(old: str, new: str) -> None:
     assert old in README
@@ -30,7 +30,7 @@ def test_a_figure_without_a_result_is_found() -> None:
 
 
 def test_it_is_short() -> None:
-    assert words(README) <= 900
+    assert words(README) <= 800 and all_words(README) <= 1230
 
 
 @pytest.mark.parametrize(
