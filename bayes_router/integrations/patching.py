@@ -58,6 +58,7 @@ class PatchOptions(TypedDict, total=False):
     context: int
     controller_hidden: int
     concentration_floor: float
+    graphs: bool
 
 
 @overload
@@ -85,6 +86,7 @@ def patch(
     context: int = 1024,
     controller_hidden: int = 64,
     concentration_floor: float = 0.01,
+    graphs: bool = False,
 ) -> Any:
     """Route the attention of a pretrained model in place, its weights kept.
 
@@ -117,6 +119,8 @@ def patch(
             whose own window is shorter pays for that window.
         controller_hidden: hidden width of each layer's controller; 0 for a linear one.
         concentration_floor: least concentration of the posterior.
+        graphs: on a GPU, replay the model's own calls from CUDA graphs, see
+            `RoutedPretrained.graphs`; of this process, no part of what is saved.
 
     Returns:
         A `RoutedPretrained` or a `RoutedTorch`.
@@ -144,9 +148,17 @@ def patch(
         fix = "put the others into it (dataclasses.replace)"
         require(settings == RouterConfig(), "config", "no settings beside it", settings, fix)
         settings = config
-    router = existing(model, settings) or _patch(model, settings)
+    known = existing(model, settings)
+    router = known or _patch(model, settings)
     if policy is not None:
         router.policy = policy
+    if graphs:
+        try:
+            router.graphs = True
+        except ValueError:
+            if known is None:
+                router.unpatch()
+            raise
     return router
 
 

@@ -1,13 +1,12 @@
-"""A causal language model of transformers whose passes are replayed from CUDA graphs, patched or
-not.
+"""Passes of a causal language model of transformers, patched or not, replayed from CUDA graphs.
 
 Without launches on the host a short pass takes the time of its kernels. A prefill is captured once
-for each bucket of lengths: the text is padded on the right to a multiple of `bucket`, where no real
-token sees it, and its keys go to a static cache. A step of decoding is captured once.
+for each bucket of lengths: the text is padded on the right, where no real token sees it, and its
+keys go to a static cache. A step of decoding is captured once.
 
 Nothing in a patched pass waits for the device: see `calls.fused_router` and `calls.step`. What is
-captured is how the model stands: after other weights, another policy or budget, a `force` or an
-`unpatch`, make another.
+captured is how the model stands. The setting `graphs` of a patch (`replay`) sees when that changes;
+whoever takes `Graphs` by hand makes another after other weights, another policy, a `force`.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,54 +21,73 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from bayes_router.checks import require
 
+OnePass = Callable[..., Any]
+"""(tokens int64 [B, T], cache, last) -> what a pass leaves, see `Graphs`."""
 WARM_UP = 2  # passes before a capture: kernels are compiled, and what waits once has waited
 
 
+def require_cuda(model: Any) -> None:
+    """ValueError where a model is not on a CUDA device."""
+    fix = "model.cuda(), or leave graphs out"
+    require(model.device.type == "cuda", "graphs", "a CUDA device", str(model.device), fix)
+
+
+def logits_of(model: PreTrainedModel) -> OnePass:
+    """Of one pass of a language model: the logits [B, V] of a token."""
+
+    def call(tokens: Tensor, cache: Any, last: Tensor | int, **inputs: Any) -> Tensor:
+        out = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=last, **inputs)
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+    return call
+
+
 class Graphs:
-    """Prefill and greedy or sampled steps of one model, as CUDA graphs of static shapes.
+    """Prefill and steps of one model, as CUDA graphs of static shapes.
 
     Attributes:
         cache: the static cache, in which padding is overwritten by the steps that follow.
         length: tokens that it holds.
     """
 
-    def __init__(self, model: PreTrainedModel, capacity: int, batch: int = 1, bucket: int = 1024):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        capacity: int,
+        batch: int = 1,
+        bucket: int = 1024,
+        call: OnePass | None = None,
+    ):
         """Of `batch` texts of one length, of at most `capacity` tokens with what is generated.
+
+        `call(tokens, cache, last)` is one pass, `last` an int64 [1] with the place of the last
+        token, or 1 in a step; by default the logits [B, V] after that token.
 
         Raises:
             ValueError: the model is not on a CUDA device, or trains.
         """
-        require(
-            model.device.type == "cuda",
-            "model",
-            "one on a CUDA device",
-            str(model.device),
-            "model.cuda()",
-        )
+        require_cuda(model)
         require(
             not model.training, "model", "one in evaluation mode", "training mode", "model.eval()"
         )
         for name, value in (("capacity", capacity), ("batch", batch), ("bucket", bucket)):
             require(value >= 1, name, "at least 1", value)
-        self.model, self.capacity, self.batch, self.bucket, self.length = (
-            model,
-            capacity,
-            batch,
-            bucket,
-            0,
-        )
-        config = model.config.get_text_config()
-        self.cache = StaticCache(config=config, max_cache_len=capacity)
+        self.model, self.capacity, self.batch, self.bucket = model, capacity, batch, bucket
+        self.length, self._call = 0, call or logits_of(model)
+        self.cache = StaticCache(config=model.config.get_text_config(), max_cache_len=capacity)
         plain = all(type(layer) is StaticLayer for layer in self.cache.layers)
         require(plain, "model", "attention over all keys in every layer", "layers of another kind")
-        self._pool = torch.cuda.graph_pool_handle()
-        self._prefills: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
-        self._step: tuple[torch.cuda.CUDAGraph, Tensor, Tensor] | None = None
+        self._pool: Any = None
+        self._prefills: dict[int, tuple[Any, Tensor, Tensor, Any]] = {}
+        self._steps: dict[tuple[str, ...], tuple[Any, dict[str, Tensor], Any]] = {}
 
     @torch.no_grad()
-    def prefill(self, tokens: Tensor) -> Tensor:
+    def prefill(self, tokens: Tensor, padded: int | None = None) -> Any:
         """Read texts int64 [B, T] from the start: the logits [B, V] after the last token, valid
         until the next call.
+
+        They are padded to a multiple of `bucket`, or to `padded` tokens.
 
         Raises:
             ValueError: another batch than was said, or more tokens than fit.
@@ -77,39 +95,46 @@ class Graphs:
         B, T = tokens.shape
         require(self.batch == B, "tokens", f"{self.batch} texts", B)
         require(1 < T <= self.capacity, "tokens", f"2 to {self.capacity} tokens, the capacity", T)
-        padded = min(-(-T // self.bucket) * self.bucket, self.capacity)
+        padded = min(padded or -(-T // self.bucket) * self.bucket, self.capacity)
         if padded not in self._prefills:
             self._prefills[padded] = self._capture_prefill(padded)
-        graph, given, last, logits = self._prefills[padded]
+        graph, given, last, found = self._prefills[padded]
         given[:, :T].copy_(tokens)
         last.fill_(T - 1)
         graph.replay()
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(T)
         self.length = T
-        return logits
+        return found
 
-    @torch.no_grad()
-    def step(self, tokens: Tensor) -> Tensor:
+    def step(self, tokens: Tensor) -> Any:
         """Append one token to each text, int64 [B, 1]: the logits [B, V] after it, valid until the
         next call.
 
         Raises:
             ValueError: nothing was read yet, or the cache is full.
         """
-        require(
-            0 < self.length < self.capacity,
-            "step",
-            f"1 to {self.capacity - 1} tokens in the cache",
-            self.length,
-        )
-        if self._step is None:
-            self._step = self._capture_step()
-        graph, given, logits = self._step
-        given.copy_(tokens)
-        graph.replay()
+        room = f"1 to {self.capacity - 1} tokens in the cache"
+        require(0 < self.length < self.capacity, "step", room, self.length)
+        found = self.append(tokens)
         self.length += 1
-        return logits
+        return found
+
+    @torch.no_grad()
+    def append(self, tokens: Tensor, **inputs: Tensor) -> Any:
+        """`step` behind what the cache holds, whoever wrote it; nobody looks whether there is room.
+
+        `inputs` are the model's `attention_mask`, bool [B, 1, 1, capacity], and `position_ids`.
+        """
+        names = tuple(sorted(inputs))
+        if names not in self._steps:
+            self._steps[names] = self._capture_step(tokens, inputs)
+        graph, given, found = self._steps[names]
+        given["tokens"].copy_(tokens)
+        for name, value in inputs.items():
+            given[name].copy_(value)
+        graph.replay()
+        return found
 
     def generate(self, tokens: Tensor, new: int) -> Tensor:
         """The `new` most likely tokens behind texts int64 [B, T], one by one: int64 [B, new]."""
@@ -118,35 +143,32 @@ class Graphs:
             found.append(self.step(found[-1]).argmax(-1, keepdim=True))
         return torch.cat(found, 1)
 
-    def _capture_prefill(self, length: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]:
+    def _capture_prefill(self, length: int) -> tuple[Any, Tensor, Tensor, Any]:
         given = torch.zeros(self.batch, length, dtype=torch.int64, device=self.model.device)
         last = torch.zeros(1, dtype=torch.int64, device=self.model.device)
 
-        def run() -> Tensor:
+        def run() -> Any:
             cache = DynamicCache(config=self.model.config.get_text_config())
             with without_mask(self.model):  # else one is written out while a graph is captured
-                out = self.model.base_model(given, past_key_values=cache, use_cache=True)
-            hidden = out.last_hidden_state
+                found = self._call(given, cache, last)
             for mine, new in zip(self.cache.layers, cache.layers, strict=True):
                 if not mine.is_initialized:
                     mine.lazy_initialization(new.keys, new.values)
                 mine.keys[:, :, :length].copy_(new.keys)
                 mine.values[:, :, :length].copy_(new.values)
-            head: Any = self.model.get_output_embeddings()
-            logits: Tensor = head(hidden.index_select(1, last))[:, 0]
-            return logits
+            return found
 
-        graph, logits = self._capture(run)
-        return graph, given, last, logits
+        graph, found = self._capture(run)
+        return graph, given, last, found
 
-    def _capture_step(self) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-        given = torch.zeros(self.batch, 1, dtype=torch.int64, device=self.model.device)
+    def _capture_step(
+        self, tokens: Tensor, inputs: dict[str, Tensor]
+    ) -> tuple[Any, dict[str, Tensor], Any]:
+        given = {name: value.clone() for name, value in inputs.items()}
+        tokens = tokens.clone()
 
-        def run() -> Tensor:
-            out: Tensor = self.model(given, past_key_values=self.cache, use_cache=True).logits[
-                :, -1
-            ]
-            return out
+        def run() -> Any:
+            return self._call(tokens, self.cache, 1, **given)
 
         held = [layer.cumulative_length.clone() for layer in self.cache.layers]
 
@@ -154,16 +176,17 @@ class Graphs:
             for layer, count in zip(self.cache.layers, held, strict=True):
                 layer.cumulative_length.copy_(count)
 
-        graph, logits = self._capture(run, back)
-        return graph, given, logits
+        graph, found = self._capture(run, back)
+        return graph, {"tokens": tokens, **given}, found
 
     def _capture(
-        self, run: Callable[[], Tensor], back: Callable[[], object] = lambda: None
-    ) -> tuple[Any, Tensor]:
+        self, run: Callable[[], Any], back: Callable[[], object] = lambda: None
+    ) -> tuple[Any, Any]:
         """A graph of `run` and what it leaves.
 
         `back` undoes what a pass that only warms up has counted.
         """
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -173,9 +196,9 @@ class Graphs:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            logits = run()
+            found = run()
         back()
-        return graph, logits
+        return graph, found
 
 
 @contextmanager

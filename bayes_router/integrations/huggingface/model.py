@@ -21,6 +21,7 @@ from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.integrations.huggingface import fit_settings, fitting, freezing
 from bayes_router.integrations.huggingface.freed_cache import attend_freed, free, freed
 from bayes_router.integrations.huggingface.language import RoutedLanguage, Unforced
+from bayes_router.integrations.huggingface.replay import Replay
 from bayes_router.routing.cost import CostBy, counted
 from bayes_router.routing.evidence import Evidence
 from bayes_router.routing.policy import at_price
@@ -132,6 +133,34 @@ class RoutedPretrained(RoutedLanguage):
         return freezing.freeze(
             self, list(source.windows(context, 1, max(limit, 2 * context))), share
         )
+
+    replay: Replay | None = None
+    """What is captured of the model while `graphs` is on."""
+
+    @property
+    def graphs(self) -> bool:
+        """Whether the model's own calls are replayed from CUDA graphs where they can be.
+
+        Prompts, and steps behind a static cache (`cache_implementation="static"`), of a patch of
+        `full` and `local` on a GPU; `last.replayed` and `last.as_called` say what was. Set to True
+        again it forgets what was captured.
+
+        Raises:
+            ValueError: set where there is none to replay, named, with the reason.
+        """
+        return self.replay is not None
+
+    @graphs.setter
+    def graphs(self, on: bool) -> None:
+        self.require_patched()
+        if self.replay is not None:
+            for undo in self.replay.undo:
+                self.undo.remove(undo)
+                undo()
+            self.replay = None
+        if on:
+            self.replay = Replay(self)
+            self.undo += self.replay.undo
 
     def attend(self, index: int, hidden: Tensor, call: AttentionCall, cache: Any = None) -> Tensor:
         """See `RoutedModel.attend`.

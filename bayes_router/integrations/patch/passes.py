@@ -34,6 +34,8 @@ class Pass:
         kl_taken: its KL was asked for.
         on_full: layers whose text was so short that every token took `full` and nothing was routed,
             see `full_up_to`.
+        replayed: from a CUDA graph, whose memory the numbers are: the next replay writes over them.
+        as_called: why it was not, where the setting `graphs` is on.
     """
 
     concentration: dict[int, Tensor] = field(default_factory=dict)
@@ -41,6 +43,8 @@ class Pass:
     real: dict[int, Tensor | None] = field(default_factory=dict)
     kl_taken: bool = False
     on_full: set[int] = field(default_factory=set)
+    replayed: bool = False
+    as_called: str | None = None
 
     def detached(self) -> "Pass":
         """The same numbers without the graph."""

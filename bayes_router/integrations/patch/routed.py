@@ -168,6 +168,11 @@ class RoutedModel(Following):
             forced_route(force, self.experts, len(self.layers))
         self._force = force
 
+    @property
+    def forced(self) -> bool:
+        """Whether `force` was told where tokens go."""
+        return self._force is not None
+
     def attend(self, index: int, hidden: Tensor, call: AttentionCall, cache: Any = None) -> Tensor:
         """What a patched layer calls.
 
@@ -234,7 +239,7 @@ class RoutedModel(Following):
         return choose("mode", self.mode, RoutingMode)
 
     @property
-    def _executes(self) -> bool:
+    def executes(self) -> bool:
         """Whether passes execute the policy's choice, and nobody looks on."""
         free = self.here.route is None and self.here.observe is None and not torch.is_grad_enabled()
         free = free and not any(watched(layer) for layer in self.controller.layers)
@@ -243,7 +248,7 @@ class RoutedModel(Following):
     def _leaves(self, call: AttentionCall) -> bool:
         """Whether a text is so short that routing is left alone, see `full_up_to`."""
         return (
-            self._executes
+            self.executes
             and self._force is None
             and takes_full(call, self.experts, self.full_up_to)
         )
@@ -259,7 +264,7 @@ class RoutedModel(Following):
             and self.found[index].shape.head_dim in (16, 32, 64, 128, 256)
         )
         weighed = isinstance(self._force, Tensor) and self._force.is_floating_point()
-        return known and sizes and HAS_TRITON and self._executes and not weighed
+        return known and sizes and HAS_TRITON and self.executes and not weighed
 
     def posterior(self, index: int, hidden: Tensor) -> Dirichlet:
         """The posterior of a layer's routes for what its controller reads, [B, T, D].
@@ -452,6 +457,16 @@ class RoutedModel(Following):
         while self.undo:
             self.undo.pop()()
         return self.model
+
+    @property
+    def graphs(self) -> bool:
+        """Whether the model's own calls are replayed from CUDA graphs: of language models alone."""
+        return False
+
+    @graphs.setter
+    def graphs(self, on: bool) -> None:
+        got = type(self.model).__name__
+        require(not on, "graphs", "a causal language model of transformers", got, "leave it out")
 
     @property
     def patched(self) -> bool:

@@ -1,0 +1,226 @@
+"""The setting `graphs` of a patched language model: its own calls, replayed from CUDA graphs.
+
+`model(...)` and `model.generate(..., cache_implementation="static")` stay what they are. The stack
+of layers below the head answers a prompt (padded to a bucket of lengths) and steps behind a static
+cache by a replay; head, loss, sampling and whatever else stands around it run as ever. What cannot
+be replayed runs as it is called, and `router.last.as_called` says why.
+
+A graph is of memory: keys of the caches that `generate` makes are lent from a store, which is lent
+again when the cache is gone. Another policy, other weights, a fit: all graphs are captured anew.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from bayes_router.checks import require
+from bayes_router.integrations.huggingface.graphs import Graphs, require_cuda
+from bayes_router.integrations.huggingface.language import RoutedLanguage
+from bayes_router.integrations.huggingface.replayable import Replayable, read
+from bayes_router.integrations.patch.binding import replace_forward, router_of
+from bayes_router.integrations.patch.passes import Pass
+
+STORES = 4  # stores of keys that are kept, with their graphs
+LEAST = 64  # tokens in a bucket
+NATIVE = ("full", "local")
+ANSWERED = ("last_hidden_state", "past_key_values")
+
+
+def switch_on(router: RoutedLanguage) -> list[Callable[[], None]]:
+    """Let the stack of a patched model be replayed where it can; what undoes it.
+
+    Raises:
+        ValueError: not on a CUDA device, experts whose passes wait for it, another kernel than
+            sdpa, layers that slide, or a model that is no plain stack of layers.
+    """
+    model: Any = router.model
+    require_cuda(model)
+    fix = "leave graphs out"
+    own = [name for name in router.experts if name not in NATIVE]
+    require(not own, "graphs", "experts of full and local, which never wait", router.experts, fix)
+    kernel = str(model.config._attn_implementation)
+    require(kernel.endswith("sdpa"), "graphs", "sdpa", kernel, "set_attn_implementation('sdpa')")
+    base = model.base_model
+    plain = base is not model and router.causal and isinstance(base, nn.Module)
+    require(plain, "graphs", "a causal language model with a head", type(model).__name__, fix)
+    layers = StaticCache(config=model.config.get_text_config(), max_cache_len=2).layers
+    plain = all(type(layer) is StaticLayer for layer in layers)
+    require(plain, "graphs", "attention over all keys in every layer", type(model).__name__, fix)
+    undo = [replace_forward(base, forward)]
+    settings = getattr(model, "generation_config", None)
+    if settings is not None:  # torch.compile would take a step before a replay could
+        undo.append(partial(setattr, settings, "disable_compile", settings.disable_compile))
+        settings.disable_compile = True
+    return undo
+
+
+def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The stack's own pass, or a replay of it."""
+    own: Callable[..., Any] = partial(type(self).forward, self)
+    replay = None if torch.compiler.is_compiling() else getattr(router_of(self), "replay", None)
+    return own(*args, **kwargs) if replay is None else replay(self, own, args, kwargs)
+
+
+class LentKeys:
+    """Graphs, and the keys that they are of."""
+
+    def __init__(self, graphs: Graphs, cache: Any):
+        self.graphs = graphs
+        self.of = None if cache is None else weakref.ref(cache)
+
+    def holds(self, cache: Any) -> bool:
+        """Whether a cache has these keys."""
+        mine, its = self.graphs.cache.layers[0], cache.layers[0]
+        return bool(mine.is_initialized) and mine.keys.data_ptr() == its.keys.data_ptr()
+
+    def fits(self, asked: Replayable) -> bool:
+        """Whether a prompt can be read into these keys, which nobody else has."""
+        free = self.of is None or self.of() is None
+        same = self.graphs.batch == len(asked.tokens)
+        if not isinstance(asked.cache, StaticCache):
+            return same and self.of is None and self.graphs.capacity >= asked.tokens.shape[1]
+        of_its_size = self.graphs.capacity == asked.cache.layers[0].max_cache_len
+        return same and free and self.of is not None and of_its_size
+
+    def lend(self, cache: StaticCache) -> None:
+        """Give the cache of a prompt these keys."""
+        share(self.graphs.cache, cache)
+        self.of = weakref.ref(cache)
+
+
+def share(cache: Any, to: Any) -> None:
+    """Let a static cache have the tensors of another."""
+    for mine, its in zip(cache.layers, to.layers, strict=True):
+        its.__dict__.update(mine.__dict__)
+
+
+class Replay:
+    """What was captured of one patched model. Threads take turns; no copy or pickle has it."""
+
+    def __init__(self, router: RoutedLanguage):
+        self.undo, self.router = switch_on(router), weakref.ref(router)
+        self._stores: list[LentKeys] = []
+        self._turn, self._here = threading.RLock(), threading.local()
+        self._state: Any = None
+        self._seen: Any = None  # the cache whose steps are known to be of this state
+
+    def __reduce__(self) -> Any:
+        return nothing, ()
+
+    def __call__(
+        self, base: nn.Module, own: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """One call of the stack."""
+        router = self.router()
+        if router is None or getattr(self._here, "captures", False):
+            return own(*args, **kwargs)
+        asked = read(router, base, args, kwargs)
+        if isinstance(asked, str):
+            self._seen = None
+            out = own(*args, **kwargs)
+            router.last.as_called = asked
+            return out
+        with self._turn:
+            self._renew(router, base, asked)
+            self._here.captures = True
+            try:
+                store = self._store(base, own, asked)
+                found = self._prompt(store, asked) if asked.first else self._step(store, asked)
+            finally:
+                self._here.captures = False
+        hidden, note = found
+        T = asked.tokens.shape[1]
+        router.here.slot.last = cut(note, T)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden[:, :T].clone(),
+            past_key_values=asked.cache,
+        )
+
+    def _renew(self, router: RoutedLanguage, base: nn.Module, asked: Replayable) -> None:
+        """Forget what was captured of another state of the model."""
+        if not asked.first and self._seen is not None and self._seen() is asked.cache:
+            return
+        state = state_of(router, base)
+        if state != self._state:
+            self._stores.clear()
+            self._state = state
+        self._seen = weakref.ref(asked.cache) if isinstance(asked.cache, StaticCache) else None
+
+    def _store(self, base: nn.Module, own: Callable[..., Any], asked: Replayable) -> LentKeys:
+        cache, known = asked.cache, isinstance(asked.cache, StaticCache)
+        begun = known and cache.layers[0].is_initialized
+        test = LentKeys.holds if begun else LentKeys.fits
+        found = next((s for s in self._stores if test(s, cache if begun else asked)), None)
+        if found is None:
+            T = asked.tokens.shape[1]
+            room = cache.layers[0].max_cache_len if known else bucketed(T)
+            graphs = Graphs(base, room, len(asked.tokens), call=self._call(own))
+            found = LentKeys(graphs, cache if known else None)
+            if begun:
+                share(cache, graphs.cache)
+        else:
+            self._stores.remove(found)
+        self._stores = [*self._stores, found][-STORES:]
+        return found
+
+    def _call(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        def call(tokens: Tensor, cache: Any, last: Any, **inputs: Tensor) -> tuple[Tensor, Pass]:
+            out = own(input_ids=tokens, past_key_values=cache, use_cache=True, **inputs)
+            more = [name for name in list(out) if name not in ANSWERED]
+            require(not more, "graphs", "a stack that answers hidden states alone", more)
+            router = self.router()
+            assert router is not None
+            return out.last_hidden_state, router.last
+
+        return call
+
+    def _prompt(self, store: LentKeys, asked: Replayable) -> Any:
+        router, T = self.router(), asked.tokens.shape[1]
+        assert router is not None
+        room = bucketed(T)
+        if T <= router.full_up_to < room:  # what is left to `full` is not routed for its padding
+            room = router.full_up_to
+        found = store.graphs.prefill(asked.tokens, room)
+        if isinstance(asked.cache, StaticCache):
+            store.lend(asked.cache)
+        elif asked.cache is not None:
+            for index, layer in enumerate(store.graphs.cache.layers):
+                keys, values = layer.keys[:, :, :T], layer.values[:, :, :T]
+                asked.cache.update(keys.clone(), values.clone(), index)
+        return found
+
+    def _step(self, store: LentKeys, asked: Replayable) -> Any:
+        return store.graphs.append(asked.tokens, **asked.inputs)
+
+
+def nothing() -> None:
+    """What a copy of a `Replay` is: the copy of its model has the setting off."""
+
+
+def bucketed(T: int) -> int:
+    """The length that T tokens are padded to: at most an eighth more, or a multiple of LEAST."""
+    size = max(LEAST, 1 << max((T - 1).bit_length() - 4, 0))
+    return -(-T // size) * size
+
+
+def cut(of: Pass, T: int) -> Pass:
+    """A pass without the padding behind its first T tokens."""
+    numbers = {layer: x[:, :T] for layer, x in of.concentration.items()}
+    executed = {layer: x[:, :T] for layer, x in of.executed.items()}
+    real: dict[int, Tensor | None] = dict.fromkeys(of.real)
+    return Pass(numbers, executed, real, on_full=set(of.on_full), replayed=True)
+
+
+def state_of(router: RoutedLanguage, base: nn.Module) -> Any:
+    """What a graph is captured of, beside its shapes."""
+    weights = tuple(p.data_ptr() for p in base.parameters())
+    ours = tuple((p.data_ptr(), p._version) for p in router.controller.parameters())
+    return weights, ours, router.policy, router.full_up_to
