@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from bayes_router.config import Config, ModelConfig, PriorConfig, load_config
     from bayes_router.inference.elbo import NegativeELBO, RoutingELBO, tempered
     from bayes_router.inference.guide import RoutingGuide
+    from bayes_router.inference.matching import check_guide
     from bayes_router.inference.model import RoutingModel
     from bayes_router.inference.prior import DirichletPrior
     from bayes_router.inference.tilted import TiltedDirichlet
@@ -72,6 +73,7 @@ __all__ = [
     "TiltedDirichlet",
     "TrainingDiverged",
     "build_prior",
+    "check_guide",
     "evaluate",
     "expert_names",
     "fit",
@@ -99,6 +101,7 @@ _HOMES = {
     "config": "Config ModelConfig PriorConfig load_config",
     "inference.elbo": "NegativeELBO RoutingELBO tempered",
     "inference.guide": "RoutingGuide",
+    "inference.matching": "check_guide",
     "inference.model": "RoutingModel",
     "inference.prior": "DirichletPrior",
     "inference.tilted": "TiltedDirichlet",

@@ -3,6 +3,7 @@
 Every refusal names the field, what was expected, what came and the fix.
 """
 
+import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 from enum import Enum
@@ -16,6 +17,28 @@ def require(ok: bool, name: str, expected: str, got: object, fix: str = "") -> N
     """
     if not ok:
         raise ValueError(f"{name}: expected {expected}; got {got!r}" + (f"; {fix}" if fix else ""))
+
+
+def positive(name: str, value: object, fix: str = "", expected: str = "a positive number") -> float:
+    """`value` as a float; a ValueError unless it is a finite number above 0."""
+    number = _number(value)
+    require(0 < number < math.inf, name, expected, value, fix)
+    return number
+
+
+def not_negative(name: str, value: object, expected: str = "0 or more", fix: str = "") -> float:
+    """`value` as a float; a ValueError unless it is a finite number of 0 or more."""
+    number = _number(value)
+    require(0 <= number < math.inf, name, expected, value, fix)
+    return number
+
+
+def _number(value: object) -> float:
+    """`value` as a float, also of a tensor of one element; NaN where it is no number."""
+    try:
+        return math.nan if isinstance(value, str) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        return math.nan
 
 
 def one_line(error: BaseException) -> str:

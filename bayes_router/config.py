@@ -14,7 +14,7 @@ from typing import Any, Optional
 import tomli_w
 from jsonargparse import ArgumentError, ArgumentParser
 
-from bayes_router.checks import choose, one_line, require, unknown
+from bayes_router.checks import choose, not_negative, one_line, positive, require, unknown
 from bayes_router.types import CostModel, RouteBy
 from bayes_router.wording import plain
 
@@ -171,7 +171,7 @@ class PriorConfig:
                 "positive numbers",
                 per_layer,
             )
-        require(self.price >= 0, "prior.price", "0 or more nats per unit of cost", self.price)
+        not_negative("prior.price", self.price, "0 or more nats per unit of cost")
 
 
 @dataclass(frozen=True)
@@ -202,12 +202,7 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        require(
-            self.kl_weight > 0,
-            "schedule.kl_weight",
-            "a positive number (Pyro scales must be)",
-            self.kl_weight,
-        )
+        positive("schedule.kl_weight", self.kl_weight, "a tiny one stands for zero")
         require(
             0 <= self.kl_warmup <= 1, "schedule.kl_warmup", "a fraction of training", self.kl_warmup
         )

@@ -3,25 +3,23 @@
 The ELBO of this model per token, its KL weighted, without work that its value does not need.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
-from bayes_router.checks import require
+from bayes_router.checks import positive, require
 from bayes_router.inference.guide import RoutingGuide
-from bayes_router.inference.model import RoutingModel, refuse_tracing
+from bayes_router.inference.matching import paired_traces
+from bayes_router.inference.model import RoutingModel
 from bayes_router.inference.sites import TARGETS, is_route_site
-from bayes_router.inference.stacked import check_sites, stackable, stacked_kl
+from bayes_router.inference.stacked import stackable, stacked_kl
 from bayes_router.inference.weighted import Literal
 from bayes_router.routing.schedule import ScheduleState
 from bayes_router.types import LossTerms
@@ -41,6 +39,9 @@ Here the program is known to be right.
 """
 
 
+TINY = "a tiny one stands for zero"
+
+
 class Tempered(nn.Module):
     """p(z) p(targets | z)^(1 / kl_weight).
 
@@ -49,8 +50,7 @@ class Tempered(nn.Module):
 
     def __init__(self, model: Callable[..., Any], kl_weight: float):
         super().__init__()
-        _check_weight(kl_weight)
-        self.model, self.kl_weight = model, kl_weight
+        self.model, self.kl_weight = model, positive("kl_weight", kl_weight, TINY)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model, the density of what it observes raised to the power 1 / kl_weight."""
@@ -117,6 +117,7 @@ class RoutingELBO(TraceMeanField_ELBO):
 
     def __init__(self, kl_weight: float | None = None, **settings: Any):
         super().__init__(**settings)
+        require(self.num_particles >= 1, "num_particles", "at least 1", self.num_particles)
         self.terms: LossTerms | None = None
         self.set_kl_weight(1.0 if kl_weight is None else kl_weight)
         self.per_token = kl_weight is not None
@@ -128,8 +129,7 @@ class RoutingELBO(TraceMeanField_ELBO):
 
     def set_kl_weight(self, kl_weight: float, on_device: Tensor | None = None) -> None:
         """Weigh the KL anew, by the same number on the device where a CUDA graph reads it."""
-        _check_weight(kl_weight)
-        self._kl_weight, self.per_token = float(kl_weight), True
+        self._kl_weight, self.per_token = positive("kl_weight", kl_weight, TINY), True
         self._weight: float | Tensor = self._kl_weight if on_device is None else on_device
 
     def loss(
@@ -178,23 +178,7 @@ class RoutingELBO(TraceMeanField_ELBO):
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
         """As Pyro's, without a log density that may not be needed."""
-        refuse_tracing()
-        effect = poutine.unwrap(guide)
-        if isinstance(effect, Messenger):  # a guide that runs inside the model
-            guide(*args, **kwargs)
-            model_trace, guide_trace = effect.get_traces()
-        else:
-            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-            with Literal(self.kl_weight):
-                model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(
-                    *args, **kwargs
-                )
-        model_trace, guide_trace = (
-            prune_subsample_sites(model_trace),
-            prune_subsample_sites(guide_trace),
-        )
-        check_sites(model_trace, guide_trace)
-        return model_trace, guide_trace
+        return paired_traces(model, guide, args, kwargs, Literal(self.kl_weight))
 
     def _particle(self, model_trace: Trace, guide_trace: Trace, terms: list[LossTerms]) -> Tensor:
         """The loss of a pair of traces, particles in a plate summed."""
@@ -235,16 +219,6 @@ class RoutingELBO(TraceMeanField_ELBO):
         return nll * scale, (loss - nll) * scale
 
 
-def _check_weight(kl_weight: float) -> None:
-    require(
-        0 < kl_weight < math.inf,
-        "kl_weight",
-        "a positive number",
-        kl_weight,
-        "a tiny one stands for zero",
-    )
-
-
 def _unmasked(site: dict[str, Any], density: Tensor) -> Tensor:
     """A site's log density where it counts, 0 elsewhere."""
     mask = site["mask"]
@@ -270,6 +244,7 @@ class NegativeELBO(nn.Module):
 
     def __init__(self, model: RoutingModel, guide: RoutingGuide, kl_weight: float = 1.0):
         super().__init__()
+        positive("kl_weight", kl_weight, TINY)
         self.model, self.guide, self.elbo = model, guide, RoutingELBO(kl_weight)
         device = next((b.device for b in model.buffers()), torch.device("cpu"))
         scale = torch.full((), float(kl_weight), dtype=torch.float64, device=device)
@@ -283,8 +258,8 @@ class NegativeELBO(nn.Module):
     def follow(self, state: ScheduleState) -> None:
         """Move the prior and the weight of its KL to what the schedule says."""
         self.model.set_prior(state.concentration, state.price)
-        self.kl_scale.fill_(state.kl_weight)
         self.elbo.set_kl_weight(state.kl_weight)
+        self.kl_scale.fill_(state.kl_weight)
         self.model.straight_through = state.straight_through
 
     def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, LossTerms]:

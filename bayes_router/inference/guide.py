@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributions import Dirichlet
 
 from bayes_router.checks import require
-from bayes_router.inference.model import RoutingModel, refuse_tracing
+from bayes_router.inference.fits import check_distribution, check_experts, refuse_tracing
+from bayes_router.inference.model import RoutingModel
 from bayes_router.inference.parameters import Named
 from bayes_router.inference.sites import Plates, is_route_site, route_site
 
@@ -54,6 +55,10 @@ class RoutingGuide(Named):
         name: str | None = None,
     ):
         super().__init__(name)
+        fits = isinstance(model, RoutingModel)
+        require(fits, "model", "a RoutingModel", type(model).__name__)
+        known, wanted = hasattr(controller, "posterior"), "posterior(layer, hidden)"
+        require(known, "controller", f"something with {wanted}", type(controller).__name__)
         self._model = (model,)  # not a submodule: its parameters are the model's
         self.controller, self.rest = controller, rest
 
@@ -96,9 +101,10 @@ class RoutingGuide(Named):
         q = self.controller.posterior(layer, hidden)
         name = route_site(layer)
         wanted = (*hidden.shape[:-1], *plates.units)
+        check_distribution(f"posterior of {name}", q)
         fits = q.batch_shape in (wanted, (*hidden.shape[:-1], *(plates.units or (1,))))
         require(fits, f"posterior of {name}", f"batch shape {tuple(wanted)}", tuple(q.batch_shape))
-        self.model.check_experts(f"posterior of {name}", q)
+        check_experts(f"posterior of {name}", q, self.model.network)
         if isinstance(q, Dirichlet):
             return dist.Dirichlet(plates.to_site(q.concentration), validate_args=False)
         plain = not plates.lead and not plates.units

@@ -18,12 +18,22 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from bayes_router.checks import require
+from bayes_router.inference.fits import (
+    broadcast_prior,
+    check_experts,
+    check_likelihood,
+    check_network,
+    check_prior,
+    check_pyros,
+    refuse_tracing,
+    scored,
+)
 from bayes_router.inference.likelihood import Likelihood, NextToken
 from bayes_router.inference.parameters import Named
 from bayes_router.inference.prior import DirichletPrior
 from bayes_router.inference.sites import TARGETS, Plates, is_route_site, route_site
 from bayes_router.inference.weighted import PerToken, warn_of_weight
-from bayes_router.types import IGNORED, Route
+from bayes_router.types import Route
 
 Prior = Callable[[int, torch.Size], dist.TorchDistribution]
 """(layer, shape) -> distribution of the routes of a layer, event shape [E].
@@ -113,24 +123,19 @@ class RoutingModel(Named):
             warn_of_weight(kl_weight)
         self.weighted_by = kl_weight
         self.network, self.likelihood, self.straight_through = network, likelihood, False
-        fix = "a prior of one's own holds its costs itself"
-        own = not isinstance(prior, Tensor)
+        check_network(network)
         require(
-            not own or (price == 0 and cost_ratio is None),
+            isinstance(prior, Tensor) or (price == 0 and cost_ratio is None),
             "price",
             "0 beside a callable prior",
             price,
-            fix,
+            "a prior of one's own holds its costs itself",
         )
         self.prior: Prior = (
             DirichletPrior(prior, cost_ratio, price) if isinstance(prior, Tensor) else prior
         )
+        check_prior(self.prior, network)
         self._kept: KeptPass | None = None
-        for axis, what in ((-1, "experts"), (0, "layers")):
-            known = getattr(network, f"num_{what}", None)
-            if isinstance(prior, Tensor) and known is not None:
-                got = prior.shape[axis]
-                require(got == known, "prior", f"the {known} {what} of the network", got)
 
     @property
     def dirichlet_prior(self) -> DirichletPrior:
@@ -209,12 +214,9 @@ class RoutingModel(Named):
     def _joint(self, tokens: Tensor, targets: Tensor | None) -> Tensor:
         plates = Plates(tokens, self.num_units)
         said = self.likelihood(plates.split(self._output(tokens, plates)))
-        per_token = self._check_likelihood(said, plates, targets)
-        scored: Tensor | bool = True
-        observed = targets
-        if targets is not None and not targets.is_floating_point() and said.event_dim == 0:
-            scored, observed = targets != IGNORED, targets.clamp_min(0)
-        with plates.targets(per_token), poutine.mask(mask=scored):
+        per_token = check_likelihood(said, plates)
+        observed, counts = (None, True) if targets is None else scored(said, targets)
+        with plates.targets(per_token), poutine.mask(mask=counts):
             value: Tensor = pyro.sample(TARGETS, said, obs=observed)
         return value
 
@@ -243,16 +245,9 @@ class RoutingModel(Named):
         """The site of a layer's routes, [(R,) B, T, E]."""
         shape, name = plates.route_shape, route_site(layer)
         fn = self.prior(layer, shape)
-        E = self.check_experts(f"prior of {name}", fn)
-        if fn.batch_shape != shape:
-            fits = _broadcasts(fn.batch_shape, shape)
-            require(
-                fits,
-                f"prior of {name}",
-                f"batch shape {tuple(shape)}, or what broadcasts to it",
-                tuple(fn.batch_shape),
-            )
-            fn = fn.expand(shape)
+        check_pyros(f"prior of {name}", fn)
+        E = check_experts(f"prior of {name}", fn, self.network)
+        fn = broadcast_prior(f"prior of {name}", fn, shape)
         with plates.routes():
             value: Tensor = pyro.sample(name, fn)
         require(
@@ -262,14 +257,6 @@ class RoutingModel(Named):
             value.shape[-1],
         )
         return value
-
-    def check_experts(self, what: str, fn: dist.TorchDistribution) -> int:
-        """E of a distribution over routes; a ValueError where it is not that of the network."""
-        experts = getattr(self.network, "num_experts", None)
-        shape = tuple(fn.event_shape)
-        wanted = "event shape [E]" if experts is None else f"the {experts} experts of the network"
-        require(len(shape) == 1 and experts in (None, shape[0]), what, wanted, shape)
-        return shape[0]
 
     def executed(self, plates: Plates, value: Tensor) -> Tensor:
         """What the network executes for the value of a route site, [rows, T, E]."""
@@ -290,31 +277,6 @@ class RoutingModel(Named):
         versions = sum(p._version for p in parameters if not p.is_inference())
         return (torch.is_grad_enabled(), self.straight_through, id(network), versions)
 
-    def _check_likelihood(self, said: Any, plates: Plates, targets: Tensor | None) -> bool:
-        """Whether there is one target a token; a ValueError where the shapes do not fit."""
-        B, T = plates.B, plates.T
-        shape = (
-            tuple(said.batch_shape)[-2:] if len(said.batch_shape) >= 2 else tuple(said.batch_shape)
-        )
-        require(
-            shape in ((B, T), (B, 1)),
-            "likelihood",
-            f"batch shape [B, T] = {(B, T)} or [B, 1] = {(B, 1)}",
-            tuple(said.batch_shape),
-            "one target a token, or one a row: give it a last dimension of 1",
-        )
-        if targets is not None:
-            whole = (*shape, *said.event_shape)
-            fix = "targets and likelihood are over the same tokens"
-            require(
-                targets.shape == whole,
-                "targets",
-                f"the shape of the likelihood, {whole}",
-                tuple(targets.shape),
-                fix,
-            )
-        return shape == (B, T)
-
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no pass of another's to use."""
         return {**super().__getstate__(), "_kept": None}
@@ -324,23 +286,3 @@ def harden(route: Tensor) -> Tensor:
     """One-hot of the argmax of route [..., E], with the gradient of `route` (straight-through)."""
     hard = nn.functional.one_hot(route.argmax(-1), route.shape[-1]).to(route.dtype)
     return hard + route - route.detach()
-
-
-def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
-    """Whether `shape` broadcasts to `target`."""
-    pairs = zip(reversed(shape), reversed(target), strict=False)
-    return len(shape) <= len(target) and all(have in (1, want) for have, want in pairs)
-
-
-def refuse_tracing() -> None:
-    """ValueError under `torch.jit`'s tracer (Pyro's Jit estimators).
-
-    It would freeze shapes and the price of one pass.
-    """
-    require(
-        not torch._C._get_tracing_state(),
-        "estimator",
-        "one that does not trace by torch.jit",
-        "a Jit estimator",
-        "take the estimator without Jit; on a GPU train.graph replays a whole step",
-    )

@@ -1,10 +1,13 @@
 """The compute-aware prior over routes as Pyro distributions."""
 
+import math
+from typing import Any
+
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from bayes_router.checks import require
+from bayes_router.checks import not_negative, require
 from bayes_router.inference.tilted import TiltedDirichlet
 from bayes_router.routing.tilt import tilted_moments
 
@@ -36,6 +39,7 @@ class DirichletPrior(nn.Module):
         super().__init__()
         self.register_buffer("concentration", torch.empty(0), persistent=False)
         costs = torch.zeros(0) if cost_ratio is None else cost_ratio
+        _check_costs(costs, concentration)
         self.register_buffer("cost_ratio", costs, persistent=False)
         for name, value in (
             (
@@ -68,23 +72,16 @@ class DirichletPrior(nn.Module):
             concentration.shape,
         )
         require(fits, "concentration", shape, tuple(concentration.shape))
-        require(
-            bool((concentration > 0).all()),
-            "concentration",
-            "positive numbers",
-            concentration.tolist(),
+        numbers = concentration.is_floating_point() and bool(
+            ((concentration > 0) & (concentration < math.inf)).all()
         )
-        require(price >= 0, "price", "0 or more", price)
+        require(numbers, "concentration", "positive numbers", concentration.tolist())
+        price = not_negative("price", price)
         require(
             price == 0 or len(self.cost_ratio) > 0,
             "price",
             "0 where no cost_ratio was given",
             price,
-        )
-        experts = f"the {concentration.shape[-1]} experts of the concentration"
-        costs = tuple(self.cost_ratio.shape)
-        require(
-            costs in ((0,), costs[:-1] + concentration.shape[-1:]), "cost_ratio", experts, costs
         )
         moved = price != self._price or not torch.equal(concentration, self._given)
         if moved and price > 0:
@@ -127,6 +124,17 @@ class DirichletPrior(nn.Module):
         return concentration, costs[
             :, None
         ] if concentration.dim() == 3 and costs.dim() == 2 else costs
+
+
+def _check_costs(costs: Any, concentration: Tensor) -> None:
+    """One for each expert, of all layers or of each; a tensor of finite numbers."""
+    require(isinstance(costs, Tensor), "cost_ratio", "a tensor", type(costs).__name__)
+    L, E = concentration.shape[0], concentration.shape[-1]
+    shape = tuple(costs.shape)
+    fits = shape in ((0,), (E,)) or (len(shape) in (2, 3) and shape[:: len(shape) - 1] == (L, E))
+    of_layers = f"the {E} experts of the concentration, or its {L} layers by these experts"
+    require(fits, "cost_ratio", of_layers, shape)
+    require(bool(costs.isfinite().all()), "cost_ratio", "finite numbers", costs.tolist())
 
 
 def _of_units(x: Tensor, rest: int, shape: torch.Size) -> Tensor:

@@ -16,6 +16,8 @@ import torch
 from pyro.poutine.runtime import get_plates
 from torch import Tensor
 
+from bayes_router.checks import require
+
 TARGETS = "targets"
 PREFIX = "route_"
 
@@ -42,6 +44,8 @@ class Plates:
     """
 
     def __init__(self, tokens: Tensor, units: int):
+        whole = tokens.dim() == 2 and tokens.numel() > 0
+        require(whole, "tokens", "shape [B, T], one token or more", tuple(tokens.shape))
         self.B, self.T = tokens.shape
         self.units = (units,) if units > 1 else ()
         depth = 2 + len(self.units)

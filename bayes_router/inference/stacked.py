@@ -6,44 +6,10 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import Dirichlet
 
-from bayes_router.checks import require
 from bayes_router.inference.sites import TARGETS, is_route_site
 from bayes_router.inference.tilted import TiltedDirichlet
 from bayes_router.routing.posterior import dirichlet_kl
 from bayes_router.routing.tilt import tilted_kl
-
-
-def check_sites(model_trace: Trace, guide_trace: Trace) -> None:
-    """Model and guide are over the same latents."""
-    latents = [
-        n for n, s in model_trace.nodes.items() if s["type"] == "sample" and not s["is_observed"]
-    ]
-    drawn = {
-        n: s for n, s in guide_trace.nodes.items() if s["type"] == "sample" and not s["is_observed"]
-    }
-    missing = [name for name in latents if name not in drawn]
-    require(
-        not missing,
-        "guide",
-        f"a site for each latent of the model: {', '.join(latents)}",
-        f"none of {', '.join(missing)}",
-    )
-    extra = [
-        name
-        for name, site in drawn.items()
-        if name not in latents and not site["infer"].get("is_auxiliary")
-    ]
-    require(not extra, "guide", f"sites that the model has: {', '.join(latents)}", ", ".join(extra))
-    for name in latents:
-        wanted, got = (
-            tuple(trace.nodes[name]["fn"].shape()) for trace in (model_trace, guide_trace)
-        )
-        fits = (
-            wanted[-len(got) :] == got and all(size == 1 for size in wanted[: -len(got)])
-            if got
-            else not wanted
-        )
-        require(fits, f"guide of {name}", f"the shape of the model's site, {wanted}", got)
 
 
 def stackable(model_trace: Trace, guide_trace: Trace, routes: list[str]) -> bool:

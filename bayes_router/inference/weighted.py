@@ -5,7 +5,6 @@ program goes on to give every estimator of the ELBO the objective per token,
 (nll + w KL) / (B T), and now whichever guide it is given: none has to repeat the scale.
 """
 
-import math
 import warnings
 from typing import Any, TypeVar
 
@@ -14,7 +13,7 @@ from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 
-from bayes_router.checks import require
+from bayes_router.checks import positive, require
 
 SCALED = "_bayes_router_scaled"
 M = TypeVar("M", bound=Messenger)
@@ -26,7 +25,7 @@ def warn_of_weight(kl_weight: float) -> None:
     Raises:
         ValueError: a weight that is not positive.
     """
-    require(0 < kl_weight < math.inf, "kl_weight", "a positive number", kl_weight)
+    positive("kl_weight", kl_weight)
     warnings.warn(
         f"RoutingModel(kl_weight={kl_weight}): the weight belongs to the objective, "
         "RoutingELBO(kl_weight=...) or tempered(model, ...). This program serves estimators of the "

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from bayes_router.attention.kernels.eager.fused import fused_attention
 from bayes_router.attention.shapes import ExpertShape, merge_tokens
-from bayes_router.checks import require
+from bayes_router.checks import positive, require
 from bayes_router.integrations import torch_layer
 from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.integrations.calls.masks import padding_of, seen
@@ -91,6 +91,7 @@ class RoutedTorch(RoutedModel):
             lr: learning rate of Adam.
         """
         self.require_patched()
+        positive("kl_weight", kl_weight)
         optimiser, losses = torch.optim.Adam(self.parameters(), lr=lr), []
         mode, before = self.mode, self._force
         try:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Dirichlet
 
-from bayes_router.checks import require, unknown
+from bayes_router.checks import not_negative, require, unknown
 from bayes_router.routing.posterior import categorical_entropy, expected_entropy
 from bayes_router.routing.tilt import sample_tilted, tilted_moments
 
@@ -77,8 +77,7 @@ class ComputeAwarePrior:
         layer_mean: Sequence[Sequence[float]] | None = None,
         price: float = 0.0,
     ):
-        require(price >= 0, "price", "0 or more nats per unit of cost", price)
-        self.price = price
+        self.price = not_negative("price", price, "0 or more nats per unit of cost")
         ratios = torch.as_tensor(cost_ratio, dtype=torch.float32)
         given = [round(float(r), 6) for r in ratios]
         require(

@@ -13,7 +13,7 @@ from pyro.infer import MCMC, NUTS
 from torch import Tensor
 from torch.distributions import Dirichlet
 
-from bayes_router.checks import require
+from bayes_router.checks import positive, require
 from bayes_router.diagnostics.measures.collapse import kl_to_prior
 from bayes_router.diagnostics.measures.k_hat import FitThresholds
 from bayes_router.diagnostics.measures.verdict import Severity, Verdict
@@ -82,7 +82,7 @@ def amortisation_gap(
         draws: on which both bounds are read, the same random numbers for both.
         seed: of the draws; the caller's generator is left as it was.
     """
-    require(kl_weight > 0, "kl_weight", "a positive number", kl_weight)
+    positive("kl_weight", kl_weight)
     concentrations = _mean_path(program, guide, tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

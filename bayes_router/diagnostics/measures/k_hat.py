@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pandas as pd
 from torch import Tensor
 
-from bayes_router.checks import require
+from bayes_router.checks import positive, require
 from bayes_router.diagnostics.measures.importance import (
     effective_sample_size,
     importance_bound,
@@ -66,6 +66,7 @@ def k_hat_frame(
     require(
         len(sequences) > 0, "sequences", "at least one", "none", "read a text that is long enough"
     )
+    positive("kl_weight", kl_weight)
     smoother()  # missed before minutes of draws, not after
     rows = []
     for index, (tokens, targets) in enumerate(sequences):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from bayes_router.checks import require
+from bayes_router.checks import positive, require
 from bayes_router.integrations.huggingface.fit_settings import KL_WEIGHT
 from bayes_router.integrations.patch.binding import router_of
 from bayes_router.integrations.patch.routed import RoutedModel
@@ -74,7 +74,8 @@ class RoutedTraining(_Trainer):
             split = bool(getattr(self, f"is_{kind}_enabled", False))
             require(not split, kind, "none: it would not know what was added", kind, "use DDP")
         for name, value in (("kl_weight", kl_weight), ("router_lr", router_lr)):
-            require(value is None or value > 0, name, "a positive number", value)
+            if value is not None:
+                positive(name, value)
         assert isinstance(router, RoutedModel)
         self.router = router
         self.kl_weight = KL_WEIGHT / len(router.layers) if kl_weight is None else kl_weight
