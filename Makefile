@@ -1,5 +1,5 @@
 # make fit: set up and fit a routed Transformer on real text.   make quick: what to run before each commit, in a minute.
-# make test: set up and run every check.
+# make test: set up and run every check.   make stranger: the README's commands in a new environment.
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/tiny
@@ -10,7 +10,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
 TORCH := 2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: fit quick test check kernels clean
+.PHONY: fit quick test check kernels stranger clean
 
 fit: $(VENV)/.ready
 	$(VENV)/bin/bayes-router fit --out $(RUN) --overwrite
@@ -37,6 +37,10 @@ kernels: $(VENV)/.ready-dev
 	"make kernels: needs triton, and numpy before 2.4; run:" \
 	"$(VENV)/bin/python -m pip install --no-deps --target $(KERNELS) triton==3.6.0 numpy==2.3.5"; exit 1; }
 	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/attention/kernels
+
+# Every block of the README in its order, in a new environment, from the package index of pip; TORCH_INDEX is another for torch.
+stranger: $(VENV)/.ready-dev
+	$(VENV)/bin/python -m pytest -s tests/stranger.py
 
 check: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff check .

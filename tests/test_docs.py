@@ -4,7 +4,6 @@ Their Python runs, and what they name exists.
 """
 
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 
 import bayes_router
 from bayes_router.attention.experts.contract import _REGISTRY
-from bayes_router.cli import COMMANDS, build_parser
+from bayes_router.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -84,31 +83,6 @@ def test_its_links_and_names_exist(page: Path) -> None:
         home = ROOT / module.replace(".", "/")
         assert home.with_suffix(".py").is_file() or (home / "__main__.py").is_file(), module
     assert set(re.findall(r"bayes-router ([a-z]+)\b", text)) <= set(COMMANDS)
-
-
-@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
-def test_its_commands_are_valid_today(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The command line's own parser takes each, options and types."""
-    monkeypatch.chdir(tmp_path)
-    shells = re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
-    lines = "\n".join(shells).replace("\\\n", " ").splitlines()
-    for line in lines:
-        words = shlex.split(line, comments=True)
-        if words[:1] == ["bayes-router"]:
-            words = words[1:]
-        elif "bayes_router" in words:  # torchrun ... -m bayes_router
-            words = words[words.index("bayes_router") + 1 :]
-        else:
-            continue
-        if "--resume" in words:  # whose settings are those of a run
-            words.remove("--resume")
-        if "--help" in words:
-            assert words[0] in COMMANDS, line
-            continue
-        parsed = build_parser(words).parse_args(words)
-        assert parsed.command in COMMANDS, line
 
 
 def test_every_command_is_on_its_page() -> None:

@@ -58,7 +58,7 @@ class Effort:
     guide_sequences: int = 4
     guide_draws: int = 300
     guide_lengths: tuple[int, ...] = (1, 4, 16, 64)
-    gap_sequences: int = 2
+    gap_sequences: int = 8
     gap_length: int = 128
     gap_steps: int = 60
     noisy_sequences: int = 16
@@ -77,8 +77,8 @@ PATCHED = Effort(
     regret_sequences=16,
     guide_sequences=2,
     guide_draws=100,
-    gap_sequences=1,
-    gap_length=64,
+    gap_sequences=4,
+    gap_length=32,
     gap_steps=20,
     noisy_sequences=4,
 )

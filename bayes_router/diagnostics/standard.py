@@ -197,7 +197,7 @@ register_diagnostic(
         },
     )
 )
-RIVAL_ROWS = 16  # windows that the dial and its static rivals read
+RIVAL_ROWS = 24  # windows: every second one chooses among the dial and its static rivals
 
 
 def _rivals(examined: Any) -> pd.DataFrame:

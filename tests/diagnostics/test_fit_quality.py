@@ -187,6 +187,25 @@ def test_hindsight_raises_the_bound_of_each_token():
     )
 
 
+def test_the_gap_has_an_interval_over_windows():
+    """Windows whose tokens speak differently gain differently; one window has no interval."""
+    program, guide = toy(MixtureNetwork(), torch.tensor([[2.0, 2.0]]), torch.tensor([[2.0, 2.0]]))
+    targets = torch.stack([TARGETS, torch.zeros(6, dtype=torch.int64), TARGETS])
+    gap = amortisation_gap(program, guide, TOKENS.expand(3, 6), targets, steps=100, draws=32)
+    assert gap.interval.n == 3 and gap.interval.value == pytest.approx(gap.gap, abs=1e-6)
+    alone = [
+        amortisation_gap(program, guide, TOKENS[None], one[None], steps=100, draws=32).gap
+        for one in targets[:2]
+    ]
+    # each window's own gain is an end of the interval: all three may be of one kind
+    assert gap.interval.low == pytest.approx(min(alone), abs=0.02)
+    assert gap.interval.high == pytest.approx(max(alone), abs=0.02)
+    text = gap_verdict(gap).text
+    assert f"(95% {gap.interval.low:.3f} to {gap.interval.high:.3f}, n = 3)" in text
+    between = FitThresholds(gap=(gap.gap + gap.interval.high) / 2)
+    assert gap_verdict(gap, between).severity is Severity.NOTE  # not for all of the interval
+
+
 def test_nuts_finds_the_exact_posterior_and_shows_what_the_guide_misses():
     prior, targets = torch.tensor([[2.0, 3.0]]), torch.tensor([[0, 2]])
     program, guide = toy(MixtureNetwork(), prior, prior)

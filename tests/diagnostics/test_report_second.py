@@ -4,23 +4,28 @@ import base64
 import csv
 import io
 import json
+import math
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
 from bayes_router import __version__
 from bayes_router.cli import main
 from bayes_router.config import with_changes
+from bayes_router.data.tokens import Batch
 from bayes_router.diagnostics.beside import Page, difference, write_beside
 from bayes_router.diagnostics.examine import Effort, Examination
-from bayes_router.diagnostics.fitted import load_fitted
+from bayes_router.diagnostics.fitted import FittedRun, load_fitted
 from bayes_router.diagnostics.measures import rivals
 from bayes_router.diagnostics.measures.rivals import against_static, sentence
 from bayes_router.diagnostics.report import route_text, unit_tables, write_report
-from bayes_router.training.executed import Executed
+from bayes_router.routing.policy import Budget
+from bayes_router.training.executed import Executed, execute
 from bayes_router.training.fit import fit
+from bayes_router.types import RoutingMode
 from tests.diagnostics.browser import chromium, find_chromium
 from tests.tiny import fit_config
 
@@ -76,23 +81,54 @@ def test_the_packed_units_are_what_the_model_did(examined: Examination) -> None:
 
 
 def test_static_rivals_are_what_a_forced_pass_loses(examined: Examination) -> None:
-    run, rows = examined.run, examined.rows(4)
+    run, rows = examined.run, examined.rows(8)
     table = against_static(run.model, rows, run.prior.cost_ratio, run.experts).set_index("name")
-    tokens, targets = (torch.cat(part) for part in zip(*rows, strict=True))
-    logits = run.model(tokens, force="local").logits.detach()
-    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    assert table.loc["all on local", "nll"] == pytest.approx(float(want), abs=1e-5)
+
+    def lost(half: list[Batch]) -> float:
+        tokens, targets = (torch.cat(part) for part in zip(*half, strict=True))
+        logits = run.model(tokens, force="local").logits.detach()
+        return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+
+    local = table.loc["all on local"]
+    assert local["nll"] == pytest.approx(lost(rows[1::2]), abs=1e-5)
     assert table.loc["all on full", "cost"] == 1
     dial = table[table["kind"] == "dial"]
     assert dial["cost"].max() > 0.9 and dial["cost"].min() == pytest.approx(0.15, abs=1e-6)
-    cheaper = dial[dial["cost"] <= table.loc["all on local", "cost"] + 1e-6]
-    gap = table.loc["all on local", "nll"] - cheaper["nll"].min()
-    assert table.loc["all on local", "behind"] == pytest.approx(gap, abs=1e-6)
+    # chosen on the first half alone: with other words there, the other half's figures stay
+    held = dial[dial["cost"].round(3) == float(local["against"].split()[-1])]
+    assert local["behind"] == pytest.approx(local["nll"] - held["nll"].iloc[0], abs=1e-6)
+    assert local["behind_there"] == pytest.approx(lost(rows[::2]) - _best(run, rows[::2]), abs=1e-5)
     assert table["low"].lt(table["nll"]).all() and table["high"].gt(table["nll"]).all()
-    worse = table.reset_index()
-    assert "none loses less" in sentence(worse.assign(behind_high=1.0))[1]
-    good, text = sentence(worse.assign(behind=-0.5, behind_low=-0.6, behind_high=-0.4))
-    assert not good and "by 0.500 nats (95% 0.400 to 0.600)" in text
+    with pytest.raises(ValueError, match="windows: expected at least four; got 3"):
+        against_static(run.model, rows[:3], run.prior.cost_ratio, run.experts)
+
+
+def _best(run: FittedRun, half: list[Batch]) -> float:
+    """The least loss of the dial on these windows, at no more than the cost of local."""
+    ratio, read = run.prior.cost_ratio, []
+    for price in rivals.PRICES:
+        policy = Budget(tuple(ratio.tolist()), price)
+        read.append(execute(run.model, half, ratio, RoutingMode.HARD, policy, price).reading)
+    return min(one.nll for one in read if one.cost <= 0.3 + 1e-6)
+
+
+def test_the_strongest_rival_is_chosen_on_the_other_half() -> None:
+    """The one that looks best where it is read is not the one that is named."""
+    table = pd.DataFrame(
+        {
+            "name": ["fit", "lucky here", "strong there"],
+            "kind": ["dial", "static", "static"],
+            "windows": 12,
+            "behind": [math.nan, -0.5, -0.1],
+            "behind_low": [math.nan, -0.6, -0.2],
+            "behind_high": [math.nan, -0.4, 0.1],
+            "behind_there": [math.nan, 0.3, -0.2],
+        }
+    )
+    good, text = sentence(table)
+    assert good and "'strong there', loses -0.100 nats (95% -0.200 to +0.100, n = 12" in text
+    good, text = sentence(table.assign(behind_there=[math.nan, -0.3, -0.2]))
+    assert not good and "'lucky here', loses -0.500" in text
 
 
 @browsing
@@ -194,10 +230,13 @@ def test_the_command_takes_two(
 
 
 def test_a_rival_is_compared_with_what_costs_no_more() -> None:
-    def reading(cost: float, nll: float) -> Executed:
-        windows = torch.tensor([nll, nll + 1.0], dtype=torch.float64)
-        return Executed(0.0, cost, torch.ones(1, 2), windows, torch.ones(2, dtype=torch.float64))
+    def reading(cost: float, there: float, here: float, kind: str = rivals.DIAL) -> rivals._Reading:
+        one, ones = torch.tensor([0.0, 1.0], dtype=torch.float64), torch.ones(2).double()
+        both = (Executed(0.0, cost, torch.ones(1, 2), one + nll, ones) for nll in (there, here))
+        return rivals._Reading("", kind, *both)
 
-    dial = [reading(0.2, 5.0), reading(0.9, 1.0)]
-    row = rivals._row("rival", rivals.STATIC, reading(0.3, 4.0), dial)
-    assert row["against"] == "dial at 0.200" and row["behind"] == pytest.approx(-1.0)
+    # the second point looks better here alone; the third costs too much
+    dial = [reading(0.2, 5.0, 5.0), reading(0.25, 6.0, 1.0), reading(0.9, 1.0, 1.0)]
+    row = rivals._row(reading(0.3, 4.0, 4.5, rivals.STATIC), dial)
+    assert row["against"] == "dial at 0.200" and row["behind"] == pytest.approx(-0.5)
+    assert row["behind_there"] == pytest.approx(-1.0)

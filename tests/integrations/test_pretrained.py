@@ -46,6 +46,20 @@ def test_from_a_folder_without_a_network(tmp_path: Path, monkeypatch: pytest.Mon
     assert "library_name: bayes-router" in card.split("---")[1] and "Budget(" in card
 
 
+def test_its_card_says_loss_and_cost_of_the_end_of_the_fit(tmp_path: Path) -> None:
+    router = patch(original(), window=8)
+    frame = router.fit(TEXT, steps=12, distil_steps=0, context=32, batch_size=2, budget=0.7)
+    router.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    last = frame.tail(5)
+    for name, words in (("nll", "loss, nats per token"), ("cost", "executed cost, full")):
+        said = f"| {last[name].mean():.4f} +- {last[name].sem():.4f} |"
+        assert any(words in row and said in row for row in card.splitlines()), (words, said)
+    assert "(the last 5 steps of the fit, on its own text)" in card
+    again = Router.from_pretrained(original(), tmp_path)
+    assert again.fitted == router.fitted and again.fitted.read["steps"] == 5
+
+
 def test_an_unfitted_card_says_so_and_anothers_stays(tmp_path: Path) -> None:
     router = patch(original(), window=8)
     router.save(tmp_path / "a")

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import Dirichlet
 
 from bayes_router.checks import positive, require
+from bayes_router.diagnostics.measures.bootstrap import Estimate, clustered
 from bayes_router.diagnostics.measures.collapse import kl_to_prior
 from bayes_router.diagnostics.measures.k_hat import FitThresholds
 from bayes_router.diagnostics.measures.verdict import Severity, Verdict
@@ -44,6 +45,7 @@ class AmortisationGap(NamedTuple):
     nll_own: float
     kl_controller: float
     kl_own: float
+    interval: Estimate | None = None  # of the gap, over windows; None: there is one window
 
     @property
     def gap(self) -> float:
@@ -90,11 +92,25 @@ def amortisation_gap(
         before = _bound(program, _controlled(guide), tokens, targets, draws, seed + 1)
         after = _bound(program, lambda layer, hidden: own[layer], tokens, targets, draws, seed + 1)
     controller, fitted = (-(nll + kl_weight * kl) for nll, kl in (before, after))
-    error = float((fitted - controller).std() / draws**0.5) if draws > 1 else float("nan")
-    means = (
-        float(x.mean()) for x in (controller, fitted, before[0], after[0], before[1], after[1])
+    gained = fitted - controller  # [S, B]
+    error = float(gained.mean(1).std() / draws**0.5) if draws > 1 else float("nan")
+    of_window = gained.mean(0).numpy()
+    windows = range(len(of_window))
+    interval = (
+        clustered(lambda index: of_window[index].mean(), windows) if len(windows) > 1 else None
     )
-    return AmortisationGap(kl_weight, error, *means)
+    (nll, kl), (own_nll, own_kl) = before, after
+    return AmortisationGap(
+        kl_weight=kl_weight,
+        standard_error=error,
+        bound_controller=float(controller.mean()),
+        bound_own=float(fitted.mean()),
+        nll_controller=float(nll.mean()),
+        nll_own=float(own_nll.mean()),
+        kl_controller=float(kl.mean()),
+        kl_own=float(own_kl.mean()),
+        interval=interval,
+    )
 
 
 def _floor(guide: RoutingGuide) -> float:
@@ -184,7 +200,7 @@ def _bound(
     draws: int,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """Nll and KL per token of each draw, [S]."""
+    """Nll and KL per token of each draw and window, [S, B]."""
     nlls, kls = [], []
     for draw in range(draws):
         torch.manual_seed(seed + draw)
@@ -193,19 +209,21 @@ def _bound(
         def route(layer: int, hidden: Tensor, kl: list[Tensor] = kl) -> Tensor:
             c = concentration(layer, hidden)
             assert isinstance(c, Tensor)
-            kl.append(kl_to_prior(program, layer, c).sum(-1).mean())  # over units
+            kl.append(kl_to_prior(program, layer, c).sum(-1).mean(-1).cpu())  # over units, tokens
             return _executed(program, Dirichlet(c, validate_args=False).sample())
 
-        nlls.append(token_nll(program.network(tokens, route), targets).mean().double())
-        kls.append(torch.stack(kl).sum())
+        nlls.append(token_nll(program.network(tokens, route), targets).mean(-1).double().cpu())
+        kls.append(torch.stack(kl).sum(0))
     return torch.stack(nlls), torch.stack(kls)
 
 
 def gap_verdict(gap: AmortisationGap, thresholds: FitThresholds | None = None) -> Verdict:
     """What the gap means."""
     t = thresholds or FitThresholds()
-    good, literal = gap.gap <= t.gap, gap.kl_weight == 1
+    reached = gap.gap if gap.interval is None else gap.interval.high
+    good, literal = reached <= t.gap, gap.kl_weight == 1
     bound = "the ELBO" if literal else f"the objective of training (KL weight {gap.kl_weight:g})"
+    gained = f"{gap.gap:.3f}, of one window," if gap.interval is None else str(gap.interval)
     from_nll, from_kl = (
         gap.nll_controller - gap.nll_own,
         gap.kl_weight * (gap.kl_controller - gap.kl_own),
@@ -222,10 +240,10 @@ def gap_verdict(gap: AmortisationGap, thresholds: FitThresholds | None = None) -
     return Verdict(
         "amortisation",
         Severity.GOOD if good else Severity.NOTE,
-        f"concentrations fitted to each sequence, its targets seen, gain {gap.gap:.3f} +- "
-        f"{gap.standard_error:.3f} nats per "
-        f"token of {bound} over the controller's: {from_nll:+.3f} by the nll, {from_kl:+.3f} by "
-        f"the KL (threshold {t.gap:g}).",
+        f"concentrations fitted to each sequence, its targets seen, gain {gained} nats per token "
+        f"of {bound} over the controller's: {from_nll:+.3f} by the nll, {from_kl:+.3f} by the KL "
+        f"(threshold {t.gap:g}, for all of the interval; +- {gap.standard_error:.3f} by the "
+        "draws).",
         "" if good else advice,
     )
 

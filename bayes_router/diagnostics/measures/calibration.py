@@ -121,6 +121,9 @@ class Calibration(NamedTuple):
     before: pd.DataFrame  # reliability tables
     after: pd.DataFrame
     ece_interval: Estimate  # over windows
+    right_interval: Estimate
+    stated_interval: Estimate
+    tempered_interval: Estimate  # of `ece_tempered`
 
 
 def calibrate(
@@ -142,15 +145,32 @@ def calibrate(
     rows, tested = np.arange(int((~fitted).sum())), right[~fitted]
     stated = probability[~fitted][rows, choice[~fitted]]
     before = reliability(stated, tested)
-    after = reliability(tempered(probability[~fitted], temperature)[rows, choice[~fitted]], tested)
-    ece = expected_calibration_error(before), expected_calibration_error(after)
-    interval = clustered(
-        lambda rows: expected_calibration_error(reliability(stated[rows], tested[rows])),
-        regret["sequence"].to_numpy()[~fitted],
-        draws=INTERVAL_DRAWS,
-    )
+    mended = tempered(probability[~fitted], temperature)[rows, choice[~fitted]]
+    after = reliability(mended, tested)
+    windows = regret["sequence"].to_numpy()[~fitted]
+
+    def error(said: Array) -> Estimate:
+        return clustered(
+            lambda rows: expected_calibration_error(reliability(said[rows], tested[rows])),
+            windows,
+            draws=INTERVAL_DRAWS,
+        )
+
+    ece, ece_tempered = error(stated), error(mended)
+    right_share = clustered(lambda rows: float(tested[rows].mean()), windows)
+    stated_mean = clustered(lambda rows: float(stated[rows].mean()), windows)
     return Calibration(
-        temperature, float(tested.mean()), float(stated.mean()), *ece, before, after, interval
+        temperature,
+        right_share.value,
+        stated_mean.value,
+        ece.value,
+        ece_tempered.value,
+        before,
+        after,
+        ece,
+        right_share,
+        stated_mean,
+        ece_tempered,
     )
 
 
@@ -236,16 +256,20 @@ def calibration_verdicts(
     good = c.ece_interval.high <= t.ece
     mended = (
         f"A temperature of {c.temperature:.2f}, fitted on other sequences, makes it "
-        f"{c.ece_tempered:.3f}."
+        f"{c.tempered_interval}."
     )
+
+    def share(of: Estimate) -> str:
+        return f"{of.value:.0%} ({of.low:.0%} to {of.high:.0%})"
+
     found = [
         Verdict(
             "calibration",
             Severity.GOOD if good else Severity.WARNING,
             f"the posterior's probability that the weight of its choice is the largest is "
-            f"{c.stated:.0%} on average; in "
-            f"hindsight the choice is within {t.tolerance:g} nats of the best {c.right:.0%} of the "
-            f"time: expected calibration "
+            f"{share(c.stated_interval)} on average; in hindsight the choice is within "
+            f"{t.tolerance:g} nats of the best {share(c.right_interval)} of the time: expected "
+            f"calibration "
             f"error {c.ece_interval} (threshold {t.ece:g}, for all of the interval). {mended}",
             ""
             if good
@@ -261,21 +285,20 @@ def calibration_verdicts(
         regret["sequence"].to_numpy(),
         draws=INTERVAL_DRAWS,
     )
+    mean = clustered(lambda rows: float(lost[rows].mean()), regret["sequence"].to_numpy())
     ranks = rho.low >= t.correlation
+    said = (
+        f"(threshold {t.correlation:g}): uncertainty ranks the choices that cost."
+        if ranks
+        else f"(threshold {t.correlation:g}, for all of the interval): it cannot be said that "
+        "uncertainty ranks the choices that cost."
+    )
     found.append(
         Verdict(
             "regret",
             Severity.GOOD if ranks else Severity.NOTE,
-            f"the mean regret of a choice, in hindsight, is {regret['regret'].mean():.4f} nats; "
-            f"its rank correlation with the "
-            f"entropy of the mean route is {rho} (threshold {t.correlation:g}, for all of the "
-            f"interval): it cannot be said "
-            "that uncertainty ranks the choices that cost."
-            if not ranks
-            else f"the mean regret of a choice, in hindsight, is {lost.mean():.4f} nats; its "
-            f"rank correlation with the entropy "
-            f"of the mean route is {rho} (threshold {t.correlation:g}): uncertainty ranks the "
-            f"choices that cost.",
+            f"the mean regret of a choice, in hindsight, is {mean} nats; its rank correlation with "
+            f"the entropy of the mean route is {rho} {said}",
             ""
             if ranks
             else "not deciding by uncertainty alone: budget or argmax rather than conservative.",

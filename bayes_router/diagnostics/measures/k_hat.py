@@ -100,16 +100,18 @@ def k_hat_frame(
 def k_hat_verdicts(frame: pd.DataFrame, thresholds: FitThresholds | None = None) -> list[Verdict]:
     """What the k-hats of `k_hat_frame` mean, at its shortest and longest prefix."""
     t, found = thresholds or FitThresholds(), []
-    joint = frame[frame["target"] == "joint"].groupby("length")["k_hat"].median()
+    by_length = frame[frame["target"] == "joint"].groupby("length")["k_hat"]
+    joint = by_length.median()
     limit = k_hat_limit(int(frame["draws"].min())) if t.k_hat is None else t.k_hat
     for length in sorted({joint.index.min(), joint.index.max()}):
         k = joint[length]
         good = k <= limit
         text = (
             f"median Pareto k-hat of {length} {'token' if length == 1 else 'tokens'} against the "
-            f"exact joint is {k:.2f} "
+            f"exact joint is {k:.2f} ({by_length.min()[length]:.2f} to "
+            f"{by_length.max()[length]:.2f} over {by_length.count()[length]} windows) "
             + (
-                f"(at most {limit:.2g}): its draws can be reweighted to the exact posterior."
+                f"(good: at most {limit:.2g}): its draws can be reweighted to the exact posterior."
                 if good
                 else f"(above {limit:.2g}): reweighting its draws does not give the exact "
                 f"posterior; read it as what it is, "

@@ -135,7 +135,8 @@ def tell_apart(
                 sign * scores[measure.value].to_numpy(), sign * base[measure.value].to_numpy()
             )
         entropy = Measure.ENTROPY_OF_MEAN.value
-        row["low"] = auroc_of(scores[[entropy]].to_numpy(), base[[entropy]].to_numpy()).low
+        told = auroc_of(scores[[entropy]].to_numpy(), base[[entropy]].to_numpy())
+        row["low"], row["high"] = told.low, told.high
         row[Score.NLL] = auroc(scores[Score.NLL].to_numpy(), base[Score.NLL].to_numpy())
         rows.append(row)
     return pd.DataFrame(rows)
@@ -148,8 +149,8 @@ def other_text_verdict(
     t, column = thresholds or CalibrationThresholds(), Measure.ENTROPY_OF_MEAN.value
     told = [row["text"] for _, row in table.iterrows() if row["low"] >= t.auroc]
     figures = ", ".join(
-        f"{row['text']} {row[column]:.2f} (from {row['low']:.2f}, nll {row[Score.NLL]:.2f}, n = "
-        f"{row['passages']})"
+        f"{row['text']} {row[column]:.2f} ({row['low']:.2f} to {row['high']:.2f}; nll "
+        f"{row[Score.NLL]:.2f}, n = {row['passages']})"
         for _, row in table.iterrows()
     )
     everything = len(told) == len(table)

@@ -149,7 +149,19 @@ def record(
         likelihood.value,
         settings.budget,
         str(tokenizer) if tokenizer else None,
+        read=last_read(frame),
     )
+
+
+def last_read(frame: "pd.DataFrame") -> dict[str, float]:
+    """Means of the last tenth of the steps, at least five, and their standard errors over steps."""
+    last = frame.tail(max(len(frame) // 10, 5))
+    names = [name for name in ("nll", "divergence", "kl", "cost") if name in last]
+    errors = {
+        f"{name}_se": float(last[name].std()) / len(last) ** 0.5 for name in names if len(last) > 1
+    }
+    means = {name: float(last[name].mean()) for name in names} if len(last) else {}
+    return means | errors | {"steps": float(len(last))} if means else {}
 
 
 def default_schedule(num_latents: int, ranged: bool = False) -> ScheduleConfig:

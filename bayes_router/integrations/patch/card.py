@@ -1,6 +1,6 @@
 """The card of a saved patch, README.md: what it belongs to, how it was fitted, what to mind."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from bayes_router.hub import LIBRARY
 from bayes_router.integrations.patch.settings import FitRecord, RouterConfig
@@ -42,6 +42,7 @@ def card(
             "budget (executed cost, full attention = 1)": str(asked),
             "KL weight and price at the end": f"{fitted.kl_weight:.4g} and {fitted.price:.4g}",
         }
+        what |= _figures(fitted.read)
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in what.items())]
     use = [
         "```python",
@@ -53,6 +54,23 @@ def card(
     notes = [f"- {note}" for note in _notes(fitted, moved)]
     parts = ["# A router", *table, "", *use, "", "## To mind", "", *notes]
     return "\n".join([*head, "---", "", *parts, ""])
+
+
+def _figures(read: Mapping[str, float]) -> dict[str, str]:
+    """What the end of the fit read, on its own text: loss and cost."""
+    names = {
+        "nll": "loss, nats per token",
+        "divergence": "... of which lost against the unpatched model",
+        "kl": "KL to the prior, nats per token",
+        "cost": "executed cost, full attention = 1",
+    }
+    steps = f"the last {read.get('steps', 0):.0f} steps of the fit, on its own text"
+    return {
+        f"{words} ({steps})": f"{read[name]:.4f}"
+        + (f" +- {read[f'{name}_se']:.4f}" if f"{name}_se" in read else "")
+        for name, words in names.items()
+        if name in read
+    }
 
 
 def _notes(fitted: FitRecord | None, moved: bool) -> Sequence[str]:

@@ -169,6 +169,10 @@ class FitRecord:
             the prior's own price.
         tokenizer: the name of the one that made the tokens; None where ids were given.
         text: `fingerprint` of what was read; () in a folder of before.
+        read: what the last tenth of the steps read, by name: `nll` and, against the model's own
+            distribution, `divergence` (nats per token), `kl` (nats per token, all layers), `cost`
+            (executed, full attention = 1), their standard errors as `nll_se` and so on, and
+            `steps`; {} in a folder of before.
     """
 
     context: int
@@ -180,6 +184,7 @@ class FitRecord:
     budget: float | tuple[float, float] | None = None
     tokenizer: str | None = None
     text: tuple[int, ...] = ()
+    read: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         """A range is a list in a file."""
