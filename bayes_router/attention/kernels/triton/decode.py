@@ -108,6 +108,109 @@ def _soften_step(x, v, m, norm, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _new_row(New, Row, length, s_t, d, real, HELD: tl.constexpr):
+    """The new token's key or value [D]; HELD: it is read where the store has it already."""
+    at = Row + length.to(tl.int64) * s_t if HELD else New
+    return tl.load(at + d, mask=real, other=0.0)
+
+
+@triton.jit
+def _not_hidden(Seen, n, inside, MASKED: tl.constexpr):
+    """Which of the stored keys at n are inside and not hidden by the mask."""
+    if MASKED:
+        inside = inside & (tl.load(Seen + n, mask=inside, other=0) != 0)
+    return inside
+
+
+@triton.jit
+def _over_keys(
+    q, Row_k, Row_v, Seen, lo, hi, firsts, looks, sink_end, slots, real, s_t, scale, m, norm, acc,
+    BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    RING: tl.constexpr, MASKED: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """Online softmax of the heads that look over the stored keys lo .. hi - 1.
+
+    Each head sees those from its first on and, with SINKS, those before sink_end.
+    """
+    for n0 in range(lo, hi, BN):
+        n = n0 + tl.arange(0, BN)
+        inside = _not_hidden(Seen, n, n < hi, MASKED)
+        at = n % slots if RING else n
+        x, v = _scores(q, Row_k, Row_v, at, inside, real, s_t, scale, D, PRECISION)
+        within = n[None, :] >= firsts[:, None]
+        if SINKS:
+            within = within | (n < sink_end)[None, :]
+        x = tl.where(inside[None, :] & looks[:, None] & within, x, -float("inf"))
+        m, norm, acc = _soften_step(x, v, m, norm, acc, PRECISION)
+    return m, norm, acc
+
+
+@triton.jit
+def _step_stretch(
+    Q, NewK, NewV, Row_k, Row_v, Route, Length, Seen, SinkEnd, Partial, PartialLse,
+    part, hk, q_h, s_t, r_r, GROUP, UNIT, slots, full, local, window, scale,
+    SPLITS: tl.constexpr, STORE: tl.constexpr, RING: tl.constexpr, ROWS: tl.constexpr,
+    BN: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    HELD: tl.constexpr, MASKED: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """One stretch of the keys of a row and key head: its partial results.
+
+    The first stretch has the new token, which it stores, and the sinks.
+    """
+    d, g = tl.arange(0, D), tl.arange(0, ROWS)
+    real, mine = d < DIM, g < GROUP
+    length = tl.load(Length).to(tl.int32)
+    first, any_key, firsts, looks = _first_read(
+        Route, hk, GROUP, UNIT, r_r, length, full, local, window, ROWS
+    )
+    v_new = _new_row(NewV, Row_v, length, s_t, d, real, HELD)
+    k_new = _new_row(NewK, Row_k, length, s_t, d, real, HELD)
+    sink_end = 0
+    if SINKS:
+        sink_end = tl.load(SinkEnd).to(tl.int32)
+    if STORE and part == 0:
+        slot = (length % slots if RING else length).to(tl.int64) * s_t
+        tl.store(Row_k + slot + d, k_new, mask=real)
+        tl.store(Row_v + slot + d, v_new, mask=real)
+    span = ((length - first + SPLITS - 1) // SPLITS + BN - 1) // BN * BN
+    lo = first + part * span
+    hi = tl.minimum(lo + span, length)
+    if any_key & ((lo < hi) | (part == 0)):
+        both = mine[:, None] & real[None, :]
+        q = tl.load(Q + g[:, None] * q_h + d[None, :], mask=both, other=0.0)
+        m = tl.full([ROWS], HIDDEN, tl.float32)
+        norm = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, D], tl.float32)
+        if part == 0:  # the new token sees itself
+            m = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * scale
+            norm += 1.0
+            acc += v_new.to(tl.float32)[None, :]
+        if SINKS and part == 0:
+            m, norm, acc = _over_keys(
+                q, Row_k, Row_v, Seen, 0, tl.minimum(sink_end, first), tl.zeros_like(firsts),
+                looks, 0, slots, real, s_t, scale, m, norm, acc,
+                BN, D, PRECISION, False, MASKED, False,
+            )  # fmt: skip
+        m, norm, acc = _over_keys(
+            q, Row_k, Row_v, Seen, lo, hi, firsts, looks, sink_end, slots, real, s_t, scale,
+            m, norm, acc, BN, D, PRECISION, RING, MASKED, SINKS,
+        )  # fmt: skip
+        at = g * SPLITS + part
+        out = acc / tl.maximum(norm, 1e-30)[:, None]
+        tl.store(Partial + at[:, None] * D + d[None, :], out, mask=mine[:, None])
+        tl.store(PartialLse + at, m + tl.log2(norm), mask=mine)
+
+
+@triton.jit
+def _gated_row(plain_k, real, Gate, Bias, LogScale, d):
+    """(feature [D], gate, sharpness) by which the gated state of a head takes the new key in."""
+    sharpness = tl.exp(tl.load(LogScale).to(tl.float32))
+    gate = tl.load(Gate + d, mask=real, other=0.0).to(tl.float32)
+    logit = tl.sum(tl.where(real, plain_k, 0.0) * gate, 0) + tl.load(Bias).to(tl.float32)
+    return _softmax(plain_k, sharpness), 1.0 / (1.0 + tl.exp(-logit)), sharpness
+
+
+@triton.jit
 def decode_kernel(
     Q, NewK, NewV, PlainQ, PlainK, Keys, Values, LinearState, GatedState, Gate, Bias, LogScale,
     Route, Lengths, Out,
@@ -128,110 +231,36 @@ def decode_kernel(
     """
     part, hk, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     Route += b * r_b
-    d, g = tl.arange(0, D), tl.arange(0, ROWS)
-    real = d < DIM
+    h = hk * GROUP  # the first query head
+    NewV += b * v_b + hk * v_h
     if part < SPLITS:
-        length = tl.load(Lengths + b).to(tl.int32)
-        first, any_key, firsts, looks = _first_read(
-            Route, hk, GROUP, UNIT, r_r, length, full, local, window, ROWS
-        )
-        row_k, row_v = Keys + b * s_b + hk * s_h, Values + b * s_b + hk * s_h
-        if HELD:
-            v_new = tl.load(row_v + length.to(tl.int64) * s_t + d, mask=real, other=0.0)
-            k_new = tl.load(row_k + length.to(tl.int64) * s_t + d, mask=real, other=0.0)
-        else:
-            v_new = tl.load(NewV + b * v_b + hk * v_h + d, mask=real, other=0.0)
-            k_new = tl.load(NewK + b * k_b + hk * k_h + d, mask=real, other=0.0)
-        sink_end = 0
-        if SINKS:
-            sink_end = tl.load(SinkEnd + b).to(tl.int32)
-        if STORE and part == 0:
-            slot = length % slots if RING else length
-            tl.store(row_k + slot.to(tl.int64) * s_t + d, k_new, mask=real)
-            tl.store(row_v + slot.to(tl.int64) * s_t + d, v_new, mask=real)
-        h = hk * GROUP + g
-        mine = g < GROUP
-        span = ((length - first + SPLITS - 1) // SPLITS + BN - 1) // BN * BN
-        lo = first + part * span
-        hi = tl.minimum(lo + span, length)
-        if any_key & ((lo < hi) | (part == 0)):
-            q = tl.load(
-                Q + b * q_b + h[:, None] * q_h + d[None, :],
-                mask=mine[:, None] & real[None, :],
-                other=0.0,
-            )
-            m = tl.full([ROWS], HIDDEN, tl.float32)
-            norm = tl.zeros([ROWS], tl.float32)
-            acc = tl.zeros([ROWS, D], tl.float32)
-            if part == 0:  # the new token sees itself
-                m = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * scale
-                norm += 1.0
-                acc += v_new.to(tl.float32)[None, :]
-            if SINKS and part == 0:
-                before = tl.minimum(sink_end, first)
-                for n0 in range(0, before, BN):
-                    n = n0 + tl.arange(0, BN)
-                    inside = n < before
-                    if MASKED:
-                        inside = inside & (
-                            tl.load(Seen + b * seen_b + n, mask=inside, other=0) != 0
-                        )
-                    x, v = _scores(q, row_k, row_v, n, inside, real, s_t, scale, D, PRECISION)
-                    x = tl.where(inside[None, :] & looks[:, None], x, -float("inf"))
-                    m, norm, acc = _soften_step(x, v, m, norm, acc, PRECISION)
-            for n0 in range(lo, hi, BN):
-                n = n0 + tl.arange(0, BN)
-                inside = n < hi
-                if MASKED:
-                    inside = inside & (tl.load(Seen + b * seen_b + n, mask=inside, other=0) != 0)
-                x, v = _scores(
-                    q,
-                    row_k,
-                    row_v,
-                    n % slots if RING else n,
-                    inside,
-                    real,
-                    s_t,
-                    scale,
-                    D,
-                    PRECISION,
-                )
-                within = n[None, :] >= firsts[:, None]
-                if SINKS:
-                    within = within | (n < sink_end)[None, :]
-                x = tl.where(inside[None, :] & looks[:, None] & within, x, -float("inf"))
-                m, norm, acc = _soften_step(x, v, m, norm, acc, PRECISION)
-            at_part = (b * H + h) * SPLITS + part
-            tl.store(
-                Partial + at_part[:, None] * D + d[None, :],
-                acc / tl.maximum(norm, 1e-30)[:, None],
-                mask=mine[:, None],
-            )
-            tl.store(PartialLse + at_part, m + tl.log2(norm), mask=mine)
+        row, at = b * s_b + hk * s_h, (b * H + h) * SPLITS
+        _step_stretch(
+            Q + b * q_b + h * q_h, NewK + b * k_b + hk * k_h, NewV, Keys + row, Values + row,
+            Route, Lengths + b, Seen + b * seen_b, SinkEnd + b, Partial + at * D, PartialLse + at,
+            part, hk, q_h, s_t, r_r, GROUP, UNIT, slots, full, local, window, scale,
+            SPLITS, STORE, RING, ROWS, BN, DIM, D, PRECISION, HELD, MASKED, SINKS,
+        )  # fmt: skip
     else:
-        k_plain = tl.load(PlainK + b * pk_b + hk * pk_h + d, mask=real, other=-float("inf")).to(
-            tl.float32
-        )
-        Value = NewV + b * v_b + hk * v_h
+        d = tl.arange(0, D)
+        real = d < DIM
+        plain_k = tl.load(PlainK + b * pk_b + hk * pk_h + d, mask=real, other=-float("inf"))
+        plain_k = plain_k.to(tl.float32)
+        PlainQ += b * pq_b
         if LINEAR and part == SPLITS:
-            h = hk * GROUP
             _step_state(
-                LinearState + (b * (H // GROUP) + hk) * DIM * (DIM + 1), Value,
-                PlainQ + b * pq_b + h * pq_h,
-                Out + (b * H + h) * DIM, phi(k_plain), 1.0, 1.0, pq_h, GROUP, Route, h, UNIT, r_r,
+                LinearState + (b * (H // GROUP) + hk) * DIM * (DIM + 1), NewV, PlainQ + h * pq_h,
+                Out + (b * H + h) * DIM, phi(plain_k), 1.0, 1.0, pq_h, GROUP, Route, h, UNIT, r_r,
                 linear, False, DIM, BC, D,
             )  # fmt: skip
         if GATED and part >= SPLITS + LINEAR:
-            h = hk * GROUP + part - SPLITS - LINEAR
-            sharpness = tl.exp(tl.load(LogScale + h).to(tl.float32))
-            gate = tl.load(Gate + h * DIM + d, mask=real, other=0.0).to(tl.float32)
-            logit = tl.sum(tl.where(real, k_plain, 0.0) * gate, 0) + tl.load(Bias + h).to(
-                tl.float32
+            h += part - SPLITS - LINEAR
+            feature, keep, sharpness = _gated_row(
+                plain_k, real, Gate + h * DIM, Bias + h, LogScale + h, d
             )
             _step_state(
-                GatedState + (b * H + h) * DIM * (DIM + 1), Value, PlainQ + b * pq_b + h * pq_h,
-                Out + (b * H + h) * DIM, _softmax(k_plain, sharpness),
-                1.0 / (1.0 + tl.exp(-logit)), sharpness, pq_h, 1,
+                GatedState + (b * H + h) * DIM * (DIM + 1), NewV, PlainQ + h * pq_h,
+                Out + (b * H + h) * DIM, feature, keep, sharpness, pq_h, 1,
                 Route, h, UNIT, r_r, gated, True, DIM, BC, D,
             )  # fmt: skip
 

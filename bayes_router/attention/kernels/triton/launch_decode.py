@@ -36,6 +36,14 @@ class GatedStep(NamedTuple):
     log_scale: Tensor
 
 
+def _stretches(keys: int, rows: int) -> int:
+    """Into how many stretches the keys of a row and key head are cut: a power of 2, at most 64."""
+    most, splits = min(64, keys // MIN_KEYS, max(PROGRAMS // max(rows, 1), 1)), 1
+    while splits * 2 <= most:
+        splits *= 2
+    return splits
+
+
 def decode_step(
     q: Tensor,
     k: Tensor,
@@ -63,12 +71,11 @@ def decode_step(
     Rows of experts that are not named here are not written.
 
     Args:
-        q: [B, H, 1, Dh]; k, v, plain_q and plain_k likewise, of the new token; the last dimension
-            contiguous.
-        k: see q.
-        v: see q.
-        plain_q: see q.
-        plain_k: see q.
+        q: [B, H, 1, Dh] of the new token, with its positions; the last dimension contiguous.
+        k: [B, Hkv, 1, Dh], likewise.
+        v: as k.
+        plain_q: as q, without positions.
+        plain_k: as k, without positions.
         keys: the store [B, Hkv, S, Dh], written at `lengths`; None where no expert looks at keys.
         values: as keys, with its strides.
         state: the linear state [B, Hkv, Dh, Dh + 1] float32, advanced in place; None where no
@@ -91,16 +98,13 @@ def decode_step(
     (B, H, _, dim), Hkv = q.shape, k.shape[1]
     stored = keys if keys is not None and values is not None else k
     slots = stored.shape[2] if slots is None else slots
-    splits = 1
-    while splits * 2 <= min(64, stored.shape[2] // MIN_KEYS, max(PROGRAMS // max(B * Hkv, 1), 1)):
-        splits *= 2
+    splits = _stretches(stored.shape[2], B * Hkv)
     D, group = head_size(dim), H // Hkv
     out = torch.empty(B, H, 1, dim, device=q.device, dtype=q.dtype)
     partial = torch.empty(B, H, splits, D, device=q.device, dtype=torch.float32)
     partial_lse = torch.empty(B, H, splits, device=q.device, dtype=torch.float32)
     none = GatedStep(-1, partial, partial, partial, partial)  # never read
     number, gated_state, gate, bias, log_scale = none if gated is None else gated
-    full, linear, local = native
     strides = [s for x in (q, k, v, plain_q, plain_k) for s in x.stride()[:2]]
     ways, unit = (route.stride(0), route.stride(2)), H // route.shape[2]
     fixed_rows = max(16, triton.next_power_of_2(group))
@@ -112,18 +116,16 @@ def decode_step(
         gated_state, gate, bias, log_scale, route, lengths, out, partial, partial_lse,
         route if seen is None else seen, lengths if sink_end is None else sink_end, *strides,
         *stored.stride()[:3],
-        *ways, 0 if seen is None else seen.stride(0), H, group, unit, slots, full, linear, local,
-        number, window,
-        LOG2_E / dim**0.5,
+        *ways, 0 if seen is None else seen.stride(0), H, group, unit, slots, *native, number,
+        window, LOG2_E / dim**0.5,
         LINEAR=state is not None, GATED=gated is not None, STORE=keys is not None and not held,
-        RING=ring,
-        ROWS=fixed_rows, BC=min(D, STATE_ENTRIES // D), PRECISION=precision(q), HELD=held,
+        RING=ring, ROWS=fixed_rows, BC=min(D, STATE_ENTRIES // D), PRECISION=precision(q), HELD=held,
         MASKED=seen is not None, SINKS=sink_end is not None, num_warps=4, num_stages=3, **fixed,
     )  # fmt: skip
     launch(
         join_kernel, (H, B),
         partial, partial_lse, route, lengths, out, *ways, H, group, unit,
         slots if keys is not None and not ring else 2**31 - 1,
-        num_experts, full, local, window, ROWS=fixed_rows, num_warps=4, **fixed,
+        num_experts, native[0], native[2], window, ROWS=fixed_rows, num_warps=4, **fixed,
     )  # fmt: skip
     return out
