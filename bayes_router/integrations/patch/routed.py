@@ -8,19 +8,15 @@ its own.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Dirichlet
 
 from bayes_router.attention.experts.contract import Expert
 from bayes_router.attention.kernels.capability import HAS_TRITON, TYPES
 from bayes_router.checks import choose, require
-from bayes_router.data.stream import TokenStream
-from bayes_router.hub import push
 from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.integrations.calls.fused_router import (
     FULL_UP_TO,
@@ -41,27 +37,22 @@ from bayes_router.integrations.patch.cost import (
     layer_prior,
     layer_reads,
 )
-from bayes_router.integrations.patch.following import Following
 from bayes_router.integrations.patch.found import Found, model_config
-from bayes_router.integrations.patch.freezing import Frozen
 from bayes_router.integrations.patch.identity import Identity, identity
-from bayes_router.integrations.patch.passes import Here, Observe, Pass, recomputing
-from bayes_router.integrations.patch.saving import PatchRecord, save_patch
-from bayes_router.integrations.patch.settings import FitRecord, RouterConfig
+from bayes_router.integrations.patch.passes import Here, Observe, recomputing
+from bayes_router.integrations.patch.savable import Savable
+from bayes_router.integrations.patch.settings import RouterConfig
 from bayes_router.integrations.patch.sharing import share_gradients
 from bayes_router.integrations.patch.watch import TrainingWatch
 from bayes_router.routing.controller import MetaController
 from bayes_router.routing.force import Force, forced_route
-from bayes_router.routing.guard import UNKNOWN, Guard, guarded
-from bayes_router.routing.policy import Argmax, Policy, execute
-from bayes_router.routing.statistics import RoutingStatistics, routing_statistics
-from bayes_router.routing.tilt import tilted_kl, tilted_moments
+from bayes_router.routing.policy import Argmax, Policy
 from bayes_router.types import Route, RouteBy, RoutingMode
 
 START_SHARE = 0.9
 
 
-class RoutedModel(Following):
+class RoutedModel(Savable):
     """A model whose attention layers route their tokens; what `patch` returns.
 
     Its own state holds what was added and nothing else. Evaluation mode executes the policy's
@@ -90,10 +81,6 @@ class RoutedModel(Following):
     """
 
     full_up_to: int = FULL_UP_TO
-
-    fitted: FitRecord | None = None
-    frozen: Frozen | None = None
-    held_out: TokenStream | None = None
 
     def __init__(self, model: nn.Module, found: list[Found], settings: RouterConfig):
         super().__init__(model, found)
@@ -148,11 +135,6 @@ class RoutedModel(Following):
         total = torch.tensor(self.prior.total_concentration)[:, None]  # [L, 1]
         self.controller.start_at((share * total).clamp_min(2 * self.controller.floor))
         self.follow()
-
-    @property
-    def experts(self) -> tuple[str, ...]:
-        """Names, in the order of the routing latent."""
-        return self.settings.experts
 
     @property
     def counted_experts(self) -> list[Expert]:
@@ -266,79 +248,6 @@ class RoutedModel(Following):
         weighed = isinstance(self._force, Tensor) and self._force.is_floating_point()
         return known and sizes and HAS_TRITON and self.executes and not weighed
 
-    def posterior(self, index: int, hidden: Tensor) -> Dirichlet:
-        """The posterior of a layer's routes for what its controller reads, [B, T, D].
-
-        Frozen units are not computed, and near certain.
-        """
-        if self.frozen is None:
-            return self.controller.posterior(index, hidden)
-        _, live = self.frozen.at(index, hidden.device)
-        chosen = self.controller.posterior(index, hidden, live).concentration if len(live) else None
-        floor = self.controller.floor
-        return Dirichlet(
-            self.frozen.filled(index, chosen, hidden, len(self.experts), floor), validate_args=False
-        )
-
-    def thaw(self) -> None:
-        """Let every unit choose again. A cache that was freed stays so: read its text anew."""
-        self.frozen = None
-
-    def require_thawed(self, what: str) -> None:
-        """ValueError where units are frozen, which have no posterior."""
-        got = None if self.frozen is None else f"{self.frozen.number} frozen"
-        require(got is None, what, "units that all choose", got, "call thaw() first")
-
-    def note(self, index: int, q: Dirichlet, executed: Tensor) -> None:
-        """Keep how a layer routed the pass under way."""
-        last = self.here.slot.last
-        last.concentration[index], last.executed[index] = q.concentration, executed
-
-    @property
-    def last(self) -> Pass:
-        """How this thread's last pass was routed.
-
-        A handle, with the graph that `kl` needs until the pass went backward.
-        """
-        return self.here.slot.last
-
-    def decide(self, index: int, q: Dirichlet, mode: RoutingMode, hidden: Tensor) -> Tensor:
-        """The route that a layer executes for what its controller reads.
-
-        A policy that knows costs is told the layer's own.
-        """
-        alarm = self._alarm(index, hidden) if mode is RoutingMode.HARD else None
-        executed = execute(q, mode, self._policy_of(index), alarm)
-        return executed if self.frozen is None else self.frozen.fix(index, executed)
-
-    def _policy_of(self, index: int) -> Any:
-        policy: Any = self.policy
-        if index in self._own_costs and getattr(policy, "cost_ratio", None) == tuple(
-            self.cost_ratio.tolist()
-        ):
-            policy = replace(policy, cost_ratio=self._own_costs[index])
-        return policy
-
-    def _alarm(self, index: int, hidden: Tensor) -> Tensor | None:
-        """Which tokens [B, T] a guard is alarmed by.
-
-        Its memory of the texts goes with the cache of the call under way.
-        """
-        if not isinstance(self.policy, Guard):
-            return None
-        call, past = self.here.call, None
-        memory = None if call is None else call.memory
-        if memory is not None:
-            past = None if memory.begins else UNKNOWN if memory.beside is None else memory.beside
-        elif call is not None and call.causal and call.q.shape[2] < call.k.shape[2]:
-            past = UNKNOWN  # a cache that nothing can be kept beside
-        alarm, state = guarded(
-            self.policy, self.controller.evidence, index, hidden, past, self.last.real.get(index)
-        )
-        if memory is not None:
-            memory.beside = state
-        return alarm
-
     def execute(
         self, index: int, route: Tensor | int, call: AttentionCall, hidden: Tensor
     ) -> Tensor:
@@ -384,71 +293,6 @@ class RoutedModel(Following):
         """Whether calls are shown to an observer, every token on full attention."""
         return self.here.observe is not None
 
-    def kl(self, of: Pass | None = None) -> Tensor:
-        """KL(posterior || prior) of a pass, nats per real token, summed over layers and units.
-
-        task loss + weight * kl is a negative ELBO.
-
-        The prior is tilted by its price: KL(q || Dirichlet) + price * cost . E_q[route] + log Z, a
-        layer's own costs. Padding is no token. The last pass of this thread by default, which has a
-        gradient until the pass went backward: a pass of which more is wanted is kept by holding
-        `last`.
-
-        Raises:
-            ValueError: nothing was routed in that pass, all of it was forced, or units are frozen.
-        """
-        self.require_thawed("kl")
-        prior, tilt = self.prior.concentration, self.price * self.layer_cost  # [L, E]
-        log_z = tilted_moments(prior, tilt).log_normaliser  # [L]
-        routed, terms = self._routed(of), []
-        routed.kl_taken = True
-        for layer, q in sorted(routed.concentration.items()):
-            # over units
-            of_token = tilted_kl(q, prior[layer].to(q), tilt[layer], log_z[layer].to(q)).sum(-1)
-            terms.append(routed.mean(layer, of_token))
-        return torch.stack([term.to(terms[0].device) for term in terms]).sum()
-
-    @property
-    def price(self) -> float:
-        """The price of the prior, nats per unit of cost: where the fit ended, or as patched."""
-        return self.settings.prior.price if self.fitted is None else self.fitted.price
-
-    def statistics(self, of: Pass | None = None) -> list[RoutingStatistics]:
-        """How each layer routed the real tokens of a pass, by default the last of this thread."""
-        routed = self._routed(of).detached()
-        return [
-            routing_statistics(
-                routed.tokens(i, q),
-                routed.tokens(i, routed.executed[i]),
-                self.layer_cost[i].to(q.device),
-                self.experts,
-            )
-            for i, q in sorted(routed.concentration.items())
-        ]
-
-    def _routed(self, of: Pass | None) -> Pass:
-        routed = self.last if of is None else of
-        require(
-            not routed.on_full,
-            "last pass",
-            f"a text of more than {self.full_up_to} tokens, or router.full_up_to = 0",
-            "a shorter one: routing would not save time, and every token took full",
-        )
-        unrouted = [one.name for i, one in enumerate(self.found) if i not in routed.concentration]
-        require(
-            not unrouted,
-            "last pass",
-            f"posteriors of all {len(self.layers)} layers",
-            f"none of {', '.join(unrouted)}",
-            "run the model once, not forced; layers that never route (cross-attention) are left "
-            "out by patch(layers=...)",
-        )
-        return routed
-
-    @property
-    def _executed(self) -> dict[int, Tensor]:
-        return self.last.executed
-
     def unpatch(self) -> nn.Module:
         """Take everything off the model again and return it.
 
@@ -491,44 +335,6 @@ class RoutedModel(Following):
         as DistributedDataParallel does with those of the model. `RoutingTrainer` calls it.
         """
         self.watch.shared = share_gradients(self.parameters()).size > 1
-
-    def save(self, folder: Any, held_out: bool = False) -> None:
-        """Write what was added, see `load_patch`. None of your text is written, unless asked for.
-
-        With `held_out` also up to 32,768 tokens of the text that `fit` held out, as they are, for
-        `bayes-router inspect` and `report` to show; without them these ask for a text.
-
-        Warns:
-            UserWarning: the model's own weights moved since the patch (a fit with `weights_lr`,
-                training of your own): the patch then fits that model alone, which has to be saved
-                beside it.
-        """
-        record = PatchRecord(
-            self.model, type(self).__name__, self.state_dict(), self.settings, self.policy,
-            self.fitted, self.made_for,
-            self.held_out if held_out else None, self.controller.evidence, self.controller.risk,
-            self.frozen,
-        )  # fmt: skip
-        save_patch(record, folder)
-
-    def save_pretrained(self, folder: Any, held_out: bool = False) -> None:
-        """`save`, by the name that Hugging Face's models have for it.
-
-        `Router.from_pretrained` reads it.
-        """
-        self.save(folder, held_out)
-
-    def push_to_hub(self, name: str, *, private: bool = True, token: str | None = None) -> str:
-        """Save to a repository of the Hugging Face hub, with its card; the address.
-
-        No text is sent.
-
-        Args:
-            name: OWNER/REPOSITORY, made if it is not there.
-            private: of a repository that is made.
-            token: of an account that may write there; by default the one that is logged in.
-        """
-        return push(self.save, name, private, token)
 
     def bind(self) -> None:
         """Give every found module its binding."""

@@ -107,25 +107,25 @@ def decode_step(
     number, gated_state, gate, bias, log_scale = none if gated is None else gated
     strides = [s for x in (q, k, v, plain_q, plain_k) for s in x.stride()[:2]]
     ways, unit = (route.stride(0), route.stride(2)), H // route.shape[2]
-    fixed_rows = max(16, triton.next_power_of_2(group))
-    fixed = {"SPLITS": splits, "BN": 64 if D <= 64 else 32, "DIM": dim, "D": D}
+    rows = max(16, triton.next_power_of_2(group))
+    fixed = {"SPLITS": splits, "ROWS": rows, "BN": 64 if D <= 64 else 32, "DIM": dim, "D": D}
+    fixed["num_warps"] = 4
     launch(
         decode_kernel, (splits + (state is not None) + group * (gated is not None), Hkv, B),
         q, k, v, plain_q, plain_k, stored, stored if values is None else values,
         partial if state is None else state,
         gated_state, gate, bias, log_scale, route, lengths, out, partial, partial_lse,
         route if seen is None else seen, lengths if sink_end is None else sink_end, *strides,
-        *stored.stride()[:3],
-        *ways, 0 if seen is None else seen.stride(0), H, group, unit, slots, *native, number,
-        window, LOG2_E / dim**0.5,
+        *stored.stride()[:3], *ways, 0 if seen is None else seen.stride(0),
+        H, group, unit, slots, *native, number, window, LOG2_E / dim**0.5,
         LINEAR=state is not None, GATED=gated is not None, STORE=keys is not None and not held,
-        RING=ring, ROWS=fixed_rows, BC=min(D, STATE_ENTRIES // D), PRECISION=precision(q), HELD=held,
-        MASKED=seen is not None, SINKS=sink_end is not None, num_warps=4, num_stages=3, **fixed,
+        RING=ring, HELD=held, MASKED=seen is not None, SINKS=sink_end is not None,
+        BC=min(D, STATE_ENTRIES // D), PRECISION=precision(q), num_stages=3, **fixed,
     )  # fmt: skip
     launch(
         join_kernel, (H, B),
         partial, partial_lse, route, lengths, out, *ways, H, group, unit,
         slots if keys is not None and not ring else 2**31 - 1,
-        num_experts, native[0], native[2], window, ROWS=fixed_rows, num_warps=4, **fixed,
+        num_experts, native[0], native[2], window, **fixed,
     )  # fmt: skip
     return out
