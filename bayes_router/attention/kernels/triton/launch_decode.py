@@ -87,8 +87,7 @@ def decode_step(
         window: of the local expert.
         gated: the gated expert, if there is one.
         num_experts: how many a route chooses from.
-        slots: of the store, those in use: a row that is longer is a device-side assertion; default
-            S.
+        slots: of the store, those in use, by default all; a longer row is a device-side assertion.
         ring: position p is in slot p mod slots, and no expert looks further back than that.
         held: the new key and value stand in the store already, at `lengths`; k and v are not read.
         seen: bool [B, S], which stored keys are seen at all; None: all.
