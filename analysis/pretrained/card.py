@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from analysis.pretrained.smollm import load_model
+from analysis.pretrained.loading import load_model
 from analysis.pretrained.study import Reader, Setting
 from analysis.pretrained.table import lines, percent, standard_error
 from analysis.pretrained.texts import load

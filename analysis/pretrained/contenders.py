@@ -6,7 +6,7 @@ What each costs, in keys and in ms.
 import math
 import statistics
 import time
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Optional
 
@@ -191,7 +191,7 @@ def median_ms(run: Callable[[], Any], device: torch.device, repeats: int) -> flo
 @torch.no_grad()
 def timings(
     router: RoutedPretrained, tokens: Tensor, route: Optional[Route], repeats: int
-) -> dict[Hashable, Any]:
+) -> dict[str, Any]:
     """Prefill of [1, T], and one decoding step behind it, ms.
 
     The model as it is used, by its own forward pass.

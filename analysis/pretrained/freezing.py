@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.pretrained.smollm import load_model
+from analysis.pretrained.loading import load_model
 from analysis.pretrained.study import Reader
 from analysis.pretrained.table import lines
 from analysis.pretrained.texts import load

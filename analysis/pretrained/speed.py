@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from analysis.pretrained.contenders import executed_cost
-from analysis.pretrained.smollm import load_model, load_streams
+from analysis.pretrained.loading import load_model, load_streams
 from bayes_router.benchmark.rows import Rows
 from bayes_router.integrations.huggingface.model import RoutedPretrained
 from bayes_router.integrations.patching import load_patch, patch

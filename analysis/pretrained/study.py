@@ -31,9 +31,9 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 from analysis.pretrained.contenders import executed_cost, share, window_of, windowed
+from analysis.pretrained.loading import load_model
 from analysis.pretrained.retrieval import TASKS, Answered, Haystack, Question, prompts, score
 from analysis.pretrained.rivals import blind, passkeys
-from analysis.pretrained.smollm import load_model
 from analysis.pretrained.texts import load
 from bayes_router.benchmark.rows import Rows
 from bayes_router.config import PriorConfig, ScheduleConfig

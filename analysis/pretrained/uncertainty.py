@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 
 from analysis.figures import write
-from analysis.pretrained.smollm import load_model
+from analysis.pretrained.loading import load_model
 from analysis.pretrained.uncertain_passes import (
     PatchReading,
     ReadArrays,

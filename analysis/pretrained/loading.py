@@ -1,0 +1,42 @@
+"""What the studies of pretrained models load, and how long a part of one took."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bayes_router.data.stream import TokenStream
+from bayes_router.integrations.huggingface.loading import load_base
+
+
+@cache
+def load_model(folder: Path, device: torch.device, dtype: str = "auto") -> Any:
+    """The pretrained model in evaluation mode.
+
+    By default in bfloat16 on a GPU and float32 on a CPU.
+    """
+    gguf = next((file.name for file in folder.glob("*.gguf")), None)
+    kind = ("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype
+    return load_base(str(folder), gguf, device, dtype=getattr(torch, kind))
+
+
+def load_streams(path: Path, vocab_size: int) -> dict[str, TokenStream]:
+    """The texts by name."""
+    with np.load(path) as held:
+        return {
+            name: TokenStream(torch.from_numpy(held[name].astype(np.int64)), vocab_size, name)
+            for name in held.files
+        }
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Say how long it took."""
+    started = time.perf_counter()
+    yield
+    print(f"[{name}: {time.perf_counter() - started:.1f} s]", flush=True)
