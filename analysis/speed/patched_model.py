@@ -23,8 +23,13 @@ SHAPES = {
 }
 
 
-def build(shape: str, layers: int | None = None) -> LlamaForCausalLM:
-    """Random weights, on the CPU, float32."""
+def build(
+    shape: str,
+    layers: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> LlamaForCausalLM:
+    """Random weights, made where they stay: a GPU takes no time for it."""
     width, inner, depth, heads, kv_heads = SHAPES[shape]
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -36,7 +41,8 @@ def build(shape: str, layers: int | None = None) -> LlamaForCausalLM:
         max_position_embeddings=131_072,
     )
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).eval()
+    with torch.device(device):
+        return LlamaForCausalLM(config).to(dtype).eval()
 
 
 def routed(model: LlamaForCausalLM, unit: str) -> RoutedPretrained:

@@ -1,8 +1,4 @@
-"""The setting `graphs` of a patched language model.
-
-There are no CUDA graphs on a CPU: what is captured is kept as it was called there, and called again
-into the same memory, which is all that a graph does.
-"""
+"""The setting `graphs` of a patched language model."""
 
 import copy
 from collections.abc import Callable
@@ -16,48 +12,15 @@ pytest.importorskip("transformers", minversion="5.0")
 from transformers import DynamicCache, StaticCache  # noqa: E402
 
 from bayes_router.integrations.huggingface import graphs as engine  # noqa: E402
-from bayes_router.integrations.huggingface import replay, replayable  # noqa: E402
 from bayes_router.integrations.patching import patch  # noqa: E402
 from bayes_router.routing.policy import Budget  # noqa: E402
+from tests.integrations.graphs_anywhere import Again, install  # noqa: E402
 from tests.integrations.tiny_models import patched, tokens  # noqa: E402
-
-
-class Again:
-    """In the place of a graph."""
-
-    captured = replayed = 0
-
-    def __init__(self, run: Callable[[], Any], found: Any):
-        self.run, self.found = run, found
-
-    def replay(self) -> None:
-        Again.replayed += 1
-        for old, new in zip(*(tensors(x) for x in (self.found, self.run())), strict=True):
-            old.copy_(new)
-
-
-def tensors(found: Any) -> list[Tensor]:
-    """What a pass leaves: its hidden states and how it was routed."""
-    if isinstance(found, Tensor):
-        return [found]
-    return [found[0], *found[1].concentration.values(), *found[1].executed.values()]
 
 
 @pytest.fixture
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    def capture(self: Any, run: Callable[[], Any], back: Any = lambda: None) -> Any:
-        Again.captured += 1
-        run()
-        back()
-        found = run()
-        back()
-        return Again(run, found), found
-
-    Again.captured = Again.replayed = 0
-    monkeypatch.setattr(engine, "require_cuda", lambda model: None)
-    monkeypatch.setattr(replay, "require_cuda", lambda model: None)
-    monkeypatch.setattr(replayable, "on_device", lambda tokens: True)
-    monkeypatch.setattr(engine.Graphs, "_capture", capture)
+    install(monkeypatch)
 
 
 def model_and_router(name: str = "llama", **settings: Any) -> tuple[Any, Any]:

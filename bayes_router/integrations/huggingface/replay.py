@@ -120,7 +120,7 @@ class Replay:
     ) -> Any:
         """One call of the stack."""
         router = self.router()
-        if router is None or getattr(self._here, "captures", False):
+        if router is None or getattr(self._here, "captures", False) or captured_elsewhere():
             return own(*args, **kwargs)
         asked = read(router, base, args, kwargs)
         if isinstance(asked, str):
@@ -199,6 +199,11 @@ class Replay:
 
     def _step(self, store: LentKeys, asked: Replayable) -> Any:
         return store.graphs.append(asked.tokens, **asked.inputs)
+
+
+def captured_elsewhere() -> bool:
+    """Whether somebody captures a graph of their own around this call."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def nothing() -> None:

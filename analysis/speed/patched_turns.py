@@ -1,0 +1,95 @@
+"""Contenders of `analysis.speed.patched` that take turns, and their table."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import LlamaForCausalLM
+
+from bayes_router.benchmark.rows import Rows
+from bayes_router.timing import device_name, isolated_ms
+
+
+@contextmanager
+def only(backend: SDPBackend | None) -> Iterator[None]:
+    """Torch's own choice, or one backend."""
+    with ExitStack() as stack:
+        if backend is not None:
+            stack.enter_context(sdpa_kernel([backend]))
+        yield
+
+
+def nothing() -> None:
+    """No preparation."""
+
+
+class Timed(NamedTuple):
+    """The share of its tokens on full, what is timed, and what is done before, which is not."""
+
+    on_full: float
+    call: Callable[[], object]
+    prepare: Callable[[], object] = nothing
+
+
+class Models(NamedTuple):
+    """One shape twice, with the same weights; the second is patched."""
+
+    plain: LlamaForCausalLM
+    model: LlamaForCausalLM
+
+
+class Turns:
+    """Contenders that take turns, and the table."""
+
+    def __init__(self, path: Path | None, turns: int, device: torch.device, seconds: float):
+        facts = {"device": device_name(device), "torch": torch.__version__}
+        self.rows, self.turns, self.device = Rows(path, facts), turns, device
+        self.end, self.left_out = time.perf_counter() + seconds, list[str]()
+
+    def fits(self, **facts: Any) -> bool:
+        """Whether there is time for a group; else it is kept in `left_out`."""
+        late = time.perf_counter() > self.end
+        if late:
+            self.left_out.append(" ".join(str(fact) for fact in facts.values()))
+        return not late
+
+    def group(self, facts: dict[str, Any], contenders: dict[str, Timed]) -> None:
+        """Time the contenders; a name that begins with `unpatched` is a rival."""
+        able: dict[str, Callable[[], object]] = {}
+        for name, contender in contenders.items():
+            try:
+                for _ in range(2):
+                    contender.prepare()
+                    contender.call()
+                able[name] = contender.call
+            except (torch.cuda.OutOfMemoryError, RuntimeError) as error:
+                torch.cuda.empty_cache()
+                print(f"{facts} {name}: left out, {str(error).splitlines()[0]}", flush=True)
+        turns: list[dict[str, float]] = [{} for _ in range(self.turns)]
+        for turn in turns:
+            for name, call in able.items():
+                contenders[name].prepare()
+                turn[name] = isolated_ms(call, self.device)[1]
+        ms = {name: statistics.median(turn[name] for turn in turns) for name in able}
+        best = min((name for name in ms if name.startswith("unpatched")), key=ms.__getitem__)
+        for name, value in ms.items():
+            ratio = statistics.median(turn[name] / turn[best] for turn in turns)
+            row = {
+                **facts,
+                "contender": name,
+                "on_full": contenders[name].on_full,
+                "ms": value,
+                "ratio": ratio,
+                "best": best,
+            }
+            self.rows.add(row)
+            words = "  ".join(str(x) for x in facts.values())
+            print(
+                f"{words:58} {name:34} {row['on_full']:.2f} {value:9.2f} ms  {ratio:.3f}",
+                flush=True,
+            )
