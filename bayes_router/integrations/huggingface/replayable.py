@@ -13,7 +13,9 @@ from bayes_router.integrations.huggingface.interface import keep_hidden, require
 from bayes_router.integrations.huggingface.language import RoutedLanguage
 from bayes_router.routing.policy import Argmax, Budget, Conservative
 
-KNOWN = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache")
+USUAL = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache")
+IDLE = ("cache_position", "return_dict")
+"""What `generate` of some versions adds, and positions and cache say already."""
 
 
 class Replayable(NamedTuple):
@@ -61,11 +63,11 @@ def refused(
 ) -> str | None:
     """Why no call like this is replayed; None: it may be."""
     tokens, config = given.get("input_ids"), getattr(base, "config", None)
-    # what the head's own call hands on and the stack ignores
     more = [
-        name for name, value in given.items() if name not in KNOWN and value not in (None, False)
+        name
+        for name, value in given.items()
+        if name not in (*USUAL, *IDLE) and value is not None and value is not False
     ]
-    more = [name for name in more if name != "return_dict"]
     shown = getattr(config, "output_hidden_states", False) or getattr(
         config, "output_attentions", False
     )
