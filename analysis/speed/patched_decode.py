@@ -110,7 +110,7 @@ def decode(bench: Turns, models: Models, facts: dict[str, Any], share: float) ->
     }
     bench.group(facts, contenders)
     assert router.last.replayed, router.last.as_called
-    router.replay = replay
+    router.replay, router.graphs = replay, False  # or its keys would wait for the collector
     router.unpatch()
 
 

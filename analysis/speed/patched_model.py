@@ -114,8 +114,10 @@ def read_routes(path: Path) -> Tensor:
 
 
 @contextmanager
-def executing(router: RoutedPretrained, on_full: Tensor) -> Iterator[None]:
+def executing(router: RoutedPretrained, on_full: Tensor) -> Iterator[Tensor]:
     """Every layer routes as it does, for as long as that takes, and then executes other routes.
+
+    It gives the choices, which a graph that is captured meanwhile reads as long as it is replayed.
 
     `on_full` is bool [L, T, R]; the experts are full and local, in this order.
     """
@@ -128,6 +130,6 @@ def executing(router: RoutedPretrained, on_full: Tensor) -> Iterator[None]:
 
     router.route_call = route_call  # type: ignore[method-assign]
     try:
-        yield
+        yield choices
     finally:
         del router.route_call

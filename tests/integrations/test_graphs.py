@@ -1,7 +1,10 @@
 """The setting `graphs` of a patched language model."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -184,6 +187,30 @@ def test_a_short_text_is_left_to_full_with_its_padding(
     model(tokens(1, 45), use_cache=False)
     model(tokens(1, 51), use_cache=False)
     assert lengths == [50, 64]
+
+
+@torch.no_grad()
+def test_keys_go_with_the_setting_and_not_with_the_collector(
+    anywhere: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def capture(self: Any, run: Callable[[], Any], back: Any = None) -> Any:
+        return SimpleNamespace(replay=lambda: None), run()  # as a graph, which holds no function
+
+    monkeypatch.setattr(engine.Graphs, "_capture", capture)
+    model, router = model_and_router()
+    router.graphs = True
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    model(tokens(1, 30), past_key_values=cache)
+    model(tokens(1, 1), past_key_values=cache)
+    keys = weakref.ref(cache.layers[0].keys)
+    gc.disable()
+    try:
+        del cache
+        assert keys() is not None  # for the next prompt
+        router.graphs = False
+        assert keys() is None
+    finally:
+        gc.enable()
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from bayes_router.checks import require
 from bayes_router.integrations.huggingface.graphs import Graphs, require_cuda
 from bayes_router.integrations.huggingface.language import RoutedLanguage
-from bayes_router.integrations.huggingface.replayable import Replayable, read
+from bayes_router.integrations.huggingface.replayable import Replayable, idle, read
 from bayes_router.integrations.patch.binding import replace_forward, router_of
 from bayes_router.integrations.patch.passes import Pass
 
@@ -110,6 +110,7 @@ class Replay:
         self._stores: list[LentKeys] = []
         self._turn, self._here = threading.RLock(), threading.local()
         self._state: Any = None
+        self._parts: Parts | None = None
         self._seen: Any = None  # the cache whose steps are known to be of this state
 
     def __reduce__(self) -> Any:
@@ -122,14 +123,16 @@ class Replay:
         router = self.router()
         if router is None or getattr(self._here, "captures", False) or captured_elsewhere():
             return own(*args, **kwargs)
-        asked = read(router, base, args, kwargs)
+        if self._parts is None or not self._parts.same():
+            self._parts, self._state = Parts(base), None
+        asked = read(router, base, args, kwargs, self._parts.hooked())
         if isinstance(asked, str):
             self._seen = None
             out = own(*args, **kwargs)
             router.last.as_called = asked
             return out
         with self._turn:
-            self._renew(router, base, asked)
+            self._renew(router, asked)
             self._here.captures = True
             try:
                 store = self._store(base, own, asked)
@@ -144,11 +147,13 @@ class Replay:
             past_key_values=asked.cache,
         )
 
-    def _renew(self, router: RoutedLanguage, base: nn.Module, asked: Replayable) -> None:
+    def _renew(self, router: RoutedLanguage, asked: Replayable) -> None:
         """Forget what was captured of another state of the model."""
         if not asked.first and self._seen is not None and self._seen() is asked.cache:
             return
-        state = state_of(router, base)
+        assert self._parts is not None
+        ours = tuple((p.data_ptr(), p._version) for p in router.controller.parameters())
+        state = self._parts.weights(), ours, router.policy, router.full_up_to
         if state != self._state:
             self._stores.clear()
             self._state = state
@@ -162,7 +167,7 @@ class Replay:
         if found is None:
             T = asked.tokens.shape[1]
             room = cache.layers[0].max_cache_len if known else bucketed(T)
-            graphs = Graphs(base, room, len(asked.tokens), call=self._call(own))
+            graphs = Graphs(base, room, len(asked.tokens), call=partial(one_pass, self.router, own))
             found = LentKeys(graphs, cache if known else None)
             if begun:
                 share(cache, graphs.cache)
@@ -170,17 +175,6 @@ class Replay:
             self._stores.remove(found)
         self._stores = [*self._stores, found][-STORES:]
         return found
-
-    def _call(self, own: Callable[..., Any]) -> Callable[..., Any]:
-        def call(tokens: Tensor, cache: Any, last: Any, **inputs: Tensor) -> tuple[Tensor, Pass]:
-            out = own(input_ids=tokens, past_key_values=cache, use_cache=True, **inputs)
-            more = [name for name in list(out) if name not in ANSWERED]
-            require(not more, "graphs", "a stack that answers hidden states alone", more)
-            router = self.router()
-            assert router is not None
-            return out.last_hidden_state, router.last
-
-        return call
 
     def _prompt(self, store: LentKeys, asked: Replayable) -> Any:
         router, T = self.router(), asked.tokens.shape[1]
@@ -193,8 +187,7 @@ class Replay:
             store.lend(asked.cache)
         elif asked.cache is not None:
             for index, layer in enumerate(store.graphs.cache.layers):
-                keys, values = layer.keys[:, :, :T], layer.values[:, :, :T]
-                asked.cache.update(keys.clone(), values.clone(), index)
+                fill(asked.cache, index, layer.keys[:, :, :T], layer.values[:, :, :T])
         return found
 
     def _step(self, store: LentKeys, asked: Replayable) -> Any:
@@ -204,6 +197,15 @@ class Replay:
 def captured_elsewhere() -> bool:
     """Whether somebody captures a graph of their own around this call."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def fill(cache: Any, index: int, keys: Tensor, values: Tensor) -> None:
+    """Append the first keys of a layer, which are copied once where the cache would twice."""
+    while len(cache.layers) <= index:
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[index]
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys.clone(), values.clone()
 
 
 def nothing() -> None:
@@ -224,8 +226,40 @@ def cut(of: Pass, T: int) -> Pass:
     return Pass(numbers, executed, real, on_full=set(of.on_full), replayed=True)
 
 
-def state_of(router: RoutedLanguage, base: nn.Module) -> Any:
-    """What a graph is captured of, beside its shapes."""
-    weights = tuple(p.data_ptr() for p in base.parameters())
-    ours = tuple((p.data_ptr(), p._version) for p in router.controller.parameters())
-    return weights, ours, router.policy, router.full_up_to
+def one_pass(
+    router: "weakref.ref[RoutedLanguage]", own: Any, tokens: Tensor, cache: Any, last: Any,
+    **inputs: Tensor,
+) -> tuple[Tensor, Pass]:  # fmt: skip
+    """What is captured: the stack's hidden states, and how it routed. Nothing of `Replay` is held,
+    else keys would wait for the cyclic collector.
+    """
+    out = own(input_ids=tokens, past_key_values=cache, use_cache=True, **inputs)
+    more = [name for name in list(out) if name not in ANSWERED]
+    require(not more, "graphs", "a stack that answers hidden states alone", more)
+    routed = router()
+    assert routed is not None
+    return out.last_hidden_state, routed.last
+
+
+class Parts:
+    """The modules of a stack as they were: what a replay passes by, and where weights lie."""
+
+    def __init__(self, base: nn.Module):
+        modules = list(base.modules())
+        self._children = [(m._modules, n, c) for m in modules for n, c in m._modules.items()]
+        self._weights = [(m._parameters, n) for m in modules for n in m._parameters]
+        self._hooks = [(type(m), x) for m in modules if m is not base
+                       for x in (m._forward_hooks, m._forward_pre_hooks)]  # fmt: skip
+
+    def same(self) -> bool:
+        """Whether these are the modules still."""
+        return all(at.get(name) is child for at, name, child in self._children)
+
+    def hooked(self) -> str | None:
+        """A kind of module with a hook that a replay would pass by."""
+        return next((kind.__name__ for kind, found in self._hooks
+                     if found and not all(map(idle, found.values()))), None)  # fmt: skip
+
+    def weights(self) -> tuple[Any, ...]:
+        """Where each weight lies, in order."""
+        return tuple(None if (p := at.get(n)) is None else p.data_ptr() for at, n in self._weights)

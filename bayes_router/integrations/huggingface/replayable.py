@@ -28,12 +28,12 @@ class Replayable(NamedTuple):
 
 
 def read(
-    router: RoutedLanguage, base: nn.Module, args: Any, kwargs: dict[str, Any]
+    router: RoutedLanguage, base: nn.Module, args: Any, kwargs: dict[str, Any], hooked: str | None
 ) -> Replayable | str:
     """What a call asks for, or why it runs as it is called."""
     given = dict(kwargs, input_ids=args[0]) if len(args) == 1 else kwargs
     tokens, cache = given.get("input_ids"), given.get("past_key_values")
-    why = refused(router, base, given, args)
+    why = refused(router, base, given, args, hooked)
     if why is not None:
         return why
     assert isinstance(tokens, Tensor)
@@ -59,7 +59,7 @@ def read(
 
 
 def refused(
-    router: RoutedLanguage, base: nn.Module, given: dict[str, Any], args: Any
+    router: RoutedLanguage, base: nn.Module, given: dict[str, Any], args: Any, hooked: str | None
 ) -> str | None:
     """Why no call like this is replayed; None: it may be."""
     tokens, config = given.get("input_ids"), getattr(base, "config", None)
@@ -81,10 +81,8 @@ def refused(
         return f"the policy {type(router.policy).__name__}"
     if not on_device(tokens):
         return f"a device without CUDA graphs, {tokens.device}"
-    for module in base.modules():
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if module is not base and hooks and not all(map(idle, hooks)):
-            return f"a hook on {type(module).__name__}, which a replay would pass by"
+    if hooked is not None:
+        return f"a hook on {hooked}, which a replay would pass by"
     return None
 
 
