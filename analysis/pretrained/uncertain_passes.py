@@ -23,7 +23,12 @@ from transformers import DynamicCache
 from bayes_router.data.stream import TokenStream
 from bayes_router.data.tokens import Batch
 from bayes_router.diagnostics.measures.evidence import token_scores
-from bayes_router.diagnostics.measures.regret import regret_row, with_regret
+from bayes_router.diagnostics.measures.regret import (
+    losses_of,
+    other_targets,
+    regret_row,
+    with_regret,
+)
 from bayes_router.files import write_whole
 from bayes_router.integrations.huggingface.language import Unforced
 from bayes_router.routing.policy import Policy, at_price
@@ -36,8 +41,8 @@ from bayes_router.types import RoutingMode
 
 ReadArrays = dict[str, np.ndarray]
 TOGETHER = 8  # forced pairs that step together, each over a cache of its own
-PRICES = tuple(float(p) for p in (-40, -6.4, -4.5, -3.2, -2.3, -1.6, -0.8, 0)) + (
-    0.4, 0.8, 1.1, 1.6, 2.3, 3.2, 4.5, 6.4, 40.0,
+PRICES = (-40.0, -4.5, -1.6, 0.0, 0.8, 1.1, 1.3) + tuple(1.6 * 2 ** (i / 6) for i in range(15)) + (
+    40.0,
 )  # fmt: skip
 """Nats per unit of cost, from the strongest policy to the cheapest: fixed before any text."""
 
@@ -47,9 +52,10 @@ class PatchReading(NamedTuple):
 
     context: int = 4096
     windows: int = 24  # of each text
-    calibration: int = 32  # windows of the own text, for promise and guard
+    calibration: int = 54  # windows of the own text, for promise and guard
     batch: int = 4  # windows at a time
-    tokens: int = 65_536  # to fit evidence on, and risk
+    tokens: int = 262_144  # to fit evidence on: a window of every novel
+    risk: int = 98_304  # to fit risk on
     steps: int = RiskFit().steps  # of the network that estimates risk
     promises: tuple[float, ...] = (0.005, 0.01)
     forced: int = 2  # positions of a window at which routes are forced
@@ -133,23 +139,35 @@ def flat(batches: list[Batch]) -> Tensor:
 
 
 def evidence(study: Study) -> ReadArrays:
-    """Density of the fit's text, then how foreign each token of each text is."""
-    plan, found = study.plan, {}
-    study.router.fit_evidence(
-        study.fit, context=plan.context, batch_size=plan.batch, tokens=plan.tokens
-    )
-    for name, batches in study.texts.items():
-        scores = token_scores(study.router, flat(batches), plan.context)
-        found |= {f"{name}/{score}": x.astype(np.float16) for score, x in scores.items()}
+    """Density of the fit's text, then how foreign each token of each text is.
+
+    As a control, a density of the first half of the fit's novels, then windows of the same half
+    that it did not read, and of the other half: by authors whom it does not know, and the patch
+    does.
+    """
+    plan, router, found, half = study.plan, study.router, {}, len(study.fit) // 2
+    parts = study.fit[:half], study.fit[half:]
+    names = ("same authors", "other authors")
+    control = {
+        name: windows_of(part, plan.windows, plan.batch, plan.context, 1)
+        for name, part in zip(names, parts, strict=True)
+    }
+    for text, texts in ((parts[0], control), (study.fit, study.texts)):
+        limit = plan.tokens if texts is study.texts else plan.tokens // 2
+        router.fit_evidence(text, context=plan.context, batch_size=plan.batch, tokens=limit)
+        for name, batches in texts.items():
+            scores = token_scores(router, flat(batches), plan.context)
+            found |= {f"{name}/{score}": x.astype(np.float16) for score, x in scores.items()}
     return found
 
 
 def risk(study: Study) -> ReadArrays:
     """A head fitted on the fit's text, its estimate, the true KL and the entropy by text."""
     plan, router, found = study.plan, study.router, {}
-    windows = TokenStream(study.fit, router.config.vocab_size).windows(plan.context, plan.batch)
+    stream = TokenStream(study.fit, router.config.vocab_size)
+    windows = stream.windows(plan.context, plan.batch, plan.risk, spread=True)
     settings = RiskFit(steps=plan.steps)
-    head = fit_risk(router, windows, router.unrouted, tokens=plan.tokens, settings=settings)
+    head = fit_risk(router, windows, router.unrouted, tokens=plan.risk, settings=settings)
     for name, batches in study.texts.items():
         parts = [(head(d.features), d.kl, d.features[..., -2]) for d in each(study, batches)]
         for key, part in zip(("estimate", "kl", "entropy"), zip(*parts, strict=True), strict=True):
@@ -273,24 +291,27 @@ def regret_of(study: Study, windows: Tensor, seed: int = 0) -> pd.DataFrame:
         L, _, T, R = out.route.shape
         for t in sorted(random.choice(np.arange(first, T - 1), plan.forced, replace=False)):
             pairs = [divmod(int(p), R) for p in random.choice(L * R, plan.units, replace=False)]
-            loss = torch.cat([
-                step_losses(router, cache, ids, int(t), out.route[:, :, t], pairs[i : i + TOGETHER])
+            logits = torch.cat([
+                step_logits(router, cache, ids, int(t), out.route[:, :, t], pairs[i : i + TOGETHER])
                 for i in range(0, len(pairs), TOGETHER)
             ])  # fmt: skip
+            loss = losses_of(logits, ids[t + 1].expand(len(pairs))).cpu()
+            taken = torch.tensor([int(out.route[layer, 0, t, unit]) for layer, unit in pairs])
+            redrawn = other_targets(logits, taken, sequence * T + int(t))
             log_p = out.logits[0, t].double().log_softmax(-1)
             entropy = float(-(log_p.exp() * log_p).sum())
-            for (layer, unit), one in zip(pairs, loss, strict=True):
+            for i, (layer, unit) in enumerate(pairs):
                 where = {"sequence": sequence, "position": int(t), "layer": layer, "unit": unit}
                 q = out.concentration[layer, 0, t, unit].double().cpu()
-                choice = int(out.route[layer, 0, t, unit])
-                rows.append(where | regret_row(experts, choice, one, q, entropy))
+                row = regret_row(experts, int(taken[i]), loss[i], q, entropy)
+                rows.append(where | row | {name: float(x[i]) for name, x in redrawn.items()})
     return with_regret(pd.DataFrame(rows), experts)
 
 
-def step_losses(
+def step_logits(
     router: Any, cache: Any, ids: Tensor, t: int, choice: Tensor, pairs: list[tuple[int, int]]
 ) -> Tensor:
-    """Nats of the token after `t` under every expert of each (layer, unit), [P, E].
+    """Logits of the token after `t` under every expert of each (layer, unit), [P, E, V].
 
     The choice [L, 1, R] is that of all others.
     """
@@ -304,7 +325,7 @@ def step_losses(
         cut.update(keys, values, i)
     step = ids[t : t + 1].expand(n, 1)
     logits = router(step, force=forced, past_key_values=cut, use_cache=True).logits[:, -1]
-    return token_nll(logits, ids[t + 1].expand(n)).view(-1, E).cpu()
+    return logits.unflatten(0, (-1, E))
 
 
 PARTS: dict[str, Callable[..., ReadArrays]] = {

@@ -2,7 +2,7 @@
 
 Of the arrays of `analysis.pretrained.uncertain_passes`, reached by
 
-    python -m analysis.posterior PATCH --model MODEL --tokens TOKENS.npz [--device cuda]
+    python -m analysis.posterior PATCH --model MODEL --token-file TOKENS.npz [--device cuda]
 
 PATCH is a folder, or the name of a patch that comes with the package; the policy is the one that
 it was saved with, but for promise and guard, which choose their own price. TOKENS.npz is written by
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import binomtest
 
 from analysis.figures import write
 from analysis.pretrained.loading import load_model
@@ -41,18 +42,21 @@ from bayes_router.training.guarantee import keep_promise
 TOLERANCES = (0.001, 0.0001)  # nats: one head of one layer at one token is worth no more
 LOST = (0.0025, 0.005, 0.01)
 RESPLITS = 400
+SIZES = 5  # numbers of windows that a promise is made on, doubled each
 STRIDE = 8  # of the tokens of a window, for intervals of an order
 
 
 def evidence(found: ReadArrays, draws: int) -> pd.DataFrame:
-    """AUROC of each score against the own text."""
-    rows = []
-    for name in texts_of(found):
+    """AUROC of each score against the own text; of the control, against the same authors'."""
+    rows, control = [], ("other authors", "same authors")
+    pairs = [(name, "own") for name in texts_of(found) if name not in control]
+    for name, like in [*pairs, *([control] if f"{control[0]}/token" in found else [])]:
         for score in ("recent", "passage", "token", "posterior", "nll"):
-            other, own = (found[f"{text}/{score}"].astype(np.float64) for text in (name, "own"))
+            other, own = (found[f"{text}/{score}"].astype(np.float64) for text in (name, like))
             thin = STRIDE if score != "passage" else 1
             told = auroc_of(other[:, ::thin], own[:, ::thin], draws)
-            rows.append({"text": name, "score": score, **told._asdict(), "windows": len(other)})
+            row = {"text": name, "against": like, "score": score, **told._asdict()}
+            rows.append(row | {"windows": len(other)})
     return pd.DataFrame(rows).rename(columns={"value": "auroc"})
 
 
@@ -105,37 +109,59 @@ def confidence(found: ReadArrays, draws: int) -> pd.DataFrame:
 
 
 def quality(found: ReadArrays, draws: int) -> pd.DataFrame:
-    """How often a promise made on windows of the own text is kept there, and on other text."""
+    """How often a promise made on windows of the own text is kept there, and on other text.
+
+    By the number of windows that it is made on, drawn anew from those that were read: where few
+    windows are not enough to come near the policy of hindsight, how many would be.
+    """
     both = dict(found)
     for key in ("nll", "cost", "scored"):
         parts = [found[f"{name}/{key}"] for name in ("calibration", "own")]
         both[f"own/{key}"] = np.concatenate(parts, -1)
     base, known = looked_up(both, "own")
     truth = {name: excess_of(*looked_up(both, name)) for name in ("own", "wikitext", "python")}
-    windows, rows = len(base.window_nll), []
+    read, rows = len(base.window_nll), []
     for lost in LOST:
-        kept, refused = [], 0
-        for seed in range(RESPLITS):
-            at = torch.from_numpy(np.random.default_rng(seed).integers(0, windows, windows))
-            try:
-                found_price = keep_promise(
-                    lambda p, at=at: known[p].of_windows(at),  # type: ignore[misc]
-                    base.of_windows(at), lost, 0.95, list(known),
-                ).kept.price  # fmt: skip
-            except ValueError:
-                refused += 1
-                continue
-            kept.append(found_price)
         allowed = math.log1p(lost)
         cheapest = min(known[p].cost for p in known if truth["own"][p] <= allowed)
-        for name, excess in truth.items():
-            held = [excess[price] <= allowed for price in kept]
-            rows.append({"lost": lost, "promised on": "own", "read on": name, "windows": windows})
-            rows[-1] |= {"kept": float(np.mean(held)) if held else math.nan, "trials": len(held)}
-            rows[-1] |= {"refused": refused, "hindsight": cheapest}
+        for windows in (read // 2, *(read * 2**i for i in range(SIZES))):
+            kept = promised(base, known, lost, windows)
             cost = float(np.mean([known[p].cost for p in kept])) if kept else math.nan
-            rows[-1]["cost over hindsight"] = cost / cheapest if name == "own" else math.nan
+            for name, excess in truth.items():
+                row = {"lost": lost, "promised on": "own", "read on": name, "windows": windows}
+                row |= share([excess[price] <= allowed for price in kept])
+                row |= {"refused": RESPLITS - len(kept), "hindsight": cheapest}
+                own = name == "own"
+                rows.append(row | {"cost over hindsight": cost / cheapest if own else math.nan})
     return pd.DataFrame(rows)
+
+
+def promised(
+    base: Executed, known: Mapping[float, Executed], lost: float, windows: int
+) -> list[float]:
+    """Prices kept, of `RESPLITS` times that windows are drawn; refused ones are left out."""
+    kept = []
+    for seed in range(RESPLITS):
+        drawn = np.random.default_rng(seed).integers(0, len(base.window_nll), windows)
+        at = torch.from_numpy(drawn)
+        try:
+            found = keep_promise(
+                lambda p, at=at: known[p].of_windows(at),  # type: ignore[misc]
+                base.of_windows(at), lost, 0.95, list(known),
+            )  # fmt: skip
+        except ValueError:
+            continue
+        kept.append(found.kept.price)
+    return kept
+
+
+def share(held: list[bool]) -> dict[str, object]:
+    """How often, with its interval (Wilson's, at 95%), and of how many."""
+    n = len(held)
+    if not n:
+        return {"kept": math.nan, "kept low": math.nan, "kept high": math.nan, "trials": 0}
+    told = binomtest(sum(held), n).proportion_ci(method="wilson")
+    return {"kept": sum(held) / n, "kept low": told.low, "kept high": told.high, "trials": n}
 
 
 def excess_of(base: Executed, known: Mapping[float, Executed]) -> dict[float, float]:

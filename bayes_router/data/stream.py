@@ -87,9 +87,11 @@ class MaskedStream(TokenStream):
         hidden = torch.from_numpy(step_rng(seed + 1, step).random(tokens.shape)) < MASKED_SHARE
         return self._hide(tokens, hidden)
 
-    def windows(self, context: int, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
-        """See `TokenSource.windows`; every seventh token hidden."""
-        for batch in super().windows(context, batch_size, limit):
+    def windows(
+        self, context: int, batch_size: int, limit: int | None = None, spread: bool = False
+    ) -> Iterator[Batch]:
+        """See `TokenDataset.windows`; every seventh token hidden."""
+        for batch in super().windows(context, batch_size, limit, spread):
             yield self._hide(
                 batch.tokens, (torch.arange(context) % 7 == 3).expand(batch.tokens.shape)
             )

@@ -96,16 +96,21 @@ class TokenDataset:
         ]
         return self._windows_at(torch.from_numpy(starts), context)
 
-    def windows(self, context: int, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+    def windows(
+        self, context: int, batch_size: int, limit: int | None = None, spread: bool = False
+    ) -> Iterator[Batch]:
         """Consecutive windows without overlap: each token but the first is a target once.
 
         The remainder shorter than `context` at the end of the text, and of `limit` (a number of
-        targets), is dropped.
+        targets), is dropped. With `spread` the windows that `limit` leaves lie evenly over the
+        whole text, not at its beginning: where documents follow one another, they are of all.
         """
         check_batch(batch_size)
         self._check_context(context)
-        count = window_count((len(self) - 1) // context, context, limit)
-        starts = torch.arange(count) * context
+        available = (len(self) - 1) // context
+        count = window_count(available, context, limit)
+        places = torch.arange(count) * available // count if spread else torch.arange(count)
+        starts = places * context
         return (self._windows_at(part, context) for part in torch.split(starts, batch_size))
 
     def _windows_at(self, starts: Tensor, context: int) -> Batch:

@@ -52,9 +52,11 @@ class Moments:
 
     def add(self, rows: Tensor, beside: Tensor) -> None:
         """Take in rows [..., D] and numbers [...]."""
-        x = rows.detach().reshape(-1, rows.shape[-1]).to("cpu", torch.float64)
+        device = rows.device if rows.is_cuda else "cpu"  # who has float64
+        x = rows.detach().reshape(-1, rows.shape[-1]).to(device, torch.float64)
         if self._shift is None:
             self._shift = x.mean(0)
+            self._sum, self._square = self._sum.to(device), self._square.to(device)
         x = x - self._shift
         self.count += len(x)
         self._sum += x.sum(0)
@@ -65,13 +67,13 @@ class Moments:
     def mean(self) -> Tensor:
         """[D], float64."""
         assert self._shift is not None
-        return self._shift + self._sum / self.count
+        return (self._shift + self._sum / self.count).cpu()
 
     @property
     def covariance(self) -> Tensor:
         """[D, D], float64."""
         centre = self._sum / self.count
-        return self._square / self.count - torch.outer(centre, centre)
+        return (self._square / self.count - torch.outer(centre, centre)).cpu()
 
 
 class LayerEvidence(nn.Module):

@@ -111,7 +111,7 @@ class RiskHead(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             head, order = (
-                cls(features.shape[1], settings.width),
+                cls(features.shape[1], settings.width).to(features.device),
                 torch.Generator().manual_seed(settings.seed),
             )
             head.mean.copy_(features.mean(0))
@@ -127,6 +127,7 @@ class RiskHead(nn.Module):
                     settings.lr * (1 + math.cos(math.pi * step / settings.steps)) / 2
                 )
                 rows = torch.randint(len(kl), (settings.batch_size,), generator=order)
+                rows = rows.to(features.device)
                 loss = (head.log_kl(features[rows]) - target[rows]).square().mean()
                 optimiser.zero_grad()
                 loss.backward()

@@ -29,17 +29,18 @@ from bayes_router.training.dial import STEEPEST
 from bayes_router.training.executed import CountedCost, Executed, Routed, execute
 from bayes_router.types import RoutingMode
 
-STEP = 2**0.5
+STEP = 2**0.25
 PRICES = (
     -STEEPEST,
-    *(-0.05 * STEP**i for i in range(23, -1, -1)),
+    *(-0.05 * STEP ** (4 * i) for i in range(11, -1, -1)),
     0.0,
-    *(0.05 * STEP**i for i in range(24)),
+    *(0.05 * STEP**i for i in range(47)),
     STEEPEST,
 )
 """Nats per unit of cost, from every token on the costliest expert to every token on the cheapest.
 
-Fixed before any text.
+Fixed before any text. Those that make full attention cheaper than it is are few: what is looked for
+lies above 0, and there a step is to cost little.
 """
 LEAST_WINDOWS = 8
 
@@ -61,6 +62,8 @@ class Guarantee(NamedTuple):
     confidence: float
     windows: int
     tried: tuple[Tested, ...]
+    refused: Tested | None = None  # the first that could not be told from a broken promise
+    needed: int = -1  # about how many windows it would take to keep to that; -1: none would do
 
     def __str__(self) -> str:
         return (
@@ -68,9 +71,18 @@ class Guarantee(NamedTuple):
             f"{self.kept.cost:.4f}; lost "
             f"{self.kept.lost:+.4f} of perplexity, at most {self.kept.bound:+.4f} with confidence "
             f"{self.confidence:g} "
-            f"({self.windows} windows, {len(self.tried)} policies kept to it)\n"
+            f"({self.windows} windows, {len(self.tried)} policies kept to it)\n{self._cheaper()}"
             "holds for windows exchangeable with these: text of this kind and length, no other"
         )
+
+    def _cheaper(self) -> str:
+        """What stands between the policy and the next cheaper one."""
+        if self.refused is None:
+            return ""
+        price, cost, lost, bound = self.refused
+        said = f"the next, price {price:.4g} at a cost of {cost:.4f}, lost {lost:+.4f}, at most "
+        more = f"about {self.needed} windows would tell" if self.needed > 0 else "too much"
+        return f"{said}{bound:+.4f}: {more}\n"
 
 
 def upper_bound(excess: Tensor, confidence: float) -> float:
@@ -125,15 +137,16 @@ def keep_promise(
     W, allowed = len(reference.window_nll), math.log1p(lost)
     require(W >= LEAST_WINDOWS, "texts", f"at least {LEAST_WINDOWS} windows", W, "give more text")
     tried: list[Tested] = []
+    refused, needed = None, -1
     for price in prices:
         reading = read(price)
         excess = (reading.window_nll - reference.window_nll) * W / reference.window_scored.sum()
         bound = upper_bound(excess, confidence)
         shown = Tested(price, reading.cost, math.expm1(float(excess.mean())), math.expm1(bound))
         if bound > allowed:
+            refused, needed = shown, windows_needed(excess, allowed, confidence)
             if tried and tried[-1].cost < tried[0].cost:
                 break
-            needed = windows_needed(excess, allowed, confidence)
             if needed > 0:
                 raise ValueError(
                     f"texts: expected about {needed} windows to promise a loss of {lost:g} at "
@@ -149,7 +162,7 @@ def keep_promise(
                 f"at a cost of {shown.cost:.3f}; promise less"
             )
         tried.append(shown)
-    return Guarantee(tried[-1], lost, confidence, W, tuple(tried))
+    return Guarantee(tried[-1], lost, confidence, W, tuple(tried), refused, needed)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,11 @@ def _routed(model: Any, tokens: Tensor) -> tuple[RoutingOutput, Tensor]:
     return out, risk_features(hidden[-1], out.concentration, out.logits)
 
 
+def model_device(model: Any) -> torch.device:
+    """Where a model's controllers are, and its tokens go."""
+    return torch.device(next(model.controller.parameters()).device)
+
+
 @torch.no_grad()
 def reference_of(model: Any, batches: Iterable[Batch]) -> Callable[[Tensor], Tensor]:
     """Tokens -> logits of what routing is compared with.
@@ -83,7 +88,7 @@ def risk_data(
         ValueError: no text.
     """
     require(tokens >= 1, "tokens", "at least 1", tokens)
-    was_training, device, read = model.training, next(model.controller.parameters()).device, 0
+    was_training, device, read = model.training, model_device(model), 0
     features, kl = [], []
     model.eval()
     try:
@@ -123,9 +128,10 @@ def fit_risk(
     Raises:
         ValueError: hardly any text, or routing changes nothing.
     """
-    found = risk_data(model, batches, reference, tokens)
+    found, device = risk_data(model, batches, reference, tokens), model_device(model)
     with torch.enable_grad():
-        risk = Risk(RiskHead.fit(found.features.flatten(0, 1), found.kl.flatten(), settings))
+        both = found.features.flatten(0, 1).to(device), found.kl.flatten().to(device)
+        risk = Risk(RiskHead.fit(*both, settings))
     model.controller.risk = risk
     return risk
 

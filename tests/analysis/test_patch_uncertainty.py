@@ -56,6 +56,12 @@ def test_a_patch_is_read_and_its_tables_are_made_again(
     tables = {name: pd.read_csv(tmp_path / f"patch_{name}.csv") for name in uncertainty.TABLES}
     told = tables["evidence"].set_index(["text", "score"])["auroc"]
     assert told["python", "recent"] > 0.9 > 0.6 > told["novels by others", "recent"]
+    against = tables["evidence"].set_index("text")["against"]
+    assert (against["other authors"] == "same authors").all() and (against["python"] == "own").all()
+    assert 0.4 < told["other authors", "recent"] < 0.6  # ids of one distribution
+    kept = tables["quality"].query("`read on` == 'own'")
+    assert sorted(kept["windows"].unique()) == [10, 20, 40, 80, 160, 320]
+    assert ((kept["kept low"] <= kept["kept"]) & (kept["kept"] <= kept["kept high"])).all()
     decoded = tables["decoding"]
     assert (decoded["as one pass"] == 1).all()
     np.testing.assert_allclose(decoded["lost"], decoded["lost in one pass"], atol=1e-5)
@@ -73,9 +79,9 @@ def test_a_step_over_a_cut_cache_loses_what_a_forced_pass_loses(
 ) -> None:
     from transformers import AutoModelForCausalLM, DynamicCache
 
-    from analysis.pretrained.uncertain_passes import step_losses
+    from analysis.pretrained.uncertain_passes import step_logits
     from bayes_router import load_patch
-    from bayes_router.diagnostics.measures.regret import _forced_losses
+    from bayes_router.diagnostics.measures.regret import forced_logits, losses_of
     from bayes_router.types import RoutingMode
 
     router = load_patch(AutoModelForCausalLM.from_pretrained(folders[0]).eval(), folders[1])
@@ -84,9 +90,10 @@ def test_a_step_over_a_cut_cache_loses_what_a_forced_pass_loses(
     with torch.no_grad():
         out = router(ids[None, :40], RoutingMode.HARD, past_key_values=cache, use_cache=True)
         t, pairs, R = 30, [(0, 1), (1, 3)], out.route.shape[3]
-        found = step_losses(router, cache, ids, t, out.route[:, :, t], pairs)
-        whole = _forced_losses(
-            router, ids[: t + 1], ids[1:], out.route, [(layer * R + u, t) for layer, u in pairs]
+        stepped = step_logits(router, cache, ids, t, out.route[:, :, t], pairs)
+        whole = forced_logits(
+            router, ids[: t + 1], out.route, [(layer * R + u, t) for layer, u in pairs]
         )
+    found, whole = (losses_of(x, ids[t + 1].expand(2)) for x in (stepped, whole))
     torch.testing.assert_close(found, whole.to(found), rtol=0, atol=1e-5)
     assert (found[:, 0] - found[:, 1]).abs().min() > 1e-6

@@ -325,6 +325,16 @@ def test_windows_score_each_token_once(limit: int | None, scored: int) -> None:
     assert targets.tolist() == list(range(1, scored + 1))
 
 
+def test_spread_windows_lie_over_the_whole_text_and_overlap_nowhere() -> None:
+    data = stream(16 * 12 + 1)
+    starts = torch.cat([b.tokens[:, 0] for b in data.windows(16, 2, 16 * 5, spread=True)])
+    assert starts.tolist() == [16 * i for i in (0, 2, 4, 7, 9)]
+    whole, spread = (
+        torch.cat([b.tokens for b in data.windows(16, 5, None, spread=one)]) for one in (0, 1)
+    )
+    assert torch.equal(whole, spread)  # nothing is left out
+
+
 def test_windows_use_the_last_token_if_it_fits() -> None:
     assert next(stream(17).windows(16, 1)).targets[0, -1] == 16
 

@@ -1,3 +1,4 @@
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,7 +28,7 @@ from bayes_router.diagnostics.measures.other_text import (
     passage_scores,
     tell_apart,
 )
-from bayes_router.diagnostics.measures.regret import routing_regret
+from bayes_router.diagnostics.measures.regret import other_targets, routing_regret
 from bayes_router.diagnostics.measures.verdict import Severity
 from bayes_router.routing.policy import Argmax
 from bayes_router.routing.posterior import probability_of_largest
@@ -62,6 +63,35 @@ def test_regret_is_what_forcing_one_token_costs():
     assert frame[[f"largest_{name}" for name in EXPERTS]].sum(axis=1).to_numpy() == pytest.approx(
         1, abs=1e-4
     )
+
+
+def test_regret_under_other_tokens_is_that_of_the_routed_prediction():
+    p = torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.1, 0.4]])  # of two routes, over three tokens
+    logits = p.log().expand(20_000, 2, 3)
+    found = other_targets(logits, torch.ones(20_000, dtype=torch.long), seed=0)
+    # by the second route's prediction: the first is better for tokens 0 and 1
+    regret = [math.log(0.7 / 0.5), math.log(0.2 / 0.1), 0.0]
+    expected = 0.5 * regret[0] + 0.1 * regret[1]
+    assert found["foreseen"][0].item() == pytest.approx(expected, rel=1e-5)
+    for name in ("redrawn", "redrawn_again"):
+        share = [(found[name] - one).abs().lt(1e-5).double().mean().item() for one in regret]
+        assert share == pytest.approx([0.5, 0.1, 0.4], abs=0.015)
+    together = torch.stack([found["redrawn"], found["redrawn_again"]])
+    assert abs(torch.corrcoef(together)[0, 1].item()) < 0.03  # two draws, not one twice
+
+
+def test_a_frame_says_what_other_tokens_would_have_cost():
+    model, batch = tiny_model().eval(), Batch(*tiny_batch(B=1, T=20))
+    frame = routing_regret(model, [batch], per_sequence=6)
+    row = frame.iloc[2]
+    out, log = model(batch.tokens, RoutingMode.HARD), []
+    for e in range(len(EXPERTS)):
+        force = out.route.clone()
+        force[row["layer"], 0, row["position"], row["unit"]] = e
+        log.append(model(batch.tokens, force=force).logits[0, row["position"]].log_softmax(-1))
+    routed = log[EXPERTS.index(row["choice"])]
+    expected = (routed.exp() * (torch.stack(log).max(0).values - routed)).sum()
+    assert row["foreseen"] == pytest.approx(expected.item(), abs=1e-6) and row["foreseen"] > 0
 
 
 def test_pairs_are_sampled_without_repetition():

@@ -5,13 +5,15 @@ import pytest
 from bayes_router.diagnostics.measures.bootstrap import clustered
 from bayes_router.diagnostics.measures.confidence import (
     Confidence,
-    Logistic,
     baselines,
+    ceilings,
+    confidence_table,
     conformal_sets,
     quality,
     right_within,
     split,
 )
+from bayes_router.diagnostics.measures.regression import Linear, Logistic, Standard
 
 EXPERTS = ("a", "b", "c")
 
@@ -90,9 +92,53 @@ def test_logistic_regression_finds_its_weights():
     x = random.normal(size=(20_000, 2)) * [1.0, 10.0]
     right = random.random(len(x)) < 1 / (1 + np.exp(-(x @ [1.5, -0.1] + 0.5)))
     model = Logistic.fit(x, right, ridge=1.0)
-    slope = model.weight[:2] / model.scale
-    assert slope == pytest.approx([1.5, -0.1], rel=0.08)
+    assert model.linear.weight[:2] == pytest.approx([1.5, -0.1], rel=0.08)
     assert model(np.zeros((1, 2)))[0] == pytest.approx(1 / (1 + np.exp(-0.5)), abs=0.02)
+
+
+def test_a_ridge_shrinks_groups_of_few_rows_and_leaves_the_bias():
+    few, many, _ = np.eye(3)[[0] * 5 + [1] * 5000 + [2] * 5000].T
+    target = 3.0 + 2.0 * many + 2.0 * few
+    model = Linear.fit(np.column_stack([few, many]), target, ridge=10.0)
+    assert 0 < model.weight[0] < 0.6 * 2 < 0.9 * 2 < model.weight[1] < 2.01
+    free = Linear.fit(np.column_stack([few, many]), target, ridge=1e-9)
+    assert free(np.eye(2)) == pytest.approx([5.0, 5.0], abs=1e-4)
+    x = np.array([[1.0, 4.0], [3.0, 4.0]])
+    np.testing.assert_allclose(Standard.of(x)(x), [[-1, 0], [1, 0]])
+
+
+def test_the_spread_of_a_unit_is_found_though_which_side_is_right_is_chance():
+    """Units differ in what hangs on their routes by factors; the side is a coin's toss."""
+    random, N = np.random.default_rng(5), 6000
+    unit = random.integers(0, 12, N)
+    size = np.exp(random.normal(0, 0.5, N)) * 1e-3 * 1.8 ** (unit - 6)
+    side = random.random(N) < 0.5
+    frame = pd.DataFrame({"loss_a": 1 + size * side, "loss_b": 1 + size * ~side})
+    frame["choice"], frame["layer"], frame["unit"] = "a", unit // 4, unit % 4
+    frame["sequence"], frame["position"] = np.arange(N) // 30, random.integers(0, 99, N)
+    frame["mean_a"], frame["mean_b"] = 0.6, 0.4
+    frame["regret"] = frame["loss_a"] - frame[["loss_a", "loss_b"]].min(axis=1)
+    for column in ("entropy_of_mean", "total_concentration", "predictive_entropy"):
+        frame[column] = 1.0
+    fitted, read = split(frame)
+    stated = Confidence(fitted, ("a", "b"), 1e-3)(read)
+    found = quality(stated, read, 1e-3, float(right_within(fitted, 1e-3).mean()), draws=20)
+    best = ceilings(read, draws=20)[0]
+    assert best["stated by"] == "ceiling: its spread"
+    # half of the regrets are none: knowing every size exactly ranks no better than this
+    assert 0.85 * best["value"] < found.rank.value <= best["value"] < 0.6
+    assert found.ece.value < 0.05
+
+
+def test_ceilings_stand_in_the_table_with_what_each_knows():
+    frame = planted(1200)
+    random = np.random.default_rng(0)
+    frame["foreseen"] = frame["regret"]  # whoever foresees it all
+    frame["redrawn"], frame["redrawn_again"] = random.random((2, len(frame)))
+    fitted, read = split(frame)
+    table = confidence_table(fitted, read, EXPERTS, 0.01, draws=10).set_index("stated by")["value"]
+    assert table["ceiling: every route's prediction"] == pytest.approx(1)
+    assert abs(table["ceiling: measured twice"]) < 0.15
 
 
 def test_conformal_sets_hold_the_best_expert_as_often_as_asked():

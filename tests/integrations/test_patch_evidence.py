@@ -63,3 +63,21 @@ def test_generation_goes_on_with_the_running_mean(text):
         stepped = watch.log_evidence
         router(out[:, :-1])
     torch.testing.assert_close(stepped[..., -1], watch.log_evidence[..., -1], rtol=1e-4, atol=1e-4)
+
+
+def test_evidence_is_of_all_of_a_text_not_of_its_beginning(text):
+    """Documents follow one another: a density of the first alone calls the others foreign."""
+    router = patch(tiny("llama"), window=8, sinks=2)
+    other = torch.randint(60, 72, (3000,), generator=torch.Generator().manual_seed(3))
+    rows = torch.stack([text[:64], other[:64]])
+
+    def gap() -> float:
+        with watching(router.controller, memory=1) as watch:
+            router(rows)
+        known, unknown = watch.log_evidence[-1].mean(1)
+        return float(known - unknown)
+
+    router.fit_evidence(text, context=64, batch_size=4, tokens=1024)
+    assert gap() > 0.5
+    router.fit_evidence(torch.cat([text, other]), context=64, batch_size=4, tokens=1024)
+    assert abs(gap()) < 0.3

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -99,6 +100,37 @@ def test_trials_stop_at_the_first_failure_whatever_comes_after():
 
     found = keep_promise(read, executed(math.nan, 1.0, np.full(20, 1.3)), LOST, 0.95, (0, 1, 2, 3))
     assert found.kept.price == 1 and asked == [0, 1, 2] and "20 windows" in str(found)
+    assert found.refused is not None and found.refused.price == 2 and found.needed == -1
+    assert "the next, price 2 at a cost of 0.8000, lost +0.0101, at most +0.0101: too much" in str(
+        found
+    )
+
+
+def test_it_is_said_how_many_windows_a_cheaper_policy_would_take():
+    pool = Pool()
+    few = pool.calibrate(20, seed=1)
+    assert few.refused is not None and few.refused.price == few.kept.price + 1
+    assert f"about {few.needed} windows would tell" in str(few) and few.needed > 20
+    # so many more of the same tell: what was refused is kept to
+    base = np.full(20, 1.3)
+    nll = base + np.resize([0.0, 0.008], 20)
+
+    def promised(times: int) -> Guarantee:
+        both = {p: np.resize(nll if p == 2 else base, 20 * times) for p in (0, 1, 2)}
+        return keep_promise(
+            lambda price: executed(price, 1 - 0.1 * price, both[price]),
+            executed(math.nan, 1.0, both[0]), LOST, 0.95, (0, 1, 2),
+        )  # fmt: skip
+
+    needed = promised(1).needed
+    assert promised(1).kept.price == 1 and 20 < needed < 200
+    assert promised(math.ceil(needed / 20)).kept.price == 2
+
+
+def test_prices_are_fine_where_a_policy_is_cheaper_than_its_own_choice():
+    ratios = [b / a for a, b in itertools.pairwise(PRICES) if a > 0][:-1]
+    assert max(ratios) < 1.2 and len([p for p in PRICES if p < 0]) < 15
+    assert list(PRICES) == sorted(PRICES) and 0.0 in PRICES
 
 
 def test_too_few_windows_are_refused_with_how_many_it_would_take():

@@ -3,10 +3,13 @@
 The probability that a choice is within a tolerance of the best, fitted to measured regret.
 
 The posterior's own probability that a weight is the largest is about the weight, not about the
-loss. This is a logistic regression on what a routed pass knows of a token and layer, fitted to the
-regret of forced routes on some text and read on other text. Beside it stand the posterior's own
-probability, that under one temperature, under one a layer, and under vector scaling (Guo et al.
-2017, arXiv 1706.04599), and split conformal sets.
+loss. This is fitted to the regret of forced routes on some text and read on other text, in two
+steps. What can be foreseen is above all how much hangs on a route, not which side it falls on: so a
+linear regression foretells the logarithm of the spread, max - min of the losses under the routes,
+from what a routed pass knows of a token, layer and unit; and a logistic regression on that and the
+same columns foretells whether the choice is right. Beside it stand the posterior's own probability,
+that under one temperature, under one a layer, and under vector scaling (Guo et al. 2017, arXiv
+1706.04599), and split conformal sets.
 """
 
 from collections.abc import Sequence
@@ -27,43 +30,11 @@ from bayes_router.diagnostics.measures.calibration import (
     reliability,
     tempered,
 )
+from bayes_router.diagnostics.measures.regression import Linear, Logistic, Standard
 
-RIDGE = 10.0  # of the regression, in units of its standardised columns
+RIDGE = 10.0  # of both regressions
 LEAST = 1e-4  # of a stated probability
-LEAST_ROWS = 100  # of a unit of routing, for columns of its own
-
-
-class Logistic(NamedTuple):
-    """p = sigmoid(weight . standardised columns + bias)."""
-
-    mean: Array
-    scale: Array
-    weight: Array  # the bias last
-
-    def __call__(self, columns: Array) -> Array:
-        """Columns [N, F] -> [N]."""
-        return np.asarray(1 / (1 + np.exp(-(self._standard(columns) @ self.weight))))
-
-    def _standard(self, columns: Array) -> Array:
-        return np.column_stack([(columns - self.mean) / self.scale, np.ones(len(columns))])
-
-    @classmethod
-    def fit(cls, columns: Array, right: npt.NDArray[np.bool_], ridge: float = RIDGE) -> "Logistic":
-        """Ridge regression by Newton's method; the bias is not shrunk."""
-        scale = columns.std(0)
-        model = cls(
-            columns.mean(0), np.where(scale > 0, scale, 1.0), np.zeros(columns.shape[1] + 1)
-        )
-        x, penalty = model._standard(columns), np.append(np.full(columns.shape[1], ridge), 1e-9)
-        weight = model.weight
-        for _ in range(50):
-            p = 1 / (1 + np.exp(-(x @ weight)))
-            curvature = (x * np.maximum(p * (1 - p), 1e-6)[:, None]).T @ x + np.diag(penalty)
-            step = np.linalg.solve(curvature, x.T @ (right - p) - penalty * weight)
-            weight = weight + step * min(1.0, 5 / max(float(np.abs(step).max()), 1e-12))
-            if float(np.abs(step).max()) < 1e-8:
-                break
-        return model._replace(weight=weight)
+LEAST_SPREAD = 0.01  # of the tolerance: less than that hangs on nothing
 
 
 class Confidence:
@@ -80,10 +51,8 @@ class Confidence:
 
     def __init__(self, frame: pd.DataFrame, experts: Sequence[str], tolerance: float):
         self.experts, self.tolerance = list(experts), tolerance
-        known = set(_latents(frame, units=True))
-        # few rows of each unit say nothing of it: those of a layer stand together
-        self.units = len(frame) >= LEAST_ROWS * len(known)
-        self.latents = sorted(set(_latents(frame, self.units)))  # (layer, unit)
+        self.latents = sorted(set(_latents(frame)))  # (layer, unit)
+        self.layers = sorted({layer for layer, _ in self.latents})
         right = right_within(frame, tolerance)
         both = bool(right.any() and not right.all())
         require(
@@ -93,7 +62,11 @@ class Confidence:
             f"{right.mean():.0%} right",
             "choose another tolerance",
         )
-        self.model = Logistic.fit(self._columns(frame), right)
+        self.common = Standard.of(self._known(frame))
+        spread = np.log(_spread(frame, self.experts) + LEAST_SPREAD * tolerance)
+        self.spread = Linear.fit(self._of_spread(frame), spread, RIDGE)
+        self.size = Standard.of(self.spread(self._of_spread(frame)))
+        self.model = Logistic.fit(self._columns(frame), right, RIDGE)
 
     def __call__(self, frame: pd.DataFrame) -> Array:
         """Stated probabilities [N] of the rows of a frame like that of the fit.
@@ -102,16 +75,15 @@ class Confidence:
         """
         return self.model(self._columns(frame))
 
-    def _columns(self, frame: pd.DataFrame) -> Array:
-        """What the pass knows of a token.
+    def _known(self, frame: pd.DataFrame) -> Array:
+        """What the pass knows of a token, whatever layer it is in.
 
-        How sure the posterior is, how sure the prediction, where, of which layer, unit and expert.
+        How sure the posterior is, how sure the prediction, and where.
         """
         mean = frame[[f"mean_{name}" for name in self.experts]].to_numpy().clip(LEAST, 1 - LEAST)
-        chosen = np.array([self.experts.index(name) for name in frame["choice"]])
-        stated = mean[np.arange(len(mean)), chosen]
+        stated = mean[np.arange(len(mean)), self._chosen(frame)]
         entropy, position = frame["predictive_entropy"].to_numpy(), frame["position"].to_numpy()
-        common = [
+        columns = [
             np.log(stated / (1 - stated)),
             frame["entropy_of_mean"].to_numpy(),
             np.log(frame["total_concentration"].to_numpy()),
@@ -121,17 +93,41 @@ class Confidence:
             np.log1p(position),
             np.log1p(position) * np.log(entropy + 0.01),
         ]
-        of = _latents(frame, self.units)
-        layers = [np.array([one == latent for one in of], dtype=float) for latent in self.latents]
-        taken = [layer * (chosen == e) for layer in layers for e in range(len(self.experts))]
-        own = [layer * column for layer in layers for column in (common[0], common[4])]
-        return np.column_stack([*common, *taken, *own])
+        return np.column_stack(columns)
+
+    def _chosen(self, frame: pd.DataFrame) -> npt.NDArray[np.int64]:
+        return np.array([self.experts.index(name) for name in frame["choice"]])
+
+    def _taken(self, frame: pd.DataFrame) -> list[Array]:
+        """Indicators of layer and expert taken."""
+        layer, chosen = frame["layer"].to_numpy(), self._chosen(frame)
+        pairs = ((one, e) for one in self.layers for e in range(len(self.experts)))
+        return [((layer == one) & (chosen == e)).astype(float) for one, e in pairs]
+
+    def _of_spread(self, frame: pd.DataFrame) -> Array:
+        """Columns of the spread: `_known`, and of which layer, unit and expert."""
+        of = _latents(frame)
+        units = [np.array([one == latent for one in of], dtype=float) for latent in self.latents]
+        return np.column_stack([self.common(self._known(frame)), *self._taken(frame), *units])
+
+    def _columns(self, frame: pd.DataFrame) -> Array:
+        """Columns of right or wrong: the spread foretold beside `_known`, by layer and expert."""
+        common = self.common(self._known(frame))
+        size, chosen = self.size(self.spread(self._of_spread(frame))), self._chosen(frame)
+        sizes = [size, size**2, *(size * (chosen == e) for e in range(len(self.experts)))]
+        return np.column_stack([common, *sizes, *self._taken(frame)])
 
 
-def _latents(frame: pd.DataFrame, units: bool) -> list[tuple[int, int]]:
-    """Layer and unit of each row; without `units` the layer alone, and 0."""
-    unit = frame["unit"] if units and "unit" in frame else pd.Series(0, frame.index)
+def _latents(frame: pd.DataFrame) -> list[tuple[int, int]]:
+    """Layer and unit of each row."""
+    unit = frame["unit"] if "unit" in frame else pd.Series(0, frame.index)
     return list(zip(frame["layer"].astype(int), unit.astype(int), strict=True))
+
+
+def _spread(frame: pd.DataFrame, experts: Sequence[str]) -> Array:
+    """What hangs on each route, nats: the worst expert's loss less the best one's."""
+    losses = frame[[f"loss_{name}" for name in experts]].to_numpy()
+    return np.asarray(losses.max(1) - losses.min(1))
 
 
 def right_within(frame: pd.DataFrame, tolerance: float) -> npt.NDArray[np.bool_]:
@@ -301,7 +297,7 @@ def confidence_table(
     tolerance: float,
     draws: int = 400,
 ) -> pd.DataFrame:
-    """Every figure of `quality` by what states it, and `conformal_sets`.
+    """Every figure of `quality` by what states it, `conformal_sets`, and the most there can be.
 
     Columns stated by, figure, value, low, high, n.
     """
@@ -314,4 +310,32 @@ def confidence_table(
     sets, by = conformal_sets(fitted, read, experts), {"stated by": "conformal sets"}
     rows.append(by | {"figure": f"coverage of {sets.asked:g}", **sets.coverage._asdict()})
     rows.append(by | {"figure": "experts in a set", "value": sets.size, "n": len(read)})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows + ceilings(read, draws))
+
+
+def ceilings(read: pd.DataFrame, draws: int = 400) -> list[dict[str, object]]:
+    """How well any foresight could rank regret: rows of `confidence_table`.
+
+    The next token is chance to whoever has to foretell the regret of a route. `every route's
+    prediction` is the regret that is expected when the predictions under all routes are known and
+    not the token; `measured twice` is how well the regret under one token drawn from the prediction
+    ranks that under another: what foretells it has a rank correlation of about the root of that
+    at most. And `its spread` is the spread of the losses as it came out, which no pass knows: what
+    remains to whoever knows how much hangs on each route but not which side is right.
+    """
+    experts = [c.removeprefix("loss_") for c in read.columns if c.startswith("loss_")]
+    of, regret = {"its spread": _spread(read, experts)}, read["regret"].to_numpy()
+    if "foreseen" in read:
+        of["every route's prediction"] = read["foreseen"].to_numpy()
+    pairs = {name: (x, regret) for name, x in of.items()}
+    if "redrawn" in read:
+        pairs["measured twice"] = read["redrawn"].to_numpy(), read["redrawn_again"].to_numpy()
+    return [
+        {"stated by": f"ceiling: {name}", "figure": "rank"}
+        | clustered(
+            lambda rows, x=x, y=y: rank_correlation(x[rows], y[rows]),  # type: ignore[misc]
+            read["sequence"].to_numpy(),
+            draws=draws,
+        )._asdict()
+        for name, (x, y) in pairs.items()
+    ]

@@ -51,7 +51,7 @@ def routing_regret(
         largest_<expert> (posterior probability that its weight is the largest), regret (loss of the
         choice less that of the best), entropy_of_mean, mutual_information, mean_<expert>,
         total_concentration, and predictive_entropy (nats, of the next token as the routed pass
-        predicts it); risk (nats), where an estimate of it was fitted.
+        predicts it), and of `other_targets` foreseen, redrawn and redrawn_again.
     """
     require(per_sequence >= 1, "per_sequence", "at least 1", per_sequence)
     device, random = next(model.parameters()).device, np.random.default_rng(seed)
@@ -93,11 +93,14 @@ def _regret_rows(
     pairs.sort(key=lambda pair: pair[1])
     parts = [pairs[i : i + ROWS] for i in range(0, len(pairs), ROWS)]
     ends = [part[-1][1] + 1 if causal else len(tokens) for part in parts]
-    losses = [
-        _forced_losses(model, tokens[:end], targets, choice, part)
+    taken = torch.tensor([int(choice[p // R, 0, t, p % R]) for p, t in pairs])
+    found = [
+        forced_logits(model, tokens[:end], choice, part)
         for part, end in zip(parts, ends, strict=True)
     ]
-    loss = torch.cat(losses)
+    logits = torch.cat(found)  # [P, E, V]
+    loss = losses_of(logits, targets[[position for _, position in pairs]])
+    redrawn = other_targets(logits, taken, sequence)
     log_p = out.logits[0].double().log_softmax(-1)
     predictive = -(log_p.exp() * log_p).sum(-1)  # [T]
     rows: list[dict[str, object]] = []
@@ -105,9 +108,42 @@ def _regret_rows(
         layer, unit = divmod(latent, R)
         q = out.concentration[layer, 0, at_position, unit].double().cpu()
         where = {"sequence": sequence, "position": at_position, "layer": layer, "unit": unit}
-        taken, entropy = int(choice[layer, 0, at_position, unit]), float(predictive[at_position])
-        rows.append(where | regret_row(experts, taken, loss[i], q, entropy))
+        entropy, other = (
+            float(predictive[at_position]),
+            {k: float(x[i]) for k, x in redrawn.items()},
+        )
+        rows.append(where | regret_row(experts, int(taken[i]), loss[i], q, entropy) | other)
     return rows
+
+
+def losses_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """Nats [P, E] of the targets [P] under every route's logits [P, E, V]."""
+    return token_nll(logits, targets[:, None].expand(logits.shape[:2]))
+
+
+def other_targets(logits: Tensor, taken: Tensor, seed: int) -> dict[str, Tensor]:
+    """What the regret would have been, had another token followed.
+
+    Args:
+        logits: [P, E, V], under every route.
+        taken: [P], the choice.
+        seed: of the draws.
+
+    Returns:
+        foreseen, the regret expected of a token of the routed pass's own prediction: what could be
+        known of it without the token; redrawn and redrawn_again, its regret under two such tokens:
+        how well one measures the other bounds how well anything foretells them. Each [P], nats.
+    """
+    random, log = np.random.default_rng(seed), logits.double().log_softmax(-1)
+    routed = log[torch.arange(len(log)), taken.to(log.device)]  # [P, V]
+    regret = log.max(1).values - routed  # [P, V], of every token that may follow
+    p = routed.exp()
+    found = {"foreseen": (p * regret).sum(-1)}
+    for name in ("redrawn", "redrawn_again"):
+        u = torch.from_numpy(random.random(len(log))).to(log.device)
+        drawn = (p.cumsum(-1) < u[:, None]).sum(-1).clamp_max(p.shape[-1] - 1)
+        found[name] = regret.gather(1, drawn[:, None])[:, 0]
+    return {name: x.cpu() for name, x in found.items()}
 
 
 def regret_row(
@@ -135,14 +171,10 @@ def regret_row(
     return row | {"total_concentration": float(q.sum()), "predictive_entropy": entropy}
 
 
-def _forced_losses(
-    model: RoutedLanguageModel,
-    tokens: Tensor,
-    targets: Tensor,
-    choice: Tensor,
-    pairs: list[tuple[int, int]],
+def forced_logits(
+    model: RoutedLanguageModel, tokens: Tensor, choice: Tensor, pairs: list[tuple[int, int]]
 ) -> Tensor:
-    """Nats at each (layer times R plus unit, position) under each expert, [P, E]."""
+    """Logits at each (layer times R plus unit, position) under each expert, [P, E, V]."""
     E, R, end = len(model.config.experts), choice.shape[3], len(tokens)
     forced = choice[:, :, :end].repeat(1, len(pairs) * E, 1, 1)  # [L, P E, end, R]
     for i, (latent, position) in enumerate(pairs):
@@ -153,4 +185,4 @@ def _forced_losses(
     ).repeat_interleave(E)
     logits = model(tokens.expand(forced.shape[1], -1), force=forced).logits
     at = logits[torch.arange(len(where), device=where.device), where]
-    return token_nll(at, targets[where]).view(-1, E)
+    return at.unflatten(0, (-1, E))

@@ -218,7 +218,7 @@ class RoutedPretrained(RoutedLanguage):
             confidence: between 0 and 1.
             tokenizer: of texts.
             context: tokens of a window.
-            limit: tokens that are read, once for each policy tried.
+            limit: tokens that are read, evenly spread, once for each policy tried.
 
         Returns:
             The policy's price, cost and bound; `policy` is set to it.
@@ -255,7 +255,7 @@ class RoutedPretrained(RoutedLanguage):
             confidence: of that, between 0 and 1.
             tokenizer: of texts.
             context: tokens of a window.
-            limit: tokens that are read, twice.
+            limit: tokens that are read, evenly spread, twice.
 
         Returns:
             The guard and what it costs; `policy` is set to it, at the price that the policy had.
@@ -287,10 +287,12 @@ class RoutedPretrained(RoutedLanguage):
         """Windows of some text, or of what `fit` held out."""
         source = self._source(texts, tokenizer)
         fix = "give text that it has not seen, or leave texts out to take what fit held out"
-        if self.fitted is not None:
-            require_unseen(source.tokens[:limit], self.fitted.text, fix)
         context = min(context, len(source) - 1)
-        return list(source.windows(context, 1, max(limit, context)))
+        windows = list(source.windows(context, 1, max(limit, context), spread=True))
+        if self.fitted is not None:
+            tokens = torch.cat([batch.tokens.flatten() for batch in windows])
+            require_unseen(tokens, self.fitted.text, fix)
+        return windows
 
     def fit_evidence(
         self,
@@ -312,7 +314,7 @@ class RoutedPretrained(RoutedLanguage):
             tokenizer: the model's, where texts are text.
             context: tokens of a window, as the text will be read.
             batch_size: windows at a time.
-            tokens: read at most.
+            tokens: read at most, evenly spread over the texts.
 
         Raises:
             ValueError: hardly any text.
@@ -320,7 +322,7 @@ class RoutedPretrained(RoutedLanguage):
         self.require_patched()
         stream = stream_of(texts, tokenizer, self.config.vocab_size, self.causal)
         context = min(context, len(stream) - 1)
-        batches = stream.windows(context, batch_size, max(tokens, context))
+        batches = stream.windows(context, batch_size, max(tokens, context), spread=True)
         return fit_evidence(self, batches, torch.tensor(self.prior.total_concentration))
 
     def fit_risk(
@@ -341,7 +343,7 @@ class RoutedPretrained(RoutedLanguage):
             tokenizer: the model's, where texts are text.
             context: tokens of a window, as the text will be read.
             batch_size: windows at a time.
-            tokens: read at most, twice.
+            tokens: read at most, twice, evenly spread over the texts.
 
         Raises:
             ValueError: hardly any text, or every token is on full attention.
@@ -351,7 +353,7 @@ class RoutedPretrained(RoutedLanguage):
         context = min(context, len(stream) - 1)
         return fit_risk(
             self,
-            stream.windows(context, batch_size, max(tokens, context)),
+            stream.windows(context, batch_size, max(tokens, context), spread=True),
             self.unrouted,
             tokens=tokens,
         )
