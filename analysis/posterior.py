@@ -368,7 +368,7 @@ def main() -> None:
     if options.model is not None or options.readings is not None:
         print(f"\n{study(options)} files in {options.out}")
         return
-    run, count = load_fitted(options.run), 0
+    run, count = load_fitted(options.run, options.device), 0
     for name in options.parts or PARTS:
         try:
             found = PARTS[name](run, options)

@@ -40,6 +40,7 @@ from bayes_router.transformer.nll import token_nll
 from bayes_router.types import RoutingMode
 
 ReadArrays = dict[str, np.ndarray]
+STRIDE = 8  # of the tokens of a window that are kept of what is read at each
 TOGETHER = 8  # forced pairs that step together, each over a cache of its own
 PRICES = (-40.0, -4.5, -1.6, 0.0, 0.8, 1.1, 1.3) + tuple(1.6 * 2 ** (i / 6) for i in range(15)) + (
     40.0,
@@ -156,8 +157,9 @@ def evidence(study: Study) -> ReadArrays:
         limit = plan.tokens if texts is study.texts else plan.tokens // 2
         router.fit_evidence(text, context=plan.context, batch_size=plan.batch, tokens=limit)
         for name, batches in texts.items():
-            scores = token_scores(router, flat(batches), plan.context)
-            found |= {f"{name}/{score}": x.astype(np.float16) for score, x in scores.items()}
+            for score, x in token_scores(router, flat(batches), plan.context).items():
+                kept = x if score == "passage" else x[:, ::STRIDE]
+                found[f"{name}/{score}"] = kept.astype(np.float16)
     return found
 
 
@@ -171,8 +173,9 @@ def risk(study: Study) -> ReadArrays:
     for name, batches in study.texts.items():
         parts = [(head(d.features), d.kl, d.features[..., -2]) for d in each(study, batches)]
         for key, part in zip(("estimate", "kl", "entropy"), zip(*parts, strict=True), strict=True):
-            kind = np.float16 if key == "entropy" else np.float32
-            found[f"{name}/{key}"] = torch.cat(part).float().cpu().numpy().astype(kind)
+            each_token = torch.cat(part).float().cpu().numpy()
+            found[f"{name}/{key}"] = each_token[:, ::STRIDE]
+            found[f"{name}/{key} mean"] = each_token.mean(1)
     return found
 
 

@@ -43,7 +43,6 @@ TOLERANCES = (0.001, 0.0001)  # nats: one head of one layer at one token is wort
 LOST = (0.0025, 0.005, 0.01)
 RESPLITS = 400
 SIZES = 5  # numbers of windows that a promise is made on, doubled each
-STRIDE = 8  # of the tokens of a window, for intervals of an order
 
 
 def evidence(found: ReadArrays, draws: int) -> pd.DataFrame:
@@ -53,8 +52,7 @@ def evidence(found: ReadArrays, draws: int) -> pd.DataFrame:
     for name, like in [*pairs, *([control] if f"{control[0]}/token" in found else [])]:
         for score in ("recent", "passage", "token", "posterior", "nll"):
             other, own = (found[f"{text}/{score}"].astype(np.float64) for text in (name, like))
-            thin = STRIDE if score != "passage" else 1
-            told = auroc_of(other[:, ::thin], own[:, ::thin], draws)
+            told = auroc_of(other, own, draws)
             row = {"text": name, "against": like, "score": score, **told._asdict()}
             rows.append(row | {"windows": len(other)})
     return pd.DataFrame(rows).rename(columns={"value": "auroc"})
@@ -64,14 +62,15 @@ def risk(found: ReadArrays, draws: int) -> pd.DataFrame:
     """The estimate against the true KL."""
     rows = []
     for name in ("own", *texts_of(found)):
-        estimate, kl, entropy = (
-            found[f"{name}/{key}"].astype(np.float64) for key in ("estimate", "kl", "entropy")
+        keys = ("estimate", "kl", "entropy", "estimate mean", "kl mean")
+        estimate, kl, entropy, says, true = (
+            found[f"{name}/{key}"].astype(np.float64) for key in keys
         )
         figures: dict[str, Callable[[np.ndarray], float]] = {
             "rank correlation": ranked(estimate, kl),
             "rank correlation of the entropy": ranked(entropy, kl),
-            "mean over true mean": lambda i, a=estimate, b=kl: float(a[i].mean() / b[i].mean()),  # type: ignore[misc]
-            "true mean (nats)": lambda i, b=kl: float(b[i].mean()),  # type: ignore[misc]
+            "mean over true mean": lambda i, a=says, b=true: float(a[i].mean() / b[i].mean()),  # type: ignore[misc]
+            "true mean (nats)": lambda i, b=true: float(b[i].mean()),  # type: ignore[misc]
         }
         for figure, statistic in figures.items():
             told = over_windows(statistic, len(kl), draws)._replace(n=kl.size)
@@ -80,9 +79,8 @@ def risk(found: ReadArrays, draws: int) -> pd.DataFrame:
 
 
 def ranked(x: np.ndarray, y: np.ndarray) -> Callable[[np.ndarray], float]:
-    """Rank correlation of every eighth token of windows drawn."""
-    a, b = x[:, ::STRIDE], y[:, ::STRIDE]
-    return lambda rows: rank_correlation(a[rows].ravel(), b[rows].ravel())
+    """Rank correlation of the tokens of windows drawn."""
+    return lambda rows: rank_correlation(x[rows].ravel(), y[rows].ravel())
 
 
 def over_windows(
