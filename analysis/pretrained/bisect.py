@@ -6,8 +6,9 @@ Eight fits of one seed in an orthogonal array: six differences between the libra
 prototype's, each at the library's level in four fits and at the prototype's in the other four. An
 effect is the mean of the latter less the mean of the former, in points of perplexity lost; the
 array's seventh contrast belongs to no difference and shows what is noise. All were fitted and read
-by the prototype, which is not part of this repository; the last rows are patches that the library
-fitted, read by the prototype on the same pieces.
+by the prototype, which is not part of this repository; the last rows are a patch that the library
+fitted, read by the prototype on the same pieces. Neither level of `input` is the library's, which
+reads the layer's input at unit RMS and at a rate of 0.01.
 """
 
 import argparse

@@ -46,7 +46,7 @@ from bayes_router.routing.policy import Budget
 from bayes_router.types import Route
 
 SINKS, LONGEST = 4, 8192
-SHARES = (0.03, 0.9)  # of what may be spent beyond the window, the range that a fit serves
+SHARES = "0.03,0.9"  # of what may be spent beyond the window, the range that a fit serves
 KL_WEIGHT = 1e-5
 CONTENDERS = {  # name: (unit, whether the token decides)
     "token x query head": ("head", True),
@@ -121,7 +121,9 @@ def fit(model: Any, texts: Mixture, contender: str, args: argparse.Namespace) ->
         batch_size=args.rows,
         controller_lr=args.lr,
         bias_lr=5 * args.lr,
-        budget=tuple(least + (1 - least) * s for s in SHARES),
+        through=args.through,
+        graph=args.graph,
+        budget=tuple(least + (1 - least) * s for s in map(float, args.shares.split(","))),
         schedule=schedule,
         distil_steps=0,
         seed=args.seed,
@@ -384,7 +386,10 @@ def options() -> argparse.ArgumentParser:
     }
     for name, value in numbers.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    parser.add_argument("--through", choices=("draw", "mean"), default="mean")
+    parser.add_argument("--graph", action="store_true", help="steps replayed from a CUDA graph")
     parser.add_argument("--contexts", default=str(LONGEST), help="lengths that a fit draws from")
+    parser.add_argument("--shares", default=SHARES, help="of what is beyond the window, a range")
     parser.add_argument("--lengths", default=f"{LONGEST},4096,2048", help="lengths that are read")
     parser.add_argument("--budgets", default="0.3,0.2,0.5,0.4,0.15,0.7")
     parser.add_argument("--windows", action="store_true", help="read one window of equal cost, too")

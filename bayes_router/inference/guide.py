@@ -88,7 +88,7 @@ class RoutingGuide(Named):
             posterior = self._posterior(layer, hidden, plates)
             with plates.routes():
                 routes[name] = pyro.sample(name, posterior)
-            return model.executed(plates, routes[name])
+            return model.executed(plates, routes[name], posterior)
 
         with others:
             output = model.network(plates.repeat(tokens), route)

@@ -7,6 +7,7 @@ y[b, t]       ~ likelihood(output[b, t]),    output = network(tokens, route)
 """
 
 from collections.abc import Callable
+from enum import Enum
 from typing import Any, NamedTuple
 
 import pyro
@@ -74,6 +75,13 @@ class _OneDraw(Messenger):
         msg["value"] = value.reshape(shape)
 
 
+class Through(Enum):
+    """Whose gradient stands for that of an executed choice, which has none."""
+
+    DRAW = "draw"
+    MEAN = "mean"  # of the posterior: less noise, and none where a draw lies in a corner
+
+
 class RoutingModel(Named):
     """The joint p(targets, routes | tokens).
 
@@ -98,7 +106,7 @@ class RoutingModel(Named):
             `inference/weighted.py`.
 
     With `straight_through` set, the network executes the argmax of each draw, and its gradient is
-    the draw's.
+    the draw's; or with `through` "mean" the posterior mean's, which does not hang on the draw.
 
     Raises:
         ValueError: concentration not positive or not [L, E]; a price below 0, without costs, or
@@ -123,6 +131,7 @@ class RoutingModel(Named):
             warn_of_weight(kl_weight)
         self.weighted_by = kl_weight
         self.network, self.likelihood, self.straight_through = network, likelihood, False
+        self.through = Through.DRAW.value
         check_network(network)
         require(
             isinstance(prior, Tensor) or (price == 0 and cost_ratio is None),
@@ -258,10 +267,16 @@ class RoutingModel(Named):
         )
         return value
 
-    def executed(self, plates: Plates, value: Tensor) -> Tensor:
-        """What the network executes for the value of a route site, [rows, T, E]."""
+    def executed(self, plates: Plates, value: Tensor, posterior: Any = None) -> Tensor:
+        """What the network executes for the value of a route site, [rows, T, E].
+
+        The posterior, where there is one, may give the gradient.
+        """
         weights = plates.from_site(value)
-        return harden(weights) if self.straight_through else weights
+        if not self.straight_through:
+            return weights
+        by_mean = posterior is not None and self.through == Through.MEAN.value
+        return harden(weights, plates.from_site(posterior.mean) if by_mean else None)
 
     def keep(self, tokens: Tensor, routes: list[Tensor], output: Tensor) -> None:
         """Let the next pass use `output` if nothing moved in between.
@@ -282,7 +297,11 @@ class RoutingModel(Named):
         return {**super().__getstate__(), "_kept": None}
 
 
-def harden(route: Tensor) -> Tensor:
-    """One-hot of the argmax of route [..., E], with the gradient of `route` (straight-through)."""
+def harden(route: Tensor, through: Tensor | None = None) -> Tensor:
+    """One-hot of the argmax of route [..., E], with the gradient of `route` (straight-through).
+
+    With `through`, of the same shape, with its gradient.
+    """
     hard = nn.functional.one_hot(route.argmax(-1), route.shape[-1]).to(route.dtype)
-    return hard + route - route.detach()
+    through = route if through is None else through
+    return hard + through - through.detach()

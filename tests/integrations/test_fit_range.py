@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch.distributions import Dirichlet
 
-from bayes_router.config import PriorConfig
-from bayes_router.integrations.huggingface.fit_settings import FitSettings
+from bayes_router.config import PriorConfig, ScheduleConfig
+from bayes_router.integrations.huggingface.fit_settings import FitSettings, final_state
 from bayes_router.integrations.huggingface.pressure import BudgetRange, Dialled
+from bayes_router.integrations.huggingface.svi_step import SviStep
 from bayes_router.integrations.patching import load_patch
 from bayes_router.routing.policy import Budget
 from tests.integrations.tiny_models import VOCAB, patched, tiny
@@ -156,3 +157,53 @@ def test_biases_have_a_rate_of_their_own() -> None:
     assert moved == pytest.approx([0.02, 0.2], rel=0.05)
     with pytest.raises(ValueError, match="bias_lr: expected a positive number; got 0"):
         FitSettings(bias_lr=0)
+
+
+def test_a_range_is_fitted_by_the_gradient_of_means_and_one_budget_by_that_of_draws() -> None:
+    assert FitSettings(budget=(0.3, 0.9)).gradient_of == "mean"
+    assert FitSettings(budget=0.3).gradient_of == FitSettings().gradient_of == "draw"
+    assert FitSettings(budget=(0.3, 0.9), through="draw").gradient_of == "draw"
+    with pytest.raises(ValueError, match="through.*draw, mean.*median"):
+        FitSettings(through="median")
+
+
+@pytest.mark.parametrize("through", ["draw", "mean"])
+def test_an_executed_choice_has_the_gradient_of_what_stands_for_it(through: str) -> None:
+    """Under a loss that is linear in the weights, that of the mean is the same for every draw."""
+    _, router = ranged()
+    start = final_state(router, ScheduleConfig(straight_through_from=0.0))
+    step = SviStep(router, FitSettings(through=through, likelihood="text"), start)
+    network = Linear(router, len(router.layers))
+    step.objective.model.network = network
+    bias = router.controller.layers[0].out.bias
+    gradients = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        network.executed.clear()
+        guide = step.objective.guide(TEXT[None, :40])
+        loss = sum((w * torch.tensor([1.0, 0.0])).sum() for w in network.executed)
+        (gradient,) = torch.autograd.grad(loss, bias)
+        gradients.append(gradient)
+        for weights, drawn in zip(network.executed, guide.values(), strict=True):
+            assert torch.equal(weights.detach().argmax(-1).flatten(), drawn.argmax(-1).flatten())
+            assert set(weights.detach().round(decimals=5).unique().tolist()) <= {0.0, 1.0}
+    same = all(torch.allclose(g, gradients[0], rtol=1e-4) for g in gradients)
+    assert same == (through == "mean") and gradients[0].abs().min() > 0
+
+
+class Linear:
+    """A network that keeps the weights that it is asked to execute."""
+
+    def __init__(self, router: object, layers: int):
+        self.num_units, self.layers, self.executed = router.config.num_units, layers, []
+
+    def __call__(self, tokens: torch.Tensor, route: object) -> torch.Tensor:
+        hidden = torch.ones(*tokens.shape, 32)
+        self.executed += [route(layer, hidden) for layer in range(self.layers)]
+        return torch.zeros(*tokens.shape, VOCAB)
+
+
+def test_a_graph_is_for_cuda() -> None:
+    _, router = ranged()
+    with pytest.raises(ValueError, match="graph.*CUDA device.*cpu"):
+        router.fit(TEXT, steps=1, **RANGE, graph=True, progress=False)

@@ -9,6 +9,7 @@ import numpy as np
 from bayes_router.checks import choose, require
 from bayes_router.config import ScheduleConfig, TrainConfig
 from bayes_router.inference.likelihood import Observed
+from bayes_router.inference.model import Through
 from bayes_router.integrations.huggingface.language import RoutedLanguage
 from bayes_router.integrations.patch.settings import FitRecord
 from bayes_router.routing.schedule import Schedule, ScheduleState
@@ -37,6 +38,11 @@ class FitSettings:
         warmup: steps of linear warm-up.
         decay: share of SVI, its last, in which rates fall linearly to 0. Before they are constant:
             controllers learn most once the cost has come down (`analysis/PRETRAINED.md`).
+        through: draw or mean, of a posterior, whose gradient stands for that of the choice that is
+            executed, see `RoutingModel`. None: mean for a range of budgets
+            (`analysis/PRETRAINED.md`), else draw.
+        graph: replay steps from a CUDA graph, one for each length: a model on a CUDA device whose
+            layers see all keys before them.
         clip: largest gradient norm.
         likelihood: model, the next tokens of the unpatched model in expectation (self-distillation:
             far less noise); or text, those of the text. None: model, but text where the model's own
@@ -58,6 +64,8 @@ class FitSettings:
     weights_lr: float = 0.0
     warmup: int = 10
     decay: float = 0.25
+    through: str | None = None
+    graph: bool = False
     clip: float = 1.0
     likelihood: str | None = None
     budget: float | tuple[float, float] | None = None
@@ -77,6 +85,8 @@ class FitSettings:
         for name in ("steps", "distil_steps", "weights_lr", "warmup", "seed"):
             require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
         require(0 < self.decay <= 1, "decay", "a share of the fit, in (0, 1]", self.decay)
+        if self.through is not None:
+            choose("through", self.through, Through)
         require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
         for name in ("lr", "controller_lr", "bias_lr", "clip", "seconds"):
             value = getattr(self, name)
@@ -103,6 +113,12 @@ class FitSettings:
         """Of distillation, as the shared learning-rate schedule takes it."""
         steps = self.distil_steps
         return TrainConfig(steps=max(steps, 1), warmup=min(self.warmup, steps), lr=self.lr)
+
+    @property
+    def gradient_of(self) -> str:
+        """`through`, chosen."""
+        by_default = Through.MEAN if isinstance(self.budget, tuple) else Through.DRAW
+        return by_default.value if self.through is None else self.through
 
     def rate(self, step: int, done: float) -> float:
         """Of SVI, over the peak, at a step before which `done` of the fit lies."""

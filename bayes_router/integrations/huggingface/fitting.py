@@ -15,20 +15,16 @@ from torch import Tensor, nn
 from bayes_router.checks import require
 from bayes_router.config import ScheduleConfig
 from bayes_router.data.tokens import TokenSource, step_rng
-from bayes_router.inference.elbo import NegativeELBO
-from bayes_router.inference.guide import Controller, RoutingGuide
-from bayes_router.inference.likelihood import Likelihood, NextToken, Teacher, entropy
-from bayes_router.inference.model import RoutingModel
 from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.integrations.calls.precision import uncached
 from bayes_router.integrations.huggingface.fit_settings import FitSettings
-from bayes_router.integrations.huggingface.language import Network, RoutedLanguage
-from bayes_router.integrations.huggingface.pressure import BudgetRange, Dialled, pressure_for
+from bayes_router.integrations.huggingface.language import RoutedLanguage
+from bayes_router.integrations.huggingface.pressure import Asked, BudgetRange, pressure_for
+from bayes_router.integrations.huggingface.svi_step import SviStep
 from bayes_router.integrations.patch.distil import distillation_errors
 from bayes_router.progress import Progress
-from bayes_router.routing.schedule import Schedule, ScheduleState
-from bayes_router.training.optimise import clip_gradient, set_learning_rate
-from bayes_router.types import IGNORED, Route
+from bayes_router.routing.schedule import Schedule
+from bayes_router.training.optimise import set_learning_rate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -103,49 +99,6 @@ def distil(
     return losses
 
 
-def program(
-    router: RoutedLanguage,
-    start: ScheduleState,
-    network: Any = None,
-    likelihood: Likelihood = NextToken,
-    controller: Controller | None = None,
-) -> tuple[RoutingModel, RoutingGuide]:
-    """The project's model and guide around a patched model.
-
-    Routes are latent, the model's logits the likelihood.
-    """
-    device = router.device
-    chosen = router.network if network is None else network
-    costs = router.layer_cost.to(device)
-    model = RoutingModel(chosen, start.concentration, costs, start.price, likelihood=likelihood)
-    model.straight_through = start.straight_through
-    return model, RoutingGuide(model, router.controller if controller is None else controller)
-
-
-class Counting(Network):
-    """The network of a patched model that notes what each layer's weights cost.
-
-    The costs layer_cost are [L, E], the notes go to `spent`.
-    """
-
-    def __init__(self, router: RoutedLanguage, layer_cost: Tensor, spent: list[Tensor]):
-        super().__init__(router)
-        self.layer_cost, self.spent = layer_cost, spent
-
-    def __call__(self, tokens: Tensor, route: Route) -> Tensor:
-        """See the class."""
-
-        def counted(layer: int, hidden: Tensor) -> Tensor | int:
-            weights = route(layer, hidden)
-            assert isinstance(weights, Tensor)
-            self.spent.append(
-                (weights.detach() * self.layer_cost[layer].to(weights)).sum(-1).mean()
-            )
-            return weights
-
-        return super().__call__(tokens, counted)
-
-
 def fit_routes(
     router: RoutedLanguage,
     source: TokenSource,
@@ -160,22 +113,11 @@ def fit_routes(
     """
     import pandas as pd
 
-    spent: list[Tensor] = []
-    device = router.device
-    cost = router.layer_cost.to(device)
-
-    network = Counting(router, cost, spent)
-    schedule = Schedule(
-        schedule_config,
-        router.prior,
-        max(settings.steps, 1),
-        router.experts,
-        router.settings.prior.price,
-    )
-    teacher = Teacher()
-    dialled = Dialled(router.controller, cost)
-    objective = NegativeELBO(*program(router, schedule.at(0), network, teacher, dialled))
-    pressure = pressure_for(settings.budget, router.layer_cost, router.settings.prior.price)
+    device, most = router.device, max(settings.steps, 1)
+    price = router.settings.prior.price
+    schedule = Schedule(schedule_config, router.prior, most, router.experts, price)
+    one = SviStep(router, settings, schedule.at(0))
+    pressure = pressure_for(settings.budget, router.layer_cost, price)
     if isinstance(pressure, BudgetRange) and router.fitted is None:
         _start_in_the_middle(router)
     # gradients are of the order of a unit's share in the loss, far below what Adam's usual epsilon
@@ -183,7 +125,6 @@ def fit_routes(
     optimiser = torch.optim.AdamW(
         _groups(router, settings), weight_decay=0.0, betas=(0.9, 0.98), eps=1e-12
     )
-    trained = nn.ModuleList([router, *([router.model] if settings.weights_lr else [])])
     rows, started = [], time.perf_counter()
     bar = Progress("fit", settings.steps, shown=progress)
     for step in bar.over(range(settings.steps)):
@@ -192,42 +133,17 @@ def fit_routes(
             break
         done = max(step / settings.steps, late)  # the schedules follow whichever limit is nearer
         state, random = schedule.at(int(done * settings.steps)), step_rng(settings.seed + 13, step)
-        if pressure is not None:
-            asked = pressure.ask(done, random)
-            state, dialled.dial = replace(state, price=asked.price), asked.dial
-        objective.follow(state)
+        asked = Asked(state.price) if pressure is None else pressure.ask(done, random)
         for group in optimiser.param_groups:
             group["lr"] = group["peak"] * settings.rate(step, done)
         batch = source.batch(step, *settings.shape(random), settings.seed)
         tokens, targets = batch.tokens.to(device), batch.targets.to(device)
-        teacher.logits = router.unrouted(tokens) if settings.teacher else None
-        loss, terms = objective(tokens, targets)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        clip_gradient(trained, settings.clip)
+        seed = int(random.integers(2**31))
+        row = one(tokens, targets, replace(state, price=asked.price), asked, seed)
         optimiser.step()
-        row = {"step": step + 1, **{name: float(value) for name, value in terms._asdict().items()}}
-        require(
-            torch.isfinite(loss).item() is True,
-            f"step {step}",
-            "a finite loss",
-            float(loss.detach()),
-            "lower the rates",
-        )
-        if teacher.logits is not None:
-            row["divergence"] = row["nll"] - float(
-                entropy(teacher.logits)[targets != IGNORED].sum() / targets.numel()
-            )
-        row["cost"], row["price"], row["dial"] = (
-            float(torch.stack(spent).mean()),
-            state.price,
-            dialled.dial,
-        )
-        row["context"] = tokens.shape[1]
-        spent.clear()
         if pressure is not None:
             pressure.see(row["cost"])
-        rows.append(row)
+        rows.append({"step": step + 1, **row, "context": tokens.shape[1]})
         bar.say(f"nll {row['nll']:.3f} cost {row['cost']:.3f}")
     return pd.DataFrame(rows)
 

@@ -22,6 +22,7 @@ from bayes_router.integrations.huggingface import fit_settings, fitting, freezin
 from bayes_router.integrations.huggingface.freed_cache import attend_freed, free, freed
 from bayes_router.integrations.huggingface.language import RoutedLanguage, Unforced
 from bayes_router.integrations.huggingface.replay import Replay
+from bayes_router.integrations.huggingface.svi_step import program
 from bayes_router.routing.cost import CostBy, counted
 from bayes_router.routing.evidence import Evidence
 from bayes_router.routing.policy import at_price
@@ -376,7 +377,7 @@ class RoutedPretrained(RoutedLanguage):
 
         Their arguments are (tokens int64 [B, T], targets or None).
         """
-        return fitting.program(self, fit_settings.end_state(self, schedule))
+        return program(self, fit_settings.end_state(self, schedule))
 
     @property
     def kl_weight(self) -> float:

@@ -153,18 +153,30 @@ class Dialled(nn.Module):
     """
 
     layer_cost: Tensor
+    moved_by: Tensor  # [], the dial
 
     def __init__(self, controller: MetaController, layer_cost: Tensor):
         super().__init__()
-        self.controller, self.dial = controller, 0.0
+        self.controller, self._dial = controller, 0.0
         self.register_buffer("layer_cost", layer_cost, persistent=False)
+        self.register_buffer("moved_by", layer_cost.new_zeros(()), persistent=False)
+
+    @property
+    def dial(self) -> float:
+        """Nats per unit of cost; it moves inside a tensor, where a captured CUDA graph reads it."""
+        return self._dial
+
+    @dial.setter
+    def dial(self, dial: float) -> None:
+        self._dial = dial
+        self.moved_by.fill_(dial)
 
     def posterior(self, layer: int, hidden: Tensor) -> Dirichlet:
         """See `MetaController.posterior`."""
         q = self.controller.posterior(layer, hidden)
         if self.dial == 0:
             return q
-        tilt = self.dial * self.layer_cost[layer].to(q.concentration)
+        tilt = (self.moved_by * self.layer_cost[layer]).to(q.concentration)
         moved = tilted_by(q.concentration, tilt) + self.controller.floor
         return Dirichlet(moved, validate_args=False)
 
