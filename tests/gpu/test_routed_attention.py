@@ -158,6 +158,23 @@ def test_split_rows_and_one_tensor_for_both_kinds_of_queries() -> None:
     compare(draw(2, 2, 2, 5000, 64, "rows differ"), TRITON)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_heads_of_128(dtype: torch.dtype) -> None:
+    """By warps with roles on Hopper: split rows, units, padding, starts, strides that TMA lacks."""
+    compare(draw(1, 4, 2, 6000, 128, "independent", dtype, 256, shared=True, units=4), TRITON)
+    compare(draw(1, 2, 1, 5000, 128, "full", dtype, shared=True), TRITON)
+    compare(draw(1, 2, 1, 700, 128, "local", dtype), TRITON)
+    problem = draw(2, 4, 1, 1537, 128, "clustered", dtype)
+    compare(replace(problem, lengths=torch.tensor([1537, 200], device="cuda")), TRITON)
+    with torch.no_grad():
+        tail = {name: getattr(problem, name)[:, :, -100:] for name in ("q", "plain_q")}
+        chunk = replace(problem, **tail, route=problem.route[:, -100:])
+        starts = torch.tensor([1437, 500], device="cuda")
+        compare(replace(chunk, starts=starts), TRITON, gradients=False)
+        wide = torch.randn(2, 1, 1537, 129, device="cuda").to(dtype)[..., :128]
+        compare(replace(problem, k=wide, v=wide), TRITON, gradients=False)
+
+
 @pytest.mark.parametrize("backend", [TRITON, DENSE, TORCH], ids=lambda backend: backend.name)
 @pytest.mark.parametrize("route", ["independent", "clustered", "local"])
 @pytest.mark.parametrize(

@@ -16,7 +16,12 @@ from bayes_router.attention.experts.contract import Kernel
 from bayes_router.attention.experts.gated import GatedLinearAttention
 from bayes_router.attention.hard.problem import RoutedProblem
 from bayes_router.attention.kernels.capability import LOG2_E, packed, padded
-from bayes_router.attention.kernels.triton.call import Call, multiprocessors, tiles
+from bayes_router.attention.kernels.triton.call import (
+    Call,
+    multiprocessors,
+    takes_hopper,
+    tiles,
+)
 from bayes_router.attention.kernels.triton.launch_backward import backward
 from bayes_router.attention.kernels.triton.launch_forward import forward
 from bayes_router.attention.kernels.triton.plan import make_plan, make_work
@@ -83,7 +88,7 @@ def _attend_native(problem: RoutedProblem, native: tuple[int, int, int]) -> Tens
     inputs = _inputs(problem, native[1])
     q, k = inputs[:2]
     plan = make_plan(problem.route, native, len(problem.experts), problem.lengths)
-    sizes = tiles(q.shape[3], q.dtype)
+    sizes = tiles(q.shape[3], q.dtype, takes_hopper(*inputs[:3]))
     programs = sizes.per_sm * multiprocessors(q.device)
     tile = sizes.full["BM"], sizes.full["BN"]
     units = problem.units

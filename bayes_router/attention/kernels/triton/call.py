@@ -15,6 +15,8 @@ from bayes_router.attention.kernels.triton.launch import launch
 from bayes_router.attention.kernels.triton.plan import Plan, WorkList
 
 Sizes = dict[str, int]
+# Gluon is experimental: its calls and `launch`'s descriptors are this version's
+_GLUON = triton.__version__.startswith("3.6.")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Tiles:
     linear_dkv: Sizes
     per_sm: int  # resident programs of the full kernel on a multiprocessor
     per_sm_dq: int
+    hopper: bool = False  # `full` is that of `hopper.full_kernel`
 
 
 def _sizes(rows: int, keys: int, warps: int, stages: int, registers: int | None = None) -> Sizes:
@@ -43,7 +46,23 @@ def _sizes(rows: int, keys: int, warps: int, stages: int, registers: int | None 
     return sizes if registers is None else {**sizes, "maxnreg": registers}
 
 
-def tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
+def takes_hopper(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `hopper.full_kernel` computes these.
+
+    Halves, heads of 128, where it beats `forward.full_kernel`; strides that TMA knows.
+    """
+    return (
+        _GLUON
+        and q.is_cuda
+        and q.shape[3] == 128
+        and q.dtype != torch.float32
+        and torch.cuda.get_device_capability(q.device)[0] == 9
+        and all(x.data_ptr() % 16 == 0 and x.numel() > 0 for x in (k, v))
+        and all(stride > 0 and stride % 8 == 0 for x in (k, v) for stride in x.stride()[:3])
+    )
+
+
+def tiles(head_dim: int, dtype: torch.dtype, hopper: bool = False) -> Tiles:
     """What measured fastest on an H100.
 
     float32 takes small tiles, its products are not tensor-core ones.
@@ -58,8 +77,23 @@ def tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
         low = _sizes(32, 32, 8, 1)
         return Tiles(_sizes(64, 64, 8, 2), tile, tile, tile, tile, tile, tile, low, low, 1, 1)
     if head_dim > 64:
-        pair = _sizes(32, 64, 4, 2)
-        return Tiles(deep, deep, shallow, shallow, shallow, shallow, shallow, pair, pair, 2, 2)
+        pair, flat = _sizes(32, 64, 4, 2), _sizes(64, 32, 4, 3)
+        return Tiles(
+            full={"BM": 128, "BN": 128, "STAGES": 2, "REGISTERS": 240, "num_warps": 4}
+            if hopper
+            else _sizes(128, 64, 8, 3),
+            local=deep,
+            linear=flat,
+            chunk=shallow,
+            full_dq=_sizes(128, 32, 8, 3, 128),
+            local_dq=flat,
+            linear_dq=deep,
+            dkv=pair,
+            linear_dkv=pair,
+            per_sm=1,
+            per_sm_dq=2,
+            hopper=hopper,
+        )
     return Tiles(
         full=_sizes(64, 64, 4, 3, 168),
         local=deep,

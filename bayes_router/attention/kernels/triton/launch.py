@@ -26,7 +26,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     if not _DIRECT or not hasattr(kernel, "params"):  # another version, or the interpreter
         kernel[grid](*args, **constants)
         return
-    shown = tuple((x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x for x in args)
+    shown = tuple(map(_shown, args))
     key = (kernel, torch.cuda.current_device(), shown, tuple(constants.values()))
     known = _COMPILED.get(key)
     if known is None:
@@ -37,3 +37,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         return
     compiled, rest = known
     compiled[(*grid, 1, 1)[:3]](*args, *rest)
+
+
+def _shown(x: Any) -> Any:
+    """What a kernel is compiled for, of one argument."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16
+    block = getattr(x, "block_shape", None)  # a descriptor of tiles, always aligned
+    return x if block is None else (x.base.dtype, *block)

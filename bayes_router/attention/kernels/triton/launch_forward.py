@@ -68,11 +68,36 @@ def _launch_full(
 ) -> None:  # fmt: skip
     sizes, work, plan = call.tiles.full, call.work, call.plan
     partial, partial_lse = partials(call, sizes["BM"], q)
-    launch(
-        kernels.full_kernel, (call.programs,),
-        q, k, v, out, lse, partial, partial_lse, plan.order, plan.before, starts, work.items,
-        work.counters,
-        *strides(q, k, v, out), *common, call.scale, call.programs, STARTS=call.starts is not None,
-        **fixed, **sizes,
-    )  # fmt: skip
+    has_starts = call.starts is not None
+    if call.tiles.hopper:
+        _launch_hopper(call, q, k, v, out, lse, partial, partial_lse, starts, common)
+    else:
+        launch(
+            kernels.full_kernel, (call.programs,),
+            q, k, v, out, lse, partial, partial_lse, plan.order, plan.before, starts, work.items,
+            work.counters, *strides(q, k, v, out), *common, call.scale, call.programs,
+            STARTS=has_starts, **fixed, **sizes,
+        )  # fmt: skip
     combine(call, partial, partial_lse, out, lse, sizes["BM"], add=False)
+
+
+def _launch_hopper(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, partial: Tensor,
+    partial_lse: Tensor, starts: Tensor, common: tuple[int, ...],
+) -> None:  # fmt: skip
+    # Gluon is looked for only where it runs
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from bayes_router.attention.kernels.triton.hopper import full_kernel
+
+    sizes, work, plan = call.tiles.full, call.work, call.plan
+    tile, layout = [1, 1, sizes["BN"], q.shape[3]], NVMMASharedLayout(128, 16, rank=4)
+    k, v = (TensorDescriptor(x, list(x.shape), list(x.stride()), tile, layout) for x in (k, v))
+    H, group, unit, T, steps, _, start = common
+    launch(
+        full_kernel, (call.programs,),
+        q, k, v, out, lse, partial, partial_lse, plan.order, plan.before, starts, work.items,
+        work.counters, *strides(q, out), H, group, unit, T, steps, start, call.scale,
+        call.programs, STARTS=call.starts is not None, D=q.shape[3], **sizes,
+    )  # fmt: skip
