@@ -255,7 +255,7 @@ NEWER = [
     ),
     Fault(
         "a report reads for minutes before it refuses its text",
-        f"{P}/commands/parsers.py",
+        f"{P}/commands/refused.py",
         "        options.text.read_bytes().decode()\n",
         "        pass\n",
         f"{T}/commands/test_wrong_inputs.py -k report",
