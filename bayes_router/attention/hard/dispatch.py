@@ -75,48 +75,47 @@ def routed_attention(
         RuntimeError: the backend asked for cannot run here, with the reason.
     """
     choice = backend_of(backend)
-    four = isinstance(q, Tensor) and q.dim() == 4  # else `check_inputs` says so
-    shape = (
-        ExpertShape(q.shape[1], q.shape[3], check_window(window))
-        if four
-        else ExpertShape(1, 1, check_window(window))
-    )
-    if four:
-        check_experts(experts, shape)
-    built = tuple(e if e.kernel.plain else e.to(q.device) for e in resolve_experts(experts, shape))
-    plain_q, plain_k = q if linear_q is None else linear_q, k if linear_k is None else linear_k
     if isinstance(route, bool) or not isinstance(route, (int, Tensor)):
         raise TypeError(
             f"route: expected an int or a tensor int64 [B, T]; got {type(route).__name__}; use "
             f"torch.tensor(route)"
         )
+    built = _build(experts, q, window)
+    given = with_units(route) if isinstance(route, Tensor) else _NO_ROUTE
+    plain_q, plain_k = q if linear_q is None else linear_q, k if linear_k is None else linear_k
+    problem = RoutedProblem(q, k, v, plain_q, plain_k, given, built, lengths, starts)
     whole = choice is AUTO and starts is None  # a route that all take needs no dispatch then
     if isinstance(route, Tensor):
-        problem = RoutedProblem(
-            q, k, v, plain_q, plain_k, with_units(route), built, lengths, starts
-        )
-        found = check_problem(problem)
-        only = (
-            0
-            if len(built) == 1
-            else found[0]
-            if found is not None and found[0] == found[1]
-            else None
-        )
+        only = _only(problem)
         if whole and only is not None:
             problem.assert_route()
             return _all_on(built[only], problem)
         return run(choice, problem)
     if not 0 <= route < len(built):
         raise ValueError(f"route: expected values in 0..{len(built) - 1}; got {route}")
-    problem = RoutedProblem(q, k, v, plain_q, plain_k, _NO_ROUTE, built, lengths, starts)
     check_inputs(problem)
     if whole:
         return _all_on(built[route], problem)
-    problem = replace(
-        problem, route=torch.full((), route, device=q.device).expand(q.shape[0], q.shape[2], 1)
-    )
-    return run(choice, problem)
+    everywhere = torch.full((), route, device=q.device).expand(q.shape[0], q.shape[2], 1)
+    return run(choice, replace(problem, route=everywhere))
+
+
+def _build(experts: Sequence[str | Expert], q: Tensor, window: int) -> tuple[Expert, ...]:
+    """The experts for the heads of q, on its device; `check_inputs` names a q that has no heads."""
+    window = check_window(window)
+    heads = isinstance(q, Tensor) and q.dim() == 4
+    shape = ExpertShape(q.shape[1], q.shape[3], window) if heads else ExpertShape(1, 1, window)
+    if heads:
+        check_experts(experts, shape)
+    return tuple(e if e.kernel.plain else e.to(q.device) for e in resolve_experts(experts, shape))
+
+
+def _only(problem: RoutedProblem) -> int | None:
+    """The expert that all tokens of a checked route take, as far as its check found that out."""
+    found = check_problem(problem)
+    if len(problem.experts) == 1:
+        return 0
+    return found[0] if found is not None and found[0] == found[1] else None
 
 
 _NO_ROUTE = torch.empty(0, 0, 1, dtype=torch.int64)
