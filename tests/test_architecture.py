@@ -5,9 +5,11 @@ Imports run downwards only, public names exist, no upper floor leaks into import
 
 import ast
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import TypeGuard
 
 import pytest
 
@@ -291,3 +293,40 @@ def test_the_public_names_import_no_optional_dependency() -> None:
         ).stdout.split()
         == []
     )
+
+
+LARGEST = {"file": (137.5, 304), "function": (9, 31)}
+"""Lines at the median and at the 90th percentile of the package before it had rooms, counted with
+lines of at most 100 characters as today (`ruff format --line-length 100`)."""
+LONGEST_FUNCTION = 84
+"""Of that package; it holds for the studies too."""
+
+
+def lines_of(function: ast.FunctionDef) -> int:
+    return (function.end_lineno or function.lineno) - function.lineno + 1
+
+
+def test_files_and_functions_are_no_larger_than_before_the_rooms() -> None:
+    functions = [node for tree in FILES.values() for node in ast.walk(tree) if is_function(node)]
+    sizes = {
+        "file": [len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.rglob("*.py")],
+        "function": [lines_of(node) for node in functions],
+    }
+    for what, (median, most) in LARGEST.items():
+        ordered = sorted(filter(None, sizes[what]))
+        assert statistics.median(ordered) <= median, what
+        assert ordered[int(0.9 * len(ordered))] <= most, what
+
+
+def is_function(node: ast.AST) -> TypeGuard[ast.FunctionDef]:
+    return isinstance(node, ast.FunctionDef)
+
+
+def test_no_function_is_longer_than_the_longest_before_the_rooms() -> None:
+    long = []
+    for folder in (ROOT, ROOT.parent / "analysis"):
+        for path in sorted(folder.rglob("*.py")):
+            for node in filter(is_function, ast.walk(ast.parse(path.read_text(encoding="utf-8")))):
+                if lines_of(node) > LONGEST_FUNCTION:
+                    long.append(f"{path.relative_to(ROOT.parent)}: {node.name} {lines_of(node)}")
+    assert not long
