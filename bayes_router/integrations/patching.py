@@ -5,7 +5,8 @@ What a model needs is imported when it comes.
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, Unpack, overload
 
@@ -148,18 +149,25 @@ def patch(
         fix = "put the others into it (dataclasses.replace)"
         require(settings == RouterConfig(), "config", "no settings beside it", settings, fix)
         settings = config
+    with _unpatched_if_refused(model, settings) as router:
+        if policy is not None:
+            router.policy = policy
+        if graphs:
+            router.graphs = True
+    return router
+
+
+@contextmanager
+def _unpatched_if_refused(model: nn.Module, settings: RouterConfig) -> Iterator[Any]:
+    """The model patched; on a ValueError a patch that was not there before comes off again."""
     known = existing(model, settings)
     router = known or _patch(model, settings)
-    if policy is not None:
-        router.policy = policy
-    if graphs:
-        try:
-            router.graphs = True
-        except ValueError:
-            if known is None:
-                router.unpatch()
-            raise
-    return router
+    try:
+        yield router
+    except ValueError:
+        if known is None:
+            router.unpatch()
+        raise
 
 
 @overload
@@ -189,9 +197,7 @@ def load_patch(model: nn.Module, folder: Path | str) -> Any:
     check_weights(model)
     folder = shipped_or(folder)
     settings, policy = read_settings(model, folder)
-    known = existing(model, settings)
-    router = known or _patch(model, settings)
-    try:
+    with _unpatched_if_refused(model, settings) as router:
         load_weights(router, folder)
         router.fitted, held_out = read_fit(folder, router.config.vocab_size)
         evidence = load_evidence(Path(folder), len(router.layers), router.found[0].width)
@@ -199,10 +205,6 @@ def load_patch(model: nn.Module, folder: Path | str) -> Any:
         frozen = saved_frozen(
             folder, len(router.layers), router.config.num_units, len(router.experts)
         )
-    except ValueError:
-        if known is None:
-            router.unpatch()
-        raise
     router.policy, router.held_out = policy, held_out or router.held_out
     router.controller.evidence, router.controller.risk = evidence, risk
     router.frozen = frozen
