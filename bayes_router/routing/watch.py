@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from bayes_router.checks import require
@@ -49,17 +50,23 @@ class RunningMean:
     def _sums(self, x: Tensor, state: Tensor) -> Tensor:
         """Of values and of weights, [2, B, T]."""
         both = torch.stack([x, torch.ones_like(x)])
-        power = torch.arange(min(CHUNK, max(x.shape[1], 1)), device=x.device)
-        gap = (power[:, None] - power).to(x)  # [t, s]
-        mix = torch.where(gap >= 0, self.decay ** gap.clamp_min(0), 0.0)
-        found = []
-        for part in both.split(CHUNK, -1):
-            n = part.shape[-1]
-            found.append(
-                part @ mix[:n, :n].T + state[..., None] * self.decay ** (power[:n] + 1).to(x)
-            )
-            state = found[-1][..., -1] if n else state
-        return torch.cat(found, -1)
+        both[..., :1] += self.decay * state[..., None]
+        return _fading_sums(both, self.decay)
+
+
+def _fading_sums(x: Tensor, decay: float) -> Tensor:
+    """y[t] = x[t] + decay y[t-1] along the last axis: sums of chunks, and of the chunks' ends."""
+    T = x.shape[-1]
+    n = min(CHUNK, T)
+    power = torch.arange(n, device=x.device)
+    gap = (power[:, None] - power).to(x)  # [t, s]
+    mix = torch.where(gap >= 0, decay ** gap.clamp_min(0), 0.0)
+    if n == T:
+        return x @ mix.T
+    inside = F.pad(x, (0, -T % n)).unflatten(-1, (-1, n)) @ mix.T  # [..., chunks, n]
+    ends = _fading_sums(inside[..., -1], decay**n)
+    before = F.pad(ends, (1, -1))[..., None]  # of the chunk before each
+    return (inside + before * decay ** (power + 1).to(x)).flatten(-2)[..., :T]
 
 
 def _ratio(sums: Tensor) -> Tensor:
