@@ -91,10 +91,13 @@ def _gaps(examined: Any) -> Gaps:
 
 
 def _gap_numbers(examined: Any, gaps: Gaps) -> dict[str, float]:
-    return {
-        f"amortisation gap, {name} (KL weight {gap.kl_weight:g})": gap.gap
-        for name, gap in gaps._asdict().items()
-    }
+    found = {}
+    for name, gap in gaps._asdict().items():
+        said = f"amortisation gap, {name} (KL weight {gap.kl_weight:g})"
+        found[said] = gap.gap
+        if gap.interval is not None:
+            found |= {f"{said}, low": gap.interval.low, f"{said}, high": gap.interval.high}
+    return found
 
 
 def _calibration(examined: Any) -> Calibration:
