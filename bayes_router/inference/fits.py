@@ -98,7 +98,12 @@ def scored(said: Any, targets: Tensor) -> tuple[Tensor, Tensor | bool]:
 
     Integer targets of -100 do not; a 0 stands in their place.
     """
-    require(isinstance(targets, Tensor), "targets", "a tensor, or None: not observed", str(targets))
+    require(
+        isinstance(targets, Tensor),
+        "targets",
+        "a tensor, or None: not observed",
+        type(targets).__name__,
+    )
     whole = (*tuple(said.batch_shape)[-2:], *said.event_shape)
     require(
         targets.shape == whole,

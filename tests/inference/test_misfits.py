@@ -403,3 +403,20 @@ def test_what_pyros_own_estimators_do_with_a_guide_without_a_site() -> None:
     for program in (model, tempered(model, 0.5)):
         with pytest.raises(ValueError, match="latent of the model: route_0; got 'none of route_0'"):
             check_guide(program, nothing, TOKENS, TARGETS)
+
+
+def test_checks_of_a_step_print_no_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Printing waits for the device, and ends the capture of a step as a CUDA graph."""
+    network = tiny_model()
+    model = RoutingModel(network.network, tiny_concentration(network.config))
+    guide = RoutingGuide(model, network.controller)
+    tokens, targets = tiny_batch()
+
+    def printed(x: Tensor, *_: object, **__: object) -> str:
+        raise AssertionError("a tensor is printed")
+
+    monkeypatch.setattr(Tensor, "__repr__", printed)
+    monkeypatch.setattr(Tensor, "__format__", printed)
+    loss = RoutingELBO()(model, guide)(tokens, targets)
+    loss.backward()
+    assert all(x.grad is not None for x in network.controller.parameters())
