@@ -12,11 +12,9 @@ machine that others use `alone` is not alone.
 import argparse
 import os
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -27,25 +25,12 @@ from torch.nn import functional as F
 
 from bayes_router.attention.hard import rows as by_rows
 from bayes_router.attention.hard.dispatch import routed_attention
+from bayes_router.benchmark.busy import neighbours
 from bayes_router.benchmark.rows import Rows
 from bayes_router.timing import device_name
 
 RESULTS = Path(__file__).parents[1] / "results" / "neighbour_cpu.csv"
 HEADS, HEAD_DIM, WINDOW, SHARES = 8, 64, 256, (0.1, 0.6, 0.3)
-
-
-@contextmanager
-def neighbours(number: int) -> Iterator[None]:
-    """So many processes that do nothing but compute."""
-    busy = [sys.executable, "-c", "while True: pass"]
-    started = [subprocess.Popen(busy) for _ in range(number)]
-    try:
-        time.sleep(0.5 if started else 0.0)
-        yield
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
 
 
 def contenders(keys: int) -> dict[str, Callable[[], Tensor]]:

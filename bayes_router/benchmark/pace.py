@@ -6,6 +6,7 @@ It is told by those of its kind that were measured before it.
 import torch
 
 from bayes_router.benchmark.cases import WINDOW, Shape
+from bayes_router.benchmark.plan import BESIDE
 
 BACKWARD = 3.5
 """Work of a forward and backward pass over that of a forward one: two products against seven."""
@@ -52,7 +53,7 @@ class Pace:
 
     def unknown(self, what: str, shape: Shape) -> bool:
         """Whether nothing says how long such a group takes, though its text is long."""
-        causal = what in ("forward", "forward+backward", "decode")
+        causal = what in ("forward", "forward+backward", "decode", BESIDE)
         return self.learns and causal and shape.T > TRIED and what not in self.seconds
 
     def fits(self, what: str, shape: Shape, left: float, variants: int = 1) -> bool:

@@ -8,6 +8,7 @@ from bayes_router.benchmark.cases import MIXES, Shape
 
 LENGTHS = tuple(2**n for n in range(9, 17))
 ALONE = LENGTHS[2:]
+BESIDE = "beside a busy process"
 RUNS = (1, 64)  # neighbours that are routed together
 
 
@@ -50,7 +51,8 @@ class Group:
     """Calls that take turns.
 
     Attributes:
-        what: forward, forward+backward, decode, alone or training memory.
+        what: forward, forward+backward, decode, alone, training memory, or BESIDE: forward while
+            another process computes all the time.
         shape: of all of them.
         mix: of the routed ones.
         run: neighbours that are routed together.
@@ -83,7 +85,7 @@ def plan_groups(plan: BenchmarkPlan, cuda: bool, longest: int = LENGTHS[-1]) -> 
     groups = (
         []
         if asked or plan.quick
-        else [replace(group, target=True) for group in _targets(mixes, cuda)]
+        else [replace(group, target=True) for group in _targets(mixes, cuda, plan.cpu_time)]
     )
     # a GPU takes seconds for a new length
     compiled = {group.shape.T for group in groups if group.mix} if cuda else set()
@@ -113,7 +115,7 @@ def plan_groups(plan: BenchmarkPlan, cuda: bool, longest: int = LENGTHS[-1]) -> 
     return list(dict.fromkeys(groups))
 
 
-def _targets(mixes: Sequence[str], cuda: bool) -> Iterator[Group]:
+def _targets(mixes: Sequence[str], cuda: bool, cpu_time: bool) -> Iterator[Group]:
     """The rows that have a target, and single experts at every length."""
     lead, second = mixes[0], mixes[:2]
     if cuda:
@@ -124,5 +126,7 @@ def _targets(mixes: Sequence[str], cuda: bool) -> Iterator[Group]:
         yield Group("decode", Shape(64, 8, 32768, 64), lead)
     else:
         yield from (Group("forward", Shape(1, 8, T, 64), lead) for T in (8192, 32768))
+        if not cpu_time:  # which a neighbour takes nothing of
+            yield from (Group(BESIDE, Shape(1, 8, T, 64), lead) for T in (2048, 8192))
     yield Group("training memory", Shape(1, 16 if cuda else 8, 8192, 64))
     yield from (Group("alone", Shape(1, 16 if cuda else 8, T, 64)) for T in ALONE)

@@ -30,6 +30,7 @@ from bayes_router.attention.hard.short import SHORT
 from bayes_router.attention.hard.sorted import TRITON
 from bayes_router.attention.shapes import ExpertShape
 from bayes_router.benchmark import cases, memory
+from bayes_router.benchmark.busy import neighbours
 from bayes_router.benchmark.cases import (
     WINDOW,
     Shape,
@@ -40,7 +41,7 @@ from bayes_router.benchmark.cases import (
 )
 from bayes_router.benchmark.clock import Clock, OutOfTime, Thunk, captured
 from bayes_router.benchmark.pace import SHARE, TRIED, Pace
-from bayes_router.benchmark.plan import LENGTHS, BenchmarkPlan, Group, plan_groups
+from bayes_router.benchmark.plan import BESIDE, LENGTHS, BenchmarkPlan, Group, plan_groups
 from bayes_router.benchmark.verify import verify
 from bayes_router.checks import require
 from bayes_router.progress import Progress
@@ -202,6 +203,7 @@ class Suite:
             "decode": self.decode,
             "alone": self.alone,
             "training memory": self.training_memory,
+            BESIDE: self.beside,
         }
         for number, group in enumerate(self.groups):
             progress.step()
@@ -285,6 +287,12 @@ class Suite:
         yield from compared(
             self.clock(calls), peaks, **facts, ideal=cases.ideal_flops(shape, group.mix)
         )
+
+    def beside(self, group: Group) -> Iterator[dict[str, Any]]:
+        """`causal`, forward, while another process computes all the time."""
+        with neighbours(1):
+            for row in self.causal(replace(group, what="forward")):
+                yield row | {"what": group.what}
 
     def decode(self, group: Group) -> Iterator[dict[str, Any]]:
         """One decoding step of a batch."""

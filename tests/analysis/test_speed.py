@@ -5,6 +5,7 @@ routing loses."""
 
 import multiprocessing
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from bayes_router.benchmark import cases, clock, memory, pace, suite, summary, v
 from bayes_router.benchmark.cases import Shape
 from bayes_router.benchmark.clock import Clock
 from bayes_router.benchmark.figure import draw
-from bayes_router.benchmark.plan import LENGTHS, BenchmarkPlan, Group, plan_groups
+from bayes_router.benchmark.plan import BESIDE, LENGTHS, BenchmarkPlan, Group, plan_groups
 from bayes_router.benchmark.suite import Suite, compared, doubling, run_benchmark
 from bayes_router.config import ModelConfig
 from bayes_router.timing import Timing
@@ -614,3 +615,27 @@ def test_a_table_of_what_there_was_time_for_is_drawn(
     found = run_benchmark(CPU, plan, tmp_path)
     assert set(found["what"]) == {what} and (tmp_path / "speed_cpu.png").stat().st_size > 1000
     assert summary.closing(found) and found.attrs["left_out"]
+
+
+def test_full_and_routed_are_read_beside_a_busy_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    running, usual = [], suite.neighbours
+
+    @contextmanager
+    def counted(number: int) -> Iterator[None]:
+        with usual(number):
+            running.append(number)
+            yield
+            running.pop()
+
+    monkeypatch.setattr(suite, "neighbours", counted)
+    timed = suite.Suite(torch.device("cpu"), BenchmarkPlan(quick=True), [])
+    seen, clock = [], timed.clock
+    monkeypatch.setattr(timed, "clock", lambda calls: seen.append(list(running)) or clock(calls))
+    rows = list(timed.beside(Group(BESIDE, Shape(1, 2, 300, 16), "10/60/30")))
+    assert seen == [[1]] and not running
+    assert {row["variant"] for row in rows} == {"full", "auto"}
+    assert {row["what"] for row in rows} == {BESIDE} and all(row["speedup"] > 0 for row in rows)
+    found = [g for g in plan_groups(BenchmarkPlan(), cuda=False) if g.what == BESIDE]
+    assert [g.shape.T for g in found] == [2048, 8192] and all(g.target for g in found)
+    alone = plan_groups(BenchmarkPlan(cpu_time=True), cuda=False)
+    assert BESIDE not in {g.what for g in alone + plan_groups(BenchmarkPlan(), cuda=True)}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bayes_router.attention.experts.contract import Expert, Kernel, register_expert
 from bayes_router.attention.kernels import capability
-from bayes_router.attention.kernels.eager.band import MIN_BLOCK, banded
+from bayes_router.attention.kernels.eager.band import MIN_BLOCK, banded, by_blocks
 from bayes_router.attention.kernels.eager.fused import fused_attention
 from bayes_router.attention.kernels.triton import operators
 from bayes_router.attention.shapes import ExpertShape, causal_positions, segments
@@ -54,6 +54,8 @@ class LocalAttention(Expert):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         window, Tq, Tk = self.shape.window, q.shape[2], k.shape[2]
         older = max(Tk - Tq - window + 1, 0)  # keys before every window
+        if window < Tk - older and window >= 2 * MIN_BLOCK and self._apart(q, k, v):
+            return by_blocks(q, k, v, window)
         if window < Tk - older and Tq > MIN_BLOCK:
             return banded(q, k, v, window, self.shape.sinks)
         query, key = causal_positions(Tq, Tk, q.device)
@@ -61,6 +63,13 @@ class LocalAttention(Expert):
         k, v, key = (_without(x, sinks, older, dim) for x, dim in ((k, 2), (v, 2), (key, 1)))
         seen = (key <= query) & ((key > query - window) | (key < self.shape.sinks))
         return fused_attention(q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1])
+
+    def _apart(self, *inputs: Tensor) -> bool:
+        """Whether blocks may be computed one by one: on a CPU, where a gradient of views of keys
+        would cost more than it saves, and without sinks.
+        """
+        grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        return not self.shape.sinks and inputs[0].device.type == "cpu" and not grad
 
     def reach(self, num_keys: int) -> int | None:
         """The window; None where sinks stand before it."""

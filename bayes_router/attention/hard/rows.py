@@ -30,7 +30,7 @@ from bayes_router.attention.kernels.eager.rows_softmax import softmax_rows, soft
 from bayes_router.attention.kernels.eager.threads import in_threads
 from bayes_router.attention.shapes import ExpertShape, unit_heads, widen
 
-SHARED = 1024  # queries from which heads are shared between threads
+SHARED = 256  # queries from which heads are shared between threads
 PIECES = 2  # shares a thread, for some end before others
 
 
