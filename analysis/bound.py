@@ -124,7 +124,7 @@ def tables(name: str) -> Iterator[pd.DataFrame]:
         groups = frame.groupby("budget")["nll_hard"]
         yield pd.DataFrame({"mean": groups.mean(), "se": groups.sem()}).reset_index()
     elif name == "patched_cuda":
-        keys = ["what", "shape", "unit", "context", "batch", "contender"]
+        keys = ["what", "shape", "unit", "context", "batch", "contender", "best", "run"]
         yield frame.groupby(keys)[["ms", "ratio"]].mean()
     elif name == "uncertainty_k_hat":
         keys = ["target", "length"]
