@@ -121,8 +121,10 @@ def main() -> None:
     )
     parser.add_argument("results", type=Path, nargs="?", default=RESULTS)
     frame = load(parser.parse_args().results)
+    read = "lost" in frame  # beside retrieval, or retrieval alone
+    frame = frame if read else frame.assign(lost=np.nan)
     table = losses(frame)
-    for (context, text), part in table.groupby(["context", "text"]):
+    for (context, text), part in table.groupby(["context", "text"]) if read else ():
         n = f"{int(part['pieces'].min())} to {int(part['pieces'].max())} pieces"
         print(f"\n### {text}, {context} tokens: perplexity lost, % ({n})\n")
         print("\n".join(lines(spread(part))))

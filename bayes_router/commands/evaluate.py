@@ -89,6 +89,9 @@ def run(options: Namespace) -> None:
             costs=tuple(dict.fromkeys((CostModel.PAPER, CostModel.FLOPS, cost))),
         )
     print(result.table())
+    if options.freeze is not None:
+        model.policy = family(price)
+        print(freezing(model, data, options.freeze, context, limit))
     curve = None
     if options.budget is not None:
         tokens = max(min(options.curve_tokens, limit), context)
@@ -106,6 +109,15 @@ def run(options: Namespace) -> None:
         )
         if curve is not None:
             write_text(options.out / "dial.csv", curve.to_csv(index=False))
+
+
+def freezing(model: RoutedLanguageModel, data: Data, share: float, context: int, limit: int) -> str:
+    """What freezing costs on held-out text, and the bytes of the cache of one window."""
+    before = model.new_cache(1, context).bytes
+    found = model.freeze(data.valid, share=share, context=context, limit=limit)
+    after = model.new_cache(1, context).bytes
+    model.frozen = None
+    return f"{found}; cache of {context} tokens: {before:,} -> {after:,} bytes"
 
 
 def _promise(
@@ -163,6 +175,13 @@ def _check(options: Namespace) -> tuple[str, CostModel, dict[str, float]]:
     )
     if options.quality is not None:
         check_promise(options.quality, options.confidence)
+    if options.freeze is not None:
+        require(
+            0 <= options.freeze < 0.5,
+            "freeze",
+            "a share of the tokens below a half",
+            options.freeze,
+        )
     for name in ("tokens", "curve_tokens"):
         require(options[name] is None or options[name] >= 1, name, "at least 1", options[name])
     return policy, cost, {} if options.threshold is None else {"threshold": options.threshold}

@@ -131,7 +131,7 @@ def _steps(
     generator = torch.Generator(tokens.device).manual_seed(sampling.seed)
     stops = torch.tensor(stop_tokens, dtype=torch.int64, device=tokens.device)
     finished = torch.zeros(B, dtype=torch.bool, device=tokens.device)
-    cache = model.network.new_cache(B, T + max_new_tokens)
+    cache = model.new_cache(B, T + max_new_tokens)
     last = last_token(tokens, lengths)[:, 0]
     was_training = model.training
     model.eval()

@@ -18,12 +18,20 @@ from bayes_router.attention.decoding.model_cache import RoutedCache
 from bayes_router.attention.experts.contract import Expert
 from bayes_router.checks import choose, require
 from bayes_router.config import Config, ModelConfig
+from bayes_router.data.tokens import TokenSource
 from bayes_router.hub import folder_of, push
 from bayes_router.routing.controller import MetaController
 from bayes_router.routing.force import Force, as_units, forced_route
 from bayes_router.routing.guard import UNKNOWN, Guard, guarded
 from bayes_router.routing.policy import Argmax, Policy, execute
 from bayes_router.transformer.build import build_experts
+from bayes_router.transformer.frozen import (
+    Freezing,
+    Frozen,
+    freeze_model,
+    posterior,
+    short_by_layer,
+)
 from bayes_router.transformer.layer import Angles, AttentionMixture
 from bayes_router.transformer.padding import check_lengths, check_tokens, last_token, real_tokens
 from bayes_router.transformer.pretrained import load_model, save_model
@@ -176,10 +184,13 @@ class RoutedTransformer(nn.Module):
         """The experts of each layer."""
         return [list(block.attention.experts) for block in self.blocks]  # type: ignore[union-attr, arg-type]
 
-    def new_cache(self, batch: int, capacity: int) -> RoutedCache:
+    def new_cache(
+        self, batch: int, capacity: int, short: Sequence[Sequence[int]] = ()
+    ) -> RoutedCache:
         """An empty cache for `batch` sequences of at most `capacity` tokens.
 
-        In the dtype of the model's keys (autocast: its).
+        In the dtype of the model's keys (autocast: its). `short`: by layer, the key heads that keep
+        their window alone, as no query head of theirs ever looks further.
         """
         weight = self.embed.weight
         kind, dtype = weight.device.type, weight.dtype
@@ -192,13 +203,15 @@ class RoutedTransformer(nn.Module):
             num_kv_heads=self.config.kv_heads,
             device=weight.device,
             dtype=dtype,
+            short=short,
         )
 
 
 class RoutedLanguageModel(nn.Module):
     """A fitted router at work: the Transformer and its meta-controller. No Pyro, no prior.
 
-    `policy` decides HARD routes; `summary` is what a run said of itself, where it came from one.
+    `policy` decides HARD routes; `summary` is what a run said of itself, where it came from one;
+    `frozen` are the units whose route is static, None: every unit chooses.
     """
 
     def __init__(self, config: ModelConfig, policy: Policy | None = None):
@@ -215,6 +228,21 @@ class RoutedLanguageModel(nn.Module):
         )
         self.policy: Policy = policy or Argmax()
         self.summary: dict[str, Any] | None = None
+        self.frozen: Frozen | None = None
+
+    def freeze(self, tokens: Tensor | TokenSource, **settings: Any) -> Freezing:
+        """Make static what hardly moves, and free what it kept: see `frozen.freeze_model`.
+
+        `frozen = None` takes it back; `save_pretrained` keeps it.
+        """
+        return freeze_model(self, tokens, **settings)
+
+    def new_cache(self, batch: int, capacity: int) -> RoutedCache:
+        """An empty cache for `batch` sequences of at most `capacity` tokens.
+
+        Under `frozen`, without the keys that nobody reads.
+        """
+        return self.network.new_cache(batch, capacity, short_by_layer(self, self.frozen))
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write config.json, the weights, the policy and a card; `from_pretrained` reads them.
@@ -309,12 +337,16 @@ class RoutedLanguageModel(nn.Module):
         watched = isinstance(self.policy, Guard) and chosen is RoutingMode.HARD
         concentrations, routes = [], []
 
+        frozen = self.frozen
+
         def route(layer: int, hidden: Tensor) -> Tensor | int:
-            q = self.controller.posterior(layer, hidden)
+            q = posterior(self.controller, frozen, layer, hidden, self.network.num_experts)
             alarm = self._alarm(layer, hidden, cache, lengths) if watched else None
             executed = (
                 execute(q, chosen, self.policy, alarm) if forced is None else forced(layer, hidden)
             )
+            if frozen is not None and isinstance(executed, Tensor) and forced is None:
+                executed = frozen.fix(layer, executed)
             concentrations.append(q.concentration)
             routes.append(as_units(executed, q.concentration))
             return executed

@@ -20,25 +20,31 @@ from bayes_router.files import CONFIG, PRETRAINED, SUMMARY, WEIGHTS, write_json
 from bayes_router.hub import LIBRARY, write_card
 from bayes_router.routing.policy import Policy, policy_from_dict, policy_to_dict
 from bayes_router.routing.saving import load_evidence, load_risk, save_evidence, save_risk
+from bayes_router.transformer.frozen import Frozen, read_frozen
 from bayes_router.transformer.saving import fill, read_weights, save_weights
 
 MODEL_TYPE = "bayes_router"
 ARCHITECTURE = "RoutedForCausalLM"
 
 
-def config_json(config: ModelConfig, policy: Policy) -> dict[str, Any]:
+def config_json(
+    config: ModelConfig, policy: Policy, frozen: Frozen | None = None
+) -> dict[str, Any]:
     """What config.json holds: the settings of the model, its policy, what opens it.
+
+    And the units that are frozen, if some are.
 
     Raises:
         ValueError: the policy is not registered.
     """
-    return {
+    about = {
         "model_type": MODEL_TYPE,
         "architectures": [ARCHITECTURE],
         "bayes_router_version": __version__,
         "model": asdict(config),
         "policy": policy_to_dict(policy),
     }
+    return about if frozen is None else about | {"frozen": frozen.experts}
 
 
 def from_config_json(values: Mapping[str, Any]) -> tuple[ModelConfig, Policy]:
@@ -60,7 +66,7 @@ def from_config_json(values: Mapping[str, Any]) -> tuple[ModelConfig, Policy]:
 
 def save_model(model: Any, folder: Path) -> None:
     """Write the folder; see `RoutedLanguageModel.save_pretrained`."""
-    about = config_json(model.config, model.policy)
+    about = config_json(model.config, model.policy, model.frozen)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in asdict(model.config).items() if value is not None}
     write_json(folder / PRETRAINED, about)
@@ -88,11 +94,15 @@ def load_model(folder: Path, build: Callable[[ModelConfig, Policy | None], nn.Mo
         "make one with save_pretrained, or with `bayes-router fit`",
     )
     policy: Policy | None = None
+    frozen: object = None
     if path.name == CONFIG:  # a run of before
         config = load_config(path).model
     else:
         try:
-            config, policy = from_config_json(json.loads(path.read_text(encoding="utf-8")))
+            values = json.loads(path.read_text(encoding="utf-8"))
+            config, policy = from_config_json(values)
+            sizes = config.num_layers, config.num_units, len(config.experts)
+            frozen = read_frozen(values.get("frozen"), *sizes)
         except (ValueError, AttributeError) as error:  # JSON's and Unicode's errors are ValueErrors
             raise ValueError(f"{path}: {error}") from error
     weights, stored = read_weights(folder / WEIGHTS)
@@ -109,7 +119,7 @@ def load_model(folder: Path, build: Callable[[ModelConfig, Policy | None], nn.Mo
     model = fill(lambda settings: build(settings, policy), config, weights, folder / WEIGHTS)
     model.controller.evidence = load_evidence(folder, config.num_layers, config.d_model)
     model.controller.risk = load_risk(folder)
-    model.summary = read_summary(folder)
+    model.summary, model.frozen = read_summary(folder), frozen
     return model.eval()
 
 

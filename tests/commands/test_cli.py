@@ -1,6 +1,7 @@
 """The command line as a newcomer meets it."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -74,8 +75,12 @@ def test_fit_evaluate_generate(
         "terms.png",
     }
     summary = json.loads((out / "summary.json").read_text())
-    assert run("evaluate", out) == 0
-    assert f"HARD {summary['nll']['hard']:.4f}" in capsys.readouterr().out
+    assert run("evaluate", out, "--freeze", 0.49) == 0
+    read = capsys.readouterr().out
+    assert f"HARD {summary['nll']['hard']:.4f}" in read
+    (sizes,) = re.findall(r"cache of 32 tokens: ([\d,]+) -> ([\d,]+) bytes", read)
+    before, after = (int(size.replace(",", "")) for size in sizes)
+    assert "2 of 2 units frozen" in read and 0 < after <= before
     assert (
         run("generate", out, "--prompt", "def ", "--tokens", 12, "--temperature", 0, "--routes")
         == 0

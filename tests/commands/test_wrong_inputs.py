@@ -66,6 +66,8 @@ evaluate | RUN --budget little
 evaluate | RUN --budget 0.3 --cost euros
 evaluate | RUN --budget 0.3 --quality 0.1
 evaluate | RUN --quality -1
+evaluate | RUN --freeze 0.5
+evaluate | RUN --freeze -0.1
 evaluate | RUN --quality nan
 evaluate | RUN --quality good
 evaluate | RUN --quality 0.1 --confidence 0

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from bayes_router.integrations.huggingface.freed_cache import FreedLayer, cache_bytes
-from bayes_router.integrations.patch.freezing import Frozen
 from bayes_router.integrations.patching import load_patch, patch
 from bayes_router.routing.policy import Budget
+from bayes_router.transformer.frozen import Frozen
 from tests.integrations.tiny_models import VOCAB, tiny
 
 WINDOW, SINKS = 6, 2
@@ -73,7 +73,7 @@ def test_a_pass_makes_no_table_of_frozen_units_again(monkeypatch: pytest.MonkeyP
     def refused(*args: Any, **kwargs: Any) -> Tensor:
         raise AssertionError("a table was copied to the device")
 
-    monkeypatch.setattr("bayes_router.integrations.patch.freezing.torch.tensor", refused)
+    monkeypatch.setattr("bayes_router.transformer.frozen.torch.tensor", refused)
     out = model(
         TEXT[None, :40], use_cache=False
     ).logits  # with gradients, behind a pass that had none

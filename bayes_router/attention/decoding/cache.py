@@ -54,7 +54,9 @@ class LayerCache(KeyStore):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        whole: Sequence[int] | None = None,
     ):
+        """An empty one; with `whole` it stores the keys of these key heads alone."""
         self.experts = tuple(experts)
         sinks = max((e.shape.sinks for e in self.experts if e.kernel is Kernel.LOCAL), default=0)
         if sinks:  # a ring overwrites the first keys, and no decoding kernel looks for them
@@ -69,7 +71,9 @@ class LayerCache(KeyStore):
             )
         like_q = torch.empty(batch, num_heads, 0, head_dim, device=device, dtype=dtype)
         like_k = torch.empty(batch, num_kv_heads, 0, head_dim, device=device, dtype=dtype)
-        super().__init__(self.experts, capacity, like_k)
+        super().__init__(
+            self.experts, capacity, like_k if whole is None else like_k[:, list(whole)]
+        )
         self.states = {
             i: e.init_state(like_q, like_k, like_k)
             for i, e in enumerate(self.experts)
@@ -205,7 +209,7 @@ class LayerCache(KeyStore):
         }
         dense = {i: out for i, (out, _) in extended.items() if out is not None}
         # a chunk may overwrite what its first queries see
-        late = self.ring and not _own_path(new, choice)
+        late = self.ring and not own_path(new, choice)
         if not late:
             self.write(new)
         if weights is None:
@@ -308,7 +312,7 @@ class LayerCache(KeyStore):
             return run(choice, new)
         if self.values is None:
             return torch.zeros_like(new.q)
-        own = _own_path(new, choice)
+        own = own_path(new, choice)
         if self.ring and not own:
             held = self.unrolled(new)
         else:
@@ -334,6 +338,6 @@ def _one_token(new: RoutedProblem) -> bool:
     return new.q.shape[2] == 1 and new.lengths is None
 
 
-def _own_path(new: RoutedProblem, choice: Backend) -> bool:
+def own_path(new: RoutedProblem, choice: Backend) -> bool:
     """Whether `attend_one` computes it, and not a backend."""
     return _one_token(new) and choice is AUTO

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bayes_router.attention.decoding.cache import LayerCache
+from bayes_router.attention.decoding.freed import FreedCache
 from bayes_router.attention.experts.contract import Expert
 
 
@@ -38,17 +39,19 @@ class RoutedCache:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        short: Sequence[Sequence[int]] = (),
     ) -> "RoutedCache":
         """An empty cache for `batch` sequences of at most `capacity` tokens.
 
-        `experts` are those of each layer.
+        `experts` are those of each layer; `short` its key heads that keep their window alone, see
+        `FreedCache`.
         """
-        return cls(
-            [
-                LayerCache(e, batch, capacity, num_kv_heads, device=device, dtype=dtype)
-                for e in experts
-            ]
-        )
+        sizes, kind = (batch, capacity, num_kv_heads), {"device": device, "dtype": dtype}
+        layers = [
+            FreedCache(e, *sizes, heads, **kind) if heads else LayerCache(e, *sizes, **kind)  # type: ignore[arg-type]
+            for e, heads in zip(experts, short or [()] * len(experts), strict=True)
+        ]
+        return cls(layers)
 
     def __len__(self) -> int:
         return len(self.layers)

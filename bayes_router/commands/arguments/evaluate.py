@@ -56,6 +56,15 @@ def parser(arguments: Sequence[str]) -> Parser:
         ),
     )
     result.add_argument(
+        "--freeze",
+        type=Optional[float],
+        default=None,
+        help=(
+            "share of tokens: make units static that send all but so many to one expert; what that "
+            "costs, and the bytes of the cache"
+        ),
+    )
+    result.add_argument(
         "--confidence",
         type=float,
         default=0.95,

@@ -8,11 +8,11 @@ from torch.distributions import Dirichlet
 
 from bayes_router.checks import require
 from bayes_router.integrations.patch.following import Following
-from bayes_router.integrations.patch.freezing import Frozen
 from bayes_router.integrations.patch.passes import Here, Pass
 from bayes_router.integrations.patch.settings import RouterConfig
 from bayes_router.routing.guard import UNKNOWN, Guard, guarded
 from bayes_router.routing.policy import Policy, execute
+from bayes_router.transformer.frozen import Frozen, posterior
 from bayes_router.types import RoutingMode
 
 
@@ -45,14 +45,7 @@ class Deciding(Following):
 
         Frozen units are not computed, and near certain.
         """
-        if self.frozen is None:
-            return self.controller.posterior(index, hidden)
-        _, live = self.frozen.at(index, hidden.device)
-        chosen = self.controller.posterior(index, hidden, live).concentration if len(live) else None
-        floor = self.controller.floor
-        return Dirichlet(
-            self.frozen.filled(index, chosen, hidden, len(self.experts), floor), validate_args=False
-        )
+        return posterior(self.controller, self.frozen, index, hidden, len(self.experts))
 
     def thaw(self) -> None:
         """Let every unit choose again. A cache that was freed stays so: read its text anew."""

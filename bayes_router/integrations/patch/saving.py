@@ -24,13 +24,13 @@ from bayes_router.data.stream import MaskedStream, TokenStream
 from bayes_router.files import write_json, write_whole
 from bayes_router.hub import write_card
 from bayes_router.integrations.patch.card import card
-from bayes_router.integrations.patch.freezing import Frozen, read_frozen
 from bayes_router.integrations.patch.identity import Identity, Sums, identity, kept, read_kept
 from bayes_router.integrations.patch.settings import SETTINGS, FitRecord, RouterConfig
 from bayes_router.routing.evidence import Evidence
 from bayes_router.routing.policy import Policy, policy_from_dict, policy_to_dict
 from bayes_router.routing.risk import Risk
 from bayes_router.routing.saving import save_evidence, save_risk
+from bayes_router.transformer.frozen import Frozen, read_frozen
 
 WEIGHTS, BASE, HELD_OUT = "router.safetensors", "base.safetensors", "held_out.safetensors"
 FORMAT = 1
