@@ -15,6 +15,7 @@ from bayes_router.files import CONFIG
 from bayes_router.transformer.pretrained import read_summary
 
 Pairs = list[tuple[str, str]]
+UNITS = {"paper": "in the paper's units", "flops": "in FLOPs"}
 
 
 def headline(examined: Examination) -> Pairs:
@@ -37,7 +38,10 @@ def headline(examined: Examination) -> Pairs:
             ("ELBO", "not read: a patch keeps no evaluation of its own"),
         ]
     losses = ", ".join(f"{mode.upper()} {value:.4f}" for mode, value in summary["nll"].items())
-    costs = ", ".join(f"{value:.3f} in {name}" for name, value in summary["executed_cost"].items())
+    costs = ", ".join(
+        f"{value:.3f} {UNITS.get(name, f'in {name}')}"
+        for name, value in summary["executed_cost"].items()
+    )
     kl = sum(summary["kl_per_layer"])
     return [
         ("loss", f"{losses} nats per token, {summary['tokens']:,} tokens of held-out text"),

@@ -352,7 +352,7 @@ def write_report(
     )
     return environment.get_template(TEMPLATE).render(
         run=str(run.path),
-        text_name=name or f"held-out text of {run.config.data.corpus}",
+        text_name=name or f"Held-out text of {run.config.data.corpus}",
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         tokens=examined.collapse.tokens,
         verdicts=verdicts,

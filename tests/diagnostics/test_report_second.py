@@ -58,7 +58,7 @@ def test_it_begins_with_loss_cost_elbo_command_settings_and_versions(
     summary = json.loads((by_head / "summary.json").read_text(encoding="utf-8"))
     head = html[: html.index("<h2>Verdicts</h2>")]
     assert f"HARD {summary['nll']['hard']:.4f}" in head and f"{summary['elbo']:.4f}" in head
-    assert f"{summary['executed_cost']['paper']:.3f} in paper" in head
+    assert f"{summary['executed_cost']['paper']:.3f} in the paper&#39;s units" in head
     assert f"bayes-router report {by_head}" in head and "bayes-router fit --config" in head
     assert "<td>model.route_by</td><td>head</td>" in head
     assert f"<td>bayes-router</td><td>{__version__}</td>" in head and torch.__version__ in head
@@ -166,6 +166,40 @@ def test_the_map_is_walked_by_keys_and_enter_shows_the_unit(html: str, tmp_path:
         assert "layer 1, unit 1" in browser.run("document.getElementById('card').textContent")
         assert browser.run("cellAt(1, 1).getAttribute('aria-pressed')") == "true"
         assert browser.problems() == []
+
+
+CONTRAST = """(() => {
+  const channels = text => text.match(/[\\d.]+/g).map(Number);
+  const linear = c => c <= 0.04045 ? c / 12.92 : Math.pow((c + 0.055) / 1.055, 2.4);
+  const weights = [0.2126, 0.7152, 0.0722];
+  const light = rgb => weights.reduce((sum, w, i) => sum + w * linear(rgb[i] / 255), 0);
+  const behind = e => { // what stands behind the text of e, colours laid over one another
+    const own = channels(getComputedStyle(e).backgroundColor), a = own.length > 3 ? own[3] : 1;
+    if (a === 1 || e === document.documentElement) return own;
+    const below = behind(e.parentElement);
+    return [0, 1, 2].map(i => a * own[i] + (1 - a) * below[i]);
+  };
+  return Math.min(...Array.from(document.querySelectorAll("#text span, #map button, .key"), e => {
+    const two = [light(channels(getComputedStyle(e).color)), light(behind(e))];
+    return (Math.max(...two) + 0.05) / (Math.min(...two) + 0.05);
+  }));
+})()"""
+
+
+@browsing
+def test_text_is_legible_on_every_colour_in_light_and_dark(html: str, tmp_path: Path) -> None:
+    """A contrast of 4.5 (WCAG 2.2, AA) where every posterior is as certain as it can be."""
+    page = tmp_path / "page.html"
+    page.write_text(html, encoding="utf-8")
+    with chromium(tmp_path / "profile") as browser:
+        browser.open(page.as_uri())
+        browser.run("data.layers.forEach(l => { l.sure = l.sure.map(() => 1000); })")
+        for scheme in ("light", "dark"):
+            feature = {"name": "prefers-color-scheme", "value": scheme}
+            browser.call("Emulation.setEmulatedMedia", features=[feature])
+            for expert in range(3):
+                browser.run(f"data.layers[0].choice.fill({expert}); paint(); drawMap();")
+                assert browser.run(CONTRAST) >= 4.5, (scheme, expert)
 
 
 @browsing
