@@ -25,7 +25,8 @@ import pandas as pd
 
 from analysis.pretrained.bisect import effects
 from analysis.pretrained.figure import lost as lost_against_original
-from analysis.pretrained.table import below, losses
+from analysis.pretrained.freezing import summary
+from analysis.pretrained.table import below, losses, retrieved
 from analysis.routes.tiny_lm import summarise
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +71,7 @@ PRINTS = {
     ),
     "pretrained.table": ("pretrained",),
     "pretrained.bisect": ("pretrained_bisect",),
+    "pretrained.freezing": ("pretrained_freezing",),
     "pretrained.smollm": ("patch_smollm",),
     "pretrained.speed": ("patch_speed_cpu",),
 }
@@ -105,7 +107,12 @@ class Unbound(NamedTuple):
 def tables(name: str) -> Iterator[pd.DataFrame]:
     """A committed table, and what the commands that print it make of its rows."""
     frame = pd.read_csv(RESULTS / f"{name}.csv")
-    if name.startswith("pretrained") and "piece" in frame:
+    if "right" in frame:
+        yield retrieved(frame)
+    if name == "pretrained_freezing":
+        yield summary(frame)
+        yield frame[["bytes", "bytes_before"]] / 1e6
+    elif name.startswith("pretrained") and "piece" in frame and "lost" in frame:
         yield losses(frame)
         for rival in frame["contender"].unique():
             yield from (below(frame, rival, window) for window in frame["window"].unique())
