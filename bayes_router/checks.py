@@ -4,7 +4,7 @@ Every refusal names the field, what was expected, what came and the fix.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from enum import Enum
 from typing import TypeVar
@@ -39,6 +39,12 @@ def _number(value: object) -> float:
         return math.nan if isinstance(value, str) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):
         return math.nan
+
+
+def broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
+    """Whether a tensor of one shape broadcasts to another, which stays as it is."""
+    pairs = zip(reversed(shape), reversed(target), strict=False)
+    return len(shape) <= len(target) and all(have in (1, want) for have, want in pairs)
 
 
 def one_line(error: BaseException) -> str:

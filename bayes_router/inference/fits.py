@@ -7,7 +7,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.distributions import Distribution
 
-from bayes_router.checks import require
+from bayes_router.checks import broadcasts, require
 from bayes_router.inference.likelihood import NextToken
 from bayes_router.inference.prior import DirichletPrior
 from bayes_router.inference.sites import Plates
@@ -68,9 +68,8 @@ def broadcast_prior(what: str, fn: Any, shape: torch.Size) -> Any:
     """The prior of a layer for every route, batch shape [(R,) B, T]."""
     if fn.batch_shape == shape:
         return fn
-    pairs = zip(reversed(fn.batch_shape), reversed(shape), strict=False)
     require(
-        len(fn.batch_shape) <= len(shape) and all(have in (1, want) for have, want in pairs),
+        broadcasts(fn.batch_shape, shape),
         what,
         f"batch shape {tuple(shape)}, or what broadcasts to it",
         tuple(fn.batch_shape),

@@ -110,8 +110,9 @@ class DirichletPrior(nn.Module):
         )
         concentration = _of_units(self.concentration[layer], 1, shape)
         batch = shape if len(shape) else concentration.shape[:-1]  # [R], where units differ
+        concentration = concentration.expand(*batch, -1)
         if self.price == 0:
-            return dist.Dirichlet(concentration, validate_args=False).expand(batch)
+            return dist.Dirichlet(concentration, validate_args=False)
         tilt = self.tilt if self.tilt.dim() == 1 else _of_units(self.tilt[layer], 1, shape)
         log_normaliser = _of_units(self.log_normaliser[layer], 0, shape)
         return TiltedDirichlet(concentration, tilt, log_normaliser).expand(batch)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Dirichlet, constraints, register_kl
 
-from bayes_router.checks import require
+from bayes_router.checks import broadcasts, require
 from bayes_router.routing.tilt import TiltedMoments, sample_tilted, tilted_kl, tilted_moments
 
 
@@ -23,7 +23,8 @@ class TiltedDirichlet(dist.TorchDistribution):
         validate_args: whether values are checked to lie on the simplex, its faces included.
 
     Raises:
-        ValueError: the tilt is not over as many experts as the concentration.
+        ValueError: the tilt is not over as many experts as the concentration, or log Z, where it
+            is computed here, is no number.
 
     KL(Dirichlet(q) || this) = KL(Dirichlet(q) || Dirichlet(concentration)) + tilt . E_q[route] +
     log Z, exact.
@@ -40,18 +41,20 @@ class TiltedDirichlet(dist.TorchDistribution):
         validate_args: bool = False,
     ):
         E = concentration.shape[-1:]
-        require(
-            tilt.shape[-1:] == E,
-            "tilt",
-            f"the {E[0]} experts of the concentration",
-            tuple(tilt.shape),
-        )
+        real = concentration.is_floating_point()
+        require(real, "concentration", "a floating point tensor", concentration.dtype)
+        fits = tilt.shape[-1:] == E and broadcasts(tilt.shape, concentration.shape)
+        whole = f"the {E[0]} experts of the concentration, or what broadcasts to it, "
+        require(fits, "tilt", f"{whole}{tuple(concentration.shape)}", tuple(tilt.shape))
         self.concentration, self.tilt = concentration, tilt
         self.base = dist.Dirichlet(concentration, validate_args=False)
         if log_normaliser is None:
             log_normaliser = tilted_moments(concentration, tilt).log_normaliser.to(
                 concentration.dtype
             )
+            known = bool((concentration > 0).all() & log_normaliser.isfinite().all())
+            given, wanted = (concentration.tolist(), tilt.tolist()), "positive and finite numbers"
+            require(known, "concentration, tilt", wanted, given)
         self.log_normaliser = log_normaliser
         super().__init__(concentration.shape[:-1], E, validate_args=validate_args)
 

@@ -140,7 +140,7 @@ def patch(
         route_by=route_by,
         layers=None if layers is None else tuple(layers),
         sinks=sinks,
-        prior=prior or RouterConfig().prior,
+        prior=RouterConfig().prior if prior is None else prior,
         context=context,
         controller_hidden=controller_hidden,
         concentration_floor=concentration_floor,

@@ -78,6 +78,8 @@ class ComputeAwarePrior:
         price: float = 0.0,
     ):
         self.price = not_negative("price", price, "0 or more nats per unit of cost")
+        listed = isinstance(cost_ratio, Sequence | Tensor)
+        require(listed, "cost_ratio", "one number for each expert", cost_ratio)
         ratios = torch.as_tensor(cost_ratio, dtype=torch.float32)
         given = [round(float(r), 6) for r in ratios]
         require(

@@ -129,8 +129,21 @@ def test_values_off_the_simplex_are_refused_and_faces_belong_to_it() -> None:
     base = dist.Dirichlet(p.concentration)
     for face in (double(0.0, 1.0), double(1.0, 0.0)):
         assert float(p.log_prob(face)) == float(base.log_prob(face))  # plus or minus infinity
-    with pytest.raises(ValueError, match="tilt: expected the 2 experts"):
-        TiltedDirichlet(double(0.5, 2.0), double(1.0, 0.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("a", "tilt", "message"),
+    [
+        (double(0.5, 2.0), double(1.0, 0.0, 0.0), r"tilt: expected the 2 experts .*; got \(3,\)"),
+        (torch.ones(2, 3), torch.ones(4, 3), r"tilt: expected .* to it, \(2, 3\); got \(4, 3\)"),
+        (torch.ones(2, dtype=torch.int64), double(1.0, 0.0), "concentration: expected a floating"),
+        (double(0.5, 2.0), double(np.nan, 0.0), "concentration, tilt: expected .*finite numbers"),
+        (double(-0.5, 2.0), double(1.0, 0.0), "concentration, tilt: expected positive"),
+    ],
+)
+def test_what_does_not_fit_is_refused(a: Tensor, tilt: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match="^" + message):
+        TiltedDirichlet(a, tilt)
 
 
 def test_tilts_of_their_own_for_each_member_of_a_batch() -> None:

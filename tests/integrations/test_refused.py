@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bayes_router.config import PriorConfig
 from bayes_router.integrations.huggingface import interface
 from bayes_router.integrations.huggingface import patching as patching_module
 from bayes_router.integrations.patching import patch
@@ -221,6 +222,21 @@ def test_a_model_that_says_it_is_quantised_is_refused() -> None:
 
 class _Gguf:
     quant_method = "gguf"
+
+
+@pytest.mark.parametrize(
+    ("prior", "message"),
+    [
+        (torch.ones(2, 2), "^prior: expected a PriorConfig; got 'Tensor'"),
+        (
+            PriorConfig(cost_ratio=(1.0, 0.2, 0.3, 0.4)),
+            r"^prior.cost_ratio: expected .* full, mapped, local; got \(1.0, 0.2, 0.3, 0.4\)",
+        ),
+    ],
+)
+def test_a_prior_that_is_none_of_the_patchs_is_refused(prior: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        patch(tiny("llama"), window=6, prior=prior)
 
 
 @pytest.mark.parametrize("given", ["gpt2", None, {"model": 1}])

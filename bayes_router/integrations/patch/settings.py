@@ -74,6 +74,15 @@ class RouterConfig:
         require(
             len(set(self.experts)) == len(self.experts), "experts", "no name twice", self.experts
         )
+        kind = type(self.prior).__name__
+        require(isinstance(self.prior, PriorConfig), "prior", "a PriorConfig", kind)
+        given = self.prior.cost_ratio
+        require(
+            given is None or len(given) == len(self.experts),
+            "prior.cost_ratio",
+            f"one number for each of the experts {', '.join(self.experts)}",
+            given,
+        )
         require(
             self.layers is None or len(self.layers) > 0,
             "layers",
