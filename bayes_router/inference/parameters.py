@@ -95,9 +95,7 @@ class Named(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy takes a name of its own."""
-        state = {**self.__dict__}
-        state.pop("_name", None)
-        return {**state, "_given": False}
+        return {**self.__dict__, "_given": False}
 
 
 def _drop_left_behind(name: str) -> None:

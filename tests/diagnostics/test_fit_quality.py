@@ -1,6 +1,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from bayes_router.diagnostics.measures.importance import (
     effective_sample_size,
     importance_bound,
     importance_weights,
+    k_hat_limit,
     log_density_ratio,
     pareto_k,
 )
@@ -135,6 +137,15 @@ def test_verdicts_tell_a_good_guide_from_a_bad_one():
     program, good = toy(BlindNetwork(), torch.tensor([[2.0, 2.0]]), torch.tensor([[2.2, 2.1]]))
     frame = k_hat_frame(program, good, [(TOKENS, TARGETS)] * 2, (1, 4), draws=300, bounds=(1,))
     assert {v.severity for v in k_hat_verdicts(frame)} == {Severity.GOOD}
+
+
+def test_the_limit_of_k_hat_is_the_present_one_and_the_verdict_takes_it():
+    """min(1 - 1 / log10(draws), 0.7): Vehtari, Simpson, Gelman, Yao and Gabry (2024)."""
+    for draws, limit in ((100, 0.5), (400, 0.6157), (1000, 2 / 3), (2154, 0.7), (10**6, 0.7)):
+        assert k_hat_limit(draws) == pytest.approx(limit, abs=1e-4)
+    rows = {"target": "joint", "length": 1, "draws": 100}
+    for k, severity in ((0.49, Severity.GOOD), (0.51, Severity.WARNING)):
+        assert k_hat_verdicts(pd.DataFrame([{**rows, "k_hat": k}]))[0].severity is severity
 
 
 def test_bad_input_is_refused():

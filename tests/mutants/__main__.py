@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.mutants.doubt import DOUBT
 from tests.mutants.newer import NEWER
 from tests.mutants.planted import FAULTS, Fault
 
@@ -29,7 +30,7 @@ def main() -> int:
     options = parser.parse_args()
     chosen = [
         f
-        for f in FAULTS + NEWER
+        for f in FAULTS + NEWER + DOUBT
         if not options.words or any(w in f"{f.file} {f.name}" for w in options.words)
     ]
     if options.list:
