@@ -23,8 +23,8 @@ from bayes_router.commands.fitted import open_fitted, read_text
 from bayes_router.data.load import load_data
 from bayes_router.diagnostics.fitted import FittedRun
 from bayes_router.diagnostics.measures.uncertainty import probability_right, token_frame
-from bayes_router.diagnostics.report import ShownText, route_text
 from bayes_router.diagnostics.shading import Scale, scale
+from bayes_router.diagnostics.shown import ShownText, route_text
 from bayes_router.files import write_text
 
 # of the 256 of a terminal: dark blue, orange, green, purple, yellow, as in the figures

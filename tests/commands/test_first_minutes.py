@@ -10,7 +10,7 @@ import pytest
 from bayes_router.cli import COMMANDS, build_parser, main
 from bayes_router.commands import evaluate
 from bayes_router.config import SURE_ENOUGH
-from bayes_router.diagnostics.report import SHOWN_TOKENS
+from bayes_router.diagnostics.shown import SHOWN_TOKENS
 from bayes_router.routing.prior import PRIOR_MAPS
 from bayes_router.training.dial import TOLERANCE
 

@@ -13,8 +13,8 @@ import torch
 from bayes_router.cli import main
 from bayes_router.commands.inspect import letters, render, shaded
 from bayes_router.diagnostics.fitted import load_fitted
-from bayes_router.diagnostics.report import ShownText, route_text
 from bayes_router.diagnostics.shading import scale
+from bayes_router.diagnostics.shown import ShownText, route_text
 from bayes_router.routing.risk import Risk, RiskHead
 from bayes_router.routing.watch import watching
 from bayes_router.training.risk import read_risk

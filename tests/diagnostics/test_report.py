@@ -15,7 +15,8 @@ from bayes_router.diagnostics.examine import Effort, Examination
 from bayes_router.diagnostics.figures import posterior as posterior_plots
 from bayes_router.diagnostics.figures import run as plots
 from bayes_router.diagnostics.fitted import load_fitted
-from bayes_router.diagnostics.report import route_text, write_report
+from bayes_router.diagnostics.report import write_report
+from bayes_router.diagnostics.shown import route_text
 from tests.diagnostics.browser import chromium, find_chromium
 
 HOSTILE = (

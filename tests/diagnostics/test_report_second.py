@@ -21,7 +21,9 @@ from bayes_router.diagnostics.examine import Effort, Examination
 from bayes_router.diagnostics.fitted import FittedRun, load_fitted
 from bayes_router.diagnostics.measures import rivals
 from bayes_router.diagnostics.measures.rivals import against_static, sentence
-from bayes_router.diagnostics.report import route_text, unit_tables, write_report
+from bayes_router.diagnostics.report import write_report
+from bayes_router.diagnostics.shown import route_text
+from bayes_router.diagnostics.tables import unit_tables
 from bayes_router.routing.policy import Budget
 from bayes_router.training.executed import Executed, execute
 from bayes_router.training.fit import fit
