@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 from torch import Tensor
@@ -44,22 +44,14 @@ def run(options: Namespace) -> None:
     """
     policy, cost, settings = _check(options)
     config, model, data = _load(options)
-    context, batch_size = config.data.context, config.train.batch_size
-    limit = max(options.tokens or config.data.eval_tokens, context)
-    ratios = cost_ratios(build_experts(config.model), cost, context)
+    sizes: dict[str, Any] = {"context": config.data.context, "batch_size": config.train.batch_size}
+    limit = max(options.tokens or config.data.eval_tokens, config.data.context)
+    ratios = cost_ratios(build_experts(config.model), cost, config.data.context)
     family = at_price(policy, ratios.tolist(), **settings)
 
     def dial(tokens: int, progress: Progress) -> Dial:
         source = WatchedSource(data.valid, progress)
-        return Dial(
-            model,
-            source,
-            ratios,
-            context=context,
-            batch_size=batch_size,
-            limit=tokens,
-            policy=family,
-        )
+        return Dial(model, source, ratios, limit=tokens, policy=family, **sizes)
 
     price = 0.0
     if options.budget is not None:
@@ -68,25 +60,24 @@ def run(options: Namespace) -> None:
         price = setting.price
         print(
             f"budget {options.budget:g} ({cost.value}), policy {policy}: price {price:.4f} nats "
-            f"per unit of cost, "
-            f"executed cost {setting.cost:.4f}"
+            f"per unit of cost, executed cost {setting.cost:.4f}"
         )
     if options.quality is not None:
         promised = _promise(options, config, model, data, ratios, family, limit)
         price = promised.kept.price
         print(promised)
-    prior = build_prior(config.prior, config.model, config.model.num_layers, context)
-    with Progress("reading held-out text", limit // context, unit="window") as progress:
+    prior = build_prior(config.prior, config.model, config.model.num_layers, config.data.context)
+    costs = tuple(dict.fromkeys((CostModel.PAPER, CostModel.FLOPS, cost)))
+    with Progress("reading held-out text", limit // sizes["context"], unit="window") as progress:
         result = evaluate(
             model,
             WatchedSource(data.valid, progress),
             prior.concentration,
             prior_tilt=prior.tilt,
-            context=context,
-            batch_size=batch_size,
             limit=limit,
             policy=family(price),
-            costs=tuple(dict.fromkeys((CostModel.PAPER, CostModel.FLOPS, cost))),
+            costs=costs,
+            **sizes,
         )
     print(result.table())
     if options.freeze is not None:
@@ -94,7 +85,7 @@ def run(options: Namespace) -> None:
         print(freezing(model, data, options.freeze, context, limit))
     curve = None
     if options.budget is not None:
-        tokens = max(min(options.curve_tokens, limit), context)
+        tokens = max(min(options.curve_tokens, limit), config.data.context)
         with Progress("nll against budget", unit="window") as progress:
             curve = dial(tokens, progress).curve()
         print(
@@ -103,12 +94,15 @@ def run(options: Namespace) -> None:
         )
         print(curve_table(curve))
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        write_json(
-            options.out / "evaluation.json", {"policy": policy, "price": price, **result.to_dict()}
-        )
-        if curve is not None:
-            write_text(options.out / "dial.csv", curve.to_csv(index=False))
+        _write(options.out, {"policy": policy, "price": price, **result.to_dict()}, curve)
+
+
+def _write(out: Path, found: dict[str, Any], curve: "pd.DataFrame | None") -> None:
+    """evaluation.json, and dial.csv where a curve was read."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "evaluation.json", found)
+    if curve is not None:
+        write_text(out / "dial.csv", curve.to_csv(index=False))
 
 
 def freezing(model: RoutedLanguageModel, data: Data, share: float, context: int, limit: int) -> str:

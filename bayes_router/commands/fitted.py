@@ -23,6 +23,7 @@ from bayes_router.training.distributed import pick_device
 
 if TYPE_CHECKING:
     from bayes_router.integrations.huggingface.loading import PretrainedTokeniser
+    from bayes_router.integrations.huggingface.model import RoutedPretrained
 
 CONTEXT = 512  # tokens of a window of a patched model, at most, unless asked for
 LEAST_WINDOWS = 4  # of a short text
@@ -96,47 +97,38 @@ def _open_patch(options: Namespace, text: Optional[bytes]) -> FittedRun:
     model = load_base(options.base, options.gguf_file, device, kind)
     router = load_patch(model, options.run)
     tokeniser = load_tokeniser_of(options.base, options.gguf_file, router.config.vocab_size)
-    shown, source = "the fit", router.held_out
-    if options.corpus is not None:
-        require(
-            tokeniser is not None,
-            "corpus",
-            "a base model with a tokenizer, to read text",
-            options.base,
-            _NO_TOKENIZER,
-        )
-        assert tokeniser is not None
-        documents = split_documents(load_corpus(options.corpus))[1]
-        shown, source = options.corpus, _stream(documents, tokeniser, options.corpus, router.causal)
-    elif text is not None and source is None:
-        require(
-            tokeniser is not None,
-            "text",
-            "a base model with a tokenizer, to read text",
-            options.base,
-            _NO_TOKENIZER,
-        )
-        assert tokeniser is not None
-        require(
-            len(text) > 0,
-            "text",
-            "at least one token",
-            "an empty text",
-            "name a file with text in it",
-        )
-        shown, source = (
-            options.text.name,
-            _stream([text], tokeniser, options.text.name, router.causal),
-        )
-    if source is None:
-        raise ValueError(
-            f"text: expected held-out text; the patch {options.run} was saved without any; give "
-            f"--corpus NAME or --text FILE"
-        )
+    shown, source = _held_out(options, text, router, tokeniser)
     context = _context(options.context, router.fitted, model, source)
     return fitted_patch(
         router, source, context=context, tokeniser=tokeniser, path=options.run, name=shown
     )
+
+
+def _held_out(
+    options: Namespace,
+    text: Optional[bytes],
+    router: "RoutedPretrained",
+    tokeniser: "PretrainedTokeniser | None",
+) -> tuple[str, TokenSource]:
+    """What a patch is read on, and its name: a corpus, what the fit held out, or the given text."""
+    needs = "a base model with a tokenizer, to read text"
+    if options.corpus is not None:
+        require(tokeniser is not None, "corpus", needs, options.base, _NO_TOKENIZER)
+        assert tokeniser is not None
+        documents = split_documents(load_corpus(options.corpus))[1]
+        return options.corpus, _stream(documents, tokeniser, options.corpus, router.causal)
+    if router.held_out is not None:
+        return "the fit", router.held_out
+    if text is None:
+        raise ValueError(
+            f"text: expected held-out text; the patch {options.run} was saved without any; give "
+            f"--corpus NAME or --text FILE"
+        )
+    require(tokeniser is not None, "text", needs, options.base, _NO_TOKENIZER)
+    assert tokeniser is not None
+    fix = "name a file with text in it"
+    require(len(text) > 0, "text", "at least one token", "an empty text", fix)
+    return options.text.name, _stream([text], tokeniser, options.text.name, router.causal)
 
 
 def _stream(

@@ -95,7 +95,7 @@ def _flat(config: Config) -> dict[str, Any]:
 def begin(options: Namespace) -> None:
     """Refuse what can be refused at once, and print the first line."""
     out = options.out or Path("runs") / options.preset
-    if not options.resume and not out.exists():
+    if not options.resume and not out.is_dir():
         check_folder_for(out)
     if not options.quiet:
         say(f"fit: {options.corpus or options.data.corpus}, to {out}")

@@ -29,6 +29,38 @@ def check_model(model: PreTrainedModel) -> str:
         ValueError: a model that cannot be routed, with the reason.
     """
     name = type(model).__name__
+    _check_kind(model, name)
+    if falcon.serves(model):
+        return falcon.OWN
+    require(
+        model._can_set_attn_implementation(),
+        "model",
+        "an architecture of the attention interface of transformers 5 (GPT-2, Llama, Phi, Qwen, "
+        "Gemma, ...), or Falcon",
+        name,
+        "its attention is written out inside the model: not served",
+    )
+    base: str = model.config._attn_implementation
+    require(
+        base in MASKS,
+        "attn_implementation",
+        "sdpa or eager",
+        base,
+        "call model.set_attn_implementation('sdpa') first",
+    )
+    upcast = base == "eager" and getattr(model.config, "reorder_and_upcast_attn", False)
+    require(
+        not upcast,
+        "reorder_and_upcast_attn",
+        "False under eager attention",
+        True,
+        "set attn_implementation='sdpa'",
+    )
+    return base
+
+
+def _check_kind(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model without weights in memory, with quantised ones, or of another kind."""
     parameters = list(model.parameters())
     require(bool(parameters), "model", "a model with weights", name)
     require(
@@ -61,70 +93,14 @@ def check_model(model: PreTrainedModel) -> str:
         f"{name}, an encoder-decoder",
         "not served",
     )
-    if falcon.serves(model):
-        return falcon.OWN
-    require(
-        model._can_set_attn_implementation(),
-        "model",
-        "an architecture of the attention interface of transformers 5 (GPT-2, Llama, Phi, Qwen, "
-        "Gemma, ...), or Falcon",
-        name,
-        "its attention is written out inside the model: not served",
-    )
-    base: str = model.config._attn_implementation
-    require(
-        base in MASKS,
-        "attn_implementation",
-        "sdpa or eager",
-        base,
-        "call model.set_attn_implementation('sdpa') first",
-    )
-    upcast = base == "eager" and getattr(model.config, "reorder_and_upcast_attn", False)
-    require(
-        not upcast,
-        "reorder_and_upcast_attn",
-        "False under eager attention",
-        True,
-        "set attn_implementation='sdpa'",
-    )
-    return base
 
 
 def find_layers(model: PreTrainedModel, settings: RouterConfig) -> list[Found]:
-    """The attention layers, in the order in which the model runs them.
+    """The attention layers that are to be routed, in the order in which the model runs them.
 
-    It is run once on a few tokens.
+    The model is run once on a few tokens.
     """
-    names = {module: name for name, module in model.named_modules()}
-    widths: dict[nn.Module, int] = {}
-    calls: dict[nn.Module, Found] = {}
-    times: Counter[nn.Module] = Counter()
-
-    def observe(module: nn.Module, q: Tensor, k: Tensor, causal: bool, window: int | None) -> None:
-        shape = ExpertShape(q.shape[1], q.shape[3], settings.window)
-        own = window if window is None or causal else 2 * window - 1  # on both sides
-        calls[module] = Found(
-            module, names[module], shape, k.shape[1], widths.get(module, 0), causal, own
-        )
-        times[module] += 1
-
-    def width(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs.get("hidden_states")
-        if isinstance(hidden, Tensor) and hidden.dim() == 3:
-            widths[module] = hidden.shape[-1]
-
-    handles = [
-        module.register_forward_pre_hook(width, with_kwargs=True) for module in model.modules()
-    ]
-    watching.observers += (observe,)
-    try:
-        probe(model)
-    finally:
-        watching.observers = watching.observers[:-1]
-        for handle in handles:
-            handle.remove()
-    found = list(calls.values())
-    kind = type(model).__name__
+    kind, (found, times) = type(model).__name__, _run(model, settings)
     require(
         bool(found),
         "model",
@@ -157,16 +133,48 @@ def find_layers(model: PreTrainedModel, settings: RouterConfig) -> list[Found]:
         f"indices of the {len(found)} attention layers",
         settings.layers,
     )
-    found = [found[i] for i in chosen]
-    for one in found:
+    routed = [found[i] for i in chosen]
+    width = routed[0].width
+    for one in routed:
         require(
-            one.width == found[0].width,
-            "model",
-            f"one width of hidden states, {found[0].width}",
-            one.width,
-            one.name,
+            one.width == width, "model", f"one width of hidden states, {width}", one.width, one.name
         )
-    return found
+    return routed
+
+
+def _run(
+    model: PreTrainedModel, settings: RouterConfig
+) -> tuple[list[Found], "Counter[nn.Module]"]:
+    """Every attention module that ran on a few tokens, in its order, and how often it did."""
+    names = {module: name for name, module in model.named_modules()}
+    widths: dict[nn.Module, int] = {}
+    calls: dict[nn.Module, Found] = {}
+    times: Counter[nn.Module] = Counter()
+
+    def observe(module: nn.Module, q: Tensor, k: Tensor, causal: bool, window: int | None) -> None:
+        shape = ExpertShape(q.shape[1], q.shape[3], settings.window)
+        own = window if window is None or causal else 2 * window - 1  # on both sides
+        calls[module] = Found(
+            module, names[module], shape, k.shape[1], widths.get(module, 0), causal, own
+        )
+        times[module] += 1
+
+    def width(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(hidden, Tensor) and hidden.dim() == 3:
+            widths[module] = hidden.shape[-1]
+
+    handles = [
+        module.register_forward_pre_hook(width, with_kwargs=True) for module in model.modules()
+    ]
+    watching.observers += (observe,)
+    try:
+        probe(model)
+    finally:
+        watching.observers = watching.observers[:-1]
+        for handle in handles:
+            handle.remove()
+    return list(calls.values()), times
 
 
 def left_out(model: PreTrainedModel, found: list[Found]) -> list[str]:
