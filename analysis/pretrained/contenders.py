@@ -183,7 +183,7 @@ def meet(
     return found.cost
 
 
-def median_ms(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
+def isolated_median_ms(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
     """Median wall time of `run` in ms, the device drained before and after; two runs to warm up."""
     return statistics.median([isolated_ms(run, device)[1] for _ in range(repeats + 2)][2:])
 
@@ -198,11 +198,11 @@ def timings(
     """
     model, device = router.model, tokens.device
     with nullcontext() if route is None else router.routed_by(route):
-        prefill = median_ms(
+        prefill = isolated_median_ms(
             lambda: model(tokens, use_cache=True, logits_to_keep=1), device, repeats
         )
         cache = model(tokens[:, :-8], use_cache=True, logits_to_keep=1).past_key_values
-        decode = median_ms(
+        decode = isolated_median_ms(
             lambda: model(tokens[:, -1:], past_key_values=cache, use_cache=True), device, repeats
         )
     return {"prefill_ms": prefill, "decode_ms": decode}

@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 from analysis.pretrained.contenders import executed_cost, share, window_of, windowed
@@ -43,6 +42,7 @@ from bayes_router.integrations.huggingface.model import RoutedPretrained
 from bayes_router.integrations.huggingface.pressure import BudgetRange
 from bayes_router.integrations.patching import load_patch, patch
 from bayes_router.routing.policy import Budget
+from bayes_router.transformer.nll import token_nll
 from bayes_router.types import Route
 
 SINKS, LONGEST = 4, 8192
@@ -201,7 +201,7 @@ class Reader:
         for tokens, targets in self.pieces(stream, context, number):
             logits = self.router.network(tokens, route).flatten(0, 1)
             parts = zip(logits.split(2048), targets.flatten().split(2048), strict=True)
-            each = torch.cat([F.cross_entropy(a.float(), b, reduction="none") for a, b in parts])
+            each = torch.cat([token_nll(a, b) for a, b in parts])
             yield each.view_as(targets).mean(1).tolist()
 
     def lost(

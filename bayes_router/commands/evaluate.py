@@ -82,7 +82,7 @@ def run(options: Namespace) -> None:
     print(result.table())
     if options.freeze is not None:
         model.policy = family(price)
-        print(freezing(model, data, options.freeze, context, limit))
+        print(freezing(model, data, options.freeze, config.data.context, limit))
     curve = None
     if options.budget is not None:
         tokens = max(min(options.curve_tokens, limit), config.data.context)

@@ -259,7 +259,7 @@ def forward(
     x, values = (torch_layer.batched(y, self.batch_first) for y in (query, value))  # [B, T, D]
     route = router.here.decided.pop(binding.index, None)
     if route is None:
-        route = router.route(binding.index, x, torch_layer.real_tokens(key_padding_mask))
+        route = router.route(binding.index, x, torch_layer.unhidden(key_padding_mask))
     if not router.observed and all_on(route, router.experts.index("full")):
         return original()
     require(

@@ -56,7 +56,7 @@ def forward(
         padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
     if not router.observed:
         read = self.norm1(x) if self.norm_first else x
-        route = router.route(index, batched(read, self.self_attn.batch_first), real_tokens(padding))
+        route = router.route(index, batched(read, self.self_attn.batch_first), unhidden(padding))
         if all_on(route, router.experts.index("full")):
             return own(unhooked(self), src, src_mask, src_key_padding_mask, is_causal)
         router.here.decided[index] = route
@@ -76,7 +76,7 @@ def batched(x: Tensor, batch_first: bool) -> Tensor:
     return x[None] if x.dim() == 2 else x if batch_first else x.transpose(0, 1)
 
 
-def real_tokens(padding: Tensor | None) -> Tensor | None:
+def unhidden(padding: Tensor | None) -> Tensor | None:
     """[B, T] bool of a key padding mask, bool (True hides) or float, [B, T] or [T]."""
     if padding is None:
         return None

@@ -13,7 +13,8 @@ from torch import Tensor
 from bayes_router.checks import require
 from bayes_router.data.tokens import Batch
 from bayes_router.routing.risk import Risk, RiskFit, RiskHead, divergence, risk_features
-from bayes_router.types import IGNORED, RoutingMode, RoutingOutput
+from bayes_router.transformer.nll import token_nll
+from bayes_router.types import RoutingMode, RoutingOutput
 
 FIT_TOKENS = 32_768
 
@@ -59,14 +60,10 @@ def reference_of(model: Any, batches: Iterable[Batch]) -> Callable[[Tensor], Ten
     totals = dict.fromkeys(model.config.experts, 0.0)
     device = next(model.parameters()).device
     for batch in batches:
-        targets = batch.targets.to(device).flatten()
+        targets = batch.targets.to(device)
         for name in totals:
-            logits = model(batch.tokens.to(device), force=name).logits.flatten(0, 1).float()
-            totals[name] += float(
-                torch.nn.functional.cross_entropy(
-                    logits, targets, ignore_index=IGNORED, reduction="sum"
-                )
-            )
+            logits = model(batch.tokens.to(device), force=name).logits
+            totals[name] += float(token_nll(logits, targets).sum())
     best = min(totals, key=lambda name: totals[name])
 
     def static(tokens: Tensor) -> Tensor:

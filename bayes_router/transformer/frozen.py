@@ -19,6 +19,7 @@ from bayes_router.checks import require
 from bayes_router.data.stream import TokenStream
 from bayes_router.data.tokens import Batch, TokenSource
 from bayes_router.routing.controller import MetaController
+from bayes_router.transformer.nll import mean_nll
 from bayes_router.types import CostModel, RoutingOutput
 
 LIVE = -1
@@ -229,7 +230,7 @@ def freeze(
         """(nats per token [], load [L, R, E]) of a window, executed."""
         out = ask(batch.tokens)
         targets = batch.targets.to(out.logits.device)
-        nll = F.cross_entropy(out.logits.float().flatten(0, 1), targets.flatten())
+        nll = mean_nll(out.logits, targets)
         load = F.one_hot(out.route, layer_cost.shape[-1]).double().mean((1, 2))
         return nll.double().cpu(), load.cpu()
 

@@ -52,7 +52,7 @@ class CalibrationThresholds:
             require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
 
 
-def tempered(probability: Array, temperature: float) -> Array:
+def at_temperature(probability: Array, temperature: float) -> Array:
     """probability^(1 / temperature), normalised over experts [N, E].
 
     1 changes nothing, large is flat, small is sure.
@@ -77,7 +77,7 @@ def fit_temperature(
     row = np.arange(len(right))
 
     def loss(log_temperature: float) -> float:
-        p = tempered(probability, np.exp(log_temperature))[row, choice].clip(1e-6, 1 - 1e-6)
+        p = at_temperature(probability, np.exp(log_temperature))[row, choice].clip(1e-6, 1 - 1e-6)
         return float(-np.mean(np.where(right, np.log(p), np.log1p(-p))))
 
     return float(np.exp(minimize_scalar(loss, bounds=(-3.0, 5.0), method="bounded").x))
@@ -145,7 +145,7 @@ def calibrate(
     rows, tested = np.arange(int((~fitted).sum())), right[~fitted]
     stated = probability[~fitted][rows, choice[~fitted]]
     before = reliability(stated, tested)
-    mended = tempered(probability[~fitted], temperature)[rows, choice[~fitted]]
+    mended = at_temperature(probability[~fitted], temperature)[rows, choice[~fitted]]
     after = reliability(mended, tested)
     windows = regret["sequence"].to_numpy()[~fitted]
 

@@ -23,12 +23,12 @@ from scipy.optimize import minimize
 from bayes_router.checks import require
 from bayes_router.diagnostics.measures.bootstrap import Array, Estimate, clustered
 from bayes_router.diagnostics.measures.calibration import (
+    at_temperature,
     auroc,
     expected_calibration_error,
     fit_temperature,
     rank_correlation,
     reliability,
-    tempered,
 )
 from bayes_router.diagnostics.measures.regression import Linear, Logistic, Standard
 
@@ -207,12 +207,14 @@ def baselines(
     )
     right, rows = right_within(fitted, tolerance), np.arange(len(read))
     found = {"posterior": q[rows, taken]}
-    found["temperature"] = tempered(q, fit_temperature(p, chosen, right))[rows, taken]
+    found["temperature"] = at_temperature(q, fit_temperature(p, chosen, right))[rows, taken]
     by_layer = np.empty(len(read))
     for layer in np.unique(read["layer"]):
         here, there = (fitted["layer"] == layer).to_numpy(), (read["layer"] == layer).to_numpy()
         temperature = fit_temperature(p[here], chosen[here], right[here])
-        by_layer[there] = tempered(q[there], temperature)[np.arange(there.sum()), taken[there]]
+        by_layer[there] = at_temperature(q[there], temperature)[
+            np.arange(there.sum()), taken[there]
+        ]
     found["temperature a layer"] = by_layer
     found["vector scaling"] = _vector_scaled(p, chosen, right, q)[rows, taken]
     return found

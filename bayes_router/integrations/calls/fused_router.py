@@ -21,7 +21,7 @@ from bayes_router.routing.policy import Argmax, Budget, like
 from bayes_router.types import RoutingMode
 
 
-def normalised(hidden: Tensor) -> Tensor:
+def controller_input(hidden: Tensor) -> Tensor:
     """Scaled to unit root mean square, float32 at least: what a controller reads, on one scale in
     all layers and models.
     """
@@ -34,7 +34,7 @@ def reference(
     """What `fused` computes, in plain torch: hidden [B, T, D] -> concentration [B, T, R, E], choice
     int64 [B, T, R].
     """
-    concentration = floor + F.softplus(controller(normalised(hidden)))
+    concentration = floor + F.softplus(controller(controller_input(hidden)))
     score = concentration if tilt is None else concentration.log() - tilt
     return concentration, score.argmax(-1)
 
@@ -154,7 +154,7 @@ def infer(
     controller = meta.layers[index]
     assert isinstance(controller, LayerController)
     if policy is None or not available(hidden, controller):
-        read = normalised(hidden)
+        read = controller_input(hidden)
         q = posterior(index, read)
         return q, decide(q, mode, read), None
     known = mode is RoutingMode.HARD and chooses(policy)
@@ -162,7 +162,7 @@ def infer(
     concentration, choice = fused(hidden, controller, meta.floor, tilt)
     q = Dirichlet(concentration, validate_args=False)
     if not known:
-        return q, decide(q, mode, normalised(hidden)), None
+        return q, decide(q, mode, controller_input(hidden)), None
     return q, choice, settled(index, controller, policy, meta.floor)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,13 +27,14 @@ from bayes_router.attention.decoding.model_cache import RoutedCache
 from bayes_router.checks import require
 from bayes_router.hub import folder_of
 from bayes_router.transformer.model import RoutedLanguageModel
+from bayes_router.transformer.nll import mean_nll
 from bayes_router.transformer.pretrained import (
     ARCHITECTURE,
     MODEL_TYPE,
     config_json,
     from_config_json,
 )
-from bayes_router.types import IGNORED, RoutingMode
+from bayes_router.types import RoutingMode
 
 OF_AUTO = ("adapter_kwargs", "trust_remote_code", "_from_auto", "_commit_hash", "code_revision")
 """What `AutoModelForCausalLM` adds of its own: there is neither an adapter nor code to fetch."""
@@ -330,9 +330,7 @@ def _lengths(mask: Tensor | None, tokens: Tensor, cache: RoutedCache | None) -> 
 
 
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED
-    )
+    return mean_nll(logits[:, :-1], labels[:, 1:])
 
 
 AutoConfig.register(MODEL_TYPE, RoutedConfig)

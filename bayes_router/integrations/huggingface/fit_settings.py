@@ -132,7 +132,9 @@ def final_state(router: RoutedLanguage, schedule: ScheduleConfig | None = None) 
     return Schedule(chosen, router.prior, 1, router.experts, router.settings.prior.price).at(1)
 
 
-def end_state(router: RoutedLanguage, schedule: ScheduleConfig | None = None) -> ScheduleState:
+def objective_at_end(
+    router: RoutedLanguage, schedule: ScheduleConfig | None = None
+) -> ScheduleState:
     """The objective at the end of the fit that was, or of one by `schedule`."""
     fitted = router.fitted
     if schedule is not None or fitted is None:

@@ -377,12 +377,12 @@ class RoutedPretrained(RoutedLanguage):
 
         Their arguments are (tokens int64 [B, T], targets or None).
         """
-        return program(self, fit_settings.end_state(self, schedule))
+        return program(self, fit_settings.objective_at_end(self, schedule))
 
     @property
     def kl_weight(self) -> float:
         """Weight of the KL at the end of the fit, or where there was none by default."""
-        return fit_settings.end_state(self).kl_weight
+        return fit_settings.objective_at_end(self).kl_weight
 
     def set_budget(
         self,

@@ -40,7 +40,7 @@ def patch_pretrained(model: PreTrainedModel, settings: RouterConfig) -> RoutedPr
             )
             answered = one.module.register_forward_hook(partial(require_answered, binding))
             router.undo += [handle.remove, answered.remove]
-        verify(router)
+        verify_patch(router)
     except BaseException:
         for undo in restore if router is None else [router.unpatch]:
             undo()
@@ -48,7 +48,7 @@ def patch_pretrained(model: PreTrainedModel, settings: RouterConfig) -> RoutedPr
     return router
 
 
-def verify(router: RoutedPretrained) -> None:
+def verify_patch(router: RoutedPretrained) -> None:
     """Compare the patched model, every token on full attention, with the original on a few tokens.
 
     Try a mixed route too.

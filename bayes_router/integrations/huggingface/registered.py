@@ -22,7 +22,7 @@ from bayes_router.integrations.patch.passes import Given
 
 PASSED = ("scaling", "dropout", "is_causal", "sliding_window", "softcap", "s_aux", "position_bias")
 """What the kernels of transformers read beside tensors and mask, and the operator hands on."""
-IGNORED = ("position_ids", "cache_position", "output_attentions", "use_cache")
+UNREAD = ("position_ids", "cache_position", "output_attentions", "use_cache")
 
 
 # torch.compile's own CUDA graphs stop before it and go on after it: what a pass keeps outlives them
@@ -89,10 +89,7 @@ def compiled_interface(
     binding = getattr(module, BINDING, None)
     asked = {name for name, value in kwargs.items() if value is not None and value is not False}
     if not (
-        isinstance(binding, Binding)
-        and binding.awaits
-        and traced()
-        and asked <= {*PASSED, *IGNORED}
+        isinstance(binding, Binding) and binding.awaits and traced() and asked <= {*PASSED, *UNREAD}
     ):
         return routed_interface(base, module, query, key, value, attention_mask, **kwargs)
     given = binding.take()

@@ -114,7 +114,7 @@ def _by_token(model: nn.Module) -> Iterator[str]:
             yield from (f"{name}.{parameter}" for parameter, _ in module.named_parameters())
 
 
-def kept(sums: dict[str, Sums]) -> dict[str, Tensor]:
+def as_saved(sums: dict[str, Sums]) -> dict[str, Tensor]:
     """The sums as they are saved: the precision is part of the name."""
     return {
         f"{name}|{str(one.dtype).removeprefix('torch.')}": one.values for name, one in sums.items()

@@ -21,8 +21,8 @@ from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.integrations.calls.fused_router import (
     FULL_UP_TO,
     Settled,
+    controller_input,
     infer,
-    normalised,
     takes_full,
     watched,
 )
@@ -202,7 +202,7 @@ class RoutedModel(Savable):
         )
         with exact(hidden.device):
             if self.here.route is not None:
-                return self.here.route(index, normalised(hidden))
+                return self.here.route(index, controller_input(hidden))
             mode, decide = self._mode, partial(self.decide, index)
             policy = None if self.frozen is not None else self._policy_of(index)
             q, executed, one = infer(

@@ -24,7 +24,7 @@ from bayes_router.data.stream import MaskedStream, TokenStream
 from bayes_router.files import write_json, write_whole
 from bayes_router.hub import write_card
 from bayes_router.integrations.patch.card import card
-from bayes_router.integrations.patch.identity import Identity, Sums, identity, kept, read_kept
+from bayes_router.integrations.patch.identity import Identity, Sums, as_saved, identity, read_kept
 from bayes_router.integrations.patch.settings import SETTINGS, FitRecord, RouterConfig
 from bayes_router.routing.evidence import Evidence
 from bayes_router.routing.policy import Policy, policy_from_dict, policy_to_dict
@@ -75,7 +75,7 @@ def save_patch(record: PatchRecord, folder: Path | str) -> None:
         )
     weights = {key: value.detach().cpu().contiguous() for key, value in record.weights.items()}
     write_whole(folder / WEIGHTS, lambda path: save_file(weights, path))
-    write_whole(folder / BASE, lambda path: save_file(kept(now.sums), path))
+    write_whole(folder / BASE, lambda path: save_file(as_saved(now.sums), path))
     write_json(
         folder / SETTINGS,
         {

@@ -87,6 +87,12 @@ def causal_sum(
     Hk, T, D], log_decay [B, Hk, T]; `state` [B, Hk, F, D], what stands before the first token,
     fades like a term (default: nothing). Without a decay each of Hk heads may serve several of H.
     The sums are [B, H, T, D].
+
+    All chunks are computed at once, for every token, and autograd goes backward through them:
+    training and prefill of whole layers. `rows_linear` computes the same for a few chosen tokens of
+    one sequence: chunk after chunk, in place, in the cache of a processor, with a backward pass
+    written by hand. Each is much slower at the other's work, and their sums round differently, so
+    that a run of before would not be repeated to the bit. Tests hold both to one oracle.
     """
     H, T = phi_q.shape[1:3]
     chunk = min(CHUNK, T)

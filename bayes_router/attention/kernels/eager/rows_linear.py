@@ -6,6 +6,7 @@ Letters as in `hard.rows`. Keys come in chunks: the masked product of a chunk's 
 its keys, and the state before it. A chunk's temporaries stay in the processor's cache and in the
 memory of those before. With log gates the past fades by exp(their sum), as in
 `GatedLinearAttention`; keys are then one a query head (Hk = H, else Hkv).
+Why there is a sum of all tokens beside it stands at `chunks.causal_sum`.
 """
 
 from collections.abc import Callable, Iterator

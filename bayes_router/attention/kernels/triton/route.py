@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bayes_router.attention.kernels.triton.launch import launch
 
-EPSILON = 1.1920928955078125e-07  # of float32, as torch's rms_norm takes it
+RMS_EPSILON = 1.1920928955078125e-07  # of float32, as torch's rms_norm takes it
 
 
 @triton.jit
@@ -222,13 +222,13 @@ def launch_route(
         )  # fmt: skip
         launch(
             join_parts_kernel, (blocks,), values, squares, *rest, concentration, choice, N, dim,
-            floor, EPSILON, **sizes, TILTED=tilt is not None, S=parts, BM=FEW_ROWS, **padded,
+            floor, RMS_EPSILON, **sizes, TILTED=tilt is not None, S=parts, BM=FEW_ROWS, **padded,
         )  # fmt: skip
         return
     rows = rows_of(N, width) if narrow else 32
     launch(
         route_kernel, (triton.cdiv(N, rows),),
-        x, first, *rest, concentration, choice, N, dim, x.stride(0), floor, EPSILON,
+        x, first, *rest, concentration, choice, N, dim, x.stride(0), floor, RMS_EPSILON,
         **sizes, TILTED=tilt is not None, SPLIT=narrow,
         BM=rows, BK=64 if narrow else 32, **padded, num_stages=3 if width <= 128 else 2,
     )  # fmt: skip
