@@ -12,6 +12,7 @@ from bayes_router.data.tokenisers import ByteTokeniser
 from bayes_router.data.tokens import Batch
 from bayes_router.diagnostics.measures.calibration import (
     CalibrationThresholds,
+    at_temperature,
     auroc,
     calibrate,
     calibration_verdicts,
@@ -20,7 +21,6 @@ from bayes_router.diagnostics.measures.calibration import (
     rank_correlation,
     reliability,
     stability,
-    tempered,
 )
 from bayes_router.diagnostics.measures.other_text import (
     other_text_verdict,
@@ -121,7 +121,7 @@ def simulated(
     random = np.random.default_rng(seed)
     stated = random.dirichlet([0.6, 0.6, 0.6], rows)
     choice = stated.argmax(1)
-    right = random.random(rows) < tempered(stated, temperature)[np.arange(rows), choice]
+    right = random.random(rows) < at_temperature(stated, temperature)[np.arange(rows), choice]
     frame = pd.DataFrame(stated, columns=["largest_a", "largest_b", "largest_c"])
     frame["choice"] = np.array(["a", "b", "c"])[choice]
     frame["regret"] = np.where(right, 0.0, 1.0)
@@ -174,10 +174,9 @@ def test_tolerance_makes_a_near_miss_right():
 
 def test_tempering_keeps_a_distribution_and_goes_flat():
     p = np.array([[0.7, 0.2, 0.1], [1.0, 0.0, 0.0]])
-    assert tempered(p, 1.0)[0] == pytest.approx(p[0]) and tempered(p, 3.0).sum(1) == pytest.approx(
-        1
-    )
-    assert tempered(p, 1e6) == pytest.approx(1 / 3, abs=1e-3)
+    assert at_temperature(p, 1.0)[0] == pytest.approx(p[0])
+    assert at_temperature(p, 3.0).sum(1) == pytest.approx(1)
+    assert at_temperature(p, 1e6) == pytest.approx(1 / 3, abs=1e-3)
 
 
 def test_rank_correlation():
