@@ -20,6 +20,7 @@ FLOORS = {
     "types": 0,
     "checks": 0,
     "config": 0,
+    "settings": 0,
     "presets": 0,
     "wording": 0,
     "files": 0,

@@ -120,7 +120,7 @@ def test_a_setting_is_one_field(tmp_path: Path) -> None:
         tmp_path / "bayes_router",
         ignore=shutil.ignore_patterns("__pycache__"),
     )
-    config = tmp_path / "bayes_router" / "config.py"
+    config = tmp_path / "bayes_router" / "settings" / "fit.py"
     source = config.read_text(encoding="utf-8")
     field, meaning = (
         "    seed: int = 0\n",
@@ -154,5 +154,5 @@ def test_its_commands_and_files_exist() -> None:
         "bayes_router/attention/experts/NAME.py"
     }
     named -= {"bayes_router/attention/hard/NAME.py"}
-    assert {"bayes_router/config.py", "tests/test_contributing.py"} <= named
+    assert {"bayes_router/settings/fit.py", "tests/test_contributing.py"} <= named
     assert all((ROOT / name).is_file() for name in named)
