@@ -346,7 +346,7 @@ MARGIN = 0.18
 def label(ax: Axes, group: pd.DataFrame) -> None:
     """Names beside the points, at the first of four corners that is free of names and points.
 
-    Positions are shares of the panel.
+    A name that finds no room is in the table alone. Positions are shares of the panel.
     """
     at = group[["cost_paper", "nll_hard"]].to_numpy()
     span = (at.max(0) - at.min(0)).clip(min=1e-9)
@@ -379,7 +379,9 @@ def label(ax: Axes, group: pd.DataFrame) -> None:
                     "left" if right > 0 else "right",
                 )
             )
-        *_, box, offset, side = min(found)
+        meets, _, box, offset, side = min(found)
+        if meets:
+            continue
         taken.append(box)
         ax.annotate(
             text, tuple(point), xytext=offset, textcoords="offset points", fontsize=7, ha=side
