@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 
@@ -23,6 +24,11 @@ def test_each_contender_is_read_alone_and_beside(
     assert (rows.loc[rows["contender"] == "full", "over full"] == 1).all()
 
 
-def test_a_neighbour_ends_with_its_block() -> None:
-    with neighbour.neighbours(1):
-        pass
+def test_neighbours_are_there_in_their_block_and_gone_after_it() -> None:
+    me = psutil.Process()
+    before = set(me.children())
+    with pytest.raises(KeyError), neighbour.neighbours(2):
+        there = set(me.children()) - before
+        assert len(there) == 2 and all(one.is_running() for one in there)
+        raise KeyError
+    assert not any(one.is_running() for one in there)
