@@ -24,6 +24,7 @@ from bayes_router.routing.controller import MetaController
 from bayes_router.routing.force import Force, as_units, forced_route
 from bayes_router.routing.guard import UNKNOWN, Guard, guarded
 from bayes_router.routing.policy import Argmax, Policy, execute
+from bayes_router.transformer import fused
 from bayes_router.transformer.build import build_experts
 from bayes_router.transformer.frozen import (
     Freezing,
@@ -338,8 +339,13 @@ class RoutedLanguageModel(nn.Module):
         concentrations, routes = [], []
 
         frozen = self.frozen
+        fast = chosen is RoutingMode.HARD and forced is None and not watched and frozen is None
 
         def route(layer: int, hidden: Tensor) -> Tensor | int:
+            if fast and (found := fused.chosen(self.controller, layer, hidden, self.policy)):
+                concentrations.append(found[0].concentration)
+                routes.append(found[1])
+                return found[1]
             q = posterior(self.controller, frozen, layer, hidden, self.network.num_experts)
             alarm = self._alarm(layer, hidden, cache, lengths) if watched else None
             executed = (

@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from analysis.speed.patched_model import send
-from bayes_router.integrations.calls.fused_router import fused, reference
+from bayes_router.integrations.calls.fused_router import reference
 from bayes_router.integrations.huggingface.graphs import Graphs
 from bayes_router.integrations.patching import patch
 from bayes_router.routing.controller import LayerController
+from bayes_router.transformer.fused import fused
 from tests.integrations.tiny_models import tokens
 
 pytestmark = [

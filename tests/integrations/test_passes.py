@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bayes_router.integrations.calls.fused_router import watched
 from bayes_router.integrations.patch.passes import Here
 from bayes_router.integrations.patching import patch
 from bayes_router.routing.watch import inputs_of
+from bayes_router.transformer.fused import watched
 from bayes_router.types import RoutingMode
 from tests.integrations.test_torch_attention import draw, encoder, scatter
 from tests.integrations.tiny_models import patched, tiny, tokens

@@ -6,18 +6,17 @@ takes whole and a CUDA graph may hold; `reference` says what it computes.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Optional
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Dirichlet
 from torch.nn import functional as F
 
-from bayes_router.attention.kernels import capability
 from bayes_router.attention.shapes import widen
 from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.routing.controller import LayerController, MetaController
-from bayes_router.routing.policy import Argmax, Budget, like
+from bayes_router.transformer.fused import available, chooses, fused, tilt_of
 from bayes_router.types import RoutingMode
 
 
@@ -37,62 +36,6 @@ def reference(
     concentration = floor + F.softplus(controller(controller_input(hidden)))
     score = concentration if tilt is None else concentration.log() - tilt
     return concentration, score.argmax(-1)
-
-
-def tilt_of(policy: Any, like_this: Tensor) -> Tensor | None:
-    """The tilt price x cost, [E] or [R, E], of a policy that is an argmax after it.
-
-    None of `Argmax`.
-
-    Raises:
-        TypeError: it is another policy; ask `chooses` before.
-    """
-    if type(policy) is Budget:
-        return like(policy.cost_ratio, like_this, policy.price)
-    if type(policy) is Argmax:
-        return None
-    raise TypeError(f"policy: expected Argmax or Budget; got {type(policy).__name__}")
-
-
-def chooses(policy: Any) -> bool:
-    """Whether the kernel knows this policy; of any other it computes the posterior alone."""
-    return type(policy) in (Argmax, Budget)
-
-
-def watched(controller: nn.Module) -> bool:
-    """Whether a hook looks at what the controller reads, so that it has to be called."""
-    return bool(controller._forward_pre_hooks)
-
-
-def available(hidden: Tensor, controller: LayerController) -> bool:
-    """Whether the kernel takes these: CUDA, float32 controllers that nobody watches, no gradient
-    wanted.
-    """
-    if watched(controller):
-        return False
-    if not (hidden.is_cuda and capability.HAS_TRITON and hidden.dtype in capability.TYPES):
-        return False
-    grad = torch.is_grad_enabled() and (hidden.requires_grad or controller.out.weight.requires_grad)
-    width = controller.out.in_features if controller.hidden is not None else 0
-    fits = width <= 256 and controller.out.out_features <= 256
-    return fits and not grad and controller.out.weight.dtype == torch.float32
-
-
-def fused(
-    hidden: Tensor, controller: LayerController, floor: float, tilt: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(concentration [B, T, R, E] float32, choice int64 [B, T, R]): argmax of log concentration -
-    tilt, or of it.
-    """
-    out, inner, units = controller.out, controller.hidden, controller.num_units
-    experts = out.out_features // units
-    if tilt is not None:
-        tilt = tilt.expand(units, experts).contiguous()
-    first, first_bias = (out.weight, None) if inner is None else (inner.weight, inner.bias)
-    found: tuple[Tensor, Tensor] = _route(
-        hidden, first, first_bias, out.weight, out.bias, tilt, floor, units
-    )
-    return found
 
 
 class Settled:
@@ -179,49 +122,3 @@ def takes_full(call: AttentionCall, names: Sequence[str], up_to: int) -> bool:
     """
     short = call.causal and 1 < call.q.shape[2] == call.k.shape[2] <= up_to
     return short and call.q.is_cuda and all(name in ("full", "local") for name in names)
-
-
-def _outputs(hidden: Tensor, out_bias: Tensor, units: int) -> tuple[Tensor, Tensor]:
-    shape, experts = (*hidden.shape[:2], units), len(out_bias) // units
-    choice = torch.empty(shape, device=hidden.device, dtype=torch.int64)
-    return torch.empty(*shape, experts, device=hidden.device, dtype=torch.float32), choice
-
-
-@torch.library.custom_op("bayes_router::route", mutates_args=())
-def _route(
-    hidden: Tensor,
-    first: Tensor,
-    first_bias: Optional[Tensor],
-    out_weight: Tensor,
-    out_bias: Tensor,
-    tilt: Optional[Tensor],
-    floor: float,
-    units: int,
-) -> tuple[Tensor, Tensor]:
-    # only where Triton can be imported
-    from bayes_router.attention.kernels.triton.route import launch_route
-
-    concentration, choice = _outputs(hidden, out_bias, units)
-    x = hidden.reshape(-1, hidden.shape[-1])
-    x = x if x.stride(1) == 1 else x.contiguous()
-    if len(x):
-        with torch.cuda.device_of(x):
-            weights = first.contiguous(), first_bias, out_weight.contiguous(), out_bias
-            launch_route(
-                x, *weights, tilt, floor, concentration.flatten(0, 1), choice.flatten(0, 1)
-            )
-    return concentration, choice
-
-
-@_route.register_fake
-def _(
-    hidden: Tensor,
-    first: Tensor,
-    first_bias: Optional[Tensor],
-    out_weight: Tensor,
-    out_bias: Tensor,
-    tilt: Optional[Tensor],
-    floor: float,
-    units: int,
-) -> tuple[Tensor, Tensor]:
-    return _outputs(hidden, out_bias, units)

@@ -24,7 +24,6 @@ from bayes_router.integrations.calls.fused_router import (
     controller_input,
     infer,
     takes_full,
-    watched,
 )
 from bayes_router.integrations.calls.layer import RoutedLayer
 from bayes_router.integrations.calls.memory import Memories
@@ -47,6 +46,7 @@ from bayes_router.integrations.patch.watch import TrainingWatch
 from bayes_router.routing.controller import MetaController
 from bayes_router.routing.force import Force, forced_route
 from bayes_router.routing.policy import Argmax, Policy
+from bayes_router.transformer.fused import watched
 from bayes_router.types import Route, RouteBy, RoutingMode
 
 START_SHARE = 0.9

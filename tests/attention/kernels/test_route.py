@@ -9,8 +9,9 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
 
-from bayes_router.integrations.calls.fused_router import fused, reference
-from bayes_router.routing.controller import LayerController
+from bayes_router.integrations.calls.fused_router import reference
+from bayes_router.routing.controller import LayerController, MetaController
+from bayes_router.transformer.fused import fused
 
 
 @pytest.mark.parametrize("hidden", [0, 24, 64])
@@ -43,6 +44,23 @@ def test_few_tokens_are_read_in_parts(hidden: int, tokens: int, dim: int) -> Non
     expected, expected_choice = reference(x, layer, 0.01, tilt)
     torch.testing.assert_close(concentration, expected, rtol=2e-5, atol=2e-6)
     assert torch.equal(choice, expected_choice)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("hidden", "tokens", "dim"), [(0, 70, 48), (24, 70, 48), (24, 3, 300)])
+def test_hidden_states_as_they_are(hidden: int, tokens: int, dim: int, dtype: torch.dtype) -> None:
+    """Not normalised, weights in the type of the hidden states: as a language model's own."""
+    torch.manual_seed(tokens)
+    meta = MetaController(dim, 1, 3, hidden, num_units=2).requires_grad_(False)
+    layer = meta.layers[0]
+    assert isinstance(layer, LayerController)
+    layer.out.weight.normal_(std=0.3)
+    x = 3 * torch.randn(1, tokens, dim).to(dtype)
+    layer.to(dtype)
+    concentration, choice = fused(x, layer, meta.floor, None, normed=False)
+    expected = meta.float().posterior(0, x.float()).concentration
+    torch.testing.assert_close(concentration, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(choice, concentration.argmax(-1))
 
 
 def test_small_and_large_concentrations_are_exact() -> None:

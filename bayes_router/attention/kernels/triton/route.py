@@ -2,12 +2,12 @@
 """One launch from the hidden states of a layer to its posterior and its choices, for all routing
 units.
 
-    r = 1 / sqrt(mean(x^2) + eps)        the scale of the root mean square norm
+    r = 1 / sqrt(mean(x^2) + eps)        the scale of the root mean square norm, or 1
     z = W2 silu(r W1 x + b1) + b2        or r W x + b, where the controller is linear
     concentration = floor + softplus(z)
     choice = argmax_e concentration, or argmax_e log concentration - tilt
 
-x is read once, in its own dtype. Weights are float32: beside bfloat16 or float16 inputs each is the
+x is read once, in its own dtype. Float32 weights beside bfloat16 or float16 inputs are each the
 sum of two halves of that type, whose products with x tensor cores take exactly, so that the result
 is float32's. What follows the first product is float32 throughout.
 """
@@ -83,21 +83,21 @@ def _product(
 def _choose(
     acc, square, at, inside, n, real, B1, W2, B2, Tilt, Concentration, Choice, DIM, floor, epsilon,
     HIDDEN: tl.constexpr, R: tl.constexpr, E: tl.constexpr, TILTED: tl.constexpr,
-    BM: tl.constexpr, RP: tl.constexpr, EP: tl.constexpr,
+    NORMED: tl.constexpr, BM: tl.constexpr, RP: tl.constexpr, EP: tl.constexpr,
 ):  # fmt: skip
     """From the first product to the posterior and the choice, which are written."""
     there, row = _columns(R, E, RP, EP)
-    z = acc * (1.0 / tl.sqrt(square / DIM + epsilon))[:, None]
+    z = acc * (1.0 / tl.sqrt(square / DIM + epsilon))[:, None] if NORMED else acc
     if HIDDEN:
-        z += tl.load(B1 + at, mask=inside, other=0.0)[None, :]
+        z += tl.load(B1 + at, mask=inside, other=0.0).to(tl.float32)[None, :]
         z = z / (1.0 + tl.exp(-z))
         w = tl.load(
             W2 + row[:, None] * HIDDEN + at[None, :],
             mask=there[:, None] & inside[None, :],
             other=0.0,
         )
-        z = tl.dot(z, tl.trans(w), input_precision="ieee")
-    z += tl.load(B2 + row, mask=there, other=0.0)[None, :]
+        z = tl.dot(z, tl.trans(w.to(tl.float32)), input_precision="ieee")
+    z += tl.load(B2 + row, mask=there, other=0.0).to(tl.float32)[None, :]
     # softplus(z) = max(z, 0) + log(1 + u), by a series of log(1 + u) where u is small
     u = tl.exp(-tl.abs(z))
     small = u * (1.0 - u * (0.5 - u * (1.0 / 3.0 - u * 0.25)))
@@ -120,7 +120,7 @@ def _choose(
 def route_kernel(
     X, W1, B1, W2, B2, Tilt, Concentration, Choice, N, DIM, x_n, floor, epsilon,
     HIDDEN: tl.constexpr, R: tl.constexpr, E: tl.constexpr, TILTED: tl.constexpr,
-    SPLIT: tl.constexpr,
+    NORMED: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, HP: tl.constexpr, RP: tl.constexpr, EP: tl.constexpr,
 ):  # fmt: skip
     """Program: BM tokens.
@@ -133,7 +133,7 @@ def route_kernel(
     acc, square = _product(X, W1, n, real, at, inside, 0, DIM, DIM, x_n, SPLIT, BM, BK, HP)
     _choose(
         acc, square, at, inside, n, real, B1, W2, B2, Tilt, Concentration, Choice, DIM, floor,
-        epsilon, HIDDEN, R, E, TILTED, BM, RP, EP,
+        epsilon, HIDDEN, R, E, TILTED, NORMED, BM, RP, EP,
     )  # fmt: skip
 
 
@@ -156,8 +156,9 @@ def part_kernel(
 @triton.jit
 def join_parts_kernel(
     Partial, Square, B1, W2, B2, Tilt, Concentration, Choice, N, DIM, floor, epsilon,
-    HIDDEN: tl.constexpr, R: tl.constexpr, E: tl.constexpr, TILTED: tl.constexpr, S: tl.constexpr,
-    BM: tl.constexpr, HP: tl.constexpr, RP: tl.constexpr, EP: tl.constexpr,
+    HIDDEN: tl.constexpr, R: tl.constexpr, E: tl.constexpr, TILTED: tl.constexpr,
+    NORMED: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, HP: tl.constexpr, RP: tl.constexpr,
+    EP: tl.constexpr,
 ):  # fmt: skip
     """Program: BM tokens, whose S parts are summed."""
     n = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -171,7 +172,7 @@ def join_parts_kernel(
         square += tl.load(Square + mine)
     _choose(
         acc, square, at, inside, n, n < N, B1, W2, B2, Tilt, Concentration, Choice, DIM, floor,
-        epsilon, HIDDEN, R, E, TILTED, BM, RP, EP,
+        epsilon, HIDDEN, R, E, TILTED, NORMED, BM, RP, EP,
     )  # fmt: skip
 
 
@@ -192,13 +193,14 @@ def rows_of(tokens: int, width: int) -> int:
 def launch_route(
     x: Tensor, first: Tensor, first_bias: Tensor | None, out: Tensor, bias: Tensor,
     tilt: Tensor | None, floor: float,
-    concentration: Tensor, choice: Tensor,
+    concentration: Tensor, choice: Tensor, normed: bool = True,
 ) -> None:  # fmt: skip
     """Writes concentration [N, R, E] and choice [N, R] of x [N, D], whose last dimension is
     contiguous.
 
     `first` [hidden, D] with its bias and `out` [R E, hidden]; or, of a linear controller, `first`
-    [R E, D] without one, and `out` is not read. Weights are float32 and contiguous; tilt [R E].
+    [R E, D] without one, and `out` is not read. Weights are contiguous, float32 or of the type of
+    x; tilt [R E]. Not `normed`: x is taken as it is (r = 1).
     """
     (N, R, E), dim = concentration.shape, x.shape[1]
     hidden = 0 if first_bias is None else len(first)
@@ -207,6 +209,8 @@ def launch_route(
     width = max(16, triton.next_power_of_2(hidden)) if hidden else units * experts
     narrow = x.element_size() == 2
     sizes = {"HIDDEN": hidden, "R": R, "E": E}
+    split = narrow and first.dtype == torch.float32
+    chosen = {"TILTED": tilt is not None, "NORMED": normed}
     padded = {"HP": width, "RP": units, "EP": experts, "num_warps": 4}
     rest = bias if first_bias is None else first_bias, out, bias, bias if tilt is None else tilt
     if N <= FEW and dim > 256:
@@ -218,17 +222,17 @@ def launch_route(
         squares = torch.empty(lines, device=x.device, dtype=torch.float32)
         launch(
             part_kernel, (blocks, parts), x, first, values, squares, N, dim, x.stride(0), part,
-            **sizes, SPLIT=narrow, BM=FEW_ROWS, BK=step, **padded,
+            **sizes, SPLIT=split, BM=FEW_ROWS, BK=step, **padded,
         )  # fmt: skip
         launch(
             join_parts_kernel, (blocks,), values, squares, *rest, concentration, choice, N, dim,
-            floor, RMS_EPSILON, **sizes, TILTED=tilt is not None, S=parts, BM=FEW_ROWS, **padded,
+            floor, RMS_EPSILON, **sizes, **chosen, S=parts, BM=FEW_ROWS, **padded,
         )  # fmt: skip
         return
     rows = rows_of(N, width) if narrow else 32
     launch(
         route_kernel, (triton.cdiv(N, rows),),
         x, first, *rest, concentration, choice, N, dim, x.stride(0), floor, RMS_EPSILON,
-        **sizes, TILTED=tilt is not None, SPLIT=narrow,
+        **sizes, **chosen, SPLIT=split,
         BM=rows, BK=64 if narrow else 32, **padded, num_stages=3 if width <= 128 else 2,
     )  # fmt: skip

@@ -1,0 +1,140 @@
+"""A layer's controller and policy as one Triton kernel, where nobody asks for a gradient.
+
+An operator that torch.compile takes whole and a CUDA graph may hold.
+"""
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Dirichlet
+
+from bayes_router.attention.kernels import capability
+from bayes_router.routing.controller import LayerController, MetaController
+from bayes_router.routing.policy import Argmax, Budget, like
+
+
+def tilt_of(policy: Any, like_this: Tensor) -> Tensor | None:
+    """The tilt price x cost, [E] or [R, E], of a policy that is an argmax after it.
+
+    None of `Argmax`.
+
+    Raises:
+        TypeError: it is another policy; ask `chooses` before.
+    """
+    if type(policy) is Budget:
+        return like(policy.cost_ratio, like_this, policy.price)
+    if type(policy) is Argmax:
+        return None
+    raise TypeError(f"policy: expected Argmax or Budget; got {type(policy).__name__}")
+
+
+def chooses(policy: Any) -> bool:
+    """Whether the kernel knows this policy; of any other it computes the posterior alone."""
+    return type(policy) in (Argmax, Budget)
+
+
+def watched(controller: nn.Module) -> bool:
+    """Whether a hook looks at what the controller reads, so that it has to be called."""
+    return bool(controller._forward_pre_hooks)
+
+
+def available(hidden: Tensor, controller: LayerController) -> bool:
+    """Whether the kernel takes these: CUDA, controllers in float32 or the type of the hidden states
+    that nobody watches, no gradient wanted.
+    """
+    if watched(controller):
+        return False
+    if not (hidden.is_cuda and capability.HAS_TRITON and hidden.dtype in capability.TYPES):
+        return False
+    grad = torch.is_grad_enabled() and (hidden.requires_grad or controller.out.weight.requires_grad)
+    width = controller.out.in_features if controller.hidden is not None else 0
+    fits = width <= 256 and controller.out.out_features <= 256
+    return fits and not grad and controller.out.weight.dtype in (torch.float32, hidden.dtype)
+
+
+def fused(
+    hidden: Tensor,
+    controller: LayerController,
+    floor: float,
+    tilt: Tensor | None,
+    normed: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """(concentration [B, T, R, E] float32, choice int64 [B, T, R]): argmax of log concentration -
+    tilt, or of it.
+
+    `normed`: hidden states are scaled to unit root mean square first.
+    """
+    out, inner, units = controller.out, controller.hidden, controller.num_units
+    experts = out.out_features // units
+    if tilt is not None:
+        tilt = tilt.expand(units, experts).contiguous()
+    first, first_bias = (out.weight, None) if inner is None else (inner.weight, inner.bias)
+    found: tuple[Tensor, Tensor] = _route(
+        hidden, first, first_bias, out.weight, out.bias, tilt, floor, units, normed
+    )
+    return found
+
+
+def chosen(
+    meta: MetaController, layer: int, hidden: Tensor, policy: Any
+) -> tuple[Dirichlet, Tensor] | None:
+    """(posterior, choices int64 [B, T, R]) of hidden states as they are, by the kernel.
+
+    None where it does not take them, or does not know the policy.
+    """
+    controller = meta.layers[layer]
+    # a subclass may have another posterior
+    known = type(meta) is MetaController and chooses(policy)
+    if not (known and isinstance(controller, LayerController) and available(hidden, controller)):
+        return None
+    tilt = tilt_of(policy, controller.out.bias.float())
+    concentration, choice = fused(hidden, controller, meta.floor, tilt, normed=False)
+    return Dirichlet(concentration, validate_args=False), choice
+
+
+def _outputs(hidden: Tensor, out_bias: Tensor, units: int) -> tuple[Tensor, Tensor]:
+    shape, experts = (*hidden.shape[:2], units), len(out_bias) // units
+    choice = torch.empty(shape, device=hidden.device, dtype=torch.int64)
+    return torch.empty(*shape, experts, device=hidden.device, dtype=torch.float32), choice
+
+
+@torch.library.custom_op("bayes_router::route", mutates_args=())
+def _route(
+    hidden: Tensor,
+    first: Tensor,
+    first_bias: Optional[Tensor],
+    out_weight: Tensor,
+    out_bias: Tensor,
+    tilt: Optional[Tensor],
+    floor: float,
+    units: int,
+    normed: bool,
+) -> tuple[Tensor, Tensor]:
+    # only where Triton can be imported
+    from bayes_router.attention.kernels.triton.route import launch_route
+
+    concentration, choice = _outputs(hidden, out_bias, units)
+    x = hidden.reshape(-1, hidden.shape[-1])
+    x = x if x.stride(1) == 1 else x.contiguous()
+    if len(x):
+        with torch.cuda.device_of(x):
+            weights = first.contiguous(), first_bias, out_weight.contiguous(), out_bias
+            written = concentration.flatten(0, 1), choice.flatten(0, 1)
+            launch_route(x, *weights, tilt, floor, *written, normed)
+    return concentration, choice
+
+
+@_route.register_fake
+def _(
+    hidden: Tensor,
+    first: Tensor,
+    first_bias: Optional[Tensor],
+    out_weight: Tensor,
+    out_bias: Tensor,
+    tilt: Optional[Tensor],
+    floor: float,
+    units: int,
+    normed: bool,
+) -> tuple[Tensor, Tensor]:
+    return _outputs(hidden, out_bias, units)
