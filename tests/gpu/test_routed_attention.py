@@ -206,6 +206,25 @@ def test_padding_and_starts(backend: Backend, sinks: int) -> None:
         )
 
 
+def test_two_streams_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full attention beside the other experts, as in long texts, eager and from a graph."""
+    from bayes_router.attention.kernels.triton import launch_forward
+
+    monkeypatch.setattr(launch_forward, "BESIDE", 0)
+    for route in ("independent", "full", "clustered"):
+        compare(draw(2, 4, 2, 1537, 64, route, shared=True), TRITON)
+    problem = draw(1, 4, 2, 3000, 64, "independent", units=4)
+    with torch.no_grad():
+        want = TRITON.attend(problem)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = TRITON.attend(problem)
+        for _ in range(3):
+            got.zero_()
+            graph.replay()
+            torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
 def test_custom_experts_compute_their_own_rows() -> None:
     problem = draw(2, 4, 2, 300, 64, "independent")
     mine = Squared(ExpertShape(4, 64, 70)).cuda()
@@ -237,7 +256,7 @@ def test_new_routes_neither_recompile_nor_synchronise(monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         triton.knobs.runtime, "jit_cache_hook", lambda **facts: compiled.append(facts)
     )
-    routes = [draw_route(kind, 2, 1024, 2).cuda().contiguous() for kind in ROUTES]
+    routes = [draw_route(kind, 2, 1024, 2, units=1).cuda() for kind in ROUTES]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

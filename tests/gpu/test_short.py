@@ -167,7 +167,7 @@ def test_no_future_leak() -> None:
 def test_new_routes_neither_recompile_nor_synchronise_and_a_graph_replays_them() -> None:
     problem = draw(2, 4, 4, 1024, 64, "independent")
     SHORT.attend(problem)
-    route = draw_route("clustered", 2, 1024, 2).cuda()
+    route = draw_route("clustered", 2, 1024, 2, units=1).cuda()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -6,12 +6,14 @@ Here arguments that look the same as before (numbers by value, tensors by dtype 
 is all that Triton specialises on) go straight to the kernel compiled for them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+_BESIDE: dict[int, torch.cuda.Stream] = {}  # of each device
 _COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 _MOST = 4096
 # the calling convention of a compiled kernel is this version's
@@ -45,3 +47,22 @@ def _shown(x: Any) -> Any:
         return x.dtype, x.data_ptr() % 16
     block = getattr(x, "block_shape", None)  # a descriptor of tiles, always aligned
     return x if block is None else (x.base.dtype, *block)
+
+
+def beside(others: Callable[[], None], longest: Callable[[], None], device: torch.device) -> None:
+    """Launch two groups of kernels that need nothing of each other, on two streams.
+
+    The next kernel of the current stream waits for both. Tensors that outlive the call are made
+    before it: what `others` allocates belongs to the other stream.
+    """
+    main, index = torch.cuda.current_stream(device), torch.cuda.current_device()
+    stream = _BESIDE.get(index)
+    if stream is None:
+        stream = _BESIDE[index] = torch.cuda.Stream(device)
+    stream.wait_stream(main)
+    try:
+        with torch.cuda.stream(stream):
+            others()
+        longest()
+    finally:
+        main.wait_stream(stream)

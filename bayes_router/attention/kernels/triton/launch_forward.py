@@ -9,14 +9,25 @@ from torch import Tensor
 from bayes_router.attention.kernels.triton import forward as kernels
 from bayes_router.attention.kernels.triton.call import (
     Call,
+    chunk_size,
     combine,
     empty,
     partials,
     precision,
     strides,
 )
-from bayes_router.attention.kernels.triton.launch import launch
-from bayes_router.attention.kernels.triton.launch_linear import decays, linear_forward
+from bayes_router.attention.kernels.triton.launch import beside, launch
+from bayes_router.attention.kernels.triton.launch_linear import (
+    decays,
+    empty_states,
+    linear_forward,
+)
+
+BESIDE = 2**17
+"""Query heads times queries from which full attention and the other experts run on two streams.
+
+One fills what the other leaves of the device; with less work the host pays more than that saves.
+"""
 
 
 def forward(
@@ -43,21 +54,32 @@ def forward(
         "STARTS": call.starts is not None,
         **call.tiles.local,
     }
-    state: tuple[Tensor, ...] = ()
-    if call.native[0] >= 0:
-        _launch_full(call, q, k, v, out, lse, starts, common, fixed)
-    if call.native[2] >= 0:
-        launch(
-            kernels.local_kernel, (H, triton.cdiv(T, local["BM"]), B),
-            q, k, v, out, lse, plan.order, plan.before, starts, *strides(q, k, v, out), *common,
-            call.window,
-            call.scale, **local,
-        )  # fmt: skip
+    has_full, has_linear, has_local = (index >= 0 for index in call.native)
     decay = decays(log_gate)
-    if call.native[1] >= 0:
-        state = linear_forward(
-            plain_q, plain_k, v, decay, out, lse, rows, call.tiles, call.starts, call.start
-        )
+    state = empty_states(plain_k, chunk_size(k.shape[2])) if has_linear else ()
+
+    def launch_others() -> None:
+        if has_linear:
+            linear_forward(
+                plain_q, plain_k, v, decay, out, lse, rows, call.tiles, state, call.starts,
+                call.start,
+            )  # fmt: skip
+        if has_local:
+            launch(
+                kernels.local_kernel, (H, triton.cdiv(T, local["BM"]), B),
+                q, k, v, out, lse, plan.order, plan.before, starts, *strides(q, k, v, out),
+                *common, call.window, call.scale, **local,
+            )  # fmt: skip
+
+    def launch_full() -> None:
+        if has_full:
+            _launch_full(call, q, k, v, out, lse, starts, common, fixed)
+
+    if q.is_cuda and has_full and (has_linear or has_local) and B * H * T >= BESIDE:
+        beside(launch_others, launch_full, q.device)
+    else:
+        launch_others()
+        launch_full()
     return out, lse, decay, state
 
 

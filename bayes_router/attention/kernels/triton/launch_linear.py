@@ -36,16 +36,12 @@ def empty_states(k: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
 
 def linear_forward(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, out: Tensor, lse: Tensor, rows: Queries,
-    tiles: Tiles,
-    starts: Tensor | None = None, start: int = 0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Writes the rows of out and their denominators to lse.
-
-    Returns the state before each chunk of keys.
-    """
+    tiles: Tiles, state: tuple[Tensor, ...], starts: Tensor | None = None, start: int = 0,
+) -> None:  # fmt: skip
+    """Writes the rows of out, their denominators to lse, the state before each chunk of keys."""
     (B, H, Tq, _), (_, HK, T, _) = q.shape, k.shape
     vgroup, chunk, fixed = HK // v.shape[1], chunk_size(T), _fixed(q, decay)
-    s, z = empty_states(k, chunk)
+    s, z = state
     count, gates = s.shape[2], lse if decay is None else decay
     sizes = {**tiles.chunk, "BN": min(chunk, tiles.chunk["BN"])}
     launch(
@@ -70,7 +66,6 @@ def linear_forward(
         *strides(q, k, v, out), H, H // HK, vgroup, H // rows.units, Tq, rows.steps, T, start,
         count, **read,
     )  # fmt: skip
-    return s, z
 
 
 def linear_backward(

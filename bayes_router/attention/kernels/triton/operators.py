@@ -72,8 +72,9 @@ def _linear(
     out, lse = _outputs(q, v)
     with torch.cuda.device_of(q):
         decay = decays(log_gate)
+        s, z = _states(k)
         rows = Queries(lse, lse, sorted=False)
-        s, z = linear_forward(q, k, v, decay, out, lse, rows, tiles(q.shape[3], q.dtype))
+        linear_forward(q, k, v, decay, out, lse, rows, tiles(q.shape[3], q.dtype), (s, z))
     return out, lse, s, z, lse.new_empty(0, dtype=torch.float64) if decay is None else decay
 
 
