@@ -88,7 +88,7 @@ def chosen(
     known = type(meta) is MetaController and chooses(policy)
     if not (known and isinstance(controller, LayerController) and available(hidden, controller)):
         return None
-    tilt = tilt_of(policy, controller.out.bias.float())
+    tilt = tilt_of(policy, torch.empty(0, device=hidden.device))  # its type and place
     concentration, choice = fused(hidden, controller, meta.floor, tilt, normed=False)
     return Dirichlet(concentration, validate_args=False), choice
 
