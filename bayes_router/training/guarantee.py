@@ -2,10 +2,14 @@
 
 The loss is over a reference.
 
-Learn then Test (arXiv 2110.01052) by a fixed sequence: policies are tried from the strongest to the
-cheapest, in an order and at prices that no text decided, and the last before the first that cannot
-be told from a broken promise is kept. That needs no correction for having tried several. The test
-is Student's t over windows, of the mean excess of nats per token.
+Learn then Test (arXiv 2110.01052) by fixed sequences: policies are tried from the stronger to the
+cheaper, in an order and at prices that no text decided, and the last before the first that cannot
+be told from a broken promise is kept. That needs no correction for having tried several. There are
+two sequences, from the posterior's own choice (price 0) on, and, where that breaks the promise,
+from full attention towards it; they share the probability of an error. One sequence through both
+would have to pass prices that make full attention cheap, at which tokens go to it that were never
+meant to: between full attention and price 0 the loss has a hump. The test is Student's t over
+windows, of the mean excess of nats per token.
 
 It holds for windows exchangeable with those that it was read on: text of the same kind, of the same
 length, in the same order of magnitude of number. It says nothing of text of another kind; that is
@@ -29,12 +33,12 @@ from bayes_router.training.dial import STEEPEST
 from bayes_router.training.executed import CountedCost, Executed, Routed, execute
 from bayes_router.types import RoutingMode
 
-STEP = 2**0.25
+STEP = 2 ** (1 / 3)
 PRICES = (
     -STEEPEST,
-    *(-0.05 * STEP ** (4 * i) for i in range(11, -1, -1)),
+    *(-0.05 * STEP ** (3 * i) for i in range(11, -1, -1)),
     0.0,
-    *(0.05 * STEP**i for i in range(47)),
+    *(0.05 * STEP**i for i in range(35)),
     STEEPEST,
 )
 """Nats per unit of cost, from every token on the costliest expert to every token on the cheapest.
@@ -42,6 +46,8 @@ PRICES = (
 Fixed before any text. Those that make full attention cheaper than it is are few: what is looked for
 lies above 0, and there a step is to cost little.
 """
+FIRST = 0.9
+"""Share of the probability of an error that the sequence from price 0 on has."""
 LEAST_WINDOWS = 8
 
 
@@ -127,42 +133,72 @@ def keep_promise(
         reference: what the loss is measured from, on the same windows.
         lost: share of perplexity that may be lost: exp(nats per token more) - 1.
         confidence: with which the promise is kept.
-        prices: in the order of trial, decided before any of the text was read.
+        prices: ascending, decided before any of the text was read. Those from 0 on are tried first,
+            those below where 0 fails.
 
     Raises:
         ValueError: a level outside (0, 1), too few windows to say anything (with how many it would
             take), or a quality that the first policy does not meet.
     """
     check_promise(lost, confidence)
-    W, allowed = len(reference.window_nll), math.log1p(lost)
+    W = len(reference.window_nll)
     require(W >= LEAST_WINDOWS, "texts", f"at least {LEAST_WINDOWS} windows", W, "give more text")
-    tried: list[Tested] = []
-    refused, needed = None, -1
-    for price in prices:
-        reading = read(price)
-        excess = (reading.window_nll - reference.window_nll) * W / reference.window_scored.sum()
-        bound = upper_bound(excess, confidence)
-        shown = Tested(price, reading.cost, math.expm1(float(excess.mean())), math.expm1(bound))
-        if bound > allowed:
-            refused, needed = shown, windows_needed(excess, allowed, confidence)
-            if tried and tried[-1].cost < tried[0].cost:
-                break
-            if needed > 0:
-                raise ValueError(
-                    f"texts: expected about {needed} windows to promise a loss of {lost:g} at "
-                    f"confidence {confidence:g}; got "
-                    f"{W}, on which {shown.lost:.4f} was lost, at most {shown.bound:.4f}; give "
-                    f"more text, or promise less"
-                )
-            if tried:
-                break
-            raise ValueError(
-                f"quality: expected a loss that the strongest policy meets; got {lost:g}, and that "
-                f"loses {shown.lost:.4f} "
-                f"at a cost of {shown.cost:.3f}; promise less"
-            )
-        tried.append(shown)
-    return Guarantee(tried[-1], lost, confidence, W, tuple(tried), refused, needed)
+    cheap, strong = [p for p in prices if p >= 0], [p for p in prices if p < 0]
+    error, share = 1 - confidence, FIRST if cheap and strong else 1.0
+    first = _Sequence.of(read, reference, lost, cheap, 1 - error * share)
+    if first.tried or not strong:
+        found = first
+    else:
+        error *= 1 - FIRST if cheap else 1.0
+        found = _Sequence.of(read, reference, lost, strong, 1 - error)
+    # full attention keeps every promise: where cheaper was asked for, it alone says nothing
+    asked = found is first or not (cheap or found.refused)
+    if found.tried and (asked or found.tried[-1].cost < found.tried[0].cost):
+        kept = found.tried[-1]
+        return Guarantee(kept, lost, confidence, W, found.tried, found.refused, found.needed)
+    refused, needed = found.refused or first.refused, max(found.needed, first.needed)
+    assert refused is not None
+    if needed > 0:
+        raise ValueError(
+            f"texts: expected about {needed} windows to promise a loss of {lost:g} at confidence "
+            f"{confidence:g}; got {W}, on which {refused.lost:.4f} was lost, at most "
+            f"{refused.bound:.4f}; give more text, or promise less"
+        )
+    raise ValueError(
+        f"quality: expected a loss that the strongest policy meets; got {lost:g}, and that loses "
+        f"{refused.lost:.4f} at a cost of {refused.cost:.3f}; promise less"
+    )
+
+
+class _Sequence(NamedTuple):
+    """Policies that kept to a promise, in the order of trial, and what ended the trials."""
+
+    tried: tuple[Tested, ...]
+    refused: Tested | None
+    needed: int
+
+    @classmethod
+    def of(
+        cls,
+        read: Callable[[float], Executed],
+        reference: Executed,
+        lost: float,
+        prices: Sequence[float],
+        confidence: float,
+    ) -> "_Sequence":
+        """Try until one cannot be told from a broken promise."""
+        W, allowed = len(reference.window_nll), math.log1p(lost)
+        tried: list[Tested] = []
+        for price in prices:
+            reading = read(price)
+            more = reading.window_nll - reference.window_nll
+            excess = more * W / reference.window_scored.sum()
+            mean, bound = float(excess.mean()), upper_bound(excess, confidence)
+            shown = Tested(price, reading.cost, math.expm1(mean), math.expm1(bound))
+            if bound > allowed:
+                return cls(tuple(tried), shown, windows_needed(excess, allowed, confidence))
+            tried.append(shown)
+        return cls(tuple(tried), None, -1)
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from bayes_router.diagnostics.measures.bootstrap import clustered
 from bayes_router.diagnostics.measures.confidence import (
     Confidence,
     baselines,
-    ceilings,
     confidence_table,
     conformal_sets,
     quality,
+    references,
     right_within,
     split,
 )
@@ -123,22 +123,22 @@ def test_the_spread_of_a_unit_is_found_though_which_side_is_right_is_chance():
     fitted, read = split(frame)
     stated = Confidence(fitted, ("a", "b"), 1e-3)(read)
     found = quality(stated, read, 1e-3, float(right_within(fitted, 1e-3).mean()), draws=20)
-    best = ceilings(read, draws=20)[0]
-    assert best["stated by"] == "ceiling: its spread"
+    best = references(read, draws=20)[0]
+    assert best["stated by"] == "reference: the spread itself"
     # half of the regrets are none: knowing every size exactly ranks no better than this
     assert 0.85 * best["value"] < found.rank.value <= best["value"] < 0.6
     assert found.ece.value < 0.05
 
 
-def test_ceilings_stand_in_the_table_with_what_each_knows():
+def test_references_stand_in_the_table_with_what_each_knows():
     frame = planted(1200)
     random = np.random.default_rng(0)
     frame["foreseen"] = frame["regret"]  # whoever foresees it all
     frame["redrawn"], frame["redrawn_again"] = random.random((2, len(frame)))
     fitted, read = split(frame)
     table = confidence_table(fitted, read, EXPERTS, 0.01, draws=10).set_index("stated by")["value"]
-    assert table["ceiling: every route's prediction"] == pytest.approx(1)
-    assert abs(table["ceiling: measured twice"]) < 0.15
+    assert table["reference: every route's prediction"] == pytest.approx(1)
+    assert abs(table["reference: measured twice"]) < 0.15
 
 
 def test_conformal_sets_hold_the_best_expert_as_often_as_asked():

@@ -83,6 +83,57 @@ def test_under_a_shift_of_kind_the_promise_does_not_hold():
     assert kept < 0.2
 
 
+def test_a_hump_between_full_attention_and_the_posteriors_choice_is_no_obstacle():
+    """As on real text: prices that make full attention cheap lose more than the choice itself."""
+    prices = (-40.0, -4.0, -1.0, *map(float, PRICES_HERE))
+    mean = dict(zip(prices, (0.0, 0.001, 0.006, *Pool().mean), strict=True))
+    cost = dict(zip(prices, (1.0, 0.9, 0.8, *(0.7 - 0.02 * np.array(PRICES_HERE))), strict=True))
+    allowed, kept, costs = math.log1p(LOST), [], []
+
+    def calibrate(seed: int, shift: float = 0.0) -> Guarantee:
+        random = np.random.default_rng(seed)
+        unit, noise = random.gamma(2.0, 0.5, 60), random.normal(0, 0.002, 60)
+        base = np.full(60, 1.3)
+
+        def read(price: float) -> Executed:
+            more = mean[price] + shift * (price >= 0)
+            return executed(price, cost[price], base + more * unit + noise * (price > -40))
+
+        return keep_promise(read, executed(math.nan, 1.0, base), LOST, 0.95, prices)
+
+    for seed in range(200):
+        found = calibrate(seed).kept
+        kept.append(mean[found.price] <= allowed)
+        costs.append(found.cost)
+    best = min(cost[p] for p in prices if mean[p] <= allowed)
+    tolerance = 0.95 - 1.64 * (0.95 * 0.05 / 200) ** 0.5
+    assert np.mean(kept) >= tolerance and np.mean(costs) <= 1.10 * best
+    # where price 0 breaks the promise, what is stronger is tried, from full attention on
+    late = [calibrate(seed, shift=0.01).kept.price for seed in range(50)]
+    assert set(late) == {-4.0}
+
+
+def test_two_sequences_share_the_error():
+    """Noise alone: of two sequences of broken promises about one in twenty is taken for kept."""
+    allowed, wrong = math.log1p(LOST), 0
+
+    def calibrate(seed: int) -> bool:
+        random = np.random.default_rng(seed)
+        nll = {price: 1.3 + random.normal(allowed, 0.004, 40) for price in (-1.0, 0.0)}
+        nll[-2.0] = base = np.full(40, 1.3)
+        try:
+            keep_promise(
+                lambda price: executed(price, -price / 2, nll[price]),
+                executed(math.nan, 1.0, base), LOST, 0.8, (-2.0, -1.0, 0.0),
+            )  # fmt: skip
+        except ValueError:
+            return False
+        return True
+
+    wrong = sum(calibrate(seed) for seed in range(500))
+    assert wrong / 500 == pytest.approx(0.2, abs=0.05)  # with the whole of it each: 0.36
+
+
 def test_the_bound_is_students():
     x = torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64)
     assert upper_bound(x, 0.95) == pytest.approx(1.5 + 2.3534 * x.std().item() / 2, abs=1e-3)
@@ -129,7 +180,7 @@ def test_it_is_said_how_many_windows_a_cheaper_policy_would_take():
 
 def test_prices_are_fine_where_a_policy_is_cheaper_than_its_own_choice():
     ratios = [b / a for a, b in itertools.pairwise(PRICES) if a > 0][:-1]
-    assert max(ratios) < 1.2 and len([p for p in PRICES if p < 0]) < 15
+    assert max(ratios) < 1.27 and len([p for p in PRICES if p < 0]) < 15
     assert list(PRICES) == sorted(PRICES) and 0.0 in PRICES
 
 
@@ -171,10 +222,12 @@ def test_a_promise_by_executed_passes():
     family, full, policy = at_price("argmax", cost.tolist()), EXPERTS.index("full"), model.policy
     found = promise(model, windows, cost, family, full, 0.5, prices=PRICES[::8])
     assert model.policy is policy and found.windows == 8
-    first = found.tried[0]
+    assert found.tried[0].price >= 0  # the prices from 0 on come first
+    assert found.kept.cost < 1 and found.kept.bound <= 0.5
+    alone = promise(model, windows, cost, family, full, 50.0, prices=PRICES[:5])
+    first = alone.tried[0]
     # every token on the reference
     assert first.price == PRICES[0] and first.cost == 1 and first.lost == 0
-    assert found.kept.cost < 1 and found.kept.bound <= 0.5
     again = promise(model, windows, cost, family, full, 0.5, prices=cheaper_from(0.0)[::8])
     assert again.tried[0].price == 0.0 and all(t.price >= 0 for t in again.tried)
     best = strongest_single(model, windows, cost)

@@ -299,7 +299,7 @@ def confidence_table(
     tolerance: float,
     draws: int = 400,
 ) -> pd.DataFrame:
-    """Every figure of `quality` by what states it, `conformal_sets`, and the most there can be.
+    """Every figure of `quality` by what states it, `conformal_sets`, and `references`.
 
     Columns stated by, figure, value, low, high, n.
     """
@@ -312,28 +312,29 @@ def confidence_table(
     sets, by = conformal_sets(fitted, read, experts), {"stated by": "conformal sets"}
     rows.append(by | {"figure": f"coverage of {sets.asked:g}", **sets.coverage._asdict()})
     rows.append(by | {"figure": "experts in a set", "value": sets.size, "n": len(read)})
-    return pd.DataFrame(rows + ceilings(read, draws))
+    return pd.DataFrame(rows + references(read, draws))
 
 
-def ceilings(read: pd.DataFrame, draws: int = 400) -> list[dict[str, object]]:
-    """How well any foresight could rank regret: rows of `confidence_table`.
+def references(read: pd.DataFrame, draws: int = 400) -> list[dict[str, object]]:
+    """What stands beside a rank correlation with regret: rows of `confidence_table`.
 
     The next token is chance to whoever has to foretell the regret of a route. `every route's
-    prediction` is the regret that is expected when the predictions under all routes are known and
-    not the token; `measured twice` is how well the regret under one token drawn from the prediction
-    ranks that under another: what foretells it has a rank correlation of about the root of that
-    at most. And `its spread` is the spread of the losses as it came out, which no pass knows: what
-    remains to whoever knows how much hangs on each route but not which side is right.
+    prediction` is the regret expected when the predictions under all routes are known, and not the
+    token; `measured twice` is how well the regret under one token drawn from the prediction ranks
+    that under another: were tokens drawn so, nothing could foretell it with a rank correlation
+    much above the root of that. `the spread itself` is that of the losses as it came out, which no
+    pass knows: of two experts, all that can be had by knowing how much hangs on each route, where
+    which side is right is a coin's toss.
     """
     experts = [c.removeprefix("loss_") for c in read.columns if c.startswith("loss_")]
-    of, regret = {"its spread": _spread(read, experts)}, read["regret"].to_numpy()
+    of, regret = {"the spread itself": _spread(read, experts)}, read["regret"].to_numpy()
     if "foreseen" in read:
         of["every route's prediction"] = read["foreseen"].to_numpy()
     pairs = {name: (x, regret) for name, x in of.items()}
     if "redrawn" in read:
         pairs["measured twice"] = read["redrawn"].to_numpy(), read["redrawn_again"].to_numpy()
     return [
-        {"stated by": f"ceiling: {name}", "figure": "rank"}
+        {"stated by": f"reference: {name}", "figure": "rank"}
         | clustered(
             lambda rows, x=x, y=y: rank_correlation(x[rows], y[rows]),  # type: ignore[misc]
             read["sequence"].to_numpy(),
