@@ -42,7 +42,7 @@ from bayes_router.training.guarantee import keep_promise
 TOLERANCES = (0.001, 0.0001)  # nats: one head of one layer at one token is worth no more
 LOST = (0.0025, 0.005, 0.01)
 RESPLITS = 400
-SIZES = 5  # numbers of windows that a promise is made on, doubled each
+SIZES = 4  # numbers of windows that a promise is made on, doubled each
 
 
 def evidence(found: ReadArrays, draws: int) -> pd.DataFrame:

@@ -60,7 +60,7 @@ def test_a_patch_is_read_and_its_tables_are_made_again(
     assert (against["other authors"] == "same authors").all() and (against["python"] == "own").all()
     assert 0.4 < told["other authors", "recent"] < 0.6  # ids of one distribution
     kept = tables["quality"].query("`read on` == 'own'")
-    assert sorted(kept["windows"].unique()) == [10, 20, 40, 80, 160, 320]
+    assert sorted(kept["windows"].unique()) == [10, 20, 40, 80, 160]
     assert ((kept["kept low"] <= kept["kept"]) & (kept["kept"] <= kept["kept high"])).all()
     decoded = tables["decoding"]
     assert (decoded["as one pass"] == 1).all()
