@@ -55,6 +55,7 @@ PRINTS = {
         "patch_risk",
         "patch_guard",
         "patch_quality",
+        "patch_prices",
         "patch_decoding",
     ),
     "speed.kernels": ("speed_cuda", "speed_cpu"),

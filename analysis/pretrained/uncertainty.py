@@ -33,7 +33,7 @@ from analysis.pretrained.uncertain_passes import (
 from analysis.pretrained.uncertain_passes import read as read_parts
 from bayes_router import load_patch
 from bayes_router.diagnostics.measures.bootstrap import Estimate, clustered
-from bayes_router.diagnostics.measures.calibration import rank_correlation
+from bayes_router.diagnostics.measures.calibration import auroc, rank_correlation
 from bayes_router.diagnostics.measures.confidence import confidence_table
 from bayes_router.diagnostics.measures.evidence import auroc_of
 from bayes_router.training.executed import Executed
@@ -55,7 +55,25 @@ def evidence(found: ReadArrays, draws: int) -> pd.DataFrame:
             told = auroc_of(other, own, draws)
             row = {"text": name, "against": like, "score": score, **told._asdict()}
             rows.append(row | {"windows": len(other)})
-    return pd.DataFrame(rows).rename(columns={"value": "auroc"})
+    return pd.DataFrame(rows + spread_of(found, draws)).rename(columns={"value": "auroc"})
+
+
+def spread_of(found: ReadArrays, draws: int) -> list[dict[str, object]]:
+    """How far single texts of one kind lie apart, by the last tokens' evidence.
+
+    Each half of the novels by others against the own text (in the file an author follows another),
+    and the most and the least familiar window of own text against the rest of it.
+    """
+    own, rows = found["own/recent"].astype(np.float64), []
+    halves = np.array_split(found["novels by others/recent"].astype(np.float64), 2)
+    for name, part in zip(("first", "last"), halves, strict=True):
+        row = {"text": f"novels by others, {name} half", "against": "own", "score": "recent"}
+        rows.append(row | auroc_of(part, own, draws)._asdict() | {"windows": len(part)})
+    each = [auroc(x, np.delete(own, i, 0).ravel()) for i, x in enumerate(own)]
+    for name, value in (("most", min(each)), ("least", max(each))):
+        row = {"text": f"own, its {name} familiar window", "against": "the rest of own"}
+        rows.append(row | {"score": "recent", "value": value, "n": own.size, "windows": len(own)})
+    return rows
 
 
 def risk(found: ReadArrays, draws: int) -> pd.DataFrame:
@@ -131,6 +149,22 @@ def quality(found: ReadArrays, draws: int) -> pd.DataFrame:
                 row |= {"refused": RESPLITS - len(kept), "hindsight": cheapest}
                 own = name == "own"
                 rows.append(row | {"cost over hindsight": cost / cheapest if own else math.nan})
+    return pd.DataFrame(rows)
+
+
+def prices(found: ReadArrays, draws: int) -> pd.DataFrame:
+    """What each price costs and loses on the calibration windows and on the own ones."""
+    parts = [looked_up(found, name) for name in ("calibration", "own")]
+    nll, scored = (
+        np.concatenate([found[f"{name}/{key}"] for name in ("calibration", "own")], -1)
+        for key in ("nll", "scored")
+    )
+    rows = []
+    for i, price in enumerate(parts[0][1]):
+        cost = float(np.mean([known[price].cost for _, known in parts]))
+        told = over_windows(lost_of(nll[i + 1] - nll[0], scored), nll.shape[1], draws)
+        row = {"price": price, "cost": cost, "lost": told.value, "low": told.low}
+        rows.append(row | {"high": told.high, "windows": nll.shape[1]})
     return pd.DataFrame(rows)
 
 
@@ -266,7 +300,11 @@ def study(options: argparse.Namespace) -> int:
         arrays = of(found, part)
         if not arrays:
             continue
-        table = TABLES[part](arrays, options.draws)
-        count += len(write(options.out, {f"patch_{part}": table}, {}))
-        print(f"\n## {part}\n{table.to_string(index=False, float_format=lambda x: f'{x:.4f}')}")
+        tables = {part: TABLES[part](arrays, options.draws)}
+        if part == "quality":
+            tables["prices"] = prices(arrays, options.draws)
+        for name, table in tables.items():
+            count += len(write(options.out, {f"patch_{name}": table}, {}))
+            shown = table.to_string(index=False, float_format=lambda x: f"{x:.4f}")
+            print(f"\n## {name}\n{shown}")
     return count
