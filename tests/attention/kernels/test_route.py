@@ -9,9 +9,13 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
 
+from bayes_router.config import ModelConfig
 from bayes_router.integrations.calls.fused_router import reference
 from bayes_router.routing.controller import LayerController, MetaController
+from bayes_router.routing.policy import Argmax, Budget, Policy
+from bayes_router.transformer import fused as own
 from bayes_router.transformer.fused import fused
+from bayes_router.transformer.model import RoutedLanguageModel
 
 
 @pytest.mark.parametrize("hidden", [0, 24, 64])
@@ -88,3 +92,22 @@ def test_halves_lose_nothing_of_the_weights(hidden: int) -> None:
     torch.testing.assert_close(
         concentration, reference(x, layer, 0.01, None)[0], rtol=5e-6, atol=2e-6
     )
+
+
+@pytest.mark.parametrize("policy", [Argmax(), Budget((1.0, 0.15, 0.3), 0.5)])
+def test_a_language_models_own_router(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    config = ModelConfig(vocab_size=64, d_model=32, num_layers=2, num_heads=2, route_by="head")
+    model = RoutedLanguageModel(config).eval().requires_grad_(False)
+    model.policy = policy
+    for layer in model.controller.layers:
+        layer.get_parameter("out.weight").normal_()
+    tokens = torch.randint(64, (2, 23))
+    want = model(tokens)
+    calls = []
+    monkeypatch.setattr(own, "available", lambda hidden, layer: not calls.append(layer))
+    got = model(tokens)
+    assert len(calls) == 2 and want.route.unique().numel() == 3
+    torch.testing.assert_close(got.concentration, want.concentration, rtol=2e-5, atol=1e-6)
+    assert torch.equal(got.route, want.route)
+    torch.testing.assert_close(got.logits, want.logits)
