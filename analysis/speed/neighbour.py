@@ -1,12 +1,12 @@
 """Does routed attention on a CPU survive a busy neighbour?
 
-    python -m analysis.speed.neighbour [--keys 1024 2048 8192] [--threads 2]
+    python -m analysis.speed.neighbour [--keys 512 2048 8192] [--mixes 10/60/30] [--threads 2]
 
-10% of the tokens on full, 60% linear and 30% local, window 256, 8 heads of 64, and full attention
-by torch: alone, and beside a process that computes all the time. Routed attention is read as it is
-(heads over threads of ours), with every operator shared between torch's threads as before, and with
-one thread. Contenders take turns; the load of the machine before a situation is a column, for on a
-machine that others use `alone` is not alone.
+By default 10% of the tokens on full, 60% linear and 30% local, window 256, 8 heads of 64, and full
+attention by torch: alone, and beside a process that computes all the time. Routed attention is read
+as it is (heads over threads of ours), with every operator shared between torch's threads as before,
+with one thread, and with every token on local. Contenders take turns; the load of the machine
+before a situation is a column, for on a machine that others use `alone` is not alone.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from unittest import mock
 
@@ -24,20 +25,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bayes_router.attention.hard import rows as by_rows
-from bayes_router.attention.hard.dispatch import routed_attention
+from bayes_router.attention.hard.dispatch import EXPERTS, routed_attention
 from bayes_router.benchmark.busy import neighbours
+from bayes_router.benchmark.cases import mix_shares
 from bayes_router.benchmark.rows import Rows
 from bayes_router.timing import device_name
 
 RESULTS = Path(__file__).parents[1] / "results" / "neighbour_cpu.csv"
-HEADS, HEAD_DIM, WINDOW, SHARES = 8, 64, 256, (0.1, 0.6, 0.3)
+HEADS, HEAD_DIM, WINDOW, LOCAL = 8, 64, 256, EXPERTS.index("local")
 
 
-def contenders(keys: int) -> dict[str, Callable[[], Tensor]]:
+def contenders(keys: int, mix: str) -> dict[str, Callable[[], Tensor]]:
     """Of one problem, by name."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, HEADS, keys, HEAD_DIM, generator=generator) for _ in range(3))
-    route = torch.multinomial(torch.tensor(SHARES), keys, replacement=True, generator=generator)
+    shares = torch.tensor(mix_shares(mix))
+    route = torch.multinomial(shares, keys, replacement=True, generator=generator)
     routed = partial(routed_attention, q, k, v, route[None], window=WINDOW)
 
     def shared() -> Tensor:
@@ -57,13 +60,14 @@ def contenders(keys: int) -> dict[str, Callable[[], Tensor]]:
         "routed": routed,
         "routed, operators shared": shared,
         "routed, one thread": one_thread,
+        "local alone": partial(routed_attention, q, k, v, LOCAL, window=WINDOW),
         "full": full,
     }
 
 
-def measure(rows: Rows, keys: int, busy: int, turns: int) -> None:
+def measure(rows: Rows, keys: int, mix: str, busy: int, turns: int) -> None:
     """The rows of one problem beside so many busy processes."""
-    calls = contenders(keys)
+    calls = contenders(keys, mix)
     expected = calls["routed, one thread"]()
     for name in ("routed", "routed, operators shared"):
         error = float((calls[name]() - expected).abs().max())
@@ -80,7 +84,13 @@ def measure(rows: Rows, keys: int, busy: int, turns: int) -> None:
     for name in calls:
         times = sorted(turn[name] for turn in read)
         ratio = statistics.median(turn[name] / turn["full"] for turn in read)
-        row = {"keys": keys, "busy": busy, "contender": name, "ms": statistics.median(times)}
+        row = {
+            "keys": keys,
+            "mix": mix,
+            "busy": busy,
+            "contender": name,
+            "ms": statistics.median(times),
+        }
         row |= {"least": times[0], "most": times[-1], "over full": ratio, "load": load}
         rows.add(row)
         print("  ".join(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()))
@@ -91,7 +101,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--keys", type=int, nargs="+", default=[1024, 2048, 8192])
+    parser.add_argument("--keys", type=int, nargs="+", default=[512, 2048, 8192])
+    parser.add_argument("--mixes", nargs="+", default=["10/60/30"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -100,9 +111,8 @@ def main() -> None:
     facts = {"device": device_name(torch.device("cpu")), "torch": torch.__version__}
     rows = Rows(args.results, facts)
     with torch.no_grad():
-        for keys in args.keys:
-            for busy in (0, 1):
-                measure(rows, keys, busy, args.turns)
+        for keys, mix, busy in product(args.keys, args.mixes, (0, 1)):
+            measure(rows, keys, mix, busy, args.turns)
     rows.finish()
 
 

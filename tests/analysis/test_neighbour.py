@@ -19,7 +19,7 @@ def test_each_contender_is_read_alone_and_beside(
     neighbour.main()
     torch.set_num_threads(before)
     rows = pd.read_csv(path)
-    assert rows["busy"].tolist() == [0] * 4 + [1] * 4
+    assert rows["busy"].tolist() == [0] * 5 + [1] * 5
     assert (rows["least"] <= rows["ms"]).all() and (rows["ms"] <= rows["most"]).all()
     assert (rows.loc[rows["contender"] == "full", "over full"] == 1).all()
 

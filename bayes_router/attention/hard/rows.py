@@ -27,11 +27,10 @@ from bayes_router.attention.hard.problem import RoutedProblem
 from bayes_router.attention.kernels.eager import rows_linear
 from bayes_router.attention.kernels.eager.rows_linear import take
 from bayes_router.attention.kernels.eager.rows_softmax import softmax_rows, softmax_rows_backward
-from bayes_router.attention.kernels.eager.threads import in_threads
+from bayes_router.attention.kernels.eager.threads import in_threads, parts_of
 from bayes_router.attention.shapes import ExpertShape, unit_heads, widen
 
-SHARED = 256  # queries from which heads are shared between threads
-PIECES = 2  # shares a thread, for some end before others
+SHARED = 512  # queries from which heads are shared between threads
 
 
 class Gathering(NamedTuple):
@@ -150,9 +149,7 @@ def _parts(problem: RoutedProblem) -> int:
     if problem.q.device.type != "cpu" or problem.q.shape[2] < SHARED:
         return 1
     B, Hkv, R = *problem.k.shape[:2], problem.units
-    wanted = max(-(-PIECES * torch.get_num_threads() // max(B, 1)), 1)
-    fitting = (n for n in range(1, Hkv + 1) if Hkv % n == 0 and (R % n == 0 or n % R == 0))
-    return max(n for n in fitting if n <= wanted)
+    return parts_of(Hkv, B, lambda n: R % n == 0 or n % R == 0)
 
 
 def _shares(problem: RoutedProblem, parts: int) -> Iterator[Share]:

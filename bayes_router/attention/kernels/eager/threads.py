@@ -15,6 +15,18 @@ from functools import lru_cache, partial
 
 import torch
 
+PIECES = 2  # of work for a thread, for some end before others
+
+
+def parts_of(key_heads: int, texts: int, fits: Callable[[int], bool] = lambda n: True) -> int:
+    """Into how many parts the key heads of each of so many texts are cut, so that every thread has
+    work: a number that divides them, and `fits`.
+    """
+    threads = torch.get_num_threads()
+    wanted = max(-(-PIECES * threads // max(texts, 1)), 1) if threads > 1 else 1
+    numbers = (n for n in range(1, key_heads + 1) if key_heads % n == 0 and fits(n))
+    return max(n for n in numbers if n <= wanted)
+
 
 @lru_cache(maxsize=4)
 def pool_of(threads: int, process: int) -> ThreadPoolExecutor:
