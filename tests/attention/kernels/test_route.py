@@ -102,6 +102,8 @@ def test_a_language_models_own_router(policy: Policy, monkeypatch: pytest.Monkey
     model.policy = policy
     for layer in model.controller.layers:
         layer.get_parameter("out.weight").normal_()
+    for block in model.network.blocks:  # what a controller reads is not of one scale
+        block.get_parameter("attention_norm.weight").uniform_(0.5, 3.0)
     tokens = torch.randint(64, (2, 23))
     want = model(tokens)
     calls = []
