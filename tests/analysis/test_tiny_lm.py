@@ -9,17 +9,10 @@ import pandas as pd
 import pytest
 import torch
 
+from analysis.routes.layouts import HEADLINE, LONG, RECIPE, SHORT
 from analysis.routes.sweep import WORDS, identity, planned, run_one, settings, sweep
-from analysis.routes.tiny_lm import (
-    HEADLINE,
-    LONG,
-    RECIPE,
-    SHORT,
-    kind_of,
-    markdown,
-    plan,
-    summarise,
-)
+from analysis.routes.tiny_lm import markdown, plan, summarise
+from analysis.routes.tiny_lm_figure import kind_of
 from analysis.routes.variants import (
     ChainedController,
     ConvolvedController,

@@ -1,0 +1,175 @@
+"""The contenders of `analysis.routes.tiny_lm`: static layouts, softmax routers, ours, by size."""
+
+from typing import Any
+
+PAPER = ["full", "linear", "local"]  # the paper's experts
+OURS = ["full", "gated", "local"]
+HYBRID = ["gated", "local", "gated", "full"]
+
+
+def static(*pattern: str) -> dict[str, Any]:
+    """Layers take these experts in turn."""
+    return {
+        "contender": {"kind": "static", "pattern": pattern},
+        "experts": sorted({"full", *pattern}),
+    }
+
+
+def softmax(
+    experts: list[str], schedule: dict[str, Any] | None = None, **weights: float
+) -> dict[str, Any]:
+    """A prior-free softmax router with penalties.
+
+    It starts undecided, or on the layout of its schedule.
+    """
+    changes = {"prior": {"map": "uniform", "price": 1.0}, "schedule": schedule or {}}
+    return {"contender": {"kind": "softmax", "changes": changes, **weights}, "experts": experts}
+
+
+def dirichlet(
+    experts: list[str], prior: dict[str, Any], schedule: dict[str, Any], controller: str = ""
+) -> dict[str, Any]:
+    """The Dirichlet router, by SVI."""
+    changes = {"prior": prior, "schedule": schedule}
+    return {
+        "contender": {"kind": "svi", "changes": changes, "controller": controller},
+        "experts": experts,
+    }
+
+
+def started_on(*pattern: str, price: float = 10.0, **schedule: Any) -> dict[str, Any]:
+    """Ours, started on a static hybrid and pressed by a price.
+
+    The prior favours the pattern, then only cost.
+    """
+    return dirichlet(
+        OURS, {"map": "uniform", "price": price}, {"start_experts": pattern, **schedule}
+    )
+
+
+LITERAL = {"total_concentration": 3.0, "temperature": 1.0, "price": 0.0}
+LITERAL_SCHEDULE = {"kl_weight": 1.0, "start_total_concentration": 3.0}
+SHORT: dict[str, dict[str, Any]] = {
+    "full attention": static("full"),
+    "local": static("local"),
+    "linear": static("linear"),
+    "gated linear": static("gated"),
+    "static: local, local, local, full": static("local", "local", "local", "full"),
+    "static: local, linear": static("local", "linear"),
+    "static: local, gated": static("local", "gated"),
+    "static: gated, local, gated, full": static(*HYBRID),
+    "softmax router": softmax(OURS),
+    "softmax router, cost penalty": softmax(OURS, cost=0.12),
+    "softmax router, entropy bonus": softmax(OURS, entropy=0.003),
+    "softmax router, load balancing": softmax(OURS, balance=0.01),
+    "Dirichlet, literal ELBO, paper's experts": dirichlet(PAPER, LITERAL, LITERAL_SCHEDULE),
+    "Dirichlet, literal ELBO": dirichlet(OURS, LITERAL, LITERAL_SCHEDULE),
+    "ours, paper's experts": dirichlet(PAPER, {}, {}),
+    "ours": dirichlet(OURS, {}, {}),
+    "ours, from the hybrid": started_on(*HYBRID),
+}
+LETTERS = {"f": "full", "g": "gated", "l": "local"}
+PATTERNS = (
+    "f",
+    "g",
+    "l",
+    "gl",
+    "gggggf",
+    "gggglf",
+    "glgglf",
+    "lglglf",
+    "gllllf",
+    "lllllf",
+    "llfllf",
+    "llllff",
+)
+"""Static layouts of six layers, one letter a layer: costs 1, .15, .3, .225, .292, .317, .342,
+.367, .392, .417, .533, .533."""
+
+
+def layout(letters: str) -> tuple[str, ...]:
+    """Experts of a static layout."""
+    return tuple(LETTERS[letter] for letter in letters)
+
+
+def favouring(*pattern: str) -> list[list[float]]:
+    """A prior mean of each layer: 0.6 for the expert of `pattern`, 0.2 for each of the others."""
+    return [[0.6 if expert == chosen else 0.2 for expert in OURS] for chosen in pattern]
+
+
+LATE = {"start_share": 0.98, "anneal_from": 0.5, "anneal_to": 0.8}
+"""Half of training on the layout, hardly disturbed; the price comes after."""
+LONG: dict[str, dict[str, Any]] = {
+    **{f"static {letters}": static(*layout(letters)) for letters in PATTERNS},
+    "linear": static("linear"),
+    "softmax router": softmax(OURS),
+    "softmax router, cost penalty": softmax(OURS, cost=0.03),
+    "softmax router, entropy bonus": softmax(OURS, entropy=0.003),
+    "softmax router, load balancing": softmax(OURS, balance=0.01),
+    "softmax router, from lglglf": softmax(
+        OURS, {"start_experts": layout("lglglf"), **LATE}, cost=0.03
+    ),
+    "Dirichlet, literal ELBO, paper's experts": dirichlet(PAPER, LITERAL, LITERAL_SCHEDULE),
+    "Dirichlet, literal ELBO": dirichlet(OURS, LITERAL, LITERAL_SCHEDULE),
+    "ours": dirichlet(OURS, {}, {}),
+    "ours, from glgglf": started_on(
+        *layout("glgglf"), price=20.0, straight_through_from=0.8, **LATE
+    ),
+    "ours, from glgglf, price 5": started_on(*layout("glgglf"), price=5.0, **LATE),
+    "ours, from lglglf": started_on(*layout("lglglf"), **LATE),
+    "ours, from gllllf": started_on(*layout("gllllf"), **LATE),
+}
+RECIPE: dict[str, dict[str, Any]] = {
+    "ours": SHORT["ours"],
+    **{
+        f"ours, price {price}": dirichlet(OURS, {"price": float(price)}, {})
+        for price in (12, 15, 20)
+    },
+    "ours, from full attention, late": started_on("full", **LATE),
+    "ours, from the hybrid": SHORT["ours, from the hybrid"],
+    "ours, from the hybrid, late": started_on(*HYBRID, **LATE),
+    "ours, prior mean by layer": dirichlet(OURS, {"layer_mean": favouring(*HYBRID)}, {}),
+    "ours, learned feature map": dirichlet(["full", "mapped", "local"], {}, {}),
+    "ours, short convolution": dirichlet(["full", "short_convolution", "local"], {}, {}),
+    "ours, short convolution beside gated": dirichlet([*OURS, "short_convolution"], {}, {}),
+    "ours, controller sees four tokens": dirichlet(OURS, {}, {}, "convolved"),
+    "ours, controller sees the layer below": dirichlet(OURS, {}, {}, "chained"),
+    "ours, one route for eight tokens": dirichlet(OURS, {}, {}, "segments"),
+}
+"""What was tried beside the recipe, at the size of the short study."""
+HEADLINE = (
+    "full attention",
+    "gated linear",
+    "static: gated, local, gated, full",
+    "softmax router, cost penalty",
+    "ours",
+    "ours, from the hybrid",
+    "local",
+    "softmax router",
+    "Dirichlet, literal ELBO, paper's experts",
+)
+TOKENS = 16_384
+"""A step of the size `long`."""
+SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    "gpu": {"train": {"steps": 600, "device": "auto"}, "data": {"eval_tokens": 65_536}},
+    "recipe": {"train": {"steps": 600, "device": "auto"}, "data": {"eval_tokens": 65_536}},
+    "long": {
+        "train": {"steps": 1000, "device": "cuda", "warmup": 100, "precision": "bfloat16"},
+        "data": {"eval_tokens": 262_144, "context": 2048},
+        "model": {"d_model": 256, "num_layers": 6, "num_heads": 4, "window": 64},
+    },
+    "cpu": {
+        "train": {"steps": 300, "device": "cpu", "warmup": 20},
+        "data": {"eval_tokens": 16_384, "context": 128},
+    },
+    "toy": {
+        "train": {"steps": 4, "device": "cpu", "batch_size": 2},
+        "data": {"eval_tokens": 256, "context": 64},
+        "model": {"d_model": 16, "num_heads": 2, "controller_hidden": 4},
+    },
+}
+
+
+def contenders(size: str) -> dict[str, dict[str, Any]]:
+    """Who takes part in a study of this size."""
+    return {"long": LONG, "recipe": RECIPE, "toy": {**SHORT, **LONG, **RECIPE}}.get(size, SHORT)
