@@ -27,8 +27,8 @@ from bayes_router.diagnostics.shading import Scale, scale
 from bayes_router.diagnostics.shown import ShownText, route_text
 from bayes_router.files import write_text
 
-# of the 256 of a terminal: dark blue, orange, green, purple, yellow, as in the figures
-COLOURS = (25, 172, 72, 133, 185)
+# of the 256 of a terminal: dark blue, orange, pale green, purple, pale yellow, apart in greyscale
+COLOURS = (25, 172, 151, 133, 229)
 REDS = (231, 224, 217, 167, 124)
 WHEN = ("auto", "always", "never")
 WIDTH = 80

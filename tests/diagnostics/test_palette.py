@@ -2,6 +2,7 @@
 
 import itertools
 
+from bayes_router.commands.inspect import COLOURS
 from bayes_router.diagnostics.figures.run import PALETTE, expert_palette
 
 
@@ -18,3 +19,15 @@ def test_any_two_experts_differ_in_lightness():
     assert min(abs(a - b) for a, b in itertools.combinations(first, 2)) > 20
     every = [lightness(one) for one in PALETTE]
     assert min(abs(a - b) for a, b in itertools.combinations(every, 2)) > 8
+
+
+def test_so_do_those_of_the_terminal() -> None:
+    steps = (0, 95, 135, 175, 215, 255)  # of the cube of 6 x 6 x 6 colours after the first 16
+
+    def of(code: int) -> float:
+        red, rest = divmod(code - 16, 36)
+        return lightness("#" + "".join(f"{steps[i]:02x}" for i in (red, *divmod(rest, 6))))
+
+    apart = [abs(a - b) for a, b in itertools.combinations(map(of, COLOURS[:3]), 2)]
+    assert min(apart) > 18
+    assert min(abs(a - b) for a, b in itertools.combinations(map(of, COLOURS), 2)) > 10
