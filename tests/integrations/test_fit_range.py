@@ -14,8 +14,9 @@ from torch.distributions import Dirichlet
 from bayes_router.config import PriorConfig, ScheduleConfig
 from bayes_router.integrations.huggingface.fit_settings import FitSettings, final_state
 from bayes_router.integrations.huggingface.pressure import BudgetRange, Dialled
-from bayes_router.integrations.huggingface.svi_step import SviStep
+from bayes_router.integrations.huggingface.svi_step import Counting, SviStep
 from bayes_router.integrations.patching import load_patch
+from bayes_router.routing.cost import counted
 from bayes_router.routing.policy import Budget
 from tests.integrations.tiny_models import VOCAB, patched, tiny
 
@@ -207,3 +208,29 @@ def test_a_graph_is_for_cuda() -> None:
     _, router = ranged()
     with pytest.raises(ValueError, match="graph.*CUDA device.*cpu"):
         router.fit(TEXT, steps=1, **RANGE, graph=True, progress=False)
+
+
+def test_a_fit_holds_a_budget_in_bytes() -> None:
+    """A key head reads the most that one of its query heads does: dearer than in FLOPs."""
+    _, router = ranged(route_by="head")
+    first = {}
+    for by in ("flops", "bytes"):
+        _, router = ranged(route_by="head")
+        first[by] = router.fit(TEXT, steps=2, **RANGE, by=by, progress=False).iloc[0]
+    assert first["bytes"]["cost"] > first["flops"]["cost"]
+    below = RANGE | {"budget": (0.25, 0.9)}  # between a local token's bytes and its FLOPs
+    router.fit(TEXT, steps=1, **below, by="bytes", progress=False)
+    with pytest.raises(ValueError, match="budget: expected a range above 0.356"):
+        router.fit(TEXT, steps=1, **below, progress=False)
+    units = router.config.num_units
+    routes = torch.randint(2, (len(router.layers), 1, 40, units))
+    sharing = router.config.num_units // router.config.kv_heads
+    weights = torch.nn.functional.one_hot(routes, 2).float()
+    spent: list[torch.Tensor] = []
+    reads = router.layer_reads
+    Counting(router, reads, spent, sharing)(TEXT[None, :40], lambda layer, hidden: weights[layer])
+    in_bytes = counted(reads, sharing)(routes)
+    assert float(torch.stack(spent).mean()) == pytest.approx(in_bytes, rel=1e-6)
+    assert sharing > 1 and in_bytes > counted(reads)(routes)
+    with pytest.raises(ValueError, match="by.*bytes, flops.*watts"):
+        router.fit(TEXT, steps=1, **RANGE, by="watts")

@@ -12,6 +12,7 @@ from bayes_router.inference.likelihood import Observed
 from bayes_router.inference.model import Through
 from bayes_router.integrations.huggingface.language import RoutedLanguage
 from bayes_router.integrations.patch.settings import FitRecord
+from bayes_router.routing.cost import CostBy
 from bayes_router.routing.schedule import Schedule, ScheduleState
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ class FitSettings:
         budget: cost at which executed draws are held by moving the price, full = 1; or (low, high),
             a budget drawn anew each step, so that one fit serves them all, see `BudgetRange`; None:
             the prior's own price.
+        by: what the budget is over: flops, that every query head pays for its own expert; or bytes,
+            the keys and values that a decoding step reads, see `CostBy`. The price stays one of the
+            prior's costs, and moves until what is held is met.
         seconds: the fit ends after about so many, its schedules shortened to that.
         seed: of batches and posterior draws.
     """
@@ -69,6 +73,7 @@ class FitSettings:
     clip: float = 1.0
     likelihood: str | None = None
     budget: float | tuple[float, float] | None = None
+    by: str = CostBy.FLOPS.value
     seconds: float = math.inf
     seed: int = 0
 
@@ -85,6 +90,7 @@ class FitSettings:
         for name in ("steps", "distil_steps", "weights_lr", "warmup", "seed"):
             require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
         require(0 < self.decay <= 1, "decay", "a share of the fit, in (0, 1]", self.decay)
+        choose("by", self.by, CostBy)
         if self.through is not None:
             choose("through", self.through, Through)
         require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)

@@ -117,7 +117,7 @@ def fit_routes(
     price = router.settings.prior.price
     schedule = Schedule(schedule_config, router.prior, most, router.experts, price)
     one = SviStep(router, settings, schedule.at(0))
-    pressure = pressure_for(settings.budget, router.layer_cost, price)
+    pressure = pressure_for(settings.budget, one.paid, price)
     if isinstance(pressure, BudgetRange) and router.fitted is None:
         _start_in_the_middle(router)
     # gradients are of the order of a unit's share in the loss, far below what Adam's usual epsilon

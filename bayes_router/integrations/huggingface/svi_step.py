@@ -17,6 +17,7 @@ from bayes_router.integrations.huggingface.fit_settings import FitSettings
 from bayes_router.integrations.huggingface.graphs import without_mask
 from bayes_router.integrations.huggingface.language import Network, RoutedLanguage
 from bayes_router.integrations.huggingface.pressure import Asked, Dialled
+from bayes_router.routing.cost import CostBy
 from bayes_router.routing.schedule import ScheduleState
 from bayes_router.training.graph import GraphedGradient
 from bayes_router.training.optimise import clip_gradient
@@ -45,12 +46,13 @@ def program(
 class Counting(Network):
     """The network of a patched model that notes what each layer's weights cost.
 
-    The costs layer_cost are [L, E], the notes go to `spent`.
+    The costs are [L, E], the notes go to `spent`; `sharing` units pay together, the most that one
+    of them costs, as in `token_cost`.
     """
 
-    def __init__(self, router: RoutedLanguage, layer_cost: Tensor, spent: list[Tensor]):
+    def __init__(self, router: RoutedLanguage, cost: Tensor, spent: list[Tensor], sharing: int = 1):
         super().__init__(router)
-        self.layer_cost, self.spent = layer_cost, spent
+        self.cost, self.spent, self.sharing = cost, spent, sharing
 
     def __call__(self, tokens: Tensor, route: Route) -> Tensor:
         """See the class."""
@@ -58,9 +60,10 @@ class Counting(Network):
         def counted(layer: int, hidden: Tensor) -> Tensor | int:
             weights = route(layer, hidden)
             assert isinstance(weights, Tensor)
-            self.spent.append(
-                (weights.detach() * self.layer_cost[layer].to(weights)).sum(-1).mean()
-            )
+            paid = (weights.detach() * self.cost[layer].to(weights)).sum(-1)
+            if self.sharing > 1:
+                paid = paid.unflatten(-1, (-1, self.sharing)).amax(-1)
+            self.spent.append(paid.mean())
             return weights
 
         return super().__call__(tokens, counted)
@@ -79,7 +82,10 @@ class SviStep:
         self.router, self.settings = router, settings
         cost, self.spent = router.layer_cost.to(router.device), list[Tensor]()
         self.teacher, self.dialled = Teacher(), Dialled(router.controller, cost)
-        network = Counting(router, cost, self.spent)
+        in_bytes = settings.by == CostBy.BYTES.value
+        self.paid = router.layer_reads.to(router.device) if in_bytes else cost
+        sharing = max(router.config.num_units // router.config.kv_heads, 1) if in_bytes else 1
+        network = Counting(router, self.paid, self.spent, sharing)
         self.objective = NegativeELBO(*program(router, start, network, self.teacher, self.dialled))
         self.objective.model.through = settings.gradient_of
         self.trained = nn.ModuleList([router, *([router.model] if settings.weights_lr else [])])
