@@ -16,6 +16,9 @@ from torch import Tensor
 from bayes_router.checks import require
 
 LENGTH, BYTES, KEPT, AT_A_TIME = 16, 64, 2048, 1 << 18
+EVERY, MOST_KEPT = 512, 1 << 16
+"""One passage of so many is kept of a long text, so that some thousand tokens of it are known again;
+at most so many in all."""
 FACTOR, MIX = 0x5851F42D4C957F2D, 0x2545F4914F6CDD1D
 LEAST_SEEN = 3  # passages: fewer may be quotations
 MOST_SEEN = 0.1
@@ -27,11 +30,12 @@ def passage_of(vocab_size: int) -> int:
     return BYTES if vocab_size <= 256 else LENGTH
 
 
-def fingerprint(tokens: Tensor, kept: int = KEPT, length: int = LENGTH) -> tuple[int, ...]:
+def fingerprint(tokens: Tensor, kept: int | None = None, length: int = LENGTH) -> tuple[int, ...]:
     """The `kept` smallest hashes of token ids [N], ascending; () of less than a passage.
 
-    `length` is a power of two.
+    `length` is a power of two. By default a long text keeps one in `EVERY`, a short one `KEPT`.
     """
+    kept = min(max(KEPT, len(tokens) // EVERY), MOST_KEPT) if kept is None else kept
     found = torch.empty(0, dtype=torch.int64)
     for start in range(0, len(tokens) - length + 1, AT_A_TIME):
         part = tokens[start : start + AT_A_TIME + length - 1].to("cpu", torch.int64)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from bayes_router.data import fingerprint as module
-from bayes_router.data.fingerprint import fingerprint, seen_before
+from bayes_router.data.fingerprint import fingerprint, require_unseen, seen_before
 
 
 def text(seed: int, N: int = 60_000, vocab: int = 50) -> torch.Tensor:
@@ -46,3 +46,14 @@ def test_hashes_are_those_of_before():
     found = (found ^ (found >> 29)) * module.MIX
     found = (found ^ (found >> 32)) * module.FACTOR
     assert fingerprint(tokens) == tuple(found.unique().tolist())
+
+
+def test_a_short_piece_of_a_long_text_is_known_again():
+    """Of a text a thousand times as long: a fixed number of hashes would know it rarely."""
+    long = torch.randint(0, 256, (3_000_000,), generator=torch.Generator().manual_seed(0))
+    sketch, starts = fingerprint(long, length=64), range(0, 2_900_000, 300_000)
+    for start in starts:
+        with pytest.raises(ValueError, match="was fitted on"):
+            require_unseen(long[start : start + 8000], sketch, "", 64)
+    other = torch.randint(0, 256, (8000,), generator=torch.Generator().manual_seed(1))
+    require_unseen(other, sketch, "", 64)
