@@ -17,8 +17,8 @@ from bayes_router.checks import require
 
 LENGTH, BYTES, KEPT, AT_A_TIME = 16, 64, 2048, 1 << 18
 EVERY, MOST_KEPT = 512, 1 << 16
-"""One passage of so many is kept of a long text, so that some thousand tokens of it are known again;
-at most so many in all."""
+"""One passage of so many is kept of a long text, so that some thousand tokens of it are known
+again; at most so many in all."""
 FACTOR, MIX = 0x5851F42D4C957F2D, 0x2545F4914F6CDD1D
 LEAST_SEEN = 3  # passages: fewer may be quotations
 MOST_SEEN = 0.1
