@@ -248,7 +248,7 @@ def test_a_watched_controller_is_called_and_no_text_is_left_to_full() -> None:
     _, router = patched("llama")
     layer = router.controller.layers[0]
     with torch.no_grad():
-        assert router._executes and not watched(layer)
+        assert router.executes and not watched(layer)
         with inputs_of(router.controller):
-            assert watched(layer) and not router._executes
-        assert router._executes
+            assert watched(layer) and not router.executes
+        assert router.executes
