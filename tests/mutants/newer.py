@@ -106,7 +106,7 @@ NEWER = [
     ),
     Fault(
         "the KL is the mean over units",
-        f"{P}/integrations/patch/routed.py",
+        f"{P}/integrations/patch/accounts.py",
         "log_z[layer].to(q)).sum(-1)",
         "log_z[layer].to(q)).mean(-1)",
         f"{T}/integrations/test_units.py {T}/integrations/test_prior_and_cost.py",
@@ -234,7 +234,7 @@ NEWER = [
     ),
     Fault(
         "a prior of more layers than the network is taken",
-        f"{P}/inference/model.py",
+        f"{P}/inference/fits.py",
         '((-1, "experts"), (0, "layers"))',
         '((-1, "experts"),)',
         f"{T}/inference/test_parts.py",
@@ -242,9 +242,9 @@ NEWER = [
     Fault(
         "an infinite weight of the KL is taken",
         f"{P}/inference/elbo.py",
-        "0 < kl_weight < math.inf,",
-        "kl_weight > 0,",
-        f"{T}/inference/test_parts.py",
+        'positive("kl_weight", kl_weight, TINY), True',
+        "kl_weight, True",
+        f"{T}/inference/test_misfits.py",
     ),
     Fault(
         "a quality that nobody can promise is refused after reading",

@@ -111,7 +111,7 @@ FAULTS = [
     Fault(
         "straight-through without the gradient of the draw",
         f"{P}/inference/model.py",
-        "    return hard + route - route.detach()",
+        "    return hard + through - through.detach()",
         "    return hard",
         f"{T}/inference/test_elbo.py",
     ),
@@ -448,8 +448,8 @@ FAULTS = [
     Fault(
         "windows overlap",
         f"{P}/data/tokens.py",
-        "starts = torch.arange(count) * context",
-        "starts = torch.arange(count) * (context - 1)",
+        "starts = places * context",
+        "starts = places * (context - 1)",
         f"{T}/data/test_text.py",
     ),
     Fault(
