@@ -9,7 +9,7 @@ from bayes_router.diagnostics.measures.simulation import (
     sampler_draws,
     uniform_p_value,
 )
-from tests.diagnostics.toy import BlindNetwork, MixtureNetwork, toy
+from tests.diagnostics.toy import BlindNetwork, MixtureNetwork, exact_posterior_mean, toy
 
 PRIOR = torch.tensor([[1.0, 1.5]])
 DRAWS = 31
@@ -56,3 +56,30 @@ def test_what_does_not_fit_is_refused():
         rank_statistics(program, lambda tokens, targets: {}, tokens)
     with pytest.raises(ValueError, match="bins: expected a divisor of draws"):
         rank_counts(rank_statistics(program, guide_draws(program, guide, 10), tokens)["rank"], 10)
+
+
+def test_the_targets_that_are_inferred_from_are_those_that_were_simulated():
+    """Ranks cannot tell: inference from another row's targets is the prior on average, too.
+
+    So here a route is nearly one expert, and the target says which.
+    """
+    program, _ = toy(MixtureNetwork(torch.eye(2)), torch.tensor([[0.02, 0.02]]), torch.ones(1, 2))
+    seen = []
+
+    def draws(tokens, targets):
+        seen.append(targets)
+        return {"route_0": torch.full((1, *tokens.shape, 2), 0.5)}
+
+    ranks = rank_statistics(program, draws, torch.zeros(200, 1, dtype=torch.int64))
+    above = ranks[ranks["rank"] == 1].sort_values("row")["expert"].to_numpy()
+    assert 0.3 < above.mean() < 0.7
+    assert (above == seen[0][:, 0].numpy()).mean() > 0.97
+
+
+def test_the_samplers_draws_are_those_given_the_targets_of_their_row():
+    program, _ = toy(MixtureNetwork(), PRIOR, PRIOR)
+    targets = torch.tensor([0, 2]).repeat_interleave(30)[:, None]
+    draw = sampler_draws(program, 15, warmup=20, thin=1, depth=4)
+    means = draw(torch.zeros_like(targets), targets)["route_0"].mean((0, 2)).unflatten(0, (2, 30))
+    exact = exact_posterior_mean(PRIOR[0], torch.tensor([0, 2]))
+    torch.testing.assert_close(means.mean(1), exact, rtol=0, atol=0.06)
