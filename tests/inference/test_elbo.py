@@ -87,11 +87,16 @@ def test_svi_and_the_module_form_agree_in_loss_and_gradient() -> None:
     seen: dict[str, Tensor] = {}
 
     svi = SVI(generative, guide, pyro.optim.ClippedAdam({"lr": 1e-3}), TraceMeanField_ELBO())
-    svi.optim = lambda _: seen.update(
-        {name: p.grad.clone() for name, p in model.named_parameters()}
-    )
+    given: list[Tensor] = []
+
+    def step(parameters: set[Tensor]) -> None:
+        given.extend(parameters)
+        seen.update({name: p.grad.clone() for name, p in model.named_parameters()})
+
+    svi.optim = step
     torch.manual_seed(3)
     assert svi.step(tokens, targets) == pytest.approx(float(by_module), rel=1e-6)
+    assert {id(p) for p in given} == {id(p) for p in model.parameters()}
     assert seen.keys() == want.keys()
     for name in want:
         torch.testing.assert_close(seen[name], want[name], rtol=1e-4, atol=1e-7, msg=name)

@@ -17,6 +17,7 @@ from pathlib import Path
 from tests.mutants.doubt import DOUBT
 from tests.mutants.newer import NEWER
 from tests.mutants.planted import FAULTS, Fault
+from tests.mutants.program import OF_PROGRAM
 
 ROOT = Path(__file__).parent.parent.parent
 PATIENCE = 600  # seconds; a fault that hangs the tests is caught, too
@@ -30,7 +31,7 @@ def main() -> int:
     options = parser.parse_args()
     chosen = [
         f
-        for f in FAULTS + NEWER + DOUBT
+        for f in FAULTS + NEWER + DOUBT + OF_PROGRAM
         if not options.words or any(w in f"{f.file} {f.name}" for w in options.words)
     ]
     if options.list:

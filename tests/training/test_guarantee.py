@@ -257,3 +257,18 @@ def test_what_is_promised_by_is_not_what_was_read_before(corpus):
     assert len(late) == 8 and torch.equal(late, everything[12:20]) and len(early) <= 12
     with pytest.raises(ValueError, match="texts: expected more than"):
         later_windows(valid, 32, 4, 10**9, 256)
+
+
+def test_a_loss_is_of_scored_tokens_not_of_windows():
+    """A window with a hundredth of the tokens counts a hundredth: its excess is 1 nat a token."""
+    scored = torch.tensor([1.0] * 8 + [100.0] * 8, dtype=torch.float64)
+    zero = torch.zeros(16, dtype=torch.float64)
+    lost = torch.where(scored == 1, scored, 0.0)
+    load = torch.zeros(1, 2)
+    found = keep_promise(
+        lambda price: Executed(price, 0.5, load, lost, scored),
+        Executed(0.0, 1.0, load, zero, scored),
+        0.05,
+        prices=(0.0,),
+    )
+    assert found.kept.lost == pytest.approx(math.expm1(8 / 808))

@@ -92,12 +92,31 @@ def test_two_levels_keep_an_alarm_on_between_them_and_padding_is_no_token():
     alarm, state = guard.alarm(0, log)
     assert alarm.tolist() == [[False, False, True, True, True, False, False]]
     assert guard.alarm(0, log[:, 3:5], guard.alarm(0, log[:, :3])[1])[0].tolist() == [[True, True]]
-    slow = Guard((1.0, 0.3), 0, (0.0,), (-2.0,), (-1.0,), memory=20)
     real = torch.ones(1, 14, dtype=torch.bool)
     real[:, :4] = real[:, 9:12] = False
-    padded = torch.full((1, 14), -50.0).masked_scatter(real, log)
-    assert torch.equal(slow.alarm(0, padded, real=real)[0][real], slow.alarm(0, log)[0][0])
-    torch.testing.assert_close(slow.alarm(0, padded, real=real)[1], slow.alarm(0, log)[1])
+    for usual in (0.0, 100.0):  # what stands on padding is far above one level, below the other
+        slow = Guard((1.0, 0.3), 0, (usual,), (usual - 2,), (usual,), memory=20)
+        shifted = log + usual
+        padded = torch.full((1, 14), -50.0).masked_scatter(real, shifted)
+        found, expected = slow.alarm(0, padded, real=real), slow.alarm(0, shifted)
+        assert torch.equal(found[0][real], expected[0][0])
+        torch.testing.assert_close(found[1], expected[1])
+
+
+def test_more_confidence_leaves_a_wider_margin_to_what_is_spent(model):
+    """The bound is above the mean; at a confidence of a half it is the mean."""
+    guard, found = model.policy, {}
+    try:
+        for confidence in (0.5, 0.999):
+            model.policy = Budget(guard.cost_ratio, guard.price)
+            windows = batches(text(0, 12, 1))
+            found[confidence] = set_guard(
+                model, model.controller, windows, COST, FULL, 0.05, confidence
+            )
+    finally:
+        model.policy = guard
+    assert found[0.999].share < found[0.5].share
+    assert found[0.999].cost / found[0.999].bare - 1 < 0.9 * found[0.999].bound <= 0.045
 
 
 def test_a_guard_is_saved_as_other_policies_are(model):
