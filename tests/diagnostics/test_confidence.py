@@ -126,7 +126,7 @@ def test_the_spread_of_a_unit_is_found_though_which_side_is_right_is_chance():
     best = references(read, draws=20)[0]
     assert best["stated by"] == "reference: the spread itself"
     # half of the regrets are none: knowing every size exactly ranks no better than this
-    assert 0.85 * best["value"] < found.rank.value <= best["value"] < 0.6
+    assert 0.95 * best["value"] < found.rank.value <= best["value"] < 0.6
     assert found.ece.value < 0.05
 
 
