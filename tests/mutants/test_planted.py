@@ -4,10 +4,11 @@ from tests.mutants.__main__ import ROOT
 from tests.mutants.doubt import DOUBT
 from tests.mutants.newer import NEWER
 from tests.mutants.planted import FAULTS
+from tests.mutants.program import OF_PROGRAM
 
 
 def test_every_fault_fits_the_code_once() -> None:
-    every = FAULTS + NEWER + DOUBT
+    every = FAULTS + NEWER + DOUBT + OF_PROGRAM
     assert len({fault.name for fault in every}) == len(every) > 100
     stale = [
         f"{fault.file}: {fault.name}"

@@ -8,6 +8,7 @@ from bayes_router.data.tokens import Batch
 from bayes_router.routing.risk import LEAST_KL, RiskFit, RiskHead, divergence, risk_features
 from bayes_router.routing.saving import load_risk, save_risk
 from bayes_router.training.checkpoint import load_run
+from bayes_router.training.evidence import fit_evidence
 from bayes_router.training.risk import fit_risk, read_risk, reference_of, risk_data
 from bayes_router.types import RoutingMode
 from tests.tiny import EXPERTS, tiny_batch, tiny_model
@@ -132,3 +133,15 @@ def test_what_cannot_be_fitted():
     with pytest.raises(ValueError, match="texts: expected at least 64 tokens"):
         RiskHead.fit(torch.zeros(3, 2), torch.ones(3))
     assert LEAST_KL > 0
+
+
+def test_about_so_many_tokens_are_read_and_the_mode_is_as_before():
+    model, read = tiny_model().train(), [Batch(*tiny_batch(B=2, T=20)) for _ in range(4)]
+    read = [Batch(one.tokens.roll(i, 1), one.targets.roll(i, 1)) for i, one in enumerate(read)]
+    found = risk_data(model, read, lambda tokens: model(tokens, force="full").logits, 50)
+    assert found.kl.shape == (4, 20) and model.training  # two batches of 40 tokens
+    centres = [
+        fit_evidence(model, of, torch.ones(3), tokens=50).tensors()["centre"]
+        for of in (read, read[:2], read[:1])
+    ]
+    assert torch.equal(centres[0], centres[1]) and not torch.equal(centres[0], centres[2])
