@@ -114,7 +114,7 @@ def test_the_spread_of_a_unit_is_found_though_which_side_is_right_is_chance():
     size = np.exp(random.normal(0, 0.5, N)) * 1e-3 * 1.8 ** (unit - 6)
     side = random.random(N) < 0.5
     frame = pd.DataFrame({"loss_a": 1 + size * side, "loss_b": 1 + size * ~side})
-    frame["choice"], frame["layer"], frame["unit"] = "a", unit // 4, unit % 4
+    frame["choice"], frame["layer"], frame["unit"] = "a", unit % 3, unit // 3
     frame["sequence"], frame["position"] = np.arange(N) // 30, random.integers(0, 99, N)
     frame["mean_a"], frame["mean_b"] = 0.6, 0.4
     frame["regret"] = frame["loss_a"] - frame[["loss_a", "loss_b"]].min(axis=1)
