@@ -30,7 +30,7 @@ from bayes_router.attention.kernels.eager.rows_softmax import softmax_rows, soft
 from bayes_router.attention.kernels.eager.threads import in_threads, parts_of
 from bayes_router.attention.shapes import ExpertShape, unit_heads, widen
 
-SHARED = 512  # queries from which heads are shared between threads
+SHARED = 4096  # queries from which heads go to threads of ours: shorter texts lose by it
 
 
 class Gathering(NamedTuple):

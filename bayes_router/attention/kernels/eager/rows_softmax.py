@@ -12,9 +12,8 @@ from bayes_router.attention.shapes import ExpertShape, widen
 ROWS = 192  # packed queries in a tile with a mask
 FAR_ROWS = 768  # queries that share one tile, without a mask, over the keys that all of them see
 SPAN = 128  # positions in a tile of local queries, at least
-# packed queries that such a tile is to have, where these do not span more than the window: more
-# would save calls, and compare each with keys that it does not see
-LOCAL_ROWS = 64
+# packed queries that such a tile is to have, where these do not span more than the window
+LOCAL_ROWS = 384
 KEYS = 512  # keys of a tile in the backward pass, at most: their gradients are temporaries
 
 
