@@ -80,6 +80,39 @@ def test_confidence_does_not_look_at_the_losses_it_is_read_on():
     np.testing.assert_array_equal(confidence(blind), confidence(read))
 
 
+def test_nor_do_the_usual_means():
+    fitted, read = split(planted(800))
+    blind = read.assign(regret=9.0, **{f"loss_{name}": 9.0 for name in EXPERTS})
+    stated, told = (baselines(fitted, frame, EXPERTS, 0.01) for frame in (read, blind))
+    assert stated.keys() == told.keys()
+    for name, probability in stated.items():
+        np.testing.assert_array_equal(told[name], probability, err_msg=name)
+
+
+def test_a_regret_of_exactly_the_tolerance_is_right():
+    regret = pd.DataFrame({"regret": [0.0, 0.25, np.nextafter(0.25, 1)]})
+    assert right_within(regret, 0.25).tolist() == [True, True, False]
+
+
+def test_what_is_said_of_the_chosen_expert_is_asked_though_another_is_the_likeliest():
+    """Choices at random, each right with the probability that the posterior gives it."""
+    random, rows = np.random.default_rng(3), 4000
+    frame = planted(rows)
+    mean = frame[[f"mean_{name}" for name in EXPERTS]].to_numpy()
+    chosen = random.integers(0, 3, rows)
+    planted_in = mean[np.arange(rows), chosen]
+    losses = np.full((rows, 3), 1.0)
+    best = np.where(random.random(rows) < planted_in, chosen, (chosen + 1) % 3)
+    losses[np.arange(rows), best] = 0.5
+    frame = frame.assign(choice=np.array(EXPERTS)[chosen], layer=0, predictive_entropy=1.0)
+    frame = frame.assign(**{f"loss_{name}": losses[:, e] for e, name in enumerate(EXPERTS)})
+    frame["regret"] = losses[np.arange(rows), chosen] - 0.5
+    frame["planted"] = planted_in
+    fitted, read = split(frame)
+    stated = Confidence(fitted, EXPERTS, 0.01)(read)
+    assert float(np.abs(stated - read["planted"]).mean()) < 0.04
+
+
 def test_the_base_rate_gains_nothing():
     fitted, read = split(planted(2000))
     base = float(right_within(fitted, 0.01).mean())

@@ -89,7 +89,7 @@ DOUBT = [
         f"{TR}/evidence.py",
         "            if read >= tokens:\n",
         "            if read:\n",
-        EVIDENCE,
+        "tests/training/test_risk.py",
     ),
     Fault(
         "the mean of the risk is not that of its text",

@@ -95,6 +95,9 @@ def test_features_are_hidden_gates_and_entropy_with_units_averaged():
     assert features.shape == (2, 3, 5 + 4 * 2 + 2)
     torch.testing.assert_close(features[..., :5], hidden)
     torch.testing.assert_close(features[..., 7:9], (q[1] / q[1].sum(-1, keepdim=True)).mean(-2))
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(features[..., -2], entropy)
+    torch.testing.assert_close(features[..., -1], (entropy + 1e-3).log())
 
 
 def test_what_is_kept_comes_back(finished_run, tmp_path):
