@@ -24,6 +24,10 @@ PATIENCE = timedelta(hours=2)
 """How long a rank waits for the others: they wait while rank 0 prepares a corpus, evaluates and
 writes."""
 
+_GROUPS: list[Any] = []
+"""Groups that were joined, held until the process ends: were a replica the last to hold one, it
+would destroy it under Python's lock, for which a thread of gloo may wait."""
+
 
 def pick_device(name: str) -> torch.device:
     """`auto` is a GPU where there is one; under torchrun, each process of a host takes its own.
@@ -158,6 +162,7 @@ def connected(device: torch.device) -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    _GROUPS.append(dist.group.WORLD)
     try:
         yield joined()
     finally:
