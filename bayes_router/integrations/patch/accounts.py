@@ -26,6 +26,11 @@ class Accounted(Deciding):
         last = self.here.slot.last
         last.concentration[index], last.executed[index] = q.concentration, executed
 
+    @property
+    def _executed(self) -> dict[int, Tensor]:
+        """`last.executed`, by the name that programs of before read."""
+        return self.last.executed
+
     def kl(self, of: Pass | None = None) -> Tensor:
         """KL(posterior || prior) of a pass, nats per real token, summed over layers and units.
 
