@@ -36,6 +36,8 @@ from bayes_router.types import CostModel
 if TYPE_CHECKING:
     import pandas as pd
 
+CONFIDENCE = 0.95  # of a promise, where none is given
+
 
 def run(options: Namespace) -> None:
     """Print the table of a run.
@@ -167,6 +169,15 @@ def _check(options: Namespace) -> tuple[str, CostModel, dict[str, float]]:
         "no --budget beside it",
         options.budget,
     )
+    require(
+        options.quality is not None or options.confidence is None,
+        "confidence",
+        "--quality beside it",
+        options.confidence,
+        "it is the confidence of a promise: give --quality LOST too",
+    )
+    if options.confidence is None:
+        options.confidence = CONFIDENCE
     if options.quality is not None:
         check_promise(options.quality, options.confidence)
     if options.freeze is not None:

@@ -35,8 +35,8 @@ def chooses(policy: Any) -> bool:
 
 
 def watched(controller: nn.Module) -> bool:
-    """Whether a hook looks at what the controller reads, so that it has to be called."""
-    return bool(controller._forward_pre_hooks)
+    """Whether a hook looks at what the controller reads or says, so that it has to be called."""
+    return bool(controller._forward_pre_hooks or controller._forward_hooks)
 
 
 def available(hidden: Tensor, controller: LayerController) -> bool:
@@ -86,7 +86,7 @@ def chosen(
     controller = meta.layers[layer]
     # a subclass may have another posterior
     known = type(meta) is MetaController and chooses(policy)
-    if not (known and isinstance(controller, LayerController) and available(hidden, controller)):
+    if not (known and type(controller) is LayerController and available(hidden, controller)):
         return None
     tilt = tilt_of(policy, torch.empty(0, device=hidden.device))  # its type and place
     concentration, choice = fused(hidden, controller, meta.floor, tilt, normed=False)

@@ -70,6 +70,7 @@ evaluate | RUN --freeze 0.5
 evaluate | RUN --freeze -0.1
 evaluate | RUN --quality nan
 evaluate | RUN --quality good
+evaluate | RUN --confidence 0.9
 evaluate | RUN --quality 0.1 --confidence 0
 evaluate | RUN --quality 0.1 --confidence 1
 evaluate | RUN --quality 0.1 --confidence 2

@@ -251,4 +251,6 @@ def test_a_watched_controller_is_called_and_no_text_is_left_to_full() -> None:
         assert router.executes and not watched(layer)
         with inputs_of(router.controller):
             assert watched(layer) and not router.executes
+        with layer.register_forward_hook(lambda *_: None):
+            assert watched(layer) and not router.executes
         assert router.executes

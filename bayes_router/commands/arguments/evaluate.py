@@ -66,9 +66,9 @@ def parser(arguments: Sequence[str]) -> Parser:
     )
     result.add_argument(
         "--confidence",
-        type=float,
-        default=0.95,
-        help="with which --quality is kept on text of this kind",
+        type=Optional[float],
+        default=None,
+        help="with which --quality is kept on text of this kind (default: 0.95)",
     )
     result.add_argument(
         "--cost", type=str, default="paper", help="unit of the budget: paper, flops or latency"
