@@ -126,7 +126,12 @@ class LayerEvidence(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """See the class."""
-        return self.log_budget + math.log(2) - self.distance(hidden).log1p()
+        return log_granted(self.log_budget, self.distance(hidden))
+
+
+def log_granted(log_budget: Tensor, distance: Tensor) -> Tensor:
+    """Log n of what is at a squared distance over K: log(2 budget / (1 + distance))."""
+    return log_budget + math.log(2) - distance.log1p()
 
 
 class Evidence(nn.Module):
@@ -146,14 +151,25 @@ class Evidence(nn.Module):
         self.layers, self.memory = nn.ModuleList(layers), memory
         self.register_buffer("prior_total", prior_total.float(), persistent=False)
 
+    def of(self, layer: int) -> LayerEvidence:
+        """The density of a layer."""
+        found = self.layers[layer]
+        assert isinstance(found, LayerEvidence)
+        return found
+
+    def log_granted(self, layers: list[int], distance: Tensor) -> Tensor:
+        """Log n of what is at distances [L, B, T] in these layers: [L, B, T]."""
+        budgets = torch.stack([self.of(layer).log_budget for layer in layers])
+        return log_granted(budgets.to(distance.device)[:, None, None], distance)
+
     def log_evidence(self, layer: int, hidden: Tensor) -> Tensor:
         """Log n(hidden) of tokens [..., D] in a layer: [...]."""
-        found: Tensor = self.layers[layer](hidden)
+        found: Tensor = self.of(layer)(hidden)
         return found
 
     def tensors(self) -> dict[str, Tensor]:
         """What is kept on disk."""
-        parts = [layer for layer in self.layers if isinstance(layer, LayerEvidence)]
+        parts = [self.of(layer) for layer in range(len(self.layers))]
         stacked = {
             n: torch.stack([getattr(p, n).cpu() for p in parts])
             for n in ("centre", "directions", "log_budget")

@@ -79,24 +79,60 @@ class Watch:
     def __init__(self, evidence: Evidence, memory: int, real: Tensor | None = None):
         require(memory >= 1, "memory", "at least 1 token", memory)
         self.evidence, self.memory, self.real = evidence, memory, real
-        self.last: dict[int, Tensor] = {}
-        self._means: dict[int, RunningMean] = {}
+        self._new: dict[int, Tensor] = {}  # distances [B, T] of layers that were seen since
+        self._last: dict[int, Tensor] = {}
+        self._states: dict[int, Tensor] = {}  # of the running means, [2, B]
 
     def see(self, layer: int, hidden: Tensor) -> None:
         """Take in what the controller of a layer reads.
 
         One token goes on with the texts at hand, more start texts anew.
         """
-        found = self.evidence.log_evidence(layer, hidden.detach())
-        goes_on = found.shape[1] == 1 and layer in self._means
-        if not goes_on:
-            self._means[layer] = RunningMean(self.memory)
-        self.last[layer] = self._means[layer](found, None if goes_on else self.real)
+        self.take(layer, self.evidence.of(layer).distance(hidden.detach()))
+
+    def take(self, layer: int, distance: Tensor) -> None:
+        """As `see`, of what is at `distance` [B, T] from the fit's text.
+
+        What follows is done for all layers together: small operators take a GPU's host longer than
+        the GPU.
+        """
+        waiting = next(iter(self._new.values()), distance)
+        if layer in self._new or waiting.shape != distance.shape:
+            self._settle()
+        self._new[layer] = distance
+
+    def _settle(self) -> None:
+        """From distances to running means, of the layers that wait for it."""
+        new, self._new = self._new, {}
+        if not new:
+            return
+        layers, device = sorted(new), next(iter(new.values())).device
+        distance = torch.stack([new[layer].to(device) for layer in layers])  # [L, B, T]
+        L, B, T = distance.shape
+        goes_on = T == 1 and all(layer in self._states for layer in layers)
+        state, real = None, self.real
+        if goes_on:
+            state = torch.cat([self._states[layer] for layer in layers], 1)
+        if real is not None:
+            real = None if goes_on else real.to(device).expand(B, T).repeat(L, 1)
+        mean = RunningMean(self.memory, state)
+        recent = mean(self.evidence.log_granted(layers, distance).flatten(0, 1), real)
+        assert mean.state is not None
+        states = mean.state.unflatten(1, (L, B)).unbind(1)
+        self._states.update(zip(layers, states, strict=True))
+        self._last.update(zip(layers, recent.unflatten(0, (L, B)), strict=True))
+
+    @property
+    def last(self) -> dict[int, Tensor]:
+        """By layer, means of log n over the last tokens of the last pass, [B, T]."""
+        self._settle()
+        return self._last
 
     @property
     def log_evidence(self) -> Tensor:
         """Of the last pass, [L, B, T]: means of log n over the last tokens."""
-        return torch.stack([self.last[layer].cpu() for layer in sorted(self.last)])
+        last = self.last
+        return torch.stack([last[layer] for layer in sorted(last)]).cpu()
 
     def total(self) -> Tensor:
         """The total concentration n_post of the last pass, [L, B, T]."""
@@ -119,7 +155,7 @@ def watching(
     """
     evidence = evidence_of(controller)
     watch = Watch(evidence, evidence.memory if memory is None else memory, real)
-    with _shown(controller, watch.see):
+    with _shown(controller, watch.see, watch):
         yield watch
 
 
@@ -134,22 +170,43 @@ def inputs_of(controller: Any) -> Iterator[list[Tensor]]:
         yield found
 
 
+class Look:
+    """A forward pre-hook of a layer's controller that shows what is read there, to its thread.
+
+    A kernel that takes a controller's place need not stay away: it asks for the `looks` of this
+    thread, and shows them the same, or to a `watch` the distance alone.
+    """
+
+    def __init__(self, layer: int, see: Callable[[int, Tensor], None], watch: Watch | None):
+        self.layer, self.see, self.watch = layer, see, watch
+        self._thread = threading.get_ident()
+
+    @property
+    def mine(self) -> bool:
+        """Whether it was made by this thread."""
+        return threading.get_ident() == self._thread
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Show the input of a call of the controller."""
+        if self.mine:
+            self.see(self.layer, inputs[0])
+
+
+def looks(controller: nn.Module) -> list[Look]:
+    """Who of this thread looks at what a layer's controller reads."""
+    hooks = controller._forward_pre_hooks.values()
+    return [hook for hook in hooks if isinstance(hook, Look) and hook.mine]
+
+
 @contextmanager
-def _shown(controller: Any, see: Callable[[int, Tensor], None]) -> Iterator[None]:
+def _shown(
+    controller: Any, see: Callable[[int, Tensor], None], watch: Watch | None = None
+) -> Iterator[None]:
     """Show `see` the layer and the input of each call of a controller that this thread makes."""
-    thread = threading.get_ident()
     handles: list[RemovableHandle] = []
-
-    def seen(layer: int) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if threading.get_ident() == thread:
-                see(layer, inputs[0])
-
-        return hook
-
     try:
         for layer, module in enumerate(controller.layers):
-            handles.append(module.register_forward_pre_hook(seen(layer)))
+            handles.append(module.register_forward_pre_hook(Look(layer, see, watch)))
         yield
     finally:
         for handle in handles:

@@ -8,10 +8,14 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 from torch.distributions import Dirichlet
+from torch.nn import functional as F
 
 from bayes_router.attention.kernels import capability
+from bayes_router.attention.shapes import widen
 from bayes_router.routing.controller import LayerController, MetaController
+from bayes_router.routing.evidence import LayerEvidence
 from bayes_router.routing.policy import Argmax, Budget, like
+from bayes_router.routing.watch import Look, looks
 
 
 def tilt_of(policy: Any, like_this: Tensor) -> Tensor | None:
@@ -34,16 +38,60 @@ def chooses(policy: Any) -> bool:
     return type(policy) in (Argmax, Budget)
 
 
+def controller_input(hidden: Tensor) -> Tensor:
+    """Scaled to unit root mean square, float32 at least: what a patch's controller reads, on one
+    scale in all layers and models.
+    """
+    return F.rms_norm(widen(hidden), hidden.shape[-1:])
+
+
 def watched(controller: nn.Module) -> bool:
-    """Whether a hook looks at what the controller reads or says, so that it has to be called."""
+    """Whether a hook looks at what a controller reads or says: no pass may leave it out."""
     return bool(controller._forward_pre_hooks or controller._forward_hooks)
+
+
+def called(controller: nn.Module) -> bool:
+    """Whether a hook needs the controller to be called: one that is no `Look`, or is traced."""
+    hooks = controller._forward_pre_hooks.values()
+    if torch.compiler.is_compiling():
+        return watched(controller)
+    return bool(controller._forward_hooks) or not all(isinstance(hook, Look) for hook in hooks)
+
+
+def _show(controller: nn.Module, hidden: Tensor, normed: bool) -> None:
+    """Show what the kernel reads in a controller's place to those who look at that."""
+    for look in looks(controller):
+        if look.watch is None:
+            look.see(look.layer, controller_input(hidden) if normed else hidden)
+        else:
+            density = look.watch.evidence.of(look.layer)
+            look.watch.take(look.layer, distance(density, hidden.detach(), normed))
+
+
+def distance(density: LayerEvidence, hidden: Tensor, normed: bool) -> Tensor:
+    """`LayerEvidence.distance` of hidden states [B, T, D] in one launch: [B, T], float32.
+
+    `normed`: hidden states are scaled to unit root mean square first.
+    """
+    # only where Triton can be imported
+    from bayes_router.attention.kernels.triton.distance import launch_distance
+
+    if density.centre.device != hidden.device:
+        density.to(hidden.device)
+    found = torch.empty(hidden.shape[:2], device=hidden.device, dtype=torch.float32)
+    x = hidden.reshape(-1, hidden.shape[-1])
+    x = x if x.stride(1) == 1 else x.contiguous()
+    if len(x):
+        with torch.cuda.device_of(x):
+            launch_distance(x, density.directions, density.centre, found.view(-1), normed)
+    return found
 
 
 def available(hidden: Tensor, controller: LayerController) -> bool:
     """Whether the kernel takes these: CUDA, controllers in float32 or the type of the hidden states
-    that nobody watches, no gradient wanted.
+    that no hook needs to be called, no gradient wanted.
     """
-    if watched(controller):
+    if called(controller):
         return False
     if not (hidden.is_cuda and capability.HAS_TRITON and hidden.dtype in capability.TYPES):
         return False
@@ -69,6 +117,7 @@ def fused(
     experts = out.out_features // units
     if tilt is not None:
         tilt = tilt.expand(units, experts).contiguous()
+    _show(controller, hidden, normed)
     first, first_bias = (out.weight, None) if inner is None else (inner.weight, inner.bias)
     found: tuple[Tensor, Tensor] = _route(
         hidden, first, first_bias, out.weight, out.bias, tilt, floor, units, normed

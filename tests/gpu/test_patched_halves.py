@@ -14,7 +14,9 @@ from bayes_router.integrations.calls.fused_router import reference
 from bayes_router.integrations.huggingface.graphs import Graphs
 from bayes_router.integrations.patching import patch
 from bayes_router.routing.controller import LayerController
-from bayes_router.transformer.fused import fused
+from bayes_router.routing.evidence import LayerEvidence
+from bayes_router.routing.watch import watching
+from bayes_router.transformer.fused import called, controller_input, distance, fused
 from tests.integrations.tiny_models import tokens
 
 pytestmark = [
@@ -43,6 +45,42 @@ def test_the_routers_kernel_is_its_formula(
     assert float(clear.float().mean()) > 0.95
     assert torch.equal(choice.cpu()[clear], expected_choice[clear])
     assert choice.unique().numel() == 2
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("T", [1, 333, 9000])
+@pytest.mark.parametrize("normed", [False, True])
+def test_the_kernel_of_evidence_is_the_densitys_distance(
+    dtype: torch.dtype, T: int, normed: bool
+) -> None:
+    torch.manual_seed(T)
+    density = LayerEvidence(torch.randn(8), 40 * torch.randn(8, 576), torch.tensor(1.0))
+    x = (3 * torch.randn(2, T, 576)).to(dtype)
+    expected = density.distance(controller_input(x) if normed else x)
+    found = distance(density.cuda(), x.cuda(), normed).cpu()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_watch_sees_beside_the_routers_kernel_what_a_called_controller_reads(
+    dtype: torch.dtype,
+) -> None:
+    both = Both(dtype, "head")
+    router, x = both.ours, tokens(2, 300).cuda()
+    router.fit_evidence(tokens(1, 4000)[0].cuda(), context=400)
+
+    def read() -> Tensor:
+        with watching(router.controller) as watch:
+            both.here(x)
+        return watch.log_evidence
+
+    beside = read()
+    handles = [one.register_forward_pre_hook(lambda *_: None) for one in router.controller.layers]
+    assert all(called(layer) for layer in router.controller.layers)
+    torch.testing.assert_close(beside, read(), rtol=1e-3, atol=1e-3)
+    for handle in handles:
+        handle.remove()
 
 
 class Both:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from bayes_router.integrations.patch.passes import Here
 from bayes_router.integrations.patching import patch
 from bayes_router.routing.watch import inputs_of
-from bayes_router.transformer.fused import watched
+from bayes_router.transformer.fused import called, watched
 from bayes_router.types import RoutingMode
 from tests.integrations.test_torch_attention import draw, encoder, scatter
 from tests.integrations.tiny_models import patched, tiny, tokens
@@ -250,7 +250,9 @@ def test_a_watched_controller_is_called_and_no_text_is_left_to_full() -> None:
     with torch.no_grad():
         assert router.executes and not watched(layer)
         with inputs_of(router.controller):
-            assert watched(layer) and not router.executes
+            assert watched(layer) and not router.executes and not called(layer)
+            with layer.register_forward_pre_hook(lambda *_: None):
+                assert called(layer)  # a hook of another's, which knows no kernel
         with layer.register_forward_hook(lambda *_: None):
-            assert watched(layer) and not router.executes
-        assert router.executes
+            assert watched(layer) and not router.executes and called(layer)
+        assert router.executes and not called(layer)

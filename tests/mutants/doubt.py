@@ -10,8 +10,8 @@ DOUBT = [
     Fault(
         "a budget is half of what it says",
         f"{R}/evidence.py",
-        "self.log_budget + math.log(2) - self",
-        "self.log_budget - self",
+        "log_budget + math.log(2) - distance",
+        "log_budget - distance",
         EVIDENCE,
     ),
     Fault(
@@ -59,8 +59,15 @@ DOUBT = [
     Fault(
         "a token of decoding begins the text anew",
         f"{R}/watch.py",
-        "goes_on = found.shape[1] == 1 and layer in self._means",
+        "goes_on = T == 1 and all(layer in self._states for layer in layers)",
         "goes_on = False",
+        EVIDENCE,
+    ),
+    Fault(
+        "what a pass that broke off left is joined to the next",
+        f"{R}/watch.py",
+        "if layer in self._new or waiting.shape != distance.shape:",
+        "if layer in self._new:",
         EVIDENCE,
     ),
     Fault(
@@ -80,8 +87,8 @@ DOUBT = [
     Fault(
         "passes of other threads are watched",
         f"{R}/watch.py",
-        "if threading.get_ident() == thread:",
-        "if thread:",
+        "return threading.get_ident() == self._thread",
+        "return True",
         f"{EVIDENCE} tests/integrations/test_patch_evidence.py",
     ),
     Fault(

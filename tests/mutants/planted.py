@@ -145,7 +145,7 @@ FAULTS = [
     ),
     Fault(
         "what a controller reads is not normalised",
-        f"{P}/integrations/calls/fused_router.py",
+        f"{P}/transformer/fused.py",
         "return F.rms_norm(widen(hidden), hidden.shape[-1:])",
         "return widen(hidden)",
         f"{T}/integrations/test_details.py",

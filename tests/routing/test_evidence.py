@@ -137,6 +137,18 @@ def test_a_watch_follows_decoding():
     torch.testing.assert_close(torch.cat(stepped, -1), whole, rtol=1e-4, atol=1e-4)
 
 
+def test_a_pass_that_broke_off_leaves_nothing_to_the_next():
+    model, (tokens, _) = fitted_tiny(memory=8), tiny_batch()
+    width = model.config.d_model
+    with watching(model.controller) as watch:
+        model(tokens)
+        whole = watch.log_evidence
+        for length in (7, tokens.shape[1]):  # the next pass is of another length, or of the same
+            model.controller.layers[0](torch.randn(2, length, width))
+            model(tokens)
+            torch.testing.assert_close(watch.log_evidence, whole)
+
+
 def test_a_watch_is_of_its_own_thread():
     model, (tokens, _) = fitted_tiny(), tiny_batch()
     with watching(model.controller) as watch:

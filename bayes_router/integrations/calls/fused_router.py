@@ -13,18 +13,16 @@ from torch import Tensor
 from torch.distributions import Dirichlet
 from torch.nn import functional as F
 
-from bayes_router.attention.shapes import widen
 from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.routing.controller import LayerController, MetaController
-from bayes_router.transformer.fused import available, chooses, fused, tilt_of
+from bayes_router.transformer.fused import (
+    available,
+    chooses,
+    controller_input,
+    fused,
+    tilt_of,
+)
 from bayes_router.types import RoutingMode
-
-
-def controller_input(hidden: Tensor) -> Tensor:
-    """Scaled to unit root mean square, float32 at least: what a controller reads, on one scale in
-    all layers and models.
-    """
-    return F.rms_norm(widen(hidden), hidden.shape[-1:])
 
 
 def reference(

@@ -21,7 +21,6 @@ from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.integrations.calls.fused_router import (
     FULL_UP_TO,
     Settled,
-    controller_input,
     infer,
     takes_full,
 )
@@ -46,7 +45,7 @@ from bayes_router.integrations.patch.watch import TrainingWatch
 from bayes_router.routing.controller import MetaController
 from bayes_router.routing.force import Force, forced_route
 from bayes_router.routing.policy import Argmax, Policy
-from bayes_router.transformer.fused import watched
+from bayes_router.transformer.fused import controller_input, watched
 from bayes_router.types import Route, RouteBy, RoutingMode
 
 START_SHARE = 0.9
