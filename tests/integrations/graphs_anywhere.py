@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bayes_router.integrations.huggingface import graphs as engine
 from bayes_router.integrations.huggingface import replay, replayable
+from bayes_router.integrations.patch.passes import Pass
 
 
 class Again:
@@ -29,10 +30,12 @@ class Again:
 
 
 def tensors(found: Any) -> list[Tensor]:
-    """What a pass leaves: its hidden states and how it was routed."""
+    """What a pass leaves: its hidden states, how it was routed, and keys that go to no store."""
     if isinstance(found, Tensor):
         return [found]
-    return [found[0], *found[1].concentration.values(), *found[1].executed.values()]
+    if isinstance(found, Pass):
+        return [*found.concentration.values(), *found.executed.values()]
+    return [x for part in found for x in tensors(part)]
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from bayes_router.checks import require
@@ -43,12 +43,30 @@ def logits_of(model: PreTrainedModel) -> OnePass:
     return call
 
 
+class Read(DynamicLayer):
+    """A layer of a cache that is filled once, with the very keys that the layer made."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """See `DynamicLayer`, which would copy them behind nothing."""
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        self.keys, self.values = key_states, value_states
+        return key_states, value_states
+
+
+Keys = list[tuple[Tensor, Tensor]]
+"""Keys and values of each layer [B, Hkv, T, Dh]."""
+
+
 class Graphs:
     """Prefill and steps of one model, as CUDA graphs of static shapes.
 
     Attributes:
         cache: the static cache, in which padding is overwritten by the steps that follow.
         length: tokens that it holds.
+        keys: without a static cache, those of the last prefill and of its padding, valid until the
+            next.
     """
 
     def __init__(
@@ -58,11 +76,13 @@ class Graphs:
         batch: int = 1,
         bucket: int = 1024,
         call: OnePass | None = None,
+        stored: bool = True,
     ):
         """Of `batch` texts of one length, of at most `capacity` tokens with what is generated.
 
         `call(tokens, cache, last)` is one pass, `last` an int64 [1] with the place of the last
-        token, or 1 in a step; by default the logits [B, V] after that token.
+        token, or 1 in a step; by default the logits [B, V] after that token. Not `stored`: no keys
+        are copied to a static cache, and there are no steps.
 
         Raises:
             ValueError: the model is not on a CUDA device, or trains.
@@ -74,12 +94,13 @@ class Graphs:
         for name, value in (("capacity", capacity), ("batch", batch), ("bucket", bucket)):
             require(value >= 1, name, "at least 1", value)
         self.model, self.capacity, self.batch, self.bucket = model, capacity, batch, bucket
-        self.length, self._call = 0, call or logits_of(model)
+        self.length, self._call, self.stored = 0, call or logits_of(model), stored
+        self.keys: Keys = []
         self.cache = StaticCache(config=model.config.get_text_config(), max_cache_len=capacity)
         plain = all(type(layer) is StaticLayer for layer in self.cache.layers)
         require(plain, "model", "attention over all keys in every layer", "layers of another kind")
         self._pool: Any = None
-        self._prefills: dict[int, tuple[Any, Tensor, Tensor, Any]] = {}
+        self._prefills: dict[int, tuple[Any, Tensor, Tensor, tuple[Any, Keys]]] = {}
         self._steps: dict[tuple[str, ...], tuple[Any, dict[str, Tensor], Any]] = {}
 
     @torch.no_grad()
@@ -98,13 +119,14 @@ class Graphs:
         padded = min(padded or -(-T // self.bucket) * self.bucket, self.capacity)
         if padded not in self._prefills:
             self._prefills[padded] = self._capture_prefill(padded)
-        graph, given, last, found = self._prefills[padded]
+        graph, given, last, (found, self.keys) = self._prefills[padded]
         given[:, :T].copy_(tokens)
         last.fill_(T - 1)
         graph.replay()
-        for layer in self.cache.layers:
-            layer.cumulative_length.fill_(T)
-        self.length = T
+        if self.stored:
+            for layer in self.cache.layers:
+                layer.cumulative_length.fill_(T)
+            self.length = T
         return found
 
     def step(self, tokens: Tensor) -> Any:
@@ -143,20 +165,23 @@ class Graphs:
             found.append(self.step(found[-1]).argmax(-1, keepdim=True))
         return torch.cat(found, 1)
 
-    def _capture_prefill(self, length: int) -> tuple[Any, Tensor, Tensor, Any]:
+    def _capture_prefill(self, length: int) -> tuple[Any, Tensor, Tensor, tuple[Any, Keys]]:
         given = torch.zeros(self.batch, length, dtype=torch.int64, device=self.model.device)
         last = torch.zeros(1, dtype=torch.int64, device=self.model.device)
 
-        def run() -> Any:
+        def run() -> tuple[Any, Keys]:
             cache = DynamicCache(config=self.model.config.get_text_config())
+            cache.layers = [Read() for _ in self.cache.layers]
             with without_mask(self.model):  # else one is written out while a graph is captured
                 found = self._call(given, cache, last)
+            if not self.stored:
+                return found, [(layer.keys, layer.values) for layer in cache.layers]
             for mine, new in zip(self.cache.layers, cache.layers, strict=True):
                 if not mine.is_initialized:
                     mine.lazy_initialization(new.keys, new.values)
                 mine.keys[:, :, :length].copy_(new.keys)
                 mine.values[:, :, :length].copy_(new.values)
-            return found
+            return found, []
 
         graph, found = self._capture(run)
         return graph, given, last, found

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from bayes_router.checks import require
-from bayes_router.integrations.huggingface.graphs import Graphs, require_cuda
+from bayes_router.integrations.huggingface.graphs import Graphs, Keys, Read, require_cuda
 from bayes_router.integrations.huggingface.language import RoutedLanguage
-from bayes_router.integrations.huggingface.replayable import Replayable, idle, read
+from bayes_router.integrations.huggingface.replayable import GROWING, Replayable, idle, read
 from bayes_router.integrations.patch.binding import replace_forward, router_of
 from bayes_router.integrations.patch.passes import Pass
 
@@ -123,8 +123,8 @@ class Replay:
         router = self.router()
         if router is None or getattr(self._here, "captures", False) or captured_elsewhere():
             return own(*args, **kwargs)
-        if self._parts is None or not self._parts.same():
-            self._parts, self._state = Parts(base), None
+        if self._parts is None or not self._parts.same(router.controller):
+            self._parts, self._state = Parts(base, router.controller), None
         asked = read(router, base, args, kwargs, self._parts.hooked())
         if isinstance(asked, str):
             self._seen = None
@@ -137,14 +137,24 @@ class Replay:
             try:
                 store = self._store(base, own, asked)
                 found = self._prompt(store, asked) if asked.first else self._step(store, asked)
+                return self._copied(router, base, store, asked, found)
             finally:
                 self._here.captures = False
-        hidden, note = found
-        T = asked.tokens.shape[1]
+
+    @staticmethod
+    def _copied(
+        router: RoutedLanguage, base: Any, store: LentKeys, asked: Replayable,
+        found: tuple[Tensor, Pass],
+    ) -> BaseModelOutputWithPast:  # fmt: skip
+        """What a replay left, before the next writes over it."""
+        (hidden, note), T, cache = found, asked.tokens.shape[1], asked.cache
+        if cache is GROWING:  # made behind the launch, for it takes the host longer
+            cache = DynamicCache(config=base.config.get_text_config())
+        if asked.first and cache is not None and not isinstance(cache, StaticCache):
+            fill(cache, store.graphs.keys, T)
         router.here.slot.last = cut(note, T)
         return BaseModelOutputWithPast(
-            last_hidden_state=hidden[:, :T].clone(),
-            past_key_values=asked.cache,
+            last_hidden_state=hidden[:, :T].clone(), past_key_values=cache
         )
 
     def _renew(self, router: RoutedLanguage, asked: Replayable) -> None:
@@ -152,8 +162,7 @@ class Replay:
         if not asked.first and self._seen is not None and self._seen() is asked.cache:
             return
         assert self._parts is not None
-        ours = tuple((p.data_ptr(), p._version) for p in router.controller.parameters())
-        state = self._parts.weights(), ours, router.policy, router.full_up_to
+        state = self._parts.state(), router.policy, router.full_up_to
         if state != self._state:
             self._stores.clear()
             self._state = state
@@ -167,7 +176,8 @@ class Replay:
         if found is None:
             T = asked.tokens.shape[1]
             room = cache.layers[0].max_cache_len if known else bucketed(T)
-            graphs = Graphs(base, room, len(asked.tokens), call=partial(one_pass, self.router, own))
+            call = partial(one_pass, self.router, own)
+            graphs = Graphs(base, room, len(asked.tokens), call=call, stored=known)
             found = LentKeys(graphs, cache if known else None)
             if begun:
                 share(cache, graphs.cache)
@@ -185,9 +195,6 @@ class Replay:
         found = store.graphs.prefill(asked.tokens, room)
         if isinstance(asked.cache, StaticCache):
             store.lend(asked.cache)
-        elif asked.cache is not None:
-            for index, layer in enumerate(store.graphs.cache.layers):
-                fill(asked.cache, index, layer.keys[:, :, :T], layer.values[:, :, :T])
         return found
 
     def _step(self, store: LentKeys, asked: Replayable) -> Any:
@@ -199,13 +206,15 @@ def captured_elsewhere() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def fill(cache: Any, index: int, keys: Tensor, values: Tensor) -> None:
-    """Append the first keys of a layer, which are copied once where the cache would twice."""
-    while len(cache.layers) <= index:
-        cache.layers.append(cache.layer_class_to_replicate())
-    layer = cache.layers[index]
-    layer.lazy_initialization(keys, values)
-    layer.keys, layer.values = keys.clone(), values.clone()
+def fill(cache: Any, keys: Keys, T: int) -> None:
+    """Put copies of the first T keys of each layer into an empty cache, all by one launch."""
+    read = [x[:, :, :T] for pair in keys for x in pair]
+    copies = [torch.empty_like(x) for x in read]
+    torch._foreach_copy_(copies, read)
+    for index in range(len(keys)):
+        if len(cache.layers) <= index:
+            cache.layers.append(cache.layer_class_to_replicate())
+        Read.update(cache.layers[index], *copies[2 * index : 2 * index + 2])
 
 
 def nothing() -> None:
@@ -244,22 +253,29 @@ def one_pass(
 class Parts:
     """The modules of a stack as they were: what a replay passes by, and where weights lie."""
 
-    def __init__(self, base: nn.Module):
-        modules = list(base.modules())
-        self._children = [(m._modules, n, c) for m in modules for n, c in m._modules.items()]
+    def __init__(self, base: nn.Module, controller: nn.Module):
+        modules, ours = list(base.modules()), list(controller.modules())
+        self._controller = controller
+        self._children = [(m._modules, n, c) for m in modules + ours for n, c in m._modules.items()]
         self._weights = [(m._parameters, n) for m in modules for n in m._parameters]
+        self._ours = [(m._parameters, n) for m in ours for n in m._parameters]
         self._hooks = [(type(m), x) for m in modules if m is not base
                        for x in (m._forward_hooks, m._forward_pre_hooks)]  # fmt: skip
 
-    def same(self) -> bool:
-        """Whether these are the modules still."""
-        return all(at.get(name) is child for at, name, child in self._children)
+    def same(self, controller: nn.Module) -> bool:
+        """Whether these are the modules still, and this their controller."""
+        same = controller is self._controller
+        return same and all(at.get(name) is child for at, name, child in self._children)
 
     def hooked(self) -> str | None:
         """A kind of module with a hook that a replay would pass by."""
         return next((kind.__name__ for kind, found in self._hooks
                      if found and not all(map(idle, found.values()))), None)  # fmt: skip
 
-    def weights(self) -> tuple[Any, ...]:
-        """Where each weight lies, in order."""
-        return tuple(None if (p := at.get(n)) is None else p.data_ptr() for at, n in self._weights)
+    def state(self) -> tuple[Any, ...]:
+        """Where each weight lies, in order, and what was last written to those of controllers."""
+        ours = [
+            None if (p := at.get(n)) is None else (p.data_ptr(), p._version) for at, n in self._ours
+        ]
+        model = [None if (p := at.get(n)) is None else p.data_ptr() for at, n in self._weights]
+        return tuple(model), tuple(ours)

@@ -18,11 +18,15 @@ IDLE = ("cache_position", "return_dict")
 """What `generate` of some versions adds, and positions and cache say already."""
 
 
+GROWING = object()
+"""In the place of a cache that is to be made and filled."""
+
+
 class Replayable(NamedTuple):
     """One call of the stack that can be replayed."""
 
     tokens: Tensor  # int64 [B, T]
-    cache: Any  # static: written and read; growing and empty: filled; None
+    cache: Any  # static: written and read; growing and empty, or GROWING: filled; None
     first: bool  # a prompt, else a step
     inputs: dict[str, Tensor]  # of a step: mask bool [B, 1, 1, S] and positions [B, 1]
 
@@ -49,7 +53,7 @@ def read(
         if room < T or (layer.is_initialized and int(layer.cumulative_length)):
             return "several tokens behind others"
     elif cache is None and keeps:
-        cache = DynamicCache(config=config.get_text_config())
+        cache = GROWING
     elif cache is not None and not fresh(cache):
         return "a cache that grows: cache_implementation='static' has steps replayed"
     if T < 2:
