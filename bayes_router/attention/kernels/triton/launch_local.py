@@ -1,5 +1,6 @@
 """Launches of local attention over all rows."""
 
+import math
 from typing import Any
 
 import torch
@@ -29,7 +30,11 @@ def local_backward(
     dk: Tensor, dv: Tensor, window: int,
     sinks: int, scale: float,
 ) -> None:  # fmt: skip
-    """Writes the gradients of q, k and v."""
+    """Writes the gradients of q, k and v.
+
+    Sinks get those of queries whose window they have left from `_of_sinks`: one block of keys that
+    every later query sees would keep one program busy long after all others.
+    """
     (B, H, T, _), (sizes, fixed) = q.shape, _sizes(q)
     delta, common = torch.empty_like(lse), (H, H // k.shape[1], H, T, 0, window, scale)
     launch(
@@ -41,9 +46,27 @@ def local_backward(
     launch(
         backward.dkv_kernel, (k.shape[1], triton.cdiv(T, sizes.dkv["BN"]), B),
         q, k, v, dout, lse, delta, dk, dv, lse, lse, *strides(q, k, v, dout, dk, dv), *common,
-        SINKS=sinks, FULL=False,
+        SINKS=0, FULL=False,
         LOCAL=True, **fixed, **sizes.dkv,
     )  # fmt: skip
+    if sinks and window < T:
+        _of_sinks(q, k, v, dout, lse, delta, dk, dv, window, sinks, scale)
+
+
+def _of_sinks(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor,
+    dv: Tensor, window: int, sinks: int, scale: float,
+) -> None:  # fmt: skip
+    """Adds to the gradients of the first keys what queries give them from `window` tokens on."""
+    groups = (k.shape[1], -1)
+    q, dout, lse, delta = (x[:, :, window:].unflatten(1, groups) for x in (q, dout, lse, delta))
+    first_k, first_v = (x[:, :, None, :sinks] for x in (k, v))  # [B, Hkv, 1, sinks, D]
+    s, dp = (q @ first_k.mT).float() * scale, (dout @ first_v.mT).float()  # [B, Hkv, G, T', sinks]
+    t, n = (torch.arange(size, device=q.device) for size in (q.shape[3], s.shape[4]))
+    p = torch.exp2(s - lse[..., None]).masked_fill(t[:, None] < n, 0.0)
+    ds = p * (dp - delta[..., None])
+    dv[:, :, :sinks] += (p.to(dout.dtype).mT @ dout).float().sum(2).to(dv)
+    dk[:, :, :sinks] += ((ds.to(q.dtype).mT @ q).float().sum(2) * (scale * math.log(2))).to(dk)
 
 
 def _sizes(q: Tensor) -> tuple[Tiles, dict[str, Any]]:
