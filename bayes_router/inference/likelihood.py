@@ -60,18 +60,27 @@ class ExpectedToken(NextToken):
 
     The expected log likelihood of tokens that the teacher writes.
 
-    It is minus the teacher's entropy minus KL(teacher || student); logits and teacher [..., V], the
-    value is not read.
+    It is minus the teacher's entropy minus KL(teacher || student); logits and teacher [..., V].
+
+    Args:
+        logits: of the student.
+        teacher: logits of the teacher.
+        text: share of the observation that is the value itself: the expectation is then under
+            text * [y = value] + (1 - text) * teacher. 0 reads no value.
     """
 
-    def __init__(self, logits: Tensor, teacher: Tensor):
+    def __init__(self, logits: Tensor, teacher: Tensor, text: float = 0.0):
         super().__init__(logits)
-        self.teacher = teacher
+        self.teacher, self.text = teacher, text
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Nats, [...]."""
         logits, value = self._together(value)
         teacher = self.teacher.expand_as(logits).float().softmax(-1)
+        if self.text:
+            seen = value[..., None].clamp_min(0)  # what is not scored is masked later
+            share = torch.full_like(seen, self.text, dtype=teacher.dtype)
+            teacher = (teacher * (1 - self.text)).scatter_add(-1, seen, share)
         loss = F.cross_entropy(
             logits.flatten(0, -2), teacher.flatten(0, -2).to(logits), reduction="none"
         )
@@ -80,21 +89,24 @@ class ExpectedToken(NextToken):
     def expand(self, batch_shape: torch.Size, _instance: object = None) -> "ExpectedToken":
         """Broadcast over outer plates (particles)."""
         shape = (*batch_shape, self.logits.shape[-1])
-        return ExpectedToken(self.logits.expand(shape), self.teacher.expand(shape))
+        return ExpectedToken(self.logits.expand(shape), self.teacher.expand(shape), self.text)
 
 
 class Teacher:
     """The likelihood of self-distillation.
 
     `logits` holds what the teacher says of the batch at hand; None: the text's own tokens are
-    scored.
+    scored. `text` is their share beside a teacher, see `ExpectedToken`.
     """
 
     logits: Tensor | None = None
+    text: float = 0.0
 
     def __call__(self, output: Tensor) -> NextToken:
         """See `Likelihood`."""
-        return NextToken(output) if self.logits is None else ExpectedToken(output, self.logits)
+        if self.logits is None:
+            return NextToken(output)
+        return ExpectedToken(output, self.logits, self.text)
 
 
 class Observed(Enum):
@@ -102,7 +114,8 @@ class Observed(Enum):
 
     # the unpatched model's, in expectation over its whole distribution: self-distillation
     MODEL = "model"
-    TEXT = "text"  # the text's, one draw a token: far noisier
+    TEXT = "text"  # the text's, one draw a token: noisier, and the model may get better at them
+    BOTH = "both"  # half of each
 
 
 def entropy(teacher: Tensor) -> Tensor:

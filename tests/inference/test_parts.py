@@ -178,6 +178,9 @@ def test_a_teachers_distribution_is_its_expected_log_likelihood() -> None:
     torch.testing.assert_close(
         ExpectedToken(logits, teacher).expand(torch.Size([4, 2, 3])).log_prob(TARGETS)[2], exact
     )
+    seen = logits.log_softmax(-1).gather(-1, TARGETS[..., None])[..., 0]
+    both = ExpectedToken(logits, teacher, text=0.3).expand(torch.Size([1, 2, 3]))
+    torch.testing.assert_close(both.log_prob(TARGETS[None])[0], 0.3 * seen + 0.7 * exact)
     likelihood = Teacher()
     torch.testing.assert_close(
         likelihood(logits).log_prob(TARGETS), NextToken(logits).log_prob(TARGETS)

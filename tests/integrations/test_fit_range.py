@@ -234,3 +234,17 @@ def test_a_fit_holds_a_budget_in_bytes() -> None:
     assert sharing > 1 and in_bytes > counted(reads)(routes)
     with pytest.raises(ValueError, match="by.*bytes, flops.*watts"):
         router.fit(TEXT, steps=1, **RANGE, by="watts")
+
+
+def test_half_of_what_a_fit_observes_may_be_the_text() -> None:
+    losses = {}
+    for likelihood in ("model", "text", "both"):
+        _, router = ranged()
+        frame = router.fit(
+            TEXT, **RANGE | {"steps": 1, "likelihood": likelihood, "progress": False}
+        )
+        losses[likelihood] = float(frame["nll"].iloc[0])
+        assert router.fitted.likelihood == likelihood
+        assert ("divergence" in frame) == (likelihood == "model")
+    assert losses["both"] == pytest.approx((losses["model"] + losses["text"]) / 2, rel=1e-5)
+    assert abs(losses["model"] - losses["text"]) > 1e-3

@@ -46,8 +46,9 @@ class FitSettings:
             layers see all keys before them.
         clip: largest gradient norm.
         likelihood: model, the next tokens of the unpatched model in expectation (self-distillation:
-            far less noise); or text, those of the text. None: model, but text where the model's own
-            weights move.
+            the patch stays as near to it as it can); text, those of the text, which routes may then
+            tell better than the unpatched model does (`analysis/PRETRAINED.md`); or both, half of
+            each. None: model, but text where the model's own weights move.
         budget: cost at which executed draws are held by moving the price, full = 1; or (low, high),
             a budget drawn anew each step, so that one fit serves them all, see `BudgetRange`; None:
             the prior's own price.
@@ -110,10 +111,15 @@ class FitSettings:
 
     @property
     def teacher(self) -> bool:
-        """Whether the unpatched model is what the fit follows."""
-        return self.likelihood == Observed.MODEL.value or (
-            self.likelihood is None and self.weights_lr == 0
-        )
+        """Whether the unpatched model is, or is part of, what the fit follows."""
+        return self.observed is not Observed.TEXT
+
+    @property
+    def observed(self) -> Observed:
+        """`likelihood`, chosen."""
+        if self.likelihood is not None:
+            return Observed(self.likelihood)
+        return Observed.MODEL if self.weights_lr == 0 else Observed.TEXT
 
     def distil_rates(self) -> TrainConfig:
         """Of distillation, as the shared learning-rate schedule takes it."""
@@ -160,7 +166,6 @@ def record(
 ) -> FitRecord:
     """What a patch remembers of its fit."""
     end = final_state(router, schedule)
-    likelihood = Observed.MODEL if settings.teacher else Observed.TEXT
     price = (
         float(frame["price"].iloc[-1]) if len(frame) and settings.budget is not None else end.price
     )
@@ -170,7 +175,7 @@ def record(
         end.kl_weight,
         price,
         end.straight_through,
-        likelihood.value,
+        settings.observed.value,
         settings.budget,
         str(tokenizer) if tokenizer else None,
         read=last_read(frame),

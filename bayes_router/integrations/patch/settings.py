@@ -173,7 +173,7 @@ class FitRecord:
         kl_weight: of the objective at the end.
         price: of the prior's tilt at the end, nats per unit of cost.
         straight_through: whether draws were executed as their argmax at the end.
-        likelihood: model or text, see `FitSettings`.
+        likelihood: model, text or both, see `FitSettings`.
         budget: cost at which the fit was held, or (low, high) of the range that it serves; None: at
             the prior's own price.
         tokenizer: the name of the one that made the tokens; None where ids were given.
