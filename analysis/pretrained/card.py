@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from analysis.pretrained.loading import load_model
-from analysis.pretrained.study import Reader, Setting
+from analysis.pretrained.reading import Reader, Setting
 from analysis.pretrained.table import lines, percent, standard_error
 from analysis.pretrained.texts import load
 from bayes_router.data.stream import TokenStream

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from analysis.pretrained.loading import load_model
-from analysis.pretrained.study import Reader
+from analysis.pretrained.reading import Reader
 from analysis.pretrained.table import lines
 from analysis.pretrained.texts import load
 from bayes_router.benchmark.rows import Rows

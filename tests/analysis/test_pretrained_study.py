@@ -13,7 +13,7 @@ from tests.integrations.tiny_models import VOCAB, patched, tiny
 
 study = pytest.importorskip("analysis.pretrained.study")
 
-from analysis.pretrained import bisect, freezing, rivals, table  # noqa: E402
+from analysis.pretrained import bisect, freezing, reading, rivals, table  # noqa: E402
 from analysis.pretrained.contenders import share  # noqa: E402
 from analysis.pretrained.retrieval import Haystack  # noqa: E402
 from bayes_router.benchmark.rows import Rows  # noqa: E402
@@ -94,12 +94,12 @@ def test_units_are_chosen_in_the_order_of_their_scores() -> None:
     score = torch.linspace(-1, 1, 8)[torch.randperm(8)].view(2, 4)
     rivals.choose_by(router, score)
     for count, dial in ((8, -9.0), (0, 9.0)):
-        setting = study.Setting(router, dial)
+        setting = reading.Setting(router, dial)
         full = sum(
             int((setting(layer, torch.randn(1, 3, 32)) == 0).all((0, 1)).sum()) for layer in (0, 1)
         )
         assert full == count
-    middle = study.Setting(router, 0.0)
+    middle = reading.Setting(router, 0.0)
     chosen = torch.stack([middle(layer, torch.randn(1, 1, 32))[0, 0] == 0 for layer in (0, 1)])
     assert chosen.any() and not chosen.all() and score[chosen].min() > score[~chosen].max()
 
@@ -118,7 +118,7 @@ def test_the_rivals_own_objective_moves_its_gates(monkeypatch: pytest.MonkeyPatc
 def test_an_executed_cost_is_counted_in_keys() -> None:
     router = router_of()
     local = share(T, WINDOW, SINKS)
-    setting = study.Setting(router)
+    setting = reading.Setting(router)
     chosen = torch.ones(1, T, 4, dtype=torch.int64)
     chosen[:, T // 2 :, ::2] = 0  # half of the units send the later half to full
     setting.taken = [chosen] * 2
@@ -127,38 +127,54 @@ def test_an_executed_cost_is_counted_in_keys() -> None:
     read = sum(near) + 0.5 * sum(t + 1 - near[t] for t in range(T // 2, T))
     assert float(setting.cost(T)) == pytest.approx(read / keys)
     assert not setting.taken
-    assert float(study.Setting(router, width=WINDOW).cost(T)) == pytest.approx(local)
+    assert float(reading.Setting(router, width=WINDOW).cost(T)) == pytest.approx(local)
 
 
 def test_a_reader_meets_a_budget_and_reads_what_it_costs() -> None:
     router, text = router_of(), stream()
-    reader = study.Reader(router)
+    reader = reading.Reader(router)
     dial, _ = reader.meet(text, T, 0.6)
-    assert reader.spent(text, T, 8, study.Setting(router, dial)) == pytest.approx(0.6, abs=0.03)
-    rows = list(reader.lost("toy", text, T, 3, study.Setting(router, dial)))
+    assert reader.spent(text, T, 8, reading.Setting(router, dial)) == pytest.approx(0.6, abs=0.03)
+    rows = list(reader.lost("toy", text, T, 3, reading.Setting(router, dial)))
     assert [row["piece"] for row in rows] == [0, 1, 2]
-    everywhere = list(reader.lost("toy", text, T, 3, study.Setting(router, -99.0)))
+    everywhere = list(reader.lost("toy", text, T, 3, reading.Setting(router, -99.0)))
     assert [row["lost"] for row in everywhere] == pytest.approx([0, 0, 0], abs=1e-5)
     assert [row["cost"] for row in everywhere] == pytest.approx([1, 1, 1])
     assert rows[0]["unpatched"] == everywhere[0]["unpatched"] and abs(rows[0]["lost"]) > 1e-5
-    wide = list(reader.lost("toy", text, T, 3, study.Setting(router, width=T)))
+    wide = list(reader.lost("toy", text, T, 3, reading.Setting(router, width=T)))
     assert [row["lost"] for row in wide] == pytest.approx([0, 0, 0], abs=1e-5)
+
+
+def test_a_reader_says_how_far_from_the_unpatched_model_a_setting_is() -> None:
+    router, text = router_of(), stream()
+    reader = reading.Reader(router, divergence=True)
+    tokens, _ = next(reader.pieces(text, T, 1))
+    local = router.experts.index("local")
+    with torch.no_grad():
+        full, near = (router.network(tokens, lambda *_, e=e: e)[0] for e in (1 - local, local))
+    p, q = full.log_softmax(-1), near.log_softmax(-1)
+    (row,) = reader.lost("toy", text, T, 1, reading.Setting(router, width=WINDOW))
+    assert row["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    (row,) = reader.lost("toy", text, T, 1, reading.Setting(router, -99.0))
+    assert row["kl"] == pytest.approx(0, abs=1e-6)
+    assert "kl" not in next(reading.Reader(router).lost("toy", text, T, 1, reading.Setting(router)))
 
 
 def test_a_contender_is_fitted_and_read_from_end_to_end(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study, "TASKS", ("needle",))
+    monkeypatch.setattr(reading, "TASKS", ("needle",))
     hay = Haystack(lambda t: [3 + ord(c) % 97 for c in t], stream().tokens.tolist(), ["a"])
     args = argparse.Namespace(
         contexts="160,80", price=2000.0, total=2.0, window=WINDOW, steps=2, seconds=math.inf,
-        rows=1, lr=0.01, seed=0, model="toy", through="mean", graph=False, shares=study.SHARES,
+        rows=1, lr=0.01, seed=0, model="toy", through="mean", graph=False, likelihood="both",
+        shares=study.SHARES,
     )  # fmt: skip
     texts = Mixture({"novels": stream(), "python": stream(seed=1)}, {"novels": 0.5, "python": 0.5})
     router = study.fit(tiny("llama"), texts, "token x query head", args)
-    plan = study.Extent((160,), 320, 1, ("novels",), (0.5, 0.05), windows=True)
+    plan = reading.Extent((160,), 320, 1, ("novels",), (0.5, 0.05), windows=True)
     rows = Rows(tmp_path / "rows.csv", {"window": WINDOW, "seed": 0})
-    study.read(router, "token x query head", {"novels": stream()}, hay, plan, rows)
+    reading.read(router, "token x query head", {"novels": stream()}, hay, plan, rows)
     frame = rows.finish()
     lost = frame[frame["lost"].notna()]
     assert set(lost["contender"]) == {"token x query head", "one window of equal cost"}
