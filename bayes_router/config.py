@@ -75,14 +75,7 @@ class Config:
             f"one number for each of the experts {', '.join(self.model.experts)}",
             ratios,
         )
-        for name in ("layer_temperature", "layer_total_concentration"):
-            per_layer = getattr(self.prior, name)
-            require(
-                per_layer is None or len(per_layer) == num_layers,
-                f"prior.{name}",
-                f"{num_layers} numbers",
-                per_layer,
-            )
+        self.prior.check_shapes(num_layers, num_experts, self.model.num_units)
         for name in self.schedule.start_experts:
             if name not in self.model.experts:
                 raise unknown("schedule.start_experts", name, self.model.experts)

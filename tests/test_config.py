@@ -1,11 +1,14 @@
 """Settings: TOML round trip, types, clear refusals."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from bayes_router.config import Config, PriorConfig, config_from_dict, load_config, with_changes
+from bayes_router.config import Config, config_from_dict, load_config, with_changes
 from bayes_router.presets import PRESETS, preset
+from bayes_router.transformer.build import build_prior
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -96,14 +99,30 @@ def test_settings_are_frozen() -> None:
         Config().train.steps = 3  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"layer_mean": (((0.2, 0.8), (0.5, 0.5)),) * 2},
-        {"layer_temperature": ((0.1, 0.2),) * 2},
-        {"layer_total_concentration": ((1.0, 2.0),) * 2},
-    ],
-)
-def test_a_prior_by_unit_is_refused_with_where_it_is_given(given: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"prior.layer_\w+: expected values by layer.*program"):
-        PriorConfig(**given)  # type: ignore[arg-type]
+BY_UNIT = {
+    "layer_mean": [[[0.2, 0.3, 0.5], [0.6, 0.2, 0.2]]] * 4,
+    "layer_temperature": [[0.1, 0.2]] * 4,
+    "layer_total_concentration": [[1.0, 2.0]] * 4,
+    "layer_cost_ratio": [[[1.0, 0.2, 0.3], [0.5, 0.2, 0.3]]] * 4,
+    "layer_price_ratio": [[1.0, 2.0]] * 4,
+}
+
+
+def test_priors_by_unit_are_settings(tmp_path: Path) -> None:
+    units = {"num_heads": 4, "num_kv_heads": 2, "route_by": "kv_head"}
+    config = config_from_dict({"model": units, "prior": BY_UNIT})
+    path = tmp_path / "config.toml"
+    path.write_text(config.to_toml())
+    assert load_config(path) == config
+    prior = build_prior(config.prior, config.model, 4, 256)
+    torch.testing.assert_close(prior.concentration[0, 1], 2.0 * torch.tensor([0.6, 0.2, 0.2]))
+    torch.testing.assert_close(prior.charged[3, 1], torch.tensor([1.0, 0.4, 0.6]))
+    for name, value in BY_UNIT.items():
+        with pytest.raises(ValueError, match=rf"prior.{name}: expected 4 .* by layer and unit: "):
+            config_from_dict({"prior": {name: value}})  # a network of one unit a layer
+        with pytest.raises(ValueError, match=f"prior.{name}: expected positive numbers"):
+            config_from_dict({"model": units, "prior": {name: _negated(value)}})
+
+
+def _negated(values: Any) -> Any:
+    return [_negated(v) for v in values] if isinstance(values, list) else -values

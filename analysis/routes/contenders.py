@@ -39,23 +39,24 @@ class SoftmaxModel(RoutedLanguageModel):
 
 
 class StaticModel(RoutedLanguageModel):
-    """Every token of a layer takes the expert that `pattern` names, whatever it is."""
+    """Every token of a layer takes the expert that `pattern` names, whatever it is.
+
+    A name such as `full,local` names one for each unit of the layer, in turn.
+    """
 
     def __init__(self, config: Any, pattern: tuple[str, ...]):
         super().__init__(config)
-        self.choice = [
-            config.experts.index(pattern[layer % len(pattern)])
-            for layer in range(config.num_layers)
-        ]
+        units, experts = config.num_units, config.experts
+        self.choice, self.weights = list[int | None](), list[Tensor]()
+        for layer in range(config.num_layers):
+            named = [experts.index(name) for name in pattern[layer % len(pattern)].split(",")]
+            taken = torch.tensor([named[unit % len(named)] for unit in range(units)])
+            self.choice.append(named[0] if len(set(named)) == 1 else None)
+            self.weights.append(F.one_hot(taken, len(experts)).float())  # [R, E]
 
         def posterior(layer: int, hidden: Tensor) -> Dirichlet:
-            concentration = torch.full(
-                (*hidden.shape[:-1], config.num_units, len(config.experts)),
-                1e-6,
-                device=hidden.device,
-            )
-            concentration[..., self.choice[layer]] = SURE
-            return Dirichlet(concentration, validate_args=False)
+            concentration = SURE * self.weights[layer].to(hidden.device) + 1e-6
+            return Dirichlet(concentration.expand(*hidden.shape[:-1], -1, -1), validate_args=False)
 
         self.controller.posterior = posterior  # type: ignore[method-assign]
         self.controller.requires_grad_(False)
@@ -94,7 +95,10 @@ class PlainObjective(nn.Module):
 
         def route(layer: int, hidden: Tensor) -> Tensor | int:
             if isinstance(self.model, StaticModel):
-                return self.model.choice[layer]
+                for_all, by_unit = self.model.choice[layer], self.model.weights[layer]
+                if for_all is not None:
+                    return for_all
+                return by_unit.to(hidden).expand(*hidden.shape[:-1], -1, -1)
             weights.append(self.model.controller.layers[layer](hidden).float().softmax(-1))
             return weights[-1]
 

@@ -7,11 +7,13 @@ OURS = ["full", "gated", "local"]
 HYBRID = ["gated", "local", "gated", "full"]
 
 
-def static(*pattern: str) -> dict[str, Any]:
-    """Layers take these experts in turn."""
+def static(*pattern: str, **model: Any) -> dict[str, Any]:
+    """Layers take these experts in turn; `model` are settings of the model beside."""
+    names = {name for names in pattern for name in names.split(",")}
+    changes = {"changes": {"model": model}} if model else {}
     return {
-        "contender": {"kind": "static", "pattern": pattern},
-        "experts": sorted({"full", *pattern}),
+        "contender": {"kind": "static", "pattern": pattern, **changes},
+        "experts": sorted({"full", *names}),
     }
 
 
@@ -37,14 +39,18 @@ def dirichlet(
     }
 
 
-def started_on(*pattern: str, price: float = 10.0, **schedule: Any) -> dict[str, Any]:
-    """Ours, started on a static hybrid and pressed by a price.
+def started_on(
+    *pattern: str, price: float = 10.0, cost: str = "", by_head: bool = False, **schedule: Any
+) -> dict[str, Any]:
+    """Ours, started on a static hybrid and pressed by a price of `cost` (the paper's).
 
     The prior favours the pattern, then only cost.
     """
-    return dirichlet(
-        OURS, {"map": "uniform", "price": price}, {"start_experts": pattern, **schedule}
-    )
+    prior = {"map": "uniform", "price": price} | ({"cost": cost} if cost else {})
+    made = dirichlet(OURS, prior, {"start_experts": pattern, **schedule})
+    if by_head:
+        made["contender"]["changes"]["model"] = {"route_by": "head"}
+    return made
 
 
 LITERAL = {"total_concentration": 3.0, "temperature": 1.0, "price": 0.0}
@@ -119,6 +125,31 @@ LONG: dict[str, dict[str, Any]] = {
     "ours, from lglglf": started_on(*layout("lglglf"), **LATE),
     "ours, from gllllf": started_on(*layout("gllllf"), **LATE),
 }
+QUOTING: dict[str, dict[str, Any]] = {
+    **{f"static {letters}": static(*layout(letters)) for letters in ("f", "gllllf", "glllll")},
+    **{
+        f"static gllll, {heads} of 4 heads f": static(
+            *layout("gllll"),
+            ",".join(["full"] * heads + ["local"] * (4 - heads)),
+            route_by="head",
+        )
+        for heads in (1, 2)
+    },
+    "static l, window 128": static("local", window=128),
+    "softmax router, from gllllf": softmax(
+        OURS, {"start_experts": layout("gllllf"), **LATE}, cost=0.03
+    ),
+    **{
+        f"ours, from gllllf, price {price}": started_on(
+            *layout("gllllf"), price=float(price), cost="flops", **LATE
+        )
+        for price in (10, 20)
+    },
+    "ours by head, from gllllf, price 10": started_on(
+        *layout("gllllf"), cost="flops", by_head=True, kl_weight=0.003 / 4, **LATE
+    ),
+}
+"""On text that quotes itself: layouts by layer and by head at costs around that of ours."""
 RECIPE: dict[str, dict[str, Any]] = {
     "ours": SHORT["ours"],
     **{
@@ -150,14 +181,16 @@ HEADLINE = (
 )
 TOKENS = 16_384
 """A step of the size `long`."""
+_LONG: dict[str, dict[str, Any]] = {
+    "train": {"steps": 1000, "device": "cuda", "warmup": 100, "precision": "bfloat16"},
+    "data": {"eval_tokens": 262_144, "context": 2048},
+    "model": {"d_model": 256, "num_layers": 6, "num_heads": 4, "window": 64},
+}
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "gpu": {"train": {"steps": 600, "device": "auto"}, "data": {"eval_tokens": 65_536}},
     "recipe": {"train": {"steps": 600, "device": "auto"}, "data": {"eval_tokens": 65_536}},
-    "long": {
-        "train": {"steps": 1000, "device": "cuda", "warmup": 100, "precision": "bfloat16"},
-        "data": {"eval_tokens": 262_144, "context": 2048},
-        "model": {"d_model": 256, "num_layers": 6, "num_heads": 4, "window": 64},
-    },
+    "long": _LONG,
+    "quoting": _LONG,
     "cpu": {
         "train": {"steps": 300, "device": "cpu", "warmup": 20},
         "data": {"eval_tokens": 16_384, "context": 128},
@@ -172,4 +205,5 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 
 def contenders(size: str) -> dict[str, dict[str, Any]]:
     """Who takes part in a study of this size."""
-    return {"long": LONG, "recipe": RECIPE, "toy": {**SHORT, **LONG, **RECIPE}}.get(size, SHORT)
+    known = {"long": LONG, "recipe": RECIPE, "quoting": QUOTING}
+    return {**known, "toy": {**SHORT, **LONG, **RECIPE}}.get(size, SHORT)

@@ -117,9 +117,10 @@ def _solve(config: Config, options: Namespace) -> tuple[ComputeAwarePrior, Confi
     total, price = options.total_concentration, options.price or 0.0
     if total is None and options.target_entropy is None:
         total = config.prior.total_concentration
-    plain = replace(
-        config.prior, layer_mean=None, layer_temperature=None, layer_total_concentration=None
-    )
+    of_layers: dict[str, Any] = {
+        name.removeprefix("prior."): None for name in config.prior.by_layer()
+    }
+    plain = replace(config.prior, **of_layers)
     ratios = build_prior(plain, config.model, 1, config.data.context).cost_ratio
     prior = ComputeAwarePrior.for_target_cost(
         ratios,

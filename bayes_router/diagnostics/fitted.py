@@ -110,8 +110,8 @@ def build_program(
         config.schedule, prior, config.train.steps, config.model.experts, config.prior.price
     )
     end = schedule.at(config.train.steps - 1)
-    cost_ratio = prior.cost_ratio.to(next(model.parameters()).device)
-    program = RoutingModel(model.network, end.concentration, cost_ratio, end.price)
+    charged = prior.charged.to(next(model.parameters()).device)
+    program = RoutingModel(model.network, end.concentration, charged, end.price)
     program.straight_through = end.straight_through
     return program, RoutingGuide(program, model.controller), prior, end.kl_weight
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from bayes_router.routing.posterior import categorical_entropy, expected_entropy
 from bayes_router.routing.tilt import sample_tilted, tilted_moments
 
 PriorMap = Callable[[Tensor, float], Tensor]
+OfLayers = float | Sequence[float | Sequence[float]]
+"""One number, one a layer, or one a unit of each layer."""
 
 
 def boltzmann(cost_ratio: Tensor, temperature: float) -> Tensor:
@@ -50,17 +52,25 @@ class ComputeAwarePrior:
 
     mean_l = map(cost_ratio, temperature_l).
 
-    Fixed, not learned: base rates that follow the tokens press on nothing.
+    Fixed, not learned: base rates that follow the tokens press on nothing. What is given by layer
+    may be given by layer and unit of routing, [L, R]; `mean`, `concentration`, `charged` and `tilt`
+    are by unit where something they are made of is.
 
     Args:
         cost_ratio: cost of each expert in (0, 1], full = 1.
         num_layers: L.
-        total_concentration: one number, or one a layer.
-        temperature: one number, or one a layer.
+        total_concentration: one number, one a layer, or [L, R].
+        temperature: one number, one a layer, or [L, R].
         map: name of a map from cost ratio to mean, see `PRIOR_MAPS`.
-        layer_mean: the mean of every layer by hand, [L, E] probabilities; overrides the map.
+        layer_mean: the mean by hand, probabilities [L, E] or [L, R, E]; overrides the map.
         price: nats per unit of cost ratio; the density is tilted by exp(-tilt . route), tilt =
-            price * cost_ratio.
+            price * charged.
+        layer_cost_ratio: costs that the map and the tilt take instead, [L, E] or [L, R, E].
+        layer_price_ratio: by which the price is multiplied, [L] or [L, R].
+
+    Attributes:
+        charged: what the price multiplies: the costs, times the ratios of prices; [E], or [L, E] or
+            [L, R, E] where layers or units differ.
 
     Raises:
         ValueError: costs out of range or all zero, a concentration or temperature not positive, an
@@ -71,11 +81,13 @@ class ComputeAwarePrior:
         self,
         cost_ratio: Sequence[float] | Tensor,
         num_layers: int,
-        total_concentration: float | Sequence[float] = 0.5,
-        temperature: float | Sequence[float] = 1.0,
+        total_concentration: OfLayers = 0.5,
+        temperature: OfLayers = 1.0,
         map: str = "boltzmann",  # noqa: A002
-        layer_mean: Sequence[Sequence[float]] | None = None,
+        layer_mean: Any = None,
         price: float = 0.0,
+        layer_cost_ratio: Any = None,
+        layer_price_ratio: Any = None,
     ):
         self.price = not_negative("price", price, "0 or more nats per unit of cost")
         listed = isinstance(cost_ratio, Sequence | Tensor)
@@ -101,23 +113,41 @@ class ComputeAwarePrior:
         self.total_concentration = _per_layer(
             "total_concentration", total_concentration, num_layers
         )
-        self._layer_mean = (
-            None if layer_mean is None else torch.tensor([list(map_) for map_ in layer_mean])
-        )
+        size = (num_layers, len(given))
+        self._layer_mean = _by_layer("prior.layer_mean", layer_mean, size)
         if self._layer_mean is not None:
+            sums = self._layer_mean.sum(-1)
             require(
-                self._layer_mean.shape == (num_layers, len(given))
-                and bool((self._layer_mean > 0).all())
-                and torch.allclose(self._layer_mean.sum(-1), torch.ones(num_layers), atol=1e-4),
+                torch.allclose(sums, torch.ones_like(sums), atol=1e-4),
                 "prior.layer_mean",
                 f"{num_layers} rows of {len(given)} positive probabilities that sum to 1",
                 self._layer_mean.tolist(),
             )
+        costs = _by_layer("prior.layer_cost_ratio", layer_cost_ratio, size)
+        self._costs = ratios if costs is None else costs
+        self.charged = self._costs
+        if layer_price_ratio is not None:
+            times = _per_layer("prior.layer_price_ratio", layer_price_ratio, num_layers)
+            of_each = torch.tensor(times)[..., None]  # [L, 1] or [L, R, 1]
+            costs = self._costs.expand(num_layers, -1) if costs is None else costs
+            self.charged = torch.mul(*aligned(of_each, costs))
+        by_unit = {x.shape[1] for x in (self.mean, self.concentration, self.charged) if x.dim() > 2}
+        require(
+            len(by_unit) < 2,
+            "prior",
+            "as many units of a layer in all that is given by unit",
+            sorted(by_unit),
+        )
+        self.num_units = max(by_unit, default=1)
 
     @property
     def tilt(self) -> Tensor:
-        """Price * cost_ratio, [E], nats per unit of weight on each expert."""
-        return self.price * self.cost_ratio
+        """Price * charged, [E], [L, E] or [L, R, E], nats per unit of weight on each expert."""
+        return self.price * self.charged
+
+    def of_layers(self) -> Tensor:
+        """`charged` of every layer, [L, E] or [L, R, E]."""
+        return self.charged if self.charged.dim() > 1 else self.charged.expand(self.num_layers, -1)
 
     @property
     def num_layers(self) -> int:
@@ -126,15 +156,31 @@ class ComputeAwarePrior:
 
     @property
     def mean(self) -> Tensor:
-        """Prior mean of every layer, [L, E]."""
+        """Prior mean of every layer, [L, E], or of every unit, [L, R, E]."""
         if self._layer_mean is not None:
             return self._layer_mean
-        return torch.stack([PRIOR_MAPS[self.map](self.cost_ratio, t) for t in self.temperature])
+        map_, costs = PRIOR_MAPS[self.map], self._costs
+        rows = []
+        for layer, t in enumerate(self.temperature):
+            cost = costs if costs.dim() == 1 else costs[layer]
+            if isinstance(t, float):
+                rows.append(map_(cost, t))
+                continue
+            of_units = cost.expand(len(t), -1)
+            rows.append(
+                torch.stack([map_(c, of_unit) for c, of_unit in zip(of_units, t, strict=True)])
+            )
+        return torch.stack(rows)
 
     @property
     def concentration(self) -> Tensor:
-        """Concentration of every layer, [L, E]."""
-        return self.mean * torch.tensor(self.total_concentration)[:, None]
+        """Concentration of every layer, [L, E], or of every unit, [L, R, E]."""
+        return torch.mul(*aligned(self.mean, self.totals))
+
+    @property
+    def totals(self) -> Tensor:
+        """`total_concentration` as [L, 1] or [L, R, 1]."""
+        return torch.tensor(self.total_concentration)[..., None]
 
     def prior_predictive(self, price: float | None = None) -> PriorPredictive:
         """Mean cost and entropies implied by the prior.
@@ -148,23 +194,25 @@ class ComputeAwarePrior:
         mean, concentration = self.mean, self.concentration
         entropy = expected_entropy(concentration)
         if price != 0:
-            _, mean, entropy, _ = tilted_moments(concentration, price * self.cost_ratio)
+            _, mean, entropy, _ = tilted_moments(*aligned(concentration, price * self.charged))
         return PriorPredictive(
             cost=float((mean @ self.cost_ratio.to(mean)).mean()),
             entropy_of_mean=float(categorical_entropy(mean).mean()),
             expected_entropy=float(entropy.mean()),
-            load=mean.float().mean(0),
+            load=mean.float().flatten(0, -2).mean(0),
         )
 
     def sample(self, num_samples: int, price: float | None = None) -> Tensor:
-        """Draws of routes, [num_samples, L, E], exact, also under a tilt.
+        """Draws of routes, [num_samples, L, E] or [num_samples, L, R, E], exact, also under a tilt.
 
         `price` is another than the prior's own.
         """
         price = self.price if price is None else price
         if price == 0:
             return Dirichlet(self.concentration).sample(torch.Size([num_samples]))
-        return sample_tilted(self.concentration, price * self.cost_ratio, num_samples).float()
+        concentration, tilt = aligned(self.concentration, price * self.charged)
+        shape = torch.broadcast_shapes(concentration.shape, tilt.shape)
+        return sample_tilted(concentration.expand(shape), tilt, num_samples).float()
 
     @classmethod
     def for_target_cost(
@@ -306,15 +354,45 @@ def _solve(
     return build(math.exp(root))
 
 
-def _per_layer(name: str, value: float | Sequence[float], num_layers: int) -> tuple[float, ...]:
+def _per_layer(name: str, value: Any, num_layers: int) -> tuple[Any, ...]:
+    """Of each layer, a number or a tuple of one for each unit."""
     values = (
-        tuple(map(float, value)) if isinstance(value, Sequence) else (float(value),) * num_layers
+        tuple(tuple(map(float, v)) if isinstance(v, Sequence) else float(v) for v in value)
+        if isinstance(value, Sequence)
+        else (float(value),) * num_layers
     )
+    units = {len(v) if isinstance(v, tuple) else 0 for v in values}
     require(
-        len(values) == num_layers,
+        len(values) == num_layers and len(units) == 1,
         name,
-        f"one number, or one for each of {num_layers} layers",
+        f"one number, or one for each of {num_layers} layers, or of each of their units",
         value,
     )
-    require(all(0 < v < float("inf") for v in values), name, "positive numbers", value)
+    numbers = [x for v in values for x in (v if isinstance(v, tuple) else (v,))]
+    require(all(0 < v < float("inf") for v in numbers), name, "positive numbers", value)
     return values
+
+
+def _by_layer(name: str, value: Any, size: tuple[int, int]) -> Tensor | None:
+    """Positive numbers [L, E] or [L, R, E]; None where none are given."""
+    if value is None:
+        return None
+    try:
+        given = torch.as_tensor(value, dtype=torch.float32)
+    except (TypeError, ValueError):  # rows of different lengths
+        given = torch.zeros(0)
+    fits = given.dim() in (2, 3) and given.shape[:: given.dim() - 1] == size
+    require(
+        fits and bool(((given > 0) & (given < math.inf)).all()),
+        name,
+        f"{size[0]} rows of {size[1]} positive numbers, or as many for each unit",
+        value.tolist() if isinstance(value, Tensor) else value,
+    )
+    return given
+
+
+def aligned(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both by unit, [L, R or 1, E], where one of them is; what is [E] alone stays."""
+    if a.dim() == b.dim() or 1 in (a.dim(), b.dim()):
+        return a, b
+    return (a, b[:, None]) if a.dim() > b.dim() else (a[:, None], b)

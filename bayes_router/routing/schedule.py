@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bayes_router.config import ScheduleConfig
-from bayes_router.routing.prior import ComputeAwarePrior
+from bayes_router.routing.prior import ComputeAwarePrior, aligned
 
 KL_WARMUP_START = 0.01
 
@@ -20,7 +20,7 @@ class ScheduleState:
     """The objective at one step."""
 
     kl_weight: float
-    concentration: Tensor  # [L, E], of the prior
+    concentration: Tensor  # [L, E], of the prior, or [L, R, E] where units differ
     price: float  # nats per unit of cost ratio
     straight_through: bool = False  # execute the argmax of each draw
 
@@ -52,13 +52,13 @@ class Schedule:
     ):
         self.config, self.prior, self.steps, self.price = config, prior, steps, price
         self._end_mean = self._start_mean = prior.mean  # [L, E]
-        self._total = torch.tensor(prior.total_concentration)[:, None]  # [L, 1]
+        self._total = prior.totals
         if config.start_experts and len(experts) > 1:
             rest = (1 - config.start_share) / (len(experts) - 1)
             self._start_mean = torch.full_like(self._end_mean, rest)
             for layer in range(prior.num_layers):
                 favoured = config.start_experts[layer % len(config.start_experts)]
-                self._start_mean[layer, list(experts).index(favoured)] = config.start_share
+                self._start_mean[layer, ..., list(experts).index(favoured)] = config.start_share
 
     def at(self, step: int) -> ScheduleState:
         """The objective at `step`."""
@@ -69,7 +69,10 @@ class Schedule:
         warm = _ramp(progress, 0.0, config.kl_warmup)
         kl_weight = config.kl_weight * (KL_WARMUP_START + (1 - KL_WARMUP_START) * warm)
         return ScheduleState(
-            kl_weight, mean * total, w * self.price, progress >= config.straight_through_from
+            kl_weight,
+            torch.mul(*aligned(mean, total)),
+            w * self.price,
+            progress >= config.straight_through_from,
         )
 
 

@@ -1,17 +1,25 @@
 """The sections `prior` and `schedule`: what routes cost before the text is read, and when."""
 
-from dataclasses import dataclass
-from typing import Optional
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Optional, Union
 
 from bayes_router.checks import choose, not_negative, positive, require
 from bayes_router.types import CostModel
+
+ByUnit = tuple[Union[float, tuple[float, ...]], ...]
+"""A number for each layer, [L], or for each unit of each layer, [L][R]."""
+ExpertsByUnit = tuple[tuple[Union[float, tuple[float, ...]], ...], ...]
+"""A number for each expert in each layer, [L][E], or in each unit of each layer, [L][R][E]."""
 
 
 @dataclass(frozen=True)
 class PriorConfig:
     """The compute-aware prior.
 
-    Dirichlet(total_concentration * mean(cost)) for every token and layer.
+    Dirichlet(total_concentration * mean(cost)) for every token and layer. What begins with `layer`
+    is given by layer, or by layer and unit of routing (nested lists): heads that are worth full
+    attention, or expected to be, by hand.
 
     Attributes:
         cost: where cost ratios come from: paper, flops or latency.
@@ -21,9 +29,14 @@ class PriorConfig:
         total_concentration: sum of the concentration; below 1 draws are nearly one-hot.
         price: nats per unit of cost ratio by which the prior is tilted, density times exp(-price *
             cost . route).
-        layer_mean: prior mean of each layer by hand, one probability an expert; overrides the map.
-        layer_temperature: temperature of each layer instead of one for all.
-        layer_total_concentration: total concentration of each layer instead of one for all.
+        layer_mean: prior mean by hand, one probability an expert, [L][E] or [L][R][E]; overrides
+            the map.
+        layer_temperature: temperatures instead of one for all, [L] or [L][R].
+        layer_total_concentration: total concentrations instead of one for all, [L] or [L][R].
+        layer_cost_ratio: what the prior charges for the experts, by its map and its tilt, [L][E] or
+            [L][R][E]; what is executed is counted by the experts' own costs.
+        layer_price_ratio: by which `price` is multiplied, [L] or [L][R]; a fit that holds a budget
+            moves `price` and leaves these.
     """
 
     cost: str = "paper"
@@ -32,37 +45,63 @@ class PriorConfig:
     temperature: float = 0.3
     total_concentration: float = 0.5
     price: float = 10.0
-    layer_mean: Optional[tuple[tuple[float, ...], ...]] = None
-    layer_temperature: Optional[tuple[float, ...]] = None
-    layer_total_concentration: Optional[tuple[float, ...]] = None
+    layer_mean: Optional[ExpertsByUnit] = None
+    layer_temperature: Optional[ByUnit] = None
+    layer_total_concentration: Optional[ByUnit] = None
+    layer_cost_ratio: Optional[ExpertsByUnit] = None
+    layer_price_ratio: Optional[ByUnit] = None
 
     def __post_init__(self) -> None:
         """Check every field that does not need the experts."""
-        for name, depth in (("mean", 2), ("temperature", 1), ("total_concentration", 1)):
-            given, least = getattr(self, f"layer_{name}"), 0
-            while isinstance(given, tuple) and given:
-                given, least = given[0], least + 1
-            require(
-                least <= depth,
-                f"prior.layer_{name}",
-                "values by layer, which hold for all of its units",
-                getattr(self, f"layer_{name}"),
-                "a prior by unit is given to the program: RoutingModel(network, concentration "
-                "[L, R, E])",
-            )
         choose("prior.cost", self.cost, CostModel)
         for name in ("temperature", "total_concentration"):
             require(
                 getattr(self, name) > 0, f"prior.{name}", "a positive number", getattr(self, name)
             )
-            per_layer = getattr(self, f"layer_{name}")
-            require(
-                per_layer is None or min(per_layer) > 0,
-                f"prior.layer_{name}",
-                "positive numbers",
-                per_layer,
-            )
+        for name, of_each in self.by_layer().items():
+            require(min(_flat(of_each), default=0) > 0, name, "positive numbers", of_each)
         not_negative("prior.price", self.price, "0 or more nats per unit of cost")
+
+    def by_layer(self) -> dict[str, Any]:
+        """The fields that differ by layer or unit, by name; those alone that are given."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {
+            f"prior.{name}": value
+            for name, value in given.items()
+            if name.startswith("layer_") and value is not None
+        }
+
+    def check_shapes(self, num_layers: int, num_experts: int, num_units: int) -> None:
+        """See that what is given by layer or unit fits a network.
+
+        Raises:
+            ValueError: it does not; the message names the field and the shapes that fit.
+        """
+        for name, value in self.by_layer().items():
+            of_experts = name.endswith(("mean", "cost_ratio"))
+            end = (num_experts,) if of_experts else ()
+            fitting = ((num_layers, *end), (num_layers, num_units, *end))
+            words = " or ".join(str(list(shape)) for shape in fitting)
+            require(
+                _shape(value) in fitting,
+                name,
+                f"{num_layers} {'rows' if of_experts else 'numbers'} by layer, or by layer and "
+                f"unit: shape {words}",
+                f"shape {list(_shape(value))}, {value}",
+            )
+
+
+def _flat(values: Any) -> list[float]:
+    """The numbers of nested lists."""
+    return [x for one in values for x in _flat(one)] if isinstance(values, Sequence) else [values]
+
+
+def _shape(values: Any) -> tuple[int, ...]:
+    """Of nested lists; ends where they are ragged."""
+    if not isinstance(values, Sequence):
+        return ()
+    inner = {_shape(one) for one in values}
+    return (len(values), *(inner.pop() if len(inner) == 1 else ()))
 
 
 @dataclass(frozen=True)

@@ -110,14 +110,16 @@ class Evaluation:
 class _Prior:
     """What KL is measured from, in float64.
 
-    Dirichlet([L, E] or [L, R, E]), tilted by [E] nats per unit of weight if at all.
+    Dirichlet([L, E] or [L, R, E]), tilted by [E], [L, E] or [L, R, E] nats per unit of weight if at
+    all.
     """
 
     def __init__(self, concentration: Tensor, tilt: Tensor | None):
         concentration = concentration if concentration.dim() == 3 else concentration[:, None]
         self.concentration = concentration.to("cpu", torch.float64)  # [L, R or 1, E]
         self.tilt = torch.zeros(self.concentration.shape[-1]) if tilt is None else tilt.cpu()
-        self.tilt = self.tilt.double()
+        tilt = self.tilt.double()
+        self.tilt = tilt[:, None] if tilt.dim() == 2 else tilt  # [E], or [L, R or 1, E]
         # [L, R or 1]
         self.log_normaliser = tilted_moments(self.concentration, self.tilt).log_normaliser
 
@@ -130,7 +132,10 @@ class _Prior:
     def kl(self, concentration: Tensor) -> Tensor:
         """KL(Dirichlet(concentration [L, N, R, E]) || prior), [L, N], summed over units."""
         return tilted_kl(
-            concentration, self.concentration[:, None], self.tilt, self.log_normaliser[:, None]
+            concentration,
+            self.concentration[:, None],
+            self.tilt[:, None] if self.tilt.dim() == 3 else self.tilt,
+            self.log_normaliser[:, None],
         ).sum(-1)
 
 
@@ -201,8 +206,8 @@ def evaluate(
         model: the fitted model.
         source: held-out data.
         prior_concentration: [L, E] or [L, R, E], of the prior that KL is measured from.
-        prior_tilt: [E], nats per unit of weight by which that prior is tilted (price x cost
-            ratio); none by default.
+        prior_tilt: [E], [L, E] or [L, R, E], nats per unit of weight by which it is tilted (price x
+            cost ratio); none by default.
         context: tokens of a window; the first tokens of each have little to go by.
         batch_size: windows at a time.
         limit: read at most this many tokens.

@@ -201,9 +201,10 @@ def _settings(config: Config, grid: Grid) -> list[dict[str, Any]]:
 
 OVERRULED_BY = {
     "temperature": ("layer_temperature", "layer_mean"),
+    "cost_ratio": ("layer_cost_ratio",),
     "total_concentration": ("layer_total_concentration",),
     "map": ("layer_mean",),
-    "cost": ("cost_ratio",),
+    "cost": ("cost_ratio", "layer_cost_ratio"),
 }
 
 

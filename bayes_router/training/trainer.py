@@ -101,7 +101,7 @@ class Trainer:
         )
         start = self.schedule.at(0)
         self.model.controller.start_at(start.concentration.to(device))
-        self.objective = build_objective(self.model, start, self.prior.cost_ratio.to(device))
+        self.objective = build_objective(self.model, start, self.prior.charged.to(device))
         assert isinstance(self.objective, nn.Module)
         if config.train.shard:
             shard(self.objective, self.model.network.blocks, device, self.world.size)
@@ -252,7 +252,7 @@ class Trainer:
             self.data.train, train.steps, train.batch_size, context, train.seed
         )
         tokens = min(FIT_TOKENS, train.steps * train.batch_size * context)
-        prior_total = torch.tensor(self.prior.total_concentration)
+        prior_total = self.prior.totals.flatten(1).mean(1)  # of a layer's units
         return fit_evidence(model or self.model, batches, prior_total, tokens=tokens)
 
 

@@ -24,6 +24,7 @@ def build_prior(
 
     FLOPs and latency are those at `context` tokens.
     """
+    prior.check_shapes(num_layers, len(model.experts), model.num_units)
     ratios = (
         torch.tensor(prior.cost_ratio)
         if prior.cost_ratio is not None
@@ -37,4 +38,6 @@ def build_prior(
         prior.map,
         prior.layer_mean,
         prior.price,
+        prior.layer_cost_ratio,
+        prior.layer_price_ratio,
     )

@@ -56,8 +56,9 @@ class RoutedAttention(nn.Module):
         prior_ = build_prior(prior or PriorConfig(), self.config, num_layers=1, context=1024)
         self.register_buffer("prior_concentration", prior_.concentration[0])  # [E], or [R, E]
         self.register_buffer("cost_ratio", prior_.cost_ratio)
-        log_normaliser = tilted_moments(prior_.concentration[0], prior_.tilt).log_normaliser.float()
-        self.register_buffer("tilt", prior_.tilt, persistent=False)
+        tilt = prior_.tilt if prior_.tilt.dim() == 1 else prior_.tilt[0]
+        log_normaliser = tilted_moments(prior_.concentration[0], tilt).log_normaliser.float()
+        self.register_buffer("tilt", tilt, persistent=False)
         self.register_buffer("log_normaliser", log_normaliser, persistent=False)
 
     def forward(self, x: Tensor, mode: RoutingMode | str | None = None) -> RoutedAttentionOutput:

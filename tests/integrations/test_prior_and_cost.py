@@ -14,6 +14,7 @@ from bayes_router.attention.experts.full import FullAttention
 from bayes_router.attention.kernels.eager.fused import fused_attention
 from bayes_router.attention.shapes import ExpertShape
 from bayes_router.config import PriorConfig
+from bayes_router.diagnostics.measures.collapse import kl_to_prior
 from bayes_router.inference.elbo import NegativeELBO
 from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.integrations.calls.layer import EXPERTS
@@ -252,3 +253,29 @@ def test_a_learned_map_has_one_name_and_its_own_cost(tmp_path: Path) -> None:
         ValueError, match="'mapped' for linear attention with a learned feature map"
     ):
         patch(tiny("llama"), experts=("full", "linear"))
+
+
+def test_the_prior_of_each_unit_is_charged_and_priced_by_itself() -> None:
+    """In the KL of a pass, and to the prior of the Pyro program."""
+    ratio, charged = ((1.0, 3.0), (0.5, 2.0)), (((1.0, 0.2), (0.6, 0.5)),) * 2
+    prior = PriorConfig(
+        price=7.0,
+        layer_total_concentration=((0.5, 2.0), (1.0, 3.0)),
+        layer_cost_ratio=charged,
+        layer_price_ratio=ratio,
+    )
+    _, router = patched("llama", experts=("full", "local"), route_by="kv_head", prior=prior)
+    assert router.config.num_units == 2
+    concentration = router(tokens()).concentration.flatten(1, 2).double()  # [L, N, R, E]
+    costs, times = torch.tensor(charged), torch.tensor(ratio)
+    expected = sum(
+        _Prior(router.prior.concentration[i : i + 1, u], 7.0 * times[i, u] * costs[i, u])
+        .kl(concentration[i : i + 1, :, u : u + 1])
+        .mean()
+        for i in range(2)
+        for u in range(2)
+    )
+    torch.testing.assert_close(router.kl().double(), expected, rtol=1e-4, atol=1e-4)
+    model, _ = router.program()  # concentrations are [L, N, R, E] there too
+    of_program = sum(kl_to_prior(model, i, concentration[i].float()).sum(-1).mean() for i in (0, 1))
+    torch.testing.assert_close(of_program, expected, rtol=1e-4, atol=1e-4)

@@ -168,3 +168,41 @@ def test_constructor_refuses_what_it_cannot_use() -> None:
         ComputeAwarePrior(COSTS, 1, map="linear")
     with pytest.raises(ValueError, match="layer_mean"):
         ComputeAwarePrior(COSTS, 1, layer_mean=[[0.5, 0.2, 0.2]])
+
+
+def test_each_unit_has_the_prior_that_it_would_have_alone() -> None:
+    by_unit = {
+        "total_concentration": ((0.2, 1.0), (5.0, 0.7)),
+        "temperature": ((0.1, 0.3), (2.0, 0.5)),
+        "layer_cost_ratio": (((1.0, 0.1, 0.2), (0.5, 0.4, 0.3)), (COSTS, (0.9, 0.2, 0.6))),
+        "layer_price_ratio": ((1.0, 4.0), (0.25, 2.0)),
+    }
+    prior = ComputeAwarePrior(COSTS, 2, price=3.0, **by_unit)  # type: ignore[arg-type]
+    assert prior.num_units == 2 and prior.mean.shape == (2, 2, 3)
+    moments = tilted_moments(prior.concentration, prior.tilt)
+    torch.manual_seed(0)
+    drawn = prior.sample(20_000)
+    for layer in range(2):
+        for unit in range(2):
+            total, temperature, costs, times = (v[layer][unit] for v in by_unit.values())
+            alone = ComputeAwarePrior(costs, 1, total, temperature, price=3.0 * times)  # type: ignore
+            torch.testing.assert_close(prior.concentration[layer, unit], alone.concentration[0])
+            torch.testing.assert_close(prior.tilt[layer, unit], alone.tilt)
+            torch.testing.assert_close(
+                moments.mean[layer, unit], tilted_moments(alone.concentration, alone.tilt).mean[0]
+            )
+            error = drawn[:, layer, unit].std(0) / len(drawn) ** 0.5
+            away = (drawn[:, layer, unit].mean(0) - moments.mean[layer, unit]).abs()
+            assert bool((away < 5 * error + 1e-6).all())
+    assert prior.prior_predictive().cost == pytest.approx(
+        float((moments.mean @ torch.tensor(COSTS).double()).mean())
+    )
+
+
+def test_what_is_by_layer_holds_for_the_units_that_something_else_tells_apart() -> None:
+    prior = ComputeAwarePrior(
+        COSTS, 2, (0.5, 2.0), layer_mean=(((0.2, 0.3, 0.5), (0.6, 0.2, 0.2)),) * 2
+    )
+    torch.testing.assert_close(prior.concentration[1, 1], 2.0 * torch.tensor([0.6, 0.2, 0.2]))
+    with pytest.raises(ValueError, match=r"prior: expected as many units .* got \[2, 3\]"):
+        ComputeAwarePrior(COSTS, 1, ((0.5, 2.0),), layer_price_ratio=((1.0, 2.0, 3.0),))

@@ -157,7 +157,7 @@ def _start_in_the_middle(router: RoutedLanguage) -> None:
         (len(router.experts),), (1 - BudgetRange.MIDDLE) / max(len(router.experts) - 1, 1)
     )
     mean[router.experts.index("full")] = BudgetRange.MIDDLE
-    total = torch.tensor(router.prior.total_concentration)[:, None]
+    total = router.prior.totals
     router.controller.start_at((mean * total).clamp_min(2 * router.controller.floor))
 
 

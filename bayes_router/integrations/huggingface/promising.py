@@ -195,7 +195,7 @@ class Promising(RoutedLanguage):
         stream = stream_of(texts, tokenizer, self.config.vocab_size, self.causal)
         context = min(context, len(stream) - 1)
         batches = stream.windows(context, batch_size, max(tokens, context), spread=True)
-        return fit_evidence(self, batches, torch.tensor(self.prior.total_concentration))
+        return fit_evidence(self, batches, self.prior.totals.flatten(1).mean(1))
 
     def fit_risk(
         self,

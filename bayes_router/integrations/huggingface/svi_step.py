@@ -37,7 +37,7 @@ def program(
     """
     device = router.device
     chosen = router.network if network is None else network
-    costs = router.layer_cost.to(device)
+    costs = router.prior.of_layers().to(device)
     model = RoutingModel(chosen, start.concentration, costs, start.price, likelihood=likelihood)
     model.straight_through = start.straight_through
     return model, RoutingGuide(model, router.controller if controller is None else controller)

@@ -8,7 +8,7 @@ from bayes_router.checks import require
 from bayes_router.integrations.patch.deciding import Deciding
 from bayes_router.integrations.patch.passes import Pass
 from bayes_router.integrations.patch.settings import FitRecord
-from bayes_router.routing.prior import ComputeAwarePrior
+from bayes_router.routing.prior import ComputeAwarePrior, aligned
 from bayes_router.routing.statistics import RoutingStatistics, routing_statistics
 from bayes_router.routing.tilt import tilted_kl, tilted_moments
 
@@ -45,8 +45,8 @@ class Accounted(Deciding):
             ValueError: nothing was routed in that pass, all of it was forced, or units are frozen.
         """
         self.require_thawed("kl")
-        prior, tilt = self.prior.concentration, self.price * self.layer_cost  # [L, E]
-        log_z = tilted_moments(prior, tilt).log_normaliser  # [L]
+        prior, tilt = aligned(self.prior.concentration, self.price * self.prior.of_layers())
+        log_z = tilted_moments(prior, tilt).log_normaliser  # [L], or [L, R]
         routed, terms = self._routed(of), []
         routed.kl_taken = True
         for layer, q in sorted(routed.concentration.items()):

@@ -4,7 +4,6 @@ One that slides already pays for its own window alone.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from bayes_router.config import ModelConfig, PriorConfig
 from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.integrations.calls.layer import EXPERTS
 from bayes_router.integrations.calls.softmax import PatchedExpert
-from bayes_router.routing.prior import PRIOR_MAPS, ComputeAwarePrior
+from bayes_router.routing.prior import ComputeAwarePrior
 from bayes_router.transformer.build import build_experts
 from bayes_router.types import CostModel
 
@@ -126,22 +125,22 @@ def layer_reads(config: ModelConfig, context: int, windows: Sequence[int | None]
     return torch.minimum(ratio, own[:, None])
 
 
-def layer_prior(config: PriorConfig, cost_ratio: Tensor, layer_cost: Tensor) -> ComputeAwarePrior:
-    """The prior that the settings describe; the mean of each layer is that of its own costs."""
-    layers = len(layer_cost)
-    total, temperature = config.layer_total_concentration, config.layer_temperature
-    prior = ComputeAwarePrior(
+def layer_prior(
+    config: PriorConfig, cost_ratio: Tensor, layer_cost: Tensor, num_units: int
+) -> ComputeAwarePrior:
+    """The prior that the settings describe, without its price.
+
+    It charges what each layer's experts cost there, but where the settings say what it charges.
+    """
+    config.check_shapes(len(layer_cost), len(cost_ratio), num_units)
+    differ = not bool((layer_cost == cost_ratio).all())
+    return ComputeAwarePrior(
         cost_ratio,
-        layers,
-        total or config.total_concentration,
-        temperature or config.temperature,
+        len(layer_cost),
+        config.layer_total_concentration or config.total_concentration,
+        config.layer_temperature or config.temperature,
         config.map,
         config.layer_mean,
+        layer_cost_ratio=config.layer_cost_ratio or (layer_cost if differ else None),
+        layer_price_ratio=config.layer_price_ratio,
     )
-    if config.layer_mean is not None or bool((layer_cost == cost_ratio).all()):
-        return prior
-    means = [
-        PRIOR_MAPS[config.map](cost, t).tolist()
-        for cost, t in zip(layer_cost, prior.temperature, strict=True)
-    ]
-    return layer_prior(replace(config, layer_mean=tuple(map(tuple, means))), cost_ratio, layer_cost)

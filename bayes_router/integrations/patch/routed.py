@@ -102,7 +102,9 @@ class RoutedModel(Savable):
         usual, costs = tuple(self.cost_ratio.tolist()), map(tuple, self.layer_cost.tolist())
         # of layers that slide already
         self._own_costs = {i: cost for i, cost in enumerate(costs) if cost != usual}
-        self.prior = layer_prior(settings.prior, self.cost_ratio, self.layer_cost)
+        self.prior = layer_prior(
+            settings.prior, self.cost_ratio, self.layer_cost, self.config.num_units
+        )
         self.controller = MetaController(
             found[0].width,
             len(found),
@@ -131,7 +133,7 @@ class RoutedModel(Savable):
             (1 - START_SHARE) / max(len(self.settings.experts) - 1, 1),
         )
         share[self.experts.index("full")] = START_SHARE
-        total = torch.tensor(self.prior.total_concentration)[:, None]  # [L, 1]
+        total = self.prior.totals
         self.controller.start_at((share * total).clamp_min(2 * self.controller.floor))
         self.follow()
 
