@@ -27,6 +27,7 @@ from bayes_router.diagnostics.measures.regret import (
     losses_of,
     other_targets,
     regret_row,
+    seen_of,
     with_regret,
 )
 from bayes_router.files import write_whole
@@ -292,6 +293,7 @@ def regret_of(study: Study, windows: Tensor, seed: int = 0) -> pd.DataFrame:
         cache = DynamicCache()
         out = router(ids[None], RoutingMode.HARD, past_key_values=cache, use_cache=True)
         L, _, T, R = out.route.shape
+        seen = seen_of(out.logits[0], ids)
         for t in sorted(random.choice(np.arange(first, T - 1), plan.forced, replace=False)):
             pairs = [divmod(int(p), R) for p in random.choice(L * R, plan.units, replace=False)]
             logits = torch.cat([
@@ -307,6 +309,7 @@ def regret_of(study: Study, windows: Tensor, seed: int = 0) -> pd.DataFrame:
                 where = {"sequence": sequence, "position": int(t), "layer": layer, "unit": unit}
                 q = out.concentration[layer, 0, t, unit].double().cpu()
                 row = regret_row(experts, int(taken[i]), loss[i], q, entropy)
+                row |= {name: float(x[t]) for name, x in seen.items()}
                 rows.append(where | row | {name: float(x[i]) for name, x in redrawn.items()})
     return with_regret(pd.DataFrame(rows), experts)
 

@@ -28,7 +28,7 @@ from analysis.routes.dial import at_cost
 from bayes_router.config import Config, config_from_dict
 from bayes_router.data.tokens import Batch
 from bayes_router.diagnostics.measures.confidence import Confidence
-from bayes_router.diagnostics.measures.regret import routing_regret
+from bayes_router.diagnostics.measures.regret import SEEN, routing_regret, seen_of
 from bayes_router.routing.posterior import (
     categorical_entropy,
     entropy_of_mean,
@@ -67,14 +67,16 @@ def settings(seed: int, steps: int, corpus: str) -> Config:
     )  # fmt: skip
 
 
-def frame_of(model: Any, out: Any, risk: Tensor) -> pd.DataFrame:
-    """Every token and layer of a pass as `Confidence` reads it; [L, B, T] flattened."""
+def frame_of(model: Any, rows: Tensor, out: Any, risk: Tensor) -> pd.DataFrame:
+    """Every token and layer of a pass over rows [B, T], as `Confidence` reads it: [L B T] rows."""
     L, B, T = out.route.shape[:3]
     q = out.concentration[..., 0, :].double()
     mean = posterior_mean(q)
     entropy = categorical_entropy(out.logits.double().softmax(-1))
     names = list(model.config.experts)
-    known = {
+    seen = [seen_of(*one) for one in zip(out.logits, rows, strict=True)]
+    known = {name: np.tile(np.concatenate([one[name] for one in seen]), L) for name in SEEN}
+    known |= {
         "layer": np.arange(L).repeat(B * T),
         "position": np.tile(np.arange(T), L * B),
         "choice": np.array(names)[out.route[..., 0].flatten().numpy()],
@@ -96,7 +98,7 @@ def signals_of(model: Any, rows: Tensor, confidence: Confidence) -> tuple[Any, d
     with watching(model.controller) as watch:
         out = model(rows)
     risk, shape = read_risk(model, rows), out.route.shape[:3]
-    right = torch.from_numpy(confidence(frame_of(model, out, risk))).view(shape)
+    right = torch.from_numpy(confidence(frame_of(model, rows, out, risk))).view(shape)
     q = out.concentration[..., 0, :]
     random = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     found = {

@@ -28,7 +28,12 @@ from bayes_router.diagnostics.measures.other_text import (
     passage_scores,
     tell_apart,
 )
-from bayes_router.diagnostics.measures.regret import other_targets, routing_regret
+from bayes_router.diagnostics.measures.regret import (
+    SEEN,
+    other_targets,
+    routing_regret,
+    seen_of,
+)
 from bayes_router.diagnostics.measures.verdict import Severity
 from bayes_router.routing.policy import Argmax
 from bayes_router.routing.posterior import probability_of_largest
@@ -92,6 +97,29 @@ def test_a_frame_says_what_other_tokens_would_have_cost():
     routed = log[EXPERTS.index(row["choice"])]
     expected = (routed.exp() * (torch.stack(log).max(0).values - routed)).sum()
     assert row["foreseen"] == pytest.approx(expected.item(), abs=1e-6) and row["foreseen"] > 0
+
+
+def test_a_frame_says_what_the_pass_had_seen():
+    model, batch = tiny_model().eval(), Batch(*tiny_batch(B=1, T=20))
+    frame = routing_regret(model, [batch], per_sequence=40)
+    log = model(batch.tokens, RoutingMode.HARD).logits[0].log_softmax(-1)
+    tokens, V = batch.tokens[0].tolist(), log.shape[-1]
+    surprise = [math.log(V), *(-log[t - 1, tokens[t]].item() for t in range(1, 20))]
+    assert {0, 19} & set(frame["position"])
+    for _, row in frame.iterrows():
+        t = row["position"]
+        assert row["surprise"] == pytest.approx(surprise[t], abs=1e-5)
+        last = surprise[max(0, t - 7) : t + 1]
+        assert row["recent_surprise"] == pytest.approx(sum(last) / len(last), abs=1e-5)
+        two = log[t].sort(descending=True).values[:2].tolist()
+        assert [row["likeliest"], row["second"]] == pytest.approx(two, abs=1e-5)
+    # of the future nothing: neither the next token nor how it surprised
+    later = batch.tokens.clone()
+    later[:, 11:] = (later[:, 11:] + 1) % V
+    before, after = (seen_of(model(x).logits[0], x[0]) for x in (batch.tokens, later))
+    for name in SEEN:
+        torch.testing.assert_close(after[name][:11], before[name][:11])
+        assert not torch.allclose(after[name][11:], before[name][11:])
 
 
 def test_pairs_are_sampled_without_repetition():

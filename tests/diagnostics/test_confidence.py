@@ -3,16 +3,17 @@ import pandas as pd
 import pytest
 
 from bayes_router.diagnostics.measures.bootstrap import clustered
+from bayes_router.diagnostics.measures.calibration import rank_correlation
 from bayes_router.diagnostics.measures.confidence import (
     Confidence,
     baselines,
     confidence_table,
     conformal_sets,
     quality,
-    references,
     right_within,
     split,
 )
+from bayes_router.diagnostics.measures.references import references
 from bayes_router.diagnostics.measures.regression import Linear, Logistic, Standard
 
 EXPERTS = ("a", "b", "c")
@@ -71,6 +72,25 @@ def test_a_planted_confidence_is_found_on_text_that_its_fit_never_saw():
         baselines(fitted, read, EXPERTS, 0.01)["temperature"], read, 0.01, base, draws=20
     )
     assert told.auroc.low < 0.55 < found.auroc.low  # the posterior was planted to know nothing
+
+
+def test_what_surprised_before_is_made_use_of_where_a_frame_says_it():
+    frame, random = planted(6000), np.random.default_rng(4)
+    surprise = random.gamma(2.0, 1.0, len(frame))
+    right = random.random(len(frame)) < 1 / (1 + np.exp(1.5 * (surprise - 2)))
+    losses = np.full((len(frame), 3), 1.0)
+    chosen = frame["choice"].map(list(EXPERTS).index).to_numpy()
+    losses[np.arange(len(frame)), np.where(right, chosen, (chosen + 1) % 3)] = 0.5
+    frame = frame.assign(**{f"loss_{name}": losses[:, e] for e, name in enumerate(EXPERTS)})
+    frame["regret"] = np.where(right, 0.0, 0.5)
+    fitted, read = split(frame)
+    first, last = np.split(surprise, 2)
+    seen = fitted.assign(surprise=first), read.assign(surprise=last)
+    told, blind = (
+        quality(Confidence(a, EXPERTS, 0.01)(b), b, 0.01, 0.5, draws=20).auroc
+        for a, b in (seen, (fitted, read))
+    )
+    assert told.low > 0.75 and blind.high < 0.55
 
 
 def test_confidence_does_not_look_at_the_losses_it_is_read_on():
@@ -172,6 +192,28 @@ def test_references_stand_in_the_table_with_what_each_knows():
     table = confidence_table(fitted, read, EXPERTS, 0.01, draws=10).set_index("stated by")["value"]
     assert table["reference: every route's prediction"] == pytest.approx(1)
     assert abs(table["reference: measured twice"]) < 0.15
+
+
+def test_the_best_that_a_prediction_can_do_is_found_from_what_it_draws():
+    """Regret is what is known and chance in equal parts: whoever knows it ranks with a planted."""
+    random, N = np.random.default_rng(6), 6000
+    known = random.normal(size=N)
+    frame = planted(N).assign(
+        regret=known + random.normal(size=N),
+        redrawn=known + random.normal(size=N),
+        redrawn_again=known + random.normal(size=N),
+        foreseen=np.exp(known),
+    )
+    found = {row["stated by"]: row for row in references(frame, draws=20)}
+    best = found["reference: the same at its best"]
+    expected = rank_correlation(known, frame["regret"].to_numpy())
+    assert best["low"] < best["value"] < best["high"]
+    assert best["value"] == pytest.approx(expected, abs=0.03) and expected > 0.6
+    assert found["reference: every route's prediction"]["value"] == pytest.approx(expected)
+    told = quality(-known, frame, 0.0, 0.5, draws=20)
+    assert told.expected_rank is not None and told.expected_rank.value == pytest.approx(1)
+    assert told.rank.value == pytest.approx(expected)
+    assert quality(-known, planted(N), 0.0, 0.5, draws=20).expected_rank is None
 
 
 def test_conformal_sets_hold_the_best_expert_as_often_as_asked():

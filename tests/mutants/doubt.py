@@ -253,6 +253,27 @@ DOUBT = [
         "tests/diagnostics/test_confidence.py",
     ),
     Fault(
+        "confidence forgets what surprised before",
+        f"{ME}/confidence.py",
+        "[name for name in SEEN if name in frame]",
+        "[]",
+        "tests/diagnostics/test_confidence.py",
+    ),
+    Fault(
+        "a token's surprise is that of the next one",
+        f"{ME}/regret.py",
+        "torch.cat([first, token_nll(log[:-1], tokens[1:])])",
+        "torch.cat([token_nll(log[:-1], tokens[1:]), first])",
+        "tests/diagnostics/test_calibration.py",
+    ),
+    Fault(
+        "what a prediction can do at best is not corrected for chance",
+        f"{ME}/references.py",
+        "np.mean(found) / np.sqrt(agreed)",
+        "np.mean(found)",
+        "tests/diagnostics/test_confidence.py",
+    ),
+    Fault(
         "confidence asks the first expert, not the chosen one",
         f"{ME}/confidence.py",
         "stated = mean[np.arange(len(mean)), self._chosen(frame)]",

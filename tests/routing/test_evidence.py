@@ -144,7 +144,7 @@ def test_a_pass_that_broke_off_leaves_nothing_to_the_next():
         model(tokens)
         whole = watch.log_evidence
         for length in (7, tokens.shape[1]):  # the next pass is of another length, or of the same
-            model.controller.layers[0](torch.randn(2, length, width))
+            model.controller.layers[2](torch.randn(2, length, width))
             model(tokens)
             torch.testing.assert_close(watch.log_evidence, whole)
 

@@ -30,9 +30,11 @@ from bayes_router.diagnostics.measures.calibration import (
     rank_correlation,
     reliability,
 )
+from bayes_router.diagnostics.measures.references import references
 from bayes_router.diagnostics.measures.regression import Linear, Logistic, Standard
+from bayes_router.diagnostics.measures.regret import SEEN, spread_of
 
-RIDGE = 10.0  # of both regressions
+RIDGE = 30.0  # of both regressions
 LEAST = 1e-4  # of a stated probability
 LEAST_SPREAD = 0.01  # of the tolerance: less than that hangs on nothing
 
@@ -51,6 +53,7 @@ class Confidence:
 
     def __init__(self, frame: pd.DataFrame, experts: Sequence[str], tolerance: float):
         self.experts, self.tolerance = list(experts), tolerance
+        self.seen = [name for name in SEEN if name in frame]  # frames of before have none
         self.latents = sorted(set(_latents(frame)))  # (layer, unit)
         self.layers = sorted({layer for layer, _ in self.latents})
         right = right_within(frame, tolerance)
@@ -63,7 +66,7 @@ class Confidence:
             "choose another tolerance",
         )
         self.common = Standard.of(self._known(frame))
-        spread = np.log(_spread(frame, self.experts) + LEAST_SPREAD * tolerance)
+        spread = np.log(spread_of(frame, self.experts) + LEAST_SPREAD * tolerance)
         self.spread = Linear.fit(self._of_spread(frame), spread, RIDGE)
         self.size = Standard.of(self.spread(self._of_spread(frame)))
         self.model = Logistic.fit(self._columns(frame), right, RIDGE)
@@ -78,7 +81,7 @@ class Confidence:
     def _known(self, frame: pd.DataFrame) -> Array:
         """What the pass knows of a token, whatever layer it is in.
 
-        How sure the posterior is, how sure the prediction, and where.
+        How sure the posterior is, how sure the prediction, where, and what surprised it before.
         """
         mean = frame[[f"mean_{name}" for name in self.experts]].to_numpy().clip(LEAST, 1 - LEAST)
         stated = mean[np.arange(len(mean)), self._chosen(frame)]
@@ -92,6 +95,7 @@ class Confidence:
             np.log(entropy + 0.01) ** 2,
             np.log1p(position),
             np.log1p(position) * np.log(entropy + 0.01),
+            *(frame[name].to_numpy() for name in self.seen),
         ]
         return np.column_stack(columns)
 
@@ -124,12 +128,6 @@ def _latents(frame: pd.DataFrame) -> list[tuple[int, int]]:
     return list(zip(frame["layer"].astype(int), unit.astype(int), strict=True))
 
 
-def _spread(frame: pd.DataFrame, experts: Sequence[str]) -> Array:
-    """What hangs on each route, nats: the worst expert's loss less the best one's."""
-    losses = frame[[f"loss_{name}" for name in experts]].to_numpy()
-    return np.asarray(losses.max(1) - losses.min(1))
-
-
 def right_within(frame: pd.DataFrame, tolerance: float) -> npt.NDArray[np.bool_]:
     """Which choices lose at most `tolerance` nats to the best."""
     return np.asarray(frame["regret"].to_numpy() <= tolerance)
@@ -144,6 +142,9 @@ class Quality(NamedTuple):
     gain: Estimate  # 1 - Brier score / that of the base rate of the fit, which knows nothing
     auroc: Estimate
     rank: Estimate  # rank correlation of 1 - stated with regret
+    # the same with the regret expected of the prediction, where the frame has that: without the
+    # chance of which token followed
+    expected_rank: Estimate | None = None
 
 
 def quality(
@@ -167,6 +168,9 @@ def quality(
         "auroc": lambda rows: auroc(stated[rows][right[rows]], stated[rows][~right[rows]]),
         "rank": lambda rows: rank_correlation(1 - stated[rows], regret[rows]),
     }
+    if "foreseen" in frame:
+        foreseen = frame["foreseen"].to_numpy()
+        figures["expected_rank"] = lambda rows: rank_correlation(1 - stated[rows], foreseen[rows])
     return Quality(
         **{
             name: clustered(of, frame["sequence"].to_numpy(), draws=draws)
@@ -308,37 +312,9 @@ def confidence_table(
         {"stated by": name, "figure": figure, **estimate._asdict()}
         for name, p in stated_by(fitted, read, experts, tolerance).items()
         for figure, estimate in quality(p, read, tolerance, base, draws)._asdict().items()
+        if estimate is not None
     ]
     sets, by = conformal_sets(fitted, read, experts), {"stated by": "conformal sets"}
     rows.append(by | {"figure": f"coverage of {sets.asked:g}", **sets.coverage._asdict()})
     rows.append(by | {"figure": "experts in a set", "value": sets.size, "n": len(read)})
     return pd.DataFrame(rows + references(read, draws))
-
-
-def references(read: pd.DataFrame, draws: int = 400) -> list[dict[str, object]]:
-    """What stands beside a rank correlation with regret: rows of `confidence_table`.
-
-    The next token is chance to whoever has to foretell the regret of a route. `every route's
-    prediction` is the regret expected when the predictions under all routes are known, and not the
-    token; `measured twice` is how well the regret under one token drawn from the prediction ranks
-    that under another: were tokens drawn so, nothing could foretell it with a rank correlation
-    much above the root of that. `the spread itself` is that of the losses as it came out, which no
-    pass knows: of two experts, all that can be had by knowing how much hangs on each route, where
-    which side is right is a coin's toss.
-    """
-    experts = [c.removeprefix("loss_") for c in read.columns if c.startswith("loss_")]
-    of, regret = {"the spread itself": _spread(read, experts)}, read["regret"].to_numpy()
-    if "foreseen" in read:
-        of["every route's prediction"] = read["foreseen"].to_numpy()
-    pairs = {name: (x, regret) for name, x in of.items()}
-    if "redrawn" in read:
-        pairs["measured twice"] = read["redrawn"].to_numpy(), read["redrawn_again"].to_numpy()
-    return [
-        {"stated by": f"reference: {name}", "figure": "rank"}
-        | clustered(
-            lambda rows, x=x, y=y: rank_correlation(x[rows], y[rows]),  # type: ignore[misc]
-            read["sequence"].to_numpy(),
-            draws=draws,
-        )._asdict()
-        for name, (x, y) in pairs.items()
-    ]

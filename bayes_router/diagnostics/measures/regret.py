@@ -1,11 +1,14 @@
 """What other routes of a sampled token would have cost: the loss under each of them."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bayes_router.checks import require
 from bayes_router.data.tokens import Batch
@@ -19,6 +22,8 @@ from bayes_router.transformer.model import RoutedLanguageModel
 from bayes_router.transformer.nll import token_nll
 from bayes_router.types import IGNORED, RoutingMode
 
+RECENT = 8  # tokens of a mean of surprise
+SEEN = ("surprise", "recent_surprise", "likeliest", "second")  # columns of `seen_of`
 ROWS = 16  # forced tokens that go through the network together
 
 
@@ -51,7 +56,8 @@ def routing_regret(
         largest_<expert> (posterior probability that its weight is the largest), regret (loss of the
         choice less that of the best), entropy_of_mean, mutual_information, mean_<expert>,
         total_concentration, and predictive_entropy (nats, of the next token as the routed pass
-        predicts it), and of `other_targets` foreseen, redrawn and redrawn_again.
+        predicts it), those of `seen_of`, and of `other_targets` foreseen, redrawn and
+        redrawn_again.
     """
     require(per_sequence >= 1, "per_sequence", "at least 1", per_sequence)
     device, random = next(model.parameters()).device, np.random.default_rng(seed)
@@ -69,6 +75,12 @@ def with_regret(frame: pd.DataFrame, experts: Sequence[str]) -> pd.DataFrame:
     losses = frame[[f"loss_{name}" for name in experts]].to_numpy()
     chosen = losses[np.arange(len(frame)), [list(experts).index(n) for n in frame["choice"]]]
     return frame.assign(regret=chosen - losses.min(1))
+
+
+def spread_of(frame: pd.DataFrame, experts: Sequence[str]) -> npt.NDArray[np.float64]:
+    """What hangs on each route, nats: the worst expert's loss less the best one's."""
+    losses = frame[[f"loss_{name}" for name in experts]].to_numpy()
+    return np.asarray(losses.max(1) - losses.min(1))
 
 
 def _regret_rows(
@@ -103,16 +115,15 @@ def _regret_rows(
     redrawn = other_targets(logits, taken, sequence)
     log_p = out.logits[0].double().log_softmax(-1)
     predictive = -(log_p.exp() * log_p).sum(-1)  # [T]
+    seen = seen_of(out.logits[0], tokens)
     rows: list[dict[str, object]] = []
     for i, (latent, at_position) in enumerate(pairs):
         layer, unit = divmod(latent, R)
         q = out.concentration[layer, 0, at_position, unit].double().cpu()
         where = {"sequence": sequence, "position": at_position, "layer": layer, "unit": unit}
-        entropy, other = (
-            float(predictive[at_position]),
-            {k: float(x[i]) for k, x in redrawn.items()},
-        )
-        rows.append(where | regret_row(experts, int(taken[i]), loss[i], q, entropy) | other)
+        row = regret_row(experts, int(taken[i]), loss[i], q, float(predictive[at_position]))
+        row |= {name: float(x[at_position]) for name, x in seen.items()}
+        rows.append(where | row | {name: float(x[i]) for name, x in redrawn.items()})
     return rows
 
 
@@ -144,6 +155,28 @@ def other_targets(logits: Tensor, taken: Tensor, seed: int) -> dict[str, Tensor]
         drawn = (p.cumsum(-1) < u[:, None]).sum(-1).clamp_max(p.shape[-1] - 1)
         found[name] = regret.gather(1, drawn[:, None])[:, 0]
     return {name: x.cpu() for name, x in found.items()}
+
+
+def seen_of(logits: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+    """What a pass knows at each of its tokens beside entropies and routes: `SEEN`, each [T], nats.
+
+    How much the token surprised a pass that had read what stands before it (of the first token, of
+    which nothing was said, log V), the mean of that over the last `RECENT`, and the logarithms of
+    the two largest probabilities of the next token. Where the pass reads to both sides a surprise
+    is none, only a number that it knows.
+
+    Args:
+        logits: [T, V], of the pass.
+        tokens: [T], that it read.
+    """
+    log = logits.float().log_softmax(-1)
+    first = torch.full_like(log[:1, 0], math.log(logits.shape[-1]))
+    surprise = torch.cat([first, token_nll(log[:-1], tokens[1:])]).double().cpu()
+    total, end = F.pad(surprise.cumsum(0), (1, 0)), torch.arange(1, len(tokens) + 1)
+    begin = (end - RECENT).clamp_min(0)
+    recent = (total[end] - total[begin]) / (end - begin)
+    likeliest, second = log.topk(2).values.double().cpu().unbind(-1)
+    return dict(zip(SEEN, (surprise, recent, likeliest, second), strict=True))
 
 
 def regret_row(
