@@ -36,7 +36,8 @@ from bayes_router.integrations.huggingface.language import Unforced
 from bayes_router.routing.policy import Policy, at_price
 from bayes_router.routing.risk import RiskFit
 from bayes_router.training.executed import Executed, execute
-from bayes_router.training.guarantee import Single, keep_promise
+from bayes_router.training.guarantee import Single, Tested, keep_promise
+from bayes_router.training.guarding import Guarded
 from bayes_router.training.risk import fit_risk, risk_data
 from bayes_router.transformer.nll import token_nll
 from bayes_router.types import RoutingMode
@@ -214,14 +215,9 @@ def guard(study: Study, prices: Mapping[str, np.ndarray]) -> ReadArrays:
     """At the price of each promise: every text bare, guarded and on full attention."""
     router, plan, found = study.router, study.plan, {}
     full = Single(router.experts.index("full"))
-    base, known = looked_up(prices, "calibration")
     whole = {name: study.by_window(batches, full) for name, batches in study.texts.items()}
     for lost in plan.promises:
-        kept = keep_promise(known.__getitem__, base, lost, 0.95, PRICES).kept
-        bare = router.policy = at_price("argmax", study.costs)(kept.price)
-        ids = flat(study.calibration)
-        set_to = router.set_guard(ids, context=plan.context, limit=len(ids) - 1)
-        print(f"promise {lost}: price {kept.price}, bound {kept.bound:.4f}; {set_to}", flush=True)
+        kept, bare, set_to = guarded_at(study, prices, lost)
         found[f"{lost}/set"] = np.array([kept.price, kept.bound, set_to.share, set_to.bound])
         for name, batches in study.texts.items():
             read = {"full": whole[name], "bare": study.by_window(batches, bare)}
@@ -233,10 +229,24 @@ def guard(study: Study, prices: Mapping[str, np.ndarray]) -> ReadArrays:
     return found
 
 
+def guarded_at(
+    study: Study, prices: Mapping[str, np.ndarray], lost: float
+) -> tuple[Tested, Policy, Guarded]:
+    """(the promise kept, the policy at its price, the guard before it), the guard in force."""
+    router, ids = study.router, flat(study.calibration)
+    base, known = looked_up(prices, "calibration")
+    kept = keep_promise(known.__getitem__, base, lost, 0.95, PRICES).kept
+    bare = router.policy = at_price("argmax", study.costs)(kept.price)
+    set_to = router.set_guard(ids, context=study.plan.context, limit=len(ids) - 1)
+    print(f"promise {lost}: price {kept.price}, bound {kept.bound:.4f}; {set_to}", flush=True)
+    return kept, bare, set_to
+
+
 @torch.no_grad()
-def decoding(study: Study) -> ReadArrays:
-    """Token by token behind a prompt under the guard of now; beside it one pass over the same."""
+def decoding(study: Study, prices: Mapping[str, np.ndarray]) -> ReadArrays:
+    """Token by token behind a prompt under the last promise's guard; beside it one pass."""
     router, plan, found = study.router, study.plan, {}
+    guarded_at(study, prices, plan.promises[-1])
     device, cost = router.device, router.layer_cost.double()
     end = plan.prompt + plan.decoded
     for name in ("own", "wikitext", "python"):
@@ -346,7 +356,7 @@ def read(study: Study, parts: list[str], file: Path) -> ReadArrays:
         if time.monotonic() - begun > study.plan.seconds:
             print(f"{part}: no time left", flush=True)
             continue
-        given = (of(found, "quality"),) if part == "guard" else ()
+        given = (of(found, "quality"),) if part in ("guard", "decoding") else ()
         found |= {f"{part}/{key}": x for key, x in PARTS[part](study, *given).items()}
         save(file, found)
         print(f"{part}: {time.monotonic() - begun:.0f} s", flush=True)
