@@ -350,14 +350,15 @@ PARTS: dict[str, Callable[..., ReadArrays]] = {
 
 
 def read(study: Study, parts: list[str], file: Path) -> ReadArrays:
-    """Every part's arrays, added to those that the file has."""
+    """Every part's arrays, added to those that the file has of other parts."""
     found, begun = load(file), time.monotonic()
     for part in (part for part in PARTS if part in parts):
         if time.monotonic() - begun > study.plan.seconds:
             print(f"{part}: no time left", flush=True)
             continue
         given = (of(found, "quality"),) if part in ("guard", "decoding") else ()
-        found |= {f"{part}/{key}": x for key, x in PARTS[part](study, *given).items()}
+        new = {f"{part}/{key}": x for key, x in PARTS[part](study, *given).items()}
+        found = {key: x for key, x in found.items() if not key.startswith(f"{part}/")} | new
         save(file, found)
         print(f"{part}: {time.monotonic() - begun:.0f} s", flush=True)
     return found
