@@ -145,6 +145,10 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default="cuda")
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--keys", type=int, default=0, help="in place of each problem's own")
+    every = list(range(len(PROBLEMS)))
+    parser.add_argument(
+        "--problems", type=int, nargs="+", choices=every, default=every, help="by their places"
+    )
     parser.add_argument("--results", type=Path)
     args = parser.parse_args()
     with torch.no_grad():
@@ -154,7 +158,7 @@ def main() -> None:
     kind = args.device.type
     facts = {"device": device_name(args.device), "torch": torch.__version__}
     rows = Rows(args.results or Path(str(RESULTS).format(kind)), facts)
-    for problem in PROBLEMS:
+    for problem in (PROBLEMS[place] for place in args.problems):
         keys = args.keys or problem[4]
         measure((*problem[:4], keys, problem[5]), rows, args.turns, args.device)
     rows.finish()

@@ -119,6 +119,15 @@ def test_split_rows_that_start_anywhere(split: list[WorkList], fresh_seed: int) 
     assert split[0].parts[0, 0, 0] > 1
 
 
+@pytest.mark.parametrize("above", [40.0, 400.0])
+def test_keys_far_above_those_of_the_first_tile(above: float) -> None:
+    """Softmax by the maxima of the first tile: weights of 2^58, and some beyond float32."""
+    one = problem(1, 2, 290, "full", gradients=False)
+    q, k = torch.zeros_like(one.q), torch.zeros_like(one.k)
+    q[..., 0], k[:, :, 64::3, 0] = 4.0, above
+    compare(replace(one, q=q, k=k, plain_q=q, plain_k=k))
+
+
 @pytest.mark.parametrize(
     ("B", "Hkv", "T", "route"),
     [(3, 1, 100, "independent"), (2, 2, 65, "clustered"), (2, 1, 1, "linear")],

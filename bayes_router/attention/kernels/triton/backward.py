@@ -171,12 +171,12 @@ def dkv_kernel(
     g_b, g_h, g_t,
     dk_b, dk_h, dk_t, dv_b, dv_h, dv_t, H, GROUP, UNIT, T, NB, window, scale,
     SINKS: tl.constexpr, FULL: tl.constexpr, LOCAL: tl.constexpr, SORTED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys and values from the full and local queries that see it.
 
-    Blocks seen by most go first.
+    Blocks seen by most go first. ADD: those of the values are added to what DV holds.
     """
     hk, j, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     n0 = j * BN
@@ -222,4 +222,6 @@ def dkv_kernel(
     at = DK + b * dk_b + hk * dk_h + n[:, None].to(tl.int64) * dk_t + d[None, :]
     tl.store(at, dk.to(DK.dtype.element_ty), mask=inside[:, None])
     at = DV + b * dv_b + hk * dv_h + n[:, None].to(tl.int64) * dv_t + d[None, :]
+    if ADD:
+        dv += tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32)
     tl.store(at, dv.to(DV.dtype.element_ty), mask=inside[:, None])

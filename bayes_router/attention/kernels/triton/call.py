@@ -14,6 +14,11 @@ from bayes_router.attention.kernels.triton import forward
 from bayes_router.attention.kernels.triton.launch import launch
 from bayes_router.attention.kernels.triton.plan import Plan, WorkList
 
+BESIDE = 2**17
+"""Query heads times queries from which full attention and the other experts run on two streams.
+
+One fills what the other leaves of the device; with less work the host pays more than that saves.
+"""
 Sizes = dict[str, int]
 # Gluon is experimental: its calls and `launch`'s descriptors are this version's
 _GLUON = triton.__version__.startswith("3.6.")
@@ -97,15 +102,15 @@ def tiles(head_dim: int, dtype: torch.dtype, hopper: bool = False) -> Tiles:
     return Tiles(
         full=_sizes(64, 64, 4, 3, 168),
         local=deep,
-        linear=_sizes(64, 64, 4, 2, 128),
-        chunk=deep,
-        full_dq=deep,
+        linear=_sizes(64, 32, 4, 3, 128),
+        chunk=_sizes(64, 128, 4, 2, 128),
+        full_dq=_sizes(64, 64, 4, 3, 168),
         local_dq=deep,
-        linear_dq=deep,
+        linear_dq=_sizes(64, 32, 4, 3, 128),
         dkv=_sizes(32, 128, 4, 2),
-        linear_dkv=_sizes(32, 64, 4, 1),
+        linear_dkv=_sizes(32, 64, 4, 1, 168),
         per_sm=3,
-        per_sm_dq=2,
+        per_sm_dq=3,
     )
 
 
@@ -185,6 +190,11 @@ def multiprocessors(device: torch.device) -> int:
         if device.type == "cuda"
         else 1
     )
+
+
+def fills(q: Tensor) -> bool:
+    """Whether queries [B, H, T, D] are work enough for two streams."""
+    return q.is_cuda and q.shape[0] * q.shape[1] * q.shape[2] >= BESIDE
 
 
 def empty(like: Tensor, covered: bool) -> Tensor:

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from bayes_router.attention.kernels.triton.rows import (
     HIDDEN,
+    LANES,
     band_start,
     band_tile,
     count_rows,
@@ -66,12 +67,31 @@ def attend_keys(q, K, V, lo, seen, hi, num_keys, k_t, v_t, pos, scale, BM: tl.co
                 PRECISION: tl.constexpr):  # fmt: skip
     """Softmax over keys lo .. hi, of which every row sees those before `seen`.
 
-    (maxima, normalisers, weighted sums).
+    (maxima, normalisers, weighted sums). Up to `seen` the first tile's maxima stand for all: no
+    score is below what they allow, and of those above them float32 and bfloat16 hold 2^127 times
+    as much. A block with a row that comes near it starts again, with running maxima.
     """
     m = tl.full([BM], HIDDEN, tl.float32)
     norm = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
-    for n in range(lo, seen, BN):
+    again = lo
+    if V.dtype.element_ty != tl.float16:  # which holds 2^16
+        if lo < seen:
+            m, norm, acc = _tile(q, K, V, lo, num_keys, k_t, v_t, pos, num_keys, m, norm, acc,
+                                 scale, False, BN, D, PRECISION)  # fmt: skip
+        norms = tl.zeros([BM, LANES], tl.float32)
+        for n in range(lo + BN, seen, BN):
+            _, k, v = load_keys(K, V, n, num_keys, k_t, v_t, False, BN, D)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            p = tl.exp2(s * scale - m[:, None])
+            norms += tl.sum(tl.reshape(p, [BM, BN // LANES, LANES]), 1)
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        norm += tl.sum(norms, 1)
+        held = tl.max(norm, 0) < 1.0e18
+        again = tl.where(held, tl.maximum(lo, seen), lo)
+        m, norm = tl.where(held, m, HIDDEN), tl.where(held, norm, 0.0)
+        acc = tl.where(held, acc, 0.0)
+    for n in range(again, seen, BN):
         m, norm, acc = _tile(q, K, V, n, num_keys, k_t, v_t, pos, num_keys, m, norm, acc, scale,
                              False, BN, D, PRECISION)  # fmt: skip
     for n in range(seen, hi, BN):

@@ -11,12 +11,13 @@ from bayes_router.attention.kernels.triton.call import (
     Call,
     combine,
     empty,
+    fills,
     multiprocessors,
     partials,
     precision,
     strides,
 )
-from bayes_router.attention.kernels.triton.launch import launch
+from bayes_router.attention.kernels.triton.launch import beside, launch
 from bayes_router.attention.kernels.triton.launch_linear import linear_backward
 
 
@@ -33,48 +34,49 @@ def backward(
     fixed: dict[str, Any] = {"D": D, "PRECISION": precision(q)}
     delta = torch.empty_like(lse)
     dq = empty(q, call.covered and (shared_q or not has_linear))
-    sizes = (H, group, H // call.units, T, rows.steps)
-    if has_full:
-        _launch_full_dq(call, q, k, v, out, dout, lse, delta, dq, fixed)
-    if has_local:
-        launch(
-            kernels.local_dq_kernel, (H, triton.cdiv(T, call.tiles.local_dq["BM"]), B),
-            q, k, v, out, dout, lse, delta, dq, rows.order, rows.before,
-            *strides(q, k, v, out, dout, dq), *sizes, call.window,
-            call.scale, SINKS=call.sinks, SORTED=True, **fixed, **call.tiles.local_dq,
-        )  # fmt: skip
     dk, dv = torch.empty_like(k), torch.empty_like(v)
-    softmax = has_full or has_local
-    if softmax:
+    dplain_q = torch.zeros_like(plain_q) if has_linear and not shared_q else None
+    dplain_k = torch.empty_like(plain_k) if has_linear else None
+    dlog_gate = None if decay is None else torch.zeros_like(lse)
+    sizes = (H, group, H // call.units, T, rows.steps)
+
+    def of_linear() -> None:
+        if dplain_k is not None:
+            into = dq if dplain_q is None else dplain_q
+            linear_backward(
+                plain_q, plain_k, v, decay, out, dout, lse, delta, state, into, dplain_k, dv,
+                dlog_gate, rows, call.tiles,
+            )  # fmt: skip
+
+    def of_queries() -> None:
+        if has_full:
+            _launch_full_dq(call, q, k, v, out, dout, lse, delta, dq, fixed)
+        if has_local:
+            launch(
+                kernels.local_dq_kernel, (H, triton.cdiv(T, call.tiles.local_dq["BM"]), B),
+                q, k, v, out, dout, lse, delta, dq, rows.order, rows.before,
+                *strides(q, k, v, out, dout, dq), *sizes, call.window,
+                call.scale, SINKS=call.sinks, SORTED=True, **fixed, **call.tiles.local_dq,
+            )  # fmt: skip
+
+    if has_full and has_linear and fills(q):
+        beside(of_linear, of_queries, q.device)
+    else:
+        of_linear()
+        of_queries()
+    if has_full or has_local:
         launch(
             kernels.dkv_kernel, (k.shape[1], triton.cdiv(T, call.tiles.dkv["BN"]), B),
             q, k, v, dout, lse, delta, dk, dv, rows.order, rows.before,
             *strides(q, k, v, dout, dk, dv), *sizes, call.window,
-            call.scale, SINKS=call.sinks, FULL=has_full, LOCAL=has_local, SORTED=True, **fixed,
-            **call.tiles.dkv,
+            call.scale, SINKS=call.sinks, FULL=has_full, LOCAL=has_local, SORTED=True,
+            ADD=has_linear, **fixed, **call.tiles.dkv,
         )  # fmt: skip
     else:
         dk.zero_()
-    if not has_linear:
-        return dq, dk, dv if softmax else dv.zero_(), None, None, None
-    dplain_q = dq if shared_q else torch.zeros_like(plain_q)
-    dplain_k, dlog_gate = linear_backward(
-        plain_q,
-        plain_k,
-        v,
-        decay,
-        out,
-        dout,
-        lse,
-        delta,
-        state,
-        dplain_q,
-        dv,
-        softmax,
-        rows,
-        call.tiles,
-    )
-    return dq, dk, dv, None if shared_q else dplain_q, dplain_k, dlog_gate
+    if not (has_full or has_linear or has_local):
+        dv.zero_()
+    return dq, dk, dv, dplain_q, dplain_k, dlog_gate
 
 
 def _launch_full_dq(

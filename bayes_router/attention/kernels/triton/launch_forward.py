@@ -12,6 +12,7 @@ from bayes_router.attention.kernels.triton.call import (
     chunk_size,
     combine,
     empty,
+    fills,
     partials,
     precision,
     strides,
@@ -22,12 +23,6 @@ from bayes_router.attention.kernels.triton.launch_linear import (
     empty_states,
     linear_forward,
 )
-
-BESIDE = 2**17
-"""Query heads times queries from which full attention and the other experts run on two streams.
-
-One fills what the other leaves of the device; with less work the host pays more than that saves.
-"""
 
 
 def forward(
@@ -75,7 +70,7 @@ def forward(
         if has_full:
             _launch_full(call, q, k, v, out, lse, starts, common, fixed)
 
-    if q.is_cuda and has_full and (has_linear or has_local) and B * H * T >= BESIDE:
+    if has_full and (has_linear or has_local) and fills(q):
         beside(launch_others, launch_full, q.device)
     else:
         launch_others()

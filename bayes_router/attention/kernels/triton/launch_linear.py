@@ -22,7 +22,16 @@ CHUNKS = 16  # states that a step of the prefix takes
 
 def decays(log_gate: Tensor | None) -> Tensor | None:
     """Sums of the log gates [B, H, T] up to each key, float64."""
-    return None if log_gate is None else log_gate.detach().cumsum(-1, dtype=torch.float64)
+    if log_gate is None:
+        return None
+    gates, T = log_gate.detach().contiguous(), log_gate.shape[2]
+    found = torch.empty_like(gates, dtype=torch.float64)
+    block = min(4096, triton.next_power_of_2(T))
+    launch(
+        kernels.decay_kernel, (gates.shape[0] * gates.shape[1],), gates, found, T, BLOCK=block,
+        num_warps=8 if block > 1024 else 4,
+    )  # fmt: skip
+    return found
 
 
 def empty_states(k: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
@@ -70,12 +79,12 @@ def linear_forward(
 
 def linear_backward(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, out: Tensor, dout: Tensor, lse: Tensor,
-    delta: Tensor,
-    state: list[Tensor], dq: Tensor, dv: Tensor, add: bool, rows: Queries, tiles: Tiles,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Gradients of k and of the log gates.
+    delta: Tensor, state: list[Tensor], dq: Tensor, dk: Tensor, dv: Tensor,
+    dlog_gate: Tensor | None, rows: Queries, tiles: Tiles,
+) -> None:  # fmt: skip
+    """Writes its rows of dq, the gradients of k and v, and those of the log gates if there are any.
 
-    Writes its rows of dq and, onto what dv holds if `add`, dv. As many q as k.
+    As many q as k. `dlog_gate` is zero where `rows` are sorted: each writes its own.
     """
     (B, H, T, _), HK, count, chunk = q.shape, k.shape[1], state[0].shape[2], chunk_size(k.shape[2])
     group, vgroup, fixed = (
@@ -84,13 +93,7 @@ def linear_backward(
         {**_fixed(q, decay), "SORTED": rows.sorted, "CHUNK": chunk},
     )
     gates, tables = lse if decay is None else decay, (rows.order, rows.before)
-    dgate = (
-        torch.zeros_like(lse)
-        if rows.sorted and decay is not None
-        else torch.empty_like(lse)
-        if decay is not None
-        else lse
-    )
+    dgate = lse if dlog_gate is None else dlog_gate
     launch(
         backward_kernels.linear_dq_kernel, (H, triton.cdiv(T, tiles.linear_dq["BM"]), B),
         q, k, v, out, dout, lse, delta, dq, *state, gates, dgate, *tables,
@@ -105,26 +108,22 @@ def linear_backward(
         **_without(tiles.linear_dkv, "BN"),
     )  # fmt: skip
     cross = prefix(r, rz, T, chunk, decay, state)
-    dk = torch.empty_like(k)
     own = dv if vgroup == 1 else torch.empty_like(k)  # one a key head, then added up
     launch(
         backward_kernels.linear_dkv_kernel, (HK, triton.cdiv(T, tiles.linear_dkv["BN"]), B),
         q, k, v, dout, lse, delta, dk, own, r, rz, gates, dgate, *tables,
         *strides(q, k, v, dout, dk, own), H, group, vgroup,
-        H // rows.units, T, rows.steps, count, ADD=add and vgroup == 1, **fixed, **tiles.linear_dkv,
+        H // rows.units, T, rows.steps, count, **fixed, **tiles.linear_dkv,
     )  # fmt: skip
     if vgroup > 1:
-        total = own.unflatten(1, (-1, vgroup)).sum(2)
-        dv.copy_(dv + total if add else total)
-    if decay is None:
-        return dk, None
-    parts = cross.shape[1]
-    launch(
-        backward_kernels.log_gate_kernel, (count, B * H),
-        dgate, cross, T, count, parts, CHUNK=chunk, PARTS=triton.next_power_of_2(parts),
-        num_warps=4,
-    )  # fmt: skip
-    return dk, dgate
+        dv.copy_(own.unflatten(1, (-1, vgroup)).sum(2))
+    if decay is not None:
+        parts = cross.shape[1]
+        launch(
+            backward_kernels.log_gate_kernel, (count, B * H),
+            dgate, cross, T, count, parts, CHUNK=chunk, PARTS=triton.next_power_of_2(parts),
+            num_warps=4,
+        )  # fmt: skip
 
 
 def prefix(

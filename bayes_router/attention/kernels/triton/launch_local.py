@@ -47,7 +47,7 @@ def local_backward(
         backward.dkv_kernel, (k.shape[1], triton.cdiv(T, sizes.dkv["BN"]), B),
         q, k, v, dout, lse, delta, dk, dv, lse, lse, *strides(q, k, v, dout, dk, dv), *common,
         SINKS=0, FULL=False,
-        LOCAL=True, **fixed, **sizes.dkv,
+        LOCAL=True, ADD=False, **fixed, **sizes.dkv,
     )  # fmt: skip
     if sinks and window < T:
         _of_sinks(q, k, v, dout, lse, delta, dk, dv, window, sinks, scale)

@@ -59,6 +59,18 @@ def fade(later, earlier):
 
 
 @triton.jit
+def decay_kernel(LogGate, Decay, T, BLOCK: tl.constexpr):
+    """Sums of the log gates up to each key, float64; program: a head of a row of the batch."""
+    row = tl.program_id(0).to(tl.int64) * T
+    before = tl.zeros([1], tl.float64)
+    for start in range(0, T, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        gate = tl.load(LogGate + row + t, mask=t < T, other=0.0).to(tl.float64)
+        tl.store(Decay + row + t, before + tl.cumsum(gate, 0), mask=t < T)
+        before += tl.sum(gate, 0)
+
+
+@triton.jit
 def add_chunk(
     K, V, S, Z, Decay, k_b, k_h, k_t, v_b, v_h, v_t, HK, VGROUP, num_keys, NC, c, h, b,
     DECAY: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,

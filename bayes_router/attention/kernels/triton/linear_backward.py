@@ -148,13 +148,10 @@ def linear_dkv_kernel(
     Q, K, V, DOut, Lse, Delta, DK, DV, R, RZ, Decay, DDecay, Order, Before, q_b, q_h, q_t, k_b,
     k_h, k_t, v_b, v_h, v_t,
     g_b, g_h, g_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t, H, GROUP, VGROUP, UNIT, T, NB, NC,
-    DECAY: tl.constexpr, SORTED: tl.constexpr, CHUNK: tl.constexpr, ADD: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
-    D: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, SORTED: tl.constexpr, CHUNK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys and values from the queries after it.
-
-    ADD: values already hold another part.
 
     DV has the heads of K. DDecay comes with the part of the queries and leaves as the difference of
     both.
@@ -219,8 +216,6 @@ def linear_dkv_kernel(
     at = DK + b * dk_b + hk * dk_h + n[:, None].to(tl.int64) * dk_t + d[None, :]
     tl.store(at, dphi.to(DK.dtype.element_ty), mask=inside[:, None])
     at = DV + b * dv_b + hk * dv_h + n[:, None].to(tl.int64) * dv_t + d[None, :]
-    if ADD:
-        dv += tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32)
     tl.store(at, dv.to(DV.dtype.element_ty), mask=inside[:, None])
 
 

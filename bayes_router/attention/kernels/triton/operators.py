@@ -103,12 +103,12 @@ def _linear_backward(
     from bayes_router.attention.kernels.triton.launch_linear import linear_backward
 
     q, k, v, dout = packed(q), packed(k), packed(v), packed(dout)
-    dq, dv, delta = torch.empty_like(q), torch.empty_like(v), torch.empty_like(lse)
+    dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
+    dlog_gate = torch.empty_like(lse) if gated else None
     with torch.cuda.device_of(q):
-        dk, dlog_gate = linear_backward(
-            q, k, v, decay if gated else None, out, dout, lse, delta, [s, z], dq, dv, False,
-            Queries(lse, lse, sorted=False),
-            tiles(q.shape[3], q.dtype),
+        linear_backward(
+            q, k, v, decay if gated else None, out, dout, lse, delta, [s, z], dq, dk, dv,
+            dlog_gate, Queries(lse, lse, sorted=False), tiles(q.shape[3], q.dtype),
         )  # fmt: skip
     return dq, dk, dv, lse.new_empty(0) if dlog_gate is None else dlog_gate
 

@@ -28,8 +28,8 @@ KINDS = 3
 FULL, LINEAR, LOCAL = 0, 1, 2
 STEP = 64  # tokens between two entries of `before`
 PLAN_BLOCK = 4096
-ROUNDS = 12  # work items for each resident program, about
-MIN_KEYS = 1024  # keys in an item, at least
+ROUNDS = 8  # work items for each resident program, about
+MIN_KEYS = 1024  # keys in an item, at least, where there is an item for every program
 MAX_SEGMENTS = 16  # items that a block is split into, at most
 
 
@@ -145,7 +145,9 @@ def _schedule_kernel(
     """Each program writes the items of one group (u, s); all agree on the groups' sizes."""
     work = _work(Before, Starts, U, R, NB, start, STARTS, BM, BLOCK)
     keys = tl.maximum(work * UNIT / (programs * ROUNDS), (num_keys + S - 1) // S)
-    L = (tl.maximum(keys, MIN_KEYS).to(tl.int32) + 127) // 128 * 128
+    # with little work shorter items, for otherwise most programs would have none
+    least = tl.minimum(tl.maximum(work * UNIT / programs, 256), MIN_KEYS)
+    L = (tl.maximum(keys, least).to(tl.int32) + 127) // 128 * 128
 
     # first the groups with all L keys, u outer; then those cut short, s descending, u inner
     g = tl.arange(0, GROUPS)

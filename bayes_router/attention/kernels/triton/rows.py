@@ -11,6 +11,8 @@ EPSILON = tl.constexpr(chunks.EPSILON)
 LOG2_E = tl.constexpr(capability.LOG2_E)
 # below every score, and finite: a row without visible keys gets weight 0, not NaN
 HIDDEN = tl.constexpr(-1.0e30)
+# sums of a row kept apart, so that a thread adds up its own entries alone
+LANES = tl.constexpr(8)
 
 
 @triton.jit
