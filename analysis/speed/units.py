@@ -40,11 +40,12 @@ def inputs(
     B: int, H: int, HK: int, D: int, T: int, gradients: bool, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values, bfloat16 on a GPU."""
-    generator, dtype = torch.Generator().manual_seed(0), torch.float32
-    if device.type == "cuda":
-        dtype = torch.bfloat16
+    generator = torch.Generator(device).manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     q, k, v = (
-        torch.randn(B, heads, T, D, generator=generator).to(device, dtype).requires_grad_(gradients)
+        torch.randn(B, heads, T, D, generator=generator, device=device)
+        .to(dtype)
+        .requires_grad_(gradients)
         for heads in (H, HK, HK)
     )
     return q, k, v
