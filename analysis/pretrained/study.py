@@ -25,7 +25,7 @@ from analysis.pretrained.loading import load_model
 from analysis.pretrained.reading import BUDGETS, LONGEST, SINKS, Extent, read
 from analysis.pretrained.retrieval import Haystack
 from analysis.pretrained.rivals import blind, passkeys
-from analysis.pretrained.texts import load
+from analysis.pretrained.texts import load, others
 from bayes_router.benchmark.rows import Rows
 from bayes_router.config import PriorConfig, ScheduleConfig
 from bayes_router.data.mixture import Mixture
@@ -164,6 +164,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--shares", default=SHARES, help="of what is beyond the window, a range")
     parser.add_argument("--lengths", default=f"{LONGEST},4096,2048", help="lengths that are read")
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)))
+    parser.add_argument("--others", action="store_true", help="read kinds that no fit read, too")
     parser.add_argument("--windows", action="store_true", help="read one window of equal cost, too")
     return parser
 
@@ -182,6 +183,8 @@ def main() -> None:
     router = load_patch(model, args.patch)
     router.full_up_to = 0  # routes are read at every length
     contender = (args.patch / "contender.txt").read_text()
+    if args.others:
+        texts |= others(args.tokens, model.config.vocab_size)
     lengths, budgets = (
         tuple(map(int, args.lengths.split(","))),
         tuple(map(float, args.budgets.split(","))),
@@ -190,7 +193,8 @@ def main() -> None:
         lengths,
         args.pieces,
         args.prompts,
-        budgets=budgets,
+        tuple(texts),
+        budgets,
         windows=args.windows,
         seconds=args.read_seconds,
         divergence=args.divergence,

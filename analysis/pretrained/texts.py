@@ -106,19 +106,29 @@ def prepare(
     return out | {f"other {name}": _ids(encode, [path], 300_000) for name, path in others.items()}
 
 
-def load(path: Path, vocab_size: int) -> tuple[Mixture, dict[str, TokenStream]]:
-    """(what is fitted on, what is read by kind)."""
+def _streams(path: Path, vocab_size: int) -> dict[str, TokenStream]:
     with np.load(path) as held:
-        streams = {
+        return {
             name: TokenStream(torch.from_numpy(held[name].astype(np.int64)), vocab_size, name)
             for name in held.files
             if name.startswith(("fit ", "read "))
         }
-    roles = {
-        role: {k.split(" ", 1)[1]: s for k, s in streams.items() if k.startswith(role)}
-        for role in ("fit", "read")
-    }
-    return Mixture(roles["fit"], {k: SHARES[k] for k in roles["fit"]}), roles["read"]
+
+
+def load(path: Path, vocab_size: int) -> tuple[Mixture, dict[str, TokenStream]]:
+    """(what is fitted on, what is read by kind)."""
+    streams = _streams(path, vocab_size)
+    fitted = _role("fit", streams)
+    return Mixture(fitted, {k: SHARES[k] for k in fitted}), _role("read", streams)
+
+
+def others(path: Path, vocab_size: int) -> dict[str, TokenStream]:
+    """Texts of kinds that no fit reads, `--text` of this command."""
+    return _role("other", _streams(path, vocab_size))
+
+
+def _role(role: str, streams: Mapping[str, TokenStream]) -> dict[str, TokenStream]:
+    return {k.split(" ", 1)[1]: s for k, s in streams.items() if k.startswith(role)}
 
 
 def main() -> None:
