@@ -11,171 +11,125 @@ steps are compared with the same model on the CPU in float32; nothing is reporte
 
 Contenders take turns; `ms` is a median, from an idle device to an idle device, launches included;
 `ratio` is over the fastest unpatched contender's: torch's own choice of kernel, flash attention,
-its choice replayed from a CUDA graph, and, at the lengths of --compiled, by torch.compile without a
-mask written out. `graphs=True` is the model called as ever, under the setting of that name. A step
+its choice replayed from a CUDA graph. At the lengths of --compiled both models also go through
+torch.compile, without a mask written out, as called and captured in a graph. `graphs=True` is the
+model called as ever, under the setting of that name. A step
 of decoding is read behind so many keys of random numbers; unpatched with flash attention on exactly
 these keys, which are not copied, the same from a graph of this one length (nobody decodes so: it is
 the floor, `floor` in the table, and no rival), and with a static cache replayed from a graph.
 `routed as fitted` executes the routes that the patch of `smollm2-135m` took on a text
 (`analysis.speed.recorded_routes`) at the cost of its router.
 
-Options pick rows; --seconds begins no group of rows after so many, and names those left out.
+--jobs N divides the groups of rows over N processes, each on a card of its own (`card`); a group is
+read on one card, and a card reads one group at a time. Options pick rows, which are read in the
+order of their worth; --seconds begins no group after so many, and names those left out.
 """
 
 import argparse
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend
-from transformers import LlamaForCausalLM
 
-from analysis.speed import patched_decode
 from analysis.speed.patched_check import disagreements
-from analysis.speed.patched_model import (
-    SHAPES,
-    VOCABULARY,
-    biases,
-    build,
-    executing,
-    read_routes,
-    routed,
-    send,
-    stand,
-)
-from analysis.speed.patched_turns import Models, Timed, Turns, nothing, only
-from bayes_router.integrations.huggingface.graphs import Graphs, without_mask
-from bayes_router.integrations.huggingface.model import RoutedPretrained
+from analysis.speed.patched_decode import LENGTHS, LONGEST, decode
+from analysis.speed.patched_jobs import Jobs, merge, run
+from analysis.speed.patched_model import SHAPES, build
+from analysis.speed.patched_prefill import compiled, prefill, setting
+from analysis.speed.patched_turns import Models, Turns
+from bayes_router.benchmark.rows import Rows
+from bayes_router.timing import device_name
 
 RESULTS = Path(__file__).parents[1] / "results" / "patched_cuda.csv"
 ROUTES = Path(__file__).parents[1] / "results" / "routes_smollm2_8192.npz"
 SOME = (8192, 32_768)
-"""Lengths that are read for every unit."""
+"""Lengths that are read for every unit, and under the setting `graphs`."""
+READ = {"prefill": prefill, "compiled": compiled, "setting": setting, "decode": decode}
 TURNS = 5
 
 
-def read(what: Any, tokens: Tensor, backend: SDPBackend | None = None) -> object:
-    """A text, from launch to launch."""
-    with only(backend):
-        return what(tokens, use_cache=True, logits_to_keep=1)
+class Group(NamedTuple):
+    """Contenders that take turns."""
+
+    what: str
+    shape: str
+    unit: str
+    context: int
+    batch: int
 
 
-def read_causal(what: Any, model: LlamaForCausalLM, tokens: Tensor) -> object:
-    """A text by a compiled model: transformers writes a mask out where it is traced."""
-    with without_mask(model):
-        return what(tokens, use_cache=True, logits_to_keep=1)
+def groups(args: argparse.Namespace) -> Iterator[Group]:
+    """All that the options ask for, in the order of the table."""
+    for shape, unit, length in product(args.shapes, args.units, args.lengths):
+        if unit == args.units[0] or length in SOME:
+            if "prefill" in args.what:
+                yield Group("prefill", shape, unit, length, 1)
+            if "compiled" in args.what and shape == args.shapes[0] and length in args.compiled:
+                yield Group("compiled", shape, unit, length, 1)
+            if "setting" in args.what and length in SOME:
+                yield Group("setting", shape, unit, length, 1)
+    for batch, unit in product(args.batches, args.units):
+        for length in LENGTHS.get(batch, LONGEST):
+            if "decode" in args.what:
+                yield Group("decode", args.shapes[0], unit, length, batch)
 
 
-def ways(
-    model: LlamaForCausalLM, tokens: Tensor, name: str, on_full: float, compiled: Any = None,
-    prepare: Callable[[], object] = nothing,
-) -> dict[str, Timed]:  # fmt: skip
-    """A model as it is called, replayed from a graph, and compiled if there is such a form."""
-    length = tokens.shape[1]
-    graphs = Graphs(model, length, bucket=length)  # reads biases where they are
-    found = {
-        name: Timed(on_full, partial(read, model, tokens), prepare),
-        f"{name}, graph": Timed(on_full, partial(graphs.prefill, tokens), prepare),
-    }
-    if compiled is not None:
-        call = partial(read_causal, compiled, model, tokens)
-        found[f"{name}, compiled"] = Timed(on_full, call, prepare)
-    return found
-
-
-def whole(model: LlamaForCausalLM) -> Any:
-    """By torch.compile, without a break in its graph."""
-    torch._dynamo.config.recompile_limit = 64
-    return torch.compile(model, fullgraph=True, dynamic=False)
-
-
-def prefill(bench: Turns, shape: str, models: Models, args: argparse.Namespace) -> None:
-    """Texts of each length, one at a time."""
-    device, first, (plain, model) = bench.device, args.units[0], models
-    generator = torch.Generator().manual_seed(2)
-    text = torch.randint(VOCABULARY, (1, max(args.lengths)), generator=generator).to(device)
-    for unit in args.units:
-        router = routed(model, unit)
-        for length in args.lengths:
-            facts = {"what": "prefill", "shape": shape, "unit": unit, "context": length}
-            if (unit != first and length not in SOME) or not bench.fits(**facts):
-                continue
-            tokens = text[:, :length]
-            forms = [None, None]
-            if unit == first and length in args.compiled and shape == args.shapes[0]:
-                forms = [whole(plain), whole(model)]
-            contenders = ways(plain, tokens, "unpatched", 1.0, forms[0])
-            contenders["unpatched, flash"] = Timed(
-                1.0, partial(read, plain, tokens, SDPBackend.FLASH_ATTENTION)
-            )
-            for share in args.shares if unit == first else args.shares[1:2]:
-                router.full_up_to = 0
-                executed = send(router, share, partial(read, model, tokens))
-                prepare = partial(stand, router, [bias.clone() for bias in biases(router)], 0)
-                contenders |= ways(model, tokens, f"routed {share:g}", executed, forms[1], prepare)
-            if length <= type(router).full_up_to:
-                kept = [bias.clone() for bias in biases(router)]
-                prepare = partial(stand, router, kept, type(router).full_up_to)
-                contenders |= ways(model, tokens, "as shipped", 1.0, forms[1], prepare)
-            routes = fitted_routes(args.routes, shape, unit, length)
-            if routes is not None:
-                router.full_up_to = 0
-                graphs = Graphs(model, length, bucket=length)
-                with executing(router, routes.to(device)) as choices:
-                    graphs.prefill(tokens)
-                contenders["routed as fitted, graph"] = Timed(
-                    float(routes.float().mean()), partial(holding, choices, graphs, tokens)
-                )
-            bench.group({**facts, "batch": 1}, contenders)
-            del contenders
-            torch.cuda.empty_cache()
-            if length in SOME and 0.1 in args.shares:
-                by_setting(bench, facts, models, router, tokens)
-        router.unpatch()
-
-
-def by_setting(
-    bench: Turns, facts: dict[str, Any], models: Models, router: RoutedPretrained, tokens: Tensor
-) -> None:
-    """The model called as ever, with `graphs` on."""
-    (plain, model), length = models, tokens.shape[1]
-    router.full_up_to = 0
-    executed = send(router, 0.1, partial(read, model, tokens))
-    router.graphs = True
-    contenders = {
-        "unpatched": Timed(1.0, partial(read, plain, tokens)),
-        "unpatched, graph": Timed(
-            1.0, partial(Graphs(plain, length, bucket=length).prefill, tokens)
-        ),
-        "routed 0.1, graphs=True": Timed(executed, partial(read, model, tokens)),
-    }
-    bench.group({**facts, "batch": 1}, contenders)
-    assert router.last.replayed, router.last.as_called
-    router.graphs = False
-    torch.cuda.empty_cache()
-
-
-def holding(read: Tensor, graphs: Graphs, tokens: Tensor) -> object:
-    """A replay of a graph that reads a tensor of nobody else's."""
-    return graphs.prefill(tokens)
-
-
-def fitted_routes(path: Path, shape: str, unit: str, length: int) -> Tensor | None:
-    """Those of a fitted patch, if the file has some of this shape: bool [L, T, R]."""
-    if unit != "head" or not path.exists():
-        return None
-    routes, (_, _, depth, heads, _) = read_routes(path), SHAPES[shape]
-    return routes if routes.shape == (depth, length, heads) else None
+def worth(group: Group, args: argparse.Namespace) -> tuple[int, int]:
+    """Where a group stands in the order of reading: what the table of aims has, and among that
+    what takes longest, first.
+    """
+    first = group.shape == args.shapes[0]
+    by_layer, short = group.unit == args.units[0], group.context <= min(SOME)
+    if group.what == "compiled":
+        rank = 0 if by_layer else 2
+    elif group.what == "decode":
+        rank = 1 if group.unit != "kv_head" else 2
+    elif group.what == "setting":
+        rank = 1 if short and first else 2 if short else 3
+    else:
+        rank = 1 if first and (by_layer or short) or group.context == min(SOME) else 2
+    long = {"compiled": 50, "decode": group.batch // 8}.get(group.what, group.context // 4096)
+    return rank + (rank == 2 and not first and not short), -long
 
 
 @torch.no_grad()
-def main() -> None:
-    """Check, measure, write, print."""
+def work(args: argparse.Namespace, end: float, jobs: Jobs) -> None:
+    """Check a part, and read the groups that nobody took, each as soon as the last is done.
+
+    What fails ends this job: the device may be out of order, and others go on.
+    """
+    wrong = disagreements(args.device, jobs.mine(args.units))
+    jobs.checked(wrong)
+    if wrong:
+        sys.exit("nothing is reported, these differ: " + "; ".join(wrong))
+    facts = {"device": device_name(args.device), "torch": torch.__version__, "card": jobs.number}
+    rows = Rows(jobs.table(), facts, resume=True)  # what is read stays, whatever happens
+    bench, shape, models = Turns(rows, args.turns, args.device), "", None
+    for group in sorted(groups(args), key=lambda group: worth(group, args)):
+        if time.monotonic() > end or not jobs.take("-".join(map(str, group)).replace(" ", "")):
+            continue
+        try:
+            if models is None or shape != group.shape:
+                shape, models = group.shape, None  # the last ones go before others come
+                pair = (build(shape, None, args.device, torch.bfloat16) for _ in range(2))
+                models = Models(*pair)
+            READ[group.what](bench, models, group._asdict(), args)
+        except Exception:
+            print(f"card {jobs.number} stops at {group}:\n{traceback.format_exc()}", flush=True)
+            return
+        if args.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def options() -> argparse.ArgumentParser:
+    """Of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -189,33 +143,35 @@ def main() -> None:
     parser.add_argument("--compiled", type=int, nargs="*", default=[8192])
     parser.add_argument("--routes", type=Path, default=ROUTES)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument(
-        "--what", nargs="+", default=["prefill", "decode"], choices=["prefill", "decode"]
-    )
+    parser.add_argument("--what", nargs="+", default=list(READ), choices=list(READ))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--turns", type=int, default=TURNS)
     parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Check, measure, write, print."""
+    args = options().parse_args()
+    end, order = time.monotonic() + args.seconds, list(groups(args))
     torch.backends.cuda.matmul.allow_tf32 = False
-    wrong = disagreements(args.device, args.units)
-    if wrong:
-        sys.exit("nothing is reported, these differ: " + "; ".join(wrong))
-    bench = Turns(args.results, args.turns, args.device, args.seconds)
-    for shape in args.shapes:
-        models = Models(*(build(shape, None, args.device, torch.bfloat16) for _ in range(2)))
-        if "prefill" in args.what:
-            prefill(bench, shape, models, args)
-        if "decode" in args.what and shape == args.shapes[0]:
-            for batch, unit in product(args.batches, args.units):
-                for context in patched_decode.LENGTHS.get(batch, patched_decode.LONGEST):
-                    facts = {"what": "decode", "shape": shape, "unit": unit}
-                    facts |= {"context": context, "batch": batch}
-                    if bench.fits(**facts):
-                        patched_decode.decode(bench, models, facts, 0.1)
-                    torch.cuda.empty_cache()
-    bench.rows.finish()
-    print(*(f"left out: {group}" for group in bench.left_out), sep="\n")
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    rows = Rows(args.results)
+    with tempfile.TemporaryDirectory(prefix="patched.", dir=args.results.parent) as name:
+        folder, mine = Path(name), partial(work, args, end)
+        if args.jobs == 1:
+            mine(Jobs(folder, 0, 1))
+        else:
+            run(folder, args.jobs, mine)
+        for group, found in merge(folder, args.jobs, order):
+            for row in found:
+                rows.add(row)
+            if not found:
+                print(f"left out: {group}")
+    table = rows.finish()
+    print(table.to_string(index=False) if len(table) else "no group was read")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A step of decoding, as `analysis.speed.patched` reads it."""
 
+import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -47,9 +48,9 @@ class Store(DynamicLayer):
         return self.length
 
 
-def decode(bench: Turns, models: Models, facts: dict[str, Any], share: float) -> None:
+def decode(bench: Turns, models: Models, facts: dict[str, Any], args: argparse.Namespace) -> None:
     """One token for each of `batch` texts behind `context` keys."""
-    (plain, model), device, room = models, bench.device, 64
+    (plain, model), device, room, share = models, bench.device, 64, 0.1
     unit, context, batch = facts["unit"], facts["context"], facts["batch"]
     router = routed(model, unit)
     ours = Graphs(model, context + room, batch)

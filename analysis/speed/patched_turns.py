@@ -1,10 +1,8 @@
 """Contenders of `analysis.speed.patched` that take turns, and their table."""
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaForCausalLM
 
 from bayes_router.benchmark.rows import Rows
-from bayes_router.timing import device_name, isolated_ms
+from bayes_router.timing import isolated_ms
 
 
 @contextmanager
@@ -46,17 +44,8 @@ class Models(NamedTuple):
 class Turns:
     """Contenders that take turns, and the table."""
 
-    def __init__(self, path: Path | None, turns: int, device: torch.device, seconds: float):
-        facts = {"device": device_name(device), "torch": torch.__version__}
-        self.rows, self.turns, self.device = Rows(path, facts), turns, device
-        self.end, self.left_out = time.perf_counter() + seconds, list[str]()
-
-    def fits(self, **facts: Any) -> bool:
-        """Whether there is time for a group; else it is kept in `left_out`."""
-        late = time.perf_counter() > self.end
-        if late:
-            self.left_out.append(" ".join(str(fact) for fact in facts.values()))
-        return not late
+    def __init__(self, rows: Rows, turns: int, device: torch.device):
+        self.rows, self.turns, self.device = rows, turns, device
 
     def group(self, facts: dict[str, Any], contenders: dict[str, Timed]) -> None:
         """Time the contenders; a name that begins with `unpatched` is a rival."""
@@ -88,8 +77,3 @@ class Turns:
                 "best": best,
             }
             self.rows.add(row)
-            words = "  ".join(str(x) for x in facts.values())
-            print(
-                f"{words:58} {name:34} {row['on_full']:.2f} {value:9.2f} ms  {ratio:.3f}",
-                flush=True,
-            )

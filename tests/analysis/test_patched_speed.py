@@ -1,5 +1,7 @@
 """The clock of a patched model on a GPU, here with what stands in for its graphs on a CPU."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,40 +10,101 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", minversion="5.0")
-from analysis.speed import patched, patched_decode, patched_model  # noqa: E402
+from analysis.speed import patched, patched_decode, patched_model, patched_prefill  # noqa: E402
 from tests.integrations.graphs_anywhere import install  # noqa: E402
 
 LENGTHS = (96, 160)
 
 
-def test_every_contender_has_its_rows_against_what_can_do_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Set the command line of a tiny run; where its table goes."""
     install(monkeypatch)
     path = tmp_path / "rows.csv"
-    monkeypatch.setattr(patched_decode, "replayed", lambda call: call)
-    monkeypatch.setattr(patched_decode, "LENGTHS", {1: LENGTHS, 2: LENGTHS[:1]})
+    for place in (patched_decode, patched_prefill):
+        monkeypatch.setattr(place, "replayed", lambda call: call)
+    monkeypatch.setattr(patched, "LENGTHS", {1: LENGTHS, 2: LENGTHS[:1]})
     monkeypatch.setattr(patched, "SOME", LENGTHS[1:])
     monkeypatch.setattr(patched, "disagreements", lambda *args: [])
-    monkeypatch.setattr(patched, "whole", lambda model: model)
-    for place in (patched, patched_model):
-        monkeypatch.setattr(place, "SHAPES", {"tiny": (32, 48, 2, 4, 2)})
+    monkeypatch.setattr(patched_prefill, "whole", lambda model: model)
+    for name in (patched, patched_prefill, patched_model):
+        monkeypatch.setattr(name, "SHAPES", {"tiny": (32, 48, 2, 4, 2)})
     monkeypatch.setattr(patched_model, "WINDOW", 16)
-    options = "--device cpu --shapes tiny --turns 1 --units layer head --batches 1 2 --compiled 160"
-    options += f" --lengths 96 160 --results {path} --routes {tmp_path / 'none'}"
-    monkeypatch.setattr("sys.argv", ["patched", *options.split()])
-    torch.manual_seed(0)
+    usual = "--device cpu --shapes tiny --turns 1 --units layer head --batches 1 2 --compiled 160"
+    usual += f" --lengths 96 160 --results {path} --routes {tmp_path / 'none'}"
+
+    def given(*more: str) -> Path:
+        monkeypatch.setattr("sys.argv", ["patched", *usual.split(), *more])
+        torch.manual_seed(0)
+        return path
+
+    return given
+
+
+def test_every_contender_has_its_rows_against_what_can_do_the_same(
+    options: Callable[..., Path],
+) -> None:
+    path = options()
     patched.main()
     rows = pd.read_csv(path)
     found: Any = rows.groupby(["what", "unit", "context", "batch"])["contender"].agg(set)
-    assert len(found["prefill", "layer", 160, 1]) == 3 * 5 + 1 + 1  # flash, and the setting
-    assert found["prefill", "head", 160, 1] >= {"routed 0.1, graph", "routed 0.1, graphs=True"}
+    assert len(found["prefill", "layer", 160, 1]) == 2 * 4 + 2 + 1  # as shipped, and flash
+    assert found["prefill", "head", 160, 1] >= {"routed 0.1", "routed 0.1, graph"}
+    assert found["compiled", "head", 160, 1] >= {"routed 0.1, compiled, graph"}
+    assert found["setting", "layer", 160, 1] >= {"routed 0.1, graphs=True"}
     assert ("prefill", "head", 96, 1) not in found.index
     steps = {"floor: flash, graph", "routed 0.1, static cache, graphs=True"}
     assert found["decode", "head", 96, 2] >= steps and found["decode", "layer", 160, 1] >= steps
     assert not rows["best"].str.startswith("floor").any()
     shares = rows[rows["contender"].isin(["routed 0.3", "routed 0.3, graph"])]["on_full"]
     assert shares.between(0.25, 0.35).all()
-    monkeypatch.setattr("sys.argv", ["patched", *options.split(), "--seconds", "0"])
+    options("--seconds", "0")
     patched.main()
     assert len(pd.read_csv(path)) == len(rows)  # nothing was read, and no table replaced
+
+
+def test_jobs_divide_the_groups(
+    options: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each group is read once, on one card, and stands where one process would have put it."""
+    few = "--what", "prefill", "decode", "--batches", "2"
+    path = options(*few)
+    patched.main()
+    alone, group = pd.read_csv(path), ["what", "unit", "context", "batch"]
+    path.unlink()
+    options(*few, "--jobs", "2")
+    patched.main()
+    rows = pd.read_csv(path)
+    assert set(rows["card"]) == {0, 1} and set(alone["card"]) == {0}
+    assert (rows.groupby(group)["card"].nunique() == 1).all()
+    assert rows[[*group, "contender"]].equals(alone[[*group, "contender"]])
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_nothing_is_reported_where_a_unit_differs(
+    jobs: str, options: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever finds it, and though others have read their rows."""
+    path = options("--jobs", jobs, "--what", "prefill")
+    wrong = [lambda device, units: ["head, pass"] if "head" in units else [],
+             lambda device, units: os._exit(3)]  # fmt: skip
+    for differs in wrong[: int(jobs)]:
+        monkeypatch.setattr(patched, "disagreements", differs)
+        with pytest.raises(SystemExit, match="nothing is reported"):
+            patched.main()
+        assert not path.exists()
+
+
+def test_a_group_that_fails_is_left_out(
+    options: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def broken(*args: Any) -> None:
+        raise RuntimeError("out of order")
+
+    monkeypatch.setitem(patched.READ, "decode", broken)
+    path = options("--jobs", "2")
+    patched.main()
+    assert set(pd.read_csv(path)["what"]) <= {"prefill", "compiled", "setting"}
+    assert "left out: Group(what='decode'" in capsys.readouterr().out
