@@ -4,9 +4,11 @@
 
 By default 10% of the tokens on full, 60% linear and 30% local, window 256, 8 heads of 64, and full
 attention by torch: alone, and beside a process that computes all the time. Routed attention is read
-as it is (heads over threads of ours), with every operator shared between torch's threads as before,
-with one thread, and with every token on local. Contenders take turns; the load of the machine
-before a situation is a column, for on a machine that others use `alone` is not alone.
+as it is (on as many threads as run undisturbed), with every operator shared between all of torch's
+threads whoever disturbs them, with one thread, and with every token on local. Contenders take
+turns, each called again and again for a while, of which the mean counts, tries of more threads
+included; the load of the machine before a situation is a column, for on a machine that others use
+`alone` is not alone.
 """
 
 import argparse
@@ -24,8 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bayes_router.attention.hard import rows as by_rows
 from bayes_router.attention.hard.dispatch import EXPERTS, routed_attention
+from bayes_router.attention.kernels.eager.threads import LOAD
 from bayes_router.benchmark.busy import neighbours
 from bayes_router.benchmark.cases import mix_shares
 from bayes_router.benchmark.rows import Rows
@@ -44,7 +46,7 @@ def contenders(keys: int, mix: str) -> dict[str, Callable[[], Tensor]]:
     routed = partial(routed_attention, q, k, v, route[None], window=WINDOW)
 
     def shared() -> Tensor:
-        with mock.patch.object(by_rows, "SHARED", keys + 1):
+        with mock.patch.object(LOAD, "threads", lambda most: most):
             return routed()
 
     def one_thread() -> Tensor:
@@ -65,7 +67,16 @@ def contenders(keys: int, mix: str) -> dict[str, Callable[[], Tensor]]:
     }
 
 
-def measure(rows: Rows, keys: int, mix: str, busy: int, turns: int) -> None:
+def mean_ms(call: Callable[[], object], seconds: float) -> float:
+    """Of calls one after another for so long, one at least."""
+    start, calls = time.perf_counter(), 0
+    while not calls or time.perf_counter() - start < seconds:
+        call()
+        calls += 1
+    return (time.perf_counter() - start) / calls * 1e3
+
+
+def measure(rows: Rows, keys: int, mix: str, busy: int, turns: int, seconds: float) -> None:
     """The rows of one problem beside so many busy processes."""
     calls = contenders(keys, mix)
     expected = calls["routed, one thread"]()
@@ -78,9 +89,7 @@ def measure(rows: Rows, keys: int, mix: str, busy: int, turns: int) -> None:
         read: list[dict[str, float]] = [{} for _ in range(turns)]
         for turn in read:
             for name, call in calls.items():
-                start = time.perf_counter()
-                call()
-                turn[name] = (time.perf_counter() - start) * 1e3
+                turn[name] = mean_ms(call, seconds)
     for name in calls:
         times = sorted(turn[name] for turn in read)
         ratio = statistics.median(turn[name] / turn["full"] for turn in read)
@@ -104,7 +113,8 @@ def main() -> None:
     parser.add_argument("--keys", type=int, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--mixes", nargs="+", default=["10/60/30"])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=0.3, help="a contender is called a turn")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -112,7 +122,7 @@ def main() -> None:
     rows = Rows(args.results, facts)
     with torch.no_grad():
         for keys, mix, busy in product(args.keys, args.mixes, (0, 1)):
-            measure(rows, keys, mix, busy, args.turns)
+            measure(rows, keys, mix, busy, args.turns, args.seconds)
     rows.finish()
 
 

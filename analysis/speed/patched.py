@@ -55,7 +55,7 @@ READ = {"prefill": prefill, "compiled": compiled, "setting": setting, "decode": 
 TURNS = 5
 
 
-class Group(NamedTuple):
+class RowGroup(NamedTuple):
     """Contenders that take turns."""
 
     what: str
@@ -65,23 +65,23 @@ class Group(NamedTuple):
     batch: int
 
 
-def groups(args: argparse.Namespace) -> Iterator[Group]:
+def groups(args: argparse.Namespace) -> Iterator[RowGroup]:
     """All that the options ask for, in the order of the table."""
     for shape, unit, length in product(args.shapes, args.units, args.lengths):
         if unit == args.units[0] or length in SOME:
             if "prefill" in args.what:
-                yield Group("prefill", shape, unit, length, 1)
+                yield RowGroup("prefill", shape, unit, length, 1)
             if "compiled" in args.what and shape == args.shapes[0] and length in args.compiled:
-                yield Group("compiled", shape, unit, length, 1)
+                yield RowGroup("compiled", shape, unit, length, 1)
             if "setting" in args.what and length in SOME:
-                yield Group("setting", shape, unit, length, 1)
+                yield RowGroup("setting", shape, unit, length, 1)
     for batch, unit in product(args.batches, args.units):
         for length in LENGTHS.get(batch, LONGEST):
             if "decode" in args.what:
-                yield Group("decode", args.shapes[0], unit, length, batch)
+                yield RowGroup("decode", args.shapes[0], unit, length, batch)
 
 
-def worth(group: Group, args: argparse.Namespace) -> tuple[int, int]:
+def worth(group: RowGroup, args: argparse.Namespace) -> tuple[int, int]:
     """Where a group stands in the order of reading: what the table of aims has, and among that
     what takes longest, first.
     """

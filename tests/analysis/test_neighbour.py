@@ -14,7 +14,7 @@ def test_each_contender_is_read_alone_and_beside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, before = tmp_path / "rows.csv", torch.get_num_threads()
-    options = ["--keys", "1100", "--turns", "3", "--results", str(path)]
+    options = ["--keys", "1100", "--turns", "3", "--seconds", "0", "--results", str(path)]
     monkeypatch.setattr("sys.argv", ["neighbour", *options])
     neighbour.main()
     torch.set_num_threads(before)

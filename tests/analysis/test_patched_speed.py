@@ -107,4 +107,4 @@ def test_a_group_that_fails_is_left_out(
     path = options("--jobs", "2")
     patched.main()
     assert set(pd.read_csv(path)["what"]) <= {"prefill", "compiled", "setting"}
-    assert "left out: Group(what='decode'" in capsys.readouterr().out
+    assert "left out: RowGroup(what='decode'" in capsys.readouterr().out

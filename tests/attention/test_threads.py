@@ -1,32 +1,87 @@
-"""Routed attention on threads of ours: the same numbers, the caller's modes, its errors."""
+"""Work in steps that leave a disturbed thread: the same numbers, the caller's modes and errors."""
 
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from bayes_router.attention.hard import rows
 from bayes_router.attention.hard.dispatch import routed_attention
-from bayes_router.attention.kernels.eager.threads import in_threads, pool_of
+from bayes_router.attention.kernels.eager import threads
+from bayes_router.attention.kernels.eager.threads import LONGEST, QUIET, Load, Steps, run
+
+
+class Machine:
+    """A clock, and a count of preemptions that grows while more than one thread is used beside a
+    busy process.
+    """
+
+    def __init__(self) -> None:
+        self.now, self.count = 0.0, 0
+        self.load = Load(lambda: self.count, lambda: self.now)
+
+    def work(self, seconds: float, most: int = 2, busy: bool = False) -> list[int]:
+        """The threads taken at every hundredth of so many seconds."""
+        taken = []
+        for _ in range(round(seconds * 100)):
+            taken.append(self.load.threads(most))
+            self.now += 0.01
+            self.count += 2 * (busy and taken[-1] > 1)
+        return taken
+
+
+def test_it_yields_to_a_neighbour_and_comes_back() -> None:
+    machine = Machine()
+    assert set(machine.work(1.0)) == {2}
+    busy = machine.work(20.0, busy=True)
+    assert 1 in busy[:3]  # by the second operator
+    tried = [i for i in range(3, len(busy)) if busy[i - 1 : i + 1] == [1, 2]]
+    assert 4 <= len(tried) <= 10 and busy.count(2) <= 2 * len(tried) + 2  # the waits are doubled
+    waits = [b - a for a, b in zip(tried, tried[1:], strict=False)]
+    assert waits[:3] == pytest.approx([50, 100, 200], abs=5)
+    assert waits[3:] == pytest.approx([100 * LONGEST] * len(waits[3:]), abs=5)
+    after = machine.work(2 * LONGEST)
+    assert after[-1] == 2 and set(after[round(100 * LONGEST) + 5 :]) == {2}
+    machine.count += 5
+    assert machine.work(2 * QUIET)[0] == 1  # and the next wait is a short one
+    assert machine.work(0.1)[-1] == 2
+
+
+def test_seldom_is_nothing_and_many_threads_are_halved_one_by_one() -> None:
+    machine = Machine()
+    for _ in range(50):  # a daemon once a tenth of a second
+        machine.count += 1
+        assert machine.work(0.1) == [2] * 10
+    machine.now, machine.count = machine.now + 9.0, machine.count + 40  # elsewhere, long ago
+    assert machine.load.threads(2) == 2
+    machine.now, machine.count = machine.now + 1.0, machine.count + 80  # in one long operator
+    assert machine.load.threads(16) == 8
+    assert machine.work(0.05, most=16, busy=True) == [8, 4, 2, 1, 1]
+    assert machine.work(2.0, most=16)[-1] == 16
 
 
 @pytest.fixture
 def two(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Torch may use two threads, and texts of 64 tokens are shared between them."""
+    """Torch may use two threads, one of which is disturbed at every other operator."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(rows, "SHARED", 64)
     torch.set_num_threads(2)
+    numbers = [1, 2, 2, 1, 1]
+
+    def taken(most: int) -> int:
+        numbers.append(numbers.pop(0))
+        return min(numbers[0], most)
+
+    monkeypatch.setattr(threads.LOAD, "threads", taken)
     yield
     torch.set_num_threads(before)
 
 
-def attend(units: int, kv_heads: int, threads: int) -> tuple[Tensor, ...]:
+def attend(units: int, kv_heads: int, number: int) -> tuple[Tensor, ...]:
     """Output and gradients of two texts, one of them padded."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(number)
     torch.manual_seed(units)
     q, k, v, plain_q, plain_k = (
         torch.randn(2, heads, 150, 16, requires_grad=True)
@@ -40,62 +95,105 @@ def attend(units: int, kv_heads: int, threads: int) -> tuple[Tensor, ...]:
     return out, *torch.autograd.grad((out * weight).sum(), (q, k, v, plain_q, plain_k))
 
 
-@pytest.mark.parametrize(("units", "kv_heads"), [(1, 8), (2, 8), (8, 8), (8, 2), (4, 4), (1, 1)])
+@pytest.mark.parametrize(("units", "kv_heads"), [(1, 8), (2, 8), (8, 2), (1, 1)])
 def test_two_threads_compute_what_one_does(two: None, units: int, kv_heads: int) -> None:
     for ours, alone in zip(attend(units, kv_heads, 2), attend(units, kv_heads, 1), strict=True):
         torch.testing.assert_close(ours, alone, rtol=1e-5, atol=1e-6)
 
 
-def test_every_thread_computes_alone(two: None) -> None:
-    """In at most as many threads as torch may use, and torch's own setting is as it was."""
-    seen: dict[str, int] = {}
-    meet = threading.Barrier(2)
+def noted(found: list[tuple[str, int]], steps: int = 12) -> Steps[str]:
+    """Steps that note which thread takes them, and how many torch would use there."""
+    for _ in range(steps):
+        found.append((threading.current_thread().name, torch.get_num_threads()))
+        yield
+    return "done"
 
-    def piece() -> None:
-        meet.wait(timeout=20)  # two run at a time
-        seen[threading.current_thread().name] = torch.get_num_threads()
 
-    pool_of.cache_clear()
-    in_threads([piece] * 4)
-    assert list(seen.values()) == [1, 1] and threading.current_thread().name not in seen
-    assert torch.get_num_threads() == 2
+def test_each_step_has_the_threads_of_its_time(two: None) -> None:
+    """Those with one are taken by one thread, and torch's own setting is as it was."""
+    found: list[tuple[str, int]] = []
+    assert run(noted(found)) == "done"
+    assert {number for _, number in found} == {1, 2} and len(found) == 12
+    assert len(set(found)) == 2  # this thread with two, and another with one
+    assert (threading.current_thread().name, 2) in found
     later: list[int] = []
     thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
     thread.start()
     thread.join()
-    assert later == [2]
+    assert later == [2] and torch.get_num_threads() == 2
+
+
+def test_a_pass_leaves_a_disturbed_thread_in_its_midst(
+    two: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Routed attention, and local attention alone, whose operators were shared until then."""
+    machine, here = Machine(), threading.current_thread()
+    seen: list[bool] = []
+
+    def preempted() -> int:
+        seen.append(threading.current_thread() is here)
+        return 9 * (len(seen) > 3)
+
+    calls: list[Callable[[], Tensor]] = [
+        lambda: routed_attention(
+            *torch.randn(3, 1, 2, 900, 16), torch.randint(3, (1, 900)), window=200
+        ),
+        lambda: routed_attention(*torch.randn(3, 1, 2, 900, 16), 2, window=200),
+    ]
+    for call in calls:
+        seen.clear()
+        monkeypatch.setattr(threads, "LOAD", Load(preempted, lambda: machine.now))
+        call()
+        assert all(seen[:5]) and len(seen) > 6 and not any(seen[5:])
 
 
 def test_modes_are_the_callers_and_errors_reach_it(two: None) -> None:
     found: list[tuple[bool, bool, bool]] = []
 
-    def piece() -> None:
-        modes = torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
-        found.append((torch.is_grad_enabled(), *modes))
+    def steps() -> Steps[None]:
+        for _ in range(5):
+            modes = torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+            found.append((torch.is_grad_enabled(), *modes))
+            yield
 
-    def broken() -> None:
+    def broken() -> Steps[None]:
+        yield from steps()
         raise ValueError("this piece")
 
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
-            in_threads([piece, piece])
+            run(steps())
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        in_threads([piece, piece])
-    assert (
-        found
-        == [(True, False, False)] * 2 + [(False, False, False)] * 2 + [(False, True, True)] * 2
-    )
+        run(steps())
+    wanted = [(True, False, False)] * 5 + [(False, False, False)] * 5 + [(False, True, True)] * 5
+    assert found == wanted
     with pytest.raises(ValueError, match="this piece"):
-        in_threads([piece, broken])
+        run(broken())
+    assert run(noted([])) == "done"
+
+
+def test_steps_within_steps_stay_where_these_are(two: None) -> None:
+    found: list[tuple[str, int]] = []
+
+    def outer() -> Steps[None]:
+        for _ in range(6):
+            within: list[tuple[str, int]] = []
+            run(noted(within))
+            assert len(set(within)) == 1
+            found.extend(set(within))
+            yield
+
+    run(outer())
+    assert len(set(found)) == 2
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_process_has_threads_of_its_own(two: None) -> None:
-    in_threads([int, int])
+    run(noted([]))
     child = os.fork()
     if child == 0:
         signal.alarm(20)
-        done: list[int] = []
-        in_threads([lambda: done.append(1)] * 4)
+        done: list[tuple[str, int]] = []
+        run(noted(done))
         os._exit(len(done))
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 4
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 12

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from bayes_router.attention.experts.contract import Expert, expert_class
 from bayes_router.attention.experts.local import LocalAttention
-from bayes_router.attention.shapes import ExpertShape, by_head, fits_units, unit_heads
+from bayes_router.attention.shapes import ExpertShape, by_head, fits_units
 
 
 @dataclass(frozen=True)
@@ -107,26 +107,6 @@ class RoutedProblem:
                 lengths=None,
                 starts=None,
             )
-
-    def cut(self, parts: int) -> Iterator[tuple[slice, slice, "RoutedProblem"]]:
-        """Neighbouring key heads with the query heads that share them, as views.
-
-        (query heads, key heads, the problem of these alone). `parts` divides Hkv, and R or is
-        divided by it.
-        """
-        H, Hkv, R = self.q.shape[1], self.k.shape[1], self.units
-        for part, (heads, keys) in enumerate(unit_heads(parts, H, Hkv)):
-            q, k, unit = self.q[:, heads], self.k[:, keys], part * R // parts
-            own = replace(
-                self,
-                q=q,
-                k=k,
-                v=self.v[:, keys],
-                plain_q=q if self.plain_q is self.q else self.plain_q[:, heads],
-                plain_k=k if self.plain_k is self.k else self.plain_k[:, keys],
-                route=self.route[:, :, unit : max((part + 1) * R // parts, unit + 1)],
-            )
-            yield heads, keys, own
 
     def real(self) -> Tensor | None:
         """[B, Tq] bool, False on padding; None without padding."""

@@ -13,7 +13,6 @@ kept; it takes the same tiles again one by one and adds to one gradient of each 
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,10 +26,8 @@ from bayes_router.attention.hard.problem import RoutedProblem
 from bayes_router.attention.kernels.eager import rows_linear
 from bayes_router.attention.kernels.eager.rows_linear import take
 from bayes_router.attention.kernels.eager.rows_softmax import softmax_rows, softmax_rows_backward
-from bayes_router.attention.kernels.eager.threads import in_threads, parts_of
+from bayes_router.attention.kernels.eager.threads import Steps, run
 from bayes_router.attention.shapes import ExpertShape, unit_heads, widen
-
-SHARED = 4096  # queries from which heads go to threads of ours: shorter texts lose by it
 
 
 class Gathering(NamedTuple):
@@ -43,17 +40,8 @@ class Gathering(NamedTuple):
     key_heads: slice
 
 
-class Share(NamedTuple):
-    """What one thread computes at a time: a sequence, or some of its heads."""
-
-    row: int  # of the batch
-    heads: slice
-    key_heads: slice
-    problem: RoutedProblem  # of these alone
-
-
 class Targets(NamedTuple):
-    """Gradients that a share adds to, of its sequence and heads [heads, T, Dh]."""
+    """Gradients of one sequence, that its experts add to: [heads, T, Dh]."""
 
     q: Tensor
     k: Tensor
@@ -95,7 +83,7 @@ def _attend(problem: RoutedProblem) -> Tensor:
         plain_k = None if problem.plain_k is problem.k else problem.plain_k
         out: Tensor = _Gathered.apply(problem, problem.q, problem.k, problem.v, plain_q, plain_k)
     else:
-        out = _forward(problem, _parts(problem), None)
+        out = _forward(problem, None)
     for index, expert in problem.computed():
         if not expert.kernel.plain:
             out = _own_rows(problem, index, expert, out)
@@ -144,59 +132,52 @@ def _groups(one: RoutedProblem) -> Iterator[Gathering]:
                 yield Gathering(one.experts[index], local, rows, heads, key_heads)
 
 
-def _parts(problem: RoutedProblem) -> int:
-    """Into how many parts the key heads of a sequence are cut, so that every thread has work."""
-    if problem.q.device.type != "cpu" or problem.q.shape[2] < SHARED:
-        return 1
-    B, Hkv, R = *problem.k.shape[:2], problem.units
-    return parts_of(Hkv, B, lambda n: R % n == 0 or n % R == 0)
-
-
-def _shares(problem: RoutedProblem, parts: int) -> Iterator[Share]:
-    """One sequence at a time, in so many parts."""
-    for b, one in enumerate(problem.sequences()):
-        for heads, keys, part in one.cut(parts):
-            yield Share(b, heads, keys, part)
-
-
-def _forward(problem: RoutedProblem, parts: int, kept: list[list[Kept]] | None) -> Tensor:
+def _forward(problem: RoutedProblem, kept: list[list[Kept]] | None) -> Tensor:
     """Rows of the plain experts, zero elsewhere.
 
-    What the backward pass needs is appended to `kept`, one list a share of the work.
+    What the backward pass needs is appended to `kept`, one list a sequence.
     """
     B, H, Tq, Dh = problem.q.shape
     out = problem.q.new_zeros(B, Tq, H, Dh)
-    pieces = []
-    for row, heads, _, part in _shares(problem, parts):
-        mine: list[Kept] | None = None
-        if kept is not None:
-            kept.append(mine := [])
-        pieces.append(partial(_share_forward, part, out[row, :, heads], mine))
-    in_threads(pieces)
+    run(_forward_steps(problem, out, kept))
     return out.transpose(1, 2)
 
 
-def _share_forward(one: RoutedProblem, out: Tensor, kept: list[Kept] | None) -> None:
-    """Write the rows of one share to out [Tq, heads, Dh]."""
-    for group in _groups(one):
-        expert, local, rows, heads, key_heads = group
-        x, key, value = one.inputs(expert)
-        x, key, value = x[:, heads], key[:, key_heads], value[:, key_heads]
-        mine_out = out[:, heads]
-        if kept is None and rows.numel() == one.q.shape[2]:  # nothing to gather
-            mine_out[: rows.numel()] = expert(x, key, value)[0].transpose(0, 1)
-            continue
-        q, k, v = x[0], key[0], value[0]
-        notes: Any
-        if expert.kernel is Kernel.LINEAR:
-            notes = None if kept is None else []
-            for here, part in rows_linear.linear_rows(q, k, v, rows, notes):
-                mine_out.index_copy_(0, rows[here], part.to(out.dtype))
-        else:
-            part, notes = softmax_rows(take(q, rows), k, v, rows + (k.shape[1] - q.shape[1]), local)
-            mine_out.index_copy_(0, rows, part.transpose(0, 1))
+def _forward_steps(
+    problem: RoutedProblem, out: Tensor, kept: list[list[Kept]] | None
+) -> Steps[None]:
+    """Write the rows of every sequence to out [B, Tq, H, Dh]."""
+    for row, one in enumerate(problem.sequences()):
         if kept is not None:
-            kept.append(Kept(group, notes))
+            kept.append([])
+        for group in _groups(one):
+            notes = yield from _group_forward(one, group, out[row, :, group.heads], kept is None)
+            if kept is not None:
+                kept[row].append(Kept(group, notes))
+
+
+def _group_forward(one: RoutedProblem, group: Gathering, out: Tensor, alone: bool) -> Steps[Any]:
+    """Write the rows of one expert and unit to out [Tq, heads, Dh]; what its backward pass needs,
+    if it is not this pass alone.
+    """
+    expert, local, rows, heads, key_heads = group
+    x, key, value = one.inputs(expert)
+    x, key, value = x[:, heads], key[:, key_heads], value[:, key_heads]
+    if alone and rows.numel() == one.q.shape[2]:  # nothing to gather
+        out[: rows.numel()] = expert(x, key, value)[0].transpose(0, 1)
+        yield
+        return None
+    q, k, v = x[0], key[0], value[0]
+    if expert.kernel is Kernel.LINEAR:
+        states: list[rows_linear.Before] | None = None if alone else []
+        for here, part in rows_linear.linear_rows(q, k, v, rows, states):
+            out.index_copy_(0, rows[here], part.to(out.dtype))
+            yield
+        return states
+    places = rows + (k.shape[1] - q.shape[1])
+    found, normaliser = yield from softmax_rows(take(q, rows), k, v, places, local)
+    out.index_copy_(0, rows, found.transpose(0, 1))
+    return normaliser
 
 
 class _Gathered(torch.autograd.Function):
@@ -213,8 +194,7 @@ class _Gathered(torch.autograd.Function):
         plain_k: Tensor | None,
     ) -> Tensor:
         kept: list[list[Kept]] = []
-        ctx.parts = _parts(problem)
-        out = _forward(problem, ctx.parts, kept)
+        out = _forward(problem, kept)
         ctx.save_for_backward(q, k, v, plain_q, plain_k, out)
         none = torch.empty(0)  # the tensors are saved apart, once
         ctx.problem = replace(problem, q=none, k=none, v=none, plain_q=none, plain_k=none)
@@ -236,14 +216,8 @@ class _Gathered(torch.autograd.Function):
         dq, dk, dv = (torch.zeros_like(x, dtype=widen(x[:0]).dtype) for x in (q, k, v))
         dplain_q = dq if plain_q is None else torch.zeros_like(plain_q, dtype=dq.dtype)
         dplain_k = dk if plain_k is None else torch.zeros_like(plain_k, dtype=dk.dtype)
-        pieces = []
-        shares = _shares(problem, ctx.parts)
-        for (b, heads, keys, part), notes in zip(shares, ctx.kept, strict=True):
-            targets = Targets(dq[b, heads], dk[b, keys], dv[b, keys], dplain_q[b, heads],
-                              dplain_k[b, keys])  # fmt: skip
-            found = out[b, heads], gradients[0][b, heads]
-            pieces.append(partial(_share_backward, part, notes, *found, targets))
-        in_threads(pieces)
+        targets = dq, dk, dv, dplain_q, dplain_k
+        run(_backward_steps(problem, ctx.kept, out, gradients[0], targets))
         return (
             None,
             dq.to(q.dtype),
@@ -254,19 +228,32 @@ class _Gathered(torch.autograd.Function):
         )
 
 
-def _share_backward(
-    one: RoutedProblem, kept: list[Kept], out: Tensor, dout: Tensor, targets: Targets
-) -> None:
-    """Add the gradients of one share; out, dout and the targets are of its sequence and heads."""
+def _backward_steps(
+    problem: RoutedProblem,
+    kept: list[list[Kept]],
+    out: Tensor,
+    dout: Tensor,
+    targets: tuple[Tensor, ...],
+) -> Steps[None]:
+    """Add the gradients of every sequence to those of q, k, v, plain_q and plain_k."""
+    for row, (one, notes) in enumerate(zip(problem.sequences(), kept, strict=True)):
+        mine = Targets(*(x[row] for x in targets))
+        for group in notes:
+            yield from _group_backward(one, group, out[row], dout[row], mine)
+
+
+def _group_backward(
+    one: RoutedProblem, kept: Kept, out: Tensor, dout: Tensor, targets: Targets
+) -> Steps[None]:
+    """Add the gradients of one expert and unit; out, dout and the targets are of its sequence."""
+    (expert, local, rows, heads, key_heads), notes = kept
     queries, keys = slice(0, one.q.shape[2]), slice(0, one.k.shape[2])
     dq, dk, dv, dplain_q, dplain_k = targets
-    for (expert, local, rows, heads, key_heads), notes in kept:
-        to_q, to_k = (dq, dk) if expert.rotary else (dplain_q, dplain_k)
-        mine = to_q[heads, queries], to_k[key_heads, keys], dv[key_heads, keys]
-        x, key, value = (x[0] for x in one.inputs(expert))
-        own = x[heads], key[key_heads], value[key_heads]
-        sides = *own, rows, notes, out[heads], dout[heads]
-        if expert.kernel is Kernel.LINEAR:
-            rows_linear.linear_rows_backward(*sides, *mine)
-        else:
-            softmax_rows_backward(*sides, local, *mine)
+    to_q, to_k = (dq, dk) if expert.rotary else (dplain_q, dplain_k)
+    mine = to_q[heads, queries], to_k[key_heads, keys], dv[key_heads, keys]
+    x, key, value = (x[0] for x in one.inputs(expert))
+    sides = x[heads], key[key_heads], value[key_heads], rows, notes, out[heads], dout[heads]
+    if expert.kernel is Kernel.LINEAR:
+        yield from rows_linear.linear_rows_backward(*sides, *mine)
+    else:
+        yield from softmax_rows_backward(*sides, local, *mine)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bayes_router.attention.kernels import capability
 from bayes_router.attention.kernels.eager.band import MIN_BLOCK, banded
 from bayes_router.attention.kernels.eager.rows_softmax import softmax_rows
+from bayes_router.attention.kernels.eager.threads import run
 from bayes_router.attention.kernels.triton.operators import local_attention
 from bayes_router.attention.shapes import ExpertShape
 from bayes_router.integrations.calls.call import AttentionCall
@@ -240,7 +241,8 @@ class LocalExpert(SoftmaxExpert):
         shape, positions = self.shape._replace(sinks=self.sinks), torch.arange(call.q.shape[2])
         q = call.q * (call.scaling * call.q.shape[3] ** 0.5)  # tiles divide by sqrt(Dh)
         rows = [
-            softmax_rows(*one, positions, shape)[0] for one in zip(q, call.k, call.v, strict=True)
+            run(softmax_rows(*one, positions, shape))[0]
+            for one in zip(q, call.k, call.v, strict=True)
         ]
         return torch.stack(rows) if len(rows) > 1 else rows[0][None]
 

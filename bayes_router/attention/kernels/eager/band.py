@@ -1,15 +1,12 @@
 """Softmax attention inside a band, in blocks of queries."""
 
-from functools import partial
-from itertools import product
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from bayes_router.attention.kernels.eager.fused import fused_attention
-from bayes_router.attention.kernels.eager.threads import in_threads, parts_of
-from bayes_router.attention.shapes import repeat_heads, unit_heads
+from bayes_router.attention.kernels.eager.threads import Steps, run
+from bayes_router.attention.shapes import repeat_heads
 
 MIN_BLOCK = 64
 
@@ -55,32 +52,27 @@ def by_blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """`banded` one block of half a window after another, over views of the keys that it sees.
 
     Nothing is copied and two keys in three are seen, where the blocks of `banded` see one in two;
-    the first queries, before which nothing is hidden, are one causal call. Key heads are shared
-    between threads of ours.
+    the first queries, before which nothing is hidden, are one causal call.
     """
-    (B, H, Tq, _), Hkv, Dv = q.shape, k.shape[1], v.shape[3]
+    (B, H, Tq, _), Dv = q.shape, v.shape[3]
     out = q.new_empty(B, Tq, H, Dv).transpose(1, 2)
     # a query of a block sees the keys that stand up to a window before it
     block = window // 2
     ahead = torch.arange(block + window - 1, device=q.device)
     ahead = ahead - torch.arange(block, device=q.device)[:, None]
     mask = q.new_zeros(ahead.shape).masked_fill((ahead < 0) | (ahead >= window), -torch.inf)
-    pieces = []
-    for text, (heads, keys) in product(range(B), unit_heads(parts_of(Hkv, B), H, Hkv)):
-        row = slice(text, text + 1)
-        mine = q[row, heads], out[row, heads], k[row, keys], v[row, keys]
-        pieces.append(partial(_blocks, *mine, mask, window))
-    in_threads(pieces)
+    run(_blocks(q, out, k, v, mask, window))
     return out
 
 
-def _blocks(q: Tensor, out: Tensor, k: Tensor, v: Tensor, mask: Tensor, window: int) -> None:
-    """Write local attention of some heads to `out`."""
+def _blocks(q: Tensor, out: Tensor, k: Tensor, v: Tensor, mask: Tensor, window: int) -> Steps[None]:
+    """Write local attention to `out`."""
     Tq, past, block = q.shape[2], k.shape[2] - q.shape[2], len(mask)
     grouped, begun = k.shape[1] != q.shape[1], min(window, Tq) if past == 0 else 0
     if begun:
         first = (x[:, :, :begun] for x in (q, k, v))
         out[:, :, :begun] = fused_attention(*first, is_causal=True, enable_gqa=grouped)
+        yield
     for start in range(begun, Tq, block):
         stop, from_key = min(start + block, Tq), past + start - window + 1
         hidden = max(-from_key, 0)
@@ -89,3 +81,4 @@ def _blocks(q: Tensor, out: Tensor, k: Tensor, v: Tensor, mask: Tensor, window: 
         out[:, :, start:stop] = fused_attention(
             q[:, :, start:stop], k[:, :, keys], v[:, :, keys], attn_mask=seen, enable_gqa=grouped
         )
+        yield

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bayes_router.attention.kernels.eager.chunks import EPSILON
+from bayes_router.attention.kernels.eager.threads import Steps
 from bayes_router.attention.shapes import widen
 
 CHUNK = 128  # positions between two states
@@ -105,7 +106,7 @@ def linear_rows(
 def linear_rows_backward(
     q: Tensor, k: Tensor, v: Tensor, rows: Tensor, states: list[Before], out: Tensor, dout: Tensor,
     dq: Tensor, dk: Tensor, dv: Tensor,
-) -> None:  # fmt: skip
+) -> Steps[None]:  # fmt: skip
     """Add the gradients of plain `attend` for `rows` of q [H, Tq, Dh] to dq, dk and dv.
 
     out and dout are the whole sequence's.
@@ -148,6 +149,7 @@ def linear_rows_backward(
             if own is not None:
                 dk[:, span.keys] += own[0].mul_(chunk.keys.clamp(max=1))
                 dv[:, span.keys] += own[1]
+            yield
 
 
 def _read_backward(

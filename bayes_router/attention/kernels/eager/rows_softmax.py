@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bayes_router.attention.kernels.eager.rows_linear import add_rows, take
+from bayes_router.attention.kernels.eager.threads import Steps
 from bayes_router.attention.shapes import ExpertShape, widen
 
 ROWS = 192  # packed queries in a tile with a mask
@@ -107,8 +108,8 @@ def _shifted(line: Tensor, width: int) -> Tensor:
 
 def softmax_rows(
     queries: Tensor, k: Tensor, v: Tensor, positions: Tensor, local: ExpertShape | None
-) -> tuple[Tensor, Tensor]:
-    """Full or local attention of gathered queries [H, n, Dh].
+) -> Steps[tuple[Tensor, Tensor]]:
+    """Full or local attention of gathered queries [H, n, Dh], tile by tile.
 
     (output, log of the softmax normaliser [H, n]).
     """
@@ -133,6 +134,7 @@ def softmax_rows(
             lse = torch.logaddexp(before, lse)
         out[:, here] = found
         normaliser[:, here] = lse
+        yield
     return out, normaliser
 
 
@@ -140,8 +142,8 @@ def softmax_rows_backward(
     q: Tensor, k: Tensor, v: Tensor, rows: Tensor, lse: Tensor, out: Tensor, dout: Tensor,
     local: ExpertShape | None,
     dq: Tensor, dk: Tensor, dv: Tensor,
-) -> None:  # fmt: skip
-    """Add the gradients of `softmax_rows` at `rows` of q to dq, dk and dv.
+) -> Steps[None]:  # fmt: skip
+    """Add the gradients of `softmax_rows` at `rows` of q to dq, dk and dv, tile by tile.
 
     out and dout are those of the whole sequence.
 
@@ -164,6 +166,7 @@ def softmax_rows_backward(
             dk[:, keys] += found[1]
             dv[:, keys] += found[2]
         add_rows(dq, rows[here], found_q)
+        yield
 
 
 def _fused(x: Tensor) -> bool:

@@ -1,61 +1,124 @@
-"""Pieces of work on threads of ours, each of which computes alone.
+"""Work in steps, on as many threads of torch as run undisturbed.
 
-An operator of torch that is shared between threads waits for the last of them at its end, spinning.
-Where another process has one of the cores, every one of thousands of small operators waits for a
-thread that does not run: ten times the time of one thread alone. Here a thread takes whole pieces,
-nothing inside of which is shared, and they meet once.
+An operator that is shared between threads ends when the last of them does, and the others wait,
+spinning. Where another process has one of the cores, each of thousands of small operators waits for
+a thread that does not run: many times the time of one thread alone. How often the system took a
+core from this process is one cheap call. Where that is often, work goes on with half the threads,
+between two operators of the same pass; after a while of quiet it tries twice as many.
 """
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache, partial
+from functools import partial
+from typing import TypeVar
 
 import torch
 
-PIECES = 2  # of work for a thread, for some end before others
+try:
+    import resource
+except ImportError:  # not a POSIX system, which does not say either
+    resource = None  # type: ignore[assignment]
+
+OFTEN, WITHIN = 2, 0.05
+"""Times that this process is preempted in so many seconds, from which on threads disturb: on a
+machine with nothing else to do it is less, beside one busy process 10 and more (Linux)."""
+QUIET, LONGEST = 0.25, 4.0
+"""Seconds without that until more threads are tried, at first and at most: each try that fails
+doubles them."""
+Returned = TypeVar("Returned")
+Steps = Generator[None, None, Returned]
+"""Work that may go on in another thread wherever it yields."""
 
 
-def parts_of(key_heads: int, texts: int, fits: Callable[[int], bool] = lambda n: True) -> int:
-    """Into how many parts the key heads of each of so many texts are cut, so that every thread has
-    work: a number that divides them, and `fits`.
+def preemptions() -> int:
+    """How often the system took a core from a thread of this process that wanted to go on."""
+    return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+class Load:
+    """How many threads run undisturbed, by the system's count of preemptions."""
+
+    def __init__(
+        self,
+        preempted: Callable[[], int] = preemptions,
+        now: Callable[[], float] = time.monotonic,
+    ):
+        self._preempted, self._now = preempted, now
+        self._since, self._seen = now(), preempted()
+        self._halved, self._tried, self._quiet, self._until = 0, False, QUIET, 0.0
+
+    def threads(self, most: int) -> int:
+        """Of at most so many, the number to work with now."""
+        now, seen = self._now(), self._preempted()
+        passed = now - self._since
+        often = seen - self._seen >= OFTEN * max(passed / WITHIN, 1.0)
+        if often or passed > WITHIN or now > self._until:
+            self._since, self._seen = now, seen
+        if often:
+            self._halved = min(self._halved + 1, most.bit_length() - 1)
+            self._quiet = min(2 * self._quiet, LONGEST) if self._tried else self._quiet
+            self._tried, self._until = False, now + self._quiet
+        elif now > self._until:
+            self._quiet = self._quiet if self._halved else QUIET
+            self._tried, self._halved = self._halved > 0, max(self._halved - 1, 0)
+            self._until = now + self._quiet
+        return max(most >> self._halved, 1)
+
+
+LOAD = Load()
+_HERE = threading.local()
+
+
+def run(steps: Steps[Returned]) -> Returned:
+    """Take all steps: in this thread, or where it is disturbed in one that torch gives fewer.
+
+    In this thread too where torch may use one alone, is traced or watched, and inside other steps.
+    Grad mode, inference mode and autocast are the caller's; so are errors. What the steps return.
     """
-    threads = torch.get_num_threads()
-    wanted = max(-(-PIECES * threads // max(texts, 1)), 1) if threads > 1 else 1
-    numbers = (n for n in range(1, key_heads + 1) if key_heads % n == 0 and fits(n))
-    return max(n for n in numbers if n <= wanted)
-
-
-@lru_cache(maxsize=4)
-def pool_of(threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads that torch leaves alone; of a process, for a fork has none of its parent's."""
-    pool = ThreadPoolExecutor(threads, "bayes-router", _alone)
-    number, all_begun = torch.get_num_threads(), threading.Barrier(threads)
-    # a setting of torch's own is for threads to come as well: it is put back when all have begun
-    list(pool.map(lambda _: all_begun.wait(), range(threads)))
-    torch.set_num_threads(number)
-    return pool
-
-
-def _alone() -> None:
-    torch.get_num_threads()  # first, for it would take the setting of the process
-    torch.set_num_threads(1)
-
-
-def in_threads(pieces: Sequence[Callable[[], None]]) -> None:
-    """Run the pieces, which write to different places; errors are those of the first that fails.
-
-    In the calling thread, one by one, where torch may use one thread, is traced or watched. Grad
-    mode, inference mode and autocast are the caller's.
-    """
-    threads = min(torch.get_num_threads(), len(pieces))
+    most = torch.get_num_threads()
     watched = torch._C._len_torch_dispatch_stack() > 0  # a mode sees its own thread alone
-    if threads < 2 or watched or torch.compiler.is_compiling():
-        for piece in pieces:
-            piece()
-        return
+    if most < 2 or watched or torch.compiler.is_compiling() or getattr(_HERE, "runs", False):
+        return _rest(steps)
+    _HERE.runs = True
+    try:
+        while True:
+            number = LOAD.threads(most)
+            some = partial(_some, steps, number, most)
+            done = some() if number == most else _with(number, some)
+            if done:
+                return done[0]
+    finally:
+        _HERE.runs = False
+
+
+def _rest(steps: Steps[Returned]) -> Returned:
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            found: Returned = end.value
+            return found
+
+
+def _some(steps: Steps[Returned], number: int, most: int) -> list[Returned]:
+    """Take steps for as long as this is the number of threads to take; what they return at their
+    end.
+    """
+    try:
+        next(steps)
+        while LOAD.threads(most) == number:
+            next(steps)
+    except StopIteration as end:
+        return [end.value]
+    return []
+
+
+def _with(number: int, call: Callable[[], Returned]) -> Returned:
+    """Call in a thread of the calling one's own, to which torch gives so many."""
     modes = partial(
         _modes,
         torch.is_grad_enabled(),
@@ -64,11 +127,30 @@ def in_threads(pieces: Sequence[Callable[[], None]]) -> None:
         torch.get_autocast_dtype("cpu"),
     )
 
-    def run(piece: Callable[[], None]) -> None:
+    def here() -> Returned:
+        _HERE.runs = True
         with modes():
-            piece()
+            return call()
 
-    list(pool_of(torch.get_num_threads(), os.getpid()).map(run, pieces))
+    return _worker(number).submit(here).result()
+
+
+def _worker(number: int) -> ThreadPoolExecutor:
+    """A thread with so many of torch's; a fork has none of its parent's."""
+    known = _HERE.__dict__.setdefault("workers", {})
+    name = number, os.getpid()
+    if name not in known:
+        pool = known[name] = ThreadPoolExecutor(1, "bayes-router", partial(_given, number))
+        before = torch.get_num_threads()
+        pool.submit(int).result()
+        torch.set_num_threads(before)  # a setting of torch's own is for threads to come as well
+    worker: ThreadPoolExecutor = known[name]
+    return worker
+
+
+def _given(number: int) -> None:
+    torch.get_num_threads()  # first, for it would take the setting of the process
+    torch.set_num_threads(number)
 
 
 @contextmanager
