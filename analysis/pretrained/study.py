@@ -1,4 +1,4 @@
-"""Routes SmolLM2-135M by token and query head.
+"""Routes SmolLM2-135M, or another decoder, by token and query head.
 
 Fits, rivals at equal executed cost, texts and retrieval.
 
@@ -7,7 +7,8 @@ Fits, rivals at equal executed cost, texts and retrieval.
 
 MODEL is the folder of the checkpoint; TOKENS.npz is written by `analysis.pretrained.texts`. NAME is
 one of `CONTENDERS`. Read by `analysis.pretrained.reading`; `analysis.pretrained.table` prints what
-RESULTS.csv holds.
+RESULTS.csv holds. Of a model some of whose layers have a window of their own (Gemma 3, see
+`analysis.pretrained.cut_vocabulary`) only the others are routed, and costs are theirs alone.
 """
 
 import argparse
@@ -62,6 +63,13 @@ def haystack(model: Path, stream: TokenStream) -> Haystack:
     return Haystack(encode, ids, words)
 
 
+def whole_layers(model: Any) -> tuple[int, ...] | None:
+    """The layers that see all keys, where others see a window of their own; else None, all."""
+    kinds = getattr(model.config, "layer_types", None) or []
+    whole = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
+    return whole if len(whole) < len(kinds) else None
+
+
 def fit(model: Any, texts: Mixture, contender: str, args: argparse.Namespace) -> RoutedPretrained:
     """The contender, fitted."""
     unit, by_token = CONTENDERS[contender]
@@ -76,6 +84,7 @@ def fit(model: Any, texts: Mixture, contender: str, args: argparse.Namespace) ->
         experts=("full", "local"),
         route_by=unit,
         prior=prior,
+        layers=whole_layers(model),
         context=max(contexts),
         controller_hidden=0,
     )
