@@ -207,10 +207,10 @@ def test_padding_and_starts(backend: Backend, sinks: int) -> None:
 
 
 def test_two_streams_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Full attention beside the other experts, as in long texts, eager and from a graph."""
-    from bayes_router.attention.kernels.triton import launch_forward
+    """Full attention beside the other experts, as in long texts: gradients, eager, from a graph."""
+    from bayes_router.attention.kernels.triton import call
 
-    monkeypatch.setattr(launch_forward, "BESIDE", 0)
+    monkeypatch.setattr(call, "BESIDE", 0)
     for route in ("independent", "full", "clustered"):
         compare(draw(2, 4, 2, 1537, 64, route, shared=True), TRITON)
     problem = draw(1, 4, 2, 3000, 64, "independent", units=4)
