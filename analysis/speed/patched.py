@@ -111,16 +111,15 @@ def work(args: argparse.Namespace, end: float, jobs: Jobs) -> None:
         sys.exit("nothing is reported, these differ: " + "; ".join(wrong))
     facts = {"device": device_name(args.device), "torch": torch.__version__, "card": jobs.number}
     rows = Rows(jobs.table(), facts, resume=True)  # what is read stays, whatever happens
-    bench, shape, models = Turns(rows, args.turns, args.device), "", None
+    bench, models = Turns(rows, args.turns, args.device), dict[str, Models]()
     for group in sorted(groups(args), key=lambda group: worth(group, args)):
         if time.monotonic() > end or not jobs.take("-".join(map(str, group)).replace(" ", "")):
             continue
         try:
-            if models is None or shape != group.shape:
-                shape, models = group.shape, None  # the last ones go before others come
-                pair = (build(shape, None, args.device, torch.bfloat16) for _ in range(2))
-                models = Models(*pair)
-            READ[group.what](bench, models, group._asdict(), args)
+            if group.shape not in models:
+                pair = (build(group.shape, None, args.device, torch.bfloat16) for _ in range(2))
+                models[group.shape] = Models(*pair)
+            READ[group.what](bench, models[group.shape], group._asdict(), args)
         except Exception:
             print(f"card {jobs.number} stops at {group}:\n{traceback.format_exc()}", flush=True)
             return
