@@ -28,6 +28,10 @@ def test_calls_are_replayed_as_they_would_be_called() -> None:
         torch.testing.assert_close(found, expected[:, :length], rtol=1e-4, atol=1e-4)
         taken = router.last.executed
         assert all(torch.equal(taken[i], x[:, :length]) for i, x in routes.items())
+    grown = model(ids[:, :290]).past_key_values
+    model(ids[:, :290].flip(1))  # writes over what the graph read, not over what it answered
+    found = model(ids[:, 290:], past_key_values=grown).logits
+    torch.testing.assert_close(found, expected[:, 290:], rtol=1e-4, atol=1e-4)
     cache = StaticCache(config=model.config, max_cache_len=320)
     model(ids[:, :290], past_key_values=cache)
     for t in range(290, 296):

@@ -273,3 +273,19 @@ def test_a_growing_cache_given_empty_is_filled(anywhere: None) -> None:
     close(cache.layers[1].keys, expected)
     model(ids.flip(1), past_key_values=DynamicCache(config=model.config))
     close(cache.layers[1].keys, expected)  # a later replay leaves it alone
+
+
+@torch.no_grad()
+def test_without_a_store_the_keys_are_those_of_the_pass(anywhere: None) -> None:
+    """Nothing is copied to a static cache, so that no step can follow."""
+    model, _ = model_and_router()
+    ids = tokens(1, 40)
+    wanted = model(ids).past_key_values
+    graphs = engine.Graphs(model, 64, bucket=16, stored=False)
+    graphs.prefill(ids)
+    for layer, (key, value) in zip(wanted.layers, graphs.keys, strict=True):
+        close(key[:, :, :40], layer.keys)
+        close(value[:, :, :40], layer.values)
+    assert not any(layer.is_initialized for layer in graphs.cache.layers)
+    with pytest.raises(ValueError, match="step"):
+        graphs.step(ids[:, :1])
