@@ -26,7 +26,7 @@ from bayes_router.attention.hard.problem import RoutedProblem
 from bayes_router.attention.kernels.eager import rows_linear
 from bayes_router.attention.kernels.eager.rows_linear import take
 from bayes_router.attention.kernels.eager.rows_softmax import softmax_rows, softmax_rows_backward
-from bayes_router.attention.kernels.eager.threads import Steps, run
+from bayes_router.attention.kernels.eager.threads import Steps, rest, run
 from bayes_router.attention.shapes import ExpertShape, unit_heads, widen
 
 
@@ -139,7 +139,7 @@ def _forward(problem: RoutedProblem, kept: list[list[Kept]] | None) -> Tensor:
     """
     B, H, Tq, Dh = problem.q.shape
     out = problem.q.new_zeros(B, Tq, H, Dh)
-    run(_forward_steps(problem, out, kept))
+    (run if kept is None else rest)(_forward_steps(problem, out, kept))
     return out.transpose(1, 2)
 
 
@@ -217,7 +217,7 @@ class _Gathered(torch.autograd.Function):
         dplain_q = dq if plain_q is None else torch.zeros_like(plain_q, dtype=dq.dtype)
         dplain_k = dk if plain_k is None else torch.zeros_like(plain_k, dtype=dk.dtype)
         targets = dq, dk, dv, dplain_q, dplain_k
-        run(_backward_steps(problem, ctx.kept, out, gradients[0], targets))
+        rest(_backward_steps(problem, ctx.kept, out, gradients[0], targets))
         return (
             None,
             dq.to(q.dtype),

@@ -77,12 +77,14 @@ def run(steps: Steps[Returned]) -> Returned:
     """Take all steps: in this thread, or where it is disturbed in one that torch gives fewer.
 
     In this thread too where torch may use one alone, is traced or watched, and inside other steps.
-    Grad mode, inference mode and autocast are the caller's; so are errors. What the steps return.
+    Inference mode and autocast are the caller's; so are errors. Some products round otherwise by
+    another number of threads, so that a pass for gradients, which has to be repeated to the bit,
+    calls `rest`. What the steps return.
     """
     most = torch.get_num_threads()
     watched = torch._C._len_torch_dispatch_stack() > 0  # a mode sees its own thread alone
     if most < 2 or watched or torch.compiler.is_compiling() or getattr(_HERE, "runs", False):
-        return _rest(steps)
+        return rest(steps)
     _HERE.runs = True
     try:
         while True:
@@ -95,7 +97,8 @@ def run(steps: Steps[Returned]) -> Returned:
         _HERE.runs = False
 
 
-def _rest(steps: Steps[Returned]) -> Returned:
+def rest(steps: Steps[Returned]) -> Returned:
+    """Take all steps in this thread."""
     while True:
         try:
             next(steps)
