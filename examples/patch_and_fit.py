@@ -48,7 +48,7 @@ def main(steps=50, budget=0.5):
     prompt = text[None, :40]
     with torch.no_grad():
         before = model(prompt).logits
-    for layer, statistics in enumerate(router.statistics()):
+    for layer, statistics in enumerate(router.statistics(tokens=prompt)):
         print(f"layer {layer}: {statistics}")
     with tempfile.TemporaryDirectory() as folder:
         router.save_pretrained(folder)

@@ -36,7 +36,8 @@ def main(steps=30):
         objective.backward()
         optimiser.step()
         losses.append(float(loss.detach()))
-    print(f"loss {losses[0]:.3f} to {losses[-1]:.3f}; executed {router.statistics()[0]}")
+    how = router.statistics(tokens=window)[0]
+    print(f"loss {losses[0]:.3f} to {losses[-1]:.3f}; executed {how}")
     model.eval()
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         before = model(text[None, :40]).logits

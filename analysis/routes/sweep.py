@@ -184,6 +184,7 @@ def main() -> None:
         "nll_hard",
         "cost_paper",
         "route_information",
+        "context_information",
         "kl",
         "load",
         "seconds",

@@ -70,8 +70,10 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
         "cost_paper",
         "cost_flops",
         "route_information",
+        "context_information",
         "routing_entropy",
     ]
+    frame = frame.reindex(columns=[*frame, *(c for c in columns if c not in frame)])
     groups = frame.groupby(["corpus", "context", "contender"])
     table = groups[columns].mean().join(groups["nll_hard"].agg(n="count", se="sem"))
     return table.reset_index().sort_values(["corpus", "context", "nll_hard"])
@@ -85,18 +87,23 @@ def markdown(table: pd.DataFrame) -> str:
             f"{corpus}, context {context}",
             "",
             "| contender | n | nll HARD | SE | nll MEAN | cost (paper) | cost (FLOPs) | route "
-            "information |",
-            "|---|---|---|---|---|---|---|---|",
+            "information | of context |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         for row in group.to_dict("records"):
             parts.append(
                 f"| {row['contender']} | {row['n']} | {row['nll_hard']:.4f} | {row['se']:.4f} | "
                 f"{row['nll_mean']:.4f} "
                 f"| {row['cost_paper']:.3f} | {row['cost_flops']:.3f} | "
-                f"{abs(row['route_information']):.3f} |"
+                f"{abs(row['route_information']):.3f} | {_known(row['context_information'])} |"
             )
         parts.append("")
     return "\n".join(parts)
+
+
+def _known(nats: float) -> str:
+    """Rows of before did not read it."""
+    return "not read" if nats != nats else f"{abs(nats):.3f}"
 
 
 def main() -> None:

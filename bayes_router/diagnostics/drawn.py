@@ -98,7 +98,7 @@ def figures(examined: Examination, shown: ShownText, quick: bool) -> list[dict[s
 
 
 def _of_units(units: pd.DataFrame, run: FittedRun) -> list[tuple[str, str, Callable[[], Axes]]]:
-    """Heat maps, layer by unit, of the load of the costliest expert and of route information."""
+    """Heat maps, layer by unit: load of the costliest expert, information, and evidence."""
     dearest = run.experts[int(torch.as_tensor(run.prior.cost_ratio).argmax())]
     load, information = f"load {dearest}", "route_information"
     return [
@@ -107,6 +107,10 @@ def _of_units(units: pd.DataFrame, run: FittedRun) -> list[tuple[str, str, Calla
         ("What the token decides",
             ("Route information: 0 where a unit takes one route whatever " "the token."),
          lambda: posterior_plots.plot_units(units, information, "nats")),
+        ("What the context decides", "Of that, what the token's identity does not tell.",
+         lambda: posterior_plots.plot_units(units, "context_information", "nats")),
+        ("Evidence of each head", "Mean total concentration of the posteriors.",
+         lambda: posterior_plots.plot_units(units, "total_concentration", "observations")),
     ]  # fmt: skip
 
 

@@ -103,6 +103,8 @@ def heat(examined: Examination) -> list[dict[str, Any]]:
     shape = (len(examined.collapse.layers()), -1)
     names = {f"load {name}": f"share of tokens on {name}" for name in examined.run.experts}
     names["route_information"] = "route information, nats: 0 where no token moves the route"
+    names["context_information"] = "what of it the token's identity does not tell, nats"
+    names["total_concentration"] = "evidence: mean total concentration of the posteriors"
     return [
         {
             "name": column.replace("_", " "),

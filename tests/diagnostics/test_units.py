@@ -49,6 +49,8 @@ def test_a_layer_is_the_mean_of_its_units_and_its_kl_their_sum():
     row = units[(units["layer"] == 1) & (units["unit"] == 2)].iloc[0]
     assert row["load full"] == pytest.approx(alone[2]["load full"][1])
     assert row["route_information"] == pytest.approx(alone[2]["route_information"][1])
+    total = q[1, :, :, 2].sum(-1).mean()  # the evidence that its routes rest on
+    assert row["total_concentration"] == pytest.approx(float(total), rel=1e-6)
 
 
 def test_a_layer_has_not_collapsed_while_one_of_its_units_moves():

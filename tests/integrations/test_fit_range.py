@@ -210,7 +210,7 @@ def test_a_graph_is_for_cuda() -> None:
         router.fit(TEXT, steps=1, **RANGE, graph=True, progress=False)
 
 
-def test_a_fit_holds_a_budget_in_bytes() -> None:
+def test_a_fit_holds_a_budget_in_bytes_and_says_so(tmp_path: Path) -> None:
     """A key head reads the most that one of its query heads does: dearer than in FLOPs."""
     _, router = ranged(route_by="head")
     first = {}
@@ -220,6 +220,13 @@ def test_a_fit_holds_a_budget_in_bytes() -> None:
     assert first["bytes"]["cost"] > first["flops"]["cost"]
     below = RANGE | {"budget": (0.25, 0.9)}  # between a local token's bytes and its FLOPs
     router.fit(TEXT, steps=1, **below, by="bytes", progress=False)
+    router.save(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "| budget (executed cost in bytes of the cache that a decoding step reads, full" in card
+    assert "FLOPs" not in card
+    again = tiny("llama")
+    assert load_patch(again, tmp_path).fitted.by == "bytes"
+    _, router = ranged(route_by="head")
     with pytest.raises(ValueError, match="budget: expected a range above 0.356"):
         router.fit(TEXT, steps=1, **below, progress=False)
     units = router.config.num_units

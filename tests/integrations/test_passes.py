@@ -18,11 +18,13 @@ from torch.utils.checkpoint import checkpoint
 
 from bayes_router.integrations.patch.passes import Here
 from bayes_router.integrations.patching import patch
+from bayes_router.routing.information import context_information
+from bayes_router.routing.posterior import posterior_mean
 from bayes_router.routing.watch import inputs_of
 from bayes_router.transformer.fused import called, watched
 from bayes_router.types import RoutingMode
 from tests.integrations.test_torch_attention import draw, encoder, scatter
-from tests.integrations.tiny_models import patched, tiny, tokens
+from tests.integrations.tiny_models import left_padded, patched, tiny, tokens
 
 
 def routed_encoder(**settings: Any) -> tuple[nn.TransformerEncoder, Any]:
@@ -256,3 +258,15 @@ def test_a_watched_controller_is_called_and_no_text_is_left_to_full() -> None:
         with layer.register_forward_hook(lambda *_: None):
             assert watched(layer) and not router.executes and called(layer)
         assert router.executes and not called(layer)
+
+
+def test_statistics_tell_the_context_of_real_tokens_alone() -> None:
+    model, router = patched("llama", experts=("full", "local"))
+    ids, mask, _ = left_padded()
+    model(ids, attention_mask=mask)
+    real, q = mask.bool(), router.last.concentration
+    for layer, one in enumerate(router.statistics(tokens=ids)):
+        mean = posterior_mean(q[layer][:, :, 0][real])
+        expected = context_information(ids[real], mean)
+        assert one.context_information == pytest.approx(float(expected), abs=1e-6)
+        assert one.context_information < one.route_information

@@ -52,7 +52,10 @@ def test_its_card_says_loss_and_cost_of_the_end_of_the_fit(tmp_path: Path) -> No
     router.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     last = frame.tail(5)
-    for name, words in (("nll", "loss, nats per token"), ("cost", "executed cost, full")):
+    for name, words in (
+        ("nll", "loss, nats per token"),
+        ("cost", "executed cost in FLOPs of attention, full"),
+    ):
         said = f"| {last[name].mean():.4f} +- {last[name].sem():.4f} |"
         assert any(words in row and said in row for row in card.splitlines()), (words, said)
     assert "(the last 5 steps of the fit, on its own text)" in card

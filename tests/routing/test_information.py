@@ -7,6 +7,7 @@ import torch
 
 from bayes_router.routing.information import ByToken, context_information
 from bayes_router.routing.posterior import categorical_entropy, route_information
+from bayes_router.routing.statistics import routing_statistics
 
 
 def planted(share: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,3 +56,16 @@ def test_parts_of_a_text_are_as_the_whole() -> None:
         at = (tokens == token).flatten()
         direct += at.sum() / 150 * categorical_entropy(whole[:, :, at].mean(2))
     torch.testing.assert_close(seen.entropy(), direct)
+
+
+@pytest.mark.parametrize("units", [1, 2])
+def test_statistics_of_a_batch_say_what_is_of_the_context(units: int) -> None:
+    tokens, p = planted(1.0)
+    given = tokens.view(4, -1)
+    q = (1000 * p + 1e-6).view(4, -1, 1, 2).expand(-1, -1, units, -1)
+    choice, costs = q.argmax(-1), torch.tensor([1.0, 0.2])
+    known = routing_statistics(q, choice, costs, ["full", "local"], given)
+    assert known.context_information == pytest.approx(math.log(2) / 2, abs=1e-5)
+    assert "information 0.693 nats, 0.347 of it of context;" in repr(known)
+    unknown = routing_statistics(q, choice, costs, ["full", "local"])
+    assert unknown.context_information is None and "of context" not in repr(unknown)

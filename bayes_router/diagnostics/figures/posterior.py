@@ -28,6 +28,7 @@ LABELS = {
     "cost": "attention cost of the mean route (full = 1)",
     "effective_experts": "effective number of experts",
     "route_information": "route information (nats)",
+    "context_information": "of context (nats)",
     "kl": "KL to the prior (nats per token)",
     "largest_load": "largest share of tokens",
 }

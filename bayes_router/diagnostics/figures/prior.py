@@ -111,7 +111,7 @@ def plot_sweep(frame: pd.DataFrame, knob: str, quantity: str, ax: Axes | None = 
     Mean over seeds, bars of one standard error.
 
     `quantity` is "posterior_cost" (with the executed and the prior's cost beside it), "nll"
-    (executed and mean) or "route_information".
+    (executed and mean) or "route_information" (and what of it is of the context).
     """
     ax = ax or plt.subplots(figsize=(4, 3))[1]
     lines = {
@@ -121,7 +121,7 @@ def plot_sweep(frame: pd.DataFrame, knob: str, quantity: str, ax: Axes | None = 
             "prior": "prior_cost",
         },
         "nll": {"HARD": "nll_hard", "MEAN": "nll_mean"},
-        "route_information": {"": "route_information"},
+        "route_information": {"in all": "route_information", "of context": "context_information"},
     }
     require(quantity in lines, "quantity", f"one of {', '.join(lines)}", quantity)
     grouped = frame.groupby(knob)

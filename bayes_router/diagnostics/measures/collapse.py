@@ -3,6 +3,7 @@
 All tokens on one expert, one route for all tokens, an expert that nobody takes.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -73,6 +74,7 @@ class LayerState(NamedTuple):
     load: Sequence[float]  # [E], HARD
     route_information: float  # nats
     kl: float  # nats per token
+    context_information: float = math.nan  # nats of it that the token at hand does not tell
 
 
 class CollapseSummary:
@@ -91,6 +93,7 @@ class CollapseSummary:
         nothing = torch.zeros((), dtype=torch.float64)
         self._load, self._mean = nothing, nothing  # [L, R, E]
         self._entropy, self._kl, self._sure = nothing, nothing, nothing  # [L, R]
+        self._total = nothing  # [L, R], of the concentration
         self._by_token = ByToken()
         self._windows: list[Tensor] = []  # [L, R, E] loads of each window
 
@@ -106,6 +109,7 @@ class CollapseSummary:
         self._windows += list(taken.cpu().unbind(1))
         self._mean = self._mean + mean.sum(1)
         self._by_token.add(reading.tokens, mean.movedim(1, -2))
+        self._total = self._total + q.double().sum(-1).sum(1).cpu()
         self._entropy = self._entropy + categorical_entropy(mean).sum(1)
         self._sure = self._sure + (mean.amax(-1) > SURE_WEIGHT).double().sum(1)
         self._kl = (
@@ -153,7 +157,8 @@ class CollapseSummary:
         """One row a layer and unit.
 
         Its load on each expert, the largest, its route information and what of it the context
-        adds, in nats.
+        adds, in nats, and the mean total concentration of its posteriors: the evidence, in
+        observations, that its routes rest on.
         """
         require(self.tokens > 0, "text", "at least one token", "an empty text", "read a text first")
         load = self._load / self.tokens
@@ -166,6 +171,7 @@ class CollapseSummary:
         frame["largest_load"] = load.amax(-1).flatten().numpy()
         frame["route_information"] = self._information().flatten().numpy()
         frame["context_information"] = self._of_context().flatten().numpy()
+        frame["total_concentration"] = (self._total / self.tokens).flatten().numpy()
         return frame
 
     def verdicts(self, thresholds: CollapseThresholds | None = None) -> list[Verdict]:
@@ -177,7 +183,8 @@ class CollapseSummary:
             units = self._load[layer] / self.tokens  # [R, E]
             # a layer has collapsed where all of its units have
             widest = units[int(units.amax(-1).argmin())].tolist()
-            state = LayerState(widest, row["route_information"], row["kl"])
+            information = row["route_information"], row["context_information"]
+            state = LayerState(widest, information[0], row["kl"], information[1])
             found += layer_verdicts(state, self.experts, layer, thresholds)
         found = merged(found) or [healthy(frame, thresholds)]
         return [one._replace(basis=self._basis(one.layers)) for one in found]
@@ -286,7 +293,7 @@ def _posterior_collapse(state: LayerState, layer: int, t: CollapseThresholds) ->
         Collapse.POSTERIOR.value,
         Severity.WARNING,
         f"every token has one posterior, {where}: route information {state.route_information:.2g} "
-        f"nats "
+        f"nats{_of_it(state.context_information)} "
         f"(threshold {t.posterior_information:g}).",
         "a lower schedule.kl_weight; schedule.kl_warmup above 0 helps, a sparser prior alone does "
         "not."
@@ -298,16 +305,22 @@ def _posterior_collapse(state: LayerState, layer: int, t: CollapseThresholds) ->
     )
 
 
+def _of_it(of_context: float) -> str:
+    """What of the information is of the context, where that was read."""
+    return "" if of_context != of_context else f", {of_context:.2g} of it of context"
+
+
 def healthy(frame: pd.DataFrame, thresholds: CollapseThresholds | None = None) -> Verdict:
     """What is said of a run without a collapse."""
     t = thresholds or CollapseThresholds()
+    least = frame.iloc[int(frame["route_information"].argmin())]
     return Verdict(
         "collapse",
         Severity.GOOD,
         f"none: the largest load of a layer is {frame['largest_load'].max():.1%} (threshold "
         f"{t.routing_load:.0%}), the least "
-        f"route information {frame['route_information'].min():.2g} nats (threshold "
-        f"{t.posterior_information:g}).",
+        f"route information {least['route_information']:.2g} nats"
+        f"{_of_it(least['context_information'])} (threshold {t.posterior_information:g}).",
     )
 
 
@@ -335,7 +348,10 @@ def collapse_over_training(
     for _, row in evaluated.iterrows():
         for layer in range(num_layers):
             load = np.array([row[f"load_{layer}_{name}"] for name in experts])
-            state = LayerState(list(load), row[f"route_information_{layer}"], row[f"kl_{layer}"])
+            of_context = row.get(f"context_information_{layer}", math.nan)
+            state = LayerState(
+                list(load), row[f"route_information_{layer}"], row[f"kl_{layer}"], of_context
+            )
             rows.append(
                 {
                     "step": int(row["step"]),
@@ -345,6 +361,7 @@ def collapse_over_training(
                     ),
                     "largest_load": load.max(),
                     "route_information": state.route_information,
+                    "context_information": state.context_information,
                     "kl": state.kl,
                     "collapse": ", ".join(
                         v.topic for v in layer_verdicts(state, experts, layer, thresholds)

@@ -179,6 +179,7 @@ def record(
         settings.budget,
         str(tokenizer) if tokenizer else None,
         read=last_read(frame),
+        by=settings.by,
     )
 
 

@@ -60,8 +60,13 @@ class Accounted(Deciding):
         """The price of the prior, nats per unit of cost: where the fit ended, or as patched."""
         return self.settings.prior.price if self.fitted is None else self.fitted.price
 
-    def statistics(self, of: Pass | None = None) -> list[RoutingStatistics]:
-        """How each layer routed the real tokens of a pass, by default the last of this thread."""
+    def statistics(
+        self, of: Pass | None = None, tokens: Tensor | None = None
+    ) -> list[RoutingStatistics]:
+        """How each layer routed the real tokens of a pass, by default the last of this thread.
+
+        With the ids of its `tokens`, [B, T], also what of the information is of the context.
+        """
         routed = self._routed(of).detached()
         return [
             routing_statistics(
@@ -69,6 +74,7 @@ class Accounted(Deciding):
                 routed.tokens(i, routed.executed[i]),
                 self.layer_cost[i].to(q.device),
                 self.experts,
+                None if tokens is None else routed.tokens(i, tokens.to(q.device)),
             )
             for i, q in sorted(routed.concentration.items())
         ]

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from bayes_router.hub import LIBRARY
 from bayes_router.integrations.patch.settings import FitRecord, RouterConfig
+from bayes_router.routing.cost import CostBy
 
 
 def card(
@@ -39,10 +40,10 @@ def card(
             "fitted on": f"{fitted.tokens:,} tokens, {fitted.context} a sequence",
             "tokenizer": fitted.tokenizer or "token ids were given",
             "likelihood": fitted.likelihood,
-            "budget (executed cost, full attention = 1)": str(asked),
+            f"budget ({PAID[fitted.by]}, full attention = 1)": str(asked),
             "KL weight and price at the end": f"{fitted.kl_weight:.4g} and {fitted.price:.4g}",
         }
-        what |= _figures(fitted.read)
+        what |= _figures(fitted.read, PAID[fitted.by])
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in what.items())]
     use = [
         "```python",
@@ -56,13 +57,19 @@ def card(
     return "\n".join([*head, "---", "", *parts, ""])
 
 
-def _figures(read: Mapping[str, float]) -> dict[str, str]:
+PAID = {
+    CostBy.FLOPS.value: "executed cost in FLOPs of attention",
+    CostBy.BYTES.value: "executed cost in bytes of the cache that a decoding step reads",
+}
+
+
+def _figures(read: Mapping[str, float], paid: str) -> dict[str, str]:
     """What the end of the fit read, on its own text: loss and cost."""
     names = {
         "nll": "loss, nats per token",
         "divergence": "... of which lost against the unpatched model",
         "kl": "KL to the prior, nats per token",
-        "cost": "executed cost, full attention = 1",
+        "cost": f"{paid}, full attention = 1",
     }
     steps = f"the last {read.get('steps', 0):.0f} steps of the fit, on its own text"
     return {

@@ -10,6 +10,7 @@ from bayes_router.checks import choose, require, unknown
 from bayes_router.config import PriorConfig
 from bayes_router.hub import folder_of
 from bayes_router.integrations.calls.layer import EXPERTS
+from bayes_router.routing.cost import CostBy
 from bayes_router.types import RouteBy
 
 SETTINGS = "router.json"
@@ -176,6 +177,7 @@ class FitRecord:
         likelihood: model, text or both, see `FitSettings`.
         budget: cost at which the fit was held, or (low, high) of the range that it serves; None: at
             the prior's own price.
+        by: what the budget is over, flops or bytes, see `CostBy`.
         tokenizer: the name of the one that made the tokens; None where ids were given.
         text: `fingerprint` of what was read; () in a folder of before.
         read: what the last tenth of the steps read, by name: `nll` and, against the model's own
@@ -194,6 +196,7 @@ class FitRecord:
     tokenizer: str | None = None
     text: tuple[int, ...] = ()
     read: Mapping[str, float] = field(default_factory=dict, hash=False)
+    by: str = CostBy.FLOPS.value
 
     def __post_init__(self) -> None:
         """A range is a list in a file."""
