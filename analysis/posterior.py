@@ -11,7 +11,7 @@ stability); evidence (AUROC by token against other text, with intervals; --text 
 text); confidence (forced routes: the first half of --windows is for fitting, the last for reading);
 risk (the estimate against KL(best single expert || routed), on text that neither fit read; RUN
 keeps it); quality (a promise read on held-out windows, and how often it is kept when the windows
-are drawn anew).
+are drawn anew); guard (set on held-out windows: what it costs, other text under it, decoding).
 """
 
 import argparse
@@ -28,6 +28,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from analysis.figures import write
+from analysis.guarded_run import alternate, guard_tables
 from analysis.pretrained.uncertainty import add_options, study
 from bayes_router.data.tokens import Batch
 from bayes_router.diagnostics.examine import Effort, Examination
@@ -167,13 +168,34 @@ def uncertainty(run: FittedRun, options: argparse.Namespace) -> Written:
 def evidence(run: FittedRun, options: argparse.Namespace) -> Written:
     """Is this text like the fit's, token by token."""
     own, context = held_out(run, options.tokens), run.config.data.context
-    assert run.tokeniser is not None
-    others = other_texts(own, run.tokeniser)
-    for name, path in (text.split("=", 1) for text in options.text):
-        ids = run.tokeniser.encode(Path(path).read_bytes()[: 8 * len(own)])
-        others[name] = torch.from_numpy(ids.astype("int64"))[: len(own)]
+    others = others_of(run, own, options.text)
     table = evidence_apart(run.model, own, others, context, min(options.draws, 100))
     return Written({"evidence": table}, {}, text_of(table))
+
+
+def others_of(run: FittedRun, own: Tensor, given: Sequence[str]) -> dict[str, Tensor]:
+    """Ids of other texts as long as the own one, by name: `other_texts`, and NAME=FILE."""
+    assert run.tokeniser is not None
+    others = other_texts(own, run.tokeniser)
+    for name, path in (text.split("=", 1) for text in given):
+        ids = run.tokeniser.encode(Path(path).read_bytes()[: 8 * len(own)])
+        others[name] = torch.from_numpy(ids.astype("int64"))[: len(own)]
+    return others
+
+
+def guard(run: FittedRun, options: argparse.Namespace) -> Written:
+    """What a guard costs, and what it does to other text."""
+    valid, context = Examination(run).source, run.config.data.context
+    count = max(options.tokens or run.config.data.eval_tokens, context) // context
+    calibration, own = alternate(valid, context, count)
+    refuge = strongest_single(run.model, calibration, run.prior.cost_ratio)
+    texts = {"held out": own}
+    for name, ids in others_of(run, own[:, :-1].flatten(), options.text).items():
+        at = torch.arange((len(ids) - 1) // context)[:, None] * context
+        texts[name] = ids[at + torch.arange(context + 1)][: len(own)]
+    set_to, table, decoded = guard_tables(run, calibration, texts, refuge, min(options.draws, 400))
+    shown = f"{set_to}; refuge {run.experts[refuge]}\n{text_of(table)}\n\n{text_of(decoded)}"
+    return Written({"guard": table, "decoding": decoded}, {}, shown)
 
 
 def confidence(run: FittedRun, options: argparse.Namespace) -> Written:
@@ -330,6 +352,7 @@ PARTS: dict[str, Callable[[FittedRun, argparse.Namespace], Written]] = {
     "confidence": confidence,
     "risk": risk,
     "quality": promised,
+    "guard": guard,
 }
 
 
@@ -342,7 +365,7 @@ def main() -> None:
     parser.add_argument(
         "--parts",
         nargs="+",
-        choices=dict.fromkeys((*PARTS, "guard", "decoding")),
+        choices=dict.fromkeys((*PARTS, "decoding")),
         help="what to examine (default: all that is known of a run or patch)",
     )
     parser.add_argument("--out", type=Path, help="folder to write (default: RUN/analysis)")

@@ -28,6 +28,7 @@ QUICK = examine.Effort(512, 4, 3, 2, 100, (1, 4), 2, 16, 4, 2)
         ("confidence", {"confidence", "confidence_regret"}, {"confidence_reliability"}),
         ("risk", {"risk"}, set()),
         ("quality", {"quality"}, set()),
+        ("guard", {"guard", "decoding"}, set()),
     ],
 )
 def test_each_part_writes_its_tables_and_figures(
@@ -59,6 +60,10 @@ def test_each_part_writes_its_tables_and_figures(
     assert {f"{t}.csv" for t in tables} <= written
     assert {f"{f}.{suffix}" for f in figures for suffix in ("pdf", "png")} <= written
     assert all(len(pd.read_csv(tmp_path / "out" / f"{t}.csv")) for t in tables)
+    if part == "guard":
+        decoded = pd.read_csv(tmp_path / "out" / "decoding.csv")
+        assert (decoded["as one pass"] == 1).all() and {"held out", "tale"} <= set(decoded["text"])
+        assert decoded["lost"].abs().max() < 1e-4
     if part == "evidence":
         assert {"code", "German", "shuffled", "tale"} == set(
             pd.read_csv(tmp_path / "out" / "evidence.csv")["text"]
