@@ -3,10 +3,11 @@
 Text like the fit's is to cost at most so much more, by a stated confidence.
 
 The levels of all layers are one quantile of their running means on calibration text. Of a grid of
-quantiles the highest is taken at which the added cost, by the alarms that it would have raised on
-that text, stays below what may be spent: by the bound of Student's t over windows, as in
-`guarantee`. It holds for text like that; what the guard then does to other text is read, not
-promised.
+quantiles the highest is taken at which the added cost stays below what may be spent, by the bound
+of Student's t over windows, as in `guarantee`. First by the alarms that it would have raised on
+that text as the bare policy reads it, then as it is executed: what a token takes changes what later
+layers read, which may raise alarms there. It holds for text like that; what the guard then does to
+other text is read, not promised.
 """
 
 from collections.abc import Sequence
@@ -115,13 +116,23 @@ def set_guard(
             _mean_cost(cost), refuge, tuple(map(float, usual)), level, release, memory, price
         )
         alarm = torch.stack([guard.alarm(i, log[i])[0] for i in range(len(log))])
-        extra = (alarm * more).mean((0, 2)) / paid.mean()  # [W]
-        bound = upper_bound(extra.double(), confidence)
+        foreseen = upper_bound(_extra(alarm * more, paid), confidence)
+        if foreseen > spend and share != SHARES[-1]:
+            continue
+        run = [
+            execute(model, [batch], cost, RoutingMode.HARD, guard, price).route for batch in windows
+        ]
+        executed = torch.cat([_costs(route, cost) for route in run], 1)
+        bound = upper_bound(_extra(executed - paid, paid), confidence)
         if bound <= spend:
             break
     model.policy = guard
-    cost_now = execute(model, windows, cost, RoutingMode.HARD, guard, price).reading.cost
-    return Guarded(guard, share, float(paid.mean()), cost_now, bound, W)
+    return Guarded(guard, share, float(paid.mean()), float(executed.mean()), bound, W)
+
+
+def _extra(more: Tensor, paid: Tensor) -> Tensor:
+    """The share by which each window costs more, [W], of costs [L, W, T]."""
+    return (more.mean((0, 2)) / paid.mean()).double()
 
 
 def _mean_cost(cost: Tensor) -> tuple[float, ...]:

@@ -64,6 +64,13 @@ DOUBT = [
         EVIDENCE,
     ),
     Fault(
+        "what a guard costs is foreseen, not executed",
+        f"{TR}/guarding.py",
+        "_extra(executed - paid, paid)",
+        "_extra(alarm * more, paid)",
+        "tests/training/test_guarding.py",
+    ),
+    Fault(
         "what a pass that broke off left is joined to the next",
         f"{R}/watch.py",
         "if layer in self._new or waiting.shape != distance.shape:",
@@ -185,8 +192,8 @@ DOUBT = [
     Fault(
         "what a guard adds is bounded by its mean",
         f"{TR}/guarding.py",
-        "bound = upper_bound(extra.double(), confidence)",
-        "bound = float(extra.double().mean())",
+        "bound = upper_bound(_extra(executed - paid, paid), confidence)",
+        "bound = float(_extra(executed - paid, paid).mean())",
         GUARD,
     ),
     Fault(
@@ -199,8 +206,8 @@ DOUBT = [
     Fault(
         "what a guard adds is no share of the cost",
         f"{TR}/guarding.py",
-        "(alarm * more).mean((0, 2)) / paid.mean()",
-        "(alarm * more).mean((0, 2))",
+        "(more.mean((0, 2)) / paid.mean()).double()",
+        "more.mean((0, 2)).double()",
         GUARD,
     ),
     Fault(
