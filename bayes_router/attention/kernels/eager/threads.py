@@ -8,6 +8,7 @@ between two operators of the same pass; after a while of quiet it tries twice as
 """
 
 import os
+import platform
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -20,7 +21,7 @@ import torch
 
 try:
     import resource
-except ImportError:  # not a POSIX system, which does not say either
+except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 OFTEN, WITHIN = 2, 0.05
@@ -34,9 +35,13 @@ Steps = Generator[None, None, Returned]
 """Work that may go on in another thread wherever it yields."""
 
 
+KNOWN = resource is not None and platform.system() == "Linux"
+"""Whether the system's count says what is asked; elsewhere nothing disturbs."""
+
+
 def preemptions() -> int:
     """How often the system took a core from a thread of this process that wanted to go on."""
-    return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if KNOWN else 0
 
 
 class Load:
