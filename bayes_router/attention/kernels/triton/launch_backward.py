@@ -11,13 +11,12 @@ from bayes_router.attention.kernels.triton.call import (
     Call,
     combine,
     empty,
-    fills,
     multiprocessors,
     partials,
     precision,
     strides,
 )
-from bayes_router.attention.kernels.triton.launch import beside, launch
+from bayes_router.attention.kernels.triton.launch import launch
 from bayes_router.attention.kernels.triton.launch_linear import linear_backward
 
 
@@ -40,30 +39,21 @@ def backward(
     dlog_gate = None if decay is None else torch.zeros_like(lse)
     sizes = (H, group, H // call.units, T, rows.steps)
 
-    def of_linear() -> None:
-        if dplain_k is not None:
-            into = dq if dplain_q is None else dplain_q
-            linear_backward(
-                plain_q, plain_k, v, decay, out, dout, lse, delta, state, into, dplain_k, dv,
-                dlog_gate, rows, call.tiles,
-            )  # fmt: skip
-
-    def of_queries() -> None:
-        if has_full:
-            _launch_full_dq(call, q, k, v, out, dout, lse, delta, dq, fixed)
-        if has_local:
-            launch(
-                kernels.local_dq_kernel, (H, triton.cdiv(T, call.tiles.local_dq["BM"]), B),
-                q, k, v, out, dout, lse, delta, dq, rows.order, rows.before,
-                *strides(q, k, v, out, dout, dq), *sizes, call.window,
-                call.scale, SINKS=call.sinks, SORTED=True, **fixed, **call.tiles.local_dq,
-            )  # fmt: skip
-
-    if has_full and has_linear and fills(q):
-        beside(of_linear, of_queries, q.device)
-    else:
-        of_linear()
-        of_queries()
+    if dplain_k is not None:
+        into = dq if dplain_q is None else dplain_q
+        linear_backward(
+            plain_q, plain_k, v, decay, out, dout, lse, delta, state, into, dplain_k, dv,
+            dlog_gate, rows, call.tiles,
+        )  # fmt: skip
+    if has_full:
+        _launch_full_dq(call, q, k, v, out, dout, lse, delta, dq, fixed)
+    if has_local:
+        launch(
+            kernels.local_dq_kernel, (H, triton.cdiv(T, call.tiles.local_dq["BM"]), B),
+            q, k, v, out, dout, lse, delta, dq, rows.order, rows.before,
+            *strides(q, k, v, out, dout, dq), *sizes, call.window,
+            call.scale, SINKS=call.sinks, SORTED=True, **fixed, **call.tiles.local_dq,
+        )  # fmt: skip
     if has_full or has_local:
         launch(
             kernels.dkv_kernel, (k.shape[1], triton.cdiv(T, call.tiles.dkv["BN"]), B),
