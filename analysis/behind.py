@@ -21,7 +21,7 @@ from analysis.naming import KEYS, MEASURES, RATIOS, REFERENCES, SPREAD, UNNAMED,
 from analysis.pretrained.bisect import effects
 from analysis.pretrained.figure import lost as lost_against_original
 from analysis.pretrained.freezing import summary
-from analysis.pretrained.table import OURS, below, losses, retrieved
+from analysis.pretrained.table import OURS, below, far, losses, retrieved
 from analysis.routes.tiny_lm import summarise
 
 RESULTS = Path(__file__).parent / "results"
@@ -40,6 +40,7 @@ def tables(name: str) -> Iterator[pd.DataFrame]:
         yield frame[["bytes", "bytes_before"]] / 1e6
     elif name.startswith("pretrained") and "piece" in frame and "lost" in frame:
         yield losses(frame)
+        yield far(frame)
         for rival in set(frame["contender"]) - {OURS}:
             yield from (below(frame, rival, window) for window in frame["window"].unique())
     elif name == "pretrained_bisect":

@@ -50,6 +50,21 @@ def losses(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def far(frame: pd.DataFrame) -> pd.DataFrame:
+    """A row a contender, window and cell: KL(unpatched || routed) in hundredths of a nat per token.
+
+    The mean over pieces and its standard error, as in `losses`; no rows where it was not read.
+    """
+    if "kl" not in frame:
+        return pd.DataFrame()
+    named = frame.drop(columns="lost").rename(columns={"kl": "lost"})
+    return (
+        losses(named)
+        .assign(lost=lambda t: 100 * np.log1p(t["lost"] / 100))
+        .rename(columns={"lost": "kl"})
+    )
+
+
 def percent(nats: float) -> float:
     """Perplexity lost, %."""
     return float(100 * np.expm1(nats))
@@ -121,6 +136,9 @@ def main() -> None:
     )
     parser.add_argument("results", type=Path, nargs="?", default=RESULTS)
     frame = load(parser.parse_args().results)
+    if "piece" not in frame:  # of means alone
+        print("\n".join(lines(frame)))
+        return
     read = "lost" in frame  # beside retrieval, or retrieval alone
     frame = frame if read else frame.assign(lost=np.nan)
     table = losses(frame)
@@ -137,6 +155,9 @@ def main() -> None:
             "(paired by piece)\n"
         )
         print("\n".join(lines(pd.concat(apart).round(3))))
+    for (context, text), part in far(frame).groupby(["context", "text"]) if "kl" in frame else ():
+        print(f"\n### {text}, {context} tokens: KL from the unpatched model, 0.01 nats\n")
+        print("\n".join(lines(spread(part.rename(columns={"kl": "lost"})))))
     if "right" not in frame:
         return
     print(

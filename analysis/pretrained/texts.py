@@ -111,7 +111,7 @@ def _streams(path: Path, vocab_size: int) -> dict[str, TokenStream]:
         return {
             name: TokenStream(torch.from_numpy(held[name].astype(np.int64)), vocab_size, name)
             for name in held.files
-            if name.startswith(("fit ", "read "))
+            if name.startswith(("fit ", "read ", "other "))
         }
 
 

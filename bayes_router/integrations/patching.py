@@ -187,7 +187,8 @@ def load_patch(model: nn.Module, folder: Path | str) -> Any:
     Args:
         model: the one that the patch was made for, in any precision.
         folder: where the patch was saved, or the name of one that comes with the package:
-            `smollm2-135m` and `smollm2-135m-window256`, for SmolLM2-135M-Instruct from its Q4_1
+            `smollm2-135m`, `smollm2-135m-window256` and `smollm2-135m-text` (fitted on text,
+            where the others follow the unpatched model), for SmolLM2-135M-Instruct from its Q4_1
             GGUF file. A card lies beside each (`bayes_router/patches/NAME/README.md`).
 
     Raises:

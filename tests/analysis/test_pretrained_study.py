@@ -13,7 +13,7 @@ from tests.integrations.tiny_models import VOCAB, patched, tiny
 
 study = pytest.importorskip("analysis.pretrained.study")
 
-from analysis.pretrained import bisect, freezing, reading, rivals, table  # noqa: E402
+from analysis.pretrained import bisect, freezing, reading, rivals, table, texts  # noqa: E402
 from analysis.pretrained.contenders import share  # noqa: E402
 from analysis.pretrained.retrieval import Haystack  # noqa: E402
 from bayes_router.benchmark.rows import Rows  # noqa: E402
@@ -63,6 +63,31 @@ def test_a_rival_is_compared_on_the_pieces_that_both_read() -> None:
     assert row["below"] == pytest.approx(100 * apart.mean()) and row["pieces"] == 2
     assert row["se"] == pytest.approx(100 * apart.std(ddof=1) / 2**0.5)
     assert table.below(frame, "rival", 16).empty
+
+
+def test_how_far_a_contender_is_from_the_unpatched_model_is_a_mean_over_pieces() -> None:
+    rows = rows_of(table.OURS, [[0.01, 0.03], [0.03, 0.05]])
+    for row, kl in zip(rows, (0.02, 0.04, 0.02, 0.06), strict=True):
+        row["kl"] = kl
+    (row,) = table.far(pd.DataFrame(rows + rows_of("unread", [[0.1]]))).to_dict("records")
+    assert (row["contender"], row["kl"]) == (table.OURS, pytest.approx(3.5))
+    assert row["se"] == pytest.approx(100 * np.std([0.02, 0.05], ddof=1) / 2**0.5)
+    assert table.far(pd.DataFrame(rows_of(table.OURS, [[0.1]]))).empty
+
+
+def test_kinds_of_text_that_no_fit_reads_have_a_role_of_their_own(tmp_path: Any) -> None:
+    roles = ("fit novels", "read novels", "other C", "own novels")
+    ids = {name: np.full(9, i, np.uint16) for i, name in enumerate(roles)}
+    np.savez(tmp_path / "ids.npz", **ids)
+    found = texts.others(tmp_path / "ids.npz", VOCAB)
+    assert {name: int(one.tokens[0]) for name, one in found.items()} == {"C": 2}
+
+
+def test_means_alone_are_printed_as_they_are(tmp_path: Any, monkeypatch: Any, capsys: Any) -> None:
+    pd.DataFrame({"variant": ["half"], "lost": [0.44]}).to_csv(tmp_path / "rows.csv", index=False)
+    monkeypatch.setattr("sys.argv", ["table", str(tmp_path / "rows.csv")])
+    table.main()
+    assert "| half | 0.44 |" in capsys.readouterr().out
 
 
 def test_rows_without_retrieval_are_printed(tmp_path: Any, monkeypatch: Any, capsys: Any) -> None:
