@@ -47,15 +47,16 @@ class StaticModel(RoutedLanguageModel):
     def __init__(self, config: Any, pattern: tuple[str, ...]):
         super().__init__(config)
         units, experts = config.num_units, config.experts
-        self.choice, self.weights = list[int | None](), list[Tensor]()
+        self.choice = list[int | None]()
         for layer in range(config.num_layers):
             named = [experts.index(name) for name in pattern[layer % len(pattern)].split(",")]
             taken = torch.tensor([named[unit % len(named)] for unit in range(units)])
             self.choice.append(named[0] if len(set(named)) == 1 else None)
-            self.weights.append(F.one_hot(taken, len(experts)).float())  # [R, E]
+            weights = F.one_hot(taken, len(experts)).float()  # [R, E]
+            self.register_buffer(f"taken_{layer}", weights, persistent=False)
 
         def posterior(layer: int, hidden: Tensor) -> Dirichlet:
-            concentration = SURE * self.weights[layer].to(hidden.device) + 1e-6
+            concentration = SURE * self.get_buffer(f"taken_{layer}") + 1e-6
             return Dirichlet(concentration.expand(*hidden.shape[:-1], -1, -1), validate_args=False)
 
         self.controller.posterior = posterior  # type: ignore[method-assign]
@@ -95,10 +96,11 @@ class PlainObjective(nn.Module):
 
         def route(layer: int, hidden: Tensor) -> Tensor | int:
             if isinstance(self.model, StaticModel):
-                for_all, by_unit = self.model.choice[layer], self.model.weights[layer]
+                for_all = self.model.choice[layer]
                 if for_all is not None:
                     return for_all
-                return by_unit.to(hidden).expand(*hidden.shape[:-1], -1, -1)
+                by_unit = self.model.get_buffer(f"taken_{layer}")
+                return by_unit.expand(*hidden.shape[:-1], -1, -1)
             weights.append(self.model.controller.layers[layer](hidden).float().softmax(-1))
             return weights[-1]
 
