@@ -102,13 +102,26 @@ def below(frame: pd.DataFrame, rival: str, window: int) -> pd.DataFrame:
 
 
 def retrieved(frame: pd.DataFrame) -> pd.DataFrame:
-    """Share of right items, and nats per token of the answer, by task, length and budget.
+    """Answers by task, length and budget; 1 is the unpatched model.
 
-    1 is the unpatched model.
+    Prompts, those answered whole, the share of right items, and nats per token of the answer, with
+    how many more that is than unpatched, paired by prompt, and its standard error.
     """
     asked = frame[frame["right"].notna()]
-    keys = ["contender", "window", *CELL]
-    return asked.groupby(keys)[["right", "nats"]].mean().reset_index()
+    keys = ["contender", "window", "text", "context"]
+    unpatched = asked[asked["budget"] == 1].set_index([*keys, "piece"])["nats"]
+    rows = []
+    for key, cell in asked.groupby([*keys, "budget"]):
+        more = cell.set_index([*keys, "piece"])["nats"] - unpatched
+        row = dict(zip([*keys, "budget"], key, strict=True)) | {"prompts": len(cell)}
+        row |= {"whole": int((cell["right"] >= 1).sum()), "right": cell["right"].mean()}
+        row |= {
+            "nats": cell["nats"].mean(),
+            "more": more.mean(),
+            "se": standard_error(more.dropna()),
+        }
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def lines(table: pd.DataFrame) -> Iterator[str]:
@@ -161,8 +174,8 @@ def main() -> None:
     if "right" not in frame:
         return
     print(
-        "\n### Retrieval: share of items right, nats per token of the answer (budget 1: "
-        "unpatched)\n"
+        "\n### Retrieval: prompts answered whole, share of items right, nats per token of the "
+        "answer and how many more than unpatched (budget 1)\n"
     )
     print("\n".join(lines(retrieved(frame).round(3))))
 

@@ -178,6 +178,7 @@ HEADLINE = (
     "local",
     "softmax router",
     "Dirichlet, literal ELBO, paper's experts",
+    "Dirichlet, literal ELBO",
 )
 TOKENS = 16_384
 """A step of the size `long`."""

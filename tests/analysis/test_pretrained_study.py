@@ -13,8 +13,17 @@ from tests.integrations.tiny_models import VOCAB, patched, tiny
 
 study = pytest.importorskip("analysis.pretrained.study")
 
-from analysis.pretrained import bisect, freezing, reading, rivals, table, texts  # noqa: E402
+from analysis.pretrained import (  # noqa: E402
+    bisect,
+    cut_vocabulary,
+    freezing,
+    reading,
+    rivals,
+    table,
+    texts,
+)
 from analysis.pretrained.contenders import share  # noqa: E402
+from analysis.pretrained.loading import load_model  # noqa: E402
 from analysis.pretrained.retrieval import Haystack  # noqa: E402
 from bayes_router.benchmark.rows import Rows  # noqa: E402
 from bayes_router.data.mixture import Mixture  # noqa: E402
@@ -249,3 +258,38 @@ def test_what_freezing_frees_is_measured_in_bytes() -> None:
     assert shown["bytes freed, %"][0] == pytest.approx(
         100 * (1 - rows[0]["bytes"] / rows[0]["bytes_before"]), abs=1e-3
     )
+
+
+def test_retrieval_counts_whole_answers_beside_the_unpatched_model() -> None:
+    rows = [
+        {"contender": "ours", "window": 8, "text": "needle", "context": 64, "budget": b,
+         "piece": i, "right": r, "nats": n}
+        for b, right, nats in ((1.0, (1, 1, 0.5), (1, 2, 3)), (0.3, (1, 0.5, 0), (2, 2, 6)))
+        for i, (r, n) in enumerate(zip(right, nats, strict=True))
+    ]  # fmt: skip
+    found = table.retrieved(pd.DataFrame(rows)).set_index("budget")
+    assert list(found["whole"]) == [1, 2] and list(found["prompts"]) == [3, 3]  # of 0.3, of 1
+    assert found.loc[0.3, "right"] == pytest.approx(0.5)
+    assert found.loc[0.3, "more"] == pytest.approx(4 / 3)
+    assert found.loc[0.3, "se"] == pytest.approx(np.std([1, 0, 3], ddof=1) / 3**0.5)
+    assert found.loc[1.0, "more"] == 0
+
+
+def test_a_cut_vocabulary_answers_as_the_whole_one_over_what_is_left(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    model = tiny("gemma3")
+    texts = {"fit novels": np.array([5, 9, 9, 30]), "read novels": np.array([9, 12])}
+    old, new = cut_vocabulary.renumbered(texts, 2)
+    assert list(old) == [2, 5, 9, 12, 30] and list(new["read novels"]) == [2, 3]
+    ids = torch.tensor([[2, 9, 5, 30, 12]])
+    whole = model(ids).logits[..., torch.from_numpy(old)]
+    cut_vocabulary.cut(model, old, 2)
+    again = torch.from_numpy(np.searchsorted(old, ids))
+    torch.testing.assert_close(model(again).logits, whole)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path, torch.device("cpu"), "float32")
+    torch.testing.assert_close(loaded(again).logits, whole)
+    begun = again.clone()
+    begun[:, 0] = 3  # the first token of a text is the beginning of texts, whatever stands there
+    torch.testing.assert_close(loaded(begun).logits, whole)
+    assert study.whole_layers(model) == (1,) and study.whole_layers(tiny("llama")) is None
