@@ -23,7 +23,7 @@ from bayes_router.commands.fitted import open_fitted, read_text
 from bayes_router.data.load import load_data
 from bayes_router.diagnostics.fitted import FittedRun
 from bayes_router.diagnostics.measures.uncertainty import probability_right, token_frame
-from bayes_router.diagnostics.shading import Scale, scale
+from bayes_router.diagnostics.shading import HEADS, Scale, scale
 from bayes_router.diagnostics.shown import ShownText, route_text
 from bayes_router.files import write_text
 
@@ -74,7 +74,17 @@ def run(options: Namespace) -> None:
 def _page(fitted: FittedRun, shown: ShownText, options: Namespace, colour: bool) -> Text:
     if options.by == "route":
         return render(fitted, shown, options.layer, options.threshold, colour, options.unit)
+    if options.by == HEADS.name:
+        dearest = int(torch.as_tensor(fitted.prior.cost_ratio).argmax())
+        shown = of_heads(shown, options.layer, dearest)
     return shaded(shown, scale(options.by), colour)
+
+
+def of_heads(shown: ShownText, layer: int, dearest: int) -> ShownText:
+    """With the share of the layer's units that each token sends to an expert."""
+    assert shown.choice is not None
+    share = (shown.choice[layer] == dearest).double().mean(0)  # of choices [R, N]
+    return shown._replace(numbers={**shown.numbers, HEADS.name: share})
 
 
 def painter(file: TextIO | None, record: bool = False) -> Console:
@@ -154,7 +164,7 @@ def shaded(shown: ShownText, by: Scale, colour: bool) -> Text:
         "foreign": "fit_evidence of a patch, then save; of a run: fit it again",
     }
     known = by.name in shown.numbers
-    require(known, "by", "route: the fit keeps no estimate of the other", by.name, fix[by.name])
+    require(known, "by", "route: the fit keeps no estimate of the other", by.name, fix.get(by.name))
     shades = by.shades(shown.numbers[by.name])
     steps = [f"{digit}: {step}" for digit, step in enumerate(by.steps())]
     if colour:

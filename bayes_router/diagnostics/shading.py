@@ -36,6 +36,7 @@ SCALES = (
         "nats by which log evidence of the last tokens lies below the fit's budget",
     ),
 )
+HEADS = Scale("heads", (0.2, 0.4, 0.6, 0.8), "share of a layer's units on its costliest expert")
 """Edges fixed, so that shades of two texts compare."""
 
 
@@ -45,7 +46,7 @@ def scale(name: str) -> Scale:
     Raises:
         ValueError: there is none.
     """
-    known = {one.name: one for one in SCALES}
+    known = {one.name: one for one in (*SCALES, HEADS)}
     if name not in known:
         raise unknown("by", name, ("route", *known))
     return known[name]

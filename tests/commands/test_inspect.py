@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bayes_router.cli import main
-from bayes_router.commands.inspect import letters, render, shaded
+from bayes_router.commands.inspect import letters, of_heads, render, shaded
 from bayes_router.diagnostics.fitted import load_fitted
 from bayes_router.diagnostics.shading import scale
 from bayes_router.diagnostics.shown import ShownText, route_text
@@ -113,7 +113,9 @@ def test_a_text_is_shaded_by_a_number_of_each_token() -> None:
         match="by: expected route: the fit keeps no estimate of the other; got 'foreign'",
     ):
         shaded(shown, scale("foreign"), colour=False)
-    with pytest.raises(ValueError, match="by: expected one of foreign, risk, route; got 'doubt'"):
+    with pytest.raises(
+        ValueError, match="by: expected one of foreign, heads, risk, route; got 'doubt'"
+    ):
         scale("doubt")
 
 
@@ -143,3 +145,13 @@ def test_the_command_colours_by_how_foreign_a_text_is(
     assert "foreign, nats by which" in capsys.readouterr().out
     assert main([*arguments, "risk"]) != 0
     assert "by: expected route: the fit keeps no estimate" in capsys.readouterr().err
+
+
+def test_a_token_is_coloured_by_the_share_of_heads_that_look_far() -> None:
+    choice = torch.tensor([[[0, 1, 1], [0, 0, 1]], [[1, 1, 1], [1, 1, 0]]])  # [L, R, N]
+    shown = ShownText(["a", "b", "c"], torch.ones(2, 3, 2), choice[:, 0], torch.zeros(3))
+    shown = shown._replace(choice=choice)
+    page = shaded(of_heads(shown, 0, dearest=0), scale("heads"), colour=False).plain
+    assert page.endswith("abc\n420") and "mean 0.5000" in page
+    page = shaded(of_heads(shown, 1, dearest=0), scale("heads"), colour=False).plain
+    assert page.endswith("abc\n002")

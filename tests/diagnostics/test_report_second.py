@@ -167,6 +167,14 @@ def test_the_map_is_walked_by_keys_and_enter_shows_the_unit(html: str, tmp_path:
         assert browser.run("document.activeElement.dataset.i") == "0"
         assert "layer 1, unit 1" in browser.run("document.getElementById('card').textContent")
         assert browser.run("cellAt(1, 1).getAttribute('aria-pressed')") == "true"
+        # all units: the share of them on each expert, as their choices say
+        heads = "data.units[1].map(one => Number(one.choice[i]))"
+        share = f"{heads}.filter(c => c === e).length / data.units[1].length"
+        shares = f"data.pieces.map((_, i) => data.experts.map((_, e) => 1000 * {share}))"
+        browser.run("unitSelect.value = -1; unitSelect.dispatchEvent(new Event('change'))")
+        same = f"JSON.stringify(tableOf().mean) === JSON.stringify({shares})"
+        assert browser.run(same) is True
+        assert "share of its units" in browser.run("document.getElementById('card').textContent")
         assert browser.problems() == []
 
 

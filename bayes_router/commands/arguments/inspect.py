@@ -33,7 +33,11 @@ def parser(arguments: Sequence[str]) -> Parser:
         help="a token that is right less probably is marked",
     )
     result.add_argument(
-        "--by", type=str, default="route", help="what colours a token: route, risk, foreign"
+        "--by",
+        type=str,
+        default="route",
+        help="what colours a token: route, risk, foreign, or heads, the share of the layer's units "
+        "on its costliest expert",
     )
     result.add_argument(
         "--colour",
