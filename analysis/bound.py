@@ -47,6 +47,8 @@ PRINTS = {
         "uncertainty_quality",
         "uncertainty_figures",
         "uncertainty_k_hat",
+        "uncertainty_guard",
+        "uncertainty_decoding",
     ),
     "posterior smollm2-135m": (
         "patch_evidence",
