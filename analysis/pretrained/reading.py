@@ -96,15 +96,18 @@ class Reader:
 
     @torch.no_grad()
     def nll(
-        self, stream: TokenStream, context: int, number: int, route: Route
+        self, stream: TokenStream, context: int, number: int, route: Route, compared: bool = False
     ) -> Iterator[tuple[list[float], list[float]]]:
-        """(mean nats per token, KL from the unpatched model) of each piece, batch by batch."""
+        """(mean nats per token, KL from the unpatched model) of each piece, batch by batch.
+
+        No number stands for a KL that was not `compared`.
+        """
         for tokens, targets in self.pieces(stream, context, number):
             logits = self.router.network(tokens, route).flatten(0, 1)
             parts = zip(logits.split(2048), targets.flatten().split(2048), strict=True)
             each = torch.cat([token_nll(a, b) for a, b in parts]).view_as(targets)
             far = torch.full_like(each, math.nan)
-            if self.divergence:
+            if compared:
                 before = self.router.unrouted(tokens).flatten(0, 1)
                 far = divergence(before, logits).view_as(targets)
             yield each.mean(1).tolist(), far.mean(1).tolist()
@@ -115,14 +118,12 @@ class Reader:
         """A row a piece."""
         key = (name, context, number)
         if key not in self.unpatched:
-            full, asked = self.router.experts.index("full"), self.divergence
-            self.divergence = False
+            full = self.router.experts.index("full")
             found = self.nll(stream, context, number, lambda layer, hidden: full)
             self.unpatched[key] = [nll for batch, _ in found for nll in batch]
-            self.divergence = asked
         said, costs = list[tuple[float, float]](), list[float]()
         with self._by(setting):
-            for nlls, kls in self.nll(stream, context, number, setting):
+            for nlls, kls in self.nll(stream, context, number, setting, self.divergence):
                 said += zip(nlls, kls, strict=True)
                 costs += setting.cost(context).expand(len(nlls)).tolist()
         for piece, ((nll, kl), before, cost) in enumerate(
