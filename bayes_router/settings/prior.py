@@ -29,14 +29,14 @@ class PriorConfig:
         total_concentration: sum of the concentration; below 1 draws are nearly one-hot.
         price: nats per unit of cost ratio by which the prior is tilted, density times exp(-price *
             cost . route).
-        layer_mean: prior mean by hand, one probability an expert, [L][E] or [L][R][E]; overrides
-            the map.
-        layer_temperature: temperatures instead of one for all, [L] or [L][R].
-        layer_total_concentration: total concentrations instead of one for all, [L] or [L][R].
-        layer_cost_ratio: what the prior charges for the experts, by its map and its tilt, [L][E] or
-            [L][R][E]; what is executed is counted by the experts' own costs.
-        layer_price_ratio: by which `price` is multiplied, [L] or [L][R]; a fit that holds a budget
-            moves `price` and leaves these.
+        layer_mean: prior mean by hand, one probability an expert, `[L][E]` or `[L][R][E]`;
+            overrides the map.
+        layer_temperature: temperatures instead of one for all, `[L]` or `[L][R]`.
+        layer_total_concentration: total concentrations instead of one for all, `[L]` or `[L][R]`.
+        layer_cost_ratio: what the prior charges for the experts, by its map and its tilt, `[L][E]`
+            or `[L][R][E]`; what is executed is counted by the experts' own costs.
+        layer_price_ratio: by which `price` is multiplied, `[L]` or `[L][R]`; a fit that holds a
+            budget moves `price` and leaves these.
     """
 
     cost: str = "paper"
