@@ -11,10 +11,9 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -24,15 +23,15 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-OFTEN, WITHIN = 2, 0.05
-"""Times that this process is preempted in so many seconds, from which on threads disturb: on a
-machine with nothing else to do it is less, beside one busy process 10 and more (Linux)."""
+OFTEN, WITHIN = 5, 0.05
+"""Times that this process is preempted in so many seconds, from which on more threads do not pay:
+beside one busy process it is 10 and more (Linux), beside daemons less."""
 QUIET, LONGEST = 0.25, 4.0
 """Seconds without that until more threads are tried, at first and at most: each try that fails
 doubles them."""
 Returned = TypeVar("Returned")
 Steps = Generator[None, None, Returned]
-"""Work that may go on in another thread wherever it yields."""
+"""Work that may go on with another number of threads wherever it yields."""
 
 
 KNOWN = resource is not None and platform.system() == "Linux"
@@ -79,31 +78,35 @@ _HERE = threading.local()
 
 
 def run(steps: Steps[Returned]) -> Returned:
-    """Take all steps: in this thread, or where it is disturbed in one that torch gives fewer.
+    """Take all steps, each with as many threads as run undisturbed then.
 
-    In this thread too where torch may use one alone, is traced or watched, and inside other steps.
-    Inference mode and autocast are the caller's; so are errors. Some products round otherwise by
-    another number of threads, so that a pass for gradients, which has to be repeated to the bit,
-    calls `rest`. What the steps return.
+    With all where torch may use one alone, is traced or watched, and inside other steps. Some
+    products round otherwise by another number of threads, so that a pass for gradients, which has
+    to be repeated to the bit, calls `rest`. What the steps return.
     """
-    most = torch.get_num_threads()
-    watched = torch._C._len_torch_dispatch_stack() > 0  # a mode sees its own thread alone
+    most = number = torch.get_num_threads()
+    watched = torch._C._len_torch_dispatch_stack() > 0  # or operators are counted
     if most < 2 or watched or torch.compiler.is_compiling() or getattr(_HERE, "runs", False):
         return rest(steps)
     _HERE.runs = True
     try:
         while True:
-            number = LOAD.threads(most)
-            some = partial(_some, steps, number, most)
-            done = some() if number == most else _with(number, some)
-            if done:
-                return done[0]
+            wanted = LOAD.threads(most)
+            if wanted != number:
+                number = wanted
+                _use(number, most)
+            next(steps)
+    except StopIteration as end:
+        found: Returned = end.value
+        return found
     finally:
         _HERE.runs = False
+        if number != most:
+            torch.set_num_threads(most)
 
 
 def rest(steps: Steps[Returned]) -> Returned:
-    """Take all steps in this thread."""
+    """Take all steps."""
     while True:
         try:
             next(steps)
@@ -112,60 +115,19 @@ def rest(steps: Steps[Returned]) -> Returned:
             return found
 
 
-def _some(steps: Steps[Returned], number: int, most: int) -> list[Returned]:
-    """Take steps for as long as this is the number of threads to take; what they return at their
-    end.
+def _use(number: int, most: int) -> None:
+    """Let this thread share operators between so many.
+
+    A setting of torch's is of the thread that makes it and of threads to come, which get theirs
+    back from another thread that makes it, as soon as that one runs: to wait for it, beside a busy
+    process, takes as long as a short text does.
     """
-    try:
-        next(steps)
-        while LOAD.threads(most) == number:
-            next(steps)
-    except StopIteration as end:
-        return [end.value]
-    return []
-
-
-def _with(number: int, call: Callable[[], Returned]) -> Returned:
-    """Call in a thread of the calling one's own, to which torch gives so many."""
-    modes = partial(
-        _modes,
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        torch.get_autocast_dtype("cpu"),
-    )
-
-    def here() -> Returned:
-        _HERE.runs = True
-        with modes():
-            return call()
-
-    return _worker(number).submit(here).result()
-
-
-def _worker(number: int) -> ThreadPoolExecutor:
-    """A thread with so many of torch's; a fork has none of its parent's."""
-    known = _HERE.__dict__.setdefault("workers", {})
-    name = number, os.getpid()
-    if name not in known:
-        pool = known[name] = ThreadPoolExecutor(1, "bayes-router", partial(_given, number))
-        before = torch.get_num_threads()
-        pool.submit(int).result()
-        torch.set_num_threads(before)  # a setting of torch's own is for threads to come as well
-    worker: ThreadPoolExecutor = known[name]
-    return worker
-
-
-def _given(number: int) -> None:
-    torch.get_num_threads()  # first, for it would take the setting of the process
     torch.set_num_threads(number)
+    if number != most:
+        _other(os.getpid()).submit(torch.set_num_threads, most)
 
 
-@contextmanager
-def _modes(grad: bool, inference: bool, autocast: bool, dtype: torch.dtype) -> Iterator[None]:
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(inference))
-        stack.enter_context(torch.set_grad_enabled(grad))
-        if autocast:
-            stack.enter_context(torch.autocast("cpu", dtype))
-        yield
+@lru_cache(maxsize=1)
+def _other(process: int) -> ThreadPoolExecutor:
+    """A thread that computes nothing; of a process, for a fork has none of its parent's."""
+    return ThreadPoolExecutor(1, "bayes-router")
