@@ -164,7 +164,9 @@ def shaded(shown: ShownText, by: Scale, colour: bool) -> Text:
         "foreign": "fit_evidence of a patch, then save; of a run: fit it again",
     }
     known = by.name in shown.numbers
-    require(known, "by", "route: the fit keeps no estimate of the other", by.name, fix.get(by.name, ""))
+    require(
+        known, "by", "route: the fit keeps no estimate of the other", by.name, fix.get(by.name, "")
+    )
     shades = by.shades(shown.numbers[by.name])
     steps = [f"{digit}: {step}" for digit, step in enumerate(by.steps())]
     if colour:
