@@ -28,14 +28,7 @@ def write_card(folder: Path, text: str) -> None:
 def push(
     save: Callable[[Path], object], name: str, private: bool = True, token: str | None = None
 ) -> str:
-    """Send what `save` writes to a repository; its address.
-
-    Args:
-        save: writes into the folder that it is given.
-        name: OWNER/REPOSITORY, made if it is not there.
-        private: of a repository that is made.
-        token: of an account that may write there; by default the one that is logged in.
-    """
+    """Send what `save` writes into a folder to a repository; its address (`Sent.push_to_hub`)."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
@@ -43,6 +36,24 @@ def push(
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder))
         return str(api.upload_folder(repo_id=name, folder_path=folder))
+
+
+class Sent:
+    """What can be sent to the hub: its `save_pretrained` writes a folder."""
+
+    save_pretrained: Callable[..., object]
+
+    def push_to_hub(self, name: str, *, private: bool = True, token: str | None = None) -> str:
+        """`save_pretrained` to a repository of the Hugging Face hub, with its card; the address.
+
+        No text is sent.
+
+        Args:
+            name: OWNER/REPOSITORY, made if it is not there.
+            private: of a repository that is made.
+            token: of an account that may write there; by default the one that is logged in.
+        """
+        return push(self.save_pretrained, name, private, token)
 
 
 def folder_of(

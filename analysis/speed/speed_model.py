@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
+from bayes_router.benchmark.facts import command_line, versions
 from bayes_router.benchmark.model import Subject, measure, note_on_context
 from bayes_router.benchmark.model_figure import draw
 from bayes_router.benchmark.rows import Rows
-from bayes_router.benchmark.suite import command_line, versions
 from bayes_router.benchmark.verify import verify_model
 from bayes_router.presets import PRESETS, preset
 from bayes_router.timing import device_name

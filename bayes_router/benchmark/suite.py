@@ -11,7 +11,6 @@ the peak memory of a single pass.
 """
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -40,18 +39,19 @@ from bayes_router.benchmark.cases import (
     full_attention,
 )
 from bayes_router.benchmark.clock import Clock, OutOfTime, Thunk, captured
+from bayes_router.benchmark.facts import command_line, drawing_packages, versions
 from bayes_router.benchmark.pace import SHARE, TRIED, Pace
 from bayes_router.benchmark.plan import BESIDE, LENGTHS, BenchmarkPlan, Group, plan_groups
+from bayes_router.benchmark.ratios import GRAPH, compared, doubling
 from bayes_router.benchmark.verify import verify
 from bayes_router.checks import require
 from bayes_router.progress import Progress
-from bayes_router.timing import Timing, device_name
+from bayes_router.timing import device_name
 
 if TYPE_CHECKING:
     import pandas as pd
 
 BIG_MEMORY = 40 * 2**30  # bytes of a GPU that is given the longest text
-GRAPH = "graph "  # before the name of a variant that is replayed from a CUDA graph
 CPU_BUDGET, CUDA_BUDGET, QUICK_BUDGET = 6.0, 1.0, 0.2  # seconds of a group, at most
 SECONDS = {"cpu": 1800.0, "cuda": 140.0}  # of all, verifying included; none is begun after
 DRAWING = 2.0  # seconds at the end, at the least
@@ -123,42 +123,6 @@ def _named(groups: Sequence[Group]) -> list[str]:
     for group in groups:
         lengths.setdefault(group.kind, []).append(str(group.shape.T))
     return [f"{kind}: T {', '.join(found)}" for kind, found in lengths.items()]
-
-
-def drawing_packages() -> None:
-    """Raise a ValueError with the fix where pandas or seaborn is missing."""
-    try:
-        import pandas  # noqa: F401
-        import seaborn  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            f"bench: expected the packages pandas and seaborn; got: {error}; run: pip install "
-            f"seaborn"
-        ) from None
-
-
-def command_line() -> str:
-    """The command that was typed, with programs by their names alone."""
-    name = Path(sys.argv[0]).name
-    known = {
-        "kernels.py": "python -m analysis.speed.kernels",
-        "speed_model.py": "python -m analysis.speed.speed_model",
-    }
-    return " ".join([known.get(name, "bayes-router"), *sys.argv[1:]])
-
-
-def versions(device: torch.device) -> str:
-    """The versions of Python, torch and what its kernels are made with."""
-    parts = [f"Python {sys.version.split()[0]}", f"torch {torch.__version__}"]
-    if device.type == "cuda":
-        parts += [f"CUDA {torch.version.cuda}", f"cuDNN {torch.backends.cudnn.version()}"]
-        try:
-            import triton
-
-            parts.append(f"triton {triton.__version__}")
-        except ImportError:
-            parts.append("no triton")
-    return ", ".join(parts)
 
 
 class Suite:
@@ -369,41 +333,3 @@ class Suite:
             raise OutOfTime from None
         self.pace.process = max(self.pace.process, time.perf_counter() - began)
         return found / 2**20
-
-
-def doubling(before: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, float]:
-    """Growth of time and memory since a shorter text of the same heads, for twice the tokens.
-
-    2 is linear.
-    """
-    if (
-        before is None
-        or before["T"] >= row["T"]
-        or any(before[key] != row[key] for key in ("B", "H", "Dh"))
-    ):
-        return {}
-    power = 1 / math.log2(row["T"] / before["T"])
-    pairs = {"time_growth": "ms", "memory_growth": "peak_mib"}
-    return {
-        name: (row[key] / before[key]) ** power
-        for name, key in pairs.items()
-        if row.get(key) and before.get(key)
-    }
-
-
-def compared(
-    times: dict[str, Timing], peaks: dict[str, float], **facts: Any
-) -> Iterator[dict[str, Any]]:
-    """One row a variant, with its speed-up over the fastest full attention, graphs over graphs."""
-    for name, (ms, wall_ms) in times.items():
-        prefix = GRAPH if name.startswith(GRAPH) else ""
-        rivals = [timing for other, timing in times.items() if other.startswith(f"{prefix}full")]
-        speedup = min(rival.ms for rival in rivals) / ms
-        row = {**facts, "variant": name, "ms": ms, "wall_ms": wall_ms, "speedup": speedup}
-        row["wall_speedup"] = min(rival.wall_ms for rival in rivals) / wall_ms
-        routed = not name.startswith(f"{prefix}full")
-        row |= {
-            "ideal": facts["ideal"] if routed else None,
-            "share": speedup / facts["ideal"] if routed else None,
-        }
-        yield {**row, "peak_mib": peaks.get(name)}

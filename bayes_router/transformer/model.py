@@ -19,7 +19,7 @@ from bayes_router.attention.experts.contract import Expert
 from bayes_router.checks import choose, require
 from bayes_router.config import Config, ModelConfig
 from bayes_router.data.tokens import TokenSource
-from bayes_router.hub import folder_of, push
+from bayes_router.hub import Sent, folder_of
 from bayes_router.routing.controller import MetaController
 from bayes_router.routing.force import Force, as_units, forced_route
 from bayes_router.routing.guard import UNKNOWN, Guard, guarded
@@ -208,7 +208,7 @@ class RoutedTransformer(nn.Module):
         )
 
 
-class RoutedLanguageModel(nn.Module):
+class RoutedLanguageModel(nn.Module, Sent):
     """A fitted router at work: the Transformer and its meta-controller. No Pyro, no prior.
 
     `policy` decides HARD routes; `summary` is what a run said of itself, where it came from one;
@@ -255,18 +255,6 @@ class RoutedLanguageModel(nn.Module):
             ValueError: the policy is not registered.
         """
         save_model(self, Path(folder))
-
-    def push_to_hub(self, name: str, *, private: bool = True, token: str | None = None) -> str:
-        """`save_pretrained` to a repository of the Hugging Face hub; the address.
-
-        No text is sent.
-
-        Args:
-            name: OWNER/REPOSITORY, made if it is not there.
-            private: of a repository that is made.
-            token: of an account that may write there; by default the one that is logged in.
-        """
-        return push(self.save_pretrained, name, private, token)
 
     @classmethod
     def from_pretrained(

@@ -19,12 +19,13 @@ from bayes_router.attention.hard.backend import Backend
 from bayes_router.attention.hard.dense import DENSE
 from bayes_router.attention.hard.dispatch import EXPERTS
 from bayes_router.attention.hard.rows import TORCH
-from bayes_router.benchmark import cases, clock, memory, pace, suite, summary, verify
+from bayes_router.benchmark import cases, clock, facts, memory, pace, suite, summary, verify
 from bayes_router.benchmark.cases import Shape
 from bayes_router.benchmark.clock import Clock
 from bayes_router.benchmark.figure import draw
 from bayes_router.benchmark.plan import BESIDE, LENGTHS, BenchmarkPlan, Group, plan_groups
-from bayes_router.benchmark.suite import Suite, compared, doubling, run_benchmark
+from bayes_router.benchmark.ratios import compared, doubling
+from bayes_router.benchmark.suite import Suite, run_benchmark
 from bayes_router.config import ModelConfig
 from bayes_router.timing import Timing
 
@@ -499,7 +500,7 @@ def test_a_missing_package_is_named_with_the_fix(monkeypatch: pytest.MonkeyPatch
         ValueError,
         match="expected the packages pandas and seaborn; got: .* run: pip install seaborn",
     ):
-        suite.drawing_packages()
+        facts.drawing_packages()
 
 
 def test_the_time_is_kept_on_a_machine_that_gets_slower(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,13 @@
 from typing import Any
 
 from bayes_router.data.stream import TokenStream
-from bayes_router.hub import push
+from bayes_router.hub import Sent
 from bayes_router.integrations.patch.accounts import Accounted
 from bayes_router.integrations.patch.identity import Identity
 from bayes_router.integrations.patch.saving import PatchRecord, save_patch
 
 
-class Savable(Accounted):
+class Savable(Accounted, Sent):
     """A routed model whose added parts can be written, without the model."""
 
     held_out: TokenStream | None = None
@@ -40,15 +40,3 @@ class Savable(Accounted):
         `Router.from_pretrained` reads it.
         """
         self.save(folder, held_out)
-
-    def push_to_hub(self, name: str, *, private: bool = True, token: str | None = None) -> str:
-        """Save to a repository of the Hugging Face hub, with its card; the address.
-
-        No text is sent.
-
-        Args:
-            name: OWNER/REPOSITORY, made if it is not there.
-            private: of a repository that is made.
-            token: of an account that may write there; by default the one that is logged in.
-        """
-        return push(self.save, name, private, token)
