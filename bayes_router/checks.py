@@ -5,9 +5,12 @@ Every refusal names the field, what was expected, what came and the fix.
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from difflib import get_close_matches
 from enum import Enum
-from typing import TypeVar
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 
 def require(ok: bool, name: str, expected: str, got: object, fix: str = "") -> None:
@@ -39,6 +42,46 @@ def _number(value: object) -> float:
         return math.nan if isinstance(value, str) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):
         return math.nan
+
+
+NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a name"}
+
+
+def check_kinds(settings: Any, section: str = "") -> None:
+    """Refuse fields of a dataclass of settings that are of another kind than they are declared.
+
+    Those of numbers, names, yes or no, and tuples of them; `section` stands before their names.
+    """
+    hints = get_type_hints(type(settings))
+    for name in (field.name for field in fields(settings)):
+        value, hint = getattr(settings, name), hints[name]
+        require(_is_of(value, hint), f"{section}{name}", _kind(hint), value)
+
+
+def _is_of(value: object, hint: Any) -> bool:
+    """Whether a value is of an annotation; of one that is none of `check_kinds`, anything is."""
+    arguments = get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        return any(_is_of(value, one) for one in arguments)
+    if get_origin(hint) is tuple:
+        if not isinstance(value, tuple | list):
+            return False
+        each = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+        return len(value) == len(each) and all(map(_is_of, value, each))
+    if hint in (int, float):
+        number = isinstance(value, Integral if hint is int else Real) or hasattr(value, "item")
+        return number and not isinstance(value, bool)
+    return isinstance(value, hint) if hint in (str, bool, NoneType) else True
+
+
+def _kind(hint: Any) -> str:
+    """An annotation in words."""
+    arguments = [one for one in get_args(hint) if one not in (NoneType, ...)]
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(map(_kind, arguments))
+    if get_origin(hint) is tuple:
+        return f"a tuple, each {_kind(arguments[0])}"
+    return NAMES.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:

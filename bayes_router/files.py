@@ -25,6 +25,8 @@ CONFIG, METRICS, SUMMARY, WEIGHTS, STATE = (
     "model.safetensors",
     "state.pt",
 )
+PATCH = "router.json"
+"""What tells the folder of a patch."""
 PRETRAINED = "config.json"
 """What tells Hugging Face's Auto classes what the weights are."""
 
@@ -34,9 +36,19 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
     A reader sees the old file or the new, never half of one.
 
+    What is there and no file, such as /dev/stdout or a pipe, is written into.
+
     Raises:
         OSError: the file cannot be written; the old one is as it was.
     """
+    if is_special(path):
+        with tempfile.TemporaryDirectory() as folder:
+            whole = Path(folder) / path.name
+            write(whole)
+            with open(path, "wb") as stream:
+                stream.write(whole.read_bytes())
+        return
+    path = path.resolve()  # what a link leads to, not the link
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         try:
@@ -49,6 +61,11 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_special(path: Path) -> bool:
+    """Whether it is a device or a pipe, which a renamed file would take the place of."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -68,6 +85,10 @@ def require_file(run: Path, name: str) -> Path:
         raise ValueError(
             f"run: expected a run folder; {run} {what}; make one with `bayes-router fit --out "
             f"{run}`"
+        )
+    if (run / PATCH).is_file():
+        raise ValueError(
+            f"run: expected a run folder; {run} holds a patch; inspect and report take one"
         )
     if not (run / name).is_file():
         raise ValueError(
@@ -108,6 +129,8 @@ def check_file_for(path: Path, name: str = "out") -> None:
     """
     if path.is_dir():
         raise ValueError(f"{name}: expected a file; {path} is a folder; name a file in it")
+    if is_special(path):
+        return
     if not path.parent.is_dir():
         raise ValueError(
             f"{name}: expected a file in an existing folder; {path.parent} is none; make it first"

@@ -3,10 +3,11 @@
 Ids in one stream, with the targets that its kind of model is scored on.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -113,7 +114,13 @@ def stream_of(
     """
     if isinstance(texts, TokenStream):
         return texts
+    if isinstance(texts, np.ndarray):
+        texts = torch.from_numpy(texts)
     if not isinstance(texts, Tensor):
+        of_text = isinstance(texts, str) or (
+            isinstance(texts, Iterable) and all(isinstance(one, str) for one in texts)
+        )
+        require(of_text, "texts", "text, texts or ids as a tensor [N]", type(texts).__name__)
         require(
             tokenizer is not None,
             "tokenizer",
@@ -136,7 +143,9 @@ def stream_of(
                 [] if end is None else [end]
             )
         texts = torch.tensor(ids)
-    flat = texts.flatten()
+    whole = not (texts.is_floating_point() or texts.is_complex() or texts.dtype == torch.bool)
+    require(whole, "texts", "token ids, whole numbers", texts.dtype)
+    flat = texts.flatten().long()
     if causal:
         return TokenStream(flat, vocab_size)
     mask_token = getattr(tokenizer, "mask_token_id", None)

@@ -136,7 +136,7 @@ def patch(
     check_weights(model)
     settings = RouterConfig(
         window=window,
-        experts=tuple(experts),
+        experts=experts if isinstance(experts, str) else tuple(experts),  # type: ignore[arg-type]
         route_by=route_by,
         layers=None if layers is None else tuple(layers),
         sinks=sinks,

@@ -22,6 +22,8 @@ def forced_route(force: Force, experts: Sequence[str], num_layers: int) -> Route
             raise unknown("force", force, experts)
         index = list(experts).index(force)
         return lambda layer, hidden: index
+    kind = type(force).__name__
+    require(isinstance(force, Tensor), "force", "an expert's name, or choices [L, B, T, R]", kind)
     require(
         force.shape[0] == num_layers,
         "force",

@@ -5,11 +5,14 @@ A draw, the mean, or one expert a token by a policy.
 The hard route is a decision after inference, not a latent.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import lru_cache
+from numbers import Real
 from typing import Any, ClassVar, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Dirichlet
@@ -150,6 +153,15 @@ Costs = tuple[float, ...] | tuple[tuple[float, ...], ...]
 """Of the experts [E], or of the experts by unit [R][E]."""
 
 
+def check_costs(cost_ratio: Costs, price: float) -> None:
+    """Refuse what is no cost of experts, or no price."""
+    flat = np.ravel(np.asarray(cost_ratio, dtype=object))
+    numbers = [one for one in flat if isinstance(one, Real) and math.isfinite(one)]
+    require(0 < len(numbers) == len(flat), "policy.cost_ratio", "a number an expert", cost_ratio)
+    finite = isinstance(price, Real) and math.isfinite(price)
+    require(finite, "policy.price", "a finite number", price)
+
+
 def like(values: Costs, x: Tensor, factor: float = 1.0) -> Tensor:
     """`factor` times `values`, in the dtype and on the device of x.
 
@@ -209,6 +221,7 @@ class Conservative:
     def __post_init__(self) -> None:
         """Check the fields."""
         require(0 <= self.threshold <= 1, "policy.threshold", "a probability", self.threshold)
+        check_costs(self.cost_ratio, self.price)
         require(0 <= self.least_mean <= 1, "policy.least_mean", "a probability", self.least_mean)
 
     def __call__(self, concentration: Tensor) -> Tensor:
@@ -234,11 +247,17 @@ class Budget:
     cost_ratio: Costs
     price: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        check_costs(self.cost_ratio, self.price)
+
     def __call__(self, concentration: Tensor) -> Tensor:
         """See `Policy`.
 
         The log of the total concentration is the same for all experts, and left out.
         """
+        costs, experts = np.shape(self.cost_ratio)[-1], concentration.shape[-1]
+        require(costs == experts, "policy.cost_ratio", f"{experts}, one an expert", self.cost_ratio)
         paid = like(self.cost_ratio, concentration, self.price)
         return (concentration.log() - paid).argmax(-1)
 
@@ -268,7 +287,15 @@ def execute(
     if mode is RoutingMode.MEAN:
         return posterior_mean(posterior.concentration)
     guard: Any = policy
+    if not callable(policy) or isinstance(policy, type):
+        fix = "set one, such as Argmax() or Budget(cost_ratio, price)"
+        require(False, "policy", "a policy: concentration -> choices", policy, fix)
     choice: Tensor = (
         policy(posterior.concentration) if alarm is None else guard(posterior.concentration, alarm)
     )
+    made = getattr(choice, "dtype", type(choice).__name__)
+    require(made == torch.int64, "policy", "choices int64, one a token and unit", made)
+    wanted = posterior.concentration.shape[:-1]
+    fits = choice.shape in (wanted, wanted[:-1])  # without units: of all of them
+    require(fits, "policy", f"choices {tuple(wanted)}", tuple(choice.shape))
     return choice

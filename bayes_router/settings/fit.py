@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from bayes_router.checks import require
+from bayes_router.checks import check_kinds, require
 
 CORPUS_DEFAULT = "sotu"
 
@@ -32,6 +32,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Check every field."""
+        check_kinds(self, "data.")
         require(self.context >= 1, "data.context", "at least 1 token", self.context)
         require(
             0 < self.valid_fraction < 1,
@@ -102,6 +103,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check every field."""
+        check_kinds(self, "train.")
         for name in ("steps", "batch_size", "accumulate"):
             require(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
         for name in ("lr", "controller_lr", "clip"):

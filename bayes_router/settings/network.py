@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Optional
 
-from bayes_router.checks import choose, require
+from bayes_router.checks import check_kinds, choose, require
 from bayes_router.types import RouteBy
 
 
@@ -42,6 +42,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Check every field."""
+        check_kinds(self, "model.")
         for name in ("vocab_size", "d_model", "num_layers", "num_heads", "window"):
             require(getattr(self, name) >= 1, f"model.{name}", "at least 1", getattr(self, name))
         require(

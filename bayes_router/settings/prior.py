@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Optional, Union
 
-from bayes_router.checks import choose, not_negative, positive, require
+from bayes_router.checks import check_kinds, choose, not_negative, positive, require
 from bayes_router.types import CostModel
 
 ByUnit = tuple[Union[float, tuple[float, ...]], ...]
@@ -53,6 +53,7 @@ class PriorConfig:
 
     def __post_init__(self) -> None:
         """Check every field that does not need the experts."""
+        check_kinds(self, "prior.")
         choose("prior.cost", self.cost, CostModel)
         for name in ("temperature", "total_concentration"):
             require(
@@ -132,6 +133,7 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         """Check every field."""
+        check_kinds(self, "schedule.")
         positive("schedule.kl_weight", self.kl_weight, "a tiny one stands for zero")
         require(
             0 <= self.kl_warmup <= 1, "schedule.kl_warmup", "a fraction of training", self.kl_warmup

@@ -71,6 +71,11 @@ def prepare_run(out: Path, config: Config, overwrite: bool, resume: bool) -> Non
             set and there is nothing to resume, or the run was made with other settings (the message
             names them).
     """
+    if resume and overwrite:
+        raise ValueError(
+            "overwrite: expected it without resume; got both; resume goes on with the run, "
+            "overwrite takes its place"
+        )
     if resume:
         before = load_config(require_file(out, CONFIG))
         slower, found = lowered(before, config), _differing(before, config)
@@ -99,11 +104,10 @@ def prepare_run(out: Path, config: Config, overwrite: bool, resume: bool) -> Non
             raise ValueError(
                 f"out: expected a run folder to overwrite; {out} holds other files; choose another"
             )
-        if out.is_dir():
-            with sole_user(out):
-                shutil.rmtree(out)
-        else:
-            out.unlink()
+        if not out.is_dir():
+            raise ValueError(f"out: expected a folder; {out} is a file; choose another path")
+        with sole_user(out):
+            shutil.rmtree(out)
     try:
         out.mkdir(parents=True)
         write_text(out / CONFIG, config.to_toml())

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bayes_router.attention.cost import Mode, cost_ratios, executed_attention
+from bayes_router.checks import require
 from bayes_router.data.tokens import Batch, TokenSource
 from bayes_router.routing.information import ByToken
 from bayes_router.routing.policy import Policy
@@ -220,6 +221,8 @@ def evaluate(
         said = "evaluate(prior_price=...): the argument is called prior_tilt now"
         warnings.warn(said, FutureWarning, stacklevel=2)
         prior_tilt = prior_price
+    kind, fix = type(source).__name__, "load_data(config)[1].valid is one"
+    require(hasattr(source, "windows"), "source", "tokens with `windows`", kind, fix)
     device = next(model.parameters()).device
     prior = _Prior(prior_concentration, prior_tilt).to(device)
     sums, was_training, usual = _Sums(), model.training, model.policy

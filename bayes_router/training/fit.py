@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from bayes_router.checks import require
 from bayes_router.config import Config, load_config
 from bayes_router.data.load import Data, load_data
 from bayes_router.files import CONFIG, SUMMARY, write_json, write_text
@@ -100,6 +101,7 @@ def fit(
             row.
         Interrupted: SIGTERM or Ctrl-C (a KeyboardInterrupt); the run was saved before.
     """
+    require(isinstance(config, Config), "config", "a Config", type(config).__name__)
     out = Path(out)
     device = pick_device(config.train.device)
     if resume:

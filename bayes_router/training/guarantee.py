@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from numbers import Real
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -116,7 +117,9 @@ def windows_needed(excess: Tensor, allowed: float, confidence: float) -> int:
 def check_promise(lost: float, confidence: float) -> None:
     """Refuse what nobody can promise: see `keep_promise`."""
     require(0 < confidence < 1, "confidence", "a probability between 0 and 1", confidence)
-    require(lost > 0, "quality", "a share of perplexity above 0, such as 0.005", lost)
+    share = isinstance(lost, Real) and 0 < lost < math.inf
+    fix = "half a percent is 0.005"
+    require(share, "quality", "a share of perplexity above 0", lost, fix)
 
 
 def keep_promise(

@@ -10,6 +10,7 @@ from bayes_router.attention.decoding.cache import LayerCache
 from bayes_router.attention.experts.contract import Expert
 from bayes_router.attention.hard.dispatch import routed_attention
 from bayes_router.attention.shapes import by_head, merge_tokens, with_units
+from bayes_router.checks import require
 from bayes_router.config import ModelConfig
 from bayes_router.transformer.build import build_experts
 from bayes_router.transformer.padding import real_tokens
@@ -28,6 +29,7 @@ class AttentionMixture(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        require(isinstance(config, ModelConfig), "config", "a ModelConfig", type(config).__name__)
         self.config = config
         self.head_sizes = (config.num_heads, config.kv_heads, config.kv_heads)
         self.qkv = nn.Linear(config.d_model, sum(self.head_sizes) * config.head_dim, bias=False)

@@ -81,6 +81,7 @@ class RoutedTransformer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        require(isinstance(config, ModelConfig), "config", "a ModelConfig", type(config).__name__)
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))

@@ -21,12 +21,13 @@ def check_tokens(
     require(isinstance(tokens, Tensor), name, "a tensor, int64 [B, T]", type(tokens).__name__)
     require(tokens.dim() == 2, name, "shape [B, T]", tuple(tokens.shape))
     require(tokens.dtype == torch.int64, name, "torch.int64", tokens.dtype)
+    require(tokens.numel() > 0, name, "at least one row and one token", tuple(tokens.shape))
     if device is not None and tokens.device != device:
         raise ValueError(
             f"{name}: expected the device of the model, {device}; got {tokens.device}; move one "
             f"with .to(device)"
         )
-    if tokens.device.type == "cpu" and tokens.numel():
+    if tokens.device.type == "cpu":
         low, high = (int(x) for x in tokens.aminmax())
         require(
             low >= 0 and high < vocab_size,

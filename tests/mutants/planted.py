@@ -266,8 +266,8 @@ FAULTS = [
     Fault(
         "the prior's total concentration is one",
         f"{P}/routing/prior.py",
-        "return self.mean * torch.tensor(self.total_concentration)[:, None]",
-        "return self.mean * torch.ones(self.num_layers)[:, None]",
+        "return torch.tensor(self.total_concentration)[..., None]",
+        "return torch.ones_like(torch.tensor(self.total_concentration))[..., None]",
         f"{T}/routing/test_prior.py",
     ),
     Fault(
@@ -280,8 +280,8 @@ FAULTS = [
     Fault(
         "the price does not anneal",
         f"{P}/routing/schedule.py",
-        "mean * total, w * self.price, progress",
-        "mean * total, self.price, progress",
+        "            w * self.price,\n",
+        "            self.price,\n",
         f"{T}/routing/test_schedule.py",
     ),
     Fault(

@@ -83,11 +83,19 @@ def test_two_fits_of_one_seed_are_identical_and_of_two_seeds_not(
     assert not same(weights(finished_run), weights(tmp_path / "other"))
 
 
-@pytest.mark.parametrize("stop", [4, 8])
+@pytest.mark.parametrize(("stop", "draws"), [(4, "batch"), (8, "batch"), (8, "row")])
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
-    corpus: str, finished_run: Path, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
+    corpus: str,
+    finished_run: Path,
+    tmp_path: Path,
+    stop: int,
+    draws: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    usual = Trainer.step
+    usual, config, whole = Trainer.step, fit_config(corpus, draws=draws), finished_run
+    if draws != "batch":
+        whole = tmp_path / "whole"
+        fit(config, whole, progress=False)
 
     def fail(self: Trainer, step: int):  # type: ignore[no-untyped-def]
         if step == stop + 1:
@@ -97,13 +105,13 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     monkeypatch.setattr(Trainer, "step", fail)
     run = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        fit(fit_config(corpus), run, progress=False)
+        fit(config, run, progress=False)
     monkeypatch.setattr(Trainer, "step", usual)
     torch.rand(7)
-    fit(fit_config(corpus), run, resume=True, progress=False)
-    assert same(weights(finished_run), weights(run))
+    fit(config, run, resume=True, progress=False)
+    assert same(weights(whole), weights(run))
     columns = ["step", "nll", "kl", "valid_nll_hard"]
-    got, want = (pd.read_csv(r / "metrics.csv")[columns] for r in (run, finished_run))
+    got, want = (pd.read_csv(r / "metrics.csv")[columns] for r in (run, whole))
     pd.testing.assert_frame_equal(got, want)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bayes_router.checks import choose, require
+from bayes_router.checks import check_kinds, choose, require
 from bayes_router.config import ScheduleConfig, TrainConfig
 from bayes_router.inference.likelihood import Observed
 from bayes_router.inference.model import Through
@@ -80,6 +80,7 @@ class FitSettings:
 
     def __post_init__(self) -> None:
         """Check every field."""
+        check_kinds(self)
         if self.likelihood is not None:
             choose("likelihood", self.likelihood, Observed)
         budgets = [] if self.budget is None else np.atleast_1d(self.budget).tolist()

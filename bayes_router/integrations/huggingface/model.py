@@ -3,13 +3,13 @@
 The routed language model, its fit, its program.
 """
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from bayes_router.checks import require
+from bayes_router.checks import nearest, require
 from bayes_router.config import ScheduleConfig
 from bayes_router.data.fingerprint import fingerprint
 from bayes_router.data.mixture import source_of
@@ -62,6 +62,9 @@ class RoutedPretrained(Promising):
         """
         self.require_patched()
         self.require_thawed("fit")
+        known = [field.name for field in fields(fit_settings.FitSettings)]
+        for given in settings.keys() - set(known):
+            raise TypeError(f"fit() got an unexpected argument {given!r}{nearest(given, known)}")
         chosen = fit_settings.FitSettings(**settings)
         source, self.held_out = source_of(
             texts, tokenizer, self.config.vocab_size, self.causal

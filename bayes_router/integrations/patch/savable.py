@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from bayes_router.checks import require
 from bayes_router.data.stream import TokenStream
 from bayes_router.hub import Sent
 from bayes_router.integrations.patch.accounts import Accounted
@@ -26,6 +27,9 @@ class Savable(Accounted, Sent):
                 training of your own): the patch then fits that model alone, which has to be saved
                 beside it.
         """
+        lacking = held_out and self.held_out is None
+        fix = "fit keeps the end of its text; or save without, and give the report a text"
+        require(not lacking, "held_out", "text that fit held out", None, fix)
         record = PatchRecord(
             self.model, type(self).__name__, self.state_dict(), self.settings, self.policy,
             self.fitted, self.made_for,

@@ -19,13 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bayes_router.checks import require
+from bayes_router.checks import nearest, require
 from bayes_router.data.stream import MaskedStream, TokenStream
 from bayes_router.files import write_json, write_whole
 from bayes_router.hub import write_card
 from bayes_router.integrations.patch.card import card
 from bayes_router.integrations.patch.identity import Identity, Sums, as_saved, identity, read_kept
 from bayes_router.integrations.patch.settings import SETTINGS, FitRecord, RouterConfig
+from bayes_router.integrations.patch.shipped import shipped
 from bayes_router.routing.evidence import Evidence
 from bayes_router.routing.policy import Policy, policy_from_dict, policy_to_dict
 from bayes_router.routing.risk import Risk
@@ -61,6 +62,7 @@ def save_patch(record: PatchRecord, folder: Path | str) -> None:
     """
     folder = Path(folder)
     policy = policy_to_dict(record.policy)
+    require(not folder.is_file(), "folder", "a folder, or a new one", str(folder), "it is a file")
     folder.mkdir(parents=True, exist_ok=True)
     now, kind = identity(record.model), type(record.model).__name__
     base = str(getattr(record.model, "name_or_path", "") or "")
@@ -118,7 +120,7 @@ def read_settings(model: nn.Module, folder: Path | str) -> tuple[RouterConfig, P
             "folder",
             f"a saved patch with {SETTINGS} and {WEIGHTS}",
             str(folder),
-            f"{one.name} is missing",
+            f"{one.name} is missing{nearest(folder, shipped())}",
         )
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))

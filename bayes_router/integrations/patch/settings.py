@@ -6,14 +6,15 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from bayes_router.checks import choose, require, unknown
+from bayes_router.checks import check_kinds, choose, require, unknown
 from bayes_router.config import PriorConfig
+from bayes_router.files import PATCH
 from bayes_router.hub import folder_of
 from bayes_router.integrations.calls.layer import EXPERTS
 from bayes_router.routing.cost import CostBy
 from bayes_router.types import RouteBy
 
-SETTINGS = "router.json"
+SETTINGS = PATCH
 OLD_NAME = "linear"
 """What `mapped` was called in patches once; those that were saved then are read."""
 
@@ -51,6 +52,7 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         """Check every field."""
+        check_kinds(self)
         require(self.window >= 1, "window", "at least 1 (a token sees itself)", self.window)
         require(self.sinks >= 0, "sinks", "0 or more tokens", self.sinks)
         require(self.context >= 1, "context", "at least 1 token", self.context)
