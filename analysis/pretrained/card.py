@@ -1,6 +1,6 @@
 """Reads a patch that comes with the package again: the figures of its card, on a CPU.
 
-    python -m analysis.pretrained.card MODEL TOKENS.npz NAME
+    python -m analysis.pretrained.card MODEL TOKENS.npz NAME [--texts novels]
 
 MODEL is the folder of SmolLM2-135M-Instruct, TOKENS.npz is written by `analysis.pretrained.texts`.
 Prints perplexity lost against the unpatched model, exp(mean of the paired differences in nats) - 1,
@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from analysis.pretrained.loading import load_model
-from analysis.pretrained.reading import Reader, Setting
+from analysis.pretrained.reading import TEXTS, Reader, Setting
 from analysis.pretrained.table import lines, percent, standard_error
 from analysis.pretrained.texts import load
 from bayes_router.data.stream import TokenStream
@@ -51,9 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("patch", help="a name, or the folder of a patch with a budget")
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--pieces", type=int, default=8, help="of each text")
+    parser.add_argument("--texts", nargs="*", default=TEXTS, help="kinds of text that are read")
     args = parser.parse_args(argv)
     model = load_model(args.model, torch.device("cpu"))
-    _, texts = load(args.tokens, model.config.vocab_size)
+    _, held = load(args.tokens, model.config.vocab_size)
+    texts = {name: held[name] for name in args.texts}
     router = load_patch(model, args.patch)
     print("\n".join(lines(figures(router, texts, args.context, args.pieces))))
 
