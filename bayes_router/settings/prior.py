@@ -8,9 +8,9 @@ from bayes_router.checks import check_kinds, choose, not_negative, positive, req
 from bayes_router.types import CostModel
 
 ByUnit = tuple[Union[float, tuple[float, ...]], ...]
-"""A number for each layer, [L], or for each unit of each layer, [L][R]."""
+"""A number for each layer, `[L]`, or for each unit of each layer, `[L][R]`."""
 ExpertsByUnit = tuple[tuple[Union[float, tuple[float, ...]], ...], ...]
-"""A number for each expert in each layer, [L][E], or in each unit of each layer, [L][R][E]."""
+"""A number for each expert in each layer, `[L][E]`, or in each unit of each, `[L][R][E]`."""
 
 
 @dataclass(frozen=True)
