@@ -66,8 +66,7 @@ def _is_of(value: object, hint: Any) -> bool:
     if get_origin(hint) is tuple:
         if not isinstance(value, tuple | list):
             return False
-        each = arguments[:1] * len(value) if arguments[-1] is ... else arguments
-        return len(value) == len(each) and all(map(_is_of, value, each))
+        return all(_is_of(one, arguments[0]) for one in value)  # how many, its own check says
     if hint in (int, float):
         number = isinstance(value, Integral if hint is int else Real) or hasattr(value, "item")
         return number and not isinstance(value, bool)
