@@ -137,16 +137,13 @@ def _forward(problem: RoutedProblem, kept: list[list[Kept]] | None) -> Tensor:
 
     What the backward pass needs is appended to `kept`, one list a sequence.
     """
+    return (run if kept is None else rest)(_forward_steps(problem, kept)).transpose(1, 2)
+
+
+def _forward_steps(problem: RoutedProblem, kept: list[list[Kept]] | None) -> Steps[Tensor]:
+    """The rows of every sequence [B, Tq, H, Dh]."""
     B, H, Tq, Dh = problem.q.shape
-    out = problem.q.new_zeros(B, Tq, H, Dh)
-    (run if kept is None else rest)(_forward_steps(problem, out, kept))
-    return out.transpose(1, 2)
-
-
-def _forward_steps(
-    problem: RoutedProblem, out: Tensor, kept: list[list[Kept]] | None
-) -> Steps[None]:
-    """Write the rows of every sequence to out [B, Tq, H, Dh]."""
+    out = problem.q.new_zeros(B, Tq, H, Dh)  # a step's: to fill it is shared between threads, too
     for row, one in enumerate(problem.sequences()):
         if kept is not None:
             kept.append([])
@@ -154,6 +151,7 @@ def _forward_steps(
             notes = yield from _group_forward(one, group, out[row, :, group.heads], kept is None)
             if kept is not None:
                 kept[row].append(Kept(group, notes))
+    return out
 
 
 def _group_forward(one: RoutedProblem, group: Gathering, out: Tensor, alone: bool) -> Steps[Any]:

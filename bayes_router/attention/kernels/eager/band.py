@@ -54,20 +54,18 @@ def by_blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     Nothing is copied and two keys in three are seen, where the blocks of `banded` see one in two;
     the first queries, before which nothing is hidden, are one causal call.
     """
-    (B, H, Tq, _), Dv = q.shape, v.shape[3]
+    return run(_blocks(q, k, v, window))
+
+
+def _blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Steps[Tensor]:
+    """Local attention; a mask that is made of more than some elements is shared work, too."""
+    (B, H, Tq, _), Dv, past = q.shape, v.shape[3], k.shape[2] - q.shape[2]
     out = q.new_empty(B, Tq, H, Dv).transpose(1, 2)
     # a query of a block sees the keys that stand up to a window before it
     block = window // 2
     ahead = torch.arange(block + window - 1, device=q.device)
     ahead = ahead - torch.arange(block, device=q.device)[:, None]
     mask = q.new_zeros(ahead.shape).masked_fill((ahead < 0) | (ahead >= window), -torch.inf)
-    run(_blocks(q, out, k, v, mask, window))
-    return out
-
-
-def _blocks(q: Tensor, out: Tensor, k: Tensor, v: Tensor, mask: Tensor, window: int) -> Steps[None]:
-    """Write local attention to `out`."""
-    Tq, past, block = q.shape[2], k.shape[2] - q.shape[2], len(mask)
     grouped, begun = k.shape[1] != q.shape[1], min(window, Tq) if past == 0 else 0
     if begun:
         first = (x[:, :, :begun] for x in (q, k, v))
@@ -82,3 +80,4 @@ def _blocks(q: Tensor, out: Tensor, k: Tensor, v: Tensor, mask: Tensor, window: 
             q[:, :, start:stop], k[:, :, keys], v[:, :, keys], attn_mask=seen, enable_gqa=grouped
         )
         yield
+    return out

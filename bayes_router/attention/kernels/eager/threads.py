@@ -23,9 +23,11 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-OFTEN, WITHIN = 5, 0.05
+OFTEN, WITHIN = 11, 0.1
 """Times that this process is preempted in so many seconds, from which on more threads do not pay:
-beside one busy process it is 10 and more (Linux), beside daemons less."""
+beside one busy process it is 12 and more (Linux), beside daemons 3, and seldom up to 9."""
+LATER = 0.05
+"""Seconds of a pass on fewer threads until threads to come are seen to."""
 QUIET, LONGEST = 0.25, 4.0
 """Seconds without that until more threads are tried, at first and at most: each try that fails
 doubles them."""
@@ -89,12 +91,17 @@ def run(steps: Steps[Returned]) -> Returned:
     if most < 2 or watched or torch.compiler.is_compiling() or getattr(_HERE, "runs", False):
         return rest(steps)
     _HERE.runs = True
+    since = float("inf")  # from when on threads to come have fewer
     try:
         while True:
             wanted = LOAD.threads(most)
             if wanted != number:
                 number = wanted
-                _use(number, most)
+                torch.set_num_threads(number)
+                since = time.monotonic() if number != most else float("inf")
+            elif time.monotonic() - since > LATER:
+                _give_back(most)
+                since = float("inf")
             next(steps)
     except StopIteration as end:
         found: Returned = end.value
@@ -115,16 +122,14 @@ def rest(steps: Steps[Returned]) -> Returned:
             return found
 
 
-def _use(number: int, most: int) -> None:
-    """Let this thread share operators between so many.
+def _give_back(most: int) -> None:
+    """Let threads to come share operators between so many again.
 
-    A setting of torch's is of the thread that makes it and of threads to come, which get theirs
-    back from another thread that makes it, as soon as that one runs: to wait for it, beside a busy
-    process, takes as long as a short text does.
+    A setting of torch's is of the thread that makes it and of threads to come. These get theirs
+    back at the end of a pass, or in a long one from another thread that makes it: beside a busy
+    process that thread waits for a core, as long as a short pass takes.
     """
-    torch.set_num_threads(number)
-    if number != most:
-        _other(os.getpid()).submit(torch.set_num_threads, most)
+    _other(os.getpid()).submit(torch.set_num_threads, most)
 
 
 @lru_cache(maxsize=1)
