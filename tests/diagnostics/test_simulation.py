@@ -78,8 +78,8 @@ def test_the_targets_that_are_inferred_from_are_those_that_were_simulated():
 
 def test_the_samplers_draws_are_those_given_the_targets_of_their_row():
     program, _ = toy(MixtureNetwork(), PRIOR, PRIOR)
-    targets = torch.tensor([0, 2]).repeat_interleave(30)[:, None]
+    targets = torch.tensor([0, 2]).repeat_interleave(60)[:, None]
     draw = sampler_draws(program, 15, warmup=20, thin=1, depth=4)
-    means = draw(torch.zeros_like(targets), targets)["route_0"].mean((0, 2)).unflatten(0, (2, 30))
+    means = draw(torch.zeros_like(targets), targets)["route_0"].mean((0, 2)).unflatten(0, (2, 60))
     exact = exact_posterior_mean(PRIOR[0], torch.tensor([0, 2]))
     torch.testing.assert_close(means.mean(1), exact, rtol=0, atol=0.06)
