@@ -1,6 +1,7 @@
 """The kernel of evidence in Triton's interpreter, and a watch beside the router's kernel."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -41,21 +42,26 @@ def test_the_distance_is_the_densitys(
     assert distance(density, x[:, :0], normed).shape == (2, 0)
 
 
+@torch.no_grad()
+def watched(
+    controller: Any, passed: Callable[[], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """What a watched pass finds, what it gives, and what its controllers read."""
+    with watching(controller) as watch, inputs_of(controller) as inputs:
+        out = passed()
+    return watch.log_evidence, out, inputs
+
+
 def test_a_watch_beside_a_language_models_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model().eval().requires_grad_(False)
     batches = [Batch(*tiny_batch(B=4, T=40, seed=s)) for s in range(6)]
     fit_evidence(model, batches, torch.tensor([0.5, 0.6, 0.7]), memory=8)
     x = tiny_batch()[0]
 
-    def read() -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-        with watching(model.controller) as watch, inputs_of(model.controller) as inputs:
-            out = model(x)
-        return watch.log_evidence, out.concentration, inputs
-
-    want = read()
+    want = watched(model.controller, lambda: model(x).concentration)
     taken: list[Any] = []
     monkeypatch.setattr(fused, "available", lambda hidden, layer: not taken.append(layer))
-    got = read()
+    got = watched(model.controller, lambda: model(x).concentration)
     assert len(taken) == 3
     torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-4)
 
@@ -66,16 +72,10 @@ def test_a_watch_beside_a_patchs_kernel(monkeypatch: pytest.MonkeyPatch) -> None
     x = tokens(2, 30)
     router.fit_evidence(tokens(1, 4000)[0], context=40)
 
-    @torch.no_grad()
-    def read() -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-        with watching(router.controller) as watch, inputs_of(router.controller) as inputs:
-            out = model(x)
-        return watch.log_evidence, out.logits, inputs
-
-    want = read()
+    want = watched(router.controller, lambda: model(x).logits)
     taken: list[Any] = []
     monkeypatch.setattr(fused_router, "available", lambda hidden, layer: not taken.append(layer))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    got = read()
+    got = watched(router.controller, lambda: model(x).logits)
     assert len(taken) == len(router.controller.layers)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
