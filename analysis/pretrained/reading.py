@@ -30,7 +30,7 @@ from bayes_router.types import Route
 SINKS, LONGEST = 4, 8192
 BUDGETS = (0.3, 0.2, 0.5, 0.4, 0.15, 0.7)
 TEXTS = ("novels", "wikitext", "python", "speeches")
-NEEDLES = (0.3, 0.2)
+ASKED = (0.3, 0.2)
 
 
 @dataclass
@@ -179,15 +179,18 @@ class Reader:
     @torch.no_grad()
     def retrieval(self, asked: list[Question], setting: Setting | None) -> list[Answered]:
         """Of each prompt; None: unpatched."""
-        full = self.router.experts.index("full")
+        full, costs = self.router.experts.index("full"), list[float]()
 
         def last(tokens: Tensor, count: int) -> Tensor:
             route = (lambda layer, hidden: full) if setting is None else setting
             with self.router.routed_by(route):
-                return self.router.logits(tokens, use_cache=False, logits_to_keep=count)
+                logits = self.router.logits(tokens, use_cache=False, logits_to_keep=count)
+            costs.append(1.0 if setting is None else float(setting.cost(tokens.shape[1])))
+            return logits
 
         with nullcontext() if setting is None else self._by(setting):
-            return score(last, asked, self.device)
+            found = score(last, asked, self.device)
+        return [one._replace(cost=cost) for one, cost in zip(found, costs, strict=True)]
 
 
 def divergence(before: Tensor, after: Tensor) -> Tensor:
@@ -206,6 +209,7 @@ class Extent:
     prompts: int = 12
     texts: tuple[str, ...] = TEXTS
     budgets: tuple[float, ...] = BUDGETS
+    asked: tuple[float, ...] = ASKED  # budgets of retrieval, met on novels
     windows: bool = False  # also one window of equal cost everywhere, which needs no fit
     seconds: float = math.inf
     divergence: bool = False  # also KL from the unpatched model
@@ -215,11 +219,11 @@ def read(
     router: RoutedPretrained,
     contender: str,
     texts: dict[str, TokenStream],
-    hay: Haystack,
+    hay: Haystack | None,
     extent: Extent,
     rows: Rows,
 ) -> None:
-    """All rows of a contender; those that count first."""
+    """All rows of a contender; those that count first. Prompts are made in `hay`."""
     reader, started = Reader(router, extent.divergence), time.perf_counter()
 
     def late() -> bool:
@@ -255,14 +259,15 @@ def read(
                     )
                     for row in found:
                         rows.add(facts | row)
-        for task in TASKS if extent.prompts else ():
+        dials = dict[float, float]()
+        for task in TASKS if hay and extent.prompts else ():
             asked = prompts(task, hay, context, extent.prompts)
-            for budget in (1.0, *NEEDLES):
+            for budget in (1.0, *extent.asked):
                 if late() or budget < share(context, router.settings.window, SINKS) + 0.02:
                     continue
-                setting = None
-                if budget < 1:
-                    setting = Setting(router, reader.meet(texts["novels"], context, budget)[0])
+                if budget < 1 and budget not in dials:
+                    dials[budget] = reader.meet(texts["novels"], context, budget)[0]
+                setting = Setting(router, dials[budget]) if budget < 1 else None
                 facts = {"contender": contender, "text": task, "context": context, "budget": budget}
                 found = reader.retrieval(asked, setting)
                 for piece, one in enumerate(found):

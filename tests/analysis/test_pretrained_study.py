@@ -8,6 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
 
 from tests.integrations.tiny_models import VOCAB, patched, tiny
 
@@ -24,7 +27,7 @@ from analysis.pretrained import (  # noqa: E402
 )
 from analysis.pretrained.contenders import share  # noqa: E402
 from analysis.pretrained.loading import load_model  # noqa: E402
-from analysis.pretrained.retrieval import Haystack  # noqa: E402
+from analysis.pretrained.retrieval import Haystack, Question  # noqa: E402
 from bayes_router.benchmark.rows import Rows  # noqa: E402
 from bayes_router.data.mixture import Mixture  # noqa: E402
 from bayes_router.data.stream import TokenStream  # noqa: E402
@@ -263,7 +266,7 @@ def test_what_freezing_frees_is_measured_in_bytes() -> None:
 def test_retrieval_counts_whole_answers_beside_the_unpatched_model() -> None:
     rows = [
         {"contender": "ours", "window": 8, "text": "needle", "context": 64, "budget": b,
-         "piece": i, "right": r, "nats": n}
+         "seed": 0, "piece": i, "right": r, "nats": n}
         for b, right, nats in ((1.0, (1, 1, 0.5), (1, 2, 3)), (0.3, (1, 0.5, 0), (2, 2, 6)))
         for i, (r, n) in enumerate(zip(right, nats, strict=True))
     ]  # fmt: skip
@@ -275,11 +278,49 @@ def test_retrieval_counts_whole_answers_beside_the_unpatched_model() -> None:
     assert found.loc[1.0, "more"] == 0
 
 
+def test_rivals_are_compared_with_ours_on_the_prompts_that_both_answer() -> None:
+    one = {"window": 8, "text": "needle", "context": 64, "budget": 0.3}
+    said = {
+        (table.OURS, 0): [(1, 1.0), (1, 2.0), (0, 3.0)], (table.OURS, 1): [(1, 1.0), (0, 4.0)],
+        ("rival", 0): [(0, 2.0), (1, 3.5), (0, 9.0)],
+    }  # fmt: skip
+    frame = pd.DataFrame([
+        one | {"contender": name, "seed": seed, "piece": i, "right": right, "nats": nats}
+        for (name, seed), answers in said.items() for i, (right, nats) in enumerate(answers)
+    ])  # fmt: skip
+    (row,) = table.outdone(frame).to_dict("records")
+    assert (row["whole"], row["the rival's"], row["prompts"]) == (1.5, 1, 3)
+    apart = [1.0, 0.5, 6.0]  # ours: 1, 3, 3
+    assert row["beyond"] == pytest.approx(np.mean(apart))
+    assert row["se"] == pytest.approx(np.std(apart, ddof=1) / 3**0.5)
+
+
+def test_the_cost_of_prompts_is_what_their_routes_read() -> None:
+    router = router_of()
+    reader = reading.Reader(router)
+    asked = [Question((5, 6, 7, 8) * 16, ((7, 8),))] * 2
+    cost = reader.retrieval(asked, reading.Setting(router, 99.0))[1].cost
+    assert cost == pytest.approx(share(63, WINDOW, SINKS))  # the last token is not read
+    assert [one.cost for one in reader.retrieval(asked, None)] == [1, 1]
+
+
+def test_a_cut_tokenizer_says_the_same_of_what_is_left() -> None:
+    trained = Tokenizer(BPE(byte_fallback=True, unk_token="<unk>"))
+    words = "low lower lowest new newer newest wide wider widest slow slower slowest"
+    trained.train_from_iterator([words] * 9, BpeTrainer(special_tokens=["<unk>", "<0x41>"]))
+    text = "newest lower slow"
+    ids = trained.encode(text).ids
+    old, _ = cut_vocabulary.renumbered({"fit": np.array(ids)}, [])
+    cut = cut_vocabulary.cut_tokenizer(trained, old)
+    assert [int(old[i]) for i in cut.encode(text).ids] == ids
+    assert cut.get_vocab_size() < trained.get_vocab_size()
+
+
 def test_a_cut_vocabulary_answers_as_the_whole_one_over_what_is_left(tmp_path: Any) -> None:
     torch.manual_seed(0)
     model = tiny("gemma3")
     texts = {"fit novels": np.array([5, 9, 9, 30]), "read novels": np.array([9, 12])}
-    old, new = cut_vocabulary.renumbered(texts, 2)
+    old, new = cut_vocabulary.renumbered(texts, [2])
     assert list(old) == [2, 5, 9, 12, 30] and list(new["read novels"]) == [2, 3]
     ids = torch.tensor([[2, 9, 5, 30, 12]])
     whole = model(ids).logits[..., torch.from_numpy(old)]
