@@ -213,6 +213,7 @@ class Extent:
     windows: bool = False  # also one window of equal cost everywhere, which needs no fit
     seconds: float = math.inf
     divergence: bool = False  # also KL from the unpatched model
+    tasks: tuple[str, ...] = field(default_factory=lambda: tuple(TASKS))
 
 
 def read(
@@ -260,7 +261,7 @@ def read(
                     for row in found:
                         rows.add(facts | row)
         dials = dict[float, float]()
-        for task in TASKS if hay and extent.prompts else ():
+        for task in extent.tasks if hay and extent.prompts else ():
             asked = prompts(task, hay, context, extent.prompts)
             for budget in (1.0, *extent.asked):
                 if late() or budget < share(context, router.settings.window, SINKS) + 0.02:

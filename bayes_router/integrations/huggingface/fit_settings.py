@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 KL_WEIGHT = 0.02  # of the mean over layers and units of the KL
+TEXT_SHARE = 0.2  # of what a fit of a range of budgets observes
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,10 @@ class FitSettings:
         clip: largest gradient norm.
         likelihood: model, the next tokens of the unpatched model in expectation (self-distillation:
             the patch stays as near to it as it can); text, those of the text, which routes may then
-            tell better than the unpatched model does (`analysis/PRETRAINED.md`); or both, half of
-            each. None: model, but text where the model's own weights move.
+            tell better than the unpatched model does (`analysis/PRETRAINED.md`); both, half of
+            each; or a number from 0 to 1, the text's share. None: a fifth of the text for a range
+            of budgets, which keeps perplexity next to the unpatched model's at hardly more
+            divergence from it; else model; but text where the model's own weights move.
         budget: cost at which executed draws are held by moving the price, full = 1; or (low, high),
             a budget drawn anew each step, so that one fit serves them all, see `BudgetRange`; None:
             the prior's own price.
@@ -72,7 +75,7 @@ class FitSettings:
     through: str | None = None
     graph: bool = False
     clip: float = 1.0
-    likelihood: str | None = None
+    likelihood: str | float | None = None
     budget: float | tuple[float, float] | None = None
     by: str = CostBy.FLOPS.value
     seconds: float = math.inf
@@ -81,8 +84,11 @@ class FitSettings:
     def __post_init__(self) -> None:
         """Check every field."""
         check_kinds(self)
-        if self.likelihood is not None:
+        if isinstance(self.likelihood, str):
             choose("likelihood", self.likelihood, Observed)
+        elif self.likelihood is not None:
+            share = "a name, or a share of the text from 0 to 1"
+            require(0 <= self.likelihood <= 1, "likelihood", share, self.likelihood)
         budgets = [] if self.budget is None else np.atleast_1d(self.budget).tolist()
         ordered = len(budgets) < 2 or (len(budgets) == 2 and budgets == sorted(set(budgets)))
         fits = ordered and all(0 < b <= 1 for b in budgets)
@@ -113,14 +119,22 @@ class FitSettings:
     @property
     def teacher(self) -> bool:
         """Whether the unpatched model is, or is part of, what the fit follows."""
-        return self.observed is not Observed.TEXT
+        return self.text < 1
 
     @property
-    def observed(self) -> Observed:
+    def observed(self) -> str | float:
         """`likelihood`, chosen."""
         if self.likelihood is not None:
-            return Observed(self.likelihood)
-        return Observed.MODEL if self.weights_lr == 0 else Observed.TEXT
+            return self.likelihood
+        if self.weights_lr > 0:
+            return Observed.TEXT.value
+        return TEXT_SHARE if isinstance(self.budget, tuple) else Observed.MODEL.value
+
+    @property
+    def text(self) -> float:
+        """The share of the text's own tokens in what is observed."""
+        chosen = self.observed
+        return Observed(chosen).text if isinstance(chosen, str) else float(chosen)
 
     def distil_rates(self) -> TrainConfig:
         """Of distillation, as the shared learning-rate schedule takes it."""
@@ -176,7 +190,7 @@ def record(
         end.kl_weight,
         price,
         end.straight_through,
-        settings.observed.value,
+        settings.observed,
         settings.budget,
         str(tokenizer) if tokenizer else None,
         read=last_read(frame),

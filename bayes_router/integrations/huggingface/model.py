@@ -57,8 +57,8 @@ class RoutedPretrained(Promising):
 
         Returns:
             One row a step: nll, kl, elbo in nats per token, the executed cost and the price; with
-            the unpatched model as likelihood also the divergence from it. `attrs["distillation"]`
-            has the errors of the first phase.
+            the unpatched model alone as likelihood also the divergence from it.
+            `attrs["distillation"]` has the errors of the first phase.
         """
         self.require_patched()
         self.require_thawed("fit")

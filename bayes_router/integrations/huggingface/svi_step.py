@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bayes_router.checks import require
 from bayes_router.inference.elbo import NegativeELBO
 from bayes_router.inference.guide import Controller, RoutingGuide
-from bayes_router.inference.likelihood import Likelihood, NextToken, Observed, Teacher, entropy
+from bayes_router.inference.likelihood import Likelihood, NextToken, Teacher, entropy
 from bayes_router.inference.model import RoutingModel
 from bayes_router.integrations.huggingface.fit_settings import FitSettings
 from bayes_router.integrations.huggingface.graphs import without_mask
@@ -82,7 +82,7 @@ class SviStep:
         self.router, self.settings = router, settings
         cost, self.spent = router.layer_cost.to(router.device), list[Tensor]()
         self.teacher, self.dialled = Teacher(), Dialled(router.controller, cost)
-        self.teacher.text = 0.5 if settings.observed is Observed.BOTH else 0.0
+        self.teacher.text = settings.text
         in_bytes = settings.by == CostBy.BYTES.value
         self.paid = router.layer_reads.to(router.device) if in_bytes else cost
         sharing = max(router.config.num_units // router.config.kv_heads, 1) if in_bytes else 1
@@ -124,7 +124,7 @@ class SviStep:
         found = float(loss)
         require(torch.isfinite(loss).item() is True, "loss", "finite", found, "lower the rates")
         cost, of_teacher = self.read.tolist()
-        if self.settings.observed is Observed.MODEL:
+        if self.settings.text == 0:
             row["divergence"] = row["nll"] - of_teacher
         return row | {"cost": cost, "price": state.price, "dial": asked.dial}
 
@@ -133,7 +133,7 @@ class SviStep:
         self.spent.clear()
         if self.settings.teacher:
             said = self.teacher.logits = self.router.unrouted(tokens)
-            if self.settings.observed is Observed.MODEL:
+            if self.settings.text == 0:
                 scored = entropy(said).masked_fill(targets == IGNORED, 0.0)
                 self.read[1].copy_(scored.sum() / targets.numel())
         loss, terms = self.objective(tokens, targets)

@@ -39,7 +39,7 @@ def card(
         what |= {
             "fitted on": f"{fitted.tokens:,} tokens, {fitted.context} a sequence",
             "tokenizer": fitted.tokenizer or "token ids were given",
-            "likelihood": fitted.likelihood,
+            "likelihood": _observed(fitted.likelihood),
             f"budget ({PAID[fitted.by]}, full attention = 1)": str(asked),
             "KL weight and price at the end": f"{fitted.kl_weight:.4g} and {fitted.price:.4g}",
         }
@@ -55,6 +55,11 @@ def card(
     notes = [f"- {note}" for note in _notes(fitted, moved)]
     parts = ["# A router", *table, "", *use, "", "## To mind", "", *notes]
     return "\n".join([*head, "---", "", *parts, ""])
+
+
+def _observed(likelihood: str | float) -> str:
+    """In words."""
+    return likelihood if isinstance(likelihood, str) else f"{likelihood:g} text, the rest model"
 
 
 PAID = {

@@ -176,7 +176,7 @@ class FitRecord:
         kl_weight: of the objective at the end.
         price: of the prior's tilt at the end, nats per unit of cost.
         straight_through: whether draws were executed as their argmax at the end.
-        likelihood: model, text or both, see `FitSettings`.
+        likelihood: model, text, both or the text's share, see `FitSettings`.
         budget: cost at which the fit was held, or (low, high) of the range that it serves; None: at
             the prior's own price.
         by: what the budget is over, flops or bytes, see `CostBy`.
@@ -193,7 +193,7 @@ class FitRecord:
     kl_weight: float
     price: float
     straight_through: bool
-    likelihood: str
+    likelihood: str | float
     budget: float | tuple[float, float] | None = None
     tokenizer: str | None = None
     text: tuple[int, ...] = ()
