@@ -8,6 +8,7 @@ from itertools import product
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from bayes_router.attention.experts.contract import Expert
 from bayes_router.attention.experts.full import FullAttention
@@ -103,6 +104,8 @@ class RoutedLayer(nn.Module):
         return mixed
 
     def _hard(self, call: AttentionCall, route: Tensor) -> Tensor:
+        if torch.compiler.is_dynamo_compiling():  # no graph can look at the choices
+            return self._attend(call, one_hot(route, len(self.names)).to(call.q.dtype))
         if route.shape[1] == 1 and call.causal:
             return attend_one(self.experts, call, route)
         if self.without_waiting(call):

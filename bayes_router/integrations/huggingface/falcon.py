@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.models.falcon.modeling_falcon import FalconAttention, apply_rotary_pos_emb
 
 from bayes_router.checks import require
-from bayes_router.integrations.huggingface.interface import routed_interface
+from bayes_router.integrations.huggingface.registered import compiled_interface
 from bayes_router.integrations.patch.binding import BINDING, Binding, replace_forward
 
 OWN = "falcon"
@@ -79,7 +79,7 @@ def forward(
     if layer_past is not None:
         k, v = layer_past.update(k, v, self.layer_idx)
     dropout = self.attention_dropout.p if alibi is not None and self.training else 0.0
-    out, _ = routed_interface(
+    out, _ = compiled_interface(
         "sdpa",
         self,
         q,

@@ -127,7 +127,10 @@ def weights_wanted(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     """Whether the caller asks for attention weights, which a mixture of experts has not."""
     # some architectures pass the argument no further
     collector = getattr(output_capturing, "_active_collector", None)
-    collected = None if collector is None else collector.get()
+    if torch.compiler.is_dynamo_compiling():  # a context variable cannot be traced
+        collected = getattr(collector, "global_var", None)
+    else:
+        collected = None if collector is None else collector.get()
     configured = getattr(getattr(module, "config", None), "output_attentions", False)
     return bool(
         kwargs.get("output_attentions") or configured or (collected and "attentions" in collected)
@@ -160,9 +163,10 @@ _padding = OfLast(padding_of)
 def _readable(mask: Tensor | None, query: Tensor) -> bool:
     """Whether what a mask hides is worth reading, and can be.
 
-    An exported program has no values yet.
+    What is traced, to export it or to compile it with gradients, has no values yet.
     """
-    return mask is not None and query.shape[2] > 1 and not exporting()
+    valued = not exporting() and not torch.compiler.is_dynamo_compiling()
+    return mask is not None and query.shape[2] > 1 and valued
 
 
 def keep_hidden(

@@ -3,7 +3,8 @@
 Which expert a token takes depends on the data, and so does what is computed; no traced graph can
 look into that. So a layer's routed attention is one operator of the graph, with a fake that knows
 its shape: nothing breaks the graph (`fullgraph=True`), and what stands around it is compiled.
-Outside of torch.compile, and where gradients are wanted, the layer is called as it stands.
+Outside of torch.compile the layer is called as it stands; so it is where gradients are wanted, and
+every expert is then computed and weighed, by one or nought where routes are hard.
 """
 
 from collections.abc import Callable

@@ -24,7 +24,8 @@ class Deciding(Following):
     policy: Policy
     here: Here
     frozen: Frozen | None = None
-    # [E] of the layers whose costs are not those of the others, as they slide already
+    # [E], and of the layers whose costs are not those, as they slide already
+    _usual_costs: tuple[float, ...]
     _own_costs: dict[int, tuple[float, ...]]
 
     @property
@@ -67,9 +68,8 @@ class Deciding(Following):
 
     def _policy_of(self, index: int) -> Any:
         policy: Any = self.policy
-        if index in self._own_costs and getattr(policy, "cost_ratio", None) == tuple(
-            self.cost_ratio.tolist()
-        ):
+        known = getattr(policy, "cost_ratio", None)
+        if index in self._own_costs and known == self._usual_costs:
             policy = replace(policy, cost_ratio=self._own_costs[index])
         return policy
 

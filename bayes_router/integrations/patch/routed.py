@@ -99,9 +99,9 @@ class RoutedModel(Savable):
             "layer, for a model whose layers have different numbers of heads",
             settings.route_by,
         )
-        usual, costs = tuple(self.cost_ratio.tolist()), map(tuple, self.layer_cost.tolist())
-        # of layers that slide already
-        self._own_costs = {i: cost for i, cost in enumerate(costs) if cost != usual}
+        self._usual_costs = tuple(self.cost_ratio.tolist())
+        costs = enumerate(map(tuple, self.layer_cost.tolist()))
+        self._own_costs = {i: cost for i, cost in costs if cost != self._usual_costs}
         self.prior = layer_prior(
             settings.prior, self.cost_ratio, self.layer_cost, self.config.num_units
         )
