@@ -101,6 +101,29 @@ def below(frame: pd.DataFrame, rival: str, window: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+KINDS = ("novels", "python", "speeches", "wikitext")
+
+
+def at_one_dial(frame: pd.DataFrame) -> pd.DataFrame:
+    """What each kind of text costs at one dial, where all four were read.
+
+    The dial is where the fit had the budget; the mean over kinds, each kind's, and by how much the
+    farthest of them departs from that mean: how far a budget that is set on all kinds together is
+    missed on one. Means over seeds, and the largest departure of any.
+    """
+    rows = []
+    asked = frame[frame["at_fit"].notna() & frame["text"].isin(KINDS)]
+    for key, cell in asked.groupby(["contender", "window", "context", "budget"]):
+        each = cell.groupby(["seed", "text"])["at_fit"].first().unstack()
+        each = each.reindex(columns=list(KINDS)).dropna()
+        if len(each):
+            apart = each.sub(each.mean(axis=1), axis=0).abs().to_numpy().max()
+            row = dict(zip(["contender", "window", "context", "budget"], key, strict=True))
+            row |= {"seeds": len(each), "mean": each.to_numpy().mean()}
+            rows.append(row | each.mean().to_dict() | {"farthest": apart})
+    return pd.DataFrame(rows)
+
+
 ASKED = ["window", "text", "context", "budget"]
 """A cell of retrieval."""
 
@@ -198,6 +221,10 @@ def main() -> None:
     for (context, text), part in far(frame).groupby(["context", "text"]) if "kl" in frame else ():
         print(f"\n### {text}, {context} tokens: KL from the unpatched model, 0.01 nats\n")
         print("\n".join(lines(spread(part.rename(columns={"kl": "lost"})))))
+    kinds = at_one_dial(frame) if "at_fit" in frame else pd.DataFrame()
+    if len(kinds):
+        print("\n### What four kinds of text cost at one dial, and the farthest from their mean\n")
+        print("\n".join(lines(kinds.round(3))))
     if "right" not in frame:
         return
     print(

@@ -77,6 +77,19 @@ def test_a_rival_is_compared_on_the_pieces_that_both_read() -> None:
     assert table.below(frame, "rival", 16).empty
 
 
+def test_what_kinds_cost_at_one_dial_is_told_from_their_mean() -> None:
+    rows: list[dict[str, Any]] = []
+    for kind, costs in (("novels", (0.3, 0.4)), ("python", (0.32, 0.4)), ("speeches", (0.28, 0.4))):
+        for seed, cost in enumerate(costs):
+            more = rows_of(table.OURS, [[0.1, 0.2]] * 2, text=kind, at_fit=cost)
+            rows += [row for row in more if row["seed"] == seed]
+    assert table.at_one_dial(pd.DataFrame(rows)).empty  # a kind is missing
+    rows += rows_of(table.OURS, [[0.1, 0.2]], text="wikitext", at_fit=0.34)
+    (row,) = table.at_one_dial(pd.DataFrame(rows)).to_dict("records")
+    assert (row["seeds"], row["python"]) == (1, 0.32)
+    assert row["mean"] == pytest.approx(0.31) and row["farthest"] == pytest.approx(0.03)
+
+
 def test_how_far_a_contender_is_from_the_unpatched_model_is_a_mean_over_pieces() -> None:
     rows = rows_of(table.OURS, [[0.01, 0.03], [0.03, 0.05]])
     for row, kl in zip(rows, (0.02, 0.04, 0.02, 0.06), strict=True):
