@@ -163,7 +163,7 @@ def test_biases_have_a_rate_of_their_own() -> None:
 def test_a_range_is_fitted_by_the_gradient_of_means_and_one_budget_by_that_of_draws() -> None:
     assert FitSettings(budget=(0.3, 0.9)).gradient_of == "mean"
     observed = {"range": FitSettings(budget=(0.3, 0.9)).text, "one": FitSettings(budget=0.3).text}
-    assert observed == {"range": 0.2, "one": 0.0}
+    assert observed == {"range": 0.1, "one": 0.0}
     assert FitSettings(budget=(0.3, 0.9), weights_lr=1e-4).text == 1
     assert FitSettings(budget=0.3).gradient_of == FitSettings().gradient_of == "draw"
     assert FitSettings(budget=(0.3, 0.9), through="draw").gradient_of == "draw"
@@ -261,10 +261,10 @@ def test_a_share_of_what_a_fit_observes_may_be_the_text(tmp_path: Path) -> None:
     assert losses[0.2] == pytest.approx(fifth, rel=1e-5)
     assert (losses[0], losses[1.0]) == (losses["model"], losses["text"])
     _, router = ranged()
-    router.fit(TEXT, **RANGE | {"steps": 1, "progress": False})  # a range takes a fifth
+    router.fit(TEXT, **RANGE | {"steps": 1, "progress": False})  # a range takes a tenth
     router.save(tmp_path)
-    assert "| likelihood | 0.2 text, the rest model |" in (tmp_path / "README.md").read_text()
-    assert load_patch(tiny("llama"), tmp_path).fitted.likelihood == 0.2
+    assert "| likelihood | 0.1 text, the rest model |" in (tmp_path / "README.md").read_text()
+    assert load_patch(tiny("llama"), tmp_path).fitted.likelihood == 0.1
     for wrong in (1.2, -0.1, "half"):
         with pytest.raises(ValueError, match="likelihood"):
             router.fit(TEXT, steps=1, likelihood=wrong)

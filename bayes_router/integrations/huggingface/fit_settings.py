@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 KL_WEIGHT = 0.02  # of the mean over layers and units of the KL
-TEXT_SHARE = 0.2  # of what a fit of a range of budgets observes
+TEXT_SHARE = 0.1  # of what a fit of a range of budgets observes
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,10 @@ class FitSettings:
         likelihood: model, the next tokens of the unpatched model in expectation (self-distillation:
             the patch stays as near to it as it can); text, those of the text, which routes may then
             tell better than the unpatched model does (`analysis/PRETRAINED.md`); both, half of
-            each; or a number from 0 to 1, the text's share. None: a fifth of the text for a range
-            of budgets, which keeps perplexity next to the unpatched model's at hardly more
-            divergence from it; else model; but text where the model's own weights move.
+            each; or a number from 0 to 1, the text's share. None: a tenth of the text for a range
+            of budgets, which keeps perplexity at the unpatched model's or below, at hardly more
+            divergence from it (`analysis/PRETRAINED.md`); else model; but text where the model's
+            own weights move.
         budget: cost at which executed draws are held by moving the price, full = 1; or (low, high),
             a budget drawn anew each step, so that one fit serves them all, see `BudgetRange`; None:
             the prior's own price.
