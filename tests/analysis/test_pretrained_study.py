@@ -20,6 +20,7 @@ from analysis.pretrained import (  # noqa: E402
     bisect,
     cut_vocabulary,
     freezing,
+    holding,
     reading,
     rivals,
     table,
@@ -88,6 +89,18 @@ def test_what_kinds_cost_at_one_dial_is_told_from_their_mean() -> None:
     (row,) = table.at_one_dial(pd.DataFrame(rows)).to_dict("records")
     assert (row["seeds"], row["python"]) == (1, 0.32)
     assert row["mean"] == pytest.approx(0.31) and row["farthest"] == pytest.approx(0.03)
+
+
+def test_kinds_are_read_at_one_price_and_with_the_budget_held() -> None:
+    router = router_of()
+    router.full_up_to = 0
+    kinds = {kind: stream(1500, seed) for seed, kind in enumerate(table.KINDS)}
+    frame = pd.DataFrame(holding.windows(router, kinds, T, 0.6, 20)).assign(window=WINDOW)
+    shown = holding.summary(frame).set_index("way")
+    assert list(shown["windows"]) == [20, 20] and len(frame) == 2 * 4 * 20
+    assert shown.loc["held", "farthest"] < 0.02 and abs(frame["keys"] - frame["cost"]).max() < 0.1
+    same = frame[frame["text"] == "novels"].groupby("way")["cost"].first()
+    assert same["held"] == same["at one price"]  # the first window knows of none before it
 
 
 def test_how_far_a_contender_is_from_the_unpatched_model_is_a_mean_over_pieces() -> None:

@@ -3,6 +3,7 @@
 The routed language model, its fit, its program.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from bayes_router.inference.model import RoutingModel
 from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.integrations.huggingface import fit_settings, fitting, freezing
 from bayes_router.integrations.huggingface.freed_cache import attend_freed, free, freed
+from bayes_router.integrations.huggingface.holding import Holding, holding
 from bayes_router.integrations.huggingface.promising import Promising
 from bayes_router.integrations.huggingface.replay import Replay
 from bayes_router.integrations.huggingface.svi_step import program
@@ -125,6 +127,26 @@ class RoutedPretrained(Promising):
         return freezing.freeze(
             self, list(source.windows(context, 1, max(limit, 2 * context))), share
         )
+
+    def holding(self, budget: float) -> AbstractContextManager[Holding]:
+        """Hold a budget as text goes by, whatever its kind: `with router.holding(0.3) as held:`.
+
+        `set_budget` sets a price once, on one text, and another kind of text costs more or less
+        under it. Here the price moves after every pass of the block (a document, a part of a
+        prompt, a step of decoding), so that all of them together cost the budget; `held.cost` says
+        what they did. See `Holding`.
+
+        Args:
+            budget: full attention = 1, by the costs of `set_budget`.
+
+        Raises:
+            ValueError: a budget that is not between the cheapest expert's cost and 1, frozen units,
+                or `graphs`, whose passes are replayed under the policy that they were captured by.
+        """
+        self.require_patched()
+        self.require_thawed("holding")
+        require(not self.graphs, "graphs", "False while a budget is held", True)
+        return holding(self, budget)
 
     replay: Replay | None = None
     """What is captured of the model while `graphs` is on."""
