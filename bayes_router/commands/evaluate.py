@@ -7,19 +7,21 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import Namespace
 from torch import Tensor
 
-from bayes_router.attention.cost import cost_ratios
-from bayes_router.checks import choose, require
+from bayes_router.attention.cost import cost_ratios, read_ratios
+from bayes_router.checks import require, unknown
 from bayes_router.config import Config, config_from_dict
 from bayes_router.data.load import Data, load_data
 from bayes_router.data.tokens import TokenSource
 from bayes_router.data.watched import WatchedSource
 from bayes_router.files import write_json, write_text
 from bayes_router.progress import Progress
+from bayes_router.routing.cost import CostBy, counted
 from bayes_router.routing.policy import Policy, at_price, policy_settings
 from bayes_router.training.checkpoint import load_run
 from bayes_router.training.dial import Dial
 from bayes_router.training.distributed import pick_device
 from bayes_router.training.evaluate import evaluate
+from bayes_router.training.executed import CountedCost
 from bayes_router.training.fitted_text import require_unread
 from bayes_router.training.guarantee import (
     Guarantee,
@@ -44,16 +46,16 @@ def run(options: Namespace) -> None:
 
     With a budget, under the price that meets it, and nll against budget.
     """
-    policy, cost, settings = _check(options)
+    policy, settings = _check(options)
     config, model, data = _load(options)
     sizes: dict[str, Any] = {"context": config.data.context, "batch_size": config.train.batch_size}
     limit = max(options.tokens or config.data.eval_tokens, config.data.context)
-    ratios = cost_ratios(build_experts(config.model), cost, config.data.context)
+    ratios, paid = _costs(options.cost, config)
     family = at_price(policy, ratios.tolist(), **settings)
 
     def dial(tokens: int, progress: Progress) -> Dial:
         source = WatchedSource(data.valid, progress)
-        return Dial(model, source, ratios, limit=tokens, policy=family, **sizes)
+        return Dial(model, source, paid, limit=tokens, policy=family, **sizes)
 
     price = 0.0
     if options.budget is not None:
@@ -61,15 +63,16 @@ def run(options: Namespace) -> None:
             setting = dial(limit, progress).solve(options.budget)
         price = setting.price
         print(
-            f"budget {options.budget:g} ({cost.value}), policy {policy}: price {price:.4f} nats "
+            f"budget {options.budget:g} ({options.cost}), policy {policy}: price {price:.4f} nats "
             f"per unit of cost, executed cost {setting.cost:.4f}"
         )
     if options.quality is not None:
-        promised = _promise(options, config, model, data, ratios, family, limit)
+        promised = _promise(options, config, model, data, (ratios, paid), family, limit)
         price = promised.kept.price
         print(promised)
     prior = build_prior(config.prior, config.model, config.model.num_layers, config.data.context)
-    costs = tuple(dict.fromkeys((CostModel.PAPER, CostModel.FLOPS, cost)))
+    own = [] if options.cost == CostBy.BYTES.value else [CostModel(options.cost)]
+    costs = tuple(dict.fromkeys((CostModel.PAPER, CostModel.FLOPS, *own)))
     with Progress("reading held-out text", limit // sizes["context"], unit="window") as progress:
         result = evaluate(
             model,
@@ -84,14 +87,16 @@ def run(options: Namespace) -> None:
     print(result.table())
     if options.freeze is not None:
         model.policy = family(price)
-        print(freezing(model, data, options.freeze, config.data.context, limit))
+        context = config.data.context
+        print(model.freeze(data.valid, share=options.freeze, context=context, limit=limit))
+        model.frozen = None
     curve = None
     if options.budget is not None:
         tokens = max(min(options.curve_tokens, limit), config.data.context)
         with Progress("nll against budget", unit="window") as progress:
             curve = dial(tokens, progress).curve()
         print(
-            f"\nheld-out nll against budget ({cost.value}, full = 1), {tokens:,} tokens, every "
+            f"\nheld-out nll against budget ({options.cost}, full = 1), {tokens:,} tokens, every "
             f"route executed:"
         )
         print(curve_table(curve))
@@ -107,13 +112,14 @@ def _write(out: Path, found: dict[str, Any], curve: "pd.DataFrame | None") -> No
         write_text(out / "dial.csv", curve.to_csv(index=False))
 
 
-def freezing(model: RoutedLanguageModel, data: Data, share: float, context: int, limit: int) -> str:
-    """What freezing costs on held-out text, and the bytes of the cache of one window."""
-    before = model.new_cache(1, context).bytes
-    found = model.freeze(data.valid, share=share, context=context, limit=limit)
-    after = model.new_cache(1, context).bytes
-    model.frozen = None
-    return f"{found}; cache of {context} tokens: {before:,} -> {after:,} bytes"
+def _costs(cost: str, config: Config) -> tuple[Tensor, Tensor | CountedCost]:
+    """What experts cost, [E], and what routes over them pay: in bytes, a key head for its units."""
+    experts, context = build_experts(config.model), config.data.context
+    if cost != CostBy.BYTES.value:
+        ratios = cost_ratios(experts, CostModel(cost), context)
+        return ratios, ratios
+    reads = read_ratios(experts, context)
+    return reads, counted(reads, max(config.model.num_units // config.model.kv_heads, 1))
 
 
 def _promise(
@@ -121,7 +127,7 @@ def _promise(
     config: Config,
     model: RoutedLanguageModel,
     data: Data,
-    ratios: Tensor,
+    costs: tuple[Tensor, Tensor | CountedCost],
     family: Callable[[float], Policy],
     limit: int,
 ) -> Guarantee:
@@ -136,10 +142,10 @@ def _promise(
         )
         require_unread(Path(options.run), _own_text(options, data), windows)
         early = WatchedSource(data.valid, progress).windows(context, batch_size, limit)
-        best = strongest_single(model, list(early), ratios)
+        best = strongest_single(model, list(early), costs[0])
         prices = cheaper_from(0.0)
         return promise(
-            model, windows, ratios, family, best, options.quality, options.confidence, prices
+            model, windows, costs[1], family, best, options.quality, options.confidence, prices
         )
 
 
@@ -153,12 +159,15 @@ def _own_text(options: Namespace, data: Data) -> TokenSource | None:
         return None
 
 
-def _check(options: Namespace) -> tuple[str, CostModel, dict[str, float]]:
-    """The policy, the unit of cost and the policy's settings.
+def _check(options: Namespace) -> tuple[str, dict[str, float]]:
+    """The policy and its settings.
 
     What can be refused before anything is read is refused.
     """
-    policy, cost = options.policy, choose("cost", options.cost, CostModel)
+    policy = options.policy
+    units = [*(model.value for model in CostModel), CostBy.BYTES.value]
+    if options.cost not in units:
+        raise unknown("cost", options.cost, units)
     used = options.threshold is None or "threshold" in policy_settings(policy)
     require(
         used, "threshold", f"none under {policy}", options.threshold, "give --policy conservative"
@@ -189,7 +198,7 @@ def _check(options: Namespace) -> tuple[str, CostModel, dict[str, float]]:
         )
     for name in ("tokens", "curve_tokens"):
         require(options[name] is None or options[name] >= 1, name, "at least 1", options[name])
-    return policy, cost, {} if options.threshold is None else {"threshold": options.threshold}
+    return policy, {} if options.threshold is None else {"threshold": options.threshold}
 
 
 def _load(options: Namespace) -> tuple[Config, RoutedLanguageModel, Data]:

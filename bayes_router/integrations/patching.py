@@ -26,7 +26,7 @@ from bayes_router.integrations.patch.saving import (
 )
 from bayes_router.integrations.patch.settings import RouterConfig
 from bayes_router.integrations.patch.shipped import folder_of as shipped_or
-from bayes_router.routing.policy import Policy
+from bayes_router.routing.policy import Policy, check_policy
 from bayes_router.routing.saving import load_evidence, load_risk
 
 if TYPE_CHECKING:
@@ -145,16 +145,25 @@ def patch(
         controller_hidden=controller_hidden,
         concentration_floor=concentration_floor,
     )
-    if config is not None:
-        fix = "put the others into it (dataclasses.replace)"
-        require(settings == RouterConfig(), "config", "no settings beside it", settings, fix)
-        settings = config
+    settings = _alone(config, settings)
+    if policy is not None:
+        check_policy(policy)
     with _unpatched_if_refused(model, settings) as router:
         if policy is not None:
             router.policy = policy
         if graphs:
             router.graphs = True
     return router
+
+
+def _alone(config: RouterConfig | None, settings: RouterConfig) -> RouterConfig:
+    """All settings in one, where they are given so: then none stand beside them."""
+    if config is None:
+        return settings
+    require(isinstance(config, RouterConfig), "config", "a RouterConfig", type(config).__name__)
+    fix = "put the others into it (dataclasses.replace)"
+    require(settings == RouterConfig(), "config", "no settings beside it", settings, fix)
+    return config
 
 
 @contextmanager

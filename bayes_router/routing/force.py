@@ -15,21 +15,25 @@ Without the dimension R for all units.
 """
 
 
-def forced_route(force: Force, experts: Sequence[str], num_layers: int) -> Route:
-    """The route that sends every token where `force` says, whatever its hidden state."""
+def forced_route(force: Force, experts: Sequence[str], num_layers: int, num_units: int) -> Route:
+    """The route that sends every token where `force` says, whatever its hidden state.
+
+    Raises:
+        ValueError: it is no expert's name, or choices or weights of other layers, units or experts.
+    """
     if isinstance(force, str):
         if force not in experts:
             raise unknown("force", force, experts)
+    else:
+        _check(force, len(experts), num_layers, num_units)
+    return as_told(force, experts)
+
+
+def as_told(force: Force, experts: Sequence[str]) -> Route:
+    """`forced_route` of what was checked before."""
+    if isinstance(force, str):
         index = list(experts).index(force)
         return lambda layer, hidden: index
-    kind = type(force).__name__
-    require(isinstance(force, Tensor), "force", "an expert's name, or choices [L, B, T, R]", kind)
-    require(
-        force.shape[0] == num_layers,
-        "force",
-        f"a first dimension of {num_layers} layers",
-        tuple(force.shape),
-    )
 
     def route(layer: int, hidden: Tensor) -> Tensor:
         choice = force[layer].to(hidden.device)
@@ -42,6 +46,32 @@ def forced_route(force: Force, experts: Sequence[str], num_layers: int) -> Route
         return choice
 
     return route
+
+
+def _check(force: Tensor, num_experts: int, num_layers: int, num_units: int) -> None:
+    """Choices on a GPU are not read, which would wait for it: its kernels refuse wrong ones."""
+    kind = type(force).__name__
+    require(isinstance(force, Tensor), "force", "an expert's name, or choices [L, B, T, R]", kind)
+    shape, soft = tuple(force.shape), force.is_floating_point()
+    expected = f"a first dimension of {num_layers} layers"
+    require(bool(shape) and shape[0] == num_layers, "force", expected, shape)
+    if soft:
+        weighs = len(shape) in (4, 5) and shape[-1] == num_experts
+        require(weighs, "force", f"weights [L, B, T, R, {num_experts}]", shape)
+    else:
+        require(
+            force.dtype in (torch.int64, torch.int32),
+            "force",
+            "choices int64, or weights",
+            force.dtype,
+        )
+        require(len(shape) in (3, 4), "force", "choices [L, B, T, R]", shape)
+    units = shape[3] if len(shape) == 4 + soft else 1
+    require(units in (1, num_units), "force", f"1 or {num_units} routing units", units)
+    if not soft and force.device.type == "cpu" and force.numel():
+        ends = int(force.min()), int(force.max())
+        inside = ends[0] >= 0 and ends[1] < num_experts
+        require(inside, "force", f"choices from 0 to {num_experts - 1}", ends)
 
 
 def as_units(route: Tensor | int, concentration: Tensor) -> Tensor:

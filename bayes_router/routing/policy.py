@@ -274,6 +274,13 @@ class Argmax:
         return concentration.argmax(-1)
 
 
+def check_policy(policy: object) -> None:
+    """Refuse what is no policy."""
+    ok = callable(policy) and not isinstance(policy, type)
+    fix = "set one, such as Argmax() or Budget(cost_ratio, price)"
+    require(ok, "policy", "a policy: concentration -> choices", policy, fix)
+
+
 def execute(
     posterior: Dirichlet, mode: RoutingMode, policy: Policy, alarm: Tensor | None = None
 ) -> Tensor:
@@ -287,9 +294,7 @@ def execute(
     if mode is RoutingMode.MEAN:
         return posterior_mean(posterior.concentration)
     guard: Any = policy
-    if not callable(policy) or isinstance(policy, type):
-        fix = "set one, such as Argmax() or Budget(cost_ratio, price)"
-        require(False, "policy", "a policy: concentration -> choices", policy, fix)
+    check_policy(policy)
     choice: Tensor = (
         policy(posterior.concentration) if alarm is None else guard(posterior.concentration, alarm)
     )

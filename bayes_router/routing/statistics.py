@@ -121,7 +121,7 @@ def _of_unit(
     return RoutingStatistics(
         experts=tuple(experts),
         load=tuple(map(float, load)),
-        cost=float(load @ cost_ratio),
+        cost=float(load @ cost_ratio.to(load)),
         entropy_of_mean=float(categorical_entropy(mean).mean()),
         expected_entropy=float(expected_entropy(concentration).mean()),
         route_information=information,

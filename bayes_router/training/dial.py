@@ -8,12 +8,13 @@ posteriors.
 
 import itertools
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bayes_router.checks import require
+from bayes_router.checks import not_negative, require
 from bayes_router.data.tokens import TokenSource
 from bayes_router.routing.policy import Budget, Policy, at_price
 from bayes_router.training.executed import (
@@ -140,8 +141,10 @@ class Dial:
             BudgetUnreachable: (a ValueError) the budget is outside the costs of the experts, or in
                 a jump.
         """
+        require(isinstance(budget, Real), "budget", "a number", budget)
         for name, value in (("tolerance", tolerance), ("jump", jump)):
-            require(value is None or value >= 0, name, "0 or more", value)
+            if value is not None:
+                not_negative(name, value)
         least, most = self.ends()
         if not least - tolerance <= budget <= most + tolerance:
             raise BudgetUnreachable(

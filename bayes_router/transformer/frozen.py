@@ -5,6 +5,7 @@ A static expert stands in place of a controller; key heads that never look far f
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from math import isnan
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from bayes_router.attention.cost import cost_ratios
 from bayes_router.attention.experts.contract import Kernel
 from bayes_router.attention.shapes import unit_heads
-from bayes_router.checks import require
+from bayes_router.checks import not_negative, require
 from bayes_router.data.stream import TokenStream
 from bayes_router.data.tokens import Batch, TokenSource
 from bayes_router.routing.controller import MetaController
@@ -103,7 +104,6 @@ def decided(load: Tensor, share: float) -> Frozen:
 
     load [L, R, E] is the fraction on each.
     """
-    require(0 <= share < 0.5, "share", "0 or more of the tokens, and less than half", share)
     most, expert = load.max(-1)
     chosen = torch.where(most >= 1 - share - 1e-9, expert, torch.full_like(expert, LIVE))
     return Frozen(tuple(tuple(map(int, row)) for row in chosen.tolist()))
@@ -145,6 +145,9 @@ class Freezing:
         cost_before: executed cost of attention before, full = 1.
         cost: after.
         tokens: on which loss and cost were read.
+        context: tokens of a window.
+        bytes_before: of the cache behind one window, as it is held, before; 0: there is no cache.
+        bytes: after.
     """
 
     frozen: int
@@ -157,6 +160,9 @@ class Freezing:
     cost_before: float
     cost: float
     tokens: int
+    context: int = 0
+    bytes_before: int = 0
+    bytes: int = 0
 
     def freed(self, context: int) -> float:
         """Share of the cache's bytes that are freed behind a text of so many tokens."""
@@ -164,10 +170,16 @@ class Freezing:
 
     def __str__(self) -> str:
         """One sentence."""
+        error = "SE unknown of one window" if isnan(self.error) else f"SE {100 * self.error:.3f}"
+        cache = (
+            f"; cache of {self.context:,} tokens: {self.bytes_before:,} -> {self.bytes:,} bytes"
+            if self.bytes_before
+            else ""
+        )
         return (
             f"{self.frozen} of {self.units} units frozen: {100 * self.lost:+.3f}% of perplexity "
-            f"(SE {100 * self.error:.3f}, {self.tokens:,} tokens), cost {self.cost_before:.3f} -> "
-            f"{self.cost:.3f}; {self.short} of {self.key_heads} key heads keep {self.kept} keys"
+            f"({error}, {self.tokens:,} tokens), cost {self.cost_before:.3f} -> {self.cost:.3f}; "
+            f"{self.short} of {self.key_heads} key heads keep {self.kept} keys{cache}"
         )
 
 
@@ -209,6 +221,7 @@ def freeze(
     kept: int,
     key_heads: int,
     layer_cost: Tensor,
+    held: Callable[[Tensor], int],
 ) -> Freezing:
     """Set `owner.frozen` by the first half of `windows`, and read on the rest what that costs.
 
@@ -221,7 +234,10 @@ def freeze(
         kept: keys that these keep.
         key_heads: of a layer.
         layer_cost: of the experts in each layer, [L, E].
+        held: bytes of a cache behind tokens [1, T], under `owner.frozen`; 0: there is none.
     """
+    expected = "0 or more of the tokens, and less than half"
+    require(not_negative("share", share, expected) < 0.5, "share", expected, share)
     require(
         len(windows) >= 2, "texts", "two windows of text or more", len(windows), "lower context"
     )
@@ -238,12 +254,12 @@ def freeze(
         load = torch.stack([load for _, load in rows]).mean(0)
         return float((load * layer_cost.double()[:, None].cpu()).sum(-1).mean())
 
-    half = len(windows) // 2
+    half, one = len(windows) // 2, windows[0].tokens[:1]
     before, owner.frozen = owner.frozen, None
     try:
         load = torch.stack([read(batch)[1] for batch in windows[:half]]).mean(0)
         chosen = decided(load, share)
-        free = [read(batch) for batch in windows[half:]]
+        free, bytes_before = [read(batch) for batch in windows[half:]], held(one)
     except BaseException:
         owner.frozen = before
         raise
@@ -261,6 +277,9 @@ def freeze(
         cost(free),
         cost(static),
         sum(batch.tokens.numel() for batch in windows[half:]),
+        one.shape[1],
+        bytes_before,
+        held(one),
     )
 
 
@@ -308,6 +327,7 @@ def freeze_model(
             config.window,
             config.kv_heads,
             costs.expand(config.num_layers, -1),
+            lambda ids: model.new_cache(1, ids.shape[1]).bytes,
         )
     finally:
         model.train(was_training)

@@ -112,7 +112,7 @@ def stream(
         type(force).__name__,
     )
     if force is not None:
-        forced_route(force, config.experts, config.num_layers)
+        forced_route(force, config.experts, config.num_layers, config.num_units)
     return _steps(model, tokens, real, max_new_tokens, sampling or Sampling(), stops, force)
 
 

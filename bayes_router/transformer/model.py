@@ -322,7 +322,9 @@ class RoutedLanguageModel(nn.Module, Sent):
         forced = (
             None
             if force is None
-            else forced_route(force, self.config.experts, self.config.num_layers)
+            else forced_route(
+                force, self.config.experts, self.config.num_layers, self.config.num_units
+            )
         )
         watched = isinstance(self.policy, Guard) and chosen is RoutingMode.HARD
         concentrations, routes = [], []

@@ -1,6 +1,8 @@
 """The standalone routed layer, for a plain PyTorch loop."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 from torch import Tensor, nn
 
@@ -60,6 +62,16 @@ class RoutedAttention(nn.Module):
         log_normaliser = tilted_moments(prior_.concentration[0], tilt).log_normaliser.float()
         self.register_buffer("tilt", tilt, persistent=False)
         self.register_buffer("log_normaliser", log_normaliser, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """See `nn.Module._apply`: prior and costs stay as precise as they are."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = self.get_buffer(name)
+            if moved.dtype.itemsize < buffer.dtype.itemsize:
+                setattr(self, name, buffer.to(moved.device))
+        return self
 
     def forward(self, x: Tensor, mode: RoutingMode | str | None = None) -> RoutedAttentionOutput:
         """Route and attend; x [B, T, D] normalised."""

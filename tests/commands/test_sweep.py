@@ -4,6 +4,8 @@
 """
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +14,8 @@ import torch
 
 from bayes_router.cli import main
 from bayes_router.config import load_config
+from bayes_router.data.load import load_data
+from bayes_router.routing.policy import Budget
 from bayes_router.training.checkpoint import bound_settings, load_run
 from bayes_router.training.fit import fit
 from bayes_router.transformer.build import build_prior
@@ -33,7 +37,9 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             bytes(torch.randint(33, 127, (600,), generator=generator).tolist())
         )
     run = folder / "run"
-    fit(fit_config(str(text), steps=2), run, progress=False)
+    config = fit_config(str(text), steps=2)
+    heads = replace(config.model, num_heads=4, num_kv_heads=2, route_by="head")
+    fit(replace(config, model=heads), run, progress=False)
     _, model = load_run(run)
     for controller in model.controller.layers:
         torch.nn.init.normal_(controller.out.weight, std=1.5, generator=generator)  # type: ignore[union-attr, arg-type]
@@ -163,6 +169,32 @@ def test_evaluate_meets_a_budget(
     curve = pd.read_csv(out / "dial.csv")
     assert curve["budget"].min() == 0.16 and curve["budget"].max() == 1.0
     assert (curve["cost"] - curve["budget"])[curve["met"]].abs().max() <= 0.005
+
+
+def test_a_budget_in_bytes_is_what_key_heads_read(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A decoding step at 32 tokens reads all keys, the window of 8, or none, by two key heads."""
+    arguments = ["--budget", 0.6, "--cost", "bytes", "--tokens", 256, "--curve-tokens", 32]
+    assert run("evaluate", run_folder, *arguments) == 0
+    text = capsys.readouterr().out
+    found = re.search(r"budget 0.6 \(bytes\), .*price ([-.\d]+) .*executed cost ([.\d]+)", text)
+    assert found and "nll against budget (bytes, full = 1)" in text
+    config, model = load_run(run_folder)
+    reads = {"full": 1.0, "local": 8 / 32, "gated": 0.0}
+    costs = tuple(reads[name] for name in config.model.experts)
+    model.policy = Budget(costs, float(found[1]))
+    paid = []
+    with torch.no_grad():
+        for batch in load_data(config)[1].valid.windows(32, 4, 256):
+            read = torch.tensor(costs)[model(batch.tokens).route].unflatten(-1, (2, 2))
+            paid.append(torch.stack([read.amax(-1).mean(), read.mean()]))
+    by_key_head, by_head = torch.stack(paid).mean(0).tolist()
+    # the price is printed to four digits
+    assert by_key_head == pytest.approx(float(found[2]), abs=2e-3) and by_head < by_key_head - 0.1
+    assert float(found[2]) == pytest.approx(0.6, abs=0.005)
+    assert run("evaluate", run_folder, "--cost", "euros") == 2
+    assert "one of bytes, flops, latency, paper; got 'euros'" in capsys.readouterr().err
 
 
 def test_evaluate_by_flops_and_its_refusals(

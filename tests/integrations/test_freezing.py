@@ -178,6 +178,10 @@ def test_bytes_of_the_tensors_are_freed() -> None:
     assert cache_bytes(whole) == 2 * 2 * 2 * 250 * dim * 4
     assert freed == 2 * dim * 4 * (3 * 250 + kept)
     assert 1 - freed / cache_bytes(whole) == pytest.approx(found.freed(250))
+    of_window = 2 * dim * 4  # a key head's key and value
+    assert found.bytes_before == 4 * 40 * of_window
+    assert found.bytes == (3 * 40 + kept) * of_window
+    assert str(found).endswith("cache of 40 tokens: 10,240 -> 8,128 bytes")
     layer = cache.layers[0]
     assert layer.keys.shape == (1, 1, 250, dim) and layer.near[0].shape == (1, 1, kept, dim)
 
@@ -230,7 +234,7 @@ def test_frozen_units_are_not_fitted_and_have_no_kl() -> None:
         router.kl()
     with pytest.raises(ValueError, match=r"fit: .*3 frozen.*thaw\(\)"):
         router.fit(TEXT, steps=1, progress=False)
-    for share in (0.5, -0.1):
+    for share in (0.5, -0.1, "a tenth", float("nan")):
         with pytest.raises(ValueError, match="share"):
             router.freeze(TEXT, share=share, context=40)
     with pytest.raises(ValueError, match="texts: .*two windows"):

@@ -270,3 +270,6 @@ def test_statistics_tell_the_context_of_real_tokens_alone() -> None:
         expected = context_information(ids[real], mean)
         assert one.context_information == pytest.approx(float(expected), abs=1e-6)
         assert one.context_information < one.route_information
+    for other in (ids[:, 1:], ids[0], ids.tolist()):
+        with pytest.raises(ValueError, match=r"tokens: expected the ids of that pass.*\[3, 24\]"):
+            router.statistics(tokens=other)

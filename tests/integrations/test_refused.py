@@ -14,6 +14,7 @@ from bayes_router.config import PriorConfig
 from bayes_router.integrations.huggingface import interface
 from bayes_router.integrations.huggingface import patching as patching_module
 from bayes_router.integrations.patching import patch
+from bayes_router.routing.policy import Argmax
 from tests.integrations.dense import dense_attention
 from tests.integrations.test_torch_attention import D, H, draw, encoder, scatter
 from tests.integrations.tiny_models import (
@@ -243,6 +244,41 @@ def test_a_prior_that_is_none_of_the_patchs_is_refused(prior: Any, message: str)
 def test_what_is_no_model_is_refused(given: Any) -> None:
     with pytest.raises(ValueError, match="model: expected a torch module.*got"):
         patch(given)
+
+
+def test_what_is_no_policy_or_config_is_refused_when_it_is_given() -> None:
+    for given in (3, Argmax):
+        with pytest.raises(ValueError, match="^policy: expected a policy"):
+            patch(tiny("llama"), policy=given)
+    with pytest.raises(ValueError, match="^config: expected a RouterConfig; got 'str'"):
+        patch(tiny("llama"), config="routed")
+
+
+def test_a_model_that_never_decodes_has_no_budget_in_bytes() -> None:
+    router = patch(tiny("bert"), window=6)
+    for asked in (lambda: router.set_budget(0.5, by="bytes"), lambda: router.fit("x", by="bytes")):
+        with pytest.raises(ValueError, match="by: expected flops.*both sides.*got 'bytes'"):
+            asked()
+
+
+def test_routes_of_other_units_or_experts_are_refused() -> None:
+    router = patch(tiny("llama"), window=6, route_by="head")
+    for force in (
+        torch.zeros(2, 2, 9, 3, dtype=torch.int64),
+        torch.full((2, 2, 9, 4), 3),
+        torch.zeros(2, 2, 9),
+        torch.zeros(2, 2, 9, 4, 2),
+    ):
+        with pytest.raises(ValueError, match="^force: expected"):
+            router.force(force)
+    assert not router.forced
+
+
+def test_a_number_is_asked_for_where_one_is_due() -> None:
+    router = patch(tiny("llama"), window=6)
+    for budget in ("half", None, float("nan"), -1):
+        with pytest.raises(ValueError, match="^budget: expected"):
+            router.set_budget(budget, torch.randint(3, VOCAB, (200,)), context=20)
 
 
 def test_an_unpatched_router_says_so() -> None:

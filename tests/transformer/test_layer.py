@@ -70,6 +70,19 @@ def test_the_same_numbers_as_the_pyro_path(price: float) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_in_half_precision_the_prior_and_its_kl_stay_as_they_are() -> None:
+    layer, x = layer_and_input(price=10.0)
+    layer.eval()
+    with torch.no_grad():
+        exact, cast = layer(x), layer.bfloat16()(x.bfloat16())
+    assert cast.output.dtype == torch.bfloat16
+    assert {b.dtype for b in layer.buffers(recurse=False)} == {torch.float32}
+    own = exact.concentration.bfloat16().float()  # the posterior alone is that of other weights
+    assert float((cast.concentration - own).abs().max()) < 0.5
+    torch.testing.assert_close(cast.kl, exact.kl, rtol=2e-2, atol=0)
+    assert layer.double()(x.double()).kl.dtype == torch.float64
+
+
 def test_kl_is_the_exact_divergence_from_the_prior() -> None:
     layer, x = layer_and_input(price=0.0)
     out = layer(x, "mean")

@@ -270,7 +270,18 @@ def test_bad_tokens_are_refused(tokens: Tensor, message: str) -> None:
 
 @pytest.mark.parametrize(
     "force",
-    ["ful", torch.zeros(2, 2, 40, dtype=torch.int64), torch.zeros(3, 2, 39, dtype=torch.int64)],
+    [
+        "ful",
+        5,
+        torch.zeros(2, 2, 40, dtype=torch.int64),
+        torch.zeros(3, 2, 39, dtype=torch.int64),
+        torch.full((3, 2, 40), 4),
+        torch.full((3, 2, 40), -1),
+        torch.zeros(3, 2, 40, 2, dtype=torch.int64),
+        torch.zeros(3, 2, 40, dtype=torch.bool),
+        torch.zeros(3, 2, 40),
+        torch.zeros(3, 2, 40, 1, 3),
+    ],
 )
 def test_bad_forces_are_refused(force: str | Tensor) -> None:
     with pytest.raises(ValueError, match="^force: expected"):

@@ -71,7 +71,13 @@ def parser(arguments: Sequence[str]) -> Parser:
         help="with which --quality is kept on text of this kind (default: 0.95)",
     )
     result.add_argument(
-        "--cost", type=str, default="paper", help="unit of the budget: paper, flops or latency"
+        "--cost",
+        type=str,
+        default="paper",
+        help=(
+            "unit of the budget: paper, flops, latency, or bytes, the keys and values that a "
+            "decoding step at the run's context reads"
+        ),
     )
     result.add_argument(
         "--curve_tokens",

@@ -104,7 +104,8 @@ class RoutedLayer(nn.Module):
         return mixed
 
     def _hard(self, call: AttentionCall, route: Tensor) -> Tensor:
-        if torch.compiler.is_dynamo_compiling():  # no graph can look at the choices
+        # no traced graph can look at the choices
+        if torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled():
             return self._attend(call, one_hot(route, len(self.names)).to(call.q.dtype))
         if route.shape[1] == 1 and call.causal:
             return attend_one(self.experts, call, route)

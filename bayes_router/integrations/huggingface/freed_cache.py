@@ -175,7 +175,8 @@ def cache_bytes(cache: Any) -> int:
     """
     total = 0
     for layer in cache.layers:
-        held = [layer.keys, layer.values, *getattr(layer, "near", ())]
+        own = (getattr(layer, name, None) for name in ("keys", "values"))
+        held = [*own, *getattr(layer, "near", ())]
         total += sum(x.untyped_storage().nbytes() for x in held if isinstance(x, Tensor))
     return total
 

@@ -5,8 +5,10 @@ And what making them static costs.
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from bayes_router.data.tokens import Batch
-from bayes_router.integrations.huggingface.freed_cache import Heads
+from bayes_router.integrations.huggingface.freed_cache import Heads, cache_bytes
 from bayes_router.integrations.huggingface.language import RoutedLanguage, Unforced
 from bayes_router.transformer import frozen
 from bayes_router.transformer.frozen import Freezing, Frozen
@@ -39,4 +41,15 @@ def freeze(router: RoutedLanguage, windows: Sequence[Batch], share: float) -> Fr
         settings.sinks + settings.window - 1,
         router.config.kv_heads,
         router.layer_cost,
+        lambda tokens: _held(router, tokens),
     )
+
+
+def _held(router: RoutedLanguage, tokens: Tensor) -> int:
+    """Bytes of the model's own cache behind tokens [1, T]; 0: it has none of keys and values."""
+    if not router.causal:
+        return 0
+    with router.unforced():
+        out = router.model(tokens.to(router.device), use_cache=True)
+    cache = getattr(out, "past_key_values", None)
+    return cache_bytes(cache) if hasattr(cache, "layers") else 0

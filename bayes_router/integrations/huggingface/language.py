@@ -58,7 +58,8 @@ class RoutedLanguage(RoutedModel):
         """
         chosen = choose("mode", mode, RoutingMode)
         forced = self._force if force is None else force
-        answer = None if forced is None else forced_route(forced, self.experts, len(self.layers))
+        sizes = len(self.layers), self.config.num_units
+        answer = None if forced is None else forced_route(forced, self.experts, *sizes)
         concentrations, routes = [], []
 
         def route(layer: int, hidden: Tensor) -> Tensor | int:

@@ -68,6 +68,7 @@ class RoutedPretrained(Promising):
         for given in settings.keys() - set(known):
             raise TypeError(f"fit() got an unexpected argument {given!r}{nearest(given, known)}")
         chosen = fit_settings.FitSettings(**settings)
+        self.require_steps(chosen.by)
         source, self.held_out = source_of(
             texts, tokenizer, self.config.vocab_size, self.causal
         ).split(valid_fraction)

@@ -1,12 +1,12 @@
 """A fitted patch and a text: the budget, quality or guard that is set on it, what is kept of it."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bayes_router.checks import choose
+from bayes_router.checks import choose, require
 from bayes_router.data.fingerprint import require_unseen
 from bayes_router.data.stream import TokenStream, stream_of
 from bayes_router.data.tokens import Batch
@@ -21,9 +21,6 @@ from bayes_router.training.guarantee import Guarantee, promise
 from bayes_router.training.guarding import Guarded, set_guard
 from bayes_router.training.risk import FIT_TOKENS as RISK_TOKENS
 from bayes_router.training.risk import fit_risk, read_risk
-
-if TYPE_CHECKING:
-    pass
 
 
 class Promising(RoutedLanguage):
@@ -71,9 +68,10 @@ class Promising(RoutedLanguage):
                 message names what is within reach.
         """
         self.require_patched()
+        by_bytes = choose("by", by, CostBy) is CostBy.BYTES
+        self.require_steps(by)
         source = self._source(texts, tokenizer)
         context = min(context, len(source) - 1)
-        by_bytes = choose("by", by, CostBy) is CostBy.BYTES
         sharing = max(self.config.num_units // self.config.kv_heads, 1)
         dial = Dial(
             Unforced(self),
@@ -88,6 +86,11 @@ class Promising(RoutedLanguage):
         found = dial.solve(budget, jump=max(tolerance, TOLERANCE))
         self.policy = dial.policy(found.price)
         return found.cost
+
+    def require_steps(self, by: str) -> None:
+        """ValueError where a budget is over bytes of decoding, and the model never decodes."""
+        ok = self.causal or CostBy(by) is CostBy.FLOPS
+        require(ok, "by", "flops, for a model whose tokens see both sides: it has no steps", by)
 
     def set_quality(
         self,

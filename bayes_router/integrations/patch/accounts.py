@@ -66,8 +66,15 @@ class Accounted(Deciding):
         """How each layer routed the real tokens of a pass, by default the last of this thread.
 
         With the ids of its `tokens`, [B, T], also what of the information is of the context.
+
+        Raises:
+            ValueError: as `kl`; or `tokens` are not those of the pass.
         """
         routed = self._routed(of).detached()
+        shape = next(iter(routed.concentration.values())).shape[:2]
+        fits = tokens is None or (isinstance(tokens, Tensor) and tokens.shape == shape)
+        got = getattr(tokens, "shape", tokens)
+        require(fits, "tokens", f"the ids of that pass, a tensor {list(shape)}", got)
         return [
             routing_statistics(
                 routed.tokens(i, q),

@@ -43,7 +43,7 @@ from bayes_router.integrations.patch.settings import RouterConfig
 from bayes_router.integrations.patch.sharing import share_gradients
 from bayes_router.integrations.patch.watch import TrainingWatch
 from bayes_router.routing.controller import MetaController
-from bayes_router.routing.force import Force, forced_route
+from bayes_router.routing.force import Force, as_told, forced_route
 from bayes_router.routing.policy import Argmax, Policy
 from bayes_router.transformer.fused import controller_input, watched
 from bayes_router.types import Route, RouteBy, RoutingMode
@@ -148,7 +148,7 @@ class RoutedModel(Savable):
         None: route again.
         """
         if force is not None:
-            forced_route(force, self.experts, len(self.layers))
+            forced_route(force, self.experts, len(self.layers), self.config.num_units)
         self._force = force
 
     @property
@@ -193,7 +193,7 @@ class RoutedModel(Savable):
         if not again:
             self.here.begin(index).real[index] = real
         if self.here.route is None and self._force is not None:
-            return forced_route(self._force, self.experts, len(self.layers))(index, hidden)
+            return as_told(self._force, self.experts)(index, hidden)
         require(
             self.here.route is not None or not exporting(),
             "torch.export",
