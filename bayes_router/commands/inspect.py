@@ -20,6 +20,7 @@ from rich.text import Text
 
 from bayes_router.checks import require, unknown
 from bayes_router.commands.fitted import open_fitted, read_text
+from bayes_router.config import SURE_ENOUGH
 from bayes_router.data.load import load_data
 from bayes_router.diagnostics.fitted import FittedRun
 from bayes_router.diagnostics.measures.uncertainty import probability_right, token_frame
@@ -39,30 +40,38 @@ def run(options: Namespace) -> None:
     """Print the text, a legend, and how many tokens are uncertain."""
     if options.colour not in WHEN:
         raise unknown("colour", options.colour, WHEN)
-    require(0 <= options.threshold <= 1, "threshold", "a probability", options.threshold)
+    layer, unit, threshold = options.layer or 0, options.unit or 0, options.threshold
+    threshold = SURE_ENOUGH if threshold is None else threshold
+    require(0 <= threshold <= 1, "threshold", "a probability", threshold)
     if options.by != "route":
         scale(options.by)
     text = read_text(options.text)
     fitted = open_fitted(options, text)
     layers = fitted.config.model.num_layers
     require(
-        0 <= options.layer < layers,
+        0 <= layer < layers,
         "layer",
         f"0 to {layers - 1}",
-        options.layer,
+        layer,
         f"there are {layers} layers",
     )
     source = None if text is not None else fitted.held_out or load_data(fitted.config)[1].valid
-    shown = route_text(fitted, text, options.tokens, source, options.unit)
+    shown = route_text(fitted, text, options.tokens, source, unit)
     terminal = options.colour == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     colour = options.colour == "always" or terminal
-    page = _page(fitted, shown, options, colour)
+
+    def page_of(colour: bool) -> Text:
+        if options.by == "route":
+            return render(fitted, shown, layer, threshold, colour, unit)
+        return _shaded_by(fitted, shown, options.by, layer, colour)
+
+    page = page_of(colour)
     if colour:
         painter(sys.stdout).print(page, soft_wrap=True)
     else:
         print(page.plain)
     if options.svg is not None:
-        write_text(options.svg, picture(_page(fitted, shown, options, True), str(options.run)))
+        write_text(options.svg, picture(page_of(True), str(options.run)))
     if options.table is not None:
         frame = token_frame(shown.concentration, fitted.experts, fitted.prior.cost_ratio)
         frame.insert(2, "piece", np.tile(shown.pieces, layers))
@@ -71,13 +80,11 @@ def run(options: Namespace) -> None:
         print("\nshown as token ids: the base model has no tokenizer beside it")
 
 
-def _page(fitted: FittedRun, shown: ShownText, options: Namespace, colour: bool) -> Text:
-    if options.by == "route":
-        return render(fitted, shown, options.layer, options.threshold, colour, options.unit)
-    if options.by == HEADS.name:
+def _shaded_by(fitted: FittedRun, shown: ShownText, by: str, layer: int, colour: bool) -> Text:
+    if by == HEADS.name:
         dearest = int(torch.as_tensor(fitted.prior.cost_ratio).argmax())
-        shown = of_heads(shown, options.layer, dearest)
-    return shaded(shown, scale(options.by), colour)
+        shown = of_heads(shown, layer, dearest)
+    return shaded(shown, scale(by), colour)
 
 
 def of_heads(shown: ShownText, layer: int, dearest: int) -> ShownText:

@@ -176,6 +176,9 @@ inspect | RUN --threshold -1
 inspect | RUN --threshold nan
 inspect | RUN --by nosuch
 inspect | RUN --by risk
+inspect | RUN --by heads --unit 0
+inspect | RUN --by heads --threshold 0.5
+inspect | RUN --by risk --layer 0
 inspect | RUN --colour red
 inspect | RUN --svg EMPTY
 inspect | RUN --svg FILE/below

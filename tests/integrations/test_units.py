@@ -100,8 +100,10 @@ def test_a_step_reads_the_keys_of_the_heads_that_ask_alone() -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_later_tokens_change_nothing_in_any_unit() -> None:
-    _, router = patched("llama", route_by="head")
+@pytest.mark.parametrize("route_by", BY)
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_later_tokens_change_nothing_in_any_unit(name: str, route_by: str) -> None:
+    _, router = patched(name, route_by=route_by, sinks=2)
     ids, later = tokens(), tokens()
     later[:, 25:] = (later[:, 25:] + 7) % VOCAB
     with torch.no_grad():
