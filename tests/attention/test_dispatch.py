@@ -4,12 +4,14 @@ Values, gradients, padding, errors.
 """
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from bayes_router.attention.experts.linear import LinearAttention
+from bayes_router.attention.hard import rows
 from bayes_router.attention.hard.dispatch import routed_attention
 from bayes_router.attention.hard.problem import resolve_experts
 from bayes_router.attention.kernels.eager import rows_linear, rows_softmax
@@ -155,6 +157,30 @@ def test_sinks_agree_with_the_oracle_in_value_and_gradient(
     truths = torch.autograd.grad((want * weight.double()).sum(), exact)
     for name, g, t in zip("qkv", gradients, truths, strict=True):
         assert relative_error(g, t) < 1e-5, name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("units", [1, 2, 4])
+@pytest.mark.parametrize(("T", "window", "sinks"), [(500, 256, 0), (300, 170, 7), (40, 20, 3)])
+def test_full_and_local_of_a_short_text_are_computed_together(
+    T: int, window: int, sinks: int, units: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = resolve_experts(("full", "linear", "local"), ExpertShape(4, 16, window, sinks))
+    route, lengths = draw_route("independent", 2, T, units=units), torch.tensor([T, T - 9])
+    q, k, v = draw(2, 4, 2, T)
+    taken, softmax = [], rows_softmax.softmax_rows
+
+    def counted(*args: Any) -> Any:
+        taken.append(args[-1])
+        return softmax(*args)
+
+    monkeypatch.setattr(rows, "softmax_rows", counted)
+    given: dict[str, Any] = {"window": window, "lengths": lengths, "experts": experts}
+    got = routed_attention(q, k, v, route, backend="torch", **given)
+    exact = (x.double() for x in (q, k, v))
+    want = routed_attention(*exact, route, backend="reference", **given)
+    assert relative_error(got, want) < 1e-5
+    assert len(taken) == 2 * units and all(0 < wide.sum() < len(wide) for wide in taken)
 
 
 def test_sinks_of_the_oracle_are_its_definition() -> None:

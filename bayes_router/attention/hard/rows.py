@@ -38,6 +38,7 @@ class Gathering(NamedTuple):
     rows: Tensor  # [n]
     heads: slice  # the unit's query heads
     key_heads: slice
+    wide: Tensor | None = None  # bool [n]: those on full, where local ones are computed with them
 
 
 class Targets(NamedTuple):
@@ -107,10 +108,12 @@ def _own_rows(problem: RoutedProblem, index: int, expert: Expert, out: Tensor) -
     return torch.cat(parts) if parts else out
 
 
-def _groups(one: RoutedProblem) -> Iterator[Gathering]:
+def _groups(one: RoutedProblem, alone: bool) -> Iterator[Gathering]:
     """The plain experts that some token took.
 
-    Those that compute the same, as local attention in a short text, are one.
+    Those that compute the same, as local attention in a short text, are one; `alone`, without a
+    backward pass, so are full and local in a text of at most two windows, where their tiles would
+    hold the same keys.
     """
     kinds: dict[tuple[bool, ExpertShape | None], list[int]] = {}
     for index, expert in one.computed():
@@ -119,17 +122,34 @@ def _groups(one: RoutedProblem) -> Iterator[Gathering]:
             kinds.setdefault(
                 (expert.kernel is Kernel.LINEAR, expert.shape if hides else None), []
             ).append(index)
+    near = [shape for _, shape in kinds if shape is not None]
+    joined = alone and len(near) == 1 and one.k.shape[2] <= 2 * near[0].window and FULL in kinds
     H, Hkv = one.q.shape[1], one.k.shape[1]
     for (heads, key_heads), route in zip(
         unit_heads(one.units, H, Hkv), one.route[0].unbind(1), strict=True
     ):
-        for (_, local), (index, *others) in kinds.items():
-            chosen = route == index
-            for other in others:
-                chosen |= route == other
-            rows = chosen.nonzero()[:, 0]
+        taken = {kind: _taken(route, indices) for kind, indices in kinds.items()}
+        wide = taken.pop(FULL) if joined else None
+        for kind, chosen in taken.items():
+            both = wide if kind[1] is not None else None
+            rows = (chosen if both is None else chosen | both).nonzero()[:, 0]
+            on_full = None if both is None else both[rows]
             if rows.numel():
-                yield Gathering(one.experts[index], local, rows, heads, key_heads)
+                expert = one.experts[kinds[kind][0]]
+                yield Gathering(expert, kind[1], rows, heads, key_heads, on_full)
+
+
+FULL: tuple[bool, ExpertShape | None] = (False, None)
+"""The kind of the experts that hide no key before a query's own."""
+
+
+def _taken(route: Tensor, indices: list[int]) -> Tensor:
+    """Which of a unit's queries [T] took one of these experts."""
+    index, *others = indices
+    chosen = route == index
+    for other in others:
+        chosen |= route == other
+    return chosen
 
 
 def _forward(problem: RoutedProblem, kept: list[list[Kept]] | None) -> Tensor:
@@ -147,7 +167,7 @@ def _forward_steps(problem: RoutedProblem, kept: list[list[Kept]] | None) -> Ste
     for row, one in enumerate(problem.sequences()):
         if kept is not None:
             kept.append([])
-        for group in _groups(one):
+        for group in _groups(one, kept is None):
             notes = yield from _group_forward(one, group, out[row, :, group.heads], kept is None)
             if kept is not None:
                 kept[row].append(Kept(group, notes))
@@ -158,10 +178,10 @@ def _group_forward(one: RoutedProblem, group: Gathering, out: Tensor, alone: boo
     """Write the rows of one expert and unit to out [Tq, heads, Dh]; what its backward pass needs,
     if it is not this pass alone.
     """
-    expert, local, rows, heads, key_heads = group
+    expert, local, rows, heads, key_heads, wide = group
     x, key, value = one.inputs(expert)
     x, key, value = x[:, heads], key[:, key_heads], value[:, key_heads]
-    if alone and rows.numel() == one.q.shape[2]:  # nothing to gather
+    if alone and wide is None and rows.numel() == one.q.shape[2]:  # nothing to gather
         out[: rows.numel()] = expert(x, key, value)[0].transpose(0, 1)
         yield
         return None
@@ -173,7 +193,7 @@ def _group_forward(one: RoutedProblem, group: Gathering, out: Tensor, alone: boo
             yield
         return states
     places = rows + (k.shape[1] - q.shape[1])
-    found, normaliser = yield from softmax_rows(take(q, rows), k, v, places, local)
+    found, normaliser = yield from softmax_rows(take(q, rows), k, v, places, local, wide)
     out.index_copy_(0, rows, found.transpose(0, 1))
     return normaliser
 
@@ -244,7 +264,7 @@ def _group_backward(
     one: RoutedProblem, kept: Kept, out: Tensor, dout: Tensor, targets: Targets
 ) -> Steps[None]:
     """Add the gradients of one expert and unit; out, dout and the targets are of its sequence."""
-    (expert, local, rows, heads, key_heads), notes = kept
+    (expert, local, rows, heads, key_heads, _), notes = kept
     queries, keys = slice(0, one.q.shape[2]), slice(0, one.k.shape[2])
     dq, dk, dv, dplain_q, dplain_k = targets
     to_q, to_k = (dq, dk) if expert.rotary else (dplain_q, dplain_k)

@@ -20,6 +20,7 @@ from bayes_router.attention.kernels.eager.threads import Steps
 from bayes_router.attention.shapes import widen
 
 CHUNK = 128  # positions between two states
+SHORT, SHORT_CHUNK = range(257, 1025), 64  # with so many keys, where no gradient is wanted
 KEPT = 4  # chunks between two states that are kept for the backward pass
 
 
@@ -89,7 +90,8 @@ def linear_rows(
     What `backward` needs is appended to `states`.
     """
     state: Before = None
-    spans = _spans(rows + (k.shape[1] - q.shape[1]), k.shape[1])
+    size = SHORT_CHUNK if states is None and k.shape[1] in SHORT else CHUNK
+    spans = _spans(rows + (k.shape[1] - q.shape[1]), k.shape[1], size)
     for number, span in enumerate(spans):
         if states is not None and number % KEPT == 0:
             states.append(state)
@@ -119,7 +121,7 @@ def linear_rows_backward(
         dphi_k = dw^T phi_q + v dS^T + dz,  dv = w^T dsum + phi_k dS,
         dS += phi_q^T dsum,  dz += dn^T phi_q
     """
-    spans = _spans(rows + (k.shape[1] - q.shape[1]), k.shape[1])
+    spans = _spans(rows + (k.shape[1] - q.shape[1]), k.shape[1], CHUNK)
     later: Before = None  # gradient of the state after a chunk
     for first in reversed(range(0, len(spans), KEPT)):
         here = spans[first : first + KEPT]
@@ -162,7 +164,8 @@ def _read_backward(
     weight, norm, _ = _weigh(chunk, state)
     dsum = dout / norm
     dnorm = (dsum * out).sum(-1, keepdim=True).neg_()
-    dweight = torch.bmm(dsum, chunk.values.transpose(1, 2)).add_(dnorm).mul_(_visible(chunk))
+    dweight = torch.bmm(dsum, chunk.values.transpose(1, 2)).add_(dnorm)
+    dweight.masked_fill_(_hidden(chunk), 0)
     dquery = torch.bmm(dweight, chunk.keys)
     if state is not None:
         dquery.baddbmm_(dsum, state.s.transpose(1, 2)).add_(dnorm * state.z)
@@ -176,14 +179,14 @@ def _read_backward(
     return dquery.mul_(chunk.queries.clamp(max=1)), (dkey, dvalue), State(s, z)
 
 
-def _spans(positions: Tensor, num_keys: int) -> list[Span]:
-    """The chunks up to the last with a query."""
-    edges = range(CHUNK, int(positions[-1]) // CHUNK * CHUNK + CHUNK + 1, CHUNK)
+def _spans(positions: Tensor, num_keys: int, size: int) -> list[Span]:
+    """The chunks of so many keys up to the last with a query."""
+    edges = range(size, int(positions[-1]) // size * size + size + 1, size)
     stops = torch.searchsorted(positions, torch.tensor(edges, device=positions.device)).tolist()
     starts = [0, *stops[:-1]]
     ends = zip(starts, stops, edges, strict=True)
     return [
-        Span(slice(start, stop), slice(edge - CHUNK, min(edge, num_keys)))
+        Span(slice(start, stop), slice(edge - size, min(edge, num_keys)))
         for start, stop, edge in ends
     ]
 
@@ -206,10 +209,9 @@ def _chunk(
     )
 
 
-def _visible(chunk: Chunk) -> Tensor:
-    """[G * m, C]: 1 where a query of the chunk sees a key of it, else 0."""
-    size = chunk.keys.shape[1]
-    return chunk.keys.new_ones(size, size).tril_().index_select(0, chunk.rows)
+def _hidden(chunk: Chunk) -> Tensor:
+    """Where a query of the chunk does not see a key of it, bool [G * m, C]."""
+    return torch.arange(chunk.keys.shape[1], device=chunk.rows.device) > chunk.rows[:, None]
 
 
 def _weigh(chunk: Chunk, state: Before) -> tuple[Tensor, Tensor, Tensor]:
@@ -218,7 +220,7 @@ def _weigh(chunk: Chunk, state: Before) -> tuple[Tensor, Tensor, Tensor]:
     Weights are [Hk, G * m, C]; the normaliser sums them and all before.
     """
     queries = chunk.queries
-    weight = torch.bmm(queries, chunk.keys.transpose(1, 2)).mul_(_visible(chunk))
+    weight = torch.bmm(queries, chunk.keys.transpose(1, 2)).masked_fill_(_hidden(chunk), 0)
     if chunk.decay is not None:
         here = chunk.decay.index_select(1, chunk.rows)[..., None]  # [H, m, 1]
         # positive for later keys, which are not seen

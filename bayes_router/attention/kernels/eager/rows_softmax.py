@@ -13,6 +13,7 @@ from bayes_router.attention.shapes import ExpertShape, widen
 ROWS = 192  # packed queries in a tile with a mask
 FAR_ROWS = 768  # queries that share one tile, without a mask, over the keys that all of them see
 SPAN = 128  # positions in a tile of local queries, at least
+BLOCK = 192  # positions in a tile of full and local queries together
 # packed queries that such a tile is to have, where these do not span more than the window
 LOCAL_ROWS = 384
 KEYS = 512  # keys of a tile in the backward pass, at most: their gradients are temporaries
@@ -65,6 +66,17 @@ def tiles(positions: Tensor, local: ExpertShape | None, groups: int) -> Iterator
             yield Tile(here, slice(own, int(positions[here.stop - 1]) + 1), True, own > 0)
 
 
+def blocks(positions: Tensor) -> Iterator[Tile]:
+    """The tiles of queries of which some see all keys before them and some a window: blocks of
+    positions, and all keys up to each.
+    """
+    stop = 0
+    for count in torch.bincount(positions // BLOCK).tolist():
+        start, stop = stop, stop + count
+        if count:
+            yield Tile(slice(start, stop), slice(0, int(positions[stop - 1]) + 1), True, False)
+
+
 class _Masks:
     """Masks of tiles, each written over the one before.
 
@@ -83,19 +95,24 @@ class _Masks:
         self.causal[num_keys + 1 :] = -torch.inf
         self.line = self.causal
         if local is not None:
-            self.line = self.causal.clone()
+            self.line = self.causal.repeat(2)  # that of a window, then that without
             self.line[: max(num_keys - local.window + 1, 0)] = -torch.inf
 
-    def of(self, positions: Tensor, keys: slice) -> Tensor:
-        """[groups * n, keys]: 0 where visible, -inf elsewhere; good until the next."""
+    def of(self, positions: Tensor, keys: slice, wide: Tensor | None = None) -> Tensor:
+        """[groups * n, keys]: 0 where visible, -inf elsewhere; good until the next.
+
+        Queries that are `wide` [n] see all keys before them, the others a window.
+        """
         width = keys.stop - keys.start
         size = self.groups * len(positions) * width
         if self.room.numel() < size:
             self.room = self.causal.new_empty(size)
         mask = self.room[:size].view(-1, width)
         places = (self.num_keys + keys.start) - positions
-        places = places.repeat(self.groups) if self.groups > 1 else places
-        torch.index_select(_shifted(self.line, width), 0, places, out=mask)
+        rows = places if wide is None else places + 2 * self.num_keys * wide
+        if self.groups > 1:
+            places, rows = places.repeat(self.groups), rows.repeat(self.groups)
+        torch.index_select(_shifted(self.line, width), 0, rows, out=mask)
         if (sunk := min(self.sinks - keys.start, width)) > 0:
             mask[:, :sunk] = _shifted(self.causal, sunk).index_select(0, places)
         return mask
@@ -107,24 +124,31 @@ def _shifted(line: Tensor, width: int) -> Tensor:
 
 
 def softmax_rows(
-    queries: Tensor, k: Tensor, v: Tensor, positions: Tensor, local: ExpertShape | None
+    queries: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    local: ExpertShape | None,
+    wide: Tensor | None = None,
 ) -> Steps[tuple[Tensor, Tensor]]:
-    """Full or local attention of gathered queries [H, n, Dh], tile by tile.
+    """Full or local attention of gathered queries [H, n, Dh], tile by tile; where there is `wide`,
+    bool [n], full of these and local of the others.
 
     (output, log of the softmax normaliser [H, n]).
     """
     H, n, Dh = queries.shape
     groups = H // k.shape[0]
     masks = _Masks(local, groups, queries, k.shape[1])
-    pieces = list(tiles(positions, local, groups))
+    pieces = list(tiles(positions, local, groups) if wide is None else blocks(positions))
     if len(pieces) == 1:
         keys = pieces[0].keys
-        return _tile(queries, k[:, keys], v[:, keys], masks.of(positions, keys))
+        return _tile(queries, k[:, keys], v[:, keys], masks.of(positions, keys, wide))
     out = queries.new_empty(n, H, Dh).transpose(0, 1)
     normaliser = torch.empty(H, n, device=queries.device, dtype=widen(queries[:0]).dtype)
     for tile in pieces:
         here, keys = tile.queries, tile.keys
-        mask = masks.of(positions[here], keys) if tile.masked else None
+        which = None if wide is None else wide[here]
+        mask = masks.of(positions[here], keys, which) if tile.masked else None
         found, lse = _tile(queries[:, here], k[:, keys], v[:, keys], mask)
         if tile.joins:
             before = normaliser[:, here]
