@@ -88,8 +88,8 @@ class RoutedLayer(nn.Module):
 
     def _attend(self, call: AttentionCall, route: Tensor | int) -> Tensor:
         if isinstance(route, int):
-            # the kernel knows how many keys there are
-            if call.held is not None and self.names[route] != "full":
+            # the kernel knows how many keys there are, the layer's own if a mask says so
+            if call.held is not None and (self.names[route] != "full" or call.mask is None):
                 return attend_one(self.experts, call, route_of(route, call))
             out: Tensor = self.expert(route)(call)
             return out

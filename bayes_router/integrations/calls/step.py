@@ -149,19 +149,17 @@ def _one_fused(experts: nn.ModuleList, call: AttentionCall, route: Tensor) -> Te
         (narrow.shape.window, narrow.sinks) if isinstance(narrow, LocalExpert) else (1, 0)
     )
     q, k, v = call.rescaled(), call.k[:, :, -1:], call.v[:, :, -1:]
-    rows, seen, sink_end = len(q), None, None
-    if call.held is None:
-        before = torch.full((rows,), call.k.shape[2] - 1, dtype=torch.int64, device=q.device)
-    else:
-        before = (call.held - 1).expand(rows).contiguous()
+    rows, held = len(q), call.held
+    seen: Tensor | None = None
+    sink_end: Tensor | int = sinks
+    if held is None:
+        held = torch.full((), call.k.shape[2], dtype=torch.int64, device=q.device)
     if call.mask is not None:
         seen, sink_end = seen_and_sinks(call.mask, rows, sinks)
-    elif sinks:
-        sink_end = torch.full((rows,), sinks, dtype=torch.int64, device=q.device)
     # the host knows the room, and one number compiles once
     slots = call.k.shape[2] if call.held is not None else 2**31 - 1
     out = decode_step(
-        q, k, v, q, k, call.k, call.v, None, route, before, (full, -1, local), window,
+        q, k, v, q, k, call.k, call.v, None, route, held.expand(rows), (full, -1, local), window,
         num_experts=len(experts), slots=slots,
         held=True, seen=seen, sink_end=sink_end,
     )  # fmt: skip
@@ -172,10 +170,10 @@ def _one_fused(experts: nn.ModuleList, call: AttentionCall, route: Tensor) -> Te
 
 
 @OfLast
-def seen_and_sinks(mask: Tensor, rows: int, sinks: int) -> tuple[Tensor, Tensor | None]:
+def seen_and_sinks(mask: Tensor, rows: int, sinks: int) -> tuple[Tensor, Tensor | int]:
     """Of a mask [B or 1, 1, 1, S]: the keys seen, bool [rows, S], and where the first `sinks` of
-    them end, [rows].
+    them end, [rows]; 0 without sinks.
     """
     visible = seen_keys(mask)[:, 0, 0]
-    end = (visible.cumsum(-1) <= sinks).sum(-1).expand(rows).contiguous() if sinks else None
+    end = (visible.cumsum(-1) <= sinks).sum(-1).expand(rows).contiguous() if sinks else 0
     return visible.contiguous().expand(rows, -1), end

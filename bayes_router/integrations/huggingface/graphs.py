@@ -10,7 +10,7 @@ whoever takes `Graphs` by hand makes another after other weights, another policy
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from bayes_router.checks import require
+from bayes_router.integrations.patch.binding import router_of
 
 OnePass = Callable[..., Any]
 """(tokens int64 [B, T], cache, last) -> what a pass leaves, see `Graphs`."""
@@ -129,6 +130,10 @@ class Graphs:
             self.length = T
         return found
 
+    def captured(self, padded: int) -> bool:
+        """Whether a prompt of so many tokens, padding among them, is a replay by now."""
+        return min(padded, self.capacity) in self._prefills
+
     def step(self, tokens: Tensor) -> Any:
         """Append one token to each text, int64 [B, 1]: the logits [B, V] after it, valid until the
         next call.
@@ -192,8 +197,12 @@ class Graphs:
         given = {name: value.clone() for name, value in inputs.items()}
         tokens = tokens.clone()
 
+        # nobody hides a token: a mask would say again what each layer knows, and be waited for
+        plain = "attention_mask" not in given and knows_its_keys(self.model)
+
         def run() -> Any:
-            return self._call(tokens, self.cache, 1, **given)
+            with without_mask(self.model) if plain else nullcontext():
+                return self._call(tokens, self.cache, 1, **given)
 
         held = [layer.cumulative_length.clone() for layer in self.cache.layers]
 
@@ -224,6 +233,17 @@ class Graphs:
             found = run()
         back()
         return graph, found
+
+
+def knows_its_keys(model: PreTrainedModel) -> bool:
+    """Whether a step of every layer looks at how many keys a static cache holds, as those of a
+    patch do, and needs no mask to hide the empty slots.
+    """
+    router, depth = router_of(model), model.config.get_text_config().num_hidden_layers
+    if router is None or len(router.found) != depth:
+        return False
+    like = torch.empty(0, device=model.device, dtype=model.dtype)
+    return all(router.steps_in_place(index, like) for index in range(depth))
 
 
 @contextmanager

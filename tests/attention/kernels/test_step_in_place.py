@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
@@ -13,6 +14,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
 
 from bayes_router.attention.kernels.triton import launch_decode
+from bayes_router.attention.shapes import ExpertShape
+from bayes_router.integrations.calls.call import AttentionCall
+from bayes_router.integrations.calls.layer import RoutedLayer
 from bayes_router.integrations.calls.step import seen_and_sinks
 
 
@@ -31,7 +35,7 @@ def test_sinks_and_hidden_keys(units: int, padding: int, monkeypatch: pytest.Mon
     seen[1, :padding] = False
     mask = seen[:, None, None]
     visible, end = seen_and_sinks(mask, B, sinks)
-    lengths = torch.full((B,), held - 1)
+    lengths = torch.full((B,), held)
     out = launch_decode.decode_step(
         q, k[:, :, -1:], v[:, :, -1:], q, k[:, :, -1:], k, v, None, route, lengths, (0, -1, 1),
         window, held=True,
@@ -44,3 +48,34 @@ def test_sinks_and_hidden_keys(units: int, padding: int, monkeypatch: pytest.Mon
     torch.testing.assert_close(
         out, F.scaled_dot_product_attention(q, k, v, allowed), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("units", [1, 4])
+@pytest.mark.parametrize("taken", [None, "full", "local"])
+def test_a_layer_without_a_mask_reads_what_the_cache_holds(
+    units: int, taken: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where all take `full`: its own kernel would see the empty slots."""
+    monkeypatch.setattr(launch_decode, "MIN_KEYS", 64)
+    torch.manual_seed(units)
+    B, H, Hkv, D, S, held, window, sinks = 2, 4, 2, 16, 96, 70, 9, 3
+    q, k, v = torch.randn(B, H, 1, D), torch.randn(B, Hkv, S, D), torch.randn(B, Hkv, S, D)
+    k[:, :, held:], v[:, :, held:] = torch.nan, torch.nan
+    layer = RoutedLayer(("full", "local"), ExpertShape(H, D, window), Hkv, sinks, causal=True)
+    call = AttentionCall(q, k, v, None, True, own, D**-0.5, plain=True, held=torch.tensor(held))
+    route = torch.randint(2, (B, 1, units))
+    out = layer.attend(call, route if taken is None else layer.names.index(taken))
+    local = route[:, 0] == 1 if taken is None else torch.full((B, 1), taken == "local")
+    local = local.repeat_interleave(H // local.shape[1], 1)
+    key = torch.arange(S)
+    near = (key < held) & ((key >= held - window) | (key < sinks))
+    allowed = torch.where(local[..., None], near, key < held)[:, :, None]
+    k, v = (x.nan_to_num().repeat_interleave(H // Hkv, 1) for x in (k, v))
+    torch.testing.assert_close(
+        out, F.scaled_dot_product_attention(q, k, v, allowed), rtol=1e-5, atol=1e-5
+    )
+
+
+def own(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """A layer's kernel that needs a mask to hide empty slots."""
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)

@@ -115,14 +115,6 @@ def _new_row(New, Row, length, s_t, d, real, HELD: tl.constexpr):
 
 
 @triton.jit
-def _not_hidden(Seen, n, inside, MASKED: tl.constexpr):
-    """Which of the stored keys at n are inside and not hidden by the mask."""
-    if MASKED:
-        inside = inside & (tl.load(Seen + n, mask=inside, other=0) != 0)
-    return inside
-
-
-@triton.jit
 def _over_keys(
     q, Row_k, Row_v, Seen, lo, hi, firsts, looks, sink_end, slots, real, s_t, scale, m, norm, acc,
     BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
@@ -134,9 +126,12 @@ def _over_keys(
     """
     for n0 in range(lo, hi, BN):
         n = n0 + tl.arange(0, BN)
-        inside = _not_hidden(Seen, n, n < hi, MASKED)
+        inside = n < hi
         at = n % slots if RING else n
         x, v = _scores(q, Row_k, Row_v, at, inside, real, s_t, scale, D, PRECISION)
+        if MASKED:  # behind the loads of keys, which do not wait for it; a hidden value may be NaN
+            inside = inside & (tl.load(Seen + n, mask=inside, other=0) != 0)
+            v = tl.where(inside[:, None], v, 0.0)
         within = n[None, :] >= firsts[:, None]
         if SINKS:
             within = within | (n < sink_end)[None, :]
@@ -148,7 +143,7 @@ def _over_keys(
 @triton.jit
 def _step_stretch(
     Q, NewK, NewV, Row_k, Row_v, Route, Length, Seen, SinkEnd, Partial, PartialLse,
-    part, hk, q_h, s_t, r_r, GROUP, UNIT, slots, full, local, window, scale,
+    part, hk, q_h, s_t, r_r, GROUP, UNIT, slots, full, local, window, sinks, scale,
     SPLITS: tl.constexpr, STORE: tl.constexpr, RING: tl.constexpr, ROWS: tl.constexpr,
     BN: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
     HELD: tl.constexpr, MASKED: tl.constexpr, SINKS: tl.constexpr,
@@ -159,14 +154,14 @@ def _step_stretch(
     """
     d, g = tl.arange(0, D), tl.arange(0, ROWS)
     real, mine = d < DIM, g < GROUP
-    length = tl.load(Length).to(tl.int32)
+    length = tl.load(Length).to(tl.int32) - (1 if HELD else 0)
     first, any_key, firsts, looks = _first_read(
         Route, hk, GROUP, UNIT, r_r, length, full, local, window, ROWS
     )
     v_new = _new_row(NewV, Row_v, length, s_t, d, real, HELD)
     k_new = _new_row(NewK, Row_k, length, s_t, d, real, HELD)
-    sink_end = 0
-    if SINKS:
+    sink_end = sinks
+    if SINKS == 2:
         sink_end = tl.load(SinkEnd).to(tl.int32)
     if STORE and part == 0:
         slot = (length % slots if RING else length).to(tl.int64) * s_t
@@ -215,19 +210,20 @@ def decode_kernel(
     Q, NewK, NewV, PlainQ, PlainK, Keys, Values, LinearState, GatedState, Gate, Bias, LogScale,
     Route, Lengths, Out,
     Partial, PartialLse, Seen, SinkEnd,
-    q_b, q_h, k_b, k_h, v_b, v_h, pq_b, pq_h, pk_b, pk_h, s_b, s_h, s_t, r_b, r_r, seen_b,
-    H, GROUP, UNIT, slots, full, linear, local, gated, window, scale,
+    q_b, q_h, k_b, k_h, v_b, v_h, pq_b, pq_h, pk_b, pk_h, s_b, s_h, s_t, r_b, r_r, seen_b, l_b,
+    H, GROUP, UNIT, slots, full, linear, local, gated, window, sinks, scale,
     SPLITS: tl.constexpr, LINEAR: tl.constexpr, GATED: tl.constexpr, STORE: tl.constexpr,
     RING: tl.constexpr,
     ROWS: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr,
-    HELD: tl.constexpr = False, MASKED: tl.constexpr = False, SINKS: tl.constexpr = False,
+    HELD: tl.constexpr = False, MASKED: tl.constexpr = False, SINKS: tl.constexpr = 0,
 ):  # fmt: skip
     """Program (part, key head, row of the batch): the parts are SPLITS stretches, the linear state,
     GROUP gated states.
 
-    HELD: the new key and value stand in the store already. MASKED: Seen hides keys. SINKS: keys
-    that are seen and stand before SinkEnd are seen by `local` too, whose first part reads them.
+    HELD: the new key and value stand in the store already, and Lengths counts them. MASKED: Seen
+    hides keys. SINKS: keys that are seen and stand before `sinks` (1) or the row's SinkEnd (2) are
+    seen by `local` too, whose first part reads them.
     """
     part, hk, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     Route += b * r_b
@@ -237,8 +233,9 @@ def decode_kernel(
         row, at = b * s_b + hk * s_h, (b * H + h) * SPLITS
         _step_stretch(
             Q + b * q_b + h * q_h, NewK + b * k_b + hk * k_h, NewV, Keys + row, Values + row,
-            Route, Lengths + b, Seen + b * seen_b, SinkEnd + b, Partial + at * D, PartialLse + at,
-            part, hk, q_h, s_t, r_r, GROUP, UNIT, slots, full, local, window, scale,
+            Route, Lengths + b * l_b, Seen + b * seen_b, SinkEnd + b,
+            Partial + at * D, PartialLse + at,
+            part, hk, q_h, s_t, r_r, GROUP, UNIT, slots, full, local, window, sinks, scale,
             SPLITS, STORE, RING, ROWS, BN, DIM, D, PRECISION, HELD, MASKED, SINKS,
         )  # fmt: skip
     else:
@@ -268,8 +265,8 @@ def decode_kernel(
 # keeps the assertions, which stand here as debugging would slow the loop over keys
 @triton.jit(debug=True)
 def join_kernel(
-    Partial, PartialLse, Route, Lengths, Out, r_b, r_r, H, GROUP, UNIT, room, num_experts, full,
-    local, window,
+    Partial, PartialLse, Route, Lengths, Out, r_b, r_r, l_b, H, GROUP, UNIT, room, num_experts,
+    full, local, window, HELD: tl.constexpr,
     ROWS: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Join the stretches of one row and head.
@@ -278,7 +275,8 @@ def join_kernel(
     """
     h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     Route += b * r_b
-    length, route = tl.load(Lengths + b).to(tl.int32), tl.load(Route + h // UNIT * r_r)
+    length = tl.load(Lengths + b * l_b).to(tl.int32) - (1 if HELD else 0)
+    route = tl.load(Route + h // UNIT * r_r)
     tl.device_assert((route >= 0) & (route < num_experts), "route out of range")
     tl.device_assert(length < room, "the cache is full")
     first, _, _, _ = _first_read(

@@ -64,7 +64,7 @@ def decode_step(
     ring: bool = False,
     held: bool = False,
     seen: Tensor | None = None,
-    sink_end: Tensor | None = None,
+    sink_end: Tensor | int = 0,
 ) -> Tensor:
     """Append one token to each row and attend: [B, H, 1, Dh].
 
@@ -89,10 +89,9 @@ def decode_step(
         num_experts: how many a route chooses from.
         slots: of the store, those in use, by default all; a longer row is a device-side assertion.
         ring: position p is in slot p mod slots, and no expert looks further back than that.
-        held: the new key and value stand in the store already, at `lengths`; k and v are not read.
+        held: the store has the new key and value, and `lengths` counts them; k, v are not read.
         seen: bool [B, S], which stored keys are seen at all; None: all.
-        sink_end: integer [B]: what is seen before it is seen by the local expert too; None: no
-            sinks.
+        sink_end: `local` sees what is seen before it, too: integer [B] or one for all; 0: none.
     """
     (B, H, _, dim), Hkv = q.shape, k.shape[1]
     stored = keys if keys is not None and values is not None else k
@@ -106,7 +105,7 @@ def decode_step(
     number, gated_state, gate, bias, log_scale = none if gated is None else gated
     strides = [s for x in (q, k, v, plain_q, plain_k) for s in x.stride()[:2]]
     ways, unit = (route.stride(0), route.stride(2)), H // route.shape[2]
-    rows = max(16, triton.next_power_of_2(group))
+    rows, of_rows = max(16, triton.next_power_of_2(group)), isinstance(sink_end, Tensor)
     fixed = {"SPLITS": splits, "ROWS": rows, "BN": 64 if D <= 64 else 32, "DIM": dim, "D": D}
     fixed["num_warps"] = 4
     launch(
@@ -114,17 +113,18 @@ def decode_step(
         q, k, v, plain_q, plain_k, stored, stored if values is None else values,
         partial if state is None else state,
         gated_state, gate, bias, log_scale, route, lengths, out, partial, partial_lse,
-        route if seen is None else seen, lengths if sink_end is None else sink_end, *strides,
-        *stored.stride()[:3], *ways, 0 if seen is None else seen.stride(0),
-        H, group, unit, slots, *native, number, window, LOG2_E / dim**0.5,
+        route if seen is None else seen, sink_end if of_rows else lengths, *strides,
+        *stored.stride()[:3], *ways, 0 if seen is None else seen.stride(0), lengths.stride(0),
+        H, group, unit, slots, *native, number, window, 0 if of_rows else sink_end,
+        LOG2_E / dim**0.5,
         LINEAR=state is not None, GATED=gated is not None, STORE=keys is not None and not held,
-        RING=ring, HELD=held, MASKED=seen is not None, SINKS=sink_end is not None,
+        RING=ring, HELD=held, MASKED=seen is not None, SINKS=2 if of_rows else int(sink_end > 0),
         BC=min(D, STATE_ENTRIES // D), PRECISION=precision(q), num_stages=3, **fixed,
     )  # fmt: skip
     launch(
         join_kernel, (H, B),
-        partial, partial_lse, route, lengths, out, *ways, H, group, unit,
+        partial, partial_lse, route, lengths, out, *ways, lengths.stride(0), H, group, unit,
         slots if keys is not None and not ring else 2**31 - 1,
-        num_experts, native[0], native[2], window, **fixed,
+        num_experts, native[0], native[2], window, HELD=held, **fixed,
     )  # fmt: skip
     return out
