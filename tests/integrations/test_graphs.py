@@ -289,3 +289,34 @@ def test_without_a_store_the_keys_are_those_of_the_pass(anywhere: None) -> None:
     assert not any(layer.is_initialized for layer in graphs.cache.layers)
     with pytest.raises(ValueError, match="step"):
         graphs.step(ids[:, :1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("static", [False, True])
+def test_what_changed_since_a_replay_was_launched_is_seen_before_its_answer(
+    static: bool, anywhere: None
+) -> None:
+    """Modules are looked at while the device reads, or before it writes into a caller's keys."""
+    model, router = model_and_router()
+    ids = tokens(2, 40)
+
+    def read() -> Tensor:
+        cache = StaticCache(config=model.config, max_cache_len=48) if static else None
+        return model(ids, past_key_values=cache).logits
+
+    router.graphs = True
+    read()
+    old, heard = read(), []
+    handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: heard.append(1))
+    replayed = Again.replayed
+    close(read(), old)
+    assert "a hook on" in router.last.as_called
+    assert Again.replayed - replayed == (not static)  # whose answer nobody saw
+    assert len(heard) == 1 + (not static)  # a graph's stand-in calls modules
+    handle.remove()
+    model.model.layers[1].mlp = copy.deepcopy(model.model.layers[0].mlp)
+    captured, found = Again.captured, read()
+    assert router.last.replayed and Again.captured == captured + 1
+    router.graphs = False
+    close(found, read())
+    assert not torch.allclose(found, old, atol=1e-3)

@@ -13,6 +13,8 @@ import threading
 import weakref
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from bayes_router.integrations.patch.passes import Pass
 
 STORES = 4  # stores of keys that are kept, with their graphs
 LEAST = 64  # tokens in a bucket
+MOVED = "modules of another kind"
 NATIVE = ("full", "local")
 ANSWERED = ("last_hidden_state", "past_key_values")
 
@@ -123,23 +126,56 @@ class Replay:
         router = self.router()
         if router is None or getattr(self._here, "captures", False) or captured_elsewhere():
             return own(*args, **kwargs)
-        if self._parts is None or not self._parts.same(router.controller):
-            self._parts, self._state = Parts(base, router.controller), None
-        asked = read(router, base, args, kwargs, self._parts.hooked())
-        if isinstance(asked, str):
-            self._seen = None
-            out = own(*args, **kwargs)
-            router.last.as_called = asked
-            return out
-        with self._turn:
-            self._renew(router, asked)
-            self._here.captures = True
-            try:
+        self._parts = self._parts or Parts(base, router.controller)
+        why: str = MOVED
+        while why == MOVED:
+            asked = read(router, base, args, kwargs)
+            if isinstance(asked, str):
+                why = asked
+                break
+            with self._turn:
+                found = self._replayed(router, base, own, asked)
+            if not isinstance(found, str):
+                return found
+            why = found
+        self._seen = None
+        out = own(*args, **kwargs)
+        router.last.as_called = why
+        return out
+
+    def _replayed(
+        self, router: RoutedLanguage, base: nn.Module, own: Callable[..., Any], asked: Replayable
+    ) -> BaseModelOutputWithPast | str:
+        """What a replay answers, or why it cannot.
+
+        While the device reads a prompt into memory of nobody else's, the host looks whether the
+        modules are as they were; if not, nobody sees what was read. Elsewhere it looks before.
+        """
+        self._renew(router, asked)
+        self._here.captures = True
+        try:
+            room, free = self._room(asked), asked.first and not isinstance(asked.cache, StaticCache)
+            known = next((s for s in self._stores if free and s.fits(asked)), None)
+            meanwhile = known is not None and known.graphs.captured(room)
+            why = None if meanwhile else self._changed(router, base)
+            if why is None:
                 store = self._store(base, own, asked)
-                found = self._prompt(store, asked) if asked.first else self._step(store, asked)
-                return self._copied(router, base, store, asked, found)
-            finally:
-                self._here.captures = False
+                graphs = store.graphs
+                found = (graphs.prefill(asked.tokens, room) if asked.first
+                         else graphs.append(asked.tokens, **asked.inputs))  # fmt: skip
+                why = self._changed(router, base) if meanwhile else None
+            return why or self._copied(router, base, store, asked, found)
+        finally:
+            self._here.captures = False
+
+    def _changed(self, router: RoutedLanguage, base: nn.Module) -> str | None:
+        """Why what was captured does not stand for the modules any more."""
+        assert self._parts is not None
+        if not self._parts.same(router.controller):
+            self._parts, self._state, self._seen = Parts(base, router.controller), None, None
+            return MOVED
+        hooked = self._parts.hooked()
+        return hooked and f"a hook on {hooked}, which a replay would pass by"
 
     @staticmethod
     def _copied(
@@ -150,7 +186,9 @@ class Replay:
         (hidden, note), T, cache = found, asked.tokens.shape[1], asked.cache
         if cache is GROWING:  # made behind the launch, for it takes the host longer
             cache = DynamicCache(config=base.config.get_text_config())
-        if asked.first and cache is not None and not isinstance(cache, StaticCache):
+        if asked.first and isinstance(cache, StaticCache):
+            store.lend(cache)
+        elif asked.first and cache is not None:
             fill(cache, store.graphs.keys, T)
         router.here.slot.last = cut(note, T)
         return BaseModelOutputWithPast(
@@ -186,24 +224,18 @@ class Replay:
         self._stores = [*self._stores, found][-STORES:]
         return found
 
-    def _prompt(self, store: LentKeys, asked: Replayable) -> Any:
+    def _room(self, asked: Replayable) -> int:
+        """The tokens that a prompt is padded to."""
         router, T = self.router(), asked.tokens.shape[1]
         assert router is not None
         room = bucketed(T)
-        if T <= router.full_up_to < room:  # what is left to `full` is not routed for its padding
-            room = router.full_up_to
-        found = store.graphs.prefill(asked.tokens, room)
-        if isinstance(asked.cache, StaticCache):
-            store.lend(asked.cache)
-        return found
-
-    def _step(self, store: LentKeys, asked: Replayable) -> Any:
-        return store.graphs.append(asked.tokens, **asked.inputs)
+        # what is left to `full` is not routed for its padding
+        return router.full_up_to if T <= router.full_up_to < room else room
 
 
 def captured_elsewhere() -> bool:
     """Whether somebody captures a graph of their own around this call."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def fill(cache: Any, keys: Keys, T: int) -> None:
@@ -251,26 +283,38 @@ def one_pass(
 
 
 class Parts:
-    """The modules of a stack as they were: what a replay passes by, and where weights lie."""
+    """The modules of a stack as they were: what a replay passes by, and where weights lie.
+
+    A device waits while a call asks: modules and hooks are walked through in C.
+    """
 
     def __init__(self, base: nn.Module, controller: nn.Module):
         modules, ours = list(base.modules()), list(controller.modules())
         self._controller = controller
-        self._children = [(m._modules, n, c) for m in modules + ours for n, c in m._modules.items()]
+        both = [(m._modules, n) for m in modules + ours for n in m._modules]
+        self._of, self._names = [of for of, _ in both], [name for _, name in both]
+        self._children = [*map(dict.get, self._of, self._names)]
         self._weights = [(m._parameters, n) for m in modules for n in m._parameters]
         self._ours = [(m._parameters, n) for m in ours for n in m._parameters]
-        self._hooks = [(type(m), x) for m in modules if m is not base
-                       for x in (m._forward_hooks, m._forward_pre_hooks)]  # fmt: skip
+        hooked = [m for m in modules if m is not base]
+        self._hooks = [x for m in hooked for x in (m._forward_hooks, m._forward_pre_hooks)]
+        self._kinds = [type(m).__name__ for m in hooked for _ in range(2)]
+        self._idle: list[Any] = []  # hooks that were found to be
 
     def same(self, controller: nn.Module) -> bool:
         """Whether these are the modules still, and this their controller."""
-        same = controller is self._controller
-        return same and all(at.get(name) is child for at, name, child in self._children)
+        now = map(dict.get, self._of, self._names)
+        return controller is self._controller and all(map(is_, now, self._children))
 
     def hooked(self) -> str | None:
         """A kind of module with a hook that a replay would pass by."""
-        return next((kind.__name__ for kind, found in self._hooks
-                     if found and not all(map(idle, found.values()))), None)  # fmt: skip
+        found = [*chain.from_iterable(map(dict.values, filter(None, self._hooks)))]
+        if found != self._idle:
+            for kind, hooks in zip(self._kinds, self._hooks, strict=True):
+                if not all(map(idle, hooks.values())):
+                    return kind
+            self._idle = found
+        return None
 
     def state(self) -> tuple[Any, ...]:
         """Where each weight lies, in order, and what was last written to those of controllers."""

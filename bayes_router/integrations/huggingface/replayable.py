@@ -32,18 +32,18 @@ class Replayable(NamedTuple):
 
 
 def read(
-    router: RoutedLanguage, base: nn.Module, args: Any, kwargs: dict[str, Any], hooked: str | None
+    router: RoutedLanguage, base: nn.Module, args: Any, kwargs: dict[str, Any]
 ) -> Replayable | str:
     """What a call asks for, or why it runs as it is called."""
     given = dict(kwargs, input_ids=args[0]) if len(args) == 1 else kwargs
     tokens, cache = given.get("input_ids"), given.get("past_key_values")
-    why = refused(router, base, given, args, hooked)
+    why = refused(router, base, given, args)
     if why is not None:
         return why
     assert isinstance(tokens, Tensor)
     B, T = tokens.shape
     config: Any = base.config
-    keeps = given.get("use_cache", getattr(config, "use_cache", True)) is not False
+    keeps = given.get("use_cache", said(config, "use_cache", True)) is not False
     if isinstance(cache, StaticCache):
         if any(type(layer) is not StaticLayer for layer in cache.layers):
             return "a static cache with layers of another kind"
@@ -63,7 +63,7 @@ def read(
 
 
 def refused(
-    router: RoutedLanguage, base: nn.Module, given: dict[str, Any], args: Any, hooked: str | None
+    router: RoutedLanguage, base: nn.Module, given: dict[str, Any], args: Any
 ) -> str | None:
     """Why no call like this is replayed; None: it may be."""
     tokens, config = given.get("input_ids"), getattr(base, "config", None)
@@ -72,9 +72,7 @@ def refused(
         for name, value in given.items()
         if name not in (*USUAL, *IDLE) and value is not None and value is not False
     ]
-    shown = getattr(config, "output_hidden_states", False) or getattr(
-        config, "output_attentions", False
-    )
+    shown = said(config, "output_hidden_states") or said(config, "output_attentions")
     if len(args) > 1 or not isinstance(tokens, Tensor) or tokens.dim() != 2 or more or shown:
         return f"inputs or outputs beside tokens, mask, positions and cache {more}"
     if torch.is_grad_enabled() or not router.executes:
@@ -85,9 +83,15 @@ def refused(
         return f"the policy {type(router.policy).__name__}"
     if not on_device(tokens):
         return f"a device without CUDA graphs, {tokens.device}"
-    if hooked is not None:
-        return f"a hook on {hooked}, which a replay would pass by"
     return None
+
+
+def said(config: Any, name: str, default: Any = False) -> Any:
+    """`getattr` without what transformers looks up around it, for which a device would wait."""
+    try:
+        return object.__getattribute__(config, name)
+    except AttributeError:
+        return default
 
 
 def idle(hook: Any) -> bool:

@@ -162,10 +162,13 @@ class Number:
 
 def router_of(model: nn.Module) -> Bindable | None:
     """The router of a patched model, also inside a wrapper; None: it is not patched."""
-    for module in model.modules():
-        binding = getattr(module, BINDING, None)
+    left = [model]
+    while left:  # in the order of modules(), which takes many times as long
+        module = left.pop()
+        binding = module.__dict__.get(BINDING)
         if isinstance(binding, Binding):
             return binding.router
+        left.extend(filter(None, reversed(module._modules.values())))
     return None
 
 
