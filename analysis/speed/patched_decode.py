@@ -11,9 +11,10 @@ from torch.nn.attention import SDPBackend
 from transformers import DynamicCache, LlamaForCausalLM
 from transformers.cache_utils import DynamicLayer
 
-from analysis.speed.patched_model import VOCABULARY, routed, send
+from analysis.speed.patched_model import SINKS, VOCABULARY, WINDOW, routed, send
 from analysis.speed.patched_turns import Models, Timed, Turns, only
 from bayes_router.integrations.huggingface.graphs import Graphs, without_mask
+from bayes_router.integrations.huggingface.model import RoutedPretrained
 
 LENGTHS = {1: (8192, 32_768)}
 """Keys that a step is read behind, by the number of texts."""
@@ -73,11 +74,11 @@ def decode(bench: Turns, models: Models, facts: dict[str, Any], args: argparse.N
         store.layers.append(Store(layer.keys, layer.values, context))
     token = torch.randint(VOCABULARY, (batch, 1), device=device)
 
-    def again(graphs: Graphs) -> object:
+    def back(replay: Any = None) -> None:
+        """Every step is the one behind `context` keys; by the setting where it replays."""
+        router.replay, ours.length, rivals.length = replay, context, context
         for layer in ours.cache.layers:
             layer.cumulative_length.fill_(context)
-        graphs.length = context
-        return graphs.step(token)
 
     def eager(what: LlamaForCausalLM, backend: SDPBackend | None = None) -> object:
         with only(backend):
@@ -86,33 +87,50 @@ def decode(bench: Turns, models: Models, facts: dict[str, Any], args: argparse.N
     executed = send(router, share, partial(eager, model))
     with without_mask(plain):
         exactly = replayed(partial(eager, plain, SDPBackend.FLASH_ATTENTION))
-    again(ours)  # captured by hand, before the setting captures its own
+    back()
+    ours.step(token)  # captured by hand, before the setting captures its own
     router.graphs = True
-    replay, cache = router.replay, ours.cache
-
-    def setting(on: bool) -> None:
-        router.replay = replay if on else None
-        for layer in cache.layers:
-            layer.cumulative_length.fill_(context)
-
-    def called() -> object:
-        return model(token, past_key_values=cache, use_cache=True)
-
-    off = partial(setting, False)
+    replay = router.replay
+    by_setting = partial(model, token, past_key_values=ours.cache, use_cache=True)
+    static = "static cache, graph"
     contenders = {
         "floor: flash, graph": Timed(1.0, exactly),
         "unpatched, flash": Timed(1.0, partial(eager, plain, SDPBackend.FLASH_ATTENTION)),
-        "unpatched, static cache, graph": Timed(1.0, partial(again, rivals)),
-        f"routed {share:g}": Timed(executed, partial(eager, model), off),
-        f"routed {share:g}, static cache, graph": Timed(executed, partial(again, ours), off),
-        f"routed {share:g}, static cache, graphs=True": Timed(
-            executed, called, partial(setting, True)
-        ),
+        f"unpatched, {static}": Timed(1.0, partial(rivals.step, token), back),
+        f"routed {share:g}": Timed(executed, partial(eager, model), back),
+        f"routed {share:g}, {static}": Timed(executed, partial(ours.step, token), back),
+        f"routed {share:g}, {static}s=True": Timed(executed, by_setting, partial(back, replay)),
     }
-    bench.group(facts, contenders)
+    rate = memory_rate(device)
+    weights = sum(2 * p.numel() for n, p in model.named_parameters() if "embed_tokens" not in n)
+    bounds: dict[str, Timed] = {}
+    if rate is not None:
+        least = bytes_read(router, weights, context) / rate * 1e3
+        bounds[f"bound: bytes at {rate / 1e9:.0f} GB/s"] = Timed(executed, lambda: least)
+    bench.group(facts, contenders, bounds)
     assert router.last.replayed, router.last.as_called
     router.replay, router.graphs = replay, False  # or its keys would wait for the collector
     router.unpatch()
+
+
+def memory_rate(device: torch.device) -> float | None:
+    """Bytes a second that the card's memory can be read at; None: it does not say."""
+    facts = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    clock, width = (getattr(facts, f"memory_{x}", 0) for x in ("clock_rate", "bus_width"))
+    return 2 * clock * 1e3 * width / 8 or None
+
+
+def bytes_read(router: RoutedPretrained, weights: int, context: int) -> int:
+    """What the last step had to read: weights, and of each key head of a text all keys and values
+    where one of its query heads took full, else its window and sinks.
+    """
+    shape, kv_heads, keys = router.found[0].shape, router.found[0].kv_heads, 0
+    for route in router.last.executed.values():  # [B, 1, R]
+        of_keys = route[:, 0].repeat_interleave(max(kv_heads // route.shape[2], 1), 1)
+        on_full = (of_keys.unflatten(1, (kv_heads, -1)) == 0).any(-1)
+        each = torch.where(on_full, context + 1, min(WINDOW + SINKS, context + 1))
+        keys += int(each.sum())
+    return weights + keys * 2 * shape.head_dim * 2
 
 
 def replayed(call: Callable[[], object]) -> Callable[[], object]:

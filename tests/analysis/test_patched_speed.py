@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -61,6 +62,28 @@ def test_every_contender_has_its_rows_against_what_can_do_the_same(
     options("--seconds", "0")
     patched.main()
     assert len(pd.read_csv(path)) == len(rows)  # nothing was read, and no table replaced
+
+
+def test_the_bound_of_a_step_counts_each_key_head_that_is_read_once(
+    options: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 2 texts, 4 query heads on 2 key heads, Dh 8: K and V of two bytes, window and sinks 20."""
+    monkeypatch.setattr(patched_decode, "WINDOW", 16)
+    route = torch.tensor([[[1, 0, 1, 1]], [[1, 1, 1, 1]]])  # one key head of four on full
+    router: Any = SimpleNamespace(
+        found=[SimpleNamespace(shape=SimpleNamespace(head_dim=8), kv_heads=2)],
+        last=SimpleNamespace(executed={0: route, 1: torch.tensor([[[0]], [[1]]])}),
+    )
+    keys = (101 + 3 * 20) + (2 * 101 + 2 * 20)
+    assert patched_decode.bytes_read(router, 5000, 100) == 5000 + keys * 2 * 8 * 2
+    monkeypatch.setattr(patched_decode, "memory_rate", lambda device: 1e9)
+    path = options("--what", "decode", "--batches", "2")
+    patched.main()
+    rows = pd.read_csv(path)
+    bound = rows[rows["contender"] == "bound: bytes at 1 GB/s"]
+    assert len(bound) == 2 and (bound["ms"] > 0).all()
+    flash = rows[rows["contender"] == bound["best"].iloc[0]]["ms"]
+    assert bound["ratio"].to_numpy() == pytest.approx((bound["ms"].to_numpy() / flash), rel=1e-3)
 
 
 def test_jobs_divide_the_groups(
