@@ -10,7 +10,8 @@ from torch.distributions import Dirichlet
 from torch.nn import functional as F
 
 from analysis.routes.variants import with_controller
-from bayes_router.config import Config, config_from_dict
+from bayes_router.config import Config, ModelConfig, config_from_dict
+from bayes_router.routing.controller import MetaController
 from bayes_router.routing.posterior import categorical_entropy
 from bayes_router.routing.schedule import ScheduleState
 from bayes_router.training.fit import Objective, svi_objective
@@ -21,21 +22,49 @@ from bayes_router.types import LossTerms
 SURE = 1e6  # total concentration of a router that has no doubt
 
 
+class SoftmaxController(MetaController):
+    """Route = softmax(controller(hidden)), told to the evaluation as a sure Dirichlet."""
+
+    def posterior(self, layer: int, hidden: Tensor, units: Tensor | None = None) -> Dirichlet:
+        """See `MetaController.posterior`."""
+        weights = self.layers[layer](hidden).float().softmax(-1)
+        return Dirichlet(SURE * weights + 1e-6, validate_args=False)
+
+
+class StaticController(MetaController):
+    """Every token of a layer takes the experts that `pattern` names, whatever it is."""
+
+    def __init__(self, config: ModelConfig, pattern: tuple[str, ...]):
+        size = config.num_layers, len(config.experts), 0
+        super().__init__(config.d_model, *size, num_units=config.num_units)
+        self.choice = list[int | None]()  # of a layer whose units have one expert
+        for layer in range(config.num_layers):
+            names = pattern[layer % len(pattern)].split(",")
+            named = [config.experts.index(name) for name in names]
+            taken = torch.tensor([named[unit % len(named)] for unit in range(config.num_units)])
+            self.choice.append(named[0] if len(set(named)) == 1 else None)
+            weights = F.one_hot(taken, len(config.experts)).float()  # [R, E]
+            self.register_buffer(f"taken_{layer}", weights, persistent=False)
+        self.requires_grad_(False)
+
+    def taken(self, layer: int, hidden: Tensor) -> Tensor:
+        """The route of every token [B, T, R, E]."""
+        return self.get_buffer(f"taken_{layer}").expand(*hidden.shape[:-1], -1, -1)
+
+    def posterior(self, layer: int, hidden: Tensor, units: Tensor | None = None) -> Dirichlet:
+        """See `MetaController.posterior`."""
+        return Dirichlet(SURE * self.taken(layer, hidden) + 1e-6, validate_args=False)
+
+
 class SoftmaxModel(RoutedLanguageModel):
-    """A router without a posterior.
+    """A router without a posterior."""
 
-    Route = softmax(controller(hidden)), told to the evaluation as a sure Dirichlet.
-    """
-
-    def __init__(self, config: Any):
+    def __init__(self, config: ModelConfig):
         super().__init__(config)
-        controller = self.controller
-
-        def posterior(layer: int, hidden: Tensor) -> Dirichlet:
-            raw = controller.layers[layer](hidden).float()
-            return Dirichlet(SURE * raw.softmax(-1) + 1e-6, validate_args=False)
-
-        controller.posterior = posterior  # type: ignore[method-assign]
+        size = config.d_model, config.num_layers, len(config.experts), config.controller_hidden
+        made = SoftmaxController(*size, config.concentration_floor, config.num_units)
+        made.load_state_dict(self.controller.state_dict())
+        self.controller = made
 
 
 class StaticModel(RoutedLanguageModel):
@@ -44,23 +73,11 @@ class StaticModel(RoutedLanguageModel):
     A name such as `full,local` names one for each unit of the layer, in turn.
     """
 
-    def __init__(self, config: Any, pattern: tuple[str, ...]):
+    controller: StaticController
+
+    def __init__(self, config: ModelConfig, pattern: tuple[str, ...]):
         super().__init__(config)
-        units, experts = config.num_units, config.experts
-        self.choice = list[int | None]()
-        for layer in range(config.num_layers):
-            named = [experts.index(name) for name in pattern[layer % len(pattern)].split(",")]
-            taken = torch.tensor([named[unit % len(named)] for unit in range(units)])
-            self.choice.append(named[0] if len(set(named)) == 1 else None)
-            weights = F.one_hot(taken, len(experts)).float()  # [R, E]
-            self.register_buffer(f"taken_{layer}", weights, persistent=False)
-
-        def posterior(layer: int, hidden: Tensor) -> Dirichlet:
-            concentration = SURE * self.get_buffer(f"taken_{layer}") + 1e-6
-            return Dirichlet(concentration.expand(*hidden.shape[:-1], -1, -1), validate_args=False)
-
-        self.controller.posterior = posterior  # type: ignore[method-assign]
-        self.controller.requires_grad_(False)
+        self.controller = StaticController(config, pattern)
 
 
 class PlainObjective(nn.Module):
@@ -96,11 +113,9 @@ class PlainObjective(nn.Module):
 
         def route(layer: int, hidden: Tensor) -> Tensor | int:
             if isinstance(self.model, StaticModel):
-                for_all = self.model.choice[layer]
-                if for_all is not None:
-                    return for_all
-                by_unit = self.model.get_buffer(f"taken_{layer}")
-                return by_unit.expand(*hidden.shape[:-1], -1, -1)
+                static = self.model.controller
+                for_all = static.choice[layer]
+                return static.taken(layer, hidden) if for_all is None else for_all
             weights.append(self.model.controller.layers[layer](hidden).float().softmax(-1))
             return weights[-1]
 

@@ -87,11 +87,18 @@ def distance(density: LayerEvidence, hidden: Tensor, normed: bool) -> Tensor:
     return found
 
 
+def replaced(meta: MetaController) -> bool:
+    """Whether a subclass, or whoever set it on this object, has another posterior than the one that
+    the kernel computes.
+    """
+    return "posterior" in vars(meta) or type(meta).posterior is not MetaController.posterior
+
+
 def available(hidden: Tensor, controller: LayerController) -> bool:
     """Whether the kernel takes these: CUDA, controllers in float32 or the type of the hidden states
     that no hook needs to be called, no gradient wanted.
     """
-    if called(controller):
+    if called(controller) or "forward" in vars(controller):
         return False
     if not (hidden.is_cuda and capability.HAS_TRITON and hidden.dtype in capability.TYPES):
         return False
@@ -133,8 +140,7 @@ def chosen(
     None where it does not take them, or does not know the policy.
     """
     controller = meta.layers[layer]
-    # a subclass may have another posterior
-    known = type(meta) is MetaController and chooses(policy)
+    known = not replaced(meta) and chooses(policy)
     if not (known and type(controller) is LayerController and available(hidden, controller)):
         return None
     tilt = tilt_of(policy, torch.empty(0, device=hidden.device))  # its type and place

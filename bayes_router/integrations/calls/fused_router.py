@@ -20,6 +20,7 @@ from bayes_router.transformer.fused import (
     chooses,
     controller_input,
     fused,
+    replaced,
     tilt_of,
 )
 from bayes_router.types import RoutingMode
@@ -94,7 +95,7 @@ def infer(
     """
     controller = meta.layers[index]
     assert isinstance(controller, LayerController)
-    if policy is None or not available(hidden, controller):
+    if policy is None or replaced(meta) or not available(hidden, controller):
         read = controller_input(hidden)
         q = posterior(index, read)
         return q, decide(q, mode, read), None
