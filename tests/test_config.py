@@ -69,6 +69,10 @@ def test_a_file_changes_only_what_it_names(tmp_path: Path) -> None:
             {"schedule": {"start_experts": ["linear"]}},
             "schedule.start_experts: expected one of .*got 'linear'",
         ),
+        (
+            {"schedule": {"start_experts": ["full,local"]}, "model": {"route_by": "head"}},
+            "schedule.start_experts: expected one expert for a layer, or one for each of its 4",
+        ),
         ({"train": {"steps": 0}}, "train.steps: expected at least 1"),
         ({"train": {"lr": 0.0}}, "train.lr: expected a positive number"),
         ({"train": {"precision": "int4"}}, "train.precision: expected float32 or bfloat16"),

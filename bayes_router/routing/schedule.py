@@ -51,14 +51,15 @@ class Schedule:
         price: float = 0.0,
     ):
         self.config, self.prior, self.steps, self.price = config, prior, steps, price
-        self._end_mean = self._start_mean = prior.mean  # [L, E]
+        self._end_mean = self._start_mean = prior.mean  # [L, E] or [L, R, E]
         self._total = prior.totals
         if config.start_experts and len(experts) > 1:
+            favoured = _of_units(config.start_experts, prior.num_layers, list(experts))  # [L, R]
             rest = (1 - config.start_share) / (len(experts) - 1)
-            self._start_mean = torch.full_like(self._end_mean, rest)
-            for layer in range(prior.num_layers):
-                favoured = config.start_experts[layer % len(config.start_experts)]
-                self._start_mean[layer, ..., list(experts).index(favoured)] = config.start_share
+            start = torch.full((*favoured.shape, len(experts)), rest)
+            start.scatter_(2, favoured[..., None], config.start_share)
+            start = start[:, 0] if favoured.shape[1] == 1 else start
+            self._start_mean, self._end_mean = aligned(start, self._end_mean)
 
     def at(self, step: int) -> ScheduleState:
         """The objective at `step`."""
@@ -74,6 +75,15 @@ class Schedule:
             w * self.price,
             progress >= config.straight_through_from,
         )
+
+
+def _of_units(names: Sequence[str], num_layers: int, experts: list[str]) -> Tensor:
+    """The expert that each unit favours, int64 [L, R]; R is 1 where no layer names several."""
+    layers = [names[layer % len(names)].split(",") for layer in range(num_layers)]
+    units = max(map(len, layers))
+    return torch.tensor(
+        [[experts.index(layer[u % len(layer)]) for u in range(units)] for layer in layers]
+    )
 
 
 def _ramp(progress: float, start: float, end: float) -> float:

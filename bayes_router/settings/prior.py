@@ -114,7 +114,8 @@ class ScheduleConfig:
         kl_warmup: fraction over which the KL weight grows linearly from a hundredth of it.
         start_total_concentration: total concentration of the prior before annealing (soft routes).
         start_experts: the expert that each layer's prior favours before annealing, cycled over
-            layers; empty starts with the compute-aware prior.
+            layers, or one for each of its units, as in `full,local,local,local`; empty starts with
+            the compute-aware prior.
         start_share: prior mean of that expert before annealing.
         anneal_from: when annealing of the prior (mean, total concentration and price) begins.
         anneal_to: when it ends.

@@ -34,6 +34,15 @@ def test_it_starts_on_the_chosen_experts() -> None:
     assert state.price == 0.0
 
 
+def test_each_unit_of_a_layer_starts_on_its_own_expert() -> None:
+    made = schedule(start_experts=("local", "full,linear"), start_share=0.8, anneal_to=0.6)
+    layers = torch.tensor([[[0.1, 0.1, 0.8]] * 2, [[0.8, 0.1, 0.1], [0.1, 0.8, 0.1]]])
+    torch.testing.assert_close(made.at(0).concentration, 0.5 * layers)  # [L, R, E]
+    torch.testing.assert_close(
+        made.at(60).concentration, PRIOR.concentration[:, None].expand(2, 2, 3)
+    )
+
+
 def test_half_way_the_mean_is_half_way_and_the_total_is_the_geometric_mean() -> None:
     state = schedule(
         start_experts=("full",),
