@@ -40,16 +40,19 @@ def dirichlet(
 
 
 def started_on(
-    *pattern: str, price: float = 10.0, cost: str = "", by_head: bool = False, **schedule: Any
+    *pattern: str, price: float = 10.0, cost: str = "", **schedule: Any
 ) -> dict[str, Any]:
     """Ours, started on a static hybrid and pressed by a price of `cost` (the paper's).
 
     The prior favours the pattern, then only cost.
     """
     prior = {"map": "uniform", "price": price} | ({"cost": cost} if cost else {})
-    made = dirichlet(OURS, prior, {"start_experts": pattern, **schedule})
-    if by_head:
-        made["contender"]["changes"]["model"] = {"route_by": "head"}
+    return dirichlet(OURS, prior, {"start_experts": pattern, **schedule})
+
+
+def by_the_head(made: dict[str, Any]) -> dict[str, Any]:
+    """The same, a route for each head."""
+    made["contender"]["changes"]["model"] = {"route_by": "head"}
     return made
 
 
@@ -125,31 +128,81 @@ LONG: dict[str, dict[str, Any]] = {
     "ours, from lglglf": started_on(*layout("lglglf"), **LATE),
     "ours, from gllllf": started_on(*layout("gllllf"), **LATE),
 }
-QUOTING: dict[str, dict[str, Any]] = {
-    **{f"static {letters}": static(*layout(letters)) for letters in ("f", "gllllf", "glllll")},
-    **{
-        f"static gllll, {heads} of 4 heads f": static(
-            *layout("gllll"),
-            ",".join(["full"] * heads + ["local"] * (4 - heads)),
-            route_by="head",
-        )
-        for heads in (1, 2)
-    },
-    "static l, window 128": static("local", window=128),
-    "softmax router, from gllllf": softmax(
-        OURS, {"start_experts": layout("gllllf"), **LATE}, cost=0.03
-    ),
-    **{
-        f"ours, from gllllf, price {price}": started_on(
-            *layout("gllllf"), price=float(price), cost="flops", **LATE
-        )
-        for price in (10, 20)
-    },
-    "ours by head, from gllllf, price 10": started_on(
-        *layout("gllllf"), cost="flops", by_head=True, kl_weight=0.003 / 4, **LATE
-    ),
-}
-"""On text that quotes itself: layouts by layer and by head at costs around that of ours."""
+
+
+def one_layer(chosen: int, heads: int = 4, expert: str = "full") -> str:
+    """`chosen` heads of a layer on `expert`, the others on local, as one name of a layout."""
+    return ",".join([expert] * chosen + ["local"] * (heads - chosen))
+
+
+def last_by_head(
+    rest: str, chosen: int, heads: int = 4, expert: str = "full", **model: Any
+) -> dict[str, Any]:
+    """Static `rest`, and a last layer with `chosen` of `heads` heads on `expert`."""
+    more = {"num_heads": heads} if heads != 4 else {}
+    last = one_layer(chosen, heads, expert)
+    return static(*layout(rest), last, route_by="head", **more, **model)
+
+
+def by_head(*pattern: str, price: float, late: dict[str, float]) -> dict[str, Any]:
+    """Ours by head, from a layout, under a price of FLOPs; the KL of four heads is a sum."""
+    return by_the_head(started_on(*pattern, price=price, cost="flops", kl_weight=0.003 / 4, **late))
+
+
+PRICES = (10, 20, 80)
+
+
+def cheap(
+    rest: str, reaching: tuple[int, ...], windows: tuple[int, ...], late: dict[str, float]
+) -> dict[str, dict[str, Any]]:
+    """Contenders at a tenth of full attention's FLOPs: `rest`, and a last layer that may look far.
+
+    Static ones by layer, by head (four, and eight narrower ones), with one head of each window in
+    `reaching`, and `local` alone with each of `windows`; routers by layer and by head, started on
+    a layout that they leave as `late` says.
+    """
+    start = layout(rest + "f")
+    return {
+        **{f"static {name}": static(*layout(name)) for name in ("f", "gl", "l")},
+        **{f"static {name}": static(*layout(name)) for name in (rest + "l", rest + "f")},
+        **{f"static {rest}, {n} of 4 heads f": last_by_head(rest, n) for n in (1, 2, 3)},
+        **{f"static {rest}, {n} of 8 heads f": last_by_head(rest, n, 8) for n in (1, 2)},
+        **{
+            f"static {rest}, 1 of 4 heads window {wide}": last_by_head(
+                rest, 1, expert=f"window_{wide}"
+            )
+            for wide in reaching
+        },
+        **{f"static l, window {window}": static("local", window=window) for window in windows},
+        f"softmax router, from {rest}f": softmax(OURS, {"start_experts": start, **late}, cost=0.03),
+        **{
+            f"ours, from {rest}f, price {price}": started_on(
+                *start, price=float(price), cost="flops", **late
+            )
+            for price in PRICES
+        },
+        **{
+            f"ours by head, from {rest}f, price {price}": by_head(
+                *start, price=float(price), late=late
+            )
+            for price in PRICES
+        },
+        **{
+            f"ours by head, from 1 of 4 heads f, price {price}": by_head(
+                *layout(rest), one_layer(1), price=float(price), late=late
+            )
+            for price in PRICES
+        },
+    }
+
+
+HEADS = cheap("gllll", (512, 1024), (80, 96, 128), LATE)
+"""Costs in FLOPs at 2048 tokens: glllll .062, one head of four .101, two .140, three .179, one of
+eight .076, a head of window 512 .078 and of 1024 .091, windows of 80, 96 and 128 .077, .092, .121.
+"""
+QUOTING = cheap("gll", (256, 512), (40, 48, 64), LATE | {"anneal_from": 0.6, "anneal_to": 0.9})
+"""At 1024 tokens: glll .062, one head of four .121, two .180, three .238, one of eight .090, a head
+of window 256 .086 and of 512 .106, windows of 40, 48 and 64 .077, .092, .121."""
 RECIPE: dict[str, dict[str, Any]] = {
     "ours": SHORT["ours"],
     **{
@@ -166,6 +219,8 @@ RECIPE: dict[str, dict[str, Any]] = {
     "ours, controller sees four tokens": dirichlet(OURS, {}, {}, "convolved"),
     "ours, controller sees the layer below": dirichlet(OURS, {}, {}, "chained"),
     "ours, one route for eight tokens": dirichlet(OURS, {}, {}, "segments"),
+    "ours by head": by_the_head(dirichlet(OURS, {}, {"kl_weight": 0.003 / 4})),
+    "ours by head, from the hybrid": by_the_head(started_on(*HYBRID, kl_weight=0.003 / 4)),
 }
 """What was tried beside the recipe, at the size of the short study."""
 HEADLINE = (
@@ -191,7 +246,11 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "gpu": {"train": {"steps": 600, "device": "auto"}, "data": {"eval_tokens": 65_536}},
     "recipe": {"train": {"steps": 600, "device": "auto"}, "data": {"eval_tokens": 65_536}},
     "long": _LONG,
-    "quoting": _LONG,
+    "heads": _LONG,
+    "quoting": {
+        "train": {"steps": 1200, "device": "auto", "batch_size": 16, "precision": "bfloat16"},
+        "data": {"eval_tokens": 131_072, "context": 1024},
+    },
     "cpu": {
         "train": {"steps": 300, "device": "cpu", "warmup": 20},
         "data": {"eval_tokens": 16_384, "context": 128},
@@ -199,12 +258,13 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "toy": {
         "train": {"steps": 4, "device": "cpu", "batch_size": 2},
         "data": {"eval_tokens": 256, "context": 64},
-        "model": {"d_model": 16, "num_heads": 2, "controller_hidden": 4},
+        "model": {"d_model": 16, "num_heads": 4, "controller_hidden": 4},
     },
 }
 
 
 def contenders(size: str) -> dict[str, dict[str, Any]]:
     """Who takes part in a study of this size."""
-    known = {"long": LONG, "recipe": RECIPE, "quoting": QUOTING}
-    return {**known, "toy": {**SHORT, **LONG, **RECIPE}}.get(size, SHORT)
+    known = {"long": LONG, "recipe": RECIPE, "heads": HEADS, "quoting": QUOTING}
+    every = {**SHORT, **LONG, **RECIPE, **HEADS, **QUOTING}
+    return {**known, "toy": every}.get(size, SHORT)

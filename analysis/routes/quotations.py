@@ -3,11 +3,11 @@
     python -m analysis.routes.quotations SOURCE OUT [--limit 10000000]
 
 SOURCE is a folder of text, or `stdlib`: the modules of Python's standard library. OUT gets the same
-documents with quotations: after every 250 to 450 characters stand, between `[[` and `]]`, 48 to 96
-characters that stood 300 to 1400 characters of the text before. What is quoted lies beyond a window
-of 64, and is known, after its first few characters, to whoever looks that far: inside of the marks
-full attention pays, elsewhere hardly. About one character in six is quoted. The corpora of the
-study from scratch, `text:OUT` of `analysis.routes.tiny_lm --size quoting`.
+documents with quotations: after every 200 to 400 characters stand, between `[[` and `]]`, 64 to
+128 characters that stood 150 to 500 characters of the text before (`--back`). What is quoted lies
+beyond a window of 32, and is known, after its first few characters, to whoever looks that far:
+inside of the marks full attention pays, elsewhere hardly. About one character in four is quoted.
+The corpora of the study from scratch, `text:OUT` of `analysis.routes.tiny_lm --size quoting`.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from random import Random
 from analysis.pretrained.texts import stdlib
 from bayes_router.files import write_text
 
-APART, LONG, BACK = (250, 450), (48, 96), (300, 1400)
+APART, LONG, BACK = (200, 400), (64, 128), (150, 500)
 OPEN, CLOSE = "[[", "]]"
 
 

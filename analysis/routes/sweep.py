@@ -27,7 +27,7 @@ import torch
 
 from analysis.routes.contenders import Contender
 from bayes_router.benchmark.rows import Rows
-from bayes_router.config import Config, config_from_dict
+from bayes_router.config import Config, config_from_dict, with_changes
 from bayes_router.presets import preset
 from bayes_router.training.evaluate import evaluate
 from bayes_router.training.fit import Trainer, count_parameters, load_data, pick_device
@@ -46,6 +46,8 @@ def run_one(job: dict[str, Any]) -> dict[str, Any]:
     base = preset(job.get("preset", "tiny"))
     config, data = load_data(contender.config(config_from_dict(job["common"], base)))
     device = pick_device(config.train.device)
+    if device.type == "cuda":  # `auto` cannot know that a graph holds this study's own experts
+        config = with_changes(config, {"train.graph": "on"})
     started = time.perf_counter()
     trainer = Trainer(config, data, device, contender.build_model(), contender.build_objective())
     for step in range(config.train.steps):
@@ -74,6 +76,7 @@ def run_one(job: dict[str, Any]) -> dict[str, Any]:
         "nll_hard": result.nll["hard"],
         "cost_paper": result.executed_cost["paper"],
         "cost_flops": result.executed_cost["flops"],
+        "flops_counted": result.executed["attention_prefill"]["flops"],
         "route_information": float(torch.tensor(result.route_information_per_layer).mean()),
         "context_information": float(torch.tensor(result.context_information_per_layer).mean()),
         "least_kl": min(result.kl_per_layer)

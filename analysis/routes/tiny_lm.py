@@ -8,9 +8,10 @@ The same backbone, text, tokens and learning rate, each route executed.
 Rows that the results file has already are not run again, so a study that was stopped goes on.
 Sizes: `gpu` is the preset `tiny` with 600 steps, 5 seeds for the headline rows and 2 for the
 others; `recipe` the same with what was tried beside the recipe; `long` the preset `small` with 1000
-steps of 16,384 bytes at the context asked for (2048); `quoting` the same for text that quotes
-itself (`analysis.routes.quotations`), beside layouts by head; `cpu` a smaller one for 2 cores;
-`toy` for tests.
+steps of 16,384 bytes at the context asked for (2048); `heads` the same with layouts by head and by
+window, at a tenth of full attention's FLOPs; `quoting` the same in small (preset `tiny`, 1200 steps
+of 16 x 1024 bytes), for text that quotes itself (`analysis.routes.quotations`); `cpu` a smaller one
+for 2 cores; `toy` for tests.
 """
 
 import argparse
@@ -37,13 +38,17 @@ def plan(
     jobs = []
     for seed in range(seeds):
         for name in names:
-            if size not in ("long", "recipe", "quoting") and seed >= 2 and name not in HEADLINE:
+            if (
+                size not in ("long", "recipe", "heads", "quoting")
+                and seed >= 2
+                and name not in HEADLINE
+            ):
                 continue
             common = {section: dict(table) for section, table in SIZES[size].items()}
             common.setdefault("model", {})["experts"] = contenders(size)[name]["experts"]
             common["data"] |= {"corpus": corpus} | ({"context": context} if context else {})
             common["train"] |= {"seed": seed, "eval_every": 0}
-            if size in ("long", "quoting"):
+            if size in ("long", "heads"):
                 common["train"] |= {
                     "batch_size": TOKENS // common["data"]["context"],
                     "lr": 2e-3,

@@ -12,6 +12,7 @@ from torch.distributions import Dirichlet
 from torch.nn import functional as F
 
 from bayes_router.attention.experts.contract import Expert, register_expert
+from bayes_router.attention.experts.local import LocalAttention
 from bayes_router.attention.shapes import ExpertShape, repeat_heads
 from bayes_router.config import ModelConfig
 from bayes_router.routing.controller import LayerController, MetaController
@@ -44,6 +45,38 @@ class ShortConvolution(Expert):
     def flops_per_token(self, context: int) -> float:
         """Multiply-adds counted as two."""
         return 2 * KERNEL * self.shape.num_heads * self.shape.head_dim
+
+
+WINDOWS = (256, 512, 1024)
+"""Of heads that look farther than `local` and not everywhere: the experts `window_512`, ..."""
+
+
+class _Window(Expert):
+    """Sliding-window attention of a width of its own, whatever `model.window` says."""
+
+    cost_ratio = LocalAttention.cost_ratio
+    width: int
+
+    def __init__(self, shape: ExpertShape):
+        super().__init__(shape)
+        self.inner = LocalAttention(shape._replace(window=self.width))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `Expert.forward`."""
+        out: Tensor = self.inner(q, k, v)
+        return out
+
+    def flops_per_token(self, context: int) -> float:
+        """As `local` of this width."""
+        return self.inner.flops_per_token(context)
+
+    def keys_read(self, context: int) -> int:
+        """As `local` of this width."""
+        return self.inner.keys_read(context)
+
+
+for _width in WINDOWS:
+    register_expert(f"window_{_width}")(type(f"Window{_width}", (_Window,), {"width": _width}))
 
 
 class ConvolvedController(LayerController):

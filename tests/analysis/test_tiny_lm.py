@@ -3,13 +3,15 @@
 Every contender trains, is read on the executed route, and is not run twice.
 """
 
+import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
-from analysis.routes.layouts import HEADLINE, LONG, RECIPE, SHORT
+from analysis.routes.contenders import Contender
+from analysis.routes.layouts import HEADLINE, HEADS, LONG, QUOTING, RECIPE, SHORT
 from analysis.routes.sweep import WORDS, identity, planned, run_one, settings, sweep
 from analysis.routes.tiny_lm import markdown, plan, summarise
 from analysis.routes.tiny_lm_figure import kind_of
@@ -22,7 +24,8 @@ from analysis.routes.variants import (
 from bayes_router.attention.experts.contract import expert_class
 from bayes_router.attention.shapes import ExpertShape
 from bayes_router.benchmark.rows import Rows
-from bayes_router.config import ModelConfig
+from bayes_router.config import ModelConfig, config_from_dict
+from bayes_router.presets import preset
 
 COLUMNS = {
     "contender",
@@ -72,6 +75,37 @@ def test_contenders_of_the_longer_study_and_of_the_recipe_train(corpus: str) -> 
     posteriors = [row["kl"] for row in rows if row["contender"].startswith("ours")]
     assert all(kl == kl for kl in posteriors)
     assert all(row["kl"] != row["kl"] for row in rows if row["contender"].startswith("static"))
+
+
+def test_heads_of_a_layer_take_their_own_experts_and_pay_for_them(corpus: str) -> None:
+    names = [
+        "static gll, 1 of 4 heads f",
+        "static gll, 2 of 8 heads f",
+        "static gll, 1 of 4 heads window 256",
+        "ours by head, from 1 of 4 heads f, price 20",
+    ]
+    rows = [run_one(job) for job in plan("toy", f"text:{corpus}", 1, names)]
+    one, two, window, ours = rows
+    cheap = 0.15 + 2 * 0.3
+    assert one["cost_paper"] == pytest.approx((cheap + (1 + 3 * 0.3) / 4) / 4)
+    assert two["cost_paper"] == pytest.approx(one["cost_paper"])  # a quarter of the heads
+    assert window["cost_paper"] == pytest.approx((cheap + 0.3) / 4)
+    assert window["cost_flops"] == pytest.approx(one["cost_flops"])  # 256 keys are all there are
+    assert ours["cost_flops"] == pytest.approx(one["cost_flops"])  # it starts there
+    assert json.loads(ours["load"])[-1] == [0.25, 0.0, 0.75]
+
+
+def test_contenders_at_a_tenth_of_the_cost_are_the_same_in_both_sizes() -> None:
+    def told(names: object) -> list[str]:
+        return [name.replace("gllll", "gll") for name in names if "window" not in name]  # type: ignore[attr-defined]
+
+    assert told(HEADS) == told(QUOTING)
+    (by_head,) = plan("heads", "stdlib", 1, ["ours by head, from gllllf, price 80"])
+    config = Contender(**by_head["contender"]).config(
+        config_from_dict(by_head["common"], preset("tiny"))
+    )
+    assert (config.model.num_units, config.prior.price, config.prior.cost) == (4, 80.0, "flops")
+    assert config.schedule.kl_weight * config.model.num_units == pytest.approx(0.003)
 
 
 @pytest.mark.parametrize("name", ["convolved", "segments", "chained"])
