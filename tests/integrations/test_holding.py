@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bayes_router.routing.policy import Conservative
 from tests.integrations.tiny_models import VOCAB, patched, tokens
 
 BUDGET, T = 0.6, 96
@@ -67,8 +68,27 @@ def test_steps_of_decoding_are_gathered_and_no_route_sees_what_follows():
         router.force(None)
 
 
+def test_draws_and_mixtures_move_no_price():
+    model, router = router_of()
+    before = router.policy
+    with router.holding(BUDGET) as held:
+        for ids in kinds()[:3]:
+            router(ids, "mean")
+        model.train()
+        model(ids, use_cache=False).logits.sum().backward()
+        model.eval()
+    assert held.tokens == 0 and router.policy == before
+    assert str(held) == f"Holding(budget {BUDGET:g}, cost 0.0000, 0 tokens)"
+
+
 def test_what_cannot_be_held_is_refused():
     model, router = router_of()
+    usual, router.policy = router.policy, Conservative(tuple(router.cost_ratio.tolist()))
+    with pytest.raises(ValueError, match="^policy: expected Argmax or Budget; got 'Conservative'"):
+        router.holding(BUDGET).__enter__()
+    router.policy = usual
+    with pytest.raises(ValueError, match="budget: expected a cost above"), router.holding("half"):
+        pass
     with pytest.raises(ValueError, match="budget: expected a cost above"), router.holding(0.01):
         pass
     with pytest.raises(ValueError, match="budget: expected"), router.holding(1.5):

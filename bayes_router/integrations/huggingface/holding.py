@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from bayes_router.checks import require
 from bayes_router.integrations.huggingface.language import RoutedLanguage
 from bayes_router.routing.cost import counted
-from bayes_router.routing.policy import Budget
+from bayes_router.routing.policy import Argmax, Budget
 from bayes_router.training.dial import HALVINGS, STEEPEST
 
 HORIZON = 8192
@@ -41,11 +42,16 @@ class Holding:
         """Of all passes so far, a token; 0 before the first."""
         return self.spent / max(self.tokens, 1)
 
+    def __repr__(self) -> str:
+        return f"Holding(budget {self.budget:g}, cost {self.cost:.4f}, {self.tokens:,} tokens)"
+
     def see(self) -> None:
         """Take in the pass that was, and move the price for the next."""
         last = self.router.last.detached()
         if last.on_full or len(last.concentration) < len(self.router.layers):
             return  # a text too short to be routed, or one whose route was forced
+        if any(route.is_floating_point() for route in last.executed.values()):
+            return  # a draw or a mixture, which no price moves
         layers = sorted(last.concentration)
         routes = torch.stack([last.tokens(i, last.executed[i])[0] for i in layers])  # [L, n, R]
         self.spent += self.count(routes) * routes.shape[1]
@@ -73,11 +79,14 @@ def holding(router: RoutedLanguage, budget: float) -> Iterator[Holding]:
     """Hold `budget` over the passes of the block; the last price stays."""
     least = float(router.layer_cost.amin(-1).mean())
     require(
-        least < budget <= 1,
+        isinstance(budget, Real) and least < budget <= 1,
         "budget",
         f"a cost above {least:.3f}, every token on the cheapest expert, and at most 1",
         budget,
     )
+    kind = type(router.policy)
+    fix = "router.policy = Argmax() first; no other is held, and a guard would be lost"
+    require(kind in (Argmax, Budget), "policy", "Argmax or Budget", kind.__name__, fix)
     held = Holding(router, budget)
     hook = router.model.register_forward_hook(lambda module, given, out: held.see())
     try:

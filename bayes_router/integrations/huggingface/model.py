@@ -141,7 +141,8 @@ class RoutedPretrained(Promising):
             budget: full attention = 1, by the costs of `set_budget`.
 
         Raises:
-            ValueError: a budget that is not between the cheapest expert's cost and 1, frozen units,
+            ValueError: a budget that is not between the cheapest expert's cost and 1, another
+                policy than argmax or one at a price, frozen units,
                 or `graphs`, whose passes are replayed under the policy that they were captured by.
         """
         self.require_patched()
