@@ -16,7 +16,9 @@ torch.compile, without a mask written out, as called and captured in a graph. `g
 model called as ever, under the setting of that name. A step
 of decoding is read behind so many keys of random numbers; unpatched with flash attention on exactly
 these keys, which are not copied, the same from a graph of this one length (nobody decodes so: it is
-the floor, `floor` in the table, and no rival), and with a static cache replayed from a graph.
+the floor, `floor` in the table, and no rival), and with a static cache replayed from a graph; of
+the most texts, by the last unit, also with both models compiled. `bound` is computed: what of
+weights, keys and values has to be read, at the rate of the card's memory.
 `routed as fitted` executes the routes that the patch of `smollm2-135m` took on a text
 (`analysis.speed.recorded_routes`) at the cost of its router.
 
@@ -90,7 +92,8 @@ def worth(group: RowGroup, args: argparse.Namespace) -> tuple[int, int]:
     if group.what == "compiled":
         rank = 0 if by_layer else 2
     elif group.what == "decode":
-        rank = 1 if group.unit != "kv_head" else 2
+        compiles = (group.unit, group.batch) == (args.units[-1], max(args.batches))
+        rank = 0 if compiles else 1 if group.unit != "kv_head" else 2
     elif group.what == "setting":
         rank = 1 if short and first else 2 if short else 3
     else:

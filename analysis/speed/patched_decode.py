@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,8 +13,8 @@ from transformers import DynamicCache, LlamaForCausalLM
 from transformers.cache_utils import DynamicLayer
 
 from analysis.speed.patched_model import SINKS, VOCABULARY, WINDOW, routed, send
-from analysis.speed.patched_turns import Models, Timed, Turns, only
-from bayes_router.integrations.huggingface.graphs import Graphs, without_mask
+from analysis.speed.patched_turns import Models, Timed, Turns, only, replayed, whole
+from bayes_router.integrations.huggingface.graphs import Graphs, knows_its_keys, without_mask
 from bayes_router.integrations.huggingface.model import RoutedPretrained
 
 LENGTHS = {1: (8192, 32_768)}
@@ -89,18 +90,23 @@ def decode(bench: Turns, models: Models, facts: dict[str, Any], args: argparse.N
         exactly = replayed(partial(eager, plain, SDPBackend.FLASH_ATTENTION))
     back()
     ours.step(token)  # captured by hand, before the setting captures its own
+    static, compiled = "static cache, graph", dict[str, Timed]()
+    if (unit, batch) == (args.units[-1], max(args.batches)):
+        compiled = compiled_steps("unpatched", 1.0, plain, token, rivals, back)
+        compiled |= compiled_steps(f"routed {share:g}", executed, model, token, ours, back)
     router.graphs = True
     replay = router.replay
     by_setting = partial(model, token, past_key_values=ours.cache, use_cache=True)
-    static = "static cache, graph"
     contenders = {
         "floor: flash, graph": Timed(1.0, exactly),
         "unpatched, flash": Timed(1.0, partial(eager, plain, SDPBackend.FLASH_ATTENTION)),
         f"unpatched, {static}": Timed(1.0, partial(rivals.step, token), back),
         f"routed {share:g}": Timed(executed, partial(eager, model), back),
         f"routed {share:g}, {static}": Timed(executed, partial(ours.step, token), back),
-        f"routed {share:g}, {static}s=True": Timed(executed, by_setting, partial(back, replay)),
     }
+    contenders |= compiled
+    last = Timed(executed, by_setting, partial(back, replay))
+    contenders[f"routed {share:g}, {static}s=True"] = last
     rate = memory_rate(device)
     weights = sum(2 * p.numel() for n, p in model.named_parameters() if "embed_tokens" not in n)
     bounds: dict[str, Timed] = {}
@@ -111,6 +117,26 @@ def decode(bench: Turns, models: Models, facts: dict[str, Any], args: argparse.N
     assert router.last.replayed, router.last.as_called
     router.replay, router.graphs = replay, False  # or its keys would wait for the collector
     router.unpatch()
+
+
+def compiled_steps(
+    name: str, on_full: float, model: LlamaForCausalLM, token: Tensor, graphs: Graphs,
+    back: Callable[[], object],
+) -> dict[str, Timed]:  # fmt: skip
+    """A step by torch.compile, captured in a graph; a patch's layers need no mask for it."""
+    compiled, hides = whole(model), None if knows_its_keys(model) else nullcontext()
+
+    def step() -> object:
+        with hides or without_mask(model):
+            return compiled(token, past_key_values=graphs.cache, use_cache=True)
+
+    try:
+        back()
+        captured = Timed(on_full, replayed(step, back), back)
+    except RuntimeError as error:
+        print(f"{name}, compiled: left out, {error}"[:300], flush=True)
+        return {}
+    return {f"{name}, compiled, static cache, graph": captured}
 
 
 def memory_rate(device: torch.device) -> float | None:
@@ -131,14 +157,3 @@ def bytes_read(router: RoutedPretrained, weights: int, context: int) -> int:
         each = torch.where(on_full, context + 1, min(WINDOW + SINKS, context + 1))
         keys += int(each.sum())
     return weights + keys * 2 * shape.head_dim * 2
-
-
-def replayed(call: Callable[[], object]) -> Callable[[], object]:
-    """The same from a CUDA graph: of a step, one that serves this number of keys alone."""
-    for _ in range(2):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from transformers import LlamaForCausalLM
 
-from analysis.speed.patched_decode import replayed
 from analysis.speed.patched_model import (
     SHAPES,
     VOCABULARY,
@@ -22,7 +21,7 @@ from analysis.speed.patched_model import (
     send,
     stand,
 )
-from analysis.speed.patched_turns import Models, Timed, Turns, nothing, only
+from analysis.speed.patched_turns import Models, Timed, Turns, nothing, only, replayed, whole
 from bayes_router.integrations.huggingface.graphs import Graphs, without_mask
 
 LONG = 65_536
@@ -88,12 +87,6 @@ def prefill(bench: Turns, models: Models, facts: dict[str, Any], args: argparse.
         )
     bench.group(facts, contenders)
     router.unpatch()
-
-
-def whole(model: LlamaForCausalLM) -> Any:
-    """By torch.compile, without a break in its graph."""
-    torch._dynamo.config.recompile_limit = 64
-    return torch.compile(model, fullgraph=True, dynamic=False)
 
 
 def compiled(bench: Turns, models: Models, facts: dict[str, Any], args: argparse.Namespace) -> None:

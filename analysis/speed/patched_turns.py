@@ -89,3 +89,23 @@ class Turns:
                 "best": best,
             }
             self.rows.add(row)
+
+
+def replayed(
+    call: Callable[[], object], back: Callable[[], object] = nothing
+) -> Callable[[], object]:
+    """The same from a CUDA graph; `back` undoes what a call counts."""
+    for _ in range(2):
+        call()
+        back()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def whole(model: LlamaForCausalLM) -> Any:
+    """By torch.compile, without a break in its graph."""
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(model, fullgraph=True, dynamic=False)
