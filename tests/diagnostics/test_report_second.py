@@ -139,6 +139,12 @@ def test_the_map_is_walked_by_keys_and_enter_shows_the_unit(html: str, tmp_path:
     page.write_text(html, encoding="utf-8")
     with chromium(tmp_path / "profile") as browser:
         browser.open(page.as_uri())
+        # at first all units of the layer whose tokens decide most
+        told = "data.heat.find(one => one.name === 'route information').values"
+        sums = f"{told}.map(row => row.reduce((a, b) => a + b))"
+        most = browser.run(f"{sums}.indexOf(Math.max(...{sums}))")
+        begun = browser.run("[layer, unit, select.value, unitSelect.value].join()")
+        assert begun == f"{most},-1,{most},-1"
         reached = []
         for _ in range(60):  # what Tab reaches, in order
             browser.call("Input.dispatchKeyEvent", type="rawKeyDown", key="Tab", code="Tab",
