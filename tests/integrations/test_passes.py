@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bayes_router.integrations.patch import routed as routed_module
+from bayes_router.integrations.patch.binding import Binding
 from bayes_router.integrations.patch.passes import Here
 from bayes_router.integrations.patching import patch
 from bayes_router.routing.information import context_information
@@ -273,3 +275,40 @@ def test_statistics_tell_the_context_of_real_tokens_alone() -> None:
     for other in (ids[:, 1:], ids[0], ids.tolist()):
         with pytest.raises(ValueError, match=r"tokens: expected the ids of that pass.*\[3, 24\]"):
             router.statistics(tokens=other)
+
+
+@torch.no_grad()
+def test_a_short_text_is_the_models_own_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left to `full`, a layer's call is its own; what follows, or is looked at, is routed."""
+    model, router = patched("llama", experts=("full", "local"), window=5)
+    ids = tokens(2, 30)
+    routed = model(ids).logits
+    taken = []
+    attend = Binding.attend
+    monkeypatch.setattr(
+        Binding, "attend", lambda self, call: taken.append(self.index) or attend(self, call)
+    )
+    monkeypatch.setattr(routed_module, "takes_full", lambda x, T, names, most: 1 < T <= most)
+    router.full_up_to = 30
+    found = model(ids)
+    assert not taken and router.last.on_full == {0, 1} and not router.last.executed
+    follows = model(ids[:, :4], past_key_values=found.past_key_values).logits
+    assert taken == [0, 1] and router.last.on_full == set()
+    router.force("local")
+    assert torch.equal(model(ids[:, :20]).logits, model(ids).logits[:, :20])
+    assert len(taken) == 6 and router.last.on_full == set()
+    router.force(None)
+    handle = router.controller.layers[0].register_forward_hook(lambda *_: None)
+    close = torch.testing.assert_close
+    close(model(ids).logits, routed)
+    assert len(taken) == 8
+    handle.remove()
+    router.full_up_to = 29
+    close(model(ids).logits, routed)
+    router.force("full")
+    whole = model(ids).past_key_values
+    router.force(None)
+    close(model(ids[:, :4], past_key_values=whole).logits, follows)
+    router.unpatch()
+    assert torch.equal(found.logits, model(ids).logits)
+    assert not torch.equal(found.logits, routed)

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.distributions import Dirichlet
 from torch.nn import functional as F
 
-from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.routing.controller import LayerController, MetaController
 from bayes_router.transformer.fused import (
     available,
@@ -115,9 +114,8 @@ FULL_UP_TO = 4096
 """
 
 
-def takes_full(call: AttentionCall, names: Sequence[str], up_to: int) -> bool:
-    """Whether routing could only lose time: a short text over itself, on a GPU, whose experts are
-    full and local.
+def takes_full(x: Tensor, T: int, names: Sequence[str], up_to: int) -> bool:
+    """Whether routing could only lose time: T tokens of a short text over itself, on the GPU of x,
+    whose experts are full and local.
     """
-    short = call.causal and 1 < call.q.shape[2] == call.k.shape[2] <= up_to
-    return short and call.q.is_cuda and all(name in ("full", "local") for name in names)
+    return 1 < T <= up_to and x.is_cuda and all(name in ("full", "local") for name in names)

@@ -31,6 +31,19 @@ def held_keys(cache: Any, layer: Any) -> Tensor | None:
     return keys if isinstance(keys, Tensor) else None
 
 
+def empty(cache: Any, layer: Any) -> bool:
+    """Whether a layer's call sees its own tokens alone: there is no cache, or a growing one that
+    has none of this layer's yet.
+    """
+    if cache is None:
+        return True
+    layers = getattr(cache, "layers", None)
+    if layers is None or not isinstance(layer, int) or not 0 <= layer < len(layers):
+        return False
+    plain = getattr(sys.modules.get("transformers.cache_utils"), "DynamicLayer", None)
+    return type(layers[layer]) is plain and not layers[layer].is_initialized
+
+
 def filled_slots(cache: Any, layer: Any) -> int:
     """Tokens that a static cache of transformers holds for a layer.
 

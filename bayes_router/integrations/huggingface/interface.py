@@ -21,6 +21,7 @@ from bayes_router.integrations.calls.masks import OfLast, padding_of
 from bayes_router.integrations.calls.tracing import exporting, traced
 from bayes_router.integrations.huggingface.growing_cache import (
     counter_of,
+    empty,
     filled_slots,
     held_keys,
 )
@@ -194,7 +195,7 @@ def keep_hidden(
         kwargs.get("encoder_hidden_states") is not None
         or kwargs.get("key_value_states") is not None
     )
-    if not isinstance(hidden, Tensor) or crossed:
+    if not isinstance(hidden, Tensor) or crossed or left_alone(binding, module, hidden, cache):
         binding.give(None)
     elif getattr(cache, "is_compileable", False):
         layer, new = getattr(module, "layer_idx", None), hidden.shape[1]
@@ -216,6 +217,13 @@ def keep_hidden(
             None if cache is None else (cache, held_keys(cache, getattr(module, "layer_idx", None)))
         )
         binding.give(Given(hidden, past))
+
+
+def left_alone(binding: Binding, module: nn.Module, hidden: Tensor, cache: Any) -> bool:
+    """Whether a short text is the layer's own matter: nothing of a patch stands around its call."""
+    causal, place = binding.router.found[binding.index].causal, getattr(module, "layer_idx", None)
+    first = causal and not traced() and empty(cache, place)
+    return first and binding.router.leaves(binding.index, hidden)
 
 
 def require_answered(binding: Binding, module: nn.Module, args: Any, out: Any) -> None:

@@ -87,11 +87,11 @@ def compiled_interface(
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
     """The registered attention function: `routed_interface`, as an operator while it is traced."""
+    if not traced():
+        return routed_interface(base, module, query, key, value, attention_mask, **kwargs)
     binding = getattr(module, BINDING, None)
     asked = {name for name, value in kwargs.items() if value is not None and value is not False}
-    if not (
-        isinstance(binding, Binding) and binding.awaits and traced() and asked <= {*PASSED, *UNREAD}
-    ):
+    if not (isinstance(binding, Binding) and binding.awaits and asked <= {*PASSED, *UNREAD}):
         return routed_interface(base, module, query, key, value, attention_mask, **kwargs)
     given = binding.take()
     named = (kwargs.get(name) for name in PASSED)

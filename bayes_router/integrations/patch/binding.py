@@ -56,6 +56,9 @@ class Bindable(Protocol):
     def observed(self) -> bool:
         """Whether calls are shown to an observer, every token on full attention."""
 
+    def leaves(self, index: int, hidden: Tensor) -> bool:
+        """Whether a short text over itself is left alone, and noted to be."""
+
     def steps_in_place(self, index: int, hidden: Tensor) -> bool:
         """Whether a new token of a layer may be attended behind a cache whose length no
         host knows.

@@ -165,11 +165,7 @@ class RoutedModel(Savable):
 
     def route_call(self, index: int, hidden: Tensor, call: AttentionCall) -> Tensor | int:
         """`route` of the queries of a call, which a policy that remembers texts may look at."""
-        if self._leaves(call):
-            self.place(index, hidden)
-            routed = self.here.begin(index)
-            routed.real[index] = None
-            routed.on_full.add(index)
+        if call.causal and call.q.shape[2] == call.k.shape[2] and self.leaves(index, hidden):
             return self.experts.index("full")
         self.here.call = call
         try:
@@ -228,13 +224,17 @@ class RoutedModel(Savable):
         free = free and not any(watched(layer) for layer in self.controller.layers)
         return free and self.frozen is None and self._mode is RoutingMode.HARD
 
-    def _leaves(self, call: AttentionCall) -> bool:
-        """Whether a text is so short that routing is left alone, see `full_up_to`."""
-        return (
-            self.executes
-            and self._force is None
-            and takes_full(call, self.experts, self.full_up_to)
-        )
+    def leaves(self, index: int, hidden: Tensor) -> bool:
+        """Whether a text [B, T, D] over itself is so short that a layer's routing is left alone,
+        see `full_up_to`; then the pass says so.
+        """
+        short = takes_full(hidden, hidden.shape[1], self.experts, self.full_up_to)
+        if not short or self._force is not None or not self.executes:
+            return False
+        routed = self.here.begin(index)
+        routed.real[index] = None
+        routed.on_full.add(index)
+        return True
 
     def steps_in_place(self, index: int, hidden: Tensor) -> bool:
         """Whether a new token of a layer may be attended behind a cache whose length no host knows:
