@@ -9,12 +9,11 @@ from torch import Tensor
 from torch.distributions import Dirichlet
 
 from bayes_router.checks import not_negative, require, unknown
+from bayes_router.routing.by_layer import OfLayers, aligned, by_layer, checked_costs, per_layer
 from bayes_router.routing.posterior import categorical_entropy, expected_entropy
 from bayes_router.routing.tilt import sample_tilted, tilted_moments
 
 PriorMap = Callable[[Tensor, float], Tensor]
-OfLayers = float | Sequence[float | Sequence[float]]
-"""One number, one a layer, or one a unit of each layer."""
 
 
 def boltzmann(cost_ratio: Tensor, temperature: float) -> Tensor:
@@ -90,44 +89,27 @@ class ComputeAwarePrior:
         layer_price_ratio: Any = None,
     ):
         self.price = not_negative("price", price, "0 or more nats per unit of cost")
-        listed = isinstance(cost_ratio, Sequence | Tensor)
-        require(listed, "cost_ratio", "one number for each expert", cost_ratio)
-        ratios = torch.as_tensor(cost_ratio, dtype=torch.float32)
-        given = [round(float(r), 6) for r in ratios]
-        require(
-            ratios.dim() == 1 and len(given) >= 1, "cost_ratio", "one number for each expert", given
-        )
-        require(any(r > 0 for r in given), "cost_ratio", "not all zero", given)
-        require(
-            all(0 < r <= 1 for r in given),
-            "cost_ratio",
-            "numbers in (0, 1], the cost relative to full attention",
-            given,
-            "divide by the cost of full attention; where an expert costs more than full, take a "
-            "longer context or leave it out",
-        )
+        ratios = checked_costs(cost_ratio)
         if map not in PRIOR_MAPS:
             raise unknown("prior.map", map, PRIOR_MAPS)
         self.cost_ratio, self.map = ratios, map
-        self.temperature = _per_layer("temperature", temperature, num_layers)
-        self.total_concentration = _per_layer(
-            "total_concentration", total_concentration, num_layers
-        )
-        size = (num_layers, len(given))
-        self._layer_mean = _by_layer("prior.layer_mean", layer_mean, size)
+        self.temperature = per_layer("temperature", temperature, num_layers)
+        self.total_concentration = per_layer("total_concentration", total_concentration, num_layers)
+        size = (num_layers, len(ratios))
+        self._layer_mean = by_layer("prior.layer_mean", layer_mean, size)
         if self._layer_mean is not None:
             sums = self._layer_mean.sum(-1)
             require(
                 torch.allclose(sums, torch.ones_like(sums), atol=1e-4),
                 "prior.layer_mean",
-                f"{num_layers} rows of {len(given)} positive probabilities that sum to 1",
+                f"{num_layers} rows of {len(ratios)} positive probabilities that sum to 1",
                 self._layer_mean.tolist(),
             )
-        costs = _by_layer("prior.layer_cost_ratio", layer_cost_ratio, size)
+        costs = by_layer("prior.layer_cost_ratio", layer_cost_ratio, size)
         self._costs = ratios if costs is None else costs
         self.charged = self._costs
         if layer_price_ratio is not None:
-            times = _per_layer("prior.layer_price_ratio", layer_price_ratio, num_layers)
+            times = per_layer("prior.layer_price_ratio", layer_price_ratio, num_layers)
             of_each = torch.tensor(times)[..., None]  # [L, 1] or [L, R, 1]
             costs = self._costs.expand(num_layers, -1) if costs is None else costs
             self.charged = torch.mul(*aligned(of_each, costs))
@@ -352,47 +334,3 @@ def _solve(
         xtol=1e-9,
     )
     return build(math.exp(root))
-
-
-def _per_layer(name: str, value: Any, num_layers: int) -> tuple[Any, ...]:
-    """Of each layer, a number or a tuple of one for each unit."""
-    values = (
-        tuple(tuple(map(float, v)) if isinstance(v, Sequence) else float(v) for v in value)
-        if isinstance(value, Sequence)
-        else (float(value),) * num_layers
-    )
-    units = {len(v) if isinstance(v, tuple) else 0 for v in values}
-    require(
-        len(values) == num_layers and len(units) == 1,
-        name,
-        f"one number, or one for each of {num_layers} layers, or of each of their units",
-        value,
-    )
-    numbers = [x for v in values for x in (v if isinstance(v, tuple) else (v,))]
-    require(all(0 < v < float("inf") for v in numbers), name, "positive numbers", value)
-    return values
-
-
-def _by_layer(name: str, value: Any, size: tuple[int, int]) -> Tensor | None:
-    """Positive numbers [L, E] or [L, R, E]; None where none are given."""
-    if value is None:
-        return None
-    try:
-        given = torch.as_tensor(value, dtype=torch.float32)
-    except (TypeError, ValueError):  # rows of different lengths
-        given = torch.zeros(0)
-    fits = given.dim() in (2, 3) and given.shape[:: given.dim() - 1] == size
-    require(
-        fits and bool(((given > 0) & (given < math.inf)).all()),
-        name,
-        f"{size[0]} rows of {size[1]} positive numbers, or as many for each unit",
-        value.tolist() if isinstance(value, Tensor) else value,
-    )
-    return given
-
-
-def aligned(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both by unit, [L, R or 1, E], where one of them is; what is [E] alone stays."""
-    if a.dim() == b.dim() or 1 in (a.dim(), b.dim()):
-        return a, b
-    return (a, b[:, None]) if a.dim() > b.dim() else (a[:, None], b)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from bayes_router.config import ScheduleConfig
-from bayes_router.routing.prior import ComputeAwarePrior, aligned
+from bayes_router.routing.by_layer import aligned
+from bayes_router.routing.prior import ComputeAwarePrior
 
 KL_WARMUP_START = 0.01
 

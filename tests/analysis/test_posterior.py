@@ -4,7 +4,7 @@ import sys
 import pandas as pd
 import pytest
 
-from analysis import posterior
+from analysis import judged, posterior
 from bayes_router.diagnostics import examine
 
 QUICK = examine.Effort(512, 4, 3, 2, 100, (1, 4), 2, 16, 4, 2)
@@ -35,7 +35,7 @@ def test_each_part_writes_its_tables_and_figures(
     part, tables, figures, finished_run, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(posterior, "Effort", lambda tokens: QUICK)
-    monkeypatch.setattr(posterior, "RESPLITS", 5)
+    monkeypatch.setattr(judged, "RESPLITS", 5)
     run = shutil.copytree(finished_run, tmp_path / "run")  # the risk that it fits stays in the run
     other = tmp_path / "other.txt"
     other.write_text("Es war einmal ein Mann. " * 50)

@@ -171,14 +171,14 @@ NEWER = [
     ),
     Fault(
         "the model inside DistributedDataParallel is not found",
-        f"{P}/integrations/patching.py",
+        f"{P}/integrations/patch/given.py",
         "if kind is None or not isinstance(model, nn.Module) or isinstance(model, kind):",
         "if kind is None or isinstance(model, (kind, nn.parallel.DistributedDataParallel)):",
         f"{T}/integrations/test_other_processes.py",
     ),
     Fault(
         "the model under adapters is not found",
-        f"{P}/integrations/patching.py",
+        f"{P}/integrations/patch/given.py",
         "if kind is None or not isinstance(model, nn.Module) or isinstance(model, kind):",
         'if kind is None or isinstance(model, kind) or hasattr(model, "base_model"):',
         f"{T}/integrations/test_other_processes.py",

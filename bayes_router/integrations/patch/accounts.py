@@ -8,7 +8,8 @@ from bayes_router.checks import require
 from bayes_router.integrations.patch.deciding import Deciding
 from bayes_router.integrations.patch.passes import Pass
 from bayes_router.integrations.patch.settings import FitRecord
-from bayes_router.routing.prior import ComputeAwarePrior, aligned
+from bayes_router.routing.by_layer import aligned
+from bayes_router.routing.prior import ComputeAwarePrior
 from bayes_router.routing.statistics import RoutingStatistics, routing_statistics
 from bayes_router.routing.tilt import tilted_kl, tilted_moments
 
