@@ -9,16 +9,16 @@ layers, and SmolLM2-135M's with 30. Controllers have random weights, and biases 
 the tokens to `full`; the share executed is a column. Before anything is timed, routed passes and
 steps are compared with the same model on the CPU in float32; nothing is reported if one differs.
 
-Contenders take turns; `ms` is a median, from an idle device to an idle device, launches included;
-`ratio` is over the fastest unpatched contender's: torch's own choice of kernel, flash attention,
-its choice replayed from a CUDA graph. At the lengths of --compiled both models also go through
-torch.compile, without a mask written out, as called and captured in a graph. `graphs=True` is the
-model called as ever, under the setting of that name. A step
-of decoding is read behind so many keys of random numbers; unpatched with flash attention on exactly
-these keys, which are not copied, the same from a graph of this one length (nobody decodes so: it is
-the floor, `floor` in the table, and no rival), and with a static cache replayed from a graph; of
-the most texts, by the last unit, also with both models compiled. `bound` is computed: what of
-weights, keys and values has to be read, at the rate of the card's memory.
+Contenders take turns, long texts fewer; `ms` is a median, from an idle device to an idle device,
+launches included; `ratio` is over the fastest unpatched contender's: torch's own choice of kernel,
+flash attention, its choice replayed from a CUDA graph. At the lengths of --compiled both models
+also go through torch.compile, without a mask written out, as called and captured in a graph.
+`graphs=True` is the model called as ever, under the setting of that name. A step of decoding is
+read behind so many keys of random numbers; unpatched with flash attention on exactly these keys,
+which are not copied, the same from a graph of this one length (nobody decodes so: it is the floor,
+`floor` in the table, and no rival), and with a static cache replayed from a graph; of the most
+texts, by the last unit, also with both models compiled. `bound` is computed: what of weights, keys
+and values has to be read, at the rate of the card's memory.
 `routed as fitted` executes the routes that the patch of `smollm2-135m` took on a text
 (`analysis.speed.recorded_routes`) at the cost of its router.
 

@@ -49,15 +49,13 @@ def text(bench: Turns, facts: dict[str, Any]) -> Tensor:
 
 def ways(
     model: LlamaForCausalLM, tokens: Tensor, name: str, on_full: float,
-    prepare: Callable[[], object] = nothing,
+    prepare: Callable[[], object] = nothing, called: bool = True,
 ) -> dict[str, Timed]:  # fmt: skip
-    """A model as it is called, and replayed from a graph."""
+    """A model replayed from a graph and, where that is asked, as it is `called`."""
     length = tokens.shape[1]
     graphs = Graphs(model, length, bucket=length)  # reads biases where they are
-    return {
-        name: Timed(on_full, partial(read, model, tokens), prepare),
-        f"{name}, graph": Timed(on_full, partial(graphs.prefill, tokens), prepare),
-    }
+    found = {name: Timed(on_full, partial(read, model, tokens), prepare)} if called else {}
+    return found | {f"{name}, graph": Timed(on_full, partial(graphs.prefill, tokens), prepare)}
 
 
 def prefill(bench: Turns, models: Models, facts: dict[str, Any], args: argparse.Namespace) -> None:
@@ -71,7 +69,8 @@ def prefill(bench: Turns, models: Models, facts: dict[str, Any], args: argparse.
     for share in args.shares if unit == args.units[0] else args.shares[1:2]:
         executed = send(router, share, partial(read, model, tokens))
         prepare = partial(stand, router, [bias.clone() for bias in biases(router)], 0)
-        contenders |= ways(model, tokens, f"routed {share:g}", executed, prepare)
+        called = share == args.shares[:2][-1]
+        contenders |= ways(model, tokens, f"routed {share:g}", executed, prepare, called)
     if length <= type(router).full_up_to:
         kept = [bias.clone() for bias in biases(router)]
         prepare = partial(stand, router, kept, type(router).full_up_to)

@@ -12,6 +12,9 @@ from transformers import LlamaForCausalLM
 from bayes_router.benchmark.rows import Rows
 from bayes_router.timing import isolated_ms
 
+LONG, FEW = 32_768, 3
+"""Texts from so many tokens on take so many turns."""
+
 
 @contextmanager
 def only(backend: SDPBackend | None) -> Iterator[None]:
@@ -67,7 +70,10 @@ class Turns:
             except (torch.cuda.OutOfMemoryError, RuntimeError) as error:
                 torch.cuda.empty_cache()
                 print(f"{facts} {name}: left out, {str(error).splitlines()[0]}", flush=True)
-        turns: list[dict[str, float]] = [{} for _ in range(self.turns)]
+        long = facts["what"] != "decode" and facts["context"] >= LONG
+        turns: list[dict[str, float]] = [
+            {} for _ in range(min(self.turns, FEW) if long else self.turns)
+        ]
         for turn in turns:
             for name, call in able.items():
                 contenders[name].prepare()
