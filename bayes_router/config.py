@@ -76,18 +76,7 @@ class Config:
             ratios,
         )
         self.prior.check_shapes(num_layers, num_experts, self.model.num_units)
-        for names in self.schedule.start_experts:
-            of_units = names.split(",")
-            for name in of_units:
-                if name not in self.model.experts:
-                    raise unknown("schedule.start_experts", name, self.model.experts)
-            require(
-                len(of_units) in (1, self.model.num_units),
-                "schedule.start_experts",
-                f"one expert for a layer, or one for each of its {self.model.num_units} units "
-                f"(model.route_by {self.model.route_by})",
-                names,
-            )
+        self.schedule.check_experts(self.model.experts, self.model.num_units)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionaries; unset (None) fields are left out, as TOML has no null."""

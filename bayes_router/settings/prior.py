@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Optional, Union
 
-from bayes_router.checks import check_kinds, choose, not_negative, positive, require
+from bayes_router.checks import check_kinds, choose, not_negative, positive, require, unknown
 from bayes_router.types import CostModel
 
 ByUnit = tuple[Union[float, tuple[float, ...]], ...]
@@ -160,3 +160,21 @@ class ScheduleConfig:
             "0 <= anneal_from <= anneal_to <= 1",
             (self.anneal_from, self.anneal_to),
         )
+
+    def check_experts(self, experts: Sequence[str], num_units: int) -> None:
+        """See that `start_experts` names experts, one for a layer or one for each of its units.
+
+        Raises:
+            ValueError: it does not.
+        """
+        for names in self.start_experts:
+            of_units = names.split(",")
+            for name in of_units:
+                if name not in experts:
+                    raise unknown("schedule.start_experts", name, experts)
+            require(
+                len(of_units) in (1, num_units),
+                "schedule.start_experts",
+                f"one expert for a layer, or one for each of its {num_units} units (route_by)",
+                names,
+            )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bayes_router.config import PriorConfig
+from bayes_router.config import PriorConfig, ScheduleConfig
 from bayes_router.integrations.huggingface import interface
 from bayes_router.integrations.huggingface import patching as patching_module
 from bayes_router.integrations.patching import patch
@@ -312,3 +312,13 @@ def test_models_without_a_language_head_say_so_before_they_run() -> None:
         ValueError, match="language-modelling head; got 'BertForSequenceClassification"
     ):
         router(tokens())
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [("full,local", "for each of its 4 units"), ("nosuch", "expected one of .*got 'nosuch'")],
+)
+def test_a_start_that_fits_no_layer_is_refused_before_the_fit(names: str, message: str) -> None:
+    router = patch(tiny("llama"), window=8, route_by="head")
+    with pytest.raises(ValueError, match=f"^schedule.start_experts: .*{message}"):
+        router.fit("a text " * 100, schedule=ScheduleConfig(start_experts=(names,)))

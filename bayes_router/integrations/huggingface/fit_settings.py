@@ -157,6 +157,7 @@ class FitSettings:
 def final_state(router: RoutedLanguage, schedule: ScheduleConfig | None = None) -> ScheduleState:
     """The objective at the end of a fit."""
     chosen = schedule or default_schedule(len(router.layers) * router.config.num_units)
+    chosen.check_experts(router.experts, router.config.num_units)
     return Schedule(chosen, router.prior, 1, router.experts, router.settings.prior.price).at(1)
 
 

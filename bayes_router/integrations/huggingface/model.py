@@ -69,6 +69,8 @@ class RoutedPretrained(Promising):
             raise TypeError(f"fit() got an unexpected argument {given!r}{nearest(given, known)}")
         chosen = fit_settings.FitSettings(**settings)
         self.require_steps(chosen.by)
+        if schedule is not None:
+            schedule.check_experts(self.experts, self.config.num_units)
         source, self.held_out = source_of(
             texts, tokenizer, self.config.vocab_size, self.causal
         ).split(valid_fraction)
