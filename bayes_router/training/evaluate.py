@@ -272,7 +272,7 @@ def _finish(
     experts = model.counted_experts
     of_units, mean, kl = (x.cpu() / n for x in (sums.taken.sum(1), sums.mean, sums.kl))
     information = categorical_entropy(mean) - sums.entropy_of_mean.cpu() / n  # [L, R]
-    of_context = sums.by_token.entropy() - sums.entropy_of_mean.cpu() / n
+    of_context = (sums.by_token.entropy() - sums.entropy_of_mean.cpu() / n).clamp_min(0.0)
     load = of_units.mean(1)
     nll = {mode: total / sums.scored for mode, total in sums.nll.items()}
     return Evaluation(

@@ -30,6 +30,10 @@ def test_a_lookup_by_the_token_holds_nothing_of_the_context() -> None:
     tokens, p = planted(0.0)
     assert float(context_information(tokens, p)) == pytest.approx(0, abs=1e-12)
     assert float(route_information(p)) == pytest.approx(math.log(2) / 2)
+    # of any lookup, and never below 0 by rounding
+    of_token = torch.rand(50, 4, 3, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    index = torch.randint(4, (500,))
+    assert (context_information(index, of_token[:, index]) >= 0).all()
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
