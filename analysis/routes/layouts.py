@@ -144,9 +144,13 @@ def last_by_head(
     return static(*layout(rest), last, route_by="head", **more, **model)
 
 
-def by_head(*pattern: str, price: float, late: dict[str, float]) -> dict[str, Any]:
+def by_head(
+    *pattern: str, price: float, late: dict[str, float], controller: str = ""
+) -> dict[str, Any]:
     """Ours by head, from a layout, under a price of FLOPs; the KL of four heads is a sum."""
-    return by_the_head(started_on(*pattern, price=price, cost="flops", kl_weight=0.003 / 4, **late))
+    made = started_on(*pattern, price=price, cost="flops", kl_weight=0.003 / 4, **late)
+    made["contender"]["controller"] = controller
+    return by_the_head(made)
 
 
 PRICES = (10, 20, 80)
@@ -159,7 +163,7 @@ def cheap(
 
     Static ones by layer, by head (four, and eight narrower ones), with one head of each window in
     `reaching`, and `local` alone with each of `windows`; routers by layer and by head, started on
-    a layout that they leave as `late` says.
+    a layout that they leave as `late` says, and the same with a choice for all tokens of a head.
     """
     start = layout(rest + "f")
     return {
@@ -184,6 +188,12 @@ def cheap(
         **{
             f"ours by head, from {rest}f, price {price}": by_head(
                 *start, price=float(price), late=late
+            )
+            for price in PRICES
+        },
+        **{
+            f"static heads learned, from {rest}f, price {price}": by_head(
+                *start, price=float(price), late=late, controller="constant"
             )
             for price in PRICES
         },

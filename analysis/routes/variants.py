@@ -104,6 +104,14 @@ class SegmentController(LayerController):
         return super().forward(first)
 
 
+class ConstantController(LayerController):
+    """Decides once for all tokens: a static choice of each unit, fitted as a router is."""
+
+    def forward(self, hidden: Tensor, units: Tensor | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, R, E], whatever the hidden states."""
+        return super().forward(torch.zeros_like(hidden), units)
+
+
 class ChainedController(MetaController):
     """Every layer's controller sees the posterior mean of the layer below too.
 
@@ -142,10 +150,20 @@ def _with_layers(
     return build
 
 
+def _constant(config: ModelConfig) -> MetaController:
+    size = config.d_model, len(config.experts), config.controller_hidden, config.num_units
+    controller = MetaController(
+        size[0], config.num_layers, *size[1:3], config.concentration_floor, config.num_units
+    )
+    controller.layers = nn.ModuleList(ConstantController(*size) for _ in range(config.num_layers))
+    return controller
+
+
 CONTROLLERS: dict[str, Callable[[ModelConfig], Any]] = {
     "convolved": _with_layers(ConvolvedController),
     "segments": _with_layers(SegmentController),
     "chained": ChainedController,
+    "constant": _constant,
 }
 
 
