@@ -89,8 +89,8 @@ def main() -> None:
     print(shown.to_string(index=False, float_format="{:.3g}".format, na_rep=""))
     for _, row in table[table["problem"].notna()].iterrows() if "problem" in table else ():
         print(
-            f"decode {row['variant']}, batch {row['B']}, {row['T']} tokens: not captured in a CUDA "
-            f"graph: {row['problem']}"
+            f"{row['what']} {row['variant']}, batch {row['B']}, {row['T']} tokens: not captured in "
+            f"a CUDA graph: {row['problem']}"
         )
     print(note_on_context(subject, lengths))
     print(

@@ -9,7 +9,7 @@ The model is the same, the variants take turns. Variants:
                     are still computed
     full ...        the network alone, every token on full, no controller, nothing kept for other
                     experts: the leanest rival
-    graph ...       a decoding step replayed from a CUDA graph
+    graph ...       a prefill or a decoding step replayed from a CUDA graph
 
 Costs in the rows are those of the routes that were executed, each token at its own position:
 `cost_flops` and `cost_bytes` of attention, `model_flops` and `model_bytes` of the whole model, over
@@ -37,7 +37,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bayes_router.attention.cost import Mode, cost_ratios, executed_attention
 from bayes_router.benchmark import memory
 from bayes_router.benchmark.cases import baselines
-from bayes_router.benchmark.clock import Clock, Thunk
+from bayes_router.benchmark.clock import Clock, Thunk, captured
 from bayes_router.benchmark.decoder import STEPS, Decoder, lean_network, only_expert
 from bayes_router.checks import require
 from bayes_router.config import Config
@@ -109,13 +109,23 @@ def note_on_context(subject: Subject, lengths: Sequence[int]) -> str:
 
 def _prefill(subject: Subject, length: int) -> Iterator[Row]:
     model, tokens, device = subject.model, subject.tokens(1, length), subject.device
-    times = Clock(device, 2.0 if device.type == "cuda" else 4.0)(prefills(model, tokens))
+    calls, problems = prefills(model, tokens), {}
+    if device.type == "cuda":
+        for name in [name for name in calls if name != "force full"]:
+            try:
+                calls[f"graph {name}"] = captured(calls[name])
+            except RuntimeError as error:
+                problems[name] = str(error).splitlines()[0]
+    times = Clock(device, 2.0 if device.type == "cuda" else 4.0)(calls)
     facts = _routes(subject, model(tokens, RoutingMode.HARD, last_only=True).route, Mode.PREFILL)
     for row in _compared(times, what="prefill", B=1, T=length, tokens=length):
-        row["peak_mib"] = (
-            _peak(subject, tokens, row["variant"]) / 2**20 if memory.measurable(device) else None
-        )
-        yield {**row, **(facts if row["variant"] == "routed" else {})}
+        known = memory.measurable(device) and not row["variant"].startswith("graph")
+        row["peak_mib"] = _peak(subject, tokens, row["variant"]) / 2**20 if known else None
+        yield {
+            **row,
+            **(facts if row["variant"] == "routed" else {}),
+            "problem": problems.get(row["variant"]),
+        }
 
 
 def prefills(model: RoutedLanguageModel, tokens: Tensor) -> dict[str, Thunk]:

@@ -239,7 +239,7 @@ class Suite:
             if self.cuda
             else {}
         )
-        if self.own and leads and not training:
+        if self.own and leads:
             calls.update(
                 {
                     GRAPH + name: captured(calls[name])

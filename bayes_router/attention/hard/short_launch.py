@@ -10,7 +10,12 @@ from torch import Tensor
 from bayes_router.attention.experts.contract import Kernel
 from bayes_router.attention.hard.problem import RoutedProblem
 from bayes_router.attention.kernels.capability import LOG2_E, packed, padded
-from bayes_router.attention.kernels.triton.call import empty, multiprocessors, precision, strides
+from bayes_router.attention.kernels.triton.call import (
+    multiprocessors,
+    output,
+    precision,
+    strides,
+)
 from bayes_router.attention.kernels.triton.launch import launch
 from bayes_router.attention.kernels.triton.launch_linear import empty_states, prefix
 from bayes_router.attention.kernels.triton.plan import empty_plan
@@ -40,7 +45,7 @@ def _attend(problem: RoutedProblem) -> Tensor:
     )
     window, sinks = problem.experts[local].shape[2:] if local >= 0 else (1, 0)
     route, starts, lengths = problem.route, problem.starts, problem.lengths
-    out = empty(q, lengths is None and len(kernels) == len(problem.experts))
+    out = output(q, lengths is None and len(kernels) == len(problem.experts))
     if not out.numel():
         return out[..., :head_dim]
     segment, chunk, block, warps, stages, per_sm, registers = cut(num_keys, D, q.dtype)

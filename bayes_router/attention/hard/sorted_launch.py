@@ -18,12 +18,13 @@ from bayes_router.attention.hard.problem import RoutedProblem
 from bayes_router.attention.kernels.capability import LOG2_E, packed, padded
 from bayes_router.attention.kernels.triton.call import (
     Call,
+    Tiles,
     multiprocessors,
     takes_hopper,
     tiles,
 )
 from bayes_router.attention.kernels.triton.launch_backward import backward
-from bayes_router.attention.kernels.triton.launch_forward import forward
+from bayes_router.attention.kernels.triton.launch_forward import Begun, begin, forward
 from bayes_router.attention.kernels.triton.plan import make_plan, make_work
 from bayes_router.attention.shapes import by_head
 
@@ -77,7 +78,7 @@ def _inputs(
     expert = problem.experts[linear] if linear >= 0 else None
     if isinstance(expert, GatedLinearAttention) and expert.kernel is Kernel.GATED:
         phi_q, phi_k, log_gate = expert.features(plain_q, plain_k)
-        return *rotated, _pad(phi_q), _pad(phi_k), log_gate
+        return *rotated, _pad(phi_q), _pad(phi_k), log_gate.contiguous()
     same = rotated[0].shape == q.shape
     linear_q = rotated[0] if same and plain_q is q else _pad(plain_q, -torch.inf)
     linear_k = rotated[1] if same and plain_k is k else _pad(plain_k, -torch.inf)
@@ -85,46 +86,56 @@ def _inputs(
 
 
 def _attend_native(problem: RoutedProblem, native: tuple[int, int, int]) -> Tensor:
-    inputs = _inputs(problem, native[1])
-    q, k = inputs[:2]
+    *inputs, log_gate = _inputs(problem, native[1])
+    q, k, v, _, plain_k = inputs
+    sizes = tiles(q.shape[3], q.dtype, takes_hopper(q, k, v))
+    begun = begin(native, sizes, q, k, v, plain_k, log_gate)
+    try:
+        call = _call(problem, native, sizes, q, k.shape[2])
+        if not problem.needs_grad:
+            return forward(call, begun, *inputs)[0]
+        out: Tensor = _RoutedAttention.apply(call, begun, *inputs, log_gate)
+        return out
+    finally:
+        begun.beside.join()
+
+
+def _call(
+    problem: RoutedProblem, native: tuple[int, int, int], sizes: Tiles, q: Tensor, num_keys: int
+) -> Call:
+    """The sorted tokens, full attention's work items, and what else the launches need."""
     plan = make_plan(problem.route, native, len(problem.experts), problem.lengths)
-    sizes = tiles(q.shape[3], q.dtype, takes_hopper(*inputs[:3]))
-    programs = sizes.per_sm * multiprocessors(q.device)
+    programs, units = sizes.per_sm * multiprocessors(q.device), problem.units
     tile = sizes.full["BM"], sizes.full["BN"]
-    units = problem.units
-    work = make_work(plan, units, q.shape[1] // units, k.shape[2], problem.starts, tile, programs)
+    heads, starts = q.shape[1] // units, problem.starts
+    work = make_work(plan, units, heads, num_keys, starts, tile, programs, sizes.rounds)
     window, sinks = problem.experts[native[2]].shape[2:] if native[2] >= 0 else (1, 0)
     true_dim = problem.experts[0].shape.head_dim
     covered = problem.lengths is None and all(
         index in native for index in range(len(problem.experts))
     )
-    scale, start = LOG2_E / true_dim**0.5, k.shape[2] - q.shape[2]
-    call = Call(
+    return Call(
         plan,
         work,
         native,
         window,
         sinks,
-        scale,
+        LOG2_E / true_dim**0.5,
         problem.starts,
-        start,
+        num_keys - q.shape[2],
         covered,
         sizes,
         programs,
         units,
     )
-    if not problem.needs_grad:
-        return forward(call, *inputs)[0]
-    out: Tensor = _RoutedAttention.apply(call, *inputs)
-    return out
 
 
 class _RoutedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: Call, *inputs: Tensor | None) -> Tensor:
-        out, lse, decay, state = forward(call, *inputs)  # type: ignore[arg-type]
+    def forward(ctx: Any, call: Call, begun: Begun, *inputs: Tensor) -> Tensor:
+        out, lse = forward(call, begun, *inputs[:5])
         ctx.call = call
-        ctx.save_for_backward(*inputs[:5], out, lse, decay, *state)
+        ctx.save_for_backward(*inputs[:5], out, lse, begun.decay, *begun.state)
         return out
 
     @staticmethod
@@ -133,6 +144,8 @@ class _RoutedAttention(torch.autograd.Function):
         q, k, v, plain_q, plain_k, out, lse, decay, *state = ctx.saved_tensors
         dout = gradients[0] if gradients[0].stride(3) == 1 else gradients[0].contiguous()
         with torch.cuda.device_of(q):
-            return None, *backward(
-                ctx.call, q, k, v, plain_q, plain_k, out, lse, decay, state, dout
+            return (
+                None,
+                None,
+                *backward(ctx.call, q, k, v, plain_q, plain_k, out, lse, decay, state, dout),
             )

@@ -79,11 +79,10 @@ def compare(one: RoutedProblem) -> None:
 def split(monkeypatch: pytest.MonkeyPatch) -> list[WorkList]:
     """Work items of 128 keys, the fewest that there can be; the work lists made of them."""
     monkeypatch.setattr(plan, "MIN_KEYS", 1)
-    monkeypatch.setattr(plan, "ROUNDS", 400)
     made, make = [], backend.make_work
 
     def remember(*args: Any) -> WorkList:
-        made.append(make(*args))
+        made.append(make(*args[:-1], 400))
         return made[-1]
 
     monkeypatch.setattr(backend, "make_work", remember)
@@ -159,6 +158,24 @@ def test_units_split_over_keys(
     compare(one)
     for parts, route in zip(split[0].parts, one.route[0].unbind(1), strict=True):
         assert parts[: -(-int((route == 0).sum()) // 32), 0].max() > 1
+
+
+@pytest.mark.parametrize(("Hkv", "units"), [(1, 2), (2, 1)])
+def test_one_tensor_for_both_kinds_of_queries_and_of_keys(
+    Hkv: int, units: int, fresh_seed: int
+) -> None:
+    one = problem(1, Hkv, 140, "independent", fresh_seed, units=units)
+    one = replace(one, plain_q=one.q, plain_k=one.k)
+    given = one.q, one.k, one.v
+    q, k, v = (x.detach().double().requires_grad_() for x in given)
+    got = backend.launch_sorted(one)
+    want = REFERENCE.attend(replace(one, q=q, k=k, v=v, plain_q=q, plain_k=k))
+    weight = torch.randn(got.shape)
+    grads = torch.autograd.grad((got * weight).sum(), given)
+    truths = torch.autograd.grad((want * weight.double()).sum(), (q, k, v))
+    for g, t in zip(grads, truths, strict=True):
+        assert relative_error(g, t) < 2e-5
+    assert got.transpose(1, 2).is_contiguous()  # heads are joined without a copy
 
 
 Watcher = Callable[[Callable[..., None]], None]

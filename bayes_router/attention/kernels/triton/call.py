@@ -42,6 +42,7 @@ class Tiles:
     linear_dkv: Sizes
     per_sm: int  # resident programs of the full kernel on a multiprocessor
     per_sm_dq: int
+    rounds: int = 8  # work items for each of them, about
     hopper: bool = False  # `full` is that of `hopper.full_kernel`
 
 
@@ -111,6 +112,7 @@ def tiles(head_dim: int, dtype: torch.dtype, hopper: bool = False) -> Tiles:
         linear_dkv=_sizes(32, 64, 4, 1, 168),
         per_sm=3,
         per_sm_dq=3,
+        rounds=6,
     )
 
 
@@ -193,13 +195,24 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def fills(q: Tensor) -> bool:
-    """Whether queries [B, H, T, D] are work enough for two streams."""
-    return q.is_cuda and q.shape[0] * q.shape[1] * q.shape[2] >= BESIDE
+    """Whether queries [B, H, T, D] are work enough for two streams.
+
+    In a CUDA graph, where the host pays nothing, any are.
+    """
+    rows = q.shape[0] * q.shape[1] * q.shape[2]
+    return q.is_cuda and (rows >= BESIDE or torch.cuda.is_current_stream_capturing())
 
 
 def empty(like: Tensor, covered: bool) -> Tensor:
     """Memory for rows that the kernels will all write, or else zeros."""
     return torch.empty_like(like) if covered else torch.zeros_like(like)
+
+
+def output(q: Tensor, covered: bool) -> Tensor:
+    """As `empty`, laid out as [B, T, H, D]: who joins the heads then copies nothing."""
+    B, H, T, D = q.shape
+    made = torch.empty if covered else torch.zeros
+    return made(B, T, H, D, device=q.device, dtype=q.dtype).transpose(1, 2)
 
 
 def precision(x: Tensor) -> str:

@@ -194,7 +194,7 @@ def combine_kernel(
             m = tl.full([ROWS], HIDDEN, tl.float32)
             norm = tl.zeros([ROWS], tl.float32)
             acc = tl.zeros([ROWS, D], tl.float32)
-            for s in range(number):
+            for s in tl.range(number, num_stages=3):  # the next two are on their way
                 at = (tl.load(parts + 1 + s) * UNIT + h % UNIT).to(tl.int64) * BM + r - i * BM
                 value = tl.load(Partial + at[:, None] * D + d[None, :]).to(tl.float32)
                 if SUM:

@@ -49,20 +49,31 @@ def _shown(x: Any) -> Any:
     return x if block is None else (x.base.dtype, *block)
 
 
-def beside(others: Callable[[], None], longest: Callable[[], None], device: torch.device) -> None:
-    """Launch two groups of kernels that need nothing of each other, on two streams.
+class Beside:
+    """A second stream, for kernels that need nothing of those that run beside them.
 
-    The next kernel of the current stream waits for both. Tensors that outlive the call are made
-    before it: what `others` allocates belongs to the other stream.
+    Where it is not `wanted` everything is launched on the current stream, in order. Tensors that
+    outlive what `run` launches are made outside it: what it allocates belongs to the second stream.
     """
-    main, index = torch.cuda.current_stream(device), torch.cuda.current_device()
-    stream = _BESIDE.get(index)
-    if stream is None:
-        stream = _BESIDE[index] = torch.cuda.Stream(device)
-    stream.wait_stream(main)
-    try:
-        with torch.cuda.stream(stream):
-            others()
-        longest()
-    finally:
-        main.wait_stream(stream)
+
+    def __init__(self, device: torch.device, wanted: bool):
+        self.stream: torch.cuda.Stream | None = None
+        if wanted:
+            index = torch.cuda.current_device()
+            if index not in _BESIDE:
+                _BESIDE[index] = torch.cuda.Stream(device)
+            self.main, self.stream = torch.cuda.current_stream(device), _BESIDE[index]
+
+    def run(self, launches: Callable[[], object]) -> None:
+        """Launch on the second stream, behind all that was launched on the current one so far."""
+        if self.stream is None:
+            launches()
+            return
+        self.stream.wait_stream(self.main)
+        with torch.cuda.stream(self.stream):
+            launches()
+
+    def join(self) -> None:
+        """The current stream waits for all that was run."""
+        if self.stream is not None:
+            self.main.wait_stream(self.stream)

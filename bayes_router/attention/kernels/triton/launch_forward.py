@@ -1,6 +1,6 @@
 """Launches the kernels of the routed forward pass."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -9,73 +9,90 @@ from torch import Tensor
 from bayes_router.attention.kernels.triton import forward as kernels
 from bayes_router.attention.kernels.triton.call import (
     Call,
+    Tiles,
     chunk_size,
     combine,
-    empty,
     fills,
+    output,
     partials,
     precision,
     strides,
 )
-from bayes_router.attention.kernels.triton.launch import beside, launch
+from bayes_router.attention.kernels.triton.launch import Beside, launch
 from bayes_router.attention.kernels.triton.launch_linear import (
-    decays,
+    empty_decays,
     empty_states,
-    linear_forward,
+    linear_reads,
+    linear_states,
+    sum_gates,
 )
 
 
-def forward(
-    call: Call,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plain_q: Tensor,
-    plain_k: Tensor,
+class Begun(NamedTuple):
+    """A forward pass whose tokens are not sorted yet.
+
+    Attributes:
+        beside: the stream of all but full attention.
+        decay: the sums of the log gates, if there are any.
+        state: the linear state before each chunk; empty where no expert is linear.
+    """
+
+    beside: Beside
+    decay: Tensor | None
+    state: tuple[Tensor, ...]
+
+
+def begin(
+    native: tuple[int, int, int], tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, plain_k: Tensor,
     log_gate: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]:
-    """(out, lse [B, H, Tq], the sums of the log gates, linear state before each chunk)."""
+) -> Begun:  # fmt: skip
+    """Launch what depends on no route: the linear states."""
+    full, linear, local = (index >= 0 for index in native)
+    beside = Beside(q.device, full and (linear or local) and fills(q))
+    if not linear:
+        return Begun(beside, None, ())
+    decay, state = empty_decays(log_gate), empty_states(plain_k, chunk_size(k.shape[2]))
+
+    def launch_states() -> None:
+        if log_gate is not None and decay is not None:
+            sum_gates(log_gate, decay)
+        linear_states(plain_k, v, decay, tiles, state)
+
+    beside.run(launch_states)
+    return Begun(beside, decay, state)
+
+
+def forward(
+    call: Call, begun: Begun, q: Tensor, k: Tensor, v: Tensor, plain_q: Tensor, plain_k: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(out, lse [B, H, Tq]), which stand when `begun.beside` has been joined."""
     B, H, T, D = q.shape
-    out = empty(q, call.covered)
+    out = output(q, call.covered)
     lse = torch.empty(B, H, T, device=q.device, dtype=torch.float32)
     plan, rows = call.plan, call.rows
     starts = plan.before if call.starts is None else call.starts
     fixed: dict[str, Any] = {"D": D, "PRECISION": precision(q)}
     common = (H, H // k.shape[1], H // call.units, T, rows.steps, k.shape[2], call.start)
-    local = {
-        **fixed,
-        "SINKS": call.sinks,
-        "SORTED": True,
-        "STARTS": call.starts is not None,
-        **call.tiles.local,
-    }
     has_full, has_linear, has_local = (index >= 0 for index in call.native)
-    decay = decays(log_gate)
-    state = empty_states(plain_k, chunk_size(k.shape[2])) if has_linear else ()
 
     def launch_others() -> None:
         if has_linear:
-            linear_forward(
-                plain_q, plain_k, v, decay, out, lse, rows, call.tiles, state, call.starts,
-                call.start,
+            linear_reads(
+                plain_q, plain_k, v, begun.decay, out, lse, rows, call.tiles, begun.state,
+                call.starts, call.start,
             )  # fmt: skip
         if has_local:
             launch(
-                kernels.local_kernel, (H, triton.cdiv(T, local["BM"]), B),
+                kernels.local_kernel, (H, triton.cdiv(T, call.tiles.local["BM"]), B),
                 q, k, v, out, lse, plan.order, plan.before, starts, *strides(q, k, v, out),
-                *common, call.window, call.scale, **local,
+                *common, call.window, call.scale, SINKS=call.sinks, SORTED=True,
+                STARTS=call.starts is not None, **fixed, **call.tiles.local,
             )  # fmt: skip
 
-    def launch_full() -> None:
-        if has_full:
-            _launch_full(call, q, k, v, out, lse, starts, common, fixed)
-
-    if has_full and (has_linear or has_local) and fills(q):
-        beside(launch_others, launch_full, q.device)
-    else:
-        launch_others()
-        launch_full()
-    return out, lse, decay, state
+    begun.beside.run(launch_others)
+    if has_full:
+        _launch_full(call, q, k, v, out, lse, starts, common, fixed)
+    return out, lse
 
 
 def _launch_full(

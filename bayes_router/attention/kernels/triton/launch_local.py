@@ -39,15 +39,15 @@ def local_backward(
     delta, common = torch.empty_like(lse), (H, H // k.shape[1], H, T, 0, window, scale)
     launch(
         backward.local_dq_kernel, (H, triton.cdiv(T, sizes.local_dq["BM"]), B),
-        q, k, v, out, dout, lse, delta, dq, lse, lse, *strides(q, k, v, out, dout, dq), *common,
-        SINKS=sinks,
+        q, k, v, out, dout, lse, lse, delta, dq, lse, lse,
+        *strides(q, k, v, out, dout, dq), *common, SINKS=sinks,
         **fixed, **sizes.local_dq,
     )  # fmt: skip
     launch(
         backward.dkv_kernel, (k.shape[1], triton.cdiv(T, sizes.dkv["BN"]), B),
         q, k, v, dout, lse, delta, dk, dv, lse, lse, *strides(q, k, v, dout, dk, dv), *common,
         SINKS=0, FULL=False,
-        LOCAL=True, ADD=False, **fixed, **sizes.dkv,
+        LOCAL=True, ADD_K=False, ADD_V=False, **fixed, **sizes.dkv,
     )  # fmt: skip
     if sinks and window < T:
         _of_sinks(q, k, v, dout, lse, delta, dk, dv, window, sinks, scale)

@@ -28,7 +28,6 @@ KINDS = 3
 FULL, LINEAR, LOCAL = 0, 1, 2
 STEP = 64  # tokens between two entries of `before`
 PLAN_BLOCK = 4096
-ROUNDS = 8  # work items for each resident program, about
 MIN_KEYS = 1024  # keys in an item, at least, where there is an item for every program
 MAX_SEGMENTS = 16  # items that a block is split into, at most
 
@@ -242,8 +241,9 @@ def make_work(
     starts: Tensor | None,
     tile: tuple[int, int],
     programs: int,
+    rounds: int,
 ) -> WorkList:
-    """Cut full attention into items for `programs` resident programs.
+    """Cut full attention into items for `programs` resident programs, about `rounds` for each.
 
     `tile` is (queries, keys) of their tiles.
 
@@ -253,7 +253,7 @@ def make_work(
     segments = max(1, min(MAX_SEGMENTS, 128 // triton.next_power_of_2(U)))
     blocks, max_blocks = plan.before.shape[2] - 1, triton.cdiv(T, tile[0])
     # at most, of one head of each unit: items with all their keys
-    split = programs * ROUNDS // unit_heads + U * segments
+    split = programs * rounds // unit_heads + U * segments
     items = torch.empty(split + U * max_blocks, 8, dtype=torch.int32, device=plan.order.device)
     parts = torch.empty(U, max_blocks, segments + 1, dtype=torch.int32, device=plan.order.device)
     counters = torch.empty(2, dtype=torch.int32, device=plan.order.device)
@@ -261,7 +261,7 @@ def make_work(
         _schedule_kernel, (2 * U * segments,),
         plan.order, plan.before, plan.before if starts is None else starts, items, parts, counters,
         U, units, unit_heads, T, blocks, num_keys, num_keys - T, programs, max_blocks,
-        STARTS=starts is not None, S=segments, BM=tile[0], BN=tile[1], ROUNDS=ROUNDS,
+        STARTS=starts is not None, S=segments, BM=tile[0], BN=tile[1], ROUNDS=rounds,
         MIN_KEYS=MIN_KEYS,
         GROUPS=triton.next_power_of_2(2 * U * segments),
         BLOCK=min(2048, triton.next_power_of_2(U * blocks)), WIDTH=64,
