@@ -89,8 +89,8 @@ def broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
     return len(shape) <= len(target) and all(have in (1, want) for have, want in pairs)
 
 
-def one_line(error: BaseException) -> str:
-    """The message of an error, on one line."""
+def one_line(error: BaseException | str) -> str:
+    """A message, also that of an error, on one line."""
     return " ".join(str(error).split())
 
 

@@ -175,9 +175,9 @@ class Comparison:
     def at_budget(self, context: int, budget: float, kept: int, target: float) -> None:
         """The routed row, and static ones with `kept` layers on full, all at the cost `target`."""
         for text, tail in self.tails.items():
-            realised = meet(self.router, tail, target, context, 2 * context)
+            executed = meet(self.router, tail, target, context, 2 * context)
             print(
-                f"{text}: aim {target:.4f}, on {TESTS[text]} {realised:.4f}: {self.router.policy}",
+                f"{text}: aim {target:.4f}, on {TESTS[text]} {executed:.4f}: {self.router.policy}",
                 flush=True,
             )
             self.add(text, context, "routed", budget, None)

@@ -208,10 +208,10 @@ def fitted(args: argparse.Namespace) -> tuple[list[TimedModel], Tensor]:
     contenders = [TimedModel("unpatched", plain), TimedModel("all on full", model, router)]
     longest = max(args.lengths)
     for budget in args.budgets:
-        realised = router.set_budget(
+        executed = router.set_budget(
             budget, streams["train"].tokens[-longest - 1 :].long(), context=longest, limit=longest
         )
-        print(f"budget {budget}: {realised:.3f} on training text, {router.policy}", flush=True)
+        print(f"budget {budget}: {executed:.3f} on training text, {router.policy}", flush=True)
         contenders.append(TimedModel(f"routed {budget:g}", model, router, Watched(router.policy)))
     return contenders, streams["novels"].tokens.long()
 

@@ -38,7 +38,7 @@ class Cost(NamedTuple):
     shared: float
 
     def mean(self, load: Tensor) -> float:
-        """Realised cost per token when the fractions `load` [E] of the tokens took each expert."""
+        """Cost per token when the fractions `load` [E] of the tokens took each expert."""
         return float(load.double() @ self.own) + self.shared
 
 

@@ -13,6 +13,8 @@ from bayes_router.diagnostics.report import write_report
 from bayes_router.files import write_text
 from bayes_router.progress import Progress
 
+THAWED = "read is what all of them would choose"
+
 
 def run(options: Namespace) -> None:
     """Read, print what was found, write the report and say where it is."""
@@ -26,7 +28,12 @@ def run(options: Namespace) -> None:
 def _page(options: Namespace) -> Page:
     """The report of one fit."""
     text = read_text(options.text)
-    examined = Examination(open_fitted(options, text))
+    fitted = open_fitted(options, text)
+    frozen, fitted.model.frozen = fitted.model.frozen, None
+    examined = Examination(fitted)
+    if frozen is not None:
+        reason = f"{frozen.number} of {frozen.total} units are frozen; {THAWED}"
+        examined.leave_out("static routes", reason)
     with Progress(
         "report", 1 if options.quick else 1 + len(diagnostics()), unit="part"
     ) as progress:

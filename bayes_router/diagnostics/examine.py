@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from bayes_router.checks import one_line
+from bayes_router.checks import one_line, require
 from bayes_router.data.load import load_data
 from bayes_router.data.tokens import Batch, TokenSource
 from bayes_router.diagnostics import standard  # noqa: F401, registers the library's own
@@ -96,6 +96,9 @@ class Examination:
         source: held-out data; the run's own by default.
         effort: how much is read.
         thresholds: of the verdicts.
+
+    Raises:
+        ValueError: units of the fit are frozen, and have no posterior.
     """
 
     def __init__(
@@ -105,6 +108,9 @@ class Examination:
         effort: Effort | None = None,
         thresholds: Thresholds | None = None,
     ):
+        frozen = getattr(run.model, "frozen", None)
+        got = None if frozen is None else f"{frozen.number} frozen"
+        require(frozen is None, "run", "a fit whose units all choose", got, "thaw it first")
         self.run, self.thresholds = run, thresholds or Thresholds()
         self.effort = effort or (PATCHED if run.patched else Effort())
         self.source = source or run.held_out or load_data(run.config)[1].valid
@@ -127,9 +133,9 @@ class Examination:
                 self.leave_out(part, error)
         return None
 
-    def leave_out(self, part: str, error: Exception) -> None:
+    def leave_out(self, part: str, reason: Exception | str) -> None:
         """Note that `part`, an attribute or a figure, is not shown for this reason."""
-        self._failed[part] = one_line(error) or type(error).__name__
+        self._failed[part] = one_line(reason) or type(reason).__name__
 
     def read(self, quick: bool = False, progress: Progress | None = None) -> None:
         """Compute everything, part after part.

@@ -98,6 +98,11 @@ class Frozen:
         """How many units are frozen."""
         return sum(expert != LIVE for layer in self.experts for expert in layer)
 
+    @property
+    def total(self) -> int:
+        """How many units there are."""
+        return sum(map(len, self.experts))
+
 
 def decided(load: Tensor, share: float) -> Frozen:
     """Freeze the units of which all but `share` of the tokens take one expert.
@@ -268,7 +273,7 @@ def freeze(
     apart = torch.stack([b[0] - a[0] for a, b in zip(free, static, strict=True)])
     return Freezing(
         chosen.number,
-        sum(map(len, chosen.experts)),
+        chosen.total,
         sum(len(short(chosen, layer)) for layer in range(len(chosen.experts))),
         key_heads * len(chosen.experts),
         kept,

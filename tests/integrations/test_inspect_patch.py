@@ -19,6 +19,7 @@ from bayes_router.diagnostics.reading import read, windows
 from bayes_router.diagnostics.report import write_report
 from bayes_router.integrations.patch.saving import HELD_OUT, SETTINGS
 from bayes_router.integrations.patching import load_patch, patch
+from bayes_router.transformer.frozen import Frozen
 from bayes_router.types import IGNORED
 from tests.integrations.tiny_models import GENERAL, VOCAB, scatter_routes, tiny, transformers
 
@@ -125,6 +126,25 @@ def test_report_is_written_and_names_what_it_leaves_out(folders: Any, capsys: An
         and len(data["layers"]) == 2
         and data["experts"] == ["full", "local"]
     )
+
+
+def test_a_report_of_frozen_units_says_that_it_reads_what_they_would_choose(
+    folders: Any, tmp_path: Path, capsys: Any
+) -> None:
+    """A static unit has no posterior: its certainty would stand in every figure."""
+    router = load_patch(tiny("llama" if "llama" in str(folders[0]) else "gpt2"), folders[2])
+    router.frozen = Frozen(((1,), (-1,)))
+    router.save(tmp_path, held_out=True)
+    card = (tmp_path / "README.md").read_text()
+    assert "| frozen units, whose route is static | 1 of 2 |" in card
+    with pytest.raises(ValueError, match="run: expected a fit whose units all choose; got '1 froz"):
+        Examination(fitted_patch(router, router.held_out, context=24))
+    router.unpatch()
+    arguments = [str(tmp_path), *options(folders)[1:], "--quick", "--tokens", "60"]
+    assert main(["report", *arguments, "--context", "20"]) == 0
+    out, html = capsys.readouterr().out, (tmp_path / "report.html").read_text()
+    assert "left out: static routes: 1 of 2 units are frozen; read is what all of them" in out
+    assert "1 of 2 units are frozen" in html and "10000.0" not in html
 
 
 def test_every_diagnostic_reads_a_patched_model(folders: Any) -> None:

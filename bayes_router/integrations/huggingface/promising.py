@@ -60,7 +60,7 @@ class Promising(RoutedLanguage):
                 query heads reads.
 
         Returns:
-            The realised cost on that text, within 0.005 of the budget, or within `tolerance` in
+            The executed cost on that text, within 0.005 of the budget, or within `tolerance` in
             such a jump.
 
         Raises:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from bayes_router.hub import LIBRARY
 from bayes_router.integrations.patch.settings import FitRecord, RouterConfig
 from bayes_router.routing.cost import CostBy
+from bayes_router.transformer.frozen import Frozen
 
 
 def card(
@@ -14,6 +15,7 @@ def card(
     fitted: FitRecord | None,
     policy: str,
     moved: bool,
+    frozen: Frozen | None = None,
 ) -> str:
     """Markdown with the metadata that the hub reads.
 
@@ -24,6 +26,7 @@ def card(
         fitted: how; None before.
         policy: of HARD, as text.
         moved: whether the model's own weights moved since.
+        frozen: its units whose route is static.
     """
     head = ["---", LIBRARY, "tags: [bayes-router, attention, routing]"]
     head += [f"base_model: {base}"] if base and not base.startswith((".", "/")) else []
@@ -34,6 +37,8 @@ def card(
         "window and sinks": f"{settings.window} and {settings.sinks} tokens",
         "policy": f"`{policy}`",
     }
+    if frozen is not None:
+        what["frozen units, whose route is static"] = f"{frozen.number} of {frozen.total}"
     if fitted is not None:
         asked = "none, the prior's own price" if fitted.budget is None else fitted.budget
         what |= {

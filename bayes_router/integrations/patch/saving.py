@@ -93,7 +93,9 @@ def save_patch(record: PatchRecord, folder: Path | str) -> None:
             "frozen": None if record.frozen is None else record.frozen.experts,
         },
     )
-    page = card(base, kind, record.settings, record.fitted, repr(record.policy), moved)
+    page = card(
+        base, kind, record.settings, record.fitted, repr(record.policy), moved, record.frozen
+    )
     write_card(folder, page)
     save_evidence(folder, record.evidence)
     save_risk(folder, record.risk)
