@@ -252,6 +252,9 @@ def without_mask(model: PreTrainedModel) -> Iterator[None]:
     themselves.
     """
     name = model.config.get_text_config()._attn_implementation
+    if ALL_MASK_ATTENTION_FUNCTIONS[name] is no_mask:  # inside another's
+        yield
+        return
     ALL_MASK_ATTENTION_FUNCTIONS[name] = no_mask
     try:
         yield

@@ -15,6 +15,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from bayes_router.attention.kernels.triton import launch_decode
 from bayes_router.attention.shapes import ExpertShape
+from bayes_router.integrations.calls import step
 from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.integrations.calls.layer import RoutedLayer
 from bayes_router.integrations.calls.step import seen_and_sinks
@@ -79,3 +80,35 @@ def test_a_layer_without_a_mask_reads_what_the_cache_holds(
 def own(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """A layer's kernel that needs a mask to hide empty slots."""
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("unit", ["layer", "head"])
+def test_captured_steps_make_no_mask(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand and by the setting, behind a prompt of a bucket; graphs have their stand-in."""
+    pytest.importorskip("transformers", minversion="5.0")
+    from transformers import StaticCache
+
+    from bayes_router.integrations.huggingface import graphs
+    from bayes_router.integrations.patch import routed
+    from tests.integrations.graphs_anywhere import install
+    from tests.integrations.tiny_models import patched, tokens
+
+    install(monkeypatch)
+    monkeypatch.setattr(launch_decode, "MIN_KEYS", 16)
+    monkeypatch.setattr(routed.RoutedModel, "steps_in_place", lambda *_: True)
+    model, router = patched("llama", experts=("full", "local"), window=5, route_by=unit)
+    ids = tokens(2, 60)
+    expected = model(ids).logits
+    asked = []
+    monkeypatch.setattr(step, "seen_and_sinks", lambda *_: asked.append(1))
+    hand = graphs.Graphs(model, 80, 2, bucket=16)
+    hand.prefill(ids[:, :57])
+    router.graphs, cache = True, StaticCache(config=model.config, max_cache_len=70)
+    model(ids[:, :57], past_key_values=cache)
+    for t in range(57, 60):
+        found = hand.step(ids[:, t, None])
+        torch.testing.assert_close(found, expected[:, t], rtol=1e-5, atol=1e-5)
+        found = model(ids[:, t, None], past_key_values=cache).logits[:, 0]
+        torch.testing.assert_close(found, expected[:, t], rtol=1e-5, atol=1e-5)
+    assert router.last.replayed and not asked
