@@ -5,7 +5,8 @@
 10% of the tokens on full, 60% linear and 30% local, window 256, at random: one choice a token, and
 the same shares drawn for each key head and each query head. Full attention is read twice, by cuDNN
 and by FlashAttention-2 as torch has it (on a CPU by torch's own kernel). Calls take turns; medians
-in a busy stream. Before anything is timed each unit is compared with the float64 reference.
+in a busy stream, and beside a speed-up the least and the most of a turn. Before anything is timed
+each unit is compared with the float64 reference.
 """
 
 import argparse
@@ -131,8 +132,10 @@ def measure(problem: Problem, rows: Rows, turns: int, device: torch.device) -> N
         row |= {"pass": "forward and backward" if gradients else "forward", "unit": name}
         row["ms"] = statistics.median(turn[name] for turn in read)
         for rival in rivals:
-            faster = statistics.median(turn[rival] / turn[name] for turn in read)
-            row[f"speed-up over {rival.removeprefix('full, ')}"] = faster
+            faster = [turn[rival] / turn[name] for turn in read]
+            of = f"speed-up over {rival.removeprefix('full, ')}"
+            row |= {of: statistics.median(faster), f"{of}, least": min(faster)}
+            row[f"{of}, most"] = max(faster)
         row["over layer"] = statistics.median(turn[name] / turn["layer"] for turn in read)
         rows.add(row)
         print("  ".join(f"{x:.3f}" if isinstance(x, float) else str(x) for x in row.values()))
