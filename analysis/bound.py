@@ -50,7 +50,7 @@ PRINTS = {
         "uncertainty_guard",
         "uncertainty_decoding",
     ),
-    "posterior smollm2-135m": (
+    "posterior smollm2-135m-teacher": (
         "patch_evidence",
         "patch_confidence",
         "patch_risk",

@@ -19,7 +19,7 @@ which are not copied, the same from a graph of this one length (nobody decodes s
 `floor` in the table, and no rival), and with a static cache replayed from a graph; of the most
 texts, by the last unit, also with both models compiled. `bound` is computed: what of weights, keys
 and values has to be read, at the rate of the card's memory.
-`routed as fitted` executes the routes that the patch of `smollm2-135m` took on a text
+`routed as fitted` executes the routes that the patch of `smollm2-135m-teacher` took on a text
 (`analysis.speed.recorded_routes`) at the cost of its router.
 
 --jobs N divides the groups of rows over N processes, each on a card of its own (`card`); a group is

@@ -26,7 +26,7 @@ def main() -> None:
     )
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--patch", default="smollm2-135m")
+    parser.add_argument("--patch", default="smollm2-135m-teacher")
     parser.add_argument("--corpus", default="sotu")
     parser.add_argument("--tokens", type=int, default=8192)
     args = parser.parse_args()

@@ -196,9 +196,10 @@ def load_patch(model: nn.Module, folder: Path | str) -> Any:
     Args:
         model: the one that the patch was made for, in any precision.
         folder: where the patch was saved, or the name of one that comes with the package:
-            `smollm2-135m`, `smollm2-135m-window256` and `smollm2-135m-text` (fitted on text,
-            where the others follow the unpatched model), for SmolLM2-135M-Instruct from its Q4_1
-            GGUF file. A card lies beside each (`bayes_router/patches/NAME/README.md`).
+            `smollm2-135m`, `smollm2-135m-window256`, `smollm2-135m-teacher` and
+            `smollm2-135m-text` (which observed the unpatched model alone, and the text alone), for
+            SmolLM2-135M-Instruct from its Q4_1 GGUF file. A card lies beside each
+            (`bayes_router/patches/NAME/README.md`).
 
     Raises:
         ValueError: the folder is no saved patch or is damaged, or was made for another model.

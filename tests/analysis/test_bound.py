@@ -82,7 +82,7 @@ def test_in_prose_the_words_of_a_clause_name_the_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bound, "ROOT", tmp_path)
-    by = "(`python -m analysis.posterior smollm2-135m --model M`, `patch_risk.csv`)"
+    by = "(`python -m analysis.posterior smollm2-135m-teacher --model M`, `patch_risk.csv`)"
     right = f"The rank correlation is .681 (.667 to .694) on own text, .604 on speeches {by}."
     assert unbound(page_of(tmp_path, right)) == []
     swapped = right.replace(".604", ".677")  # German's

@@ -17,7 +17,9 @@ from bayes_router.routing.policy import Budget
 from tests.integrations.tiny_models import VOCAB, tiny, tokens
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m", "smollm2-135m-window256", "smollm2-135m-text"])
+@pytest.mark.parametrize(
+    "name", ["smollm2-135m", "smollm2-135m-window256", "smollm2-135m-teacher", "smollm2-135m-text"]
+)
 def test_each_has_its_controllers_and_a_card_that_says_how_it_was_read(name: str) -> None:
     assert name in shipped()
     folder = folder_of(name)
