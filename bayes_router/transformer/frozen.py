@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from bayes_router.attention.cost import cost_ratios
 from bayes_router.attention.experts.contract import Kernel
 from bayes_router.attention.shapes import unit_heads
-from bayes_router.checks import not_negative, require
+from bayes_router.checks import not_negative, positive, require
 from bayes_router.data.stream import TokenStream
 from bayes_router.data.tokens import Batch, TokenSource
 from bayes_router.routing.controller import MetaController
@@ -316,8 +316,11 @@ def freeze_model(
         ValueError: less than two windows of text.
     """
     config, device = model.config, model.network.embed.weight.device
-    context = context or 4 * config.window
+    context = 4 * config.window if context is None else context
     source = TokenStream(tokens, config.vocab_size) if isinstance(tokens, Tensor) else tokens
+    kind = type(tokens).__name__
+    require(hasattr(source, "windows"), "tokens", "ids, a tensor int64 [N], or a source", kind)
+    positive("limit", limit)
     windows = list(source.windows(context, 1, max(limit, 2 * context)))
     costs = cost_ratios(model.counted_experts, CostModel.FLOPS, context)
     was_training = model.training

@@ -123,6 +123,13 @@ def test_a_cache_that_was_freed_refuses_what_would_read_its_keys() -> None:
         model.network.new_cache(1, T, [[4], [], []])
     with pytest.raises(ValueError, match="texts.*two windows"):
         model.freeze(tokens[0], context=T - 1)
+    for given, field in (
+        ({"tokens": [1, 2, 3]}, "tokens"),
+        ({"limit": 0}, "limit"),
+        ({"context": 0}, "context"),
+    ):
+        with pytest.raises(ValueError, match=f"^{field}: expected"):
+            model.freeze(**{"tokens": tokens[0].repeat(9), "context": 5, **given})
 
 
 def test_no_policy_moves_a_frozen_unit() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bayes_router.checks import nearest, require
+from bayes_router.checks import nearest, positive, require
 from bayes_router.config import ScheduleConfig
 from bayes_router.data.fingerprint import fingerprint
 from bayes_router.data.mixture import source_of
@@ -126,6 +126,7 @@ class RoutedPretrained(Promising):
             ValueError: no text, or less than two windows of it.
         """
         self.require_patched()
+        positive("limit", limit)
         source = self._source(texts, tokenizer)
         return freezing.freeze(
             self, list(source.windows(context, 1, max(limit, 2 * context))), share
