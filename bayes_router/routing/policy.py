@@ -140,13 +140,14 @@ def policy_to_dict(policy: Policy) -> dict[str, Any]:
 
 def policy_from_dict(saved: dict[str, Any]) -> Policy:
     """The policy that `policy_to_dict` described; before 0.2 names were those of the classes."""
-    settings = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in saved.items()
-        if key != "name"
-    }
+    settings = {key: _tuples(value) for key, value in saved.items() if key != "name"}
     policy: Policy = policy_class(str(saved["name"]).lower())(**settings)
     return policy
+
+
+def _tuples(value: Any) -> Any:
+    """Lists, and lists in them, as the tuples that they were before they were saved."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 Costs = tuple[float, ...] | tuple[tuple[float, ...], ...]
@@ -160,6 +161,14 @@ def check_costs(cost_ratio: Costs, price: float) -> None:
     require(0 < len(numbers) == len(flat), "policy.cost_ratio", "a number an expert", cost_ratio)
     finite = isinstance(price, Real) and math.isfinite(price)
     require(finite, "policy.price", "a finite number", price)
+
+
+def check_fit(cost_ratio: Costs, concentration: Tensor) -> None:
+    """Refuse costs of other experts, or of other units, than a concentration [..., R, E] has."""
+    *units, experts = np.shape(cost_ratio)
+    E, R = concentration.shape[-1], concentration.shape[-2] if concentration.dim() > 1 else 1
+    require(experts == E, "policy.cost_ratio", f"{E}, one an expert", cost_ratio)
+    require(units in ([], [R]), "policy.cost_ratio", f"one row, or one a unit, {R}", cost_ratio)
 
 
 def like(values: Costs, x: Tensor, factor: float = 1.0) -> Tensor:
@@ -226,6 +235,7 @@ class Conservative:
 
     def __call__(self, concentration: Tensor) -> Tensor:
         """See `Policy`."""
+        check_fit(self.cost_ratio, concentration)
         concentration = priced(concentration, self.cost_ratio, self.price)
         best = concentration.argmax(-1)
         sure = probability_of_largest(concentration, best) >= self.threshold
@@ -256,8 +266,7 @@ class Budget:
 
         The log of the total concentration is the same for all experts, and left out.
         """
-        costs, experts = np.shape(self.cost_ratio)[-1], concentration.shape[-1]
-        require(costs == experts, "policy.cost_ratio", f"{experts}, one an expert", self.cost_ratio)
+        check_fit(self.cost_ratio, concentration)
         paid = like(self.cost_ratio, concentration, self.price)
         return (concentration.log() - paid).argmax(-1)
 

@@ -1,7 +1,7 @@
 """Policies: where conservative falls back, how a price moves a token, what execute returns."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -174,6 +174,22 @@ def test_refused_fields() -> None:
     for fields in ({"threshold": 1.5}, {"least_mean": -0.1}):
         with pytest.raises(ValueError, match="a probability"):
             Conservative(COSTS, **fields)
+
+
+UNITS = ((1.0, 0.15, 0.3), (1.0, 0.4, 0.1))
+
+
+@pytest.mark.parametrize("policy", [Budget(UNITS, 2.0), Conservative(UNITS, price=1.0)])
+def test_costs_by_unit_are_saved_and_are_of_as_many_units(policy: Any) -> None:
+    """Each unit decides as under its own costs; what JSON makes lists of comes back as it was."""
+    q = concentrations(7).unsqueeze(1).repeat(1, 2, 1)  # [N, R, E]
+    again = policy_from_dict(json.loads(json.dumps(policy_to_dict(policy))))
+    assert again == policy
+    alone = [replace(policy, cost_ratio=costs)(q[:, u]) for u, costs in enumerate(UNITS)]
+    assert torch.equal(again(q), torch.stack(alone, 1))
+    for wrong in (q[:, :1].repeat(1, 3, 1), q[..., :2]):
+        with pytest.raises(ValueError, match="^policy.cost_ratio: expected"):
+            policy(wrong)
 
 
 def test_execute() -> None:
