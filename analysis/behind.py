@@ -21,7 +21,7 @@ from analysis.naming import KEYS, MEASURES, RATIOS, REFERENCES, SPREAD, UNNAMED,
 from analysis.pretrained.bisect import effects
 from analysis.pretrained.figure import lost as lost_against_original
 from analysis.pretrained.freezing import summary
-from analysis.pretrained.table import OURS, below, far, losses, retrieved
+from analysis.pretrained.table import OURS, below, far, losses, outdone, retrieved
 from analysis.routes.tiny_lm import summarise
 
 RESULTS = Path(__file__).parent / "results"
@@ -35,6 +35,7 @@ def tables(name: str) -> Iterator[pd.DataFrame]:
     frame = pd.read_csv(RESULTS / f"{name}.csv")
     if "right" in frame:
         yield retrieved(frame)
+        yield outdone(frame)
     if name == "pretrained_freezing":
         yield summary(frame).rename(columns={"share": "all but"})
         yield frame[["bytes", "bytes_before"]] / 1e6

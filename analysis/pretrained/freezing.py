@@ -30,7 +30,7 @@ from bayes_router.integrations.patching import load_patch
 from bayes_router.routing.policy import Budget
 
 RESULTS = Path(__file__).parents[1] / "results" / "pretrained_freezing.csv"
-SHARES = (0.0, 0.01, 0.02, 0.05)
+SHARES = (0.01, 0.03, 0.04, 0.05, 0.1)
 
 
 def mixed(texts: dict[str, TokenStream], context: int, each: int) -> Tensor:
@@ -78,16 +78,19 @@ def freeze(
 
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """A line a budget and share, means over fits; `SE` is over the windows of one fit, the mean."""
+    """A line a kind of fit, budget and share, means over seeds.
+
+    `SE` is over the windows of one seed, the mean.
+    """
     frame = frame.assign(
         freed=100 * (1 - frame["bytes"] / frame["bytes_before"]),
         lost=100 * frame["lost"],
         SE=100 * frame["error"],
         frozen=100 * frame["frozen"] / frame["units"],
     )
-    keys = ["window", "context", "budget", "share"]
+    keys = ["fit", "window", "context", "budget", "share"]
     shown = frame.groupby(keys)[["frozen", "freed", "lost", "SE", "cost_before", "cost"]].mean()
-    shown.insert(0, "fits", frame.groupby(keys)["seed"].nunique())
+    shown.insert(0, "seeds", frame.groupby(keys)["seed"].nunique())
     named = {"frozen": "units frozen, %", "freed": "bytes freed, %", "lost": "perplexity lost, %"}
     return shown.reset_index().rename(columns=named).round(3)
 
@@ -104,8 +107,9 @@ def main() -> None:
     read.add_argument("patch", help="a folder, or a name that comes with the package")
     read.add_argument("--results", type=Path, required=True)
     read.add_argument("--seed", type=int, default=0, help="of the fit, for the rows")
+    read.add_argument("--fit", help="what it observed, for the rows; default PATCH")
     read.add_argument("--context", type=int, default=8192)
-    read.add_argument("--each", type=int, default=4, help="windows of each text, half to choose")
+    read.add_argument("--each", type=int, default=8, help="windows of each text, half to choose")
     read.add_argument("--budgets", default="0.3")
     show = commands.add_parser("table")
     show.add_argument("results", type=Path, nargs="?", default=RESULTS)
@@ -115,7 +119,8 @@ def main() -> None:
         _, texts = load(args.tokens, model.config.vocab_size)
         router = load_patch(model, args.patch)
         router.full_up_to = 0  # routes are read at every length
-        rows = Rows(args.results, {"window": router.settings.window, "seed": args.seed})
+        facts = {"fit": args.fit or args.patch, "window": router.settings.window}
+        rows = Rows(args.results, facts | {"seed": args.seed})
         for budget in map(float, args.budgets.split(",")):
             for row in freeze(router, texts, args.context, args.each, budget):
                 rows.add(row)

@@ -282,7 +282,7 @@ def test_what_freezing_frees_is_measured_in_bytes() -> None:
     assert whole <= rows[0]["bytes_before"] <= 2 * whole  # room to grow
     assert rows[0]["bytes"] < rows[0]["bytes_before"] - 0.3 * whole
     assert rows[1]["bytes"] <= rows[0]["bytes"] and abs(rows[1]["lost"]) >= abs(rows[0]["lost"])
-    frame = pd.DataFrame(rows).assign(window=WINDOW, seed=0)
+    frame = pd.DataFrame(rows).assign(fit="ours", window=WINDOW, seed=0)
     shown = freezing.summary(frame)
     assert shown["bytes freed, %"][0] == pytest.approx(
         100 * (1 - rows[0]["bytes"] / rows[0]["bytes_before"]), abs=1e-3

@@ -5,8 +5,7 @@ One that is changed is found.
 
 import pytest
 
-from analysis.pretrained.table import RESULTS, losses, spread
-from analysis.pretrained.table import lines as lines_of
+from analysis.pretrained.table import RESULTS
 from analysis.quoted import ROOT, all_words, problems, read, words
 from analysis.routes.tiny_lm import markdown, summarise
 
@@ -39,14 +38,3 @@ def test_it_is_short() -> None:
 def test_the_tables_beside_the_results_are_theirs(name: str) -> None:
     table = (RESULTS.parent / f"{name}.md").read_text(encoding="utf-8")
     assert table.strip() == markdown(summarise(read(name))).strip()
-
-
-def test_the_tables_of_the_pretrained_study_are_those_of_its_rows() -> None:
-    page = (ROOT / "analysis" / "PRETRAINED.md").read_text(encoding="utf-8")
-    table = losses(read("pretrained"))
-    for text in ("novels", "wikitext", "python"):
-        chosen = table[(table["context"] == 8192) & (table["text"] == text) & (table["budget"] < 1)]
-        rows = [" ".join(row.replace(".0 |", " |").split()) for row in lines_of(spread(chosen))]
-        flat = " ".join(page.split())
-        missing = [row for row in rows[2:] if row not in flat]
-        assert len(rows) > 9 and not missing, missing[:2]
