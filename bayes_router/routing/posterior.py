@@ -80,6 +80,11 @@ def route_information(probability: Tensor) -> Tensor:
 
 NODES = 96
 TAIL = -12.0
+# on [0, 1]; read here, for what is compiled cannot look into numpy
+NODE, WEIGHT = (
+    tuple(((x + shift) / 2).tolist())
+    for x, shift in zip(np.polynomial.legendre.leggauss(NODES), (1, 0), strict=True)
+)
 
 
 def probability_of_largest(concentration: Tensor, expert: Tensor) -> Tensor:
@@ -126,6 +131,6 @@ def _gauss_legendre(device: torch.device) -> tuple[Tensor, Tensor]:
 
     A copy from the host waits for a GPU.
     """
-    node, weight = np.polynomial.legendre.leggauss(NODES)
     with torch.inference_mode(False):
-        return torch.tensor((node + 1) / 2, device=device), torch.tensor(weight / 2, device=device)
+        node, weight = (torch.tensor(x, dtype=torch.float64) for x in (NODE, WEIGHT))
+        return node.to(device), weight.to(device)
