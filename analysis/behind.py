@@ -22,9 +22,11 @@ from analysis.pretrained.bisect import effects
 from analysis.pretrained.figure import lost as lost_against_original
 from analysis.pretrained.freezing import summary
 from analysis.pretrained.table import OURS, below, far, losses, outdone, retrieved
+from analysis.routes import tiny_lm
 from analysis.routes.tiny_lm import summarise
 
 RESULTS = Path(__file__).parent / "results"
+BY_HEAD = "ours by head, from gllllf, price 20"
 
 NO_CLAIM = ["seed", "seconds", "price", "tokens", "parameters", "lr", "turns", "run"]
 """Columns whose numbers no page claims."""
@@ -52,6 +54,9 @@ def tables(name: str) -> Iterator[pd.DataFrame]:
         table = summarise(frame)
         yield table.assign(gap=table["nll_hard"] - table["nll_mean"])
         yield from paired(frame)
+        if name == "heads":  # beside the layouts by layer, whose seeds are the same
+            long = pd.read_csv(RESULTS / "long.csv")
+            yield tiny_lm.paired(pd.concat([frame, long], ignore_index=True), BY_HEAD)
         labels = ["contender", "corpus", "context", "seed"]
         yield frame[[*labels, "nll_hard", "nll_mean", "cost_paper"]].assign(
             gap=frame["nll_hard"] - frame["nll_mean"]

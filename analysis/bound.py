@@ -37,6 +37,8 @@ PRINTS = {
     "routes.tiny_lm --size recipe": ("recipe",),
     "routes.tiny_lm --size long": ("long",),
     "routes.tiny_lm --size cpu": ("tiny_lm_cpu",),
+    "routes.tiny_lm --size heads": ("heads",),
+    "routes.tiny_lm --size quoting": ("quoting",),
     "routes.dial": ("dial", "dial_conservative"),
     "routes.recall": ("recall",),
     "routes.unsure": ("unsure_paired",),

@@ -102,6 +102,7 @@ MEASURES = {
     r"\bcosts?\b(?! over)": r"cost(?! over)",
     r"\blost\b|perplexity": r"lost|below|perplexity",
     r"nll hard": r"nll_hard",
+    r"\bpaired\b": r"below",
     r"nll mean": r"nll_mean",
     r"\binformation\b": r"information",
     r"tokens/s": r"tokens",

@@ -5,7 +5,8 @@ The same backbone, text, tokens and learning rate, each route executed.
 `python -m analysis.routes.tiny_lm [--size SIZE] [--corpus NAME] [--context T] [--seeds 5] [--jobs
 15] [--only NAME ...] [--out CSV]`
 
-Rows that the results file has already are not run again, so a study that was stopped goes on.
+Rows that the results file has already are not run again, so a study that was stopped goes on;
+`--seeds 0` prints what there is.
 Sizes: `gpu` is the preset `tiny` with 600 steps, 5 seeds for the headline rows and 2 for the
 others; `recipe` the same with what was tried beside the recipe; `long` the preset `small` with 1000
 steps of 16,384 bytes at the context asked for (2048); `heads` the same with layouts by head and by
@@ -84,6 +85,24 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     return table.reset_index().sort_values(["corpus", "context", "nll_hard"])
 
 
+def paired(frame: pd.DataFrame, against: str) -> pd.DataFrame:
+    """Nats by which `against` lies below each other contender, HARD, seeds paired.
+
+    Columns: corpus, context, contender, n, below, se, and how many of them it is.
+    """
+    rows = []
+    for (corpus, context), group in frame.groupby(["corpus", "context"]):
+        by_seed = group.pivot(index="seed", columns="contender", values="nll_hard")
+        if against not in by_seed:
+            continue
+        for name in by_seed.columns.drop(against):
+            gap = (by_seed[name] - by_seed[against]).dropna()
+            mean, se = gap.mean(), gap.sem()
+            rows.append((corpus, context, name, len(gap), mean, se, mean / se))
+    columns = ["corpus", "context", "contender", "n", "below", "se", "standard errors"]
+    return pd.DataFrame(rows, columns=columns)
+
+
 def markdown(table: pd.DataFrame) -> str:
     """The tables for a README, one a corpus and context."""
     parts = []
@@ -125,6 +144,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="default: all")
+    parser.add_argument(
+        "--against", metavar="NAME", help="print how far it is below the others, seeds paired"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     known = contenders(args.size)
@@ -138,8 +160,11 @@ def main() -> None:
     frame = sweep(jobs, args.out, args.jobs)
     table = summarise(frame)
     write_text(args.out.with_suffix(".md"), markdown(table))
-    draw(table, args.out.with_suffix(".png"))
+    cheap = args.size in ("heads", "quoting")  # whose layouts the paper's units hardly tell apart
+    draw(table, args.out.with_suffix(".png"), "cost_flops" if cheap else "cost_paper")
     print(markdown(table))
+    if args.against:
+        print(paired(frame, args.against).round(4).to_string(index=False))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,11 @@ SHOWN = 0.15
 """Nats above the best that a figure shows; who is above is named in the title."""
 
 
-def draw(table: pd.DataFrame, path: Path) -> None:
-    """Nll against executed cost, a panel a corpus and context.
+UNITS = {"cost_paper": "paper's ratios", "cost_flops": "FLOPs"}
+
+
+def draw(table: pd.DataFrame, path: Path, cost: str = "cost_paper") -> None:
+    """Nll against executed cost, in either unit, a panel a corpus and context.
 
     One point a contender with its standard error.
     """
@@ -29,7 +32,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         for ax in axes.flat[len(panels) :]:
             ax.remove()
         for ax, ((corpus, context), group) in zip(axes.flat, panels, strict=False):
-            panel(ax, group, f"{corpus.split('/')[-1]}, context {context}")
+            panel(ax, group, f"{corpus.split('/')[-1]}, context {context}", cost)
         sns.despine(figure)
         figure.savefig(path, dpi=130, bbox_inches="tight")
         plt.close(figure)
@@ -40,26 +43,26 @@ def kind_of(contender: str, routing_entropy: float) -> str:
     for name in ("softmax", "Dirichlet"):
         if contender.startswith(name):
             return next(kind for kind in KINDS if kind.startswith(name))
-    return "static" if routing_entropy < 1e-6 else "ours"
+    return "static" if routing_entropy < 1e-6 or contender.startswith("static") else "ours"
 
 
-def panel(ax: Axes, group: pd.DataFrame, title: str) -> None:
+def panel(ax: Axes, group: pd.DataFrame, title: str, cost: str) -> None:
     """One corpus and context; the line is the front of the static layouts."""
     high = group["nll_hard"] > group["nll_hard"].min() + SHOWN
     above = "; ".join(
-        f"{r['contender']} {r['nll_hard']:.2f} at {r['cost_paper']:.2f}"
+        f"{r['contender']} {r['nll_hard']:.2f} at {r[cost]:.2f}"
         for r in group[high].to_dict("records")
     )
-    group = group[~high].sort_values("cost_paper")
+    group = group[~high].sort_values(cost)
     kind = pd.Series(map(kind_of, group["contender"], group["routing_entropy"]), group.index)
     static = group[kind == "static"]
     front = static[static["nll_hard"] <= static["nll_hard"].cummin()]
-    ax.step(front["cost_paper"], front["nll_hard"], where="post", color=PALETTE[0], alpha=0.4, lw=1)
+    ax.step(front[cost], front["nll_hard"], where="post", color=PALETTE[0], alpha=0.4, lw=1)
     for (name, marker), colour in zip(KINDS.items(), PALETTE, strict=False):
         part = group[kind == name]
         if len(part):
             ax.errorbar(
-                part["cost_paper"],
+                part[cost],
                 part["nll_hard"],
                 part["se"],
                 fmt=marker,
@@ -67,10 +70,10 @@ def panel(ax: Axes, group: pd.DataFrame, title: str) -> None:
                 label=name,
                 capsize=3,
             )
-    label(ax, group)
+    label(ax, group, cost)
     ax.margins(x=MARGIN, y=MARGIN)
     ax.set(
-        xlabel="attention cost executed (full = 1, paper's ratios)",
+        xlabel=f"attention cost executed (full = 1, {UNITS[cost]})",
         ylabel="held-out nll, HARD (nats per byte)",
     )
     ax.set_title(title + (f"\nabove: {above}" if above else ""), fontsize=8, wrap=True)
@@ -81,12 +84,12 @@ MARGIN = 0.18
 """Room beside the points, as a share of their range."""
 
 
-def label(ax: Axes, group: pd.DataFrame) -> None:
+def label(ax: Axes, group: pd.DataFrame, cost: str) -> None:
     """Names beside the points, at the first of four corners that is free of names and points.
 
     A name that finds no room is in the table alone. Positions are shares of the panel.
     """
-    at = group[["cost_paper", "nll_hard"]].to_numpy()
+    at = group[[cost, "nll_hard"]].to_numpy()
     span = (at.max(0) - at.min(0)).clip(min=1e-9)
     places = (at - at.min(0)) / span / (1 + 2 * MARGIN) + MARGIN / (1 + 2 * MARGIN)
     taken = [(x - 0.008, y - 0.012, x + 0.008, y + 0.012) for x, y in places]

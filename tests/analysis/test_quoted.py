@@ -24,6 +24,20 @@ def test_a_figure_that_was_changed_is_found(old: str, new: str) -> None:
     assert problems(README.replace(old, new))
 
 
+def test_make_fit_prints_the_static_rivals_of_the_committed_results() -> None:
+    table = summarise(read("tiny_lm")).set_index("contender")
+    told = (ROOT / "Makefile").read_text(encoding="utf-8")
+    rows = {
+        "local": "local",
+        "a hybrid": "static: gated, local, gated, full",
+        "routed": "ours",
+    }
+    for word, name in rows.items():
+        row = table.loc[name]
+        assert row["n"] == 5
+        assert f"{word} {row['nll_hard']:.3f} at {row['cost_flops']:.3f}" in told
+
+
 def test_a_figure_without_a_result_is_found() -> None:
     assert problems(README + "\nIt is 7.3x as fast.\n") == ["no result behind: 7.3x"]
 
@@ -33,7 +47,17 @@ def test_it_is_short() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["tiny_lm", "tiny_lm_cpu", "recipe", "long", "learning_rate", "learning_rate_cpu"]
+    "name",
+    [
+        "tiny_lm",
+        "tiny_lm_cpu",
+        "recipe",
+        "long",
+        "heads",
+        "quoting",
+        "learning_rate",
+        "learning_rate_cpu",
+    ],
 )
 def test_the_tables_beside_the_results_are_theirs(name: str) -> None:
     table = (RESULTS.parent / f"{name}.md").read_text(encoding="utf-8")
