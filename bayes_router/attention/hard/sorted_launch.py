@@ -78,7 +78,7 @@ def _inputs(
     expert = problem.experts[linear] if linear >= 0 else None
     if isinstance(expert, GatedLinearAttention) and expert.kernel is Kernel.GATED:
         phi_q, phi_k, log_gate = expert.features(plain_q, plain_k)
-        return *rotated, _pad(phi_q), _pad(phi_k), log_gate.contiguous()
+        return *rotated, _pad(phi_q), _pad(phi_k), log_gate
     same = rotated[0].shape == q.shape
     linear_q = rotated[0] if same and plain_q is q else _pad(plain_q, -torch.inf)
     linear_k = rotated[1] if same and plain_k is k else _pad(plain_k, -torch.inf)

@@ -47,11 +47,12 @@ def log_sigmoid(x):
 
 
 @triton.jit
-def _features(
-    X, Phi, LogGate, Gate, Bias, LogScale, x_b, x_h, x_t, H, GROUP, T, i, h, b,
+def feature_kernel(
+    X, Phi, LogGate, Gate, Bias, LogScale, x_b, x_h, x_t, H, GROUP, T,
     GATED: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Features of a block of tokens for one query head; GATED: and their log gates."""
+    """Features of a block of tokens for one query head; GATED: of keys, and their log gates."""
+    i, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     t, d = i * BM + tl.arange(0, BM), tl.arange(0, D)
     inside, real = t < T, d < DIM
     at = X + b * x_b + h // GROUP * x_h + t[:, None].to(tl.int64) * x_t + d[None, :]
@@ -63,24 +64,6 @@ def _features(
         gate = tl.load(Gate + h * DIM + d, mask=real, other=0.0).to(tl.float32)
         logit = tl.sum(x * gate[None, :], 1) + tl.load(Bias + h).to(tl.float32)
         tl.store(LogGate + row, log_sigmoid(logit), mask=inside)
-
-
-@triton.jit
-def feature_kernel(
-    Q, K, PhiQ, PhiK, LogGate, Gate, Bias, LogScale, q_b, q_h, q_t, k_b, k_h, k_t, H, GROUP, Tq, Tk,
-    DIM: tl.constexpr, BM: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    """Features of queries and of keys; program: a block of tokens, a query head, a row and which.
-
-    Of keys their log gates too.
-    """
-    i, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64) // 2
-    if tl.program_id(2) % 2 == 0:
-        _features(Q, PhiQ, LogGate, Gate, Bias, LogScale, q_b, q_h, q_t, H, 1, Tq, i, h, b, False,
-                  DIM, BM, D)  # fmt: skip
-    else:
-        _features(K, PhiK, LogGate, Gate, Bias, LogScale, k_b, k_h, k_t, H, GROUP, Tk, i, h, b,
-                  True, DIM, BM, D)  # fmt: skip
 
 
 @triton.jit
@@ -137,12 +120,13 @@ def features_forward(
     log_gate: Tensor,
 ) -> None:
     """Writes phi(q) and phi(k) [B, H, T, D], contiguous, and the log gates [B, H, T]."""
-    (B, H, Tq, dim), Tk, rows = q.shape, k.shape[2], _rows(q.shape[3])
-    launch(
-        feature_kernel, (triton.cdiv(max(Tq, Tk), rows), H, 2 * B),
-        q, k, phi_q, phi_k, log_gate, gate, bias, log_scale, *strides(q, k), H, H // k.shape[1],
-        Tq, Tk, DIM=dim, BM=rows, D=head_size(dim), num_warps=4,
-    )  # fmt: skip
+    H, rows = q.shape[1], _rows(q.shape[3])
+    for x, phi in ((q, phi_q), (k, phi_k)):
+        launch(
+            feature_kernel, (triton.cdiv(x.shape[2], rows), H, x.shape[0]),
+            x, phi, log_gate, gate, bias, log_scale, *strides(x), H, H // x.shape[1], x.shape[2],
+            GATED=x is k, DIM=x.shape[3], BM=rows, D=head_size(x.shape[3]), num_warps=4,
+        )  # fmt: skip
 
 
 def features_backward(

@@ -45,8 +45,8 @@ def backward(
     if has_linear:
         into_q, into_k = dq if dplain_q is None else dplain_q, dk if dplain_k is None else dplain_k
         linear_backward(
-            plain_q, plain_k, v, decay, out, dout, lse, by_place, state, into_q, into_k, dv,
-            dlog_gate, rows, call.tiles,
+            plain_q, plain_k, v, decay, out, dout, lse, torch.empty_like(lse), state, into_q,
+            into_k, dv, dlog_gate, rows, call.tiles,
         )  # fmt: skip
     if has_full:
         _launch_full_dq(call, q, k, v, out, dout, lse, by_place, dq, fixed)

@@ -20,11 +20,10 @@ from bayes_router.attention.kernels.triton.call import (
 )
 from bayes_router.attention.kernels.triton.launch import Beside, launch
 from bayes_router.attention.kernels.triton.launch_linear import (
-    empty_decays,
+    decays,
     empty_states,
     linear_reads,
     linear_states,
-    sum_gates,
 )
 
 
@@ -51,14 +50,8 @@ def begin(
     beside = Beside(q.device, full and (linear or local) and fills(q))
     if not linear:
         return Begun(beside, None, ())
-    decay, state = empty_decays(log_gate), empty_states(plain_k, chunk_size(k.shape[2]))
-
-    def launch_states() -> None:
-        if log_gate is not None and decay is not None:
-            sum_gates(log_gate, decay)
-        linear_states(plain_k, v, decay, tiles, state)
-
-    beside.run(launch_states)
+    decay, state = decays(log_gate), empty_states(plain_k, chunk_size(k.shape[2]))
+    beside.run(lambda: linear_states(plain_k, v, decay, tiles, state))
     return Begun(beside, decay, state)
 
 

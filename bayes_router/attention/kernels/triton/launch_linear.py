@@ -1,6 +1,5 @@
 """Launches of linear attention, plain or gated, over the rows of a plan or over all."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,26 +22,16 @@ CHUNKS = 16  # states that a step of the prefix takes
 
 def decays(log_gate: Tensor | None) -> Tensor | None:
     """Sums of the log gates [B, H, T] up to each key, float64."""
-    found = empty_decays(log_gate)
-    if log_gate is not None and found is not None:
-        sum_gates(log_gate.detach().contiguous(), found)
-    return found
-
-
-def empty_decays(log_gate: Tensor | None) -> Tensor | None:
-    """Memory for the sums of the log gates [B, H, T], if there are any."""
     if log_gate is None:
         return None
-    return torch.empty(log_gate.shape, device=log_gate.device, dtype=torch.float64)
-
-
-def sum_gates(log_gate: Tensor, found: Tensor) -> None:
-    """Writes the sums of contiguous log gates [B, H, T] up to each key."""
-    (B, H, T), block = log_gate.shape, min(4096, triton.next_power_of_2(log_gate.shape[2]))
+    gates, T = log_gate.detach().contiguous(), log_gate.shape[2]
+    found = torch.empty_like(gates, dtype=torch.float64)
+    block = min(4096, triton.next_power_of_2(T))
     launch(
-        kernels.decay_kernel, (B * H,), log_gate, found, T, BLOCK=block,
+        kernels.decay_kernel, (gates.shape[0] * gates.shape[1],), gates, found, T, BLOCK=block,
         num_warps=8 if block > 1024 else 4,
     )  # fmt: skip
+    return found
 
 
 def empty_states(k: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
@@ -106,14 +95,12 @@ def linear_reads(
 
 def linear_backward(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, out: Tensor, dout: Tensor, lse: Tensor,
-    by_place: Sequence[Tensor], state: list[Tensor], dq: Tensor, dk: Tensor, dv: Tensor,
+    delta: Tensor, state: list[Tensor], dq: Tensor, dk: Tensor, dv: Tensor,
     dlog_gate: Tensor | None, rows: Queries, tiles: Tiles,
 ) -> None:  # fmt: skip
     """Writes its rows of dq, the gradients of k and v, and those of the log gates if there are any.
 
-    As many q as k. `by_place`: room for denominators and deltas [B, H, T] as `linear_dq_kernel`
-    writes them; `lse` itself and a second one where rows are not sorted. `dlog_gate` is zero where
-    `rows` are sorted: each writes its own.
+    As many q as k. `dlog_gate` is zero where `rows` are sorted: each writes its own.
     """
     (B, H, T, _), HK, count, chunk = q.shape, k.shape[1], state[0].shape[2], chunk_size(k.shape[2])
     group, vgroup, fixed = (
@@ -125,14 +112,14 @@ def linear_backward(
     dgate = lse if dlog_gate is None else dlog_gate
     launch(
         backward_kernels.linear_dq_kernel, (H, triton.cdiv(T, tiles.linear_dq["BM"]), B),
-        q, k, v, out, dout, lse, *by_place, dq, *state, gates, dgate, *tables,
+        q, k, v, out, dout, lse, delta, dq, *state, gates, dgate, *tables,
         *strides(q, k, v, out, dout, dq), H, group, vgroup,
         H // rows.units, T, rows.steps, count, **fixed, **tiles.linear_dq,
     )  # fmt: skip
     r, rz = torch.empty_like(state[0]), torch.empty_like(state[1])
     launch(
         backward_kernels.chunk_reverse_kernel, (count, HK, B),
-        q, dout, *by_place, r, rz, gates, *tables, *strides(q, dout), H, group, H // rows.units,
+        q, dout, lse, delta, r, rz, gates, *tables, *strides(q, dout), H, group, H // rows.units,
         T, rows.steps, count, **fixed,
         **_without(tiles.linear_dkv, "BN"),
     )  # fmt: skip
@@ -140,7 +127,7 @@ def linear_backward(
     own = dv if vgroup == 1 else torch.empty_like(k)  # one a key head, then added up
     launch(
         backward_kernels.linear_dkv_kernel, (HK, triton.cdiv(T, tiles.linear_dkv["BN"]), B),
-        q, k, v, dout, *by_place, dk, own, r, rz, gates, dgate, *tables,
+        q, k, v, dout, lse, delta, dk, own, r, rz, gates, dgate, *tables,
         *strides(q, k, v, dout, dk, own), H, group, vgroup,
         H // rows.units, T, rows.steps, count, **fixed, **tiles.linear_dkv,
     )  # fmt: skip

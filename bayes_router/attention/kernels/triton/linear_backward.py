@@ -32,15 +32,9 @@ from bayes_router.attention.kernels.triton.rows import (
 
 
 @triton.jit
-def rows_of_full(Before, u, NB, SORTED: tl.constexpr):
-    """How many queries of full attention stand before the linear ones, sorted by kind."""
-    return tl.load(Before + u * 3 * (NB + 1) + NB) if SORTED else 0
-
-
-@triton.jit
 def linear_dq_kernel(
-    Q, K, V, Out, DOut, Lse, SortedLse, SortedDelta, DQ, S, Z, Decay, DDecay, Order, Before, q_b,
-    q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
+    Q, K, V, Out, DOut, Lse, Delta, DQ, S, Z, Decay, DDecay, Order, Before, q_b, q_h, q_t, k_b,
+    k_h, k_t, v_b, v_h, v_t,
     o_b, o_h, o_t, g_b, g_h, g_t, d_b, d_h, d_t, H, GROUP, VGROUP, UNIT, T, NB, NC,
     DECAY: tl.constexpr, SORTED: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, D: tl.constexpr,
@@ -48,9 +42,7 @@ def linear_dq_kernel(
 ):  # fmt: skip
     """Gradients of the queries.
 
-    Through the state before their chunk, and the keys from there on. SortedLse and SortedDelta
-    [B, H, T] have the denominator and delta of each query by its place in `Order`, behind those of
-    full attention's (`backward.dkv_kernel`).
+    Through the state before their chunk, and the keys from there on.
     """
     h, i, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     u = table_row(b, h, H, UNIT)
@@ -64,11 +56,8 @@ def linear_dq_kernel(
     do = load_rows(DOut + b * g_b + h * g_h, t, real, g_t, D)
     out = load_rows(Out + b * o_b + h * o_h, t, real, o_t, D)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+    tl.store(Delta + (b * H + h) * T + t, delta, mask=real)
     den = tl.load(Lse + (b * H + h) * T + t, mask=real, other=1.0)
-    place = (b * H + h) * T + rows_of_full(Before, u, NB, SORTED) + i * BM + tl.arange(0, BM)
-    tl.store(SortedDelta + place, delta, mask=real)
-    if SORTED:
-        tl.store(SortedLse + place, den, mask=real)
     c = first // CHUNK
     hk = h // GROUP
     row = (b * (H // GROUP) + hk) * NC + c
@@ -111,8 +100,8 @@ def linear_dq_kernel(
 
 @triton.jit
 def chunk_reverse_kernel(
-    Q, DOut, SortedLse, SortedDelta, R, RZ, Decay, Order, Before, q_b, q_h, q_t, g_b, g_h, g_t, H,
-    GROUP, UNIT, T, NB, NC,
+    Q, DOut, Lse, Delta, R, RZ, Decay, Order, Before, q_b, q_h, q_t, g_b, g_h, g_t, H, GROUP, UNIT,
+    T, NB, NC,
     DECAY: tl.constexpr, SORTED: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr,
     D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -121,7 +110,7 @@ def chunk_reverse_kernel(
     Over the query heads of a key head.
     """
     c, hk, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    d, rows = tl.arange(0, D), tl.arange(0, BM)
+    d = tl.arange(0, D)
     r_acc = tl.zeros([D, D], tl.float32)
     rz = tl.zeros([D], tl.float32)
     row = b * (H // GROUP) + hk
@@ -133,17 +122,14 @@ def chunk_reverse_kernel(
         u = table_row(b, h, H, UNIT)
         lo = rows_before(Before, u, 1, c * CHUNK, T, NB, SORTED)
         hi = rows_before(Before, u, 1, (c + 1) * CHUNK, T, NB, SORTED)
-        place = (b * H + h) * T + rows_of_full(Before, u, NB, SORTED)
-        t = nth_token(Order, u, 1, lo + rows, lo + rows < hi, T, SORTED)
         for r0 in range(lo, hi, BM):
-            r = r0 + rows
+            r = r0 + tl.arange(0, BM)
             real = r < hi
+            t = nth_token(Order, u, 1, r, real, T, SORTED)
             q = load_rows(Q + b * q_b + h * q_h, t, real, q_t, D)
             do = load_rows(DOut + b * g_b + h * g_h, t, real, g_t, D)
-            # of the next block, whose loads then need not wait for it
-            following = nth_token(Order, u, 1, r + BM, r + BM < hi, T, SORTED)
-            den = tl.load(SortedLse + place + r, mask=real, other=float("inf"))
-            delta = tl.load(SortedDelta + place + r, mask=real, other=0.0)
+            den = tl.load(Lse + (b * H + h) * T + t, mask=real, other=float("inf"))
+            delta = tl.load(Delta + (b * H + h) * T + t, mask=real, other=0.0)
             feature = feature_map(q, DECAY) / den[:, None]
             if DECAY:
                 feature *= fade(elapsed(Decay, t, base, real), 0.0)[:, None]
@@ -152,7 +138,6 @@ def chunk_reverse_kernel(
                 tl.trans(feature.to(wide)), do.to(wide), r_acc, input_precision=PRECISION
             )
             rz -= tl.sum(feature * delta[:, None], 0)
-            t = following
     row = row * NC + c
     tl.store(R + row * D * D + d[:, None] * D + d[None, :], r_acc.to(R.dtype.element_ty))
     tl.store(RZ + row * D + d, rz)
@@ -160,8 +145,8 @@ def chunk_reverse_kernel(
 
 @triton.jit
 def linear_dkv_kernel(
-    Q, K, V, DOut, SortedLse, SortedDelta, DK, DV, R, RZ, Decay, DDecay, Order, Before, q_b, q_h,
-    q_t, k_b, k_h, k_t, v_b, v_h, v_t,
+    Q, K, V, DOut, Lse, Delta, DK, DV, R, RZ, Decay, DDecay, Order, Before, q_b, q_h, q_t, k_b,
+    k_h, k_t, v_b, v_h, v_t,
     g_b, g_h, g_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t, H, GROUP, VGROUP, UNIT, T, NB, NC,
     DECAY: tl.constexpr, SORTED: tl.constexpr, CHUNK: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
@@ -173,7 +158,7 @@ def linear_dkv_kernel(
     """
     hk, j, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     n0 = j * BN
-    n, d, rows = n0 + tl.arange(0, BN), tl.arange(0, D), tl.arange(0, BM)
+    n, d = n0 + tl.arange(0, BN), tl.arange(0, D)
     inside = n < T
     k = load_rows(K + b * k_b + hk * k_h, n, inside, k_t, D)
     v = load_rows(V + b * v_b + hk // VGROUP * v_h, n, inside, v_t, D)
@@ -199,32 +184,26 @@ def linear_dkv_kernel(
         u = table_row(b, h, H, UNIT)
         lo = rows_before(Before, u, 1, n0, T, NB, SORTED)
         end = rows_before(Before, u, 1, (c + 1) * CHUNK, T, NB, SORTED)
-        place = (b * H + h) * T + rows_of_full(Before, u, NB, SORTED)
-        t = nth_token(Order, u, 1, lo + rows, lo + rows < end, T, SORTED)
         for r0 in range(lo, end, BM):
-            r = r0 + rows
+            r = r0 + tl.arange(0, BM)
             real = r < end
+            t = nth_token(Order, u, 1, r, real, T, SORTED)
             q = load_rows(Q + b * q_b + h * q_h, t, real, q_t, D)
             do = load_rows(DOut + b * g_b + h * g_h, t, real, g_t, D).to(wide)
-            # of the next block, whose loads then need not wait for it
-            following = nth_token(Order, u, 1, r + BM, r + BM < end, T, SORTED)
-            pos = nth_token(Order, u, 1, r, real, T, SORTED)
-            den = tl.load(SortedLse + place + r, mask=real, other=float("inf"))
-            delta = tl.load(SortedDelta + place + r, mask=real, other=0.0)
+            den = tl.load(Lse + (b * H + h) * T + t, mask=real, other=float("inf"))
+            delta = tl.load(Delta + (b * H + h) * T + t, mask=real, other=0.0)
             query = (feature_map(q, DECAY) if DECAY else feature_map(q, DECAY) / den[:, None]).to(
                 wide
             )
-            seen = (n[:, None] <= pos[None, :]) & real[None, :]
+            seen = (n[:, None] <= t[None, :]) & real[None, :]
             a = tl.dot(feature, tl.trans(query), input_precision=PRECISION)  # [BN, BM]
             da = tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :]
             if DECAY:
-                later = elapsed(Decay, pos, base, real)[None, :]
-                weight = fade(later, since[:, None]) / den[None, :]
+                weight = fade(elapsed(Decay, t, base, real)[None, :], since[:, None]) / den[None, :]
                 a *= weight
                 da *= weight
             dv = tl.dot(tl.where(seen, a, 0.0).to(wide), do, dv, input_precision=PRECISION)
             dphi = tl.dot(tl.where(seen, da, 0.0).to(wide), query, dphi, input_precision=PRECISION)
-            t = following
     if DECAY:
         at = DDecay + (b * H + hk) * T + n
         tl.store(

@@ -107,7 +107,7 @@ def _linear_backward(
     dlog_gate = torch.empty_like(lse) if gated else None
     with torch.cuda.device_of(q):
         linear_backward(
-            q, k, v, decay if gated else None, out, dout, lse, (lse, delta), [s, z], dq, dk, dv,
+            q, k, v, decay if gated else None, out, dout, lse, delta, [s, z], dq, dk, dv,
             dlog_gate, Queries(lse, lse, sorted=False), tiles(q.shape[3], q.dtype),
         )  # fmt: skip
     return dq, dk, dv, lse.new_empty(0) if dlog_gate is None else dlog_gate
