@@ -13,7 +13,7 @@ import torch
 from analysis.routes.contenders import Contender
 from analysis.routes.layouts import HEADLINE, HEADS, LONG, QUOTING, RECIPE, SHORT
 from analysis.routes.sweep import WORDS, identity, planned, run_one, settings, sweep
-from analysis.routes.tiny_lm import markdown, plan, summarise
+from analysis.routes.tiny_lm import markdown, paired, plan, summarise
 from analysis.routes.tiny_lm_figure import kind_of
 from analysis.routes.variants import (
     ChainedController,
@@ -122,6 +122,20 @@ def test_controllers_that_see_more_see_no_future(name: str) -> None:
     assert not torch.allclose(before[:, :, 17:], after[:, :, 17:])
 
 
+def test_heads_that_are_learned_once_are_the_same_for_every_token() -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(d_model=16, num_heads=4, num_layers=2, vocab_size=50, route_by="head")
+    model = with_controller(config, "constant")
+    for layer in model.controller.layers:
+        for part in layer.children():
+            torch.nn.init.normal_(part.weight)
+            torch.nn.init.normal_(part.bias)
+    found = model(torch.randint(50, (2, 30))).concentration  # [L, B, T, R, E]
+    assert found.shape[3:] == (4, 3)
+    torch.testing.assert_close(found, found[:, :1, :1].expand_as(found))
+    assert found[0, 0, 0].unique(dim=0).shape[0] == 4  # and each head has its own
+
+
 def test_controllers_see_what_they_say() -> None:
     torch.manual_seed(0)
     hidden = torch.randn(1, 20, 8)
@@ -208,6 +222,19 @@ def test_the_table_counts_seeds_and_their_error() -> None:
     assert "| a | 3 | 2.0000 | 0.5774 |" in markdown(table)
 
 
+def test_seeds_are_paired_with_themselves() -> None:
+    nll = {"ours": {0: 1.0, 1: 2.0, 2: 3.0}, "static f": {0: 1.2, 1: 2.4, 3: 9.0}}
+    rows = [
+        {"corpus": "c", "context": 8, "contender": name, "seed": seed, "nll_hard": value}
+        for name, seeds in nll.items()
+        for seed, value in seeds.items()
+    ]
+    (row,) = paired(pd.DataFrame(rows), "ours").to_dict("records")
+    assert (row["contender"], row["n"]) == ("static f", 2)
+    assert row["below"] == pytest.approx(0.3) and row["se"] == pytest.approx(0.1)
+    assert row["standard errors"] == pytest.approx(3.0)
+
+
 def test_headline_rows_get_the_seeds() -> None:
     jobs = plan("toy", "sotu", 5, list(SHORT))
     seeds = pd.Series([job["name"] for job in jobs]).value_counts()
@@ -225,4 +252,5 @@ def test_the_legend_tells_routers_from_static_layouts() -> None:
     assert (
         kind_of("Dirichlet, literal ELBO", 1.0) == "Dirichlet"
         and kind_of("gated linear", 3e-11) == "static"
+        and kind_of("static heads learned, from gllllf, price 20", 0.3) == "static"
     )
