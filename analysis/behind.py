@@ -21,6 +21,7 @@ from analysis.naming import KEYS, MEASURES, RATIOS, REFERENCES, SPREAD, UNNAMED,
 from analysis.pretrained.bisect import effects
 from analysis.pretrained.figure import lost as lost_against_original
 from analysis.pretrained.freezing import summary
+from analysis.pretrained.holding import summary as kinds
 from analysis.pretrained.table import OURS, below, far, losses, outdone, retrieved
 from analysis.routes import tiny_lm
 from analysis.routes.tiny_lm import summarise
@@ -41,6 +42,9 @@ def tables(name: str) -> Iterator[pd.DataFrame]:
     if name == "pretrained_freezing":
         yield summary(frame).rename(columns={"share": "all but"})
         yield frame[["bytes", "bytes_before"]] / 1e6
+    elif name == "pretrained_holding":
+        yield frame.groupby(["budget", "way", "text"])[["cost", "keys"]].mean().reset_index()
+        yield kinds(frame)[["budget", "way", "farthest"]]
     elif name.startswith("pretrained") and "piece" in frame and "lost" in frame:
         yield losses(frame)
         yield far(frame)

@@ -53,7 +53,7 @@ def pretrained() -> list[str]:
     return [
         f"its {low['seeds']:.0f} seeds lose {low['lost']:.2f}% of perplexity on novels at a budget "
         f"of 0.3 (SE {low['se']:.2f}) and {high['lost']:.2f}% at 0.4 ({high['se']:.2f}); the best "
-        f"static rival, query heads chosen once ({near['seeds']:.0f} seeds), {near['lost']:.2f}% "
+        f"static rival, query heads chosen once ({near['seeds']:.0f} seed), {near['lost']:.2f}% "
         f"({near['se']:.2f}) and {far['lost']:.2f}% ({far['se']:.2f})",
     ]
 
