@@ -160,8 +160,8 @@ FAULTS = [
     Fault(
         "cross-attention is routed",
         f"{P}/integrations/huggingface/interface.py",
-        "if not isinstance(hidden, Tensor) or crossed:",
-        "if not isinstance(hidden, Tensor):",
+        "if not isinstance(hidden, Tensor) or crossed or",
+        "if not isinstance(hidden, Tensor) or",
         f"{T}/integrations/test_details.py",
     ),
     Fault(
