@@ -196,8 +196,9 @@ def load_patch(model: nn.Module, folder: Path | str) -> Any:
     Args:
         model: the one that the patch was made for, in any precision.
         folder: where the patch was saved, or the name of one that comes with the package:
-            `smollm2-135m`, `smollm2-135m-window256`, `smollm2-135m-teacher` and
-            `smollm2-135m-text` (which observed the unpatched model alone, and the text alone), for
+            `smollm2-135m`, `smollm2-135m-range` (budgets from 0.15 on, 2048 tokens and more), and
+            of before `smollm2-135m-teacher` and `smollm2-135m-window256`, which observed the
+            unpatched model alone, and `smollm2-135m-text`, the text alone; for
             SmolLM2-135M-Instruct from its Q4_1 GGUF file. A card lies beside each
             (`bayes_router/patches/NAME/README.md`).
 

@@ -18,7 +18,14 @@ from tests.integrations.tiny_models import VOCAB, tiny, tokens
 
 
 @pytest.mark.parametrize(
-    "name", ["smollm2-135m", "smollm2-135m-window256", "smollm2-135m-teacher", "smollm2-135m-text"]
+    "name",
+    [
+        "smollm2-135m",
+        "smollm2-135m-window256",
+        "smollm2-135m-teacher",
+        "smollm2-135m-range",
+        "smollm2-135m-text",
+    ],
 )
 def test_each_has_its_controllers_and_a_card_that_says_how_it_was_read(name: str) -> None:
     assert name in shipped()
