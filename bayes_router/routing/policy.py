@@ -158,7 +158,8 @@ def check_costs(cost_ratio: Costs, price: float) -> None:
     """Refuse what is no cost of experts, or no price."""
     flat = np.ravel(np.asarray(cost_ratio, dtype=object))
     numbers = [one for one in flat if isinstance(one, Real) and math.isfinite(one)]
-    require(0 < len(numbers) == len(flat), "policy.cost_ratio", "a number an expert", cost_ratio)
+    each = not isinstance(cost_ratio, Real) and 0 < len(numbers) == len(flat)
+    require(each, "policy.cost_ratio", "a number an expert", cost_ratio)
     finite = isinstance(price, Real) and math.isfinite(price)
     require(finite, "policy.price", "a finite number", price)
 

@@ -192,6 +192,14 @@ def test_costs_by_unit_are_saved_and_are_of_as_many_units(policy: Any) -> None:
             policy(wrong)
 
 
+@pytest.mark.parametrize("costs", [0.6, (), (1.0, "a"), ((1.0, 0.2), (1.0,))])
+def test_what_is_no_cost_of_experts_is_refused(costs: Any) -> None:
+    """A bare number among them, such as a threshold in the first place."""
+    for kind in (Budget, Conservative):
+        with pytest.raises(ValueError, match="^policy.cost_ratio: expected a number an expert"):
+            kind(costs)
+
+
 def test_execute() -> None:
     posterior = Dirichlet(concentrations(5))
     torch.manual_seed(0)

@@ -22,12 +22,12 @@ def run(finished_run: Path) -> Path:
 
 def test_a_model_comes_back_with_its_policy_and_says_the_same(tmp_path: Path) -> None:
     model = tiny_model(route_by="head").eval()
-    model.policy = Conservative(0.6)
+    model.policy = Conservative((1.0, 0.15, 0.2, 0.3), 0.6)
     model.save_pretrained(tmp_path)
     again = RoutedLanguageModel.from_pretrained(tmp_path)
     want, got = model(TOKENS), again(TOKENS)
     assert torch.equal(got.logits, want.logits) and torch.equal(got.route, want.route)
-    assert again.policy == Conservative(0.6) and again.config == model.config
+    assert again.policy == model.policy and again.config == model.config
     assert not again.training
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "Conservative(" in card and "How it was fitted is not known" in card
