@@ -23,15 +23,15 @@ class Parser(ArgumentParser):
         raise ValueError(plain(one_line(ex or Exception(message)), self.options))
 
 
-def add_run(parser: Parser) -> None:
+def add_run(parser: Parser, what: str = "run folder") -> None:
     """The run folder and the device, which every command on a fitted model takes."""
-    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("run", type=Path, help=what)
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda")
 
 
 def add_fitted(parser: Parser) -> None:
     """Options that name what is opened, a run or a patch, and the text it is read on."""
-    add_run(parser)
+    add_run(parser, "folder of a run or of a patch, or the name of a patch of the package's")
     parser.add_argument(
         "--text",
         type=Optional[Path],

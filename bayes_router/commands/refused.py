@@ -3,6 +3,7 @@
 from jsonargparse import Namespace
 
 from bayes_router.files import CONFIG, check_folder_for, require_file
+from bayes_router.integrations.patch.shipped import folder_of
 
 
 def say(line: str) -> None:
@@ -17,7 +18,10 @@ def check_folder(options: Namespace) -> None:
 
 
 def check_fitted(options: Namespace) -> None:
-    """Refuse a run, a text or a number of tokens that cannot be read."""
+    """Refuse a run, a text or a number of tokens that cannot be read; a patch that came with the
+    package is found by its name.
+    """
+    options.run = folder_of(options.run)
     if not options.run.is_dir():
         require_file(options.run, CONFIG)
     check_tokens(options)

@@ -22,7 +22,7 @@ def run(options: Namespace) -> None:
     html = page.html
     if options.other is not None:
         html = write_beside(page, _page(Namespace({**vars(options), "run": options.other})))
-    print(f"\nreport: {write_somewhere(options.out or options.run / 'report.html', html)}")
+    print(f"\nreport: {write_somewhere(options.out, html)}")
 
 
 def _page(options: Namespace) -> Page:

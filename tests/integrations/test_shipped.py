@@ -10,23 +10,23 @@ from safetensors.torch import load_file
 
 from analysis.pretrained.card import figures
 from analysis.pretrained.contenders import share
+from bayes_router.commands.arguments import report
 from bayes_router.data.stream import TokenStream
 from bayes_router.integrations.patch.shipped import SHIPPED, folder_of, shipped
 from bayes_router.integrations.patching import load_patch, patch
 from bayes_router.routing.policy import Budget
 from tests.integrations.tiny_models import VOCAB, tiny, tokens
 
+NAMES = [
+    "smollm2-135m",
+    "smollm2-135m-range",
+    "smollm2-135m-window256",
+    "smollm2-135m-teacher",
+    "smollm2-135m-text",
+]
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "smollm2-135m",
-        "smollm2-135m-window256",
-        "smollm2-135m-teacher",
-        "smollm2-135m-range",
-        "smollm2-135m-text",
-    ],
-)
+
+@pytest.mark.parametrize("name", NAMES)
 def test_each_has_its_controllers_and_a_card_that_says_how_it_was_read(name: str) -> None:
     assert name in shipped()
     folder = folder_of(name)
@@ -73,3 +73,15 @@ def test_figures_are_of_the_policy_that_was_saved() -> None:
         row = figures(router, texts, 40, 4).iloc[0]
         assert row["pieces"] == 4 and row["cost"] == pytest.approx(cost, abs=1e-3)
         assert (row["lost, %"] == 0) == (price < 0)
+
+
+def test_a_report_finds_one_by_its_name_and_writes_nothing_into_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = report.parser([]).parse_args(["smollm2-135m", "smollm2-135m-range", "--out", "x"])
+    report.begin(options)
+    assert (options.run, options.other) == tuple(SHIPPED / name for name in NAMES[:2])
+    alone = report.parser([]).parse_args(["smollm2-135m"])
+    report.begin(alone)
+    assert alone.out == Path("smollm2-135m.html")
