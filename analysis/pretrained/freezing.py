@@ -18,15 +18,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.pretrained.loading import load_model
+from analysis.pretrained.again import command
 from analysis.pretrained.reading import Reader
-from analysis.pretrained.table import lines
-from analysis.pretrained.texts import load
-from bayes_router.benchmark.rows import Rows
 from bayes_router.data.stream import TokenStream
-from bayes_router.integrations.huggingface.freed_cache import cache_bytes
 from bayes_router.integrations.huggingface.model import RoutedPretrained
-from bayes_router.integrations.patching import load_patch
 from bayes_router.routing.policy import Budget
 
 RESULTS = Path(__file__).parents[1] / "results" / "pretrained_freezing.csv"
@@ -47,13 +42,6 @@ def mixed(texts: dict[str, TokenStream], context: int, each: int) -> Tensor:
     return torch.cat([*parts, parts[0][:1]]).long()
 
 
-@torch.no_grad()
-def held(router: RoutedPretrained, tokens: Tensor) -> int:
-    """Bytes of the cache behind a window [T]."""
-    out = router.model(tokens[None].to(router.device), use_cache=True, logits_to_keep=1)
-    return cache_bytes(out.past_key_values)
-
-
 def freeze(
     router: RoutedPretrained,
     texts: dict[str, TokenStream],
@@ -66,12 +54,11 @@ def freeze(
     dial, _ = Reader(router).meet(texts["novels"], context, budget)
     router.policy = Budget(tuple(router.cost_ratio.tolist()), dial)
     tokens = mixed(texts, context, each)
-    before = held(router, tokens[:context])
     for share in shares:
         found = router.freeze(tokens, share=share, context=context, limit=len(tokens))
         row = {"budget": budget, "share": share, "frozen": found.frozen, "units": found.units}
         row |= {"short": found.short, "key_heads": found.key_heads, "context": context}
-        row |= {"bytes_before": before, "bytes": held(router, tokens[:context])}
+        row |= {"bytes_before": found.bytes_before, "bytes": found.bytes}
         row |= {"lost": found.lost, "error": found.error, "tokens": found.tokens}
         yield row | {"cost_before": found.cost_before, "cost": found.cost}
         router.thaw()
@@ -97,35 +84,20 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 
 def main() -> None:
     """Read, or print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="do", required=True)
-    read = commands.add_parser("read")
-    for name in ("model", "tokens"):
-        read.add_argument(name, type=Path)
-    read.add_argument("patch", help="a folder, or a name that comes with the package")
-    read.add_argument("--results", type=Path, required=True)
+    command(__doc__, RESULTS, _rows, summary, _options, "0.3")
+
+
+def _options(read: argparse.ArgumentParser) -> None:
     read.add_argument("--seed", type=int, default=0, help="of the fit, for the rows")
     read.add_argument("--fit", help="what it observed, for the rows; default PATCH")
-    read.add_argument("--context", type=int, default=8192)
     read.add_argument("--each", type=int, default=8, help="windows of each text, half to choose")
-    read.add_argument("--budgets", default="0.3")
-    show = commands.add_parser("table")
-    show.add_argument("results", type=Path, nargs="?", default=RESULTS)
-    args = parser.parse_args()
-    if args.do == "read":
-        model = load_model(args.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        _, texts = load(args.tokens, model.config.vocab_size)
-        router = load_patch(model, args.patch)
-        router.full_up_to = 0  # routes are read at every length
-        facts = {"fit": args.fit or args.patch, "window": router.settings.window}
-        rows = Rows(args.results, facts | {"seed": args.seed})
-        for budget in map(float, args.budgets.split(",")):
-            for row in freeze(router, texts, args.context, args.each, budget):
-                rows.add(row)
-        rows.finish()
-    print("\n".join(lines(summary(pd.read_csv(args.results)))))
+
+
+def _rows(
+    router: RoutedPretrained, texts: dict[str, TokenStream], args: argparse.Namespace, budget: float
+) -> Iterator[dict[str, Any]]:
+    for row in freeze(router, texts, args.context, args.each, budget):
+        yield {"fit": args.fit or args.patch, "seed": args.seed} | row
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ price and under `router.holding`. `cost` is the executed one by the costs of `se
 the keys that each position reads.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -18,14 +17,11 @@ from typing import Any
 import pandas as pd
 import torch
 
+from analysis.pretrained.again import command
 from analysis.pretrained.contenders import executed_cost
-from analysis.pretrained.loading import load_model
-from analysis.pretrained.table import KINDS, lines
-from analysis.pretrained.texts import load
-from bayes_router.benchmark.rows import Rows
+from analysis.pretrained.table import KINDS
 from bayes_router.data.stream import TokenStream
 from bayes_router.integrations.huggingface.model import RoutedPretrained
-from bayes_router.integrations.patching import load_patch
 from bayes_router.routing.cost import counted
 
 RESULTS = Path(__file__).parents[1] / "results" / "pretrained_holding.csv"
@@ -68,32 +64,16 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 
 def main() -> None:
     """Read, or print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    command(
+        __doc__,
+        RESULTS,
+        lambda router, texts, args, budget: windows(
+            router, texts, args.context, budget, args.windows
+        ),
+        summary,
+        lambda read: read.add_argument("--windows", type=int, default=24, help="of each kind"),
+        "0.3,0.4",
     )
-    commands = parser.add_subparsers(dest="do", required=True)
-    read = commands.add_parser("read")
-    for name in ("model", "tokens"):
-        read.add_argument(name, type=Path)
-    read.add_argument("patch", help="a folder, or a name that comes with the package")
-    read.add_argument("--results", type=Path, required=True)
-    read.add_argument("--context", type=int, default=8192)
-    read.add_argument("--windows", type=int, default=24, help="of each kind")
-    read.add_argument("--budgets", default="0.3,0.4")
-    show = commands.add_parser("table")
-    show.add_argument("results", type=Path, nargs="?", default=RESULTS)
-    args = parser.parse_args()
-    if args.do == "read":
-        model = load_model(args.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        _, texts = load(args.tokens, model.config.vocab_size)
-        router = load_patch(model, args.patch)
-        router.full_up_to = 0  # routes are read at every length
-        rows = Rows(args.results, {"window": router.settings.window})
-        for budget in map(float, args.budgets.split(",")):
-            for row in windows(router, texts, args.context, budget, args.windows):
-                rows.add(row)
-        rows.finish()
-    print("\n".join(lines(summary(pd.read_csv(args.results)))))
 
 
 if __name__ == "__main__":

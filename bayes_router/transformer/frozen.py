@@ -265,11 +265,11 @@ def freeze(
         load = torch.stack([read(batch)[1] for batch in windows[:half]]).mean(0)
         chosen = decided(load, share)
         free, bytes_before = [read(batch) for batch in windows[half:]], held(one)
+        owner.frozen = chosen
+        static, bytes_after = [read(batch) for batch in windows[half:]], held(one)
     except BaseException:
         owner.frozen = before
         raise
-    owner.frozen = chosen
-    static = [read(batch) for batch in windows[half:]]
     apart = torch.stack([b[0] - a[0] for a, b in zip(free, static, strict=True)])
     return Freezing(
         chosen.number,
@@ -284,7 +284,7 @@ def freeze(
         sum(batch.tokens.numel() for batch in windows[half:]),
         one.shape[1],
         bytes_before,
-        held(one),
+        bytes_after,
     )
 
 

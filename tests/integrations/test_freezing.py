@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bayes_router.integrations.huggingface import freezing
 from bayes_router.integrations.huggingface.freed_cache import FreedLayer, cache_bytes
 from bayes_router.integrations.patching import load_patch, patch
 from bayes_router.routing.policy import Budget
@@ -125,6 +126,25 @@ def test_a_share_freezes_what_moves_little_and_its_loss_is_read_elsewhere() -> N
     for layer, units in enumerate(router.frozen.experts):
         for unit, expert in enumerate(units):
             assert expert == -1 or bool((executed[layer, :, :, unit] == expert).all())
+
+
+@pytest.mark.parametrize("fails", ["before", "behind"])
+def test_what_cannot_be_read_leaves_the_units_as_they_were(
+    fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first or the last thing that freezing reads of a cache fails."""
+    _, router = moved()
+    given = [1] if fails == "behind" else list[int]()
+
+    def broken(_: object) -> int:
+        if given:
+            return given.pop()
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(freezing, "cache_bytes", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        router.freeze(TEXT, share=0.3, context=40, limit=240)
+    assert router.frozen is None
 
 
 def test_the_controllers_of_frozen_units_are_not_run() -> None:

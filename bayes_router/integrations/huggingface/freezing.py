@@ -4,6 +4,7 @@ And what making them static costs.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -49,7 +50,8 @@ def _held(router: RoutedLanguage, tokens: Tensor) -> int:
     """Bytes of the model's own cache behind tokens [1, T]; 0: it has none of keys and values."""
     if not router.causal:
         return 0
+    stack: Any = router.model.base_model  # nobody reads the logits
     with router.unforced():
-        out = router.model(tokens.to(router.device), use_cache=True)
+        out = stack(tokens.to(router.device), use_cache=True)
     cache = getattr(out, "past_key_values", None)
     return cache_bytes(cache) if hasattr(cache, "layers") else 0
