@@ -23,6 +23,7 @@ from analysis.pretrained.figure import lost as lost_against_original
 from analysis.pretrained.freezing import summary
 from analysis.pretrained.holding import summary as kinds
 from analysis.pretrained.table import OURS, below, far, losses, outdone, retrieved
+from analysis.pretrained.verdict import apart
 from analysis.routes import tiny_lm
 from analysis.routes.tiny_lm import summarise
 
@@ -50,6 +51,7 @@ def tables(name: str) -> Iterator[pd.DataFrame]:
         yield far(frame)
         for rival in set(frame["contender"]) - {OURS}:
             yield from (below(frame, rival, window) for window in frame["window"].unique())
+            yield from (apart(frame, rival, window) for window in frame["window"].unique())
     elif name == "pretrained_bisect":
         yield effects(frame)
     elif name.startswith("patch_smollm"):

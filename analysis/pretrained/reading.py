@@ -159,20 +159,27 @@ class Reader:
             else start
         )
         first, tried, step = None, list[tuple[float, float]](), BudgetRange.SLOPE / span
+
+        def beyond(cost: float) -> float:
+            return math.log(max(cost - local, 0) / (1 - local) + 0.003)
+
         for _ in range(7):
             got = self.spent(stream, context, number, Setting(router, dial))
             first = got if first is None else first
             tried.append((dial, got))
             if abs(got - budget) < 0.002:
                 break
-            above = [d for d, c in tried if c > budget]
-            below = [d for d, c in tried if c <= budget]
-            if above and below and len(tried) > 2:
-                dial = (max(above) + min(below)) / 2
+            above = max(((d, c) for d, c in tried if c > budget), default=None)
+            below = min(((d, c) for d, c in tried if c <= budget), default=None)
+            if above and below:
+                part = 0.5  # halves, where the line between the two ends does not soon lead there
+                if len(tried) < 5:
+                    part = (beyond(above[1]) - beyond(budget)) / (
+                        beyond(above[1]) - beyond(below[1])
+                    )
+                dial = above[0] + part * (below[0] - above[0])
             else:
-                dial += step * math.log(
-                    (max(got - local, 0) / (1 - local) + 0.003) / (wanted + 0.003)
-                )
+                dial += step * (beyond(got) - beyond(budget))
         assert first is not None
         return min(tried, key=lambda t: abs(t[1] - budget))[0], first
 
