@@ -208,6 +208,16 @@ def test_a_reader_meets_a_budget_and_reads_what_it_costs() -> None:
     assert [row["lost"] for row in wide] == pytest.approx([0, 0, 0], abs=1e-5)
 
 
+def test_units_a_hair_apart_are_split_at_the_budget() -> None:
+    router, text = router_of(), stream()
+    rivals.choose_by(router, 0.3 + 1e-5 * torch.randperm(8).view(2, 4))
+    reader, local = reading.Reader(router), share(T, WINDOW, SINKS)
+    dial, _ = reader.meet(text, T, 0.6)
+    (row,) = reader.lost("toy", text, T, 1, reading.Setting(router, dial))
+    units = [local + (1 - local) * n / 8 for n in range(9)]
+    assert row["cost"] == pytest.approx(min(units, key=lambda cost: abs(cost - 0.6)))
+
+
 def test_a_reader_says_how_far_from_the_unpatched_model_a_setting_is() -> None:
     router, text = router_of(), stream()
     reader = reading.Reader(router, divergence=True)
