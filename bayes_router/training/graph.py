@@ -5,6 +5,7 @@ Captured once, replayed every step, without Python in between.
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,7 @@ class GraphedGradient:
     def __init__(self, gradient: Gradient, model: nn.Module):
         self.gradient, self.model = gradient, model
         self._captured: dict[Hashable, _Captured] = {}
+        self._pool: Any = None  # of all graphs: what one keeps between its steps no other needs
 
     def __call__(
         self, tokens: Tensor, targets: Tensor, seed: int, form: Hashable
@@ -109,7 +111,8 @@ class GraphedGradient:
         # so that the backward pass allocates the gradient inside the graph
         self.model.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool):
             loss, terms, norm = self.gradient(tokens, targets)
             outputs = torch.stack([x.float() for x in (loss.detach(), *terms, norm)])
         gradients = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
