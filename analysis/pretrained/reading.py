@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from analysis.pretrained.contenders import executed_cost, share, window_of, windowed
 from analysis.pretrained.retrieval import TASKS, Answered, Haystack, Question, prompts, score
@@ -24,7 +23,7 @@ from bayes_router.data.stream import TokenStream
 from bayes_router.integrations.huggingface.model import RoutedPretrained
 from bayes_router.integrations.huggingface.pressure import BudgetRange
 from bayes_router.routing.policy import Budget
-from bayes_router.transformer.nll import token_nll
+from bayes_router.transformer.nll import token_kl, token_nll
 from bayes_router.types import Route
 
 SINKS, LONGEST = 4, 8192
@@ -114,7 +113,7 @@ class Reader:
             far = torch.full_like(each, math.nan)
             if compared:
                 before = self.router.unrouted(tokens).flatten(0, 1)
-                far = divergence(before, logits).view_as(targets)
+                far = token_kl(before, logits).view_as(targets)
             yield each.mean(1).tolist(), far.mean(1).tolist()
 
     def lost(
@@ -208,13 +207,6 @@ class Reader:
         with nullcontext() if setting is None else self._by(setting):
             found = score(last, asked, self.device)
         return [one._replace(cost=cost) for one, cost in zip(found, costs, strict=True)]
-
-
-def divergence(before: Tensor, after: Tensor) -> Tensor:
-    """KL of each token between logits [N, V], nats, [N]; a few rows of the vocabulary at once."""
-    parts = zip(before.split(2048), after.split(2048), strict=True)
-    logs = ((p.float().log_softmax(-1), q.float().log_softmax(-1)) for p, q in parts)
-    return torch.cat([F.kl_div(q, p, reduction="none", log_target=True).sum(-1) for p, q in logs])
 
 
 @dataclass

@@ -15,6 +15,7 @@ from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.integrations.huggingface.model import RoutedPretrained
 from bayes_router.integrations.patching import patch
 from bayes_router.routing.controller import LayerController
+from bayes_router.routing.posterior import inverse_softplus
 
 WINDOW, SINKS, VOCABULARY = 1024, 4, 1024
 SHAPES = {
@@ -70,7 +71,7 @@ def send(router: RoutedPretrained, share: float, run: Callable[[], object]) -> f
     for _ in range(2 if 0 < share < 1 else 1):
         run()
         for index, concentration in router.last.concentration.items():
-            raw = (concentration - router.controller.floor).clamp_min(1e-6).expm1().log()
+            raw = inverse_softplus((concentration - router.controller.floor).clamp_min(1e-6))
             lead = (raw[..., 0] - raw[..., 1]).flatten(0, 1)  # [N, R]
             N, layers = len(lead), len(router.layers)
             # where there is one token

@@ -19,8 +19,8 @@ from bayes_router.diagnostics import standard  # noqa: F401, registers the libra
 from bayes_router.diagnostics.diagnostic import Diagnostic, diagnostics
 from bayes_router.diagnostics.fitted import FittedRun
 from bayes_router.diagnostics.measures.calibration import CalibrationThresholds
-from bayes_router.diagnostics.measures.collapse import (
-    CollapseSummary,
+from bayes_router.diagnostics.measures.collapse import CollapseSummary
+from bayes_router.diagnostics.measures.collapse_verdicts import (
     CollapseThresholds,
     collapse_over_training,
 )

@@ -34,7 +34,7 @@ def headline(examined: Examination) -> Pairs:
                 f"{examined.nll:.4f} nats per token (perplexity {perplexity:.2f}), {here}",
             ),
             ("executed cost, HARD", f"{cost:.3f} of full attention, in the prior's ratios, {here}"),
-            ("KL to the prior", f"{layers['kl'].sum():.4f} nats per token, all layers"),
+            ("KL to the prior", _kl(examined)),
             ("ELBO", "not read: a patch keeps no evaluation of its own"),
         ]
     losses = ", ".join(f"{mode.upper()} {value:.4f}" for mode, value in summary["nll"].items())
@@ -50,6 +50,21 @@ def headline(examined: Examination) -> Pairs:
         ("trained", f"{summary['steps']} steps, {summary['tokens_seen']:,} tokens of "
                     f"{summary['corpus']['name']}, seed {summary['seed']}, on {summary['device']}"),
     ]  # fmt: skip
+
+
+def _kl(examined: Examination) -> str:
+    """How far posteriors are from the prior, apart from its price, and what of it a fit pays."""
+    run, sums = examined.run, examined.collapse.layers()[["kl", "kl_untilted"]].sum()
+    units, weight, price = run.program.num_units, run.kl_weight, run.program.price
+    apart = sums["kl_untilted"] / (units * len(examined.collapse.layers()))
+    tilt = "" if price == 0 else ", without the prior's tilt"
+    priced = (
+        "" if price == 0 else f" (with the tilt, by a price of {price:,.4g}, {sums['kl']:,.1f})"
+    )
+    return (
+        f"{sums['kl_untilted']:.4f} nats per token, {apart:.4f} a unit{tilt}{priced}; "
+        f"at the fit's KL weight, {weight:.3g}, it pays {weight * sums['kl']:.4f}"
+    )
 
 
 def settings(examined: Examination) -> Pairs:

@@ -77,6 +77,7 @@ def _data(examined: Examination, shown: ShownText) -> dict[str, Any]:
     run = examined.run
     return {
         "experts": run.experts,
+        "price": run.program.price,
         "colours": list(plots.expert_palette(run.experts).values()),
         "cost": [round(float(r), 4) for r in run.prior.cost_ratio],
         "pieces": shown.pieces,

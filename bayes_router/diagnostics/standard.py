@@ -74,7 +74,7 @@ class Gaps(NamedTuple):
     """The amortisation gap under the objective of training, and under the ELBO."""
 
     trained: AmortisationGap
-    elbo: AmortisationGap
+    elbo: AmortisationGap | None  # None: of a patch, whose price is one at its fit's KL weight
 
 
 def _gaps(examined: Any) -> Gaps:
@@ -87,12 +87,19 @@ def _gaps(examined: Any) -> Gaps:
             run.program, run.guide, tokens, targets, kl_weight=weight, steps=effort.gap_steps
         )
 
+    if run.patched and run.program.price > 0:
+        weight = f"{run.kl_weight:.3g}"
+        reason = f"the price of a patch is one at its fit's KL weight ({weight}), not at 1"
+        examined.leave_out("amortisation under the ELBO", reason)
+        return Gaps(gap(run.kl_weight), None)
     return Gaps(gap(run.kl_weight), gap(1.0))
 
 
 def _gap_numbers(examined: Any, gaps: Gaps) -> dict[str, float]:
     found = {}
     for name, gap in gaps._asdict().items():
+        if gap is None:
+            continue
         said = f"amortisation gap, {name} (KL weight {gap.kl_weight:g})"
         found[said] = gap.gap
         if gap.interval is not None:
@@ -176,7 +183,9 @@ register_diagnostic(
         "gaps",
         "amortisation",
         _gaps,
-        lambda examined, gaps: [gap_verdict(gap, examined.thresholds.fit) for gap in gaps],
+        lambda examined, gaps: [
+            gap_verdict(gap, examined.thresholds.fit) for gap in gaps if gap is not None
+        ],
         _gap_numbers,
     )
 )

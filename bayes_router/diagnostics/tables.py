@@ -16,10 +16,9 @@ from bayes_router.routing.posterior import mutual_information, posterior_mean
 
 
 def _kl(run: FittedRun, layer: int, q: Tensor, unit: int) -> Tensor:
-    """KL of one unit's posteriors [N, E] to its prior, [N]."""
-    return kl_to_prior(run.program, layer, q[:, None].expand(-1, run.config.model.num_units, -1))[
-        :, unit
-    ]
+    """KL of one unit's posteriors [N, E] to its prior without the tilt, [N]."""
+    of_units = q[:, None].expand(-1, run.config.model.num_units, -1)
+    return kl_to_prior(run.program, layer, of_units, tilted=False)[:, unit]
 
 
 def layer_tables(run: FittedRun, shown: ShownText, unit: int = 0) -> list[dict[str, Any]]:
@@ -75,7 +74,8 @@ def tables(
     examined: Examination, layers: pd.DataFrame, numbers: Sequence[tuple[str, str]], quick: bool
 ) -> list[Table]:
     """Those that a run has, the most telling first; what takes long is left out where `quick`."""
-    found = [_table("layers", "Layers", layers.reset_index())]
+    same = "kl_untilted" if examined.run.program.price == 0 else "kl"  # the headline has the sums
+    found = [_table("layers", "Layers", layers.drop(columns=same).reset_index())]
     if examined.run.config.model.num_units > 1:
         found.append(_table("units", "Units", examined.collapse.units()))
     rivals = None if quick else examined.attempt("rivals")
@@ -105,6 +105,7 @@ def heat(examined: Examination) -> list[dict[str, Any]]:
     names["route_information"] = "route information, nats: 0 where no token moves the route"
     names["context_information"] = "what of it the token's identity does not tell, nats"
     names["total_concentration"] = "evidence: mean total concentration of the posteriors"
+    names["kl_untilted"] = "KL to the prior without its tilt by a price, nats per token"
     return [
         {
             "name": column.replace("_", " "),

@@ -96,16 +96,19 @@ class Teacher:
     """The likelihood of self-distillation.
 
     `logits` holds what the teacher says of the batch at hand; None: the text's own tokens are
-    scored. `text` is their share beside a teacher, see `ExpectedToken`.
+    scored. `text` is their share beside a teacher, see `ExpectedToken`. `student` is what was said
+    last beside a teacher.
     """
 
     logits: Tensor | None = None
+    student: Tensor | None = None
     text: float = 0.0
 
     def __call__(self, output: Tensor) -> NextToken:
         """See `Likelihood`."""
         if self.logits is None:
             return NextToken(output)
+        self.student = output.detach()
         return ExpectedToken(output, self.logits, self.text)
 
 
@@ -121,9 +124,3 @@ class Observed(Enum):
     def text(self) -> float:
         """The share of the text."""
         return {Observed.MODEL: 0.0, Observed.TEXT: 1.0, Observed.BOTH: 0.5}[self]
-
-
-def entropy(teacher: Tensor) -> Tensor:
-    """Entropy of the teacher's next token, nats, [B, T]; logits [B, T, V]."""
-    log = teacher.float().log_softmax(-1)
-    return -(log.exp() * log).sum(-1)

@@ -12,7 +12,7 @@ from torch.distributions import Dirichlet
 from torch.nn import functional as F
 
 from bayes_router.routing.evidence import Evidence
-from bayes_router.routing.posterior import posterior
+from bayes_router.routing.posterior import inverse_softplus, posterior
 from bayes_router.routing.risk import Risk
 
 
@@ -94,5 +94,5 @@ class MetaController(nn.Module):
             assert isinstance(controller, LayerController)
             above = (target - self.floor).clamp_min(1e-3).double()
             controller.out.weight.zero_()
-            raw = above.expm1().log()  # the inverse of softplus
+            raw = inverse_softplus(above)
             controller.out.bias.copy_(raw.expand(controller.num_units, -1).flatten())

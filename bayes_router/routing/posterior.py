@@ -25,6 +25,14 @@ def posterior(raw: Tensor, floor: float) -> Dirichlet:
     return Dirichlet(concentration, validate_args=False)
 
 
+def inverse_softplus(above: Tensor) -> Tensor:
+    """log(expm1(above)) of positive numbers of any size: of concentration - floor, the raw output.
+
+    As it is written there it overflows, in float32 from 89 on.
+    """
+    return above + (-(-above).expm1()).log()
+
+
 def posterior_mean(concentration: Tensor) -> Tensor:
     """E[route] = concentration / total, [..., E]."""
     return concentration / concentration.sum(-1, keepdim=True)

@@ -37,12 +37,6 @@ def risk_features(hidden: Tensor, concentration: Tensor, logits: Tensor) -> Tens
     return torch.cat([part.detach().to(hidden.device, torch.float32) for part in parts], -1)
 
 
-def divergence(reference: Tensor, routed: Tensor) -> Tensor:
-    """KL(reference || routed) of two predictions by logits [..., V], nats, [...]."""
-    p, q = reference.float().log_softmax(-1), routed.float().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1).clamp_min(0)
-
-
 class RiskFit(NamedTuple):
     """How a head is trained."""
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bayes_router.checks import require
 from bayes_router.data.tokens import Batch
-from bayes_router.routing.risk import Risk, RiskFit, RiskHead, divergence, risk_features
-from bayes_router.transformer.nll import token_nll
+from bayes_router.routing.risk import Risk, RiskFit, RiskHead, risk_features
+from bayes_router.transformer.nll import token_kl, token_nll
 from bayes_router.types import RoutingMode, RoutingOutput
 
 FIT_TOKENS = 32_768
@@ -93,7 +93,7 @@ def risk_data(
             ids = batch.tokens.to(device)
             out, known = _routed(model, ids)
             features.append(known.cpu())
-            kl.append(divergence(reference(ids), out.logits).cpu())
+            kl.append(token_kl(reference(ids), out.logits).cpu())
             read += ids.numel()
             if read >= tokens:
                 break

@@ -6,6 +6,8 @@ from torch.nn import functional as F
 
 from bayes_router.types import IGNORED
 
+ROWS = 2048  # of a vocabulary in float32 at once
+
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     """-log p(target) of every token, nats.
@@ -17,6 +19,17 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
         logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none"
     )
     return flat.view(targets.shape)
+
+
+def token_kl(reference: Tensor, routed: Tensor) -> Tensor:
+    """KL(reference || routed) of two predictions by logits [..., V], nats, [...]; no gradient.
+
+    A few rows of the vocabulary at once.
+    """
+    pairs = zip(*(x.detach().flatten(0, -2).split(ROWS) for x in (reference, routed)), strict=True)
+    logs = ((p.float().log_softmax(-1), q.float().log_softmax(-1)) for p, q in pairs)
+    kl = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in logs])
+    return kl.view(reference.shape[:-1]).clamp_min(0)
 
 
 def mean_nll(logits: Tensor, targets: Tensor) -> Tensor:

@@ -2,12 +2,11 @@ import pandas as pd
 import pytest
 import torch
 
-from bayes_router.diagnostics.measures.collapse import (
+from bayes_router.diagnostics.measures.collapse import kl_to_prior, summarise_collapse
+from bayes_router.diagnostics.measures.collapse_verdicts import (
     Collapse,
     CollapseThresholds,
     collapse_over_training,
-    kl_to_prior,
-    summarise_collapse,
 )
 from bayes_router.diagnostics.measures.verdict import Severity
 from bayes_router.inference.model import RoutingModel
@@ -133,6 +132,19 @@ def test_kl_counts_the_tilt():
     draws = guide.sample((200_000,))
     sampled = (guide.log_prob(draws) - tilted.prior(0).log_prob(draws)).mean()
     assert float(kl_to_prior(tilted, 0, q)) == pytest.approx(float(sampled), abs=0.02)
+
+
+def test_the_price_stands_apart_from_the_distance_to_the_prior():
+    """A fit that holds a budget ends at thousands of nats per unit of cost."""
+    priced, plain = (
+        summarise_collapse([reading(healthy())], program(price=price), EXPERTS)
+        for price in (5000.0, 0.0)
+    )
+    layers, units = priced.layers(), priced.units()
+    assert layers["kl"][0] > 100 * layers["kl_untilted"][0]
+    assert layers["kl_untilted"].to_numpy() == pytest.approx(plain.layers()["kl"].to_numpy())
+    assert units["kl_untilted"].to_numpy() == pytest.approx(layers["kl_untilted"].to_numpy())
+    assert plain.layers()["kl"].equals(plain.layers()["kl_untilted"])
 
 
 def test_the_distance_from_the_prior_counts_the_tilt():

@@ -187,6 +187,14 @@ def test_a_controller_at_the_optimum_has_no_gap():
     )
 
 
+def test_a_gap_of_very_sure_posteriors_is_a_number():
+    """Concentrations of hundreds, as fits against a price have them, are where a fit may start."""
+    prior = torch.tensor([[80.0, 400.0]])
+    program, guide = toy(BlindNetwork(), prior, prior)
+    gap = amortisation_gap(program, guide, TOKENS[None], TARGETS[None], steps=2, draws=2)
+    assert abs(gap.gap) < 0.1
+
+
 def test_hindsight_raises_the_bound_of_each_token():
     """Own concentrations see which token came: 0 speaks for the first expert, 2 for the second."""
     prior = torch.tensor([[2.0, 2.0]])

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bayes_router.diagnostics.figures.posterior import plot_units
-from bayes_router.diagnostics.measures.collapse import Collapse, summarise_collapse
+from bayes_router.diagnostics.measures.collapse import summarise_collapse
+from bayes_router.diagnostics.measures.collapse_verdicts import Collapse
 from bayes_router.diagnostics.measures.uncertainty import UncertaintySummary
 from bayes_router.diagnostics.reading import Reading
 from bayes_router.inference.model import RoutingModel
@@ -44,11 +45,14 @@ def test_a_layer_is_the_mean_of_its_units_and_its_kl_their_sum():
     ):
         mean = sum(frame[column] for frame in alone) / 4
         assert layers[column].to_numpy() == pytest.approx(mean.to_numpy()), column
-    assert layers["kl"].to_numpy() == pytest.approx(sum(frame["kl"] for frame in alone).to_numpy())
+    for column in ("kl", "kl_untilted"):
+        total = sum(frame[column] for frame in alone)
+        assert layers[column].to_numpy() == pytest.approx(total.to_numpy()), column
     assert len(units) == 8
     row = units[(units["layer"] == 1) & (units["unit"] == 2)].iloc[0]
     assert row["load full"] == pytest.approx(alone[2]["load full"][1])
     assert row["route_information"] == pytest.approx(alone[2]["route_information"][1])
+    assert row["kl_untilted"] == pytest.approx(alone[2]["kl_untilted"][1])
     total = q[1, :, :, 2].sum(-1).mean()  # the evidence that its routes rest on
     assert row["total_concentration"] == pytest.approx(float(total), rel=1e-6)
 

@@ -247,19 +247,23 @@ def test_a_fit_holds_a_budget_in_bytes_and_says_so(tmp_path: Path) -> None:
 
 
 def test_a_share_of_what_a_fit_observes_may_be_the_text(tmp_path: Path) -> None:
-    losses = {}
+    losses, apart = {}, {}
     for likelihood in ("model", "text", "both", 0.2, 0, 1.0):
-        _, router = ranged()
+        model, router = ranged()
+        model.lm_head.weight.data.mul_(30)  # predictions that routes can move
         frame = router.fit(
             TEXT, **RANGE | {"steps": 1, "likelihood": likelihood, "progress": False}
         )
         losses[likelihood] = float(frame["nll"].iloc[0])
         assert router.fitted.likelihood == likelihood
-        assert ("divergence" in frame) == (likelihood in ("model", 0))
+        assert ("divergence" in frame) == (likelihood not in ("text", 1.0))
+        apart[likelihood] = float(frame.get("divergence", [math.nan])[0])
     assert losses["both"] == pytest.approx((losses["model"] + losses["text"]) / 2, rel=1e-5)
     fifth = 0.8 * losses["model"] + 0.2 * losses["text"]
     assert losses[0.2] == pytest.approx(fifth, rel=1e-5)
     assert (losses[0], losses[1.0]) == (losses["model"], losses["text"])
+    # the first step's routes are those of all: so is what they lose against the unpatched model
+    assert apart["both"] == apart[0.2] == apart[0] == apart["model"] > 1e-4
     _, router = ranged()
     router.fit(TEXT, **RANGE | {"steps": 1, "progress": False})  # a range takes a tenth
     router.save(tmp_path)

@@ -5,6 +5,7 @@ From end to end on a tiny Llama and GPT-2.
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,31 @@ def test_report_is_written_and_names_what_it_leaves_out(folders: Any, capsys: An
     )
 
 
+def test_a_report_tells_the_price_apart_from_the_distance_to_the_prior(
+    folders: Any, tmp_path: Path
+) -> None:
+    router = load_patch(tiny("llama" if "llama" in str(folders[0]) else "gpt2"), folders[2])
+    price, weight = 5000.0, router.fitted.kl_weight  # where a fit for a range of budgets may end
+    router.fitted = replace(router.fitted, price=price)
+    router.save(tmp_path, held_out=True)
+    layers = Examination(fitted_patch(router, router.held_out, context=20)).collapse.layers()
+    router.unpatch()
+    arguments = [str(tmp_path), *options(folders)[1:], "--quick", "--tokens", "60"]
+    assert main(["report", *arguments, "--context", "20"]) == 0
+    html, sums = (tmp_path / "report.html").read_text(), layers.sum()
+    assert sums["kl"] > 50 * sums["kl_untilted"]
+    apart = f"{sums['kl_untilted']:.4f} nats per token, {sums['kl_untilted'] / 2:.4f} a unit"
+    assert f"{apart}, without the prior&#39;s tilt (with the tilt, by a price of 5,000," in html
+    assert f"{sums['kl']:,.1f}); " in html
+    assert f"weight, {weight:.3g}, it pays {weight * sums['kl']:.4f}" in html
+    data = json.loads(html.split('id="data">')[1].split("</script>")[0])
+    assert data["price"] == price and max(data["layers"][0]["kl"]) < sums["kl"] / 4
+    assert "kl untilted" in html and ">kl<" not in html
+    paid = weight * router.fitted.read["kl"]
+    card = (tmp_path / "README.md").read_text()
+    assert re.search(rf"KL to the prior at its weight and price, .*\| {paid:.4f} ", card)
+
+
 def test_a_report_of_frozen_units_says_that_it_reads_what_they_would_choose(
     folders: Any, tmp_path: Path, capsys: Any
 ) -> None:
@@ -157,6 +183,9 @@ def test_every_diagnostic_reads_a_patched_model(folders: Any) -> None:
     assert examined.figures().drop("rank correlation of entropy and regret").notna().any()
     topics = {verdict.topic for verdict in examined.verdicts()}
     assert {"guide", "amortisation", "calibration"} <= topics
+    assert sum(verdict.topic == "amortisation" for verdict in examined.verdicts()) == 1
+    reason = "amortisation under the ELBO: the price of a patch is one at its fit's KL weight"
+    assert any(one.startswith(reason) for one in examined.left_out())
     assert "Reliability" in write_report(examined, limit=48)
 
 

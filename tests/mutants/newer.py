@@ -128,10 +128,10 @@ NEWER = [
     ),
     Fault(
         "the divergence has its arguments exchanged",
-        f"{P}/routing/risk.py",
+        f"{P}/transformer/nll.py",
         "(p.exp() * (p - q))",
         "(q.exp() * (q - p))",
-        f"{T}/training/test_risk.py",
+        f"{T}/transformer/test_nll.py",
     ),
     Fault(
         "a promise bounds by the deviation of one window",

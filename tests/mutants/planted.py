@@ -89,7 +89,7 @@ FAULTS = [
     ),
     Fault(
         "a dead expert's threshold is zero",
-        f"{P}/diagnostics/measures/collapse.py",
+        f"{P}/diagnostics/measures/collapse_verdicts.py",
         "if share < t.dead_load]",
         "if share <= 0]",
         f"{T}/diagnostics/test_collapse.py",
@@ -301,7 +301,7 @@ FAULTS = [
     Fault(
         "a controller does not start where it is told",
         f"{P}/routing/controller.py",
-        "raw = above.expm1().log()",
+        "raw = inverse_softplus(above)",
         "raw = above.log()",
         f"{T}/routing {T}/transformer/test_layer.py {T}/training/test_fit.py",
     ),

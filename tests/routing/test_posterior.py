@@ -109,7 +109,7 @@ def test_the_posterior_is_float32_for_half_inputs_and_above_its_floor() -> None:
 
 def test_a_controller_starts_where_it_is_told() -> None:
     controller = MetaController(16, 2, 3, hidden=8, floor=0.01)
-    start = torch.tensor([[0.1, 0.25, 0.15], [5.0, 0.5, 100.0]])
+    start = torch.tensor([[0.1, 0.25, 0.15], [5.0, 0.5, 2000.0]])
     controller.start_at(start)
     hidden = torch.randn(4, 7, 16)
     for layer in range(2):

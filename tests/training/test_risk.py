@@ -1,11 +1,10 @@
 import copy
-import math
 
 import pytest
 import torch
 
 from bayes_router.data.tokens import Batch
-from bayes_router.routing.risk import LEAST_KL, RiskFit, RiskHead, divergence, risk_features
+from bayes_router.routing.risk import LEAST_KL, RiskFit, RiskHead, risk_features
 from bayes_router.routing.saving import load_risk, save_risk
 from bayes_router.training.checkpoint import load_run
 from bayes_router.training.evidence import fit_evidence
@@ -42,12 +41,6 @@ def test_the_mean_of_the_estimates_is_that_of_the_text_though_kl_is_heavy_tailed
     head = RiskHead.fit(x, kl, RiskFit(100, 128, width=16))
     assert float(head(x).mean()) == pytest.approx(float(kl.mean()), rel=1e-4)
     assert float(head.factor) > 2  # exp of a mean logarithm falls short of the mean
-
-
-def test_divergence_is_that_of_the_distributions():
-    p, q = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.9, 0.1]])
-    exact = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
-    assert float(divergence(p.log() + 3, q.log())) == pytest.approx(exact, abs=1e-6)
 
 
 @torch.no_grad()

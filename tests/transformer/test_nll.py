@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bayes_router.inference.likelihood import ExpectedToken, NextToken
-from bayes_router.transformer.nll import mean_nll, token_nll
+from bayes_router.transformer.nll import ROWS, mean_nll, token_kl, token_nll
 from bayes_router.types import IGNORED
 
 
@@ -23,6 +23,14 @@ def test_by_hand(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(
         mean_nll(logits, targets).double(), want[targets != IGNORED].mean(), rtol=1e-5, atol=1e-6
     )
+
+
+def test_the_kl_of_two_predictions_is_that_of_their_distributions() -> None:
+    torch.manual_seed(0)
+    p, q = torch.randn(2, ROWS, 5), 2 * torch.randn(2, ROWS, 5)  # more rows than are read at once
+    exact = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1)
+    torch.testing.assert_close(token_kl(p + 3, q.requires_grad_()), exact)
+    assert not token_kl(p, q).requires_grad and float(token_kl(p, p).abs().max()) == 0
 
 
 def test_a_teacher_is_heard_at_its_own_temperature() -> None:

@@ -30,6 +30,7 @@ LABELS = {
     "route_information": "route information (nats)",
     "context_information": "of context (nats)",
     "kl": "KL to the prior (nats per token)",
+    "kl_untilted": "KL to the prior without its tilt (nats per token)",
     "largest_load": "largest share of tokens",
 }
 

@@ -22,7 +22,7 @@ from bayes_router.inference.guide import RoutingGuide
 from bayes_router.inference.model import RoutingModel, harden
 from bayes_router.inference.sites import of_site, route_site, to_network, with_unit
 from bayes_router.routing.controller import MetaController
-from bayes_router.routing.posterior import posterior, posterior_mean
+from bayes_router.routing.posterior import inverse_softplus, posterior, posterior_mean
 from bayes_router.transformer.nll import token_nll
 from bayes_router.types import Route
 
@@ -170,7 +170,7 @@ def _fit(
     lr: float,
 ) -> list[Tensor]:
     """Concentrations that raise the bound of these sequences."""
-    raw = [(c - floor).clamp_min(1e-6).expm1().log().requires_grad_() for c in start]
+    raw = [inverse_softplus((c - floor).clamp_min(1e-6)).requires_grad_() for c in start]
     optimiser = torch.optim.Adam(raw, lr=lr)
     for _ in range(steps):
         q = [posterior(r, floor) for r in raw]

@@ -58,8 +58,8 @@ class RoutedPretrained(Promising):
                 moves: save it beside the patch.
 
         Returns:
-            One row a step: nll, kl, elbo in nats per token, the executed cost and the price; with
-            the unpatched model alone as likelihood also the divergence from it.
+            One row a step: nll, kl, elbo in nats per token, the executed cost and the price; where
+            the unpatched model is observed, wholly or in part, also the divergence from it.
             `attrs["distillation"]` has the errors of the first phase.
         """
         self.require_patched()

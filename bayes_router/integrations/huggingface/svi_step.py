@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bayes_router.checks import require
 from bayes_router.inference.elbo import NegativeELBO
 from bayes_router.inference.guide import Controller, RoutingGuide
-from bayes_router.inference.likelihood import Likelihood, NextToken, Teacher, entropy
+from bayes_router.inference.likelihood import Likelihood, NextToken, Teacher
 from bayes_router.inference.model import RoutingModel
 from bayes_router.integrations.huggingface.fit_settings import FitSettings
 from bayes_router.integrations.huggingface.graphs import without_mask
@@ -21,6 +21,7 @@ from bayes_router.routing.cost import CostBy
 from bayes_router.routing.schedule import ScheduleState
 from bayes_router.training.graph import GraphedGradient
 from bayes_router.training.optimise import clip_gradient
+from bayes_router.transformer.nll import token_kl
 from bayes_router.types import IGNORED, LossTerms, Route
 
 
@@ -90,7 +91,7 @@ class SviStep:
         self.objective = NegativeELBO(*program(router, start, network, self.teacher, self.dialled))
         self.objective.model.through = settings.gradient_of
         self.trained = nn.ModuleList([router, *([router.model] if settings.weights_lr else [])])
-        self.read = torch.zeros(2, device=router.device)  # executed cost, the teacher's entropy
+        self.read = torch.zeros(2, device=router.device)  # executed cost, divergence
         if settings.graph:
             require(
                 router.device.type == "cuda" and not settings.weights_lr,
@@ -123,23 +124,24 @@ class SviStep:
         row = {name: float(value) for name, value in terms._asdict().items()}
         found = float(loss)
         require(torch.isfinite(loss).item() is True, "loss", "finite", found, "lower the rates")
-        cost, of_teacher = self.read.tolist()
-        if self.settings.text == 0:
-            row["divergence"] = row["nll"] - of_teacher
+        cost, divergence = self.read.tolist()
+        if self.settings.teacher:
+            row["divergence"] = divergence
         return row | {"cost": cost, "price": state.price, "dial": asked.dial}
 
     def _gradient(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, LossTerms, Tensor]:
         """(loss, its terms, gradient norm); nothing in here waits for the device."""
         self.spent.clear()
         if self.settings.teacher:
-            said = self.teacher.logits = self.router.unrouted(tokens)
-            if self.settings.text == 0:
-                scored = entropy(said).masked_fill(targets == IGNORED, 0.0)
-                self.read[1].copy_(scored.sum() / targets.numel())
+            self.teacher.logits = self.router.unrouted(tokens)
         loss, terms = self.objective(tokens, targets)
+        if self.teacher.logits is not None and self.teacher.student is not None:
+            apart = token_kl(self.teacher.logits, self.teacher.student.view_as(self.teacher.logits))
+            scored = apart.masked_fill(targets == IGNORED, 0.0)
+            self.read[1].copy_(scored.sum() / targets.numel())
         loss.backward()
         norm = clip_gradient(self.trained, self.settings.clip)
         self.read[0].copy_(torch.stack(self.spent).mean())
         self.spent.clear()
-        self.teacher.logits = None
+        self.teacher.logits = self.teacher.student = None
         return loss.detach(), terms, norm

@@ -48,7 +48,12 @@ def card(
             f"budget ({PAID[fitted.by]}, full attention = 1)": str(asked),
             "KL weight and price at the end": f"{fitted.kl_weight:.4g} and {fitted.price:.4g}",
         }
-        what |= _figures(fitted.read, PAID[fitted.by])
+        paid = {
+            f"paid{name}": fitted.kl_weight * fitted.read[f"kl{name}"]
+            for name in ("", "_se")
+            if f"kl{name}" in fitted.read
+        }
+        what |= _figures({**fitted.read, **paid}, PAID[fitted.by])
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in what.items())]
     use = [
         "```python",
@@ -77,8 +82,8 @@ def _figures(read: Mapping[str, float], paid: str) -> dict[str, str]:
     """What the end of the fit read, on its own text: loss and cost."""
     names = {
         "nll": "loss, nats per token",
-        "divergence": "... of which lost against the unpatched model",
-        "kl": "KL to the prior, nats per token",
+        "divergence": "KL from the unpatched model, nats per token",
+        "paid": "KL to the prior at its weight and price, nats per token",
         "cost": f"{paid}, full attention = 1",
     }
     steps = f"the last {read.get('steps', 0):.0f} steps of the fit, on its own text"

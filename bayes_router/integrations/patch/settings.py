@@ -182,9 +182,9 @@ class FitRecord:
         by: what the budget is over, flops or bytes, see `CostBy`.
         tokenizer: the name of the one that made the tokens; None where ids were given.
         text: `fingerprint` of what was read; () in a folder of before.
-        read: what the last tenth of the steps read, by name: `nll` and, against the model's own
-            distribution, `divergence` (nats per token), `kl` (nats per token, all layers), `cost`
-            (executed, full attention = 1), their standard errors as `nll_se` and so on, and
+        read: what the last tenth of the steps read, by name: `nll` and, where the unpatched model
+            is observed, `divergence` from it (nats per token), `kl` (nats per token, all layers),
+            `cost` (executed, full attention = 1), their standard errors as `nll_se` and so on, and
             `steps`; {} in a folder of before.
     """
 
