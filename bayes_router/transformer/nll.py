@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from bayes_router.types import IGNORED
 
-ROWS = 2048  # of a vocabulary in float32 at once
+ROWS = 512  # of a vocabulary in float32 at once
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
