@@ -17,7 +17,8 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.behind import BY_HEAD
-from analysis.pretrained.table import OURS, below, losses
+from analysis.pretrained.table import OURS, losses
+from analysis.pretrained.verdict import apart
 from analysis.routes.tiny_lm import paired, summarise
 
 ROOT = Path(__file__).parents[1]
@@ -45,15 +46,15 @@ def pretrained() -> list[str]:
     static = [n for n in cells.index.levels[0] if n.startswith("static")]
     best = min(static, key=lambda name: cells.loc[(name, 0.3), "lost"])
     assert best == "static, query heads"
-    apart = below(frame[frame["budget"] < 0.5], best, 1024)
-    assert (apart["below"] > 2 * apart["se"]).all()
+    cheap = apart(frame[frame["budget"] < 0.5], best, 1024)
+    assert (cheap["below"] > 2 * cheap["se"]).all()
     (low, high), (near, far) = (
         [cells.loc[(name, budget)] for budget in (0.3, 0.4)] for name in (OURS, best)
     )
     return [
         f"its {low['seeds']:.0f} seeds lose {low['lost']:.2f}% of perplexity on novels at a budget "
         f"of 0.3 (SE {low['se']:.2f}) and {high['lost']:.2f}% at 0.4 ({high['se']:.2f}); the best "
-        f"static rival, query heads chosen once ({near['seeds']:.0f} seed), {near['lost']:.2f}% "
+        f"static rival, query heads chosen once ({near['seeds']:.0f} seeds), {near['lost']:.2f}% "
         f"({near['se']:.2f}) and {far['lost']:.2f}% ({far['se']:.2f})",
     ]
 

@@ -1,5 +1,5 @@
-"""Prints what the page of pretrained models says first: each text's table, and where ours is not
-below a rival.
+"""Prints what the page of pretrained models says first: what each contender loses, and where ours
+is not below a rival.
 
     python -m analysis.pretrained.verdict [RESULTS.csv]
 
@@ -21,7 +21,12 @@ from analysis.pretrained.table import CELL, OURS, RESULTS, lines, load, losses, 
 
 SHARE = RESULTS.with_name("pretrained_share.csv")
 AT_ONE = f"{OURS}, fitted at one budget"
-NAMES = {"novels": "novels", "wikitext": "WikiText-103", "python": "Python source"}
+NAMES = {
+    "novels": "novels",
+    "wikitext": "WikiText-103",
+    "python": "Python source",
+    "speeches": "speeches",
+}
 ORDER = (
     OURS,
     AT_ONE,
@@ -56,6 +61,7 @@ def apart(frame: pd.DataFrame, rival: str, window: int) -> pd.DataFrame:
         error = standard_error(seeds) if len(seeds) > 1 else 0.0
         row = dict(zip(CELL, key, strict=True)) | {"rival": rival, "window": window}
         row |= {"below": 100 * pieces.mean(), "se": 100 * np.hypot(standard_error(pieces), error)}
+        row |= {"cost": cell[cell["contender"] == rival]["cost"].mean()}
         rows.append(row | {"seeds": f"{ours.shape[1]} against {theirs.shape[1]}"})
     return pd.DataFrame(rows)
 
@@ -85,27 +91,25 @@ def verdicts(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def shown(frame: pd.DataFrame) -> Iterator[str]:
-    """A table a window, length and text: a row a contender, a column a budget."""
-    table = losses(frame)
+    """A table a window and length: a row a budget and contender, a column a text."""
+    table = losses(frame).sort_values(["window", "context"], ascending=False)
     for (window, context), part in table.groupby(["window", "context"], sort=False):
-        budgets = sorted(part["budget"].unique(), reverse=True)
-        for text in sorted(part["text"].unique(), key=[*NAMES, "speeches"].index):
-            yield f"\n| {NAMES.get(text, text)}, {context} tokens, window {window} | seeds | " + (
-                " | ".join(map(str, budgets)) + " |"
-            )
-            yield "|" + "---|" * (2 + len(budgets))
-            here = part[part["text"] == text].set_index(["contender", "budget"])
-            for name in (one for one in ORDER if one in here.index.levels[0]):
-                if name not in here.index.get_level_values(0):
-                    continue
-                bold = "**" if name == OURS else ""
-                rows = [here.loc[(name, b)] if (name, b) in here.index else None for b in budgets]
-                found = [
-                    "" if r is None else f"{bold}{r['lost']:.2f} +- {r['se']:.2f}{bold}"
-                    for r in rows
-                ]
-                seeds = max(int(r["seeds"]) for r in rows if r is not None)
-                yield f"| {bold}{name}{bold} | {seeds} | " + " | ".join(found) + " |"
+        here = part.set_index(["budget", "contender", "text"])
+        yield f"\n| {context} tokens, window {window} | seeds | {' | '.join(NAMES.values())} |"
+        yield "|" + "---|" * (2 + len(NAMES))
+        for budget in sorted(part["budget"].unique()):
+            read = part[part["budget"] == budget]
+            for name in (one for one in ORDER if one in set(read["contender"])):
+                bold, cells = "**" if name == OURS else "", list[str]()
+                for text in NAMES:
+                    key = (budget, name, text)
+                    if key in here.index:
+                        row = here.loc[key]
+                        cells.append(f"{bold}{row['lost']:.2f} +- {row['se']:.2f}{bold}")
+                    else:
+                        cells.append("")
+                seeds = read[read["contender"] == name]["seeds"].max()
+                yield f"| {bold}{budget}, {name}{bold} | {seeds} | {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -116,10 +120,10 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="?", default=SHARE)
     frame = load(parser.parse_args().results)
     print("Perplexity lost in percent, SE over pieces")
-    print("\n".join(shown(frame.sort_values(["window", "context"], ascending=False))))
+    print("\n".join(shown(frame)))
     cells = every(frame)
     print("\n### How far token x query head lies below, points of perplexity\n")
-    print("\n".join(lines(cells.round({"below": 2, "se": 2}))))
+    print("\n".join(lines(cells.round({"below": 2, "se": 2, "cost": 3}))))
     print("\n### By rival\n")
     print("\n".join(lines(verdicts(cells))))
 

@@ -48,6 +48,5 @@ def test_cells_are_counted_and_those_that_are_not_below_are_named() -> None:
     assert (row["cells"], row["below"], row["level"], row["above"]) == (3, 1, 1, 1)
     assert "at 0.5: -5.50" in row["not below"] and "at 0.3" not in row["not below"]
     page = list(shown(frame))
-    assert page[2] == "| **token x query head** | 1 | **0.00 +- 0.00** | " + (
-        "**0.00 +- 0.00** | **0.00 +- 0.00** |"
-    )
+    assert page[2] == "| **0.3, token x query head** | 1 | **0.00 +- 0.00** |  |  |  |"
+    assert page[3] == "| 0.3, static, query heads | 1 | 5.65 +- 0.50 |  |  |  |"
