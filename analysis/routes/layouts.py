@@ -145,15 +145,18 @@ def last_by_head(
 
 
 def by_head(
-    *pattern: str, price: float, late: dict[str, float], controller: str = ""
+    *pattern: str, price: float, late: dict[str, float], controller: str = "", heads: int = 4
 ) -> dict[str, Any]:
-    """Ours by head, from a layout, under a price of FLOPs; the KL of four heads is a sum."""
-    made = started_on(*pattern, price=price, cost="flops", kl_weight=0.003 / 4, **late)
+    """Ours by head, from a layout, under a price of FLOPs; the KL of the heads is a sum."""
+    made = started_on(*pattern, price=price, cost="flops", kl_weight=0.003 / heads, **late)
     made["contender"]["controller"] = controller
-    return by_the_head(made)
+    made = by_the_head(made)
+    if heads != 4:
+        made["contender"]["changes"]["model"]["num_heads"] = heads
+    return made
 
 
-PRICES = (10, 20, 80)
+PRICES = (5, 10, 20, 40, 80)
 
 
 def cheap(
@@ -194,6 +197,22 @@ def cheap(
         **{
             f"static heads learned, from {rest}f, price {price}": by_head(
                 *start, price=float(price), late=late, controller="constant"
+            )
+            for price in PRICES
+        },
+        **{
+            f"ours by head, from {rest}f, price {price}, straight-through": by_head(
+                *start, price=float(price), late=late | {"straight_through_from": 0.8}
+            )
+            for price in PRICES
+        },
+        **{
+            f"{name}, from {rest}f, price {price}": by_head(
+                *start, price=float(price), late=late, heads=8, controller=controller
+            )
+            for name, controller in (
+                ("ours by 8 heads", ""),
+                ("static 8 heads learned", "constant"),
             )
             for price in PRICES
         },

@@ -103,6 +103,37 @@ def paired(frame: pd.DataFrame, against: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
+def rivals(frame: pd.DataFrame, against: str) -> pd.DataFrame:
+    """Of each text, the static contenders that a reader would take instead of `against`.
+
+    The best of those whose executed FLOPs are no more, and the cheapest of those whose nll is no
+    more, where there is one. Columns as of `paired`, and nll_hard, cost_flops, and what it is.
+    """
+    rows = []
+    table = summarise(frame).set_index(["corpus", "context"])
+    gaps = paired(frame, against).set_index(["corpus", "context", "contender"])
+    for text, group in table.groupby(level=[0, 1]):
+        cells = group.set_index("contender")
+        if against not in cells.index:
+            continue
+        ours = cells.loc[against]
+        static = cells[cells.index.str.startswith("static")]
+        as_cheap = static[static["cost_flops"] <= ours["cost_flops"] + EQUAL]
+        as_good = static[static["nll_hard"] <= ours["nll_hard"]]
+        found = {"best as cheap": as_cheap["nll_hard"], "cheapest as good": as_good["cost_flops"]}
+        for what, column in found.items():
+            if len(column):
+                name = column.idxmin()
+                row = {"corpus": text[0], "context": text[1], "what": what, "contender": name}
+                row |= static.loc[name, ["nll_hard", "cost_flops"]].to_dict()
+                rows.append(row | gaps.loc[(*text, name)].to_dict())
+    return pd.DataFrame(rows)
+
+
+EQUAL = 5e-4
+"""Costs this near are the same to the digits that are shown."""
+
+
 def markdown(table: pd.DataFrame) -> str:
     """The tables for a README, one a corpus and context."""
     parts = []
@@ -165,6 +196,7 @@ def main() -> None:
     print(markdown(table))
     if args.against:
         print(paired(frame, args.against).round(4).to_string(index=False))
+        print(rivals(frame, args.against).round(4).to_string(index=False))
 
 
 if __name__ == "__main__":

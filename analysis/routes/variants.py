@@ -105,11 +105,15 @@ class SegmentController(LayerController):
 
 
 class ConstantController(LayerController):
-    """Decides once for all tokens: a static choice of each unit, fitted as a router is."""
+    """Decides once for all tokens: a static choice of each unit, fitted as a router is.
+
+    It reads ones, as large as a normalised hidden state: reading zeros only its biases would move,
+    and those too slowly to leave the layout that it starts on.
+    """
 
     def forward(self, hidden: Tensor, units: Tensor | None = None) -> Tensor:
         """[B, T, D] -> [B, T, R, E], whatever the hidden states."""
-        return super().forward(torch.zeros_like(hidden), units)
+        return super().forward(torch.ones_like(hidden), units)
 
 
 class ChainedController(MetaController):

@@ -13,7 +13,7 @@ import torch
 from analysis.routes.contenders import Contender
 from analysis.routes.layouts import HEADLINE, HEADS, LONG, QUOTING, RECIPE, SHORT
 from analysis.routes.sweep import WORDS, identity, planned, run_one, settings, sweep
-from analysis.routes.tiny_lm import markdown, paired, plan, summarise
+from analysis.routes.tiny_lm import markdown, paired, plan, rivals, summarise
 from analysis.routes.tiny_lm_figure import kind_of
 from analysis.routes.variants import (
     ChainedController,
@@ -134,6 +134,9 @@ def test_heads_that_are_learned_once_are_the_same_for_every_token() -> None:
     assert found.shape[3:] == (4, 3)
     torch.testing.assert_close(found, found[:, :1, :1].expand_as(found))
     assert found[0, 0, 0].unique(dim=0).shape[0] == 4  # and each head has its own
+    found.sum().backward()
+    moved = [layer.hidden.weight.grad for layer in model.controller.layers]
+    assert all(grad is not None and grad.abs().min() > 0 for grad in moved)  # not its biases alone
 
 
 def test_controllers_see_what_they_say() -> None:
@@ -233,6 +236,28 @@ def test_seeds_are_paired_with_themselves() -> None:
     assert (row["contender"], row["n"]) == ("static f", 2)
     assert row["below"] == pytest.approx(0.3) and row["se"] == pytest.approx(0.1)
     assert row["standard errors"] == pytest.approx(3.0)
+
+
+def test_the_rivals_are_the_best_as_cheap_and_the_cheapest_as_good() -> None:
+    read = {  # nll and cost of each seed
+        "ours": [(0.8, 0.10), (0.9, 0.10)],
+        "static cheap": [(1.0, 0.06), (1.2, 0.06)],
+        "static as dear": [(0.9, 0.10), (1.1, 0.10)],
+        "static good": [(0.8, 0.20), (0.8, 0.20)],
+        "static good, dearer": [(0.7, 0.30), (0.7, 0.30)],
+        "softmax": [(0.1, 0.01), (0.1, 0.01)],  # no static contender
+    }
+    rows = [
+        {"corpus": "c", "context": 8, "contender": name, "seed": seed}
+        | dict(zip(("nll_hard", "cost_flops"), cell, strict=True))
+        for name, cells in read.items()
+        for seed, cell in enumerate(cells)
+    ]
+    first, second = rivals(pd.DataFrame(rows), "ours").to_dict("records")
+    assert (first["what"], first["contender"]) == ("best as cheap", "static as dear")
+    assert first["below"] == pytest.approx(0.15) and first["n"] == 2
+    assert (second["what"], second["contender"]) == ("cheapest as good", "static good")
+    assert second["cost_flops"] == pytest.approx(0.2)
 
 
 def test_headline_rows_get_the_seeds() -> None:
