@@ -23,7 +23,17 @@ class Batch(NamedTuple):
     targets: Tensor
 
 
-class TokenSource(Protocol):
+class Windowed(Protocol):
+    """What a dial asks of data."""
+
+    def windows(self, context: int, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+        """The evaluation text in batches of at most `batch_size` rows, always the same.
+
+        At most `limit` tokens of it.
+        """
+
+
+class TokenSource(Windowed, Protocol):
     """What training and evaluation ask of data; the synthetic tasks answer it too."""
 
     @property
@@ -45,12 +55,6 @@ class TokenSource(Protocol):
 
         `batch_size` counts the rows of all ranks together; a rank gets the rows rank, rank +
         world_size, ...
-        """
-
-    def windows(self, context: int, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
-        """The evaluation text in batches of at most `batch_size` rows, always the same.
-
-        At most `limit` tokens of it.
         """
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from bayes_router.integrations.huggingface.model import RoutedPretrained
-    from bayes_router.integrations.torch_attention import RoutedTorch
+    from bayes_router.integrations.torch_model import RoutedTorch
 
 TorchAttention: TypeAlias = (
     nn.MultiheadAttention

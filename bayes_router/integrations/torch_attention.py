@@ -8,9 +8,8 @@ is cross-attention, runs as before, and is named in a warning. A token on `full`
 where all tokens are, the module's own forward pass is run.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,119 +17,14 @@ from torch.nn import functional as F
 
 from bayes_router.attention.kernels.eager.fused import fused_attention
 from bayes_router.attention.shapes import ExpertShape, merge_tokens
-from bayes_router.checks import positive, require
+from bayes_router.checks import require
 from bayes_router.integrations import torch_layer
 from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.integrations.calls.masks import padding_of, seen
 from bayes_router.integrations.patch.binding import BINDING, Binding, all_on, replace_forward
-from bayes_router.integrations.patch.distil import distillation_errors
 from bayes_router.integrations.patch.found import Found
-from bayes_router.integrations.patch.routed import RoutedModel
 from bayes_router.integrations.patch.settings import RouterConfig
-from bayes_router.types import RoutingMode
-
-Loss = Callable[[Any], Tensor]
-
-
-class RoutedTorch(RoutedModel):
-    """A patched PyTorch module; see `RoutedModel`. Calling it calls the module.
-
-    In training mode draws carry gradients to the controllers, so that task loss + weight * `kl()`
-    is a negative ELBO. A mixture of experts has no attention weights: where tokens are routed, in
-    training mode hence always, a bare `nn.MultiheadAttention` is called with need_weights=False
-    (its own default is True).
-    """
-
-    def forward(self, *inputs: Any, **named: Any) -> Any:
-        """The module itself."""
-        self.require_patched()
-        return self.model(*inputs, **named)
-
-    def distil(self, inputs: Iterable[Any], lr: float = 1e-3) -> list[float]:
-        """Teach each linear expert its own layer's attention, one step an input.
-
-        Relative squared errors over real tokens, mean over layers.
-        """
-        parameters = [p for layer in self.layers for p in layer.parameters()]
-        if not parameters:
-            return []
-        optimiser, losses = torch.optim.Adam(parameters, lr=lr), []
-
-        def compare(index: int, call: AttentionCall, hidden: Tensor) -> None:
-            errors.extend(distillation_errors(self.layers[index], call))
-
-        with self.only_this():
-            for x in inputs:
-                errors: list[Tensor] = []
-                with torch.no_grad(), self.observed_by(compare):
-                    self.model(*_arguments(x))
-                loss = torch.stack(errors).mean()
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-                losses.append(float(loss.detach()))
-        return losses
-
-    def fit(
-        self,
-        inputs: Sequence[Any],
-        loss: Loss | None = None,
-        *,
-        kl_weight: float = 3e-3,
-        lr: float = 3e-3,
-    ) -> list[float]:
-        """Fit controllers and experts by SVI, one step an input.
-
-        Minimise loss(model(x)) + kl_weight * kl over draws of routes.
-
-        Args:
-            inputs: what the module is called with, a tensor or a tuple of arguments each.
-            loss: of the module's output, a mean; by default the squared distance from the original
-                module's output, over real tokens where that is one row a token.
-            kl_weight: of the KL, nats per token.
-            lr: learning rate of Adam.
-        """
-        self.require_patched()
-        positive("kl_weight", kl_weight)
-        optimiser, losses = torch.optim.Adam(self.parameters(), lr=lr), []
-        mode, before = self.mode, self._force
-        try:
-            with self.only_this():
-                for x in inputs:
-                    with torch.no_grad():
-                        self.force("full")
-                        target = self.model(*_arguments(x))
-                    self.force(None)
-                    self.mode = RoutingMode.SAMPLE
-                    out = self.model(*_arguments(x))
-                    task = loss(out) if loss is not None else self._distance(out, target)
-                    optimiser.zero_grad()
-                    (task + kl_weight * self.kl()).backward()
-                    optimiser.step()
-                    losses.append(float(task.detach()))
-        finally:
-            self.mode, self._force = mode, before
-        return losses
-
-    def _distance(self, out: Any, target: Any) -> Tensor:
-        """Mean squared distance of the output from the original's.
-
-        Of rows of tokens, over the real ones.
-        """
-        # without attention weights
-        out, target = (x[0] if isinstance(x, tuple) else x for x in (out, target))
-        distance: Tensor = (out - target).square()
-        last, by_row = self.last, getattr(self.found[0].module, "batch_first", True)
-        real = last.real.get(0)
-        if real is not None and distance.dim() > 2:
-            of_batch = distance if by_row else distance.transpose(0, 1)
-            if of_batch.shape[1] == real.shape[1] and real.shape[0] in (1, of_batch.shape[0]):
-                return last.mean(0, of_batch)
-        return distance.mean()
-
-
-def _arguments(x: Any) -> tuple[Any, ...]:
-    return x if isinstance(x, tuple) else (x,)
+from bayes_router.integrations.torch_model import RoutedTorch
 
 
 def patch_torch(model: nn.Module, settings: RouterConfig) -> RoutedTorch:

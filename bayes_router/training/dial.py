@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bayes_router.checks import not_negative, require
-from bayes_router.data.tokens import TokenSource
+from bayes_router.data.tokens import TokenSource, Windowed
 from bayes_router.routing.policy import Budget, Policy, at_price
 from bayes_router.training.executed import (
     CountedCost,
@@ -79,7 +79,7 @@ class Dial:
     def __init__(
         self,
         model: Routed,
-        source: TokenSource,
+        source: Windowed,
         cost_ratio: Tensor | Sequence[float] | CountedCost,
         *,
         context: int,

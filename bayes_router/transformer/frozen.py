@@ -3,7 +3,8 @@
 A static expert stands in place of a controller; key heads that never look far free their cache.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isnan
 from typing import Any
@@ -102,6 +103,12 @@ class Frozen:
     def total(self) -> int:
         """How many units there are."""
         return sum(map(len, self.experts))
+
+
+def check_share(share: float) -> None:
+    """ValueError where `share` is no share of the tokens below a half."""
+    expected = "0 or more of the tokens, and less than half"
+    require(not_negative("share", share, expected) < 0.5, "share", expected, share)
 
 
 def decided(load: Tensor, share: float) -> Frozen:
@@ -216,6 +223,17 @@ def short_by_layer(model: Any, frozen: Frozen | None) -> list[list[int]]:
     return found
 
 
+@contextmanager
+def choosing(owner: Any) -> Iterator[None]:
+    """Thaw what is asked, so that its units are chosen anew; as before where that fails."""
+    before, owner.frozen = owner.frozen, None
+    try:
+        yield
+    except BaseException:
+        owner.frozen = before
+        raise
+
+
 @torch.no_grad()
 def freeze(
     owner: Any,
@@ -241,8 +259,7 @@ def freeze(
         layer_cost: of the experts in each layer, [L, E].
         held: bytes of a cache behind tokens [1, T], under `owner.frozen`; 0: there is none.
     """
-    expected = "0 or more of the tokens, and less than half"
-    require(not_negative("share", share, expected) < 0.5, "share", expected, share)
+    check_share(share)
     require(
         len(windows) >= 2, "texts", "two windows of text or more", len(windows), "lower context"
     )
@@ -260,16 +277,12 @@ def freeze(
         return float((load * layer_cost.double()[:, None].cpu()).sum(-1).mean())
 
     half, one = len(windows) // 2, windows[0].tokens[:1]
-    before, owner.frozen = owner.frozen, None
-    try:
+    with choosing(owner):
         load = torch.stack([read(batch)[1] for batch in windows[:half]]).mean(0)
         chosen = decided(load, share)
         free, bytes_before = [read(batch) for batch in windows[half:]], held(one)
         owner.frozen = chosen
         static, bytes_after = [read(batch) for batch in windows[half:]], held(one)
-    except BaseException:
-        owner.frozen = before
-        raise
     apart = torch.stack([b[0] - a[0] for a, b in zip(free, static, strict=True)])
     return Freezing(
         chosen.number,

@@ -100,7 +100,7 @@ NEWER = [
     ),
     Fault(
         "padding counts in the default loss of a fit",
-        f"{P}/integrations/torch_attention.py",
+        f"{P}/integrations/torch_model.py",
         "return last.mean(0, of_batch)",
         "return of_batch.mean()",
         f"{T}/integrations/test_torch_attention.py",

@@ -28,7 +28,7 @@ from bayes_router import (
     routed_attention,
 )
 from bayes_router.integrations.huggingface.model import RoutedPretrained
-from bayes_router.integrations.torch_attention import RoutedTorch
+from bayes_router.integrations.torch_model import RoutedTorch
 
 
 @register_expert("typed")

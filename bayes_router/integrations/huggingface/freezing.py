@@ -51,7 +51,7 @@ def _held(router: RoutedLanguage, tokens: Tensor) -> int:
     if not router.causal:
         return 0
     stack: Any = router.model.base_model  # nobody reads the logits
-    with router.unforced():
+    with router.forced_to(None):
         out = stack(tokens.to(router.device), use_cache=True)
     cache = getattr(out, "past_key_values", None)
     return cache_bytes(cache) if hasattr(cache, "layers") else 0

@@ -1,20 +1,19 @@
 """The routed language model, as fitting, evaluation and diagnostics see it."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from bayes_router.checks import choose, require
 from bayes_router.config import ModelConfig
 from bayes_router.integrations.patch.routed import RoutedModel
+from bayes_router.integrations.patch.turned import Turned
 from bayes_router.routing.force import Force, as_units, forced_route
-from bayes_router.routing.policy import Policy
 from bayes_router.types import Route, RoutingMode, RoutingOutput
 
 
@@ -111,15 +110,6 @@ class RoutedLanguage(RoutedModel):
         model = self.model
         return isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None
 
-    @contextmanager
-    def unforced(self) -> Iterator[None]:
-        """Route as the posteriors say, whatever `force` was told; then as before."""
-        forced, self._force = self._force, None
-        try:
-            yield
-        finally:
-            self._force = forced
-
     @property
     def network(self) -> "Network":
         """What `RoutingModel` and the diagnostics want of a network."""
@@ -137,45 +127,12 @@ class RoutedLanguage(RoutedModel):
         return all(one.causal for one in self.found)
 
 
-class Unforced:
-    """A patched model as a dial turns it.
-
-    Its own posteriors decide, every window by itself, whatever it is forced to.
-    """
-
-    def __init__(self, router: RoutedLanguage):
-        self.router = router
-
-    @property
-    def policy(self) -> Policy:
-        """The router's."""
-        return self.router.policy
-
-    @policy.setter
-    def policy(self, policy: Policy) -> None:
-        self.router.policy = policy
-
-    @property
-    def training(self) -> bool:
-        """The model's mode."""
-        return self.router.training
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        self.router.train(mode)
-
-    def train(self, mode: bool = True) -> RoutedModel:
-        """Set the model's mode."""
-        return self.router.train(mode)
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """What was added: where the model runs, also where its weights are offloaded."""
-        self.router.follow()
-        return self.router.parameters()
+class Unforced(Turned[RoutedLanguage]):
+    """A patched model as a dial turns it, every window by itself."""
 
     def __call__(self, tokens: Tensor, mode: RoutingMode) -> RoutingOutput:
         """See `RoutedLanguage.forward`."""
-        with self.router.unforced():
+        with self.router.forced_to(None):
             output: RoutingOutput = self.router(
                 tokens, mode, **({"use_cache": False} if self.router.causal else {})
             )

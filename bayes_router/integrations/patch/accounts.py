@@ -48,7 +48,7 @@ class Accounted(Deciding):
         self.require_thawed("kl")
         prior, tilt = aligned(self.prior.concentration, self.price * self.prior.of_layers())
         log_z = tilted_moments(prior, tilt).log_normaliser  # [L], or [L, R]
-        routed, terms = self._routed(of), []
+        routed, terms = self.routed(of), []
         routed.kl_taken = True
         for layer, q in sorted(routed.concentration.items()):
             # over units
@@ -71,7 +71,7 @@ class Accounted(Deciding):
         Raises:
             ValueError: as `kl`; or `tokens` are not those of the pass.
         """
-        routed = self._routed(of).detached()
+        routed = self.routed(of).detached()
         shape = next(iter(routed.concentration.values())).shape[:2]
         fits = tokens is None or (isinstance(tokens, Tensor) and tokens.shape == shape)
         got = getattr(tokens, "shape", tokens)
@@ -87,7 +87,12 @@ class Accounted(Deciding):
             for i, q in sorted(routed.concentration.items())
         ]
 
-    def _routed(self, of: Pass | None) -> Pass:
+    def routed(self, of: Pass | None = None) -> Pass:
+        """A pass, by default the last of this thread, of whose layers each has a posterior.
+
+        Raises:
+            ValueError: nothing was routed in that pass, or all of it was forced.
+        """
         routed = self.last if of is None else of
         require(
             not routed.on_full,

@@ -1,5 +1,7 @@
 """Which expert a token of a patched model takes, once its controller was read."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -7,9 +9,11 @@ from torch import Tensor
 from torch.distributions import Dirichlet
 
 from bayes_router.checks import require
+from bayes_router.config import ModelConfig
 from bayes_router.integrations.patch.following import Following
 from bayes_router.integrations.patch.passes import Here, Pass
 from bayes_router.integrations.patch.settings import RouterConfig
+from bayes_router.routing.force import Force, forced_route
 from bayes_router.routing.guard import UNKNOWN, Guard, guarded
 from bayes_router.routing.policy import Policy, execute
 from bayes_router.transformer.frozen import Frozen, posterior
@@ -23,7 +27,10 @@ class Deciding(Following):
     cost_ratio: Tensor
     policy: Policy
     here: Here
+    config: ModelConfig
     frozen: Frozen | None = None
+    mode: RoutingMode | str | None = None
+    _force: Force | None = None
     # [E], and of the layers whose costs are not those, as they slide already
     _usual_costs: tuple[float, ...]
     _own_costs: dict[int, tuple[float, ...]]
@@ -32,6 +39,33 @@ class Deciding(Following):
     def experts(self) -> tuple[str, ...]:
         """Names, in the order of the routing latent."""
         return self.settings.experts
+
+    def force(self, force: Force | None) -> None:
+        """Send every token to one expert (its name), or where choices [L, B, T, R] or weights say.
+
+        None: route again.
+        """
+        if force is not None:
+            forced_route(force, self.experts, len(self.layers), self.config.num_units)
+        self._force = force
+
+    @property
+    def forced(self) -> bool:
+        """Whether `force` was told where tokens go."""
+        return self._force is not None
+
+    @contextmanager
+    def forced_to(
+        self, force: Force | None, mode: RoutingMode | str | None = None
+    ) -> Iterator[None]:
+        """`force`, and `mode` where one is given, inside the block; then as before."""
+        before = self._force, self.mode
+        self.force(force)
+        self.mode = before[1] if mode is None else mode
+        try:
+            yield
+        finally:
+            self._force, self.mode = before
 
     @property
     def last(self) -> Pass:

@@ -43,7 +43,7 @@ from bayes_router.integrations.patch.settings import RouterConfig
 from bayes_router.integrations.patch.sharing import share_gradients
 from bayes_router.integrations.patch.watch import TrainingWatch
 from bayes_router.routing.controller import MetaController
-from bayes_router.routing.force import Force, as_told, forced_route
+from bayes_router.routing.force import as_told
 from bayes_router.routing.policy import Argmax, Policy
 from bayes_router.transformer.fused import controller_input, watched
 from bayes_router.types import Route, RouteBy, RoutingMode
@@ -118,8 +118,6 @@ class RoutedModel(Savable):
             for one, shape in zip(found, shapes, strict=True)
         )
         self.policy: Policy = Argmax()
-        self.mode: RoutingMode | str | None = None
-        self._force: Force | None = None
         self.here, self.watch = Here(), TrainingWatch(self)
         self._settled = Settled()
         self.undo: list[Callable[[], None]] = []
@@ -141,20 +139,6 @@ class RoutedModel(Savable):
     def counted_experts(self) -> list[Expert]:
         """The experts as the cost models count them."""
         return counted_experts(self.config)
-
-    def force(self, force: Force | None) -> None:
-        """Send every token to one expert (its name), or where choices [L, B, T, R] or weights say.
-
-        None: route again.
-        """
-        if force is not None:
-            forced_route(force, self.experts, len(self.layers), self.config.num_units)
-        self._force = force
-
-    @property
-    def forced(self) -> bool:
-        """Whether `force` was told where tokens go."""
-        return self._force is not None
 
     def attend(self, index: int, hidden: Tensor, call: AttentionCall, cache: Any = None) -> Tensor:
         """What a patched layer calls.
