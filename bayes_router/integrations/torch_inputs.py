@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from bayes_router.checks import require
 from bayes_router.data.tokens import Batch
 from bayes_router.integrations.patch.turned import Turned
-from bayes_router.transformer.frozen import check_share, choosing, decided
+from bayes_router.transformer.freezing import check_share, choosing, decided
 from bayes_router.types import IGNORED, RoutingMode, RoutingOutput
 
 Loss = Callable[[Any], Tensor]

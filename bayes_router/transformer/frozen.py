@@ -1,12 +1,10 @@
-"""Units that nobody moves: which they are, read from a text, and what making them static costs.
+"""Units with a static route: an expert stands in place of their controller.
 
-A static expert stands in place of a controller; key heads that never look far free their cache.
+Key heads that never look far free their cache.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from math import isnan
 from typing import Any
 
 import torch
@@ -14,15 +12,10 @@ from torch import Tensor
 from torch.distributions import Dirichlet
 from torch.nn import functional as F
 
-from bayes_router.attention.cost import cost_ratios
 from bayes_router.attention.experts.contract import Kernel
 from bayes_router.attention.shapes import unit_heads
-from bayes_router.checks import not_negative, positive, require
-from bayes_router.data.stream import TokenStream
-from bayes_router.data.tokens import Batch, TokenSource
+from bayes_router.checks import require
 from bayes_router.routing.controller import MetaController
-from bayes_router.transformer.nll import mean_nll
-from bayes_router.types import CostModel, RoutingOutput
 
 LIVE = -1
 CERTAIN = 1e4
@@ -105,22 +98,6 @@ class Frozen:
         return sum(map(len, self.experts))
 
 
-def check_share(share: float) -> None:
-    """ValueError where `share` is no share of the tokens below a half."""
-    expected = "0 or more of the tokens, and less than half"
-    require(not_negative("share", share, expected) < 0.5, "share", expected, share)
-
-
-def decided(load: Tensor, share: float) -> Frozen:
-    """Freeze the units of which all but `share` of the tokens take one expert.
-
-    load [L, R, E] is the fraction on each.
-    """
-    most, expert = load.max(-1)
-    chosen = torch.where(most >= 1 - share - 1e-9, expert, torch.full_like(expert, LIVE))
-    return Frozen(tuple(tuple(map(int, row)) for row in chosen.tolist()))
-
-
 def read_frozen(saved: object, layers: int, units: int, experts: int) -> Frozen | None:
     """As a folder has it: lists of integers by layer; None where nothing is frozen.
 
@@ -138,61 +115,6 @@ def read_frozen(saved: object, layers: int, units: int, experts: int) -> Frozen 
     )
     require(fits, "frozen", f"{layers} lists of {units} experts, -1 to {experts - 1}", saved)
     return Frozen(tuple(map(tuple, rows)))
-
-
-@dataclass(frozen=True)
-class Freezing:
-    """What `freeze` found.
-
-    Units are chosen on one half of the text, loss and cost are read on the other.
-
-    Attributes:
-        frozen: units whose route is static now.
-        units: all of them, over layers.
-        short: key heads that keep sinks and window alone.
-        key_heads: all of them, over layers.
-        kept: keys that a short head keeps, sinks + window - 1.
-        lost: share of perplexity that freezing costs, exp(mean difference in nats) - 1.
-        error: standard error of that mean, over windows.
-        cost_before: executed cost of attention before, full = 1.
-        cost: after.
-        tokens: on which loss and cost were read.
-        context: tokens of a window.
-        bytes_before: of the cache behind one window, as it is held, before; 0: there is no cache.
-        bytes: after.
-    """
-
-    frozen: int
-    units: int
-    short: int
-    key_heads: int
-    kept: int
-    lost: float
-    error: float
-    cost_before: float
-    cost: float
-    tokens: int
-    context: int = 0
-    bytes_before: int = 0
-    bytes: int = 0
-
-    def freed(self, context: int) -> float:
-        """Share of the cache's bytes that are freed behind a text of so many tokens."""
-        return self.short / self.key_heads * max(1 - self.kept / context, 0.0)
-
-    def __str__(self) -> str:
-        """One sentence."""
-        error = "SE unknown of one window" if isnan(self.error) else f"SE {100 * self.error:.3f}"
-        cache = (
-            f"; cache of {self.context:,} tokens: {self.bytes_before:,} -> {self.bytes:,} bytes"
-            if self.bytes_before
-            else ""
-        )
-        return (
-            f"{self.frozen} of {self.units} units frozen: {100 * self.lost:+.3f}% of perplexity "
-            f"({error}, {self.tokens:,} tokens), cost {self.cost_before:.3f} -> {self.cost:.3f}; "
-            f"{self.short} of {self.key_heads} key heads keep {self.kept} keys{cache}"
-        )
 
 
 def posterior(
@@ -214,141 +136,20 @@ def short_by_layer(model: Any, frozen: Frozen | None) -> list[list[int]]:
     """
     if frozen is None:
         return []
+    sizes = model.config.num_heads, model.config.kv_heads
+    return [
+        frozen.short_heads(layer, near, *sizes) if near else []
+        for layer, near in enumerate(near_by_layer(model))
+    ]
+
+
+def near_by_layer(model: Any) -> list[list[int]]:
+    """By layer of a routed language model, the experts that read no old key.
+
+    None where every expert is such a one: that cache is short already.
+    """
     found = []
-    for layer, experts in enumerate(model.network.experts()):
+    for experts in model.network.experts():
         near = [i for i, e in enumerate(experts) if e.stateful or e.kernel is Kernel.LOCAL]
-        sizes = model.config.num_heads, model.config.kv_heads
-        every = len(near) == len(experts)
-        found.append([] if every else frozen.short_heads(layer, near, *sizes))
+        found.append([] if len(near) == len(experts) else near)
     return found
-
-
-@contextmanager
-def choosing(owner: Any) -> Iterator[None]:
-    """Thaw what is asked, so that its units are chosen anew; as before where that fails."""
-    before, owner.frozen = owner.frozen, None
-    try:
-        yield
-    except BaseException:
-        owner.frozen = before
-        raise
-
-
-@torch.no_grad()
-def freeze(
-    owner: Any,
-    windows: Sequence[Batch],
-    share: float,
-    ask: Callable[[Tensor], RoutingOutput],
-    short: Callable[[Frozen, int], Sequence[int]],
-    kept: int,
-    key_heads: int,
-    layer_cost: Tensor,
-    held: Callable[[Tensor], int],
-) -> Freezing:
-    """Set `owner.frozen` by the first half of `windows`, and read on the rest what that costs.
-
-    Args:
-        owner: what is asked, whose attribute `frozen` is set.
-        windows: text that no fit has read.
-        share: of the tokens, see `decided`.
-        ask: the executed pass over tokens [B, T], under `owner.frozen`.
-        short: the key heads of a layer that free their cache.
-        kept: keys that these keep.
-        key_heads: of a layer.
-        layer_cost: of the experts in each layer, [L, E].
-        held: bytes of a cache behind tokens [1, T], under `owner.frozen`; 0: there is none.
-    """
-    check_share(share)
-    require(
-        len(windows) >= 2, "texts", "two windows of text or more", len(windows), "lower context"
-    )
-
-    def read(batch: Batch) -> tuple[Tensor, Tensor]:
-        """(nats per token [], load [L, R, E]) of a window, executed."""
-        out = ask(batch.tokens)
-        targets = batch.targets.to(out.logits.device)
-        nll = mean_nll(out.logits, targets)
-        load = F.one_hot(out.route, layer_cost.shape[-1]).double().mean((1, 2))
-        return nll.double().cpu(), load.cpu()
-
-    def cost(rows: Sequence[tuple[Tensor, Tensor]]) -> float:
-        load = torch.stack([load for _, load in rows]).mean(0)
-        return float((load * layer_cost.double()[:, None].cpu()).sum(-1).mean())
-
-    half, one = len(windows) // 2, windows[0].tokens[:1]
-    with choosing(owner):
-        load = torch.stack([read(batch)[1] for batch in windows[:half]]).mean(0)
-        chosen = decided(load, share)
-        free, bytes_before = [read(batch) for batch in windows[half:]], held(one)
-        owner.frozen = chosen
-        static, bytes_after = [read(batch) for batch in windows[half:]], held(one)
-    apart = torch.stack([b[0] - a[0] for a, b in zip(free, static, strict=True)])
-    return Freezing(
-        chosen.number,
-        chosen.total,
-        sum(len(short(chosen, layer)) for layer in range(len(chosen.experts))),
-        key_heads * len(chosen.experts),
-        kept,
-        float(apart.mean().expm1()),
-        float(apart.std() / len(apart) ** 0.5) if len(apart) > 1 else float("nan"),
-        cost(free),
-        cost(static),
-        sum(batch.tokens.numel() for batch in windows[half:]),
-        one.shape[1],
-        bytes_before,
-        bytes_after,
-    )
-
-
-def freeze_model(
-    model: Any,
-    tokens: Tensor | TokenSource,
-    *,
-    share: float = 0.01,
-    context: int | None = None,
-    limit: int = 32_768,
-) -> Freezing:
-    """Make static what hardly moves: units that HARD sends to one expert, but for a share.
-
-    Their controllers are not run any more. A key head all of whose query heads are frozen on
-    experts that never read its old keys (`local`, or one that keeps a state) keeps its window
-    alone in the model's `new_cache`, which `generate` takes.
-
-    Args:
-        model: a `RoutedLanguageModel`.
-        tokens: ids int64 [N], or a source, of text that the fit did not read.
-        share: of the tokens, below a half.
-        context: tokens of a window; default four times the local window.
-        limit: tokens that are read, half of them to choose the units.
-
-    Returns:
-        What was frozen, and what it costs in loss and keys.
-
-    Raises:
-        ValueError: less than two windows of text.
-    """
-    config, device = model.config, model.network.embed.weight.device
-    context = 4 * config.window if context is None else context
-    source = TokenStream(tokens, config.vocab_size) if isinstance(tokens, Tensor) else tokens
-    kind = type(tokens).__name__
-    require(hasattr(source, "windows"), "tokens", "ids, a tensor int64 [N], or a source", kind)
-    positive("limit", limit)
-    windows = list(source.windows(context, 1, max(limit, 2 * context)))
-    costs = cost_ratios(model.counted_experts, CostModel.FLOPS, context)
-    was_training = model.training
-    model.eval()
-    try:
-        return freeze(
-            model,
-            windows,
-            share,
-            lambda ids: model(ids.to(device)),
-            lambda chosen, layer: short_by_layer(model, chosen)[layer],
-            config.window,
-            config.kv_heads,
-            costs.expand(config.num_layers, -1),
-            lambda ids: model.new_cache(1, ids.shape[1]).bytes,
-        )
-    finally:
-        model.train(was_training)

@@ -26,13 +26,8 @@ from bayes_router.routing.guard import UNKNOWN, Guard, guarded
 from bayes_router.routing.policy import Argmax, Policy, execute
 from bayes_router.transformer import fused
 from bayes_router.transformer.build import build_experts
-from bayes_router.transformer.frozen import (
-    Freezing,
-    Frozen,
-    freeze_model,
-    posterior,
-    short_by_layer,
-)
+from bayes_router.transformer.freezing import Freezing, freeze_model
+from bayes_router.transformer.frozen import Frozen, posterior, short_by_layer
 from bayes_router.transformer.layer import Angles, AttentionMixture
 from bayes_router.transformer.padding import check_lengths, check_tokens, last_token, real_tokens
 from bayes_router.transformer.pretrained import load_model, save_model
@@ -233,7 +228,7 @@ class RoutedLanguageModel(nn.Module, Sent):
         self.frozen: Frozen | None = None
 
     def freeze(self, tokens: Tensor | TokenSource, **settings: Any) -> Freezing:
-        """Make static what hardly moves, and free what it kept: see `frozen.freeze_model`.
+        """Make static what hardly moves, and free what it kept: see `freezing.freeze_model`.
 
         `frozen = None` takes it back; `save_pretrained` keeps it.
         """

@@ -286,17 +286,34 @@ def test_what_freezing_frees_is_measured_in_bytes() -> None:
     tokens = freezing.mixed(texts, 100, 4)
     assert torch.equal(tokens[100:200], texts["python"].tokens[:100])
     assert torch.equal(tokens[200:300], texts["novels"].tokens[225:325])
-    rows = list(freezing.freeze(router, texts, 100, 4, 0.4, (0.0, 0.3)))
-    assert rows[0]["frozen"] >= 4 and rows[0]["short"] >= 2 and router.frozen is None
+    frame = pd.DataFrame(freezing.freeze(router, texts, 100, 4, 0.4, (0.0, 0.3), (0.3,)))
+    assert list(frame["piece"]) == [0, 1, 2, 3] * 3 and router.frozen is None
+    rows = frame[frame["piece"] == 0].to_dict("records")
+    assert rows[0]["frozen"] >= 4 and rows[0]["short"] >= 2
     whole = 2 * 2 * 2 * 100 * 8 * 4  # layers, keys and values, heads, tokens, Dh, float32
     assert whole <= rows[0]["bytes_before"] <= 2 * whole  # room to grow
     assert rows[0]["bytes"] < rows[0]["bytes_before"] - 0.3 * whole
-    assert rows[1]["bytes"] <= rows[0]["bytes"] and abs(rows[1]["lost"]) >= abs(rows[0]["lost"])
-    frame = pd.DataFrame(rows).assign(fit="ours", window=WINDOW, seed=0)
-    shown = freezing.summary(frame)
-    assert shown["bytes freed, %"][0] == pytest.approx(
+    assert rows[1]["bytes"] <= rows[0]["bytes"]
+    lost = frame.groupby(["by", "asked"])["lost"].apply(lambda x: x.abs().max())
+    assert lost["share", 0.3] >= lost["share", 0.0]
+    assert (rows[2]["by"], rows[2]["short"]) == ("free", 2)  # of four, 0.225 of the cache each
+    # KL is read of the same windows, under what is frozen
+    first = tokens[None, 400:500]
+    with torch.no_grad():
+        apart = reading.divergence(router.unrouted(first)[0], router(first, "hard").logits[0])
+    assert frame["kl_before"][0] == pytest.approx(float(apart.mean()), rel=1e-4)
+    assert frame["kl"][4] != frame["kl_before"][4]
+    shown = freezing.summary(frame.assign(fit="ours", window=WINDOW, seed=0))
+    assert list(shown["windows"]) == [4] * 3
+    line = shown[shown["frozen"] == "all but 0% of the tokens to one expert"].iloc[0]
+    assert line["bytes freed, %"] == pytest.approx(
         100 * (1 - rows[0]["bytes"] / rows[0]["bytes_before"]), abs=1e-3
     )
+    two = frame.assign(fit="ours", window=WINDOW, seed=0)
+    two = pd.concat([two, two.assign(seed=1, lost=two["lost"] + 0.02)])
+    again = freezing.summary(two)
+    assert list(again["seeds"]) == [2] * 3 and np.allclose(again["SE"], shown["SE"], atol=2e-3)
+    assert np.allclose(again["lost, %"], shown["lost, %"] + 1, atol=0.05)
 
 
 def test_retrieval_counts_whole_answers_beside_the_unpatched_model() -> None:

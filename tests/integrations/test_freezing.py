@@ -14,7 +14,7 @@ from torch import Tensor
 from bayes_router.integrations.huggingface import freezing
 from bayes_router.integrations.huggingface.freed_cache import FreedLayer, cache_bytes
 from bayes_router.integrations.patching import load_patch, patch
-from bayes_router.routing.policy import Budget
+from bayes_router.routing.policy import Argmax, Budget
 from bayes_router.transformer.frozen import Frozen
 from tests.integrations.tiny_models import VOCAB, tiny
 
@@ -126,6 +126,86 @@ def test_a_share_freezes_what_moves_little_and_its_loss_is_read_elsewhere() -> N
     for layer, units in enumerate(router.frozen.experts):
         for unit, expert in enumerate(units):
             assert expert == -1 or bool((executed[layer, :, :, unit] == expert).all())
+
+
+def graded(route_by: str = "head") -> Any:
+    """A patch whose key heads look far more and more, by bias; the first of layer 1 least."""
+    model, router = moved(route_by, static={2: {}})  # none
+    for index, controller in enumerate(router.controller.layers):
+        R = controller.num_units
+        for unit in range(R):
+            key_head = unit * 2 // R
+            apart = [[1.0, 0.3], [1.6, 0.7]][index][key_head] + 0.05 * (unit % 2)
+            controller.out.bias.data.view(R, 2)[unit] = torch.tensor([-apart, apart])
+    return model, router
+
+
+@pytest.mark.parametrize("route_by", ["head", "kv_head"])
+def test_to_free_memory_the_key_heads_that_look_far_least_are_frozen(route_by: str) -> None:
+    _, router = graded(route_by)
+    load = torch.stack(
+        [
+            router(ids[None], "hard").route.eq(0).double().mean((1, 2))
+            for ids in TEXT[:120].view(3, 40)
+        ]
+    ).mean(0)  # [L, R] of full
+    far = load.unflatten(1, (2, -1)).sum(-1).flatten()
+    assert far.unique().numel() == 4  # or the order would not tell
+    for heads in (1, 2, 3):
+        free = (heads - 0.5) / 4 * (1 - 7 / 40)
+        found = router.freeze(TEXT, free=free, context=40, limit=240)
+        chosen = torch.tensor(router.frozen.experts).unflatten(1, (2, -1))
+        taken = far.argsort()[:heads].tolist()
+        where = [i for i, row in enumerate(chosen.flatten(0, 1)) if bool((row == 1).all())]
+        assert sorted(taken) == where and router.frozen.number == heads * chosen.shape[-1]
+        assert found.short == heads
+        assert free < 1 - found.bytes / found.bytes_before == pytest.approx(found.freed(40))
+        router.thaw()
+
+
+def test_what_freed_heads_no_longer_spend_is_spent_elsewhere() -> None:
+    """Under a price, and under no other policy; the loss of each window is the mean's."""
+    model, router = graded()
+    ratio = tuple(router.cost_ratio.tolist())
+    first = TEXT[:120].view(3, 40)
+
+    def cost() -> float:
+        local = router(first, "hard").route.double().mean()
+        return float(1 - local * (1 - router.cost_ratio[1]))
+
+    router.policy = Budget(ratio, -0.5)
+    before = cost()
+    found = router.freeze(TEXT, free=0.4, context=40, limit=240)
+    assert router.policy.price < -0.6 and router.policy.cost_ratio == ratio
+    at_price, kept = router.policy, cost()
+    router.policy = Budget(ratio, -0.5)
+    assert abs(kept - before) < 0.01 < before - cost()
+    assert found.lost == pytest.approx(float(torch.tensor(found.apart).mean().expm1()), abs=1e-7)
+    assert len(found.apart) == 3
+    router.thaw()
+    router.policy = Argmax()
+    plain = router.freeze(TEXT, free=0.4, context=40, limit=240)
+    assert router.policy == Argmax() and plain.cost < plain.cost_before
+    router.thaw()
+    router.policy = at_price
+    router.freeze(TEXT, share=0.3, context=40, limit=240)
+    assert router.policy == at_price  # a share leaves the price
+
+
+def test_what_cannot_be_freed_is_refused() -> None:
+    _, router = graded()
+    for given in (0.9, 0.0, 1.0, "half", float("nan")):
+        with pytest.raises(ValueError, match="free: expected"):
+            router.freeze(TEXT, free=given, context=40, limit=240)
+    with pytest.raises(ValueError, match=r"free: .*40 tokens up to 0\.825"):
+        router.freeze(TEXT, free=0.83, context=40, limit=240)
+    with pytest.raises(ValueError, match="share: .*none beside free"):
+        router.freeze(TEXT, free=0.4, share=0.1, context=40, limit=240)
+    assert router.frozen is None
+    router.unpatch()
+    router = patch(tiny("llama"), window=WINDOW)  # with the linear expert every key is kept
+    with pytest.raises(ValueError, match=r"free: .*up to 0\.000"):
+        router.freeze(TEXT, free=0.1, context=40, limit=240)
 
 
 @pytest.mark.parametrize("fails", ["before", "behind"])

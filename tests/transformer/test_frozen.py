@@ -106,6 +106,34 @@ def test_freezing_is_read_from_a_text_and_generation_takes_the_freed_cache(
     assert some.frozen > frozen.number and some.lost != 0
 
 
+@pytest.mark.parametrize("experts", [("full", "local"), EXPERTS])
+def test_the_heads_that_look_far_least_free_what_was_asked(experts: tuple[str, ...]) -> None:
+    """Each of their units on the expert near by that it takes most; the policy stays."""
+    model = tiny_model(route_by="head", experts=experts, **SIZES).eval()
+    full = experts.index("full")
+    with torch.no_grad():
+        for layer, controller in enumerate(model.controller.layers):
+            bias = controller.out.bias.view(8, len(experts))
+            bias[:, full] += torch.tensor([3.0, 2.0, -1.0, 4.0])[:, None].expand(4, 2).flatten()
+            bias[4:6, full] -= layer
+    tokens = torch.randint(23, (400,), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        route = torch.cat([model(ids[None]).route for ids in tokens[: 4 * T].view(4, T)], 1)
+    load = torch.nn.functional.one_hot(route, len(experts)).double().mean((1, 2))  # [L, R, E]
+    found = model.freeze(tokens, free=0.2, context=T, limit=8 * T)
+    far = load[..., full].view(3, 4, 2).sum(-1).flatten()
+    taken = set(far.argsort()[: found.short].tolist())
+    assert found.short == 3 and far.sort().values[2] < far.sort().values[3]
+    near = [i for i in range(len(experts)) if i != full]
+    for layer, row in enumerate(model.frozen.experts):
+        for unit, expert in enumerate(row):
+            mine = near[int(load[layer, unit, near].argmax())]
+            assert expert == (mine if layer * 4 + unit // 2 in taken else LIVE)
+    assert 0.2 <= found.freed(T) < 0.3 and found.bytes < found.bytes_before
+    with pytest.raises(ValueError, match="free"):
+        model.freeze(tokens, free=0.95, context=T, limit=8 * T)
+
+
 def test_a_cache_that_was_freed_refuses_what_would_read_its_keys() -> None:
     model = frozen_model("head", ("full", "local"), "local")
     tokens, _ = tiny_batch(1, T)

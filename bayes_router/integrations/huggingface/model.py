@@ -94,14 +94,19 @@ class RoutedPretrained(Promising):
         self,
         texts: Any = None,
         *,
-        share: float = 0.01,
+        share: float | None = None,
+        free: float | None = None,
         tokenizer: Any = None,
         context: int = 512,
         limit: int = 32_768,
     ) -> freezing.Freezing:
         """Make static what hardly moves.
 
-        Units that the policy of now sends to one expert, but for `share` of the tokens.
+        Units that the policy of now sends to one expert, but for `share` of the tokens. Or, with
+        `free`, the key heads that look far least, as many as free that share of the cache: all
+        their query heads stand on `local`, no other unit is touched, and under a budget the price
+        is set anew, so that what they no longer spend is spent where others look far, and the
+        executed cost stays. That loses less for the same memory.
 
         Their controllers are not run any more, and no guard moves them. A key head all of whose
         query heads are frozen on `local` keeps sinks and window alone in a cache of transformers
@@ -113,24 +118,24 @@ class RoutedPretrained(Promising):
         Args:
             texts: text, texts or token ids int64 [N] that `fit` did not read; default what it held
                 out.
-            share: of the tokens, below a half.
+            share: of the tokens, below a half; default 0.01.
+            free: in place of it, the share of a cache's keys and values behind `context` tokens.
             tokenizer: of texts.
             context: tokens of a window.
             limit: tokens that are read, half of them to choose the units.
 
         Returns:
-            What was frozen and what it costs, in loss and keys. `thaw()` takes it back; `save`
-            keeps it.
+            What was frozen and what it costs, in loss and keys. `thaw()` takes the units back (not
+            the price: call `set_budget` again); `save` keeps them.
 
         Raises:
-            ValueError: no text, or less than two windows of it.
+            ValueError: no text, less than two windows of it, `share` beside `free`, or more to free
+                than there is.
         """
         self.require_patched()
         positive("limit", limit)
         source = self._source(texts, tokenizer)
-        return freezing.freeze(
-            self, list(source.windows(context, 1, max(limit, 2 * context))), share
-        )
+        return freezing.freeze(self, source, context, limit, share, free)
 
     def holding(self, budget: float) -> AbstractContextManager[Holding]:
         """Hold a budget as text goes by, whatever its kind: `with router.holding(0.3) as held:`.
