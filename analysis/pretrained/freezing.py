@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from analysis.pretrained.again import command
-from analysis.pretrained.reading import Reader, divergence
+from analysis.pretrained.reading import Reader
 from analysis.pretrained.table import percent, standard_error
 from bayes_router.data.stream import TokenStream
 from bayes_router.integrations.huggingface.model import RoutedPretrained
 from bayes_router.routing.policy import Budget
+from bayes_router.transformer.nll import token_kl
 
 RESULTS = Path(__file__).parents[1] / "results" / "pretrained_freezing.csv"
 SHARES = (0.01, 0.02, 0.03, 0.05, 0.1)
@@ -88,8 +89,7 @@ def far(router: RoutedPretrained, stream: TokenStream, context: int) -> list[flo
         ids = batch.tokens.to(router.device)
         with torch.no_grad(), router.unforced():
             now = router(ids, "hard", use_cache=False).logits
-        kl = divergence(router.unrouted(ids).flatten(0, 1), now.flatten(0, 1))
-        found.append(float(kl.double().mean()))
+        found.append(float(token_kl(router.unrouted(ids), now).double().mean()))
     return found
 
 

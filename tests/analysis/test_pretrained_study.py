@@ -32,6 +32,7 @@ from analysis.pretrained.retrieval import Haystack, Question  # noqa: E402
 from bayes_router.benchmark.rows import Rows  # noqa: E402
 from bayes_router.data.mixture import Mixture  # noqa: E402
 from bayes_router.data.stream import TokenStream  # noqa: E402
+from bayes_router.transformer.nll import token_kl  # noqa: E402
 
 WINDOW, SINKS, T = 8, 4, 64
 
@@ -300,7 +301,7 @@ def test_what_freezing_frees_is_measured_in_bytes() -> None:
     # KL is read of the same windows, under what is frozen
     first = tokens[None, 400:500]
     with torch.no_grad():
-        apart = reading.divergence(router.unrouted(first)[0], router(first, "hard").logits[0])
+        apart = token_kl(router.unrouted(first)[0], router(first, "hard").logits[0])
     assert frame["kl_before"][0] == pytest.approx(float(apart.mean()), rel=1e-4)
     assert frame["kl"][4] != frame["kl_before"][4]
     shown = freezing.summary(frame.assign(fit="ours", window=WINDOW, seed=0))
