@@ -87,7 +87,7 @@ def far(router: RoutedPretrained, stream: TokenStream, context: int) -> list[flo
     found = []
     for batch in stream.windows(context, 1):
         ids = batch.tokens.to(router.device)
-        with torch.no_grad(), router.unforced():
+        with torch.no_grad(), router.forced_to(None):
             now = router(ids, "hard", use_cache=False).logits
         found.append(float(token_kl(router.unrouted(ids), now).double().mean()))
     return found
