@@ -36,6 +36,20 @@ def not_negative(name: str, value: object, expected: str = "0 or more", fix: str
     return number
 
 
+def between(name: str, value: object, expected: str, low: float = 0.0, high: float = 1.0) -> float:
+    """`value` as a float; a ValueError unless it is a number between these, both excluded."""
+    number = math.nan if isinstance(value, bool) else _number(value)
+    require(low < number < high, name, expected, value)
+    return number
+
+
+def whole(name: str, value: object, least: int = 1) -> int:
+    """`value` as an int; a ValueError unless it is a whole number of at least `least`."""
+    number = isinstance(value, Integral) and not isinstance(value, bool)
+    require(number and int(value) >= least, name, f"a whole number, {least} or more", value)  # type: ignore[call-overload]
+    return int(value)  # type: ignore[call-overload]
+
+
 def _number(value: object) -> float:
     """`value` as a float, also of a tensor of one element; NaN where it is no number."""
     try:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayes_router.checks import require
+from bayes_router.checks import not_negative, require
 from bayes_router.data.tokens import Batch, TokenDataset, step_rng
 from bayes_router.types import IGNORED
 
@@ -42,6 +42,9 @@ class TokenStream(TokenDataset):
 
     def split(self, valid_fraction: float) -> "tuple[TokenStream, TokenStream]":
         """The beginning and the last `valid_fraction` of the stream."""
+        expected = "a share of the text, 0 or more and less than 1"
+        fraction = not_negative("valid_fraction", valid_fraction, expected)
+        require(fraction < 1, "valid_fraction", expected, valid_fraction)
         held_out = max(int(len(self) * valid_fraction), LEAST_TOKENS)
         require(
             len(self) >= 2 * held_out,

@@ -58,6 +58,8 @@ def _check(force: Tensor, num_experts: int, num_layers: int, num_units: int) -> 
     if soft:
         weighs = len(shape) in (4, 5) and shape[-1] == num_experts
         require(weighs, "force", f"weights [L, B, T, R, {num_experts}]", shape)
+        numbers = force.device.type != "cpu" or bool(force.isfinite().all())
+        require(numbers, "force", "weights that are finite numbers", "NaN or infinity")
     else:
         require(
             force.dtype in (torch.int64, torch.int32),

@@ -141,7 +141,8 @@ class Dial:
             BudgetUnreachable: (a ValueError) the budget is outside the costs of the experts, or in
                 a jump.
         """
-        require(isinstance(budget, Real), "budget", "a number", budget)
+        number = isinstance(budget, Real) and not isinstance(budget, bool)
+        require(number, "budget", "a number", budget)
         for name, value in (("tolerance", tolerance), ("jump", jump)):
             if value is not None:
                 not_negative(name, value)

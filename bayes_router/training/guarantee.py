@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bayes_router.checks import require
+from bayes_router.checks import between, require
 from bayes_router.data.tokens import Batch, TokenSource
 from bayes_router.routing.policy import Policy
 from bayes_router.training.dial import STEEPEST
@@ -116,7 +116,7 @@ def windows_needed(excess: Tensor, allowed: float, confidence: float) -> int:
 
 def check_promise(lost: float, confidence: float) -> None:
     """Refuse what nobody can promise: see `keep_promise`."""
-    require(0 < confidence < 1, "confidence", "a probability between 0 and 1", confidence)
+    between("confidence", confidence, "a probability between 0 and 1")
     share = isinstance(lost, Real) and 0 < lost < math.inf
     fix = "half a percent is 0.005"
     require(share, "quality", "a share of perplexity above 0", lost, fix)

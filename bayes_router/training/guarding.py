@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bayes_router.checks import require
+from bayes_router.checks import between, require
 from bayes_router.data.tokens import Batch
 from bayes_router.routing.guard import BEFORE, Guard, levels
 from bayes_router.routing.policy import Argmax, Budget, Policy
@@ -91,8 +91,8 @@ def set_guard(
         ValueError: no evidence, too few windows, levels outside (0, 1), or a policy without a
             price.
     """
-    require(0 < spend < 1, "spend", "a share of cost between 0 and 1", spend)
-    require(0 < confidence < 1, "confidence", "a probability between 0 and 1", confidence)
+    between("spend", spend, "a share of cost between 0 and 1")
+    between("confidence", confidence, "a probability between 0 and 1")
     evidence, price = evidence_of(controller), price_of(model.policy)
     policy: Policy = Budget(_mean_cost(cost), price)
     logs, added, bare = [], [], []

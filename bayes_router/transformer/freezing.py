@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from bayes_router.attention.cost import cost_ratios
 from bayes_router.attention.shapes import unit_heads
-from bayes_router.checks import not_negative, positive, require
+from bayes_router.checks import not_negative, require, whole
 from bayes_router.data.stream import TokenStream
 from bayes_router.data.tokens import Batch, TokenSource
 from bayes_router.transformer.frozen import LIVE, Frozen, near_by_layer, short_by_layer
@@ -299,7 +299,7 @@ def freeze_model(
     source = TokenStream(tokens, config.vocab_size) if isinstance(tokens, Tensor) else tokens
     kind = type(tokens).__name__
     require(hasattr(source, "windows"), "tokens", "ids, a tensor int64 [N], or a source", kind)
-    positive("limit", limit)
+    whole("limit", limit), whole("context", context)
     windows = list(source.windows(context, 1, max(limit, 2 * context)))
     layout = Layout(near_by_layer(model), config.num_heads, config.kv_heads, config.window, context)
     costs = cost_ratios(model.counted_experts, CostModel.FLOPS, context)

@@ -274,13 +274,6 @@ def test_routes_of_other_units_or_experts_are_refused() -> None:
     assert not router.forced
 
 
-def test_a_number_is_asked_for_where_one_is_due() -> None:
-    router = patch(tiny("llama"), window=6)
-    for budget in ("half", None, float("nan"), -1):
-        with pytest.raises(ValueError, match="^budget: expected"):
-            router.set_budget(budget, torch.randint(3, VOCAB, (200,)), context=20)
-
-
 def test_an_unpatched_router_says_so() -> None:
     model = tiny("llama")
     router = patch(model, window=6)

@@ -91,9 +91,12 @@ class FitSettings:
             share = "a name, or a share of the text from 0 to 1"
             require(0 <= self.likelihood <= 1, "likelihood", share, self.likelihood)
         budgets = [] if self.budget is None else np.atleast_1d(self.budget).tolist()
-        ordered = len(budgets) < 2 or (len(budgets) == 2 and budgets == sorted(set(budgets)))
+        ranged = isinstance(self.budget, tuple | list)
+        ordered = budgets == sorted(set(budgets)) and len(budgets) in ({2} if ranged else {0, 1})
         fits = ordered and all(0 < b <= 1 for b in budgets)
         require(fits, "budget", "a cost in (0, 1], full = 1, or (low, high), or None", self.budget)
+        if budgets:  # as a folder remembers it
+            object.__setattr__(self, "budget", tuple(budgets) if ranged else budgets[0])
         require(len(self.contexts) > 0, "context", "a length or several", self.context)
         require(all(c >= 1 for c in self.contexts), "context", "at least 1", self.context)
         for name in ("steps", "distil_steps", "weights_lr", "warmup", "seed"):

@@ -79,7 +79,7 @@ def holding(router: RoutedLanguage, budget: float) -> Iterator[Holding]:
     """Hold `budget` over the passes of the block; the last price stays."""
     least = float(router.layer_cost.amin(-1).mean())
     require(
-        isinstance(budget, Real) and least < budget <= 1,
+        isinstance(budget, Real) and budget is not True and least < budget <= 1,
         "budget",
         f"a cost above {least:.3f}, every token on the cheapest expert, and at most 1",
         budget,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bayes_router.checks import nearest, positive, require
+from bayes_router.checks import nearest, require, whole
 from bayes_router.config import ScheduleConfig
 from bayes_router.data.fingerprint import fingerprint
 from bayes_router.data.mixture import source_of
@@ -133,7 +133,7 @@ class RoutedPretrained(Promising):
                 than there is.
         """
         self.require_patched()
-        positive("limit", limit)
+        whole("limit", limit), whole("context", context)
         source = self._source(texts, tokenizer)
         return freezing.freeze(self, source, context, limit, share, free)
 

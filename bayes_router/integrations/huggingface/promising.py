@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayes_router.checks import choose, require
+from bayes_router.checks import choose, not_negative, require, whole
 from bayes_router.data.fingerprint import require_unseen
 from bayes_router.data.stream import TokenStream, stream_of
 from bayes_router.data.tokens import Batch
@@ -71,7 +71,8 @@ class Promising(RoutedLanguage):
         by_bytes = choose("by", by, CostBy) is CostBy.BYTES
         self.require_steps(by)
         source = self._source(texts, tokenizer)
-        context = min(context, len(source) - 1)
+        context = _window(source, context, limit)
+        not_negative("tolerance", tolerance)
         sharing = max(self.config.num_units // self.config.kv_heads, 1)
         dial = Dial(
             Unforced(self),
@@ -196,7 +197,8 @@ class Promising(RoutedLanguage):
         """
         self.require_patched()
         stream = stream_of(texts, tokenizer, self.config.vocab_size, self.causal)
-        context = min(context, len(stream) - 1)
+        context = _window(stream, context, tokens, "tokens")
+        whole("batch_size", batch_size)
         batches = stream.windows(context, batch_size, max(tokens, context), spread=True)
         return fit_evidence(self, batches, self.prior.totals.flatten(1).mean(1))
 
@@ -225,7 +227,8 @@ class Promising(RoutedLanguage):
         """
         self.require_patched()
         stream = stream_of(texts, tokenizer, self.config.vocab_size, self.causal)
-        context = min(context, len(stream) - 1)
+        context = _window(stream, context, tokens, "tokens")
+        whole("batch_size", batch_size)
         return fit_risk(
             self,
             stream.windows(context, batch_size, max(tokens, context), spread=True),
@@ -259,9 +262,19 @@ class Promising(RoutedLanguage):
         """Windows of some text, or of what `fit` held out."""
         source = self._source(texts, tokenizer)
         fix = "give text that it has not seen, or leave texts out to take what fit held out"
-        context = min(context, len(source) - 1)
+        context = _window(source, context, limit)
         windows = list(source.windows(context, 1, max(limit, context), spread=True))
         if self.fitted is not None:
             tokens = torch.cat([batch.tokens.flatten() for batch in windows])
             require_unseen(tokens, self.fitted.text, fix)
         return windows
+
+
+def _window(source: TokenStream, context: int, limit: int, name: str = "limit") -> int:
+    """Tokens of a window: as asked, or all there are.
+
+    Raises:
+        ValueError: what is asked is no whole number above 0.
+    """
+    whole(name, limit)
+    return min(whole("context", context), len(source) - 1)

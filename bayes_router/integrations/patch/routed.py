@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bayes_router.attention.experts.contract import Expert
 from bayes_router.attention.kernels.capability import HAS_TRITON, TYPES
-from bayes_router.checks import choose, require
+from bayes_router.checks import choose, require, whole
 from bayes_router.integrations.calls.call import AttentionCall
 from bayes_router.integrations.calls.fused_router import (
     FULL_UP_TO,
@@ -79,7 +79,7 @@ class RoutedModel(Savable):
             cost more time than it saves; `last.on_full` says so. 0: every text is routed.
     """
 
-    full_up_to: int = FULL_UP_TO
+    _full_up_to: int = FULL_UP_TO
 
     def __init__(self, model: nn.Module, found: list[Found], settings: RouterConfig):
         super().__init__(model, found)
@@ -286,6 +286,15 @@ class RoutedModel(Savable):
         while self.undo:
             self.undo.pop()()
         return self.model
+
+    @property
+    def full_up_to(self) -> int:
+        """See the class."""
+        return self._full_up_to
+
+    @full_up_to.setter
+    def full_up_to(self, tokens: int) -> None:
+        self._full_up_to = whole("full_up_to", tokens, 0)
 
     @property
     def graphs(self) -> bool:
