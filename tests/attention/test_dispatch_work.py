@@ -129,7 +129,7 @@ def test_where_all_take_one_expert_its_own_pass_is_taken(
 
 @pytest.mark.parametrize("gradients", [False, True])
 def test_auto_takes_the_faster_backend_by_length(gradients: bool) -> None:
-    keys, short, long = BREAK_EVEN[False, gradients]
+    keys, short, long, _ = BREAK_EVEN[False, gradients]
     assert 16 < keys < 1024 and (short, long) == (DENSE, TORCH)
     experts = resolve_experts(("full", "linear", "local"), ExpertShape(2, 16, 9))
     for T, want in ((1, short), (keys, short), (keys + 1, long), (8192, long)):

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bayes_router.attention.hard import short
 from bayes_router.attention.hard.auto import BREAK_EVEN, choose_backend
 from bayes_router.attention.hard.dispatch import routed_attention
 from bayes_router.attention.hard.problem import resolve_experts
@@ -27,8 +28,10 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
+def _no_grad(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two launches at any length; one launch is tests/gpu/test_mixed.py's."""
     seeded(DRAWN)
+    monkeypatch.setattr(short, "SHORTEST", 0)
     with torch.no_grad():
         yield
 
@@ -105,16 +108,14 @@ def test_padding_and_starts(sinks: int) -> None:
     )
 
 
-def test_auto_takes_it_for_short_texts_without_gradients() -> None:
+def test_auto_takes_it_for_short_texts() -> None:
     problem = draw(1, 2, 2, 300, 64, "independent")
-    assert choose_backend(problem) is SHORT
-    assert (
-        choose_backend(draw(1, 2, 2, BREAK_EVEN[True, False].keys + 1, 64, "independent")) is TRITON
-    )
-    with torch.enable_grad():
-        recorded = replace(problem)
-        assert choose_backend(recorded) is TRITON
-        assert SHORT.refuses(recorded) == "it has no backward pass"
+    for gradients in (False, True):
+        most = BREAK_EVEN[True, gradients].keys
+        with torch.set_grad_enabled(gradients):
+            assert choose_backend(replace(problem)) is SHORT
+            assert choose_backend(draw(1, 2, 2, most, 64, "independent")) is SHORT
+            assert choose_backend(draw(1, 2, 2, most + 1, 64, "independent")) is TRITON
     want = SHORT.attend(problem)
     inputs = {"linear_q": problem.plain_q, "linear_k": problem.plain_k}
     torch.testing.assert_close(
@@ -128,10 +129,13 @@ def test_by_name_where_it_cannot_run_it_says_why() -> None:
     with (
         torch.enable_grad(),
         pytest.raises(
-            RuntimeError, match="'short' cannot run here: it has no backward pass; backend='auto'"
+            RuntimeError,
+            match="'short' cannot run here: its backward pass needs as many queries as keys; "
+            "backend='auto'",
         ),
     ):
-        routed_attention(*inputs, problem.route, window=70, backend="short")
+        tail = inputs[0][:, :, -100:], problem.k, problem.v
+        routed_attention(*tail, problem.route[:, -100:], window=70, backend="short")
     for experts in (("full", "gated", "local"), ("full", "full", "local")):
         with pytest.raises(
             RuntimeError,

@@ -1,5 +1,6 @@
 """The backend `auto`: of the library's own, the one measured to be the fastest for a problem."""
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from bayes_router.attention.hard.dense import DENSE
 from bayes_router.attention.hard.problem import RoutedProblem
 from bayes_router.attention.hard.reference import REFERENCE
 from bayes_router.attention.hard.rows import TORCH
-from bayes_router.attention.hard.short import SHORT
+from bayes_router.attention.hard.short import ROWS, SHORT, query_rows
 from bayes_router.attention.hard.sorted import TRITON
 
 # with this file the library's own are registered
@@ -17,22 +18,22 @@ __all__ = ["AUTO", "BREAK_EVEN", "BreakEven", "REFERENCE", "choose_backend"]
 
 
 class BreakEven(NamedTuple):
-    """Two backends, and up to how many keys the first is the faster."""
+    """Two backends, and up to how many keys, and query heads times queries, the first is faster."""
 
     keys: int
     short: Backend
     long: Backend
+    rows: float = math.inf
 
 
 BREAK_EVEN = {  # by CUDA or not, and whether gradients are needed
     (False, False): BreakEven(192, DENSE, TORCH),
     (False, True): BreakEven(160, DENSE, TORCH),
     (True, False): BreakEven(4096, SHORT, TRITON),
-    (True, True): BreakEven(0, DENSE, TRITON),
+    (True, True): BreakEven(1024, SHORT, TRITON, ROWS),
 }
 """On a CPU what `python -m analysis.speed.break_even` printed, on one core of an AMD EPYC (AVX-512)
-with torch 2.13; on CUDA an H100's (analysis/SPEED.md); with gradients there, nothing else was
-measured.
+with torch 2.13; on CUDA an H100's (analysis/SPEED.md).
 
 No backend computes two experts for the time of one, so that a mixed route through a short text is
 slower than full attention alone. On that core, B1 H8 Dh64 W256, 10/60/30 full/linear/local, `auto`
@@ -51,8 +52,9 @@ def choose_backend(problem: RoutedProblem) -> Backend:
 
     Never an error, and a function of shapes, dtype and device alone, so that nothing waits.
     """
-    keys, short, long = BREAK_EVEN[problem.q.device.type == "cuda", problem.needs_grad]
-    if problem.k.shape[2] <= keys and short.refuses(problem) is None:
+    keys, short, long, rows = BREAK_EVEN[problem.q.device.type == "cuda", problem.needs_grad]
+    few = problem.k.shape[2] <= keys and query_rows(problem) <= rows
+    if few and short.refuses(problem) is None:
         return short
     return long if long.refuses(problem) is None else DENSE
 

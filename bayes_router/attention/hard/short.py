@@ -1,6 +1,6 @@
-"""The backend `short`: hard routing of short texts in two launches.
+"""The backend `short`: hard routing of short texts on CUDA in one launch or two.
 
-On CUDA, without a backward pass.
+A backward pass takes two more.
 """
 
 from torch import Tensor
@@ -11,19 +11,30 @@ from bayes_router.attention.kernels import capability
 
 QUERIES = 4096
 """Queries of a row that one program sorts."""
+SHORTEST = 512
+"""Keys up to which one launch over unsorted tokens is faster than sorting first."""
+ROWS = 2**14
+"""Query heads times queries of a call up to which that was read."""
 HEAD_SIZE = 128
 """Shared memory ends there."""
 
 
+def query_rows(problem: RoutedProblem) -> int:
+    """Query heads times queries of all rows of the batch."""
+    B, H, T, _ = problem.q.shape
+    return B * H * T
+
+
 class _Short:
-    """Two launches in all, which neither sort nor plan beforehand."""
+    """Up to `SHORTEST` keys, and with gradients, nothing is sorted; beyond, two launches in all."""
 
     name = "short"
 
     def refuses(self, problem: RoutedProblem) -> str | None:
-        """It needs CUDA, Triton, heads of at most 128, few queries, and no gradients.
+        """It needs CUDA, Triton, heads of at most 128 and few queries.
 
-        The built-in experts stand there at most once each.
+        The built-in experts stand there at most once each. A backward pass needs as many queries as
+        keys.
         """
         reason = capability.lacks(problem.q, HEAD_SIZE)
         if reason is not None:
@@ -33,14 +44,19 @@ class _Short:
             return "it computes at most one each of the built-in experts full, linear and local"
         if problem.q.shape[2] > QUERIES:
             return f"it sorts up to {QUERIES} queries; these are {problem.q.shape[2]}"
-        return "it has no backward pass" if problem.needs_grad else None
+        if problem.needs_grad and problem.q.shape[2] != problem.k.shape[2]:
+            return "its backward pass needs as many queries as keys"
+        return None
 
     def attend(self, problem: RoutedProblem) -> Tensor:
         """See `Backend.attend`."""
         # only where Triton can be imported
+        from bayes_router.attention.hard.mixed_launch import launch_mixed
         from bayes_router.attention.hard.short_launch import launch_short
 
-        return launch_short(problem)
+        few = problem.k.shape[2] <= SHORTEST and query_rows(problem) <= ROWS
+        unsorted = problem.needs_grad or few
+        return launch_mixed(problem) if unsorted else launch_short(problem)
 
 
 SHORT = register_backend(_Short())
