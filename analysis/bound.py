@@ -74,6 +74,7 @@ PRINTS = {
         "training_step_nvidia_h100_80gb_hbm3_compiled_graph",
     ),
     "pretrained.table": ("pretrained",),
+    "pretrained.verdict": ("pretrained_share",),
     "pretrained.bisect": ("pretrained_bisect",),
     "pretrained.freezing": ("pretrained_freezing",),
     "pretrained.smollm": ("patch_smollm",),

@@ -68,7 +68,7 @@ def apart(frame: pd.DataFrame, rival: str, window: int) -> pd.DataFrame:
 
 def every(frame: pd.DataFrame) -> pd.DataFrame:
     """`apart` of all rivals and windows."""
-    rivals = [name for name in ORDER[1:] if name in set(frame["contender"])]
+    rivals = [name for name in ORDER[2:] if name in set(frame["contender"])]
     windows = sorted(frame["window"].unique(), reverse=True)
     parts = [apart(frame, rival, window) for window in windows for rival in rivals]
     return pd.concat([part for part in parts if len(part)], ignore_index=True)
@@ -126,6 +126,9 @@ def main() -> None:
     print("\n".join(lines(cells.round({"below": 2, "se": 2, "cost": 3}))))
     print("\n### By rival\n")
     print("\n".join(lines(verdicts(cells))))
+    at_one = [apart(frame, AT_ONE, window) for window in frame["window"].unique()]
+    print("\n### The same of fits made at one budget and length, by one that serves a range\n")
+    print("\n".join(lines(pd.concat(at_one).round({"below": 2, "se": 2, "cost": 3}))))
 
 
 if __name__ == "__main__":
