@@ -10,8 +10,10 @@ the tokens to `full`; the share executed is a column. Before anything is timed, 
 steps are compared with the same model on the CPU in float32; nothing is reported if one differs.
 
 Contenders take turns, long texts fewer; `ms` is a median, from an idle device to an idle device,
-launches included; `ratio` is over the fastest unpatched contender's: torch's own choice of kernel,
-flash attention, its choice replayed from a CUDA graph. At the lengths of --compiled both models
+launches included; `ratio` is the median of turns over the fastest unpatched contender's, `low` and
+`high` its quartiles: torch's own choice of kernel, flash attention, its choice replayed from a CUDA
+graph. `called` is both models as they are called, without graphs, of texts that a patch leaves to
+`full`. At the lengths of --compiled both models
 also go through torch.compile, without a mask written out, as called and captured in a graph.
 `graphs=True` is the model called as ever, under the setting of that name. A step of decoding is
 read behind so many keys of random numbers; unpatched with flash attention on exactly these keys,
@@ -24,7 +26,8 @@ and values has to be read, at the rate of the card's memory.
 
 --jobs N divides the groups of rows over N processes, each on a card of its own (`card`); a group is
 read on one card, and a card reads one group at a time. Options pick rows, which are read in the
-order of their worth; --seconds begins no group after so many, and names those left out.
+order of their worth; --seconds begins no group after so many, and names those left out. Where it is
+told to terminate, it writes what was read by then.
 """
 
 import argparse
@@ -42,19 +45,26 @@ import torch
 
 from analysis.speed.patched_check import disagreements
 from analysis.speed.patched_decode import LENGTHS, LONGEST, decode
-from analysis.speed.patched_jobs import Jobs, merge, run
+from analysis.speed.patched_jobs import Jobs, merge, refuse, run, stoppable
 from analysis.speed.patched_model import SHAPES, build
-from analysis.speed.patched_prefill import compiled, prefill, setting
+from analysis.speed.patched_prefill import called, compiled, prefill, setting
 from analysis.speed.patched_turns import Models, Turns
 from bayes_router.benchmark.rows import Rows
+from bayes_router.integrations.calls.fused_router import FULL_UP_TO
 from bayes_router.timing import device_name
 
 RESULTS = Path(__file__).parents[1] / "results" / "patched_cuda.csv"
 ROUTES = Path(__file__).parents[1] / "results" / "routes_smollm2_8192.npz"
 SOME = (8192, 32_768)
 """Lengths that are read for every unit, and under the setting `graphs`."""
-READ = {"prefill": prefill, "compiled": compiled, "setting": setting, "decode": decode}
-TURNS = 5
+READ = {
+    "prefill": prefill,
+    "compiled": compiled,
+    "setting": setting,
+    "called": called,
+    "decode": decode,
+}
+TURNS = 7
 
 
 class RowGroup(NamedTuple):
@@ -77,6 +87,8 @@ def groups(args: argparse.Namespace) -> Iterator[RowGroup]:
                 yield RowGroup("compiled", shape, unit, length, 1)
             if "setting" in args.what and length in SOME:
                 yield RowGroup("setting", shape, unit, length, 1)
+        if "called" in args.what and unit == args.units[0] and length <= FULL_UP_TO:
+            yield RowGroup("called", shape, unit, length, 1)
     for batch, unit in product(args.batches, args.units):
         for length in LENGTHS.get(batch, LONGEST):
             if "decode" in args.what:
@@ -89,8 +101,8 @@ def worth(group: RowGroup, args: argparse.Namespace) -> tuple[int, int]:
     """
     first = group.shape == args.shapes[0]
     by_layer, short = group.unit == args.units[0], group.context <= min(SOME)
-    if group.what == "compiled":
-        rank = 0 if by_layer else 2
+    if group.what in ("compiled", "called"):  # while torch.compile runs, the host is a slow one
+        rank = 0 if group.what == "compiled" else 1
     elif group.what == "decode":
         compiles = (group.unit, group.batch) == (args.units[-1], max(args.batches))
         rank = 0 if compiles else 1 if group.unit != "kv_head" else 2
@@ -98,7 +110,9 @@ def worth(group: RowGroup, args: argparse.Namespace) -> tuple[int, int]:
         rank = 1 if short and first else 2 if short else 3
     else:
         rank = 1 if first and (by_layer or short) or group.context == min(SOME) else 2
-    long = {"compiled": 50, "decode": group.batch // 8}.get(group.what, group.context // 4096)
+    long = {"compiled": 50, "called": 0, "setting": 0, "decode": group.batch // 8}.get(
+        group.what, group.context // 4096
+    )
     return rank + (rank == 2 and not first and not short), -long
 
 
@@ -163,10 +177,12 @@ def main() -> None:
     rows = Rows(args.results)
     with tempfile.TemporaryDirectory(prefix="patched.", dir=args.results.parent) as name:
         folder, mine = Path(name), partial(work, args, end)
-        if args.jobs == 1:
-            mine(Jobs(folder, 0, 1))
-        else:
-            run(folder, args.jobs, mine)
+        with stoppable():
+            if args.jobs == 1:
+                mine(Jobs(folder, 0, 1))
+            else:
+                run(folder, args.jobs, mine)
+        refuse(folder, args.jobs, ended=True)
         for group, found in merge(folder, args.jobs, order):
             for row in found:
                 rows.add(row)

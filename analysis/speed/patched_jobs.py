@@ -2,15 +2,37 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+
+
+class Stopped(BaseException):
+    """Somebody ends this program from outside."""
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """End what is inside where this process is told to terminate; what was read by then stays."""
+
+    def stop(*_: Any) -> None:
+        raise Stopped
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except Stopped:
+        print("stopped from outside: what was read by then is kept", flush=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Jobs:
@@ -68,6 +90,7 @@ def run(folder: Path, number: int, work: Callable[[Jobs], None]) -> None:
 
 def on_card(card: str | None, work: Callable[[Jobs], None], mine: Jobs) -> None:
     """The work of one process, which sees one card."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if card is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = card
     work(mine)

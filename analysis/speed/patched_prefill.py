@@ -24,6 +24,8 @@ from analysis.speed.patched_model import (
 from analysis.speed.patched_turns import Models, Timed, Turns, nothing, only, replayed, whole
 from bayes_router.integrations.huggingface.graphs import Graphs, without_mask
 
+SHORT_TURNS = 25
+"""Of what the host decides."""
 LONG = 65_536
 """Tokens from which flash attention, slower than cuDNN's at every length, is not read."""
 
@@ -116,8 +118,21 @@ def setting(bench: Turns, models: Models, facts: dict[str, Any], args: argparse.
         "unpatched, graph": Timed(1.0, partial(graphs.prefill, tokens)),
         "routed 0.1, graphs=True": Timed(executed, partial(read, model, tokens)),
     }
-    bench.group(facts, contenders)
+    bench.group(facts, contenders, turns=SHORT_TURNS)
     assert router.last.replayed, router.last.as_called
+    router.unpatch()
+
+
+def called(bench: Turns, models: Models, facts: dict[str, Any], args: argparse.Namespace) -> None:
+    """A text that a patch leaves to `full`, as both models are called."""
+    (plain, model), tokens = models, text(bench, facts)
+    router = routed(model, facts["unit"])
+    router.full_up_to = type(router).full_up_to
+    contenders = {
+        "unpatched": Timed(1.0, partial(read, plain, tokens)),
+        "as shipped": Timed(1.0, partial(read, model, tokens)),
+    }
+    bench.group(facts, contenders, turns=SHORT_TURNS)
     router.unpatch()
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaForCausalLM
@@ -55,8 +56,10 @@ class Turns:
         facts: dict[str, Any],
         contenders: dict[str, Timed],
         bounds: dict[str, Timed] | None = None,
+        turns: int | None = None,
     ) -> None:
-        """Time the contenders; a name that begins with `unpatched` is a rival.
+        """Time the contenders, in `turns` of the usual number and at most so many times as many; a
+        name that begins with `unpatched` is a rival.
 
         What `bounds` call answers how many milliseconds it cannot take less than.
         """
@@ -71,27 +74,29 @@ class Turns:
                 torch.cuda.empty_cache()
                 print(f"{facts} {name}: left out, {str(error).splitlines()[0]}", flush=True)
         long = facts["what"] != "decode" and facts["context"] >= LONG
-        turns: list[dict[str, float]] = [
-            {} for _ in range(min(self.turns, FEW) if long else self.turns)
-        ]
-        for turn in turns:
+        number = min(self.turns, FEW) if long else min(turns or self.turns, self.turns * FEW)
+        read: list[dict[str, float]] = [{} for _ in range(number)]
+        for turn in read:
             for name, call in able.items():
                 contenders[name].prepare()
                 turn[name] = isolated_ms(call, self.device)[1]
-        ms = {name: statistics.median(turn[name] for turn in turns) for name in able}
+        ms = {name: statistics.median(turn[name] for turn in read) for name in able}
         best = min((name for name in ms if name.startswith("unpatched")), key=ms.__getitem__)
         for name, bound in (bounds or {}).items():
             ms[name] = least = float(bound.call())  # type: ignore[arg-type]
-            for turn in turns:
+            for turn in read:
                 turn[name] = least
         for name, value in ms.items():
-            ratio = statistics.median(turn[name] / turn[best] for turn in turns)
+            ratios = [turn[name] / turn[best] for turn in read]
+            low, ratio, high = np.quantile(ratios, [0.25, 0.5, 0.75]).tolist()
             row = {
                 **facts,
                 "contender": name,
                 "on_full": {**contenders, **(bounds or {})}[name].on_full,
                 "ms": value,
                 "ratio": ratio,
+                "low": low,
+                "high": high,
                 "best": best,
             }
             self.rows.add(row)

@@ -1,6 +1,8 @@
 """The clock of a patched model on a GPU, here with what stands in for its graphs on a CPU."""
 
 import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,6 +56,8 @@ def test_every_contender_has_its_rows_against_what_can_do_the_same(
     assert found["compiled", "head", 160, 1] >= {"routed 0.1, compiled, graph"}
     assert found["setting", "layer", 160, 1] >= {"routed 0.1, graphs=True"}
     assert ("prefill", "head", 96, 1) not in found.index
+    assert found["called", "layer", 96, 1] == {"unpatched", "as shipped"}
+    assert (rows["low"] <= rows["ratio"]).all() and (rows["ratio"] <= rows["high"]).all()
     steps = {"floor: flash, graph", "routed 0.1, static cache, graphs=True"}
     assert found["decode", "head", 96, 2] >= steps and found["decode", "layer", 160, 1] >= steps
     both = {f"{name}, compiled, static cache, graph" for name in ("unpatched", "routed 0.1")}
@@ -133,5 +137,29 @@ def test_a_group_that_fails_is_left_out(
     monkeypatch.setitem(patched.READ, "decode", broken)
     path = options("--jobs", "2")
     patched.main()
-    assert set(pd.read_csv(path)["what"]) <= {"prefill", "compiled", "setting"}
+    assert set(pd.read_csv(path)["what"]) <= {"prefill", "compiled", "setting", "called"}
     assert "left out: RowGroup(what='decode'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_what_was_read_is_written_where_it_is_ended_from_outside(
+    jobs: str,
+    options: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`timeout` says so to all processes, and the table needs but the first."""
+    program = os.getpid()
+
+    def ended(*args: Any) -> None:
+        os.kill(program, signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setitem(patched.READ, "decode", ended)
+    path = options("--jobs", jobs, "--what", "called", "decode")
+    monkeypatch.setattr(patched, "worth", lambda group, args: group.what == "decode")
+    patched.main()
+    said = capsys.readouterr().out
+    assert "stopped from outside" in said and "left out: RowGroup(what='decode'" in said
+    assert jobs == "2" or set(pd.read_csv(path)["what"]) == {"called"}
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -320,3 +320,11 @@ def test_what_changed_since_a_replay_was_launched_is_seen_before_its_answer(
     router.graphs = False
     close(found, read())
     assert not torch.allclose(found, old, atol=1e-3)
+    router.graphs = True
+    read()
+    weight, captured = model.model.layers[0].mlp.down_proj.weight, Again.captured
+    weight.data = 2 * weight.data  # elsewhere
+    other = read()
+    assert router.last.replayed and Again.captured == captured + 1
+    router.graphs = False
+    close(other, read())

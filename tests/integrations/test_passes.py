@@ -309,6 +309,22 @@ def test_a_short_text_is_the_models_own_matter(monkeypatch: pytest.MonkeyPatch) 
     whole = model(ids).past_key_values
     router.force(None)
     close(model(ids[:, :4], past_key_values=whole).logits, follows)
+    before, second = len(taken), model.model.layers[1]
+    hidden = torch.randn(2, 30, 32)
+    angles = model.model.rotary_emb(hidden, torch.arange(30)[None])
+    for change in (lambda: router.force("local"), lambda: setattr(router, "full_up_to", 0)):
+        router.full_up_to, broken = 30, second.register_forward_pre_hook(stop)
+        with pytest.raises(RuntimeError, match="stopped"):
+            model(ids, use_cache=False)  # its first layer was left, the second is another pass's
+        broken.remove()
+        change()
+        second.self_attn(hidden, position_embeddings=angles, attention_mask=None)
+        router.force(None)
+    assert len(taken) == before + 2
     router.unpatch()
     assert torch.equal(found.logits, model(ids).logits)
     assert not torch.equal(found.logits, routed)
+
+
+def stop(*_: Any) -> None:
+    raise RuntimeError("stopped")

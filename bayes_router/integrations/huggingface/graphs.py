@@ -102,6 +102,7 @@ class Graphs:
         require(plain, "model", "attention over all keys in every layer", "layers of another kind")
         self._pool: Any = None
         self._prefills: dict[int, tuple[Any, Tensor, Tensor, tuple[Any, Keys]]] = {}
+        self._lasts: dict[int, int] = {}  # tokens of the last prompt of each bucket
         self._steps: dict[tuple[str, ...], tuple[Any, dict[str, Tensor], Any]] = {}
 
     @torch.no_grad()
@@ -121,8 +122,10 @@ class Graphs:
         if padded not in self._prefills:
             self._prefills[padded] = self._capture_prefill(padded)
         graph, given, last, (found, self.keys) = self._prefills[padded]
-        given[:, :T].copy_(tokens)
-        last.fill_(T - 1)
+        (given if padded == T else given[:, :T]).copy_(tokens)
+        if self._lasts.get(padded) != T:
+            last.fill_(T - 1)
+            self._lasts[padded] = T
         graph.replay()
         if self.stored:
             for layer in self.cache.layers:

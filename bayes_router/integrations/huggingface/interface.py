@@ -66,14 +66,17 @@ def routed_interface(
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
     """An attention function: routes a bound module, leaves any other as it was."""
-    original = original_kernel(base, module)
+    original, binding = original_kernel(base, module), module.__dict__.get(BINDING)
+    awaits, observers = binding is not None and binding.awaits, watching.observers
+    if not awaits and not observers:
+        return original(module, query, key, value, attention_mask, **kwargs)
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    for observe in watching.observers:
+    for observe in observers:
         observe(module, query, key, bool(causal), kwargs.get("sliding_window"))
-    binding = getattr(module, BINDING, None)
-    if not isinstance(binding, Binding) or not binding.awaits:
+    if not awaits:
         return original(module, query, key, value, attention_mask, **kwargs)
+    assert isinstance(binding, Binding)
     if weights_wanted(module, kwargs):
         binding.require_full("output_attentions")
         return original(module, query, key, value, attention_mask, **kwargs)
@@ -181,6 +184,12 @@ def keep_hidden(
         ValueError: the model was switched to attention that cannot be routed, or runs as a replica
             of `DataParallel`.
     """
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+    if not torch.compiler.is_dynamo_compiling() and binding.router.still_leaves(
+        binding.index, hidden, cache
+    ):
+        return
     require(
         not getattr(module, "_is_replica", False),
         "model",
@@ -189,8 +198,6 @@ def keep_hidden(
         "use DistributedDataParallel, or unpatch() first",
     )
     follow_switch(module)
-    hidden = args[0] if args else kwargs.get("hidden_states")
-    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
     crossed = (
         kwargs.get("encoder_hidden_states") is not None
         or kwargs.get("key_value_states") is not None
@@ -223,7 +230,7 @@ def left_alone(binding: Binding, module: nn.Module, hidden: Tensor, cache: Any) 
     """Whether a short text is the layer's own matter: nothing of a patch stands around its call."""
     causal, place = binding.router.found[binding.index].causal, getattr(module, "layer_idx", None)
     first = causal and not traced() and empty(cache, place)
-    return first and binding.router.leaves(binding.index, hidden)
+    return first and binding.router.leaves(binding.index, hidden, cache)
 
 
 def require_answered(binding: Binding, module: nn.Module, args: Any, out: Any) -> None:
@@ -232,7 +239,7 @@ def require_answered(binding: Binding, module: nn.Module, args: Any, out: Any) -
     Raises:
         ValueError: the module attended without the registered function.
     """
-    if getattr(module, BINDING, None) is binding and binding.awaits:
+    if binding.awaits and getattr(module, BINDING, None) is binding:
         binding.give(None)
         raise ValueError(
             f"attn_implementation: expected sdpa or eager while {type(module).__name__} is routed; "

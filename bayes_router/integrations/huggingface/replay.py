@@ -7,6 +7,7 @@ be replayed runs as it is called, and `router.last.as_called` says why.
 
 A graph is of memory: keys of the caches that `generate` makes are lent from a store, which is lent
 again when the cache is gone. Another policy, other weights, a fit: all graphs are captured anew.
+Until then, or until the setting is off, weights that were replaced are kept.
 """
 
 import threading
@@ -27,13 +28,15 @@ from bayes_router.checks import require
 from bayes_router.integrations.huggingface.graphs import Graphs, Keys, Read, require_cuda
 from bayes_router.integrations.huggingface.language import RoutedLanguage
 from bayes_router.integrations.huggingface.replayable import GROWING, Replayable, idle, read
-from bayes_router.integrations.patch.binding import replace_forward, router_of
+from bayes_router.integrations.patch.binding import replace_forward
 from bayes_router.integrations.patch.passes import Pass
 
 STORES = 4  # stores of keys that are kept, with their graphs
 LEAST = 64  # tokens in a bucket
 MOVED = "modules of another kind"
 NATIVE = ("full", "local")
+REPLAY = "_bayes_router_replay"
+"""By this name a stack has its `Replay`."""
 ANSWERED = ("last_hidden_state", "past_key_values")
 
 
@@ -68,7 +71,7 @@ def switch_on(router: RoutedLanguage) -> list[Callable[[], None]]:
 def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The stack's own pass, or a replay of it."""
     own: Callable[..., Any] = partial(type(self).forward, self)
-    replay = None if torch.compiler.is_compiling() else getattr(router_of(self), "replay", None)
+    replay = None if torch.compiler.is_compiling() else self.__dict__.get(REPLAY)
     return own(*args, **kwargs) if replay is None else replay(self, own, args, kwargs)
 
 
@@ -110,9 +113,14 @@ class Replay:
 
     def __init__(self, router: RoutedLanguage):
         self.undo, self.router = switch_on(router), weakref.ref(router)
+        base = router.model.base_model
+        setattr(base, REPLAY, self)
+        self.undo.append(partial(delattr, base, REPLAY))
         self._stores: list[LentKeys] = []
         self._turn, self._here = threading.RLock(), threading.local()
         self._state: Any = None
+        self._held: list[Tensor] = []  # what the graphs read, of nobody else's by now
+        self._stands: Any = None
         self._parts: Parts | None = None
         self._seen: Any = None  # the cache whose steps are known to be of this state
 
@@ -124,8 +132,10 @@ class Replay:
     ) -> Any:
         """One call of the stack."""
         router = self.router()
-        if router is None or getattr(self._here, "captures", False) or captured_elsewhere():
+        other = router is None or router.replay is not self
+        if other or getattr(self._here, "captures", False) or captured_elsewhere():
             return own(*args, **kwargs)
+        assert router is not None
         self._parts = self._parts or Parts(base, router.controller)
         why: str = MOVED
         while why == MOVED:
@@ -148,31 +158,38 @@ class Replay:
     ) -> BaseModelOutputWithPast | str:
         """What a replay answers, or why it cannot.
 
-        While the device reads a prompt into memory of nobody else's, the host looks whether the
-        modules are as they were; if not, nobody sees what was read. Elsewhere it looks before.
+        While the device reads a prompt into memory of nobody else's, the host looks whether modules
+        and weights are as they were; if not, nobody sees what was read. Elsewhere it looks before.
         """
-        self._renew(router, asked)
         self._here.captures = True
         try:
+            stands = router.policy, router.full_up_to
+            if stands != self._stands:
+                self._stores.clear()
+                self._stands = stands
             room, free = self._room(asked), asked.first and not isinstance(asked.cache, StaticCache)
             known = next((s for s in self._stores if free and s.fits(asked)), None)
             meanwhile = known is not None and known.graphs.captured(room)
-            why = None if meanwhile else self._changed(router, base)
+            why = None if meanwhile else self._changed(router, base, asked)
             if why is None:
                 store = self._store(base, own, asked)
                 graphs = store.graphs
                 found = (graphs.prefill(asked.tokens, room) if asked.first
                          else graphs.append(asked.tokens, **asked.inputs))  # fmt: skip
-                why = self._changed(router, base) if meanwhile else None
+                why = self._changed(router, base, asked, meanwhile) if meanwhile else None
             return why or self._copied(router, base, store, asked, found)
         finally:
             self._here.captures = False
 
-    def _changed(self, router: RoutedLanguage, base: nn.Module) -> str | None:
-        """Why what was captured does not stand for the modules any more."""
+    def _changed(
+        self, router: RoutedLanguage, base: nn.Module, asked: Replayable, read: bool = False
+    ) -> str | None:
+        """Why what was captured, or `read` by it, does not stand for the modules any more."""
         assert self._parts is not None
         if not self._parts.same(router.controller):
             self._parts, self._state, self._seen = Parts(base, router.controller), None, None
+            return MOVED
+        if self._renewed(asked) and read:
             return MOVED
         hooked = self._parts.hooked()
         return hooked and f"a hook on {hooked}, which a replay would pass by"
@@ -195,16 +212,21 @@ class Replay:
             last_hidden_state=hidden[:, :T].clone(), past_key_values=cache
         )
 
-    def _renew(self, router: RoutedLanguage, asked: Replayable) -> None:
-        """Forget what was captured of another state of the model."""
+    def _renewed(self, asked: Replayable) -> bool:
+        """Whether weights have moved, or others came; what was captured of them is forgotten.
+
+        The old ones are held until then: a graph that still reads them must find them.
+        """
         if not asked.first and self._seen is not None and self._seen() is asked.cache:
-            return
+            return False
         assert self._parts is not None
-        state = self._parts.state(), router.policy, router.full_up_to
-        if state != self._state:
+        state = self._parts.state()
+        moved = state != self._state
+        if moved:
             self._stores.clear()
-            self._state = state
+            self._state, self._held = state, self._parts.weights()
         self._seen = weakref.ref(asked.cache) if isinstance(asked.cache, StaticCache) else None
+        return moved
 
     def _store(self, base: nn.Module, own: Callable[..., Any], asked: Replayable) -> LentKeys:
         cache, known = asked.cache, isinstance(asked.cache, StaticCache)
@@ -295,8 +317,9 @@ class Parts:
         self._of, self._names = [of for of, _ in both], [name for _, name in both]
         self._children = [*map(dict.get, self._of, self._names)]
         self._weights = [(m._parameters, n) for m in modules for n in m._parameters]
+        self._buffers = [(m._buffers, n) for m in modules + ours for n in m._buffers]
         self._ours = [(m._parameters, n) for m in ours for n in m._parameters]
-        hooked = [m for m in modules if m is not base]
+        hooked = [m for m in modules + ours if m is not base]
         self._hooks = [x for m in hooked for x in (m._forward_hooks, m._forward_pre_hooks)]
         self._kinds = [type(m).__name__ for m in hooked for _ in range(2)]
         self._idle: list[Any] = []  # hooks that were found to be
@@ -323,3 +346,8 @@ class Parts:
         ]
         model = [None if (p := at.get(n)) is None else p.data_ptr() for at, n in self._weights]
         return tuple(model), tuple(ours)
+
+    def weights(self) -> list[Tensor]:
+        """All that passes read, as it is now, whatever takes its place."""
+        read = [at.get(n) for at, n in self._weights + self._ours + self._buffers]
+        return [x.detach() for x in read if x is not None]

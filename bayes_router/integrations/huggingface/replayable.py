@@ -75,8 +75,8 @@ def refused(
     shown = said(config, "output_hidden_states") or said(config, "output_attentions")
     if len(args) > 1 or not isinstance(tokens, Tensor) or tokens.dim() != 2 or more or shown:
         return f"inputs or outputs beside tokens, mask, positions and cache {more}"
-    if torch.is_grad_enabled() or not router.executes:
-        return "a pass with gradients, drawn, watched, frozen or given its routes"
+    if not router.unasked:  # hooks on controllers are looked for with those of other modules
+        return "a pass with gradients, drawn, observed, frozen or given its routes"
     if router.forced:
         return "a forced route"
     if type(router.policy) not in (Argmax, Budget, Conservative):

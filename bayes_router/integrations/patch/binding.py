@@ -56,8 +56,11 @@ class Bindable(Protocol):
     def observed(self) -> bool:
         """Whether calls are shown to an observer, every token on full attention."""
 
-    def leaves(self, index: int, hidden: Tensor) -> bool:
+    def leaves(self, index: int, hidden: Tensor, cache: Any = None) -> bool:
         """Whether a short text over itself is left alone, and noted to be."""
+
+    def still_leaves(self, index: int, hidden: Any, cache: Any) -> bool:
+        """`leaves`, where the layer before was left in this pass."""
 
     def steps_in_place(self, index: int, hidden: Tensor) -> bool:
         """Whether a new token of a layer may be attended behind a cache whose length no

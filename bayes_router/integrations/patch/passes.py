@@ -131,6 +131,8 @@ class Here(threading.local):
         given: by layer, what the layer's own call has yet to take.
         decided: by layer, a route that the call under way will execute.
         call: that a layer makes; None where it keeps nothing between passes.
+        left: the layer that comes next in a pass whose short text is left alone, the number of its
+            tokens and the identity of its cache.
     """
 
     def __init__(self) -> None:
@@ -140,6 +142,7 @@ class Here(threading.local):
         self.given: dict[int, Given] = {}
         self.decided: dict[int, Tensor | int] = {}
         self.call: AttentionCall | None = None
+        self.left: tuple[int, int, int] | None = None
 
     def __reduce__(self) -> Any:
         return Here, ()  # a copy of the model starts with none of it

@@ -204,20 +204,45 @@ class RoutedModel(Savable):
     @property
     def executes(self) -> bool:
         """Whether passes execute the policy's choice, and nobody looks on."""
+        return self.unasked and not any(map(watched, self.controller.layers))
+
+    @property
+    def unasked(self) -> bool:
+        """`executes`, but for hooks on controllers."""
         free = self.here.route is None and self.here.observe is None and not torch.is_grad_enabled()
-        free = free and not any(watched(layer) for layer in self.controller.layers)
         return free and self.frozen is None and self._mode is RoutingMode.HARD
 
-    def leaves(self, index: int, hidden: Tensor) -> bool:
+    def leaves(self, index: int, hidden: Tensor, cache: Any = None) -> bool:
         """Whether a text [B, T, D] over itself is so short that a layer's routing is left alone,
         see `full_up_to`; then the pass says so.
         """
-        short = takes_full(hidden, hidden.shape[1], self.experts, self.full_up_to)
-        if not short or self._force is not None or not self.executes:
+        T = hidden.shape[1]
+        short = takes_full(hidden, T, self.experts, self.full_up_to)
+        left = short and self._force is None and self.executes
+        self.here.left = (index + 1, T, id(cache)) if left else None
+        if left:
+            routed = self.here.begin(index)
+            routed.real[index] = None
+            routed.on_full.add(index)
+        return left
+
+    def still_leaves(self, index: int, hidden: Any, cache: Any) -> bool:
+        """`leaves` in short, where the layer before was left in this very pass: the host pays for
+        what is asked in every layer.
+        """
+        here = self.here
+        left = here.left
+        if left is None or left[0] != index or not isinstance(hidden, Tensor):
             return False
-        routed = self.here.begin(index)
+        told = self._force is not None or here.route is not None or here.observe is not None
+        long = hidden.shape[1] != left[1] or left[1] > self.full_up_to
+        if told or long or left[2] != id(cache) or torch.is_grad_enabled():
+            return False
+        here.left = index + 1, left[1], left[2]
+        routed = here.slot.last
         routed.real[index] = None
         routed.on_full.add(index)
+        here.given.pop(index, None)
         return True
 
     def steps_in_place(self, index: int, hidden: Tensor) -> bool:
