@@ -22,6 +22,7 @@ from analysis.speed.patched_model import (
     stand,
 )
 from analysis.speed.patched_turns import Models, Timed, Turns, nothing, only, replayed, whole
+from bayes_router.integrations.calls.fused_router import FULL_UP_TO
 from bayes_router.integrations.huggingface.graphs import Graphs, without_mask
 
 SHORT_TURNS = 25
@@ -73,9 +74,9 @@ def prefill(bench: Turns, models: Models, facts: dict[str, Any], args: argparse.
         prepare = partial(stand, router, [bias.clone() for bias in biases(router)], 0)
         called = share == args.shares[:2][-1]
         contenders |= ways(model, tokens, f"routed {share:g}", executed, prepare, called)
-    if length <= type(router).full_up_to:
+    if length <= FULL_UP_TO:
         kept = [bias.clone() for bias in biases(router)]
-        prepare = partial(stand, router, kept, type(router).full_up_to)
+        prepare = partial(stand, router, kept, FULL_UP_TO)
         contenders |= ways(model, tokens, "as shipped", 1.0, prepare)
     routes = fitted_routes(args.routes, facts["shape"], unit, length)
     if routes is not None:
@@ -127,7 +128,7 @@ def called(bench: Turns, models: Models, facts: dict[str, Any], args: argparse.N
     """A text that a patch leaves to `full`, as both models are called."""
     (plain, model), tokens = models, text(bench, facts)
     router = routed(model, facts["unit"])
-    router.full_up_to = type(router).full_up_to
+    router.full_up_to = FULL_UP_TO
     contenders = {
         "unpatched": Timed(1.0, partial(read, plain, tokens)),
         "as shipped": Timed(1.0, partial(read, model, tokens)),
