@@ -1,13 +1,16 @@
 """A training step replayed from a CUDA graph is the step without one."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from bayes_router.config import with_changes
 from bayes_router.data.load import load_data
+from bayes_router.training.graph import GraphedGradient
 from bayes_router.training.trainer import Trainer
+from bayes_router.types import LossTerms
 from tests.tiny import fit_config
 
 pytestmark = [
@@ -57,6 +60,32 @@ def test_replayed_steps_are_eager_steps(corpus: str, changes: dict[str, object])
         torch.use_deterministic_algorithms(False)
     # without a price, with one, straight through
     assert graphed.graphed is not None and len(graphed.graphed._captured) == 3
+
+
+def test_graphs_of_several_shapes_share_memory_and_replay_by_turns() -> None:
+    device = torch.device("cuda")
+    model = torch.nn.Sequential(torch.nn.Embedding(50, 64), torch.nn.Linear(64, 50)).to(device)
+
+    def gradient(tokens: torch.Tensor, targets: torch.Tensor) -> Any:
+        loss = torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+        loss.backward()
+        return loss.detach(), LossTerms(loss.detach(), loss.detach(), loss.detach()), loss.detach()
+
+    graphed = GraphedGradient(gradient, model)
+    for step in range(9):
+        length = (7, 64, 21)[step % 3]
+        tokens, targets = torch.randint(50, (2, 2, length), device=device)
+        model.zero_grad(set_to_none=True)
+        want, *_ = gradient(tokens, targets)
+        grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        got, *_ = graphed(tokens, targets, step, None)
+        torch.testing.assert_close(got, want)
+        for parameter, grad in zip(model.parameters(), grads, strict=True):
+            torch.testing.assert_close(parameter.grad, grad)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.1 * parameter.grad
+    assert len(graphed._captured) == 3
 
 
 def test_a_step_does_not_wait_for_the_device(corpus: str) -> None:
