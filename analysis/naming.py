@@ -32,6 +32,8 @@ ALIASES = {
     "stdlib": ["python"],
     "code": ["python source", "code"],
     "text:corpora/novels100": ["novels"],
+    "text:corpora/zig": ["zig"],
+    "text:corpora/headers": ["headers"],
     "wikitext103": ["wikitext"],
     "shuffled": ["shuffled"],
     "recent": ["last 128 tokens", "by passages"],

@@ -27,6 +27,8 @@ from analysis.routes.tiny_lm_figure import draw
 from bayes_router.files import write_text
 
 RESULTS = Path(__file__).parents[1] / "results" / "tiny_lm.csv"
+FEWEST = 3
+"""Seeds of a point in the figures by head; contenders of fewer stand in the table alone."""
 
 
 def plan(
@@ -107,7 +109,8 @@ def rivals(frame: pd.DataFrame, against: str) -> pd.DataFrame:
     """Of each text, the static contenders that a reader would take instead of `against`.
 
     The best of those whose executed FLOPs are no more, and the cheapest of those whose nll is no
-    more, where there is one. Columns as of `paired`, and nll_hard, cost_flops, and what it is.
+    more, where there is one; of those with as many seeds. Columns as of `paired`, and nll_hard,
+    cost_flops, and what it is.
     """
     rows = []
     table = summarise(frame).set_index(["corpus", "context"])
@@ -117,7 +120,7 @@ def rivals(frame: pd.DataFrame, against: str) -> pd.DataFrame:
         if against not in cells.index:
             continue
         ours = cells.loc[against]
-        static = cells[cells.index.str.startswith("static")]
+        static = cells[cells.index.str.startswith("static") & (cells["n"] >= ours["n"])]
         as_cheap = static[static["cost_flops"] <= ours["cost_flops"] + EQUAL]
         as_good = static[static["nll_hard"] <= ours["nll_hard"]]
         found = {"best as cheap": as_cheap["nll_hard"], "cheapest as good": as_good["cost_flops"]}
@@ -192,7 +195,8 @@ def main() -> None:
     table = summarise(frame)
     write_text(args.out.with_suffix(".md"), markdown(table))
     cheap = args.size in ("heads", "quoting")  # whose layouts the paper's units hardly tell apart
-    draw(table, args.out.with_suffix(".png"), "cost_flops" if cheap else "cost_paper")
+    drawn = table[table["n"] >= FEWEST] if cheap else table  # seeds differ more than contenders
+    draw(drawn, args.out.with_suffix(".png"), "cost_flops" if cheap else "cost_paper")
     print(markdown(table))
     if args.against:
         print(paired(frame, args.against).round(4).to_string(index=False))

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from bayes_router.diagnostics.figures.run import PALETTE
 
 KINDS = {"static": "s", "softmax router": "^", "Dirichlet": "v", "ours": "o"}
-SHOWN = 0.15
+SHOWN = {"cost_paper": 0.15, "cost_flops": 0.25}
 """Nats above the best that a figure shows; who is above is named in the title."""
 
 
@@ -48,7 +48,7 @@ def kind_of(contender: str, routing_entropy: float) -> str:
 
 def panel(ax: Axes, group: pd.DataFrame, title: str, cost: str) -> None:
     """One corpus and context; the line is the front of the static layouts."""
-    high = group["nll_hard"] > group["nll_hard"].min() + SHOWN
+    high = group["nll_hard"] > group["nll_hard"].min() + SHOWN[cost]
     above = "; ".join(
         f"{r['contender']} {r['nll_hard']:.2f} at {r[cost]:.2f}"
         for r in group[high].to_dict("records")

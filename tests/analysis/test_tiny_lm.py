@@ -246,6 +246,7 @@ def test_the_rivals_are_the_best_as_cheap_and_the_cheapest_as_good() -> None:
         "static good": [(0.8, 0.20), (0.8, 0.20)],
         "static good, dearer": [(0.7, 0.30), (0.7, 0.30)],
         "softmax": [(0.1, 0.01), (0.1, 0.01)],  # no static contender
+        "static of one seed": [(0.1, 0.01)],
     }
     rows = [
         {"corpus": "c", "context": 8, "contender": name, "seed": seed}
