@@ -77,10 +77,6 @@ def tables(name: str) -> Iterator[pd.DataFrame]:
         yield frame
         groups = frame.groupby(["threshold", "budget"])["difference"]
         yield pd.DataFrame({"difference": groups.mean(), "se": groups.sem()}).reset_index()
-    elif name == "patched_cuda":
-        yield frame
-        keys = ["what", "shape", "unit", "context", "batch", "contender", "best", "run"]
-        yield frame.groupby(keys)[["ms", "ratio"]].mean().reset_index()
     elif name == "uncertainty_k_hat":
         keys = ["target", "length"]
         yield frame.groupby(keys).median(numeric_only=True).reset_index()
