@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 
 from bayes_router.data.tokens import Batch
 from bayes_router.diagnostics.examine import Examination
-from bayes_router.diagnostics.figures import posterior as draw
+from bayes_router.diagnostics.figures import verdicts as verdict_plots
 from bayes_router.diagnostics.fitted import FittedRun
 from bayes_router.diagnostics.measures.bootstrap import clustered
 from bayes_router.diagnostics.measures.calibration import rank_correlation, reliability
@@ -65,7 +65,9 @@ def confidence(run: FittedRun, options: argparse.Namespace) -> Written:
     right = right_within(tested, TOLERANCE)
     curves = [reliability(stated[name], right) for name in ("posterior", "confidence")]
     figures = {
-        "confidence_reliability": lambda: draw.plot_reliability(*curves, mended="confidence")
+        "confidence_reliability": lambda: verdict_plots.plot_reliability(
+            *curves, mended="confidence"
+        )
     }
     return Written(tables, figures, text_of(tables["confidence"]))
 

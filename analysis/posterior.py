@@ -30,6 +30,7 @@ from analysis.judged import Written, confidence, promised, risk, text_of
 from analysis.pretrained.uncertainty import add_options, study
 from bayes_router.diagnostics.examine import Effort, Examination
 from bayes_router.diagnostics.figures import posterior as draw
+from bayes_router.diagnostics.figures import verdicts as verdict_plots
 from bayes_router.diagnostics.fitted import FittedRun, load_fitted
 from bayes_router.diagnostics.measures.collapse import prior_mean
 from bayes_router.diagnostics.measures.evidence import evidence_apart
@@ -54,8 +55,8 @@ def collapse(run: FittedRun, options: argparse.Namespace) -> Written:
     )
     if len(training):
         tables["collapse_over_training"] = training
-        figures["effective_experts"] = lambda: draw.plot_collapse_over_training(training)
-        figures["route_information"] = lambda: draw.plot_collapse_over_training(
+        figures["effective_experts"] = lambda: verdict_plots.plot_collapse_over_training(training)
+        figures["route_information"] = lambda: verdict_plots.plot_collapse_over_training(
             training, "route_information"
         )
     return Written(
@@ -119,16 +120,16 @@ def uncertainty(run: FittedRun, options: argparse.Namespace) -> Written:
         if (table := examined.attempt(part)) is not None
     }
     if "k_hat" in tables:
-        figures["k_hat"] = lambda: draw.plot_k_hat(tables["k_hat"])
+        figures["k_hat"] = lambda: verdict_plots.plot_k_hat(tables["k_hat"])
     if (calibration := examined.attempt("calibration")) is not None:
         tables |= {"reliability": calibration.before, "reliability_tempered": calibration.after}
-        figures["reliability"] = lambda: draw.plot_reliability(
+        figures["reliability"] = lambda: verdict_plots.plot_reliability(
             calibration.before, calibration.after
         )
     other = examined.attempt("other_text")
     if other is not None and len(other):
         tables["other_text"] = other
-        figures["other_text"] = lambda: draw.plot_other_text(other)
+        figures["other_text"] = lambda: verdict_plots.plot_other_text(other)
         figures["uncertainty_by_kind"] = lambda: draw.plot_by_kind(summary.kinds_frame())
     left_out = "".join(f"\nleft out: {line}" for line in examined.left_out())
     return Written(tables, figures, text_of(quoted) + left_out)

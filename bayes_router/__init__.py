@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from bayes_router.training.prior_sweep import sweep_prior
     from bayes_router.transformer.build import build_prior
     from bayes_router.transformer.generate import Sampling, generate, stream
-    from bayes_router.transformer.model import RoutedLanguageModel, RoutedTransformer
+    from bayes_router.transformer.model import RoutedLanguageModel
+    from bayes_router.transformer.network import RoutedTransformer
     from bayes_router.transformer.standalone import RoutedAttention
     from bayes_router.types import CostModel, LossTerms, RoutingMode, RoutingOutput
 
@@ -118,7 +119,8 @@ _HOMES = {
     "training.prior_sweep": "sweep_prior",
     "transformer.build": "build_prior",
     "transformer.generate": "Sampling generate stream",
-    "transformer.model": "RoutedLanguageModel RoutedTransformer",
+    "transformer.model": "RoutedLanguageModel",
+    "transformer.network": "RoutedTransformer",
     "transformer.standalone": "RoutedAttention",
     "types": "CostModel LossTerms RoutingMode RoutingOutput",
 }

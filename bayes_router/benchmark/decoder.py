@@ -9,7 +9,8 @@ from torch import Tensor
 from bayes_router.benchmark.clock import captured
 from bayes_router.checks import require
 from bayes_router.timing import isolated_ms
-from bayes_router.transformer.model import RoutedLanguageModel, RoutedTransformer
+from bayes_router.transformer.model import RoutedLanguageModel
+from bayes_router.transformer.network import RoutedTransformer
 from bayes_router.types import RoutingMode
 
 # tokens of a prompt that enter a cache at a time on CUDA; elsewhere all do, in one causal pass

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from bayes_router.diagnostics.examine import Examination
 from bayes_router.diagnostics.figures import posterior as posterior_plots
 from bayes_router.diagnostics.figures import run as plots
+from bayes_router.diagnostics.figures import verdicts as verdict_plots
 from bayes_router.diagnostics.fitted import FittedRun
 from bayes_router.diagnostics.shown import ShownText
 
@@ -68,7 +69,7 @@ def figures(examined: Examination, shown: ShownText, quick: bool) -> list[dict[s
     training = examined.attempt("training")
     if training is not None and len(training):
         found.append(("Over training", "Filled where a collapse was raised.",
-                      lambda: posterior_plots.plot_collapse_over_training(training)))  # fmt: skip
+                      lambda: verdict_plots.plot_collapse_over_training(training)))  # fmt: skip
         metrics = pd.read_csv(run.path / "metrics.csv")
         found.append(
             (

@@ -8,7 +8,7 @@ import torch
 
 from bayes_router.checks import require
 from bayes_router.diagnostics.diagnostic import Diagnostic, Plot, register_diagnostic
-from bayes_router.diagnostics.figures import posterior as figures
+from bayes_router.diagnostics.figures import verdicts as verdict_plots
 from bayes_router.diagnostics.figures.rivals import plot_rivals
 from bayes_router.diagnostics.measures.amortisation import (
     AmortisationGap,
@@ -66,7 +66,9 @@ def _k_hat_plots(examined: Any, frame: pd.DataFrame) -> Sequence[Plot]:
     caption = "Below the line its draws can be reweighted to the posterior."
     limit = examined.thresholds.fit.k_hat
     return [
-        Plot("Guide against the exact joint", caption, lambda: figures.plot_k_hat(frame, limit))
+        Plot(
+            "Guide against the exact joint", caption, lambda: verdict_plots.plot_k_hat(frame, limit)
+        )
     ]
 
 
@@ -134,7 +136,7 @@ def _calibration_numbers(examined: Any, c: Calibration) -> dict[str, float]:
 def _calibration_plots(examined: Any, c: Calibration) -> Sequence[Plot]:
     tempered = f"with temperature {c.temperature:.2f}: {c.ece_tempered:.3f}."
     caption = f"ECE {c.ece:.3f}; {tempered}"
-    return [Plot("Reliability", caption, lambda: figures.plot_reliability(c.before, c.after))]
+    return [Plot("Reliability", caption, lambda: verdict_plots.plot_reliability(c.before, c.after))]
 
 
 def _stability(examined: Any) -> pd.DataFrame:
@@ -164,7 +166,7 @@ def _other_numbers(examined: Any, table: pd.DataFrame) -> dict[str, float]:
 
 def _other_plots(examined: Any, table: pd.DataFrame) -> Sequence[Plot]:
     caption = "What the router's entropy tells, and what the nll tells."
-    plot = Plot("Other text", caption, lambda: figures.plot_other_text(table))
+    plot = Plot("Other text", caption, lambda: verdict_plots.plot_other_text(table))
     return [plot] if len(table) else []
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bayes_router.transformer.model import Block, RoutedTransformer
+from bayes_router.transformer.network import Block, RoutedTransformer
 
 
 class Execution:

@@ -134,12 +134,14 @@ def test_nothing_scored_is_refused():
 
 
 def test_reliability_of_known_probabilities():
-    table = reliability(
-        np.array([0.25, 0.25, 0.95, 0.95, 1.0]), np.array([True, False, True, True, False])
-    )
+    stated, right = np.array([0.25, 0.25, 0.95, 0.95, 1]), np.array([1, 0, 1, 1, 0], dtype=bool)
+    table = reliability(stated, right)
     assert table["bin"].tolist() == [2, 9] and table["count"].tolist() == [2, 3]
     assert table["observed"].tolist() == pytest.approx([0.5, 2 / 3])
-    assert expected_calibration_error(table) == pytest.approx((0.25 * 2 + (2.9 - 2)) / 5)
+    error = expected_calibration_error(stated, right)
+    assert error == pytest.approx((0.25 * 2 + (2.9 - 2)) / 5)
+    apart = (table["stated"] - table["observed"]).abs() * table["count"]
+    assert error == pytest.approx(apart.sum() / 5)
 
 
 def simulated(
@@ -153,7 +155,7 @@ def simulated(
     frame = pd.DataFrame(stated, columns=["largest_a", "largest_b", "largest_c"])
     frame["choice"] = np.array(["a", "b", "c"])[choice]
     frame["regret"] = np.where(right, 0.0, 1.0)
-    frame["sequence"] = np.arange(rows)
+    frame["sequence"] = np.arange(rows) // 20
     frame["entropy_of_mean"] = -stated.max(1)
     return frame, choice
 

@@ -14,6 +14,7 @@ from bayes_router.diagnostics import report
 from bayes_router.diagnostics.examine import Effort, Examination
 from bayes_router.diagnostics.figures import posterior as posterior_plots
 from bayes_router.diagnostics.figures import run as plots
+from bayes_router.diagnostics.figures import verdicts as verdict_plots
 from bayes_router.diagnostics.fitted import load_fitted
 from bayes_router.diagnostics.report import write_report
 from bayes_router.diagnostics.shown import route_text
@@ -142,15 +143,15 @@ def test_figures_have_axes_with_names(examined, finished_run):
         posterior_plots.plot_load_by_layer(layers, experts),
         posterior_plots.plot_by_position(positions),
         posterior_plots.plot_by_kind(kinds, "mutual_information"),
-        posterior_plots.plot_reliability(calibration.before, calibration.after),
-        posterior_plots.plot_collapse_over_training(examined.training),
-        posterior_plots.plot_k_hat(examined.k_hat),
-        posterior_plots.plot_other_text(examined.other_text),
+        verdict_plots.plot_reliability(calibration.before, calibration.after),
+        verdict_plots.plot_collapse_over_training(examined.training),
+        verdict_plots.plot_k_hat(examined.k_hat),
+        verdict_plots.plot_other_text(examined.other_text),
         plots.plot_cost(pd.read_csv(finished_run / "metrics.csv")),
     ]
     for ax in drawn:
         assert ax.get_xlabel() and ax.get_ylabel()
-    said = posterior_plots.plot_reliability(calibration.before, calibration.after, mended="fitted")
+    said = verdict_plots.plot_reliability(calibration.before, calibration.after, mended="fitted")
     assert "fitted" in {text.get_text() for text in said.get_legend().get_texts()}
     simplex = posterior_plots.plot_simplex_density(
         torch.rand(50, 3) + 0.1, torch.rand(20, 3), experts

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bayes_router.diagnostics.figures.posterior import plot_ranks
+from bayes_router.diagnostics.figures.verdicts import plot_ranks
 from bayes_router.diagnostics.measures.simulation import (
     guide_draws,
     rank_counts,

@@ -16,7 +16,7 @@ from bayes_router.files import METRICS, WEIGHTS
 from bayes_router.training import checkpoint
 from bayes_router.training.faults import sole_user
 from bayes_router.training.fit import Trainer, fit, load_data
-from bayes_router.transformer.model import RoutedTransformer
+from bayes_router.transformer.network import RoutedTransformer
 from tests.tiny import fit_config, tiny_model
 
 

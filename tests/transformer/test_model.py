@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from bayes_router.attention.decoding.model_cache import RoutedCache
-from bayes_router.transformer.model import RoutedLanguageModel, RoutedTransformer
+from bayes_router.transformer.model import RoutedLanguageModel
+from bayes_router.transformer.network import RoutedTransformer
 from bayes_router.types import RoutingMode
 from tests.tiny import EXPERTS, tiny_batch, tiny_config, tiny_model
 

@@ -83,13 +83,18 @@ def fit_temperature(
     return float(np.exp(minimize_scalar(loss, bounds=(-3.0, 5.0), method="bounded").x))
 
 
+def _bins(stated: Array, bins: int) -> npt.NDArray[np.int64]:
+    """Of each choice, which of so many bins of equal width its stated probability is in."""
+    require(bins >= 1, "bins", "at least 1", bins)
+    return np.minimum((np.asarray(stated) * bins).astype(np.int64), bins - 1)
+
+
 def reliability(stated: Array, right: npt.NDArray[np.bool_], bins: int = BINS) -> pd.DataFrame:
     """Stated against observed: one row a bin of equal width that holds a choice.
 
     `error` is the binomial standard error.
     """
-    require(bins >= 1, "bins", "at least 1", bins)
-    index = np.minimum((np.asarray(stated) * bins).astype(int), bins - 1)
+    index = _bins(stated, bins)
     frame = pd.DataFrame({"bin": index, "stated": stated, "observed": np.asarray(right, float)})
     table = frame.groupby("bin").agg(
         stated=("stated", "mean"), observed=("observed", "mean"), count=("stated", "size")
@@ -100,11 +105,16 @@ def reliability(stated: Array, right: npt.NDArray[np.bool_], bins: int = BINS) -
     return table.reset_index()
 
 
-def expected_calibration_error(table: pd.DataFrame) -> float:
-    """Mean |stated - observed| over the choices of a `reliability` table; 0 is calibrated."""
-    return float(
-        ((table["stated"] - table["observed"]).abs() * table["count"]).sum() / table["count"].sum()
-    )
+def expected_calibration_error(
+    stated: Array, right: npt.NDArray[np.bool_], bins: int = BINS
+) -> float:
+    """Mean |stated - observed| of the bins of choices, as `reliability` has them; 0 is calibrated.
+
+    That is |sum of stated - number of right ones| over the bins, for each choice.
+    """
+    _, index = np.unique(_bins(stated, bins), return_inverse=True)
+    apart = np.bincount(index, np.asarray(stated) - np.asarray(right))
+    return float(np.abs(apart).sum() / len(stated))
 
 
 class Calibration(NamedTuple):
@@ -151,7 +161,7 @@ def calibrate(
 
     def error(said: Array) -> Estimate:
         return clustered(
-            lambda rows: expected_calibration_error(reliability(said[rows], tested[rows])),
+            lambda rows: expected_calibration_error(said[rows], tested[rows]),
             windows,
             draws=INTERVAL_DRAWS,
         )

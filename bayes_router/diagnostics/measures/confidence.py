@@ -28,7 +28,6 @@ from bayes_router.diagnostics.measures.calibration import (
     expected_calibration_error,
     fit_temperature,
     rank_correlation,
-    reliability,
 )
 from bayes_router.diagnostics.measures.references import references
 from bayes_router.diagnostics.measures.regression import Linear, Logistic, Standard
@@ -163,7 +162,7 @@ def quality(
     figures = {
         "stated": lambda rows: float(stated[rows].mean()),
         "right": lambda rows: float(right[rows].mean()),
-        "ece": lambda rows: expected_calibration_error(reliability(stated[rows], right[rows])),
+        "ece": lambda rows: expected_calibration_error(stated[rows], right[rows]),
         "gain": gain,
         "auroc": lambda rows: auroc(stated[rows][right[rows]], stated[rows][~right[rows]]),
         "rank": lambda rows: rank_correlation(1 - stated[rows], regret[rows]),
