@@ -3,6 +3,7 @@
 A backward pass takes two more.
 """
 
+import torch
 from torch import Tensor
 
 from bayes_router.attention.hard.backend import register_backend
@@ -17,6 +18,12 @@ ROWS = 2**14
 """Query heads times queries of a call up to which that was read."""
 HEAD_SIZE = 128
 """Shared memory ends there."""
+UNSORTED_HEAD_SIZE = 64
+
+
+def unsorted_holds(problem: RoutedProblem) -> bool:
+    """Whether heads and dtype are of those that were read unsorted."""
+    return problem.q.dtype != torch.float32 and problem.q.shape[3] <= UNSORTED_HEAD_SIZE
 
 
 def query_rows(problem: RoutedProblem) -> int:
@@ -34,7 +41,7 @@ class _Short:
         """It needs CUDA, Triton, heads of at most 128 and few queries.
 
         The built-in experts stand there at most once each. A backward pass needs as many queries as
-        keys.
+        keys, bfloat16 or float16, and heads of at most 64.
         """
         reason = capability.lacks(problem.q, HEAD_SIZE)
         if reason is not None:
@@ -44,8 +51,12 @@ class _Short:
             return "it computes at most one each of the built-in experts full, linear and local"
         if problem.q.shape[2] > QUERIES:
             return f"it sorts up to {QUERIES} queries; these are {problem.q.shape[2]}"
-        if problem.needs_grad and problem.q.shape[2] != problem.k.shape[2]:
+        if not problem.needs_grad:
+            return None
+        if problem.q.shape[2] != problem.k.shape[2]:
             return "its backward pass needs as many queries as keys"
+        if not unsorted_holds(problem):
+            return f"its backward pass holds heads of at most {UNSORTED_HEAD_SIZE} in halves"
         return None
 
     def attend(self, problem: RoutedProblem) -> Tensor:
@@ -55,7 +66,7 @@ class _Short:
         from bayes_router.attention.hard.short_launch import launch_short
 
         few = problem.k.shape[2] <= SHORTEST and query_rows(problem) <= ROWS
-        unsorted = problem.needs_grad or few
+        unsorted = problem.needs_grad or (few and unsorted_holds(problem))
         return launch_mixed(problem) if unsorted else launch_short(problem)
 
 
