@@ -21,10 +21,15 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.routes.contenders import Contender
 from analysis.routes.layouts import HEADLINE, SIZES, TOKENS, contenders
 from analysis.routes.sweep import sweep
 from analysis.routes.tiny_lm_figure import draw
+from bayes_router.attention.experts.full import FullAttention
+from bayes_router.config import config_from_dict
 from bayes_router.files import write_text
+from bayes_router.presets import preset
+from bayes_router.transformer.cost import model_experts
 
 RESULTS = Path(__file__).parents[1] / "results" / "tiny_lm.csv"
 FEWEST = 3
@@ -137,6 +142,22 @@ EQUAL = 5e-4
 """Costs this near are the same to the digits that are shown."""
 
 
+def deciding(size: str, name: str) -> float:
+    """FLOPs of a contender's controllers in all layers, full attention in every layer = 1.
+
+    The costs of a row are attention's alone. What `freeze` makes static needs no controller.
+    """
+    (job,) = plan(size, "sotu", 1, [name])
+    contender = Contender(**job["contender"])
+    if contender.kind == "static":
+        return 0.0
+    config = contender.config(config_from_dict(job["common"], preset("tiny")))
+    model = contender.build_model()(config)
+    full = FullAttention(model_experts(model)[0].shape).flops_per_token(config.data.context)
+    multiplied = sum(part.numel() for part in model.controller.parameters() if part.dim() == 2)
+    return 2 * multiplied / (config.model.num_layers * full)
+
+
 def markdown(table: pd.DataFrame) -> str:
     """The tables for a README, one a corpus and context."""
     parts = []
@@ -201,6 +222,7 @@ def main() -> None:
     if args.against:
         print(paired(frame, args.against).round(4).to_string(index=False))
         print(rivals(frame, args.against).round(4).to_string(index=False))
+        print(f"controllers of {args.against}: {deciding(args.size, args.against):.4f} beside it")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from analysis.routes.contenders import Contender
 from analysis.routes.layouts import HEADLINE, HEADS, LONG, QUOTING, RECIPE, SHORT
 from analysis.routes.sweep import WORDS, identity, planned, run_one, settings, sweep
-from analysis.routes.tiny_lm import markdown, paired, plan, rivals, summarise
+from analysis.routes.tiny_lm import deciding, markdown, paired, plan, rivals, summarise
 from analysis.routes.tiny_lm_figure import kind_of
 from analysis.routes.variants import (
     ChainedController,
@@ -259,6 +259,14 @@ def test_the_rivals_are_the_best_as_cheap_and_the_cheapest_as_good() -> None:
     assert first["below"] == pytest.approx(0.15) and first["n"] == 2
     assert (second["what"], second["contender"]) == ("cheapest as good", "static good")
     assert second["cost_flops"] == pytest.approx(0.2)
+
+
+def test_controllers_cost_what_their_products_do() -> None:
+    full = 4 * 256 * (2048 + 1) / 2  # queries by keys and weights by values, half of the pairs
+    one = 2 * (256 * 64 + 64 * 4 * 3)  # to 64 neurons, and on to three experts of four heads
+    cost = deciding("heads", "ours by head, from gllllf, price 20")
+    assert cost == pytest.approx(one / full, rel=1e-3)
+    assert deciding("heads", "static gllll, 1 of 4 heads f") == 0
 
 
 def test_headline_rows_get_the_seeds() -> None:
