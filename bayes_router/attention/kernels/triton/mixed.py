@@ -89,7 +89,8 @@ def mixed_kernel(
     m = tl.full([BM], HIDDEN, tl.float32)
     norm = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
-    if V.dtype.element_ty != tl.float16:  # as in `forward.attend_band`
+    # the score of a query's own key stands for all maxima; what may not is as in `attend_keys`
+    if V.dtype.element_ty != tl.float16:
         own = load_rows(K, pos, pos < num_keys, k_t, D)
         top = tl.sum(q.to(tl.float32) * own.to(tl.float32), 1) * scale
         norms = tl.zeros([BM, LANES], tl.float32)
