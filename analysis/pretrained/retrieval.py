@@ -1,8 +1,9 @@
 """Texts that ask for what stands far back.
 
-Needles among other text, chains of variables, common words.
+Needles among other text, chains of variables, common words; the last two once more in a form that
+small models answer: one step, one word, behind solved ones.
 
-Four tasks of the kind that RULER (Hsieh et al. 2024, arXiv 2404.06654) made the standard for long
+Tasks of the kind that RULER (Hsieh et al. 2024, arXiv 2404.06654) made the standard for long
 contexts, in words of this file's own. The answer stands at the end of each text and is scored
 teacher-forced: an item counts where the model's first choice is right at each of its tokens. Where
 several items may come in any order, the first token of any item not yet named is right.
@@ -16,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from bayes_router.checks import require
 
 Encode = Callable[[str], list[int]]
 
@@ -187,11 +190,54 @@ def common_words(hay: Haystack, length: int, rng: Random) -> Question:
     return Question(tuple(tokens) + tuple(t for item in items for t in item), items)
 
 
+def one_step(hay: Haystack, length: int, rng: Random) -> Question:
+    """A number handed on once: what is the second variable's value? Behind a solved one."""
+
+    def chain() -> tuple[list[str], str, str]:
+        first, second = ("".join(rng.sample(LETTERS, 5)) for _ in range(2))
+        value = _number(rng, 5)
+        told = [f"\nLet {first} = {value}.\n", f"\nLet {second} = {first}.\n"]
+        return told, f"\nFollow every assignment above. The value of {second} is", f" {value}"
+
+    told, ask, value = chain()
+    begin = tuple(hay.encode("".join(told) + ask + value + ".\n\n"))
+    told, ask, value = chain()
+    pieces = [hay.encode(line) for line in told]
+    asked = _assemble(hay, pieces, ask, [value], length - len(begin), rng)
+    return Question(begin + asked.tokens, asked.items)
+
+
+def commonest(hay: Haystack, length: int, rng: Random) -> Question:
+    """A list of which every fifth word, or so, is the same: which? Behind four solved ones."""
+    words = list(hay.words)
+
+    def listed(number: int) -> tuple[list[int], tuple[int, ...]]:
+        word, often = rng.choice(words), max(number // 5, 1)
+        given = [word] * often + rng.choices(words, k=number - often)
+        rng.shuffle(given)
+        ask = hay.encode("List: " + " ".join(given) + "\nMost frequent word:")
+        return ask, tuple(hay.encode(f" {word}"))
+
+    tokens = list[int]()
+    for _ in range(4):
+        asked, answer = listed(20)
+        tokens += [*asked, *answer, *hay.encode("\n\n")]
+    number = length - len(tokens) - 12  # words of a token each, most of them
+    while True:
+        require(number > 0, "length", f"more than {len(tokens) + 12} tokens", length, "lengthen it")
+        asked, answer = listed(number)
+        if len(tokens) + len(asked) + len(answer) <= length:
+            return Question((*tokens, *asked, *answer), (answer,))
+        number -= 8
+
+
 TASKS: dict[str, Callable[[Haystack, int, Random], Question]] = {
     "needle": needle,
     "many needles": many_needles,
     "variables": variables,
     "common words": common_words,
+    "variables, one step": one_step,
+    "commonest word": commonest,
 }
 
 

@@ -76,6 +76,29 @@ def test_the_chain_of_variables_hands_the_number_on_in_order():
         assert len(lines) == 10
 
 
+def test_one_step_hands_a_number_on_once_behind_a_solved_one():
+    for prompt in prompts("variables, one step", HAY, 2000, 5):
+        text = text_of(prompt)[: -prompt.answer]
+        lines = [line[4:-1].split(" = ") for line in text.split("\n") if line.startswith("Let ")]
+        (first, one), (second, via), (third, two), (fourth, other) = lines
+        assert (via, other) == (first, third) and len({first, second, third, fourth}) == 4
+        assert f"The value of {second} is {one}." in text
+        assert text.endswith(f"The value of {fourth} is") and text.index(f"Let {third}") > 100
+        assert bytes(prompt.items[0]).decode() == f" {two}"
+
+
+def test_the_commonest_word_stands_most_often_in_each_list():
+    for prompt in prompts("commonest word", HAY, 2000, 3):
+        *solved, last = bytes(prompt.tokens).decode().split("List: ")[1:]
+        assert len(solved) == 4
+        for one in (*solved, last):
+            given, answer = one.strip().split("\nMost frequent word: ")
+            ((word, often), (_, next_often)) = Counter(given.split()).most_common(2)
+            assert word == answer and often > next_often
+            assert 0.15 < often / len(given.split()) < 0.3
+        assert len(last) > 1000
+
+
 def test_needles_stand_at_every_depth():
     depths = [
         text_of(p).index("The secret number") / 2000 for p in prompts("needle", HAY, 2000, 40)
