@@ -76,6 +76,10 @@ PRINTS = {
     ),
     "pretrained.table": ("pretrained",),
     "pretrained.verdict": ("pretrained_share",),
+    "pretrained.aims": tuple(
+        f"pretrained_{name}" for name in ("share", "retrieval", "freezing", "holding", "gemma")
+    ),
+    "pretrained.aims --retrieval": ("pretrained_retrieval",),
     "pretrained.bisect": ("pretrained_bisect",),
     "pretrained.freezing": ("pretrained_freezing",),
     "pretrained.smollm": ("patch_smollm",),

@@ -6,7 +6,7 @@ from functools import cache
 
 KEYS = {
     **dict.fromkeys(["budget", "window", "keys", "threshold", "tolerance", "promise"], ["{v}"]),
-    **dict.fromkeys(["rise", "all but", "windows", "layers"], ["{v}"]),
+    **dict.fromkeys(["rise", "asked", "windows", "layers"], ["{v}"]),
     **dict.fromkeys(["context", "length", "T"], ["{v}", "T{v}"]),
     **dict.fromkeys(["batch", "B"], ["batch {v}", "batch of {v}", "B{v}"]),
     **dict.fromkeys(["heads", "H"], ["{v} heads", "H{v}"]),

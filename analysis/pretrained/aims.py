@@ -24,11 +24,10 @@ SHORTEST = 4096
 """Tokens from which on that is an aim."""
 APART, SINGLE = 0.02, 0.1
 """How far a cost may be from the budget, and a patch for all from one fitted there, points."""
-FREED = 40
-"""Percent of the cache."""
 TEXTS = {"novels": "novels", "wikitext": "WikiText", "python": "Python", "speeches": "speeches"}
-FROZEN, ITS_AIM = "0.4 of the cache", 0.05
-Row = dict[str, str]
+FROZEN, ITS_AIM = 0.4, 0.05
+"""Share of the cache to free, and the points that may be lost for it."""
+Told = dict[str, str]
 
 
 class Aim(NamedTuple):
@@ -55,11 +54,13 @@ def read(name: str) -> pd.DataFrame:
     return pd.read_csv(RESULTS.with_name(f"pretrained_{name}.csv"))
 
 
-def judged(reached: float, error: float, most: float) -> str:
+def judged(reached: float, error: float, most: float, digits: int = 2) -> str:
     """In words; all in percent."""
     if reached + 2 * error <= most:
         return "**met**, by two standard errors"
-    return "**met** in the mean alone" if reached <= most else f"**missed** by {reached - most:.2f}"
+    if reached <= most:
+        return "**met** in the mean alone"
+    return f"**missed** by {reached - most:.{digits}f}"
 
 
 def number(count: float, what: str) -> str:
@@ -67,7 +68,13 @@ def number(count: float, what: str) -> str:
     return f"{count:.0f} {what}" + ("" if count == 1 else "s")
 
 
-def perplexity(share: pd.DataFrame) -> Iterator[Row]:
+def span(seeds: pd.Series) -> str:
+    """`1 to 3 seeds`."""
+    few = f"{seeds.min()} to " if seeds.min() < seeds.max() else ""
+    return few + number(seeds.max(), "seed")
+
+
+def perplexity(share: pd.DataFrame) -> Iterator[Told]:
     """A row an aim; the verdict is that of the text that is nearest to missing it."""
     cells = losses(share[share["contender"] == OURS])
     cells = cells.set_index(["budget", "window", "context", "text"])
@@ -85,7 +92,7 @@ def perplexity(share: pd.DataFrame) -> Iterator[Row]:
         }
 
 
-def rivals(frame: pd.DataFrame, model: str = "") -> Iterator[Row]:
+def rivals(frame: pd.DataFrame, model: str = "") -> Iterator[Told]:
     """A row a rival: the cells where ours lies below by two standard errors, of all windows."""
     for rival, part in verdict.every(frame).groupby("rival", sort=False):
         if rival == verdict.AT_ONE:
@@ -111,7 +118,7 @@ def cell(row: Any) -> str:
     return f"{TEXTS[row.text]} at {row.budget:g}{length}, window {row.window}"
 
 
-def single(share: pd.DataFrame) -> Iterator[Row]:
+def single(share: pd.DataFrame) -> Iterator[Told]:
     """How much more one patch for every budget and length loses than a fit made at each."""
     if verdict.AT_ONE not in set(share["contender"]):
         return
@@ -174,7 +181,7 @@ def wide(asked: pd.DataFrame) -> pd.DataFrame:
     return table[[*keys, *named]].rename_axis(columns=None)
 
 
-def retrieval(asked: pd.DataFrame) -> Iterator[Row]:
+def retrieval(asked: pd.DataFrame) -> Iterator[Told]:
     """A row a task: the mean over seeds is at most one prompt of 24 below the unpatched model.
 
     Of each length and budget the largest window that it leaves room for counts; what a smaller one
@@ -182,7 +189,6 @@ def retrieval(asked: pd.DataFrame) -> Iterator[Row]:
     """
     counted = found(asked)
     for task, cells in counted.groupby("task", sort=False):
-        cells = cells[cells["seeds"] == cells["seeds"].max()]
         largest = cells.groupby(["tokens", "budget"])["window"].transform("max")
         counts = (cells["window"] == largest) & (cells["tokens"] >= SHORTEST)
         most = cells[counts].loc[cells[counts]["more nats"].idxmax()]
@@ -195,8 +201,7 @@ def retrieval(asked: pd.DataFrame) -> Iterator[Row]:
             f"unpatched, {', '.join(map(str, alone))}",
             "read": f"{cells[counts]['fewer'].max():.1f} fewer at worst, the mean of seeds; nats a "
             f"token at most {most['more nats']:.3f} +- {most['SE']:.3f} more",
-            "n": f"{number(cells['seeds'].max(), 'seed')}, {ALL} prompts, "
-            f"{number(counts.sum(), 'cell')}",
+            "n": f"{span(cells[counts]['seeds'])}, {ALL} prompts, {number(counts.sum(), 'cell')}",
             "met": (f"**missed**: {fewer(cells[many & counts])}" if (many & counts).any() else met)
             + (f" (beside it {fewer(cells[many & ~counts])})" if (many & ~counts).any() else ""),
         }
@@ -210,23 +215,23 @@ def fewer(cells: pd.DataFrame) -> str:
     )
 
 
-def frozen(frame: pd.DataFrame) -> Iterator[Row]:
+def frozen(frame: pd.DataFrame) -> Iterator[Told]:
     """A row a kind of fit, window and budget of which so much of the cache was freed."""
     table = freezing.summary(frame)
-    for row in table[table["frozen"] == FROZEN].itertuples():
+    for row in table[(table["rule"] == "free") & (table["asked"] == FROZEN)].itertuples():
         cell = dict(zip(table.columns, row[1:], strict=True))
         lost, error = cell["lost, %"], cell["SE"]
         yield {
             "what": f"memory of the cache freed at {cell['budget']:g}, window {cell['window']}, "
             f"fitted by {cell['fit']}",
-            "aim": f"{FREED}% at no more than {ITS_AIM} points",
+            "aim": f"{FROZEN:.0%} at no more than {ITS_AIM} points",
             "read": f"{cell['bytes freed, %']:.1f}% at {lost:.3f} +- {error:.3f}",
             "n": f"{number(cell['seeds'], 'seed')}, {cell['windows']} windows",
-            "met": judged(lost, error, ITS_AIM),
+            "met": judged(lost, error, ITS_AIM, 3),
         }
 
 
-def held(frame: pd.DataFrame) -> Iterator[Row]:
+def held(frame: pd.DataFrame) -> Iterator[Told]:
     """A row a budget: how far the farthest of four kinds of text is from it."""
     for _, part in holding.summary(frame).groupby("budget"):
         far = part.set_index("way")["farthest"]

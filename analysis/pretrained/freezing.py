@@ -94,7 +94,7 @@ def far(router: RoutedPretrained, stream: TokenStream, context: int) -> list[flo
 
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """A line a kind of fit, budget and way, means over seeds.
+    """A line a kind of fit, budget, rule and what was asked of it, means over seeds.
 
     `SE` is over windows, each averaged over seeds first. KL is from the unpatched model, in
     hundredths of a nat per token, before and after.
@@ -107,9 +107,8 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for key, cell in frame.groupby(KEYS):
         fit, window, context, budget, by, asked = key
-        what = f"all but {100 * asked:g}% of the tokens to one expert"
-        row = {"frozen": f"{asked:g} of the cache" if by == "free" else what}
-        row |= {"fit": fit, "window": window, "context": context, "budget": budget}
+        row = {"rule": by, "asked": asked, "fit": fit, "window": window}
+        row |= {"context": context, "budget": budget}
         row |= {"seeds": cell["seed"].nunique(), "windows": cell["piece"].nunique()}
         row |= {"units, %": cell["frozen"].mean(), "bytes freed, %": cell["freed"].mean()}
         pieces = cell.groupby("piece")[["lost", "more"]].mean()
@@ -118,7 +117,8 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
         row |= {"cost before": cell["cost_before"].mean(), "cost": cell["cost"].mean()}
         row |= {"KL before": 100 * cell["kl_before"].mean(), "KL": 100 * cell["kl"].mean()}
         rows.append(row | {"SE of KL": 100 * standard_error(pieces["more"])})
-    return pd.DataFrame(rows).round(3)
+    digits = {"units, %": 1, "bytes freed, %": 1, "KL before": 2, "KL": 2, "SE of KL": 2}
+    return pd.DataFrame(rows).round(3).round(digits)
 
 
 def main() -> None:

@@ -306,9 +306,9 @@ def test_what_freezing_frees_is_measured_in_bytes() -> None:
     assert frame["kl"][4] != frame["kl_before"][4]
     shown = freezing.summary(frame.assign(fit="ours", window=WINDOW, seed=0))
     assert list(shown["windows"]) == [4] * 3
-    line = shown[shown["frozen"] == "all but 0% of the tokens to one expert"].iloc[0]
+    line = shown[(shown["rule"] == "share") & (shown["asked"] == 0)].iloc[0]
     assert line["bytes freed, %"] == pytest.approx(
-        100 * (1 - rows[0]["bytes"] / rows[0]["bytes_before"]), abs=1e-3
+        100 * (1 - rows[0]["bytes"] / rows[0]["bytes_before"]), abs=0.05
     )
     two = frame.assign(fit="ours", window=WINDOW, seed=0)
     two = pd.concat([two, two.assign(seed=1, lost=two["lost"] + 0.02)])
