@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.naming import KEYS, MEASURES, RATIOS, REFERENCES, SPREAD, UNNAMED, asks, named, plain
-from analysis.pretrained.aims import found
+from analysis.pretrained.aims import ITS_AIM, found
 from analysis.pretrained.bisect import effects
 from analysis.pretrained.figure import lost as lost_against_original
 from analysis.pretrained.freezing import summary
@@ -45,7 +45,8 @@ def tables(name: str) -> Iterator[pd.DataFrame]:
         if name == "pretrained_retrieval":
             yield found(frame)
     if name == "pretrained_freezing":
-        yield summary(frame)
+        told = summary(frame)
+        yield told.assign(given=told["asked"], missed=told["lost, %"] - ITS_AIM)
         yield frame[["bytes", "bytes_before"]] / 1e6
     elif name == "pretrained_holding":
         yield frame.groupby(["budget", "way", "text"])[["cost", "keys"]].mean().reset_index()

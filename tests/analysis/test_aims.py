@@ -57,8 +57,8 @@ def test_one_patch_for_all_is_held_against_fits_made_at_each() -> None:
         for piece in range(3)
     ]  # fmt: skip
     (row,) = aims.single(pd.DataFrame(rows))
-    assert row["read"].startswith("in 1 of 2 cells; at worst 0.40 +- 0.00 more")
-    assert "novels at 0.2, window 256: 0.40" in row["read"] and row["met"] == "**missed** in 1"
+    assert row["read"].startswith("in 1 of 2 cells; 0.23 more in the median, at worst 0.40 +- 0")
+    assert row["read"].endswith("(novels at 0.2, window 256)") and row["met"] == "**missed** in 1"
 
 
 def test_the_page_of_aims_holds_what_the_rows_say() -> None:
