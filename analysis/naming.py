@@ -97,7 +97,7 @@ COMMON = ["alone", "token"]
 RATIOS = re.compile(r"speed|ratio|over|growth|costs|time|memory|fewer|ideal")
 """Columns that a figure with an x may be of."""
 
-SPREAD = re.compile(r"(?i:se|error|between|.*error|low|high|most|.*[ _](?:low|high))$")
+SPREAD = re.compile(r"(?i:se|error|between|.*error|low|high|most|se of .*|.*[ _](?:low|high))$")
 """Columns of errors and ends of intervals: what stands behind +- or in brackets is of these."""
 
 MEASURES = {
