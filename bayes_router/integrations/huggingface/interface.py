@@ -66,17 +66,14 @@ def routed_interface(
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
     """An attention function: routes a bound module, leaves any other as it was."""
-    original, binding = original_kernel(base, module), module.__dict__.get(BINDING)
-    awaits, observers = binding is not None and binding.awaits, watching.observers
-    if not awaits and not observers:
-        return original(module, query, key, value, attention_mask, **kwargs)
+    original = original_kernel(base, module)
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    for observe in observers:
+    for observe in watching.observers:
         observe(module, query, key, bool(causal), kwargs.get("sliding_window"))
-    if not awaits:
+    binding = getattr(module, BINDING, None)
+    if not isinstance(binding, Binding) or not binding.awaits:
         return original(module, query, key, value, attention_mask, **kwargs)
-    assert isinstance(binding, Binding)
     if weights_wanted(module, kwargs):
         binding.require_full("output_attentions")
         return original(module, query, key, value, attention_mask, **kwargs)
@@ -185,11 +182,12 @@ def keep_hidden(
             of `DataParallel`.
     """
     hidden = args[0] if args else kwargs.get("hidden_states")
-    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
-    if not torch.compiler.is_dynamo_compiling() and binding.router.still_leaves(
-        binding.index, hidden, cache
-    ):
-        return
+    cache = kwargs.get("past_key_values")
+    if not torch.compiler.is_dynamo_compiling():
+        if binding.router.still_leaves(binding.index, hidden, cache):
+            return
+        binding.router.here.left = None  # this call is no part of a pass that is left alone
+    cache = kwargs.get("layer_past") if cache is None else cache
     require(
         not getattr(module, "_is_replica", False),
         "model",
@@ -239,7 +237,8 @@ def require_answered(binding: Binding, module: nn.Module, args: Any, out: Any) -
     Raises:
         ValueError: the module attended without the registered function.
     """
-    if binding.awaits and getattr(module, BINDING, None) is binding:
+    awaits = binding.index in binding.router.here.given
+    if awaits and getattr(module, BINDING, None) is binding:
         binding.give(None)
         raise ValueError(
             f"attn_implementation: expected sdpa or eager while {type(module).__name__} is routed; "

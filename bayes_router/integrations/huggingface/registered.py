@@ -17,7 +17,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import causal_mask_function
 
 from bayes_router.integrations.calls.tracing import traced
-from bayes_router.integrations.huggingface.interface import MASKS, NAME, PREFIX, routed_interface
+from bayes_router.integrations.huggingface.interface import (
+    MASKS,
+    NAME,
+    PREFIX,
+    original_kernel,
+    routed_interface,
+    watching,
+)
 from bayes_router.integrations.patch.binding import BINDING, Binding, Number
 from bayes_router.integrations.patch.passes import Given
 
@@ -86,10 +93,16 @@ def compiled_interface(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
-    """The registered attention function: `routed_interface`, as an operator while it is traced."""
+    """The registered attention function: `routed_interface`, as an operator while it is traced; of
+    a pass that is left alone the layer's own.
+    """
+    binding = module.__dict__.get(BINDING)
     if not traced():
+        left = binding is not None and binding.router.here.left is not None
+        if left and not watching.observers:
+            own = original_kernel(base, module)
+            return own(module, query, key, value, attention_mask, **kwargs)
         return routed_interface(base, module, query, key, value, attention_mask, **kwargs)
-    binding = getattr(module, BINDING, None)
     asked = {name for name, value in kwargs.items() if value is not None and value is not False}
     if not (isinstance(binding, Binding) and binding.awaits and asked <= {*PASSED, *UNREAD}):
         return routed_interface(base, module, query, key, value, attention_mask, **kwargs)

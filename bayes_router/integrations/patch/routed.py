@@ -235,14 +235,15 @@ class RoutedModel(Savable):
         if left is None or left[0] != index or not isinstance(hidden, Tensor):
             return False
         told = self._force is not None or here.route is not None or here.observe is not None
-        long = hidden.shape[1] != left[1] or left[1] > self.full_up_to
+        long = hidden.shape[1] != left[1] or left[1] > self._full_up_to
         if told or long or left[2] != id(cache) or torch.is_grad_enabled():
             return False
         here.left = index + 1, left[1], left[2]
         routed = here.slot.last
         routed.real[index] = None
         routed.on_full.add(index)
-        here.given.pop(index, None)
+        if here.given:
+            here.given.pop(index, None)
         return True
 
     def steps_in_place(self, index: int, hidden: Tensor) -> bool:
