@@ -17,6 +17,8 @@ from transformers import DynamicCache, StaticCache  # noqa: E402
 from bayes_router.integrations.huggingface import graphs as engine  # noqa: E402
 from bayes_router.integrations.patching import patch  # noqa: E402
 from bayes_router.routing.policy import Budget  # noqa: E402
+from bayes_router.routing.watch import inputs_of  # noqa: E402
+from bayes_router.transformer.frozen import Frozen  # noqa: E402
 from tests.integrations.graphs_anywhere import Again, install  # noqa: E402
 from tests.integrations.tiny_models import patched, tokens  # noqa: E402
 
@@ -141,6 +143,8 @@ def test_what_cannot_be_replayed_runs_as_called_and_says_why(anywhere: None) -> 
         "hook": lambda: hooked(model, ids),
         "forced": lambda: forced(router, model, ids),
         "gradients": lambda: torch.enable_grad()(model)(ids),
+        "watched": lambda: watched(router, model, ids),
+        "frozen": lambda: frozen(router, model, ids),
     }
     for why, call in calls.items():
         call()
@@ -163,6 +167,19 @@ def hooked(model: Any, ids: Tensor) -> None:
     handle = model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
     model(ids)
     handle.remove()
+
+
+def watched(router: Any, model: Any, ids: Tensor) -> None:
+    """The watch sees what it would see without graphs."""
+    with torch.no_grad(), inputs_of(router.controller) as read:
+        model(ids)
+    assert len(read) == len(router.layers)
+
+
+def frozen(router: Any, model: Any, ids: Tensor) -> None:
+    router.frozen = Frozen(((1,) * router.config.num_units,) * len(router.layers))
+    model(ids)
+    router.thaw()
 
 
 def forced(router: Any, model: Any, ids: Tensor) -> None:
@@ -313,6 +330,8 @@ def test_what_changed_since_a_replay_was_launched_is_seen_before_its_answer(
     assert "a hook on" in router.last.as_called
     assert Again.replayed - replayed == (not static)  # whose answer nobody saw
     assert len(heard) == 1 + (not static)  # a graph's stand-in calls modules
+    close(read(), old)
+    assert Again.replayed - replayed == (not static)  # looked for first by now
     handle.remove()
     model.model.layers[1].mlp = copy.deepcopy(model.model.layers[0].mlp)
     captured, found = Again.captured, read()

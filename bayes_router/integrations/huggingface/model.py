@@ -166,8 +166,9 @@ class RoutedPretrained(Promising):
         """Whether the model's own calls are replayed from CUDA graphs where they can be.
 
         Prompts, and steps behind a static cache (`cache_implementation="static"`), of a patch of
-        `full` and `local` on a GPU; `last.replayed` and `last.as_called` say what was. Set to True
-        again it forgets what was captured.
+        `full` and `local` on a GPU; `last.replayed` and `last.as_called` say what was. As called,
+        and so said there, run passes under frozen units, whose caches drop keys, and under
+        `watching`. Set to True again it forgets what was captured.
 
         Raises:
             ValueError: set where there is none to replay, named, with the reason.

@@ -30,6 +30,7 @@ from bayes_router.integrations.huggingface.language import RoutedLanguage
 from bayes_router.integrations.huggingface.replayable import GROWING, Replayable, idle, read
 from bayes_router.integrations.patch.binding import replace_forward
 from bayes_router.integrations.patch.passes import Pass
+from bayes_router.routing.watch import Look
 
 STORES = 4  # stores of keys that are kept, with their graphs
 LEAST = 64  # tokens in a bucket
@@ -121,6 +122,7 @@ class Replay:
         self._state: Any = None
         self._held: list[Tensor] = []  # what the graphs read, of nobody else's by now
         self._stands: Any = None
+        self._hooked: str | None = None  # why the last call was not replayed, if hooks were
         self._parts: Parts | None = None
         self._seen: Any = None  # the cache whose steps are known to be of this state
 
@@ -169,7 +171,8 @@ class Replay:
                 self._stands = stands
             room, free = self._room(asked), asked.first and not isinstance(asked.cache, StaticCache)
             known = next((s for s in self._stores if free and s.fits(asked)), None)
-            meanwhile = known is not None and known.graphs.captured(room)
+            ready = known is not None and known.graphs.captured(room)
+            meanwhile = ready and not self._hooked  # else each call would be read twice
             why = None if meanwhile else self._changed(router, base, asked)
             if why is None:
                 store = self._store(base, own, asked)
@@ -191,8 +194,8 @@ class Replay:
             return MOVED
         if self._renewed(asked) and read:
             return MOVED
-        hooked = self._parts.hooked()
-        return hooked and f"a hook on {hooked}, which a replay would pass by"
+        self._hooked = self._parts.hooked()
+        return self._hooked
 
     @staticmethod
     def _copied(
@@ -330,12 +333,14 @@ class Parts:
         return controller is self._controller and all(map(is_, now, self._children))
 
     def hooked(self) -> str | None:
-        """A kind of module with a hook that a replay would pass by."""
+        """Why hooks on modules would miss a replay; None: they would not."""
         found = [*chain.from_iterable(map(dict.values, filter(None, self._hooks)))]
         if found != self._idle:
             for kind, hooks in zip(self._kinds, self._hooks, strict=True):
+                if any(isinstance(hook, Look) for hook in hooks.values()):
+                    return "a watched pass, which looks at what controllers read"
                 if not all(map(idle, hooks.values())):
-                    return kind
+                    return f"a hook on {kind}, which a replay would pass by"
             self._idle = found
         return None
 

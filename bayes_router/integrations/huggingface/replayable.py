@@ -75,8 +75,12 @@ def refused(
     shown = said(config, "output_hidden_states") or said(config, "output_attentions")
     if len(args) > 1 or not isinstance(tokens, Tensor) or tokens.dim() != 2 or more or shown:
         return f"inputs or outputs beside tokens, mask, positions and cache {more}"
+    if torch.is_grad_enabled():
+        return "gradients"
+    if router.frozen is not None:
+        return "frozen units, under which a cache drops keys; thaw() to have passes replayed"
     if not router.unasked:  # hooks on controllers are looked for with those of other modules
-        return "a pass with gradients, drawn, observed, frozen or given its routes"
+        return "a pass that is drawn, observed or given its routes"
     if router.forced:
         return "a forced route"
     if type(router.policy) not in (Argmax, Budget, Conservative):
