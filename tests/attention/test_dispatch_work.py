@@ -16,9 +16,10 @@ from bayes_router.attention.experts.contract import Expert, expert_class
 from bayes_router.attention.hard import dispatch
 from bayes_router.attention.hard.auto import BREAK_EVEN, choose_backend
 from bayes_router.attention.hard.dense import DENSE
-from bayes_router.attention.hard.dispatch import routed_attention
+from bayes_router.attention.hard.dispatch import EXPERTS, routed_attention
 from bayes_router.attention.hard.problem import RoutedProblem, resolve_experts
 from bayes_router.attention.hard.rows import TORCH
+from bayes_router.attention.hard.short import unsorted_holds
 from bayes_router.attention.shapes import ExpertShape
 from tests.attention.expert_contract import draw, gradient_errors, relative_error
 from tests.attention.test_dispatch import draw_route
@@ -231,3 +232,26 @@ class TestGatedRows:
         monkeypatch.setattr(type(expert), "forward", refuse)
         got = routed_attention(q, k, v, route, backend=backend, **arguments)  # type: ignore[arg-type]
         assert relative_error(got, want.double()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changed", "holds"),
+    [
+        ({}, True),
+        ({"Dh": 128}, False),
+        ({"dtype": torch.float16}, False),
+        ({"dtype": torch.float32}, False),
+        ({"units": 2}, False),
+        ({"sinks": 4}, False),
+        ({"lengths": torch.tensor([3])}, False),
+        ({"starts": torch.tensor([0])}, False),
+    ],
+)
+def test_what_unsorted_kernels_are_taken_for(changed: dict[str, Any], holds: bool) -> None:
+    asked = {"Dh": 64, "dtype": torch.bfloat16, "units": 1, "sinks": 0, **changed}
+    q = torch.zeros(1, 4, 5, asked["Dh"], dtype=asked["dtype"])
+    experts = resolve_experts(EXPERTS, ExpertShape(4, asked["Dh"], 3, asked["sinks"]))
+    route = torch.zeros(1, 5, asked["units"], dtype=torch.int64)
+    lengths, starts = asked.get("lengths"), asked.get("starts")
+    one = RoutedProblem(q, q, q, q, q, route, experts, lengths, starts)
+    assert unsorted_holds(one) is holds

@@ -18,12 +18,16 @@ ROWS = 2**14
 """Query heads times queries of a call up to which that was read."""
 HEAD_SIZE = 128
 """Shared memory ends there."""
-UNSORTED_HEAD_SIZE = 64
 
 
 def unsorted_holds(problem: RoutedProblem) -> bool:
-    """Whether heads and dtype are of those that were read unsorted."""
-    return problem.q.dtype != torch.float32 and problem.q.shape[3] <= UNSORTED_HEAD_SIZE
+    """Whether it is of the kind for which unsorted kernels were held to the reference on a card.
+
+    bfloat16, heads of 64, one choice for all of them, every query real and none before its keys.
+    """
+    kind = problem.q.dtype == torch.bfloat16 and problem.q.shape[3] == 64 and problem.units == 1
+    sinks = any(expert.shape.sinks for _, expert in problem.computed())
+    return kind and not sinks and problem.lengths is None and problem.starts is None
 
 
 def query_rows(problem: RoutedProblem) -> int:
@@ -41,7 +45,7 @@ class _Short:
         """It needs CUDA, Triton, heads of at most 128 and few queries.
 
         The built-in experts stand there at most once each. A backward pass needs as many queries as
-        keys, bfloat16 or float16, and heads of at most 64.
+        keys, and what `unsorted_holds` asks for.
         """
         reason = capability.lacks(problem.q, HEAD_SIZE)
         if reason is not None:
@@ -56,7 +60,7 @@ class _Short:
         if problem.q.shape[2] != problem.k.shape[2]:
             return "its backward pass needs as many queries as keys"
         if not unsorted_holds(problem):
-            return f"its backward pass holds heads of at most {UNSORTED_HEAD_SIZE} in halves"
+            return "its backward pass takes bfloat16, heads of 64, one unit, no padding, no sinks"
         return None
 
     def attend(self, problem: RoutedProblem) -> Tensor:
