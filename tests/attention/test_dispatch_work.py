@@ -245,6 +245,7 @@ class TestGatedRows:
         ({"sinks": 4}, False),
         ({"lengths": torch.tensor([3])}, False),
         ({"starts": torch.tensor([0])}, False),
+        ({"plain": True}, False),
     ],
 )
 def test_what_unsorted_kernels_are_taken_for(changed: dict[str, Any], holds: bool) -> None:
@@ -252,6 +253,8 @@ def test_what_unsorted_kernels_are_taken_for(changed: dict[str, Any], holds: boo
     q = torch.zeros(1, 4, 5, asked["Dh"], dtype=asked["dtype"])
     experts = resolve_experts(EXPERTS, ExpertShape(4, asked["Dh"], 3, asked["sinks"]))
     route = torch.zeros(1, 5, asked["units"], dtype=torch.int64)
-    lengths, starts = asked.get("lengths"), asked.get("starts")
-    one = RoutedProblem(q, q, q, q, q, route, experts, lengths, starts)
+    lengths, starts, plain = asked.get("lengths"), asked.get("starts"), q
+    if asked.get("plain"):
+        plain = q.clone()
+    one = RoutedProblem(q, q, q, plain, plain, route, experts, lengths, starts)
     assert unsorted_holds(one) is holds

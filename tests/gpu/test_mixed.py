@@ -91,15 +91,16 @@ def test_queries_that_start_anywhere() -> None:
 
 
 def test_short_takes_it_where_it_was_held_to_the_reference() -> None:
-    reason = "its backward pass takes bfloat16, heads of 64, one unit, no padding, no sinks"
-    taken = draw(1, 2, 2, 100, 64, "independent")
+    reason = "its backward pass takes bfloat16, heads of 64, one unit and one q and k, no more"
+    taken = draw(1, 2, 2, 100, 64, "independent", shared=True)
     assert SHORT.refuses(taken) is None
     torch.testing.assert_close(SHORT.attend(taken), UNSORTED.attend(taken), rtol=0, atol=0)
     for other in (
-        draw(1, 2, 2, 100, 64, "independent", torch.float16),
-        draw(1, 2, 2, 100, 128, "independent"),
-        draw(1, 2, 2, 100, 64, "independent", units=2),
-        draw(1, 2, 2, 100, 64, "independent", sinks=4),
+        draw(1, 2, 2, 100, 64, "independent", torch.float16, shared=True),
+        draw(1, 2, 2, 100, 128, "independent", shared=True),
+        draw(1, 2, 2, 100, 64, "independent", units=2, shared=True),
+        draw(1, 2, 2, 100, 64, "independent", sinks=4, shared=True),
+        draw(1, 2, 2, 100, 64, "independent"),
         replace(taken, lengths=torch.tensor([90], device="cuda")),
     ):
         assert SHORT.refuses(other) == reason

@@ -109,13 +109,13 @@ def test_padding_and_starts(sinks: int) -> None:
 
 
 def test_auto_takes_it_for_short_texts() -> None:
-    problem = draw(1, 2, 2, 300, 64, "independent")
+    problem = draw(1, 2, 2, 300, 64, "independent", shared=True)
     for gradients in (False, True):
         most = BREAK_EVEN[True, gradients].keys
         with torch.set_grad_enabled(gradients):
             assert choose_backend(replace(problem)) is SHORT
-            assert choose_backend(draw(1, 2, 2, most, 64, "independent")) is SHORT
-            assert choose_backend(draw(1, 2, 2, most + 1, 64, "independent")) is TRITON
+            assert choose_backend(draw(1, 2, 2, most, 64, "independent", shared=True)) is SHORT
+            assert choose_backend(draw(1, 2, 2, most + 1, 64, "independent", shared=True)) is TRITON
     want = SHORT.attend(problem)
     inputs = {"linear_q": problem.plain_q, "linear_k": problem.plain_k}
     torch.testing.assert_close(

@@ -23,11 +23,13 @@ HEAD_SIZE = 128
 def unsorted_holds(problem: RoutedProblem) -> bool:
     """Whether it is of the kind for which unsorted kernels were held to the reference on a card.
 
-    bfloat16, heads of 64, one choice for all of them, every query real and none before its keys.
+    bfloat16, heads of 64, one choice for all of them, the same queries and keys for every expert,
+    every query real and none before its keys.
     """
     kind = problem.q.dtype == torch.bfloat16 and problem.q.shape[3] == 64 and problem.units == 1
+    same = problem.plain_q is problem.q and problem.plain_k is problem.k
     sinks = any(expert.shape.sinks for _, expert in problem.computed())
-    return kind and not sinks and problem.lengths is None and problem.starts is None
+    return kind and same and not sinks and problem.lengths is None and problem.starts is None
 
 
 def query_rows(problem: RoutedProblem) -> int:
@@ -60,7 +62,7 @@ class _Short:
         if problem.q.shape[2] != problem.k.shape[2]:
             return "its backward pass needs as many queries as keys"
         if not unsorted_holds(problem):
-            return "its backward pass takes bfloat16, heads of 64, one unit, no padding, no sinks"
+            return "its backward pass takes bfloat16, heads of 64, one unit and one q and k, no more"
         return None
 
     def attend(self, problem: RoutedProblem) -> Tensor:
