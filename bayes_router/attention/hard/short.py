@@ -62,7 +62,9 @@ class _Short:
         if problem.q.shape[2] != problem.k.shape[2]:
             return "its backward pass needs as many queries as keys"
         if not unsorted_holds(problem):
-            return "its backward pass takes bfloat16, heads of 64, one unit and one q and k, no more"
+            return (
+                "its backward pass takes bfloat16, heads of 64, one unit and one q and k, no more"
+            )
         return None
 
     def attend(self, problem: RoutedProblem) -> Tensor:
