@@ -19,6 +19,11 @@ ROWS = 2**14
 HEAD_SIZE = 128
 """Shared memory ends there."""
 
+UNHELD = (
+    "its backward pass takes bfloat16, heads of 64, one unit, the same q and k for every expert, "
+    "and neither padding nor sinks"
+)
+
 
 def unsorted_holds(problem: RoutedProblem) -> bool:
     """Whether it is of the kind for which unsorted kernels were held to the reference on a card.
@@ -62,9 +67,7 @@ class _Short:
         if problem.q.shape[2] != problem.k.shape[2]:
             return "its backward pass needs as many queries as keys"
         if not unsorted_holds(problem):
-            return (
-                "its backward pass takes bfloat16, heads of 64, one unit and one q and k, no more"
-            )
+            return UNHELD
         return None
 
     def attend(self, problem: RoutedProblem) -> Tensor:
