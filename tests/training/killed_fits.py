@@ -123,7 +123,7 @@ def main() -> None:
     rng, struck = random.Random(int(seed)), 0
     config, folder = load_config(Path(settings)), Path(out)
     for _ in range(400):
-        moment = rng.choice(MOMENTS)
+        moment = MOMENTS[struck % len(MOMENTS)]  # each as often
         finished = attempt(config, folder, moment, rng)
         if not finished:
             struck += 1

@@ -64,12 +64,12 @@ def kill_and_finish(corpus: str, out: Path, seed: int, kills: int) -> list[str]:
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments_a_run_ends_as_if_it_had_not_been(
+def test_killed_at_twelve_moments_a_run_ends_as_if_it_had_not_been(
     corpus: str, tmp_path: Path
 ) -> None:
-    moments = kill_and_finish(corpus, tmp_path, seed=0, kills=20)
-    assert len(moments) >= 20
-    # at any time and at each of the five moments of writing a checkpoint
+    moments = kill_and_finish(corpus, tmp_path, seed=0, kills=12)
+    assert len(moments) >= 12
+    # at some time and at each of the five moments of writing a checkpoint, twice
     assert len(set(moments)) == 6
     assert_same_weights(tmp_path / "killed", tmp_path / "alone")
     columns = ["step", "nll", "kl", "valid_nll_hard", "skipped"]

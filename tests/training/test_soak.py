@@ -44,16 +44,10 @@ def soak(corpus: str, steps: int) -> tuple[int, int]:
     return resident() - memory, tensors() - count
 
 
-def test_two_hundred_steps_leave_nothing_behind(corpus: str) -> None:
-    growth, count = soak(corpus, 200)
-    assert growth < 20_000_000
-    assert abs(count) <= 2
-
-
 @pytest.mark.slow
-def test_two_thousand_steps_take_no_more_memory_than_two_hundred(corpus: str) -> None:
-    growth, count = soak(corpus, 2000)
-    assert growth < 20_000_000
+def test_a_thousand_steps_take_no_more_memory_than_a_quarter_of_them(corpus: str) -> None:
+    growth, count = soak(corpus, 1000)
+    assert growth < 10_000_000
     assert abs(count) <= 2
 
 
@@ -69,10 +63,5 @@ def generate(tokens: int, batch: int) -> int:
     return resident() - memory
 
 
-def test_generation_leaves_nothing_behind() -> None:
-    assert generate(2_000, batch=4) < 10_000_000
-
-
-@pytest.mark.slow
-def test_twenty_thousand_tokens_take_no_more_memory_than_a_thousand() -> None:
-    assert generate(20_000, batch=4) < 10_000_000
+def test_eight_thousand_tokens_take_no_more_memory_than_a_thousand() -> None:
+    assert generate(8_000, batch=4) < 5_000_000
