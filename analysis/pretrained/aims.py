@@ -217,7 +217,7 @@ def fewer(cells: pd.DataFrame) -> str:
 
 def frozen(frame: pd.DataFrame) -> Iterator[Told]:
     """A row a kind of fit, window and budget of which so much of the cache was freed."""
-    table = freezing.summary(frame)
+    table = freezing.summary(frame).sort_values(["window", "budget"], ascending=[False, True])
     for row in table[(table["rule"] == "free") & (table["asked"] == FROZEN)].itertuples():
         cell = dict(zip(table.columns, row[1:], strict=True))
         lost, error = cell["lost, %"], cell["SE"]
