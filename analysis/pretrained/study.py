@@ -41,10 +41,10 @@ SHARES = "0.03,0.9"  # of what may be spent beyond the window, the range that a 
 KL_WEIGHT = 1e-5
 CONTENDERS = {  # name: (unit, whether the token decides)
     "token x query head": ("head", True),
-    "token x KV head": ("kv_head", True),
+    "token x key head": ("kv_head", True),
     "token x layer": ("layer", True),
     "static, query heads": ("head", False),
-    "static, KV heads": ("kv_head", False),
+    "static, key heads": ("kv_head", False),
     "static, layers": ("layer", False),
     "DuoAttention's objective": ("kv_head", False),
 }

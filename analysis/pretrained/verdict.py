@@ -30,10 +30,10 @@ NAMES = {
 ORDER = (
     OURS,
     AT_ONE,
-    "token x KV head",
+    "token x key head",
     "token x layer",
     "static, query heads",
-    "static, KV heads",
+    "static, key heads",
     "static, layers",
     "DuoAttention's objective",
     "one window of equal cost",
