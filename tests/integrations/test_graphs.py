@@ -15,6 +15,8 @@ pytest.importorskip("transformers", minversion="5.0")
 from transformers import DynamicCache, StaticCache  # noqa: E402
 
 from bayes_router.integrations.huggingface import graphs as engine  # noqa: E402
+from bayes_router.integrations.huggingface.model import RoutedPretrained  # noqa: E402
+from bayes_router.integrations.patch.binding import router_of  # noqa: E402
 from bayes_router.integrations.patching import patch  # noqa: E402
 from bayes_router.routing.policy import Budget  # noqa: E402
 from bayes_router.routing.watch import inputs_of  # noqa: E402
@@ -239,6 +241,13 @@ def test_off_unpatched_and_copied_it_is_gone(anywhere: None) -> None:
     twin = copy.deepcopy(model)
     twin(ids)
     assert Again.replayed == 0
+    own = router_of(twin)
+    assert isinstance(own, RoutedPretrained)
+    own.graphs = True
+    twin(ids)
+    assert own.last.replayed
+    own.graphs = False
+    own.unpatch()
     router.graphs = False
     assert not router.graphs and "forward" not in model.model.__dict__
     assert not model.generation_config.disable_compile
