@@ -95,8 +95,6 @@ def perplexity(share: pd.DataFrame) -> Iterator[Told]:
 def rivals(frame: pd.DataFrame, model: str = "") -> Iterator[Told]:
     """A row a rival: the cells where ours lies below by two standard errors, of all windows."""
     for rival, part in verdict.every(frame).groupby("rival", sort=False):
-        if rival == verdict.AT_ONE:
-            continue
         below, above = part["below"] > 2 * part["se"], part["below"] < -2 * part["se"]
         rest = "; ".join(
             f"{cell(r)}: {r.below:.2f} +- {r.se:.2f}" for r in part[~below].itertuples()

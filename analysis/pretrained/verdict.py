@@ -48,10 +48,10 @@ def apart(frame: pd.DataFrame, rival: str, window: int) -> pd.DataFrame:
     """
     rows = []
     chosen = frame[frame["lost"].notna() & (frame["window"] == window)]
-    for key, cell in chosen.groupby(CELL):
+    both = [chosen[chosen["contender"] == name].groupby(CELL) for name in (OURS, rival)]
+    for key in sorted(set(both[0].groups) & set(both[1].groups)):
         ours, theirs = (
-            cell[cell["contender"] == name].pivot_table("lost", index="piece", columns="seed")
-            for name in (OURS, rival)
+            one.get_group(key).set_index(["piece", "seed"])["lost"].unstack() for one in both
         )
         pieces = (theirs.mean(axis=1) - ours.mean(axis=1)).dropna()
         if len(pieces) < 2:
@@ -61,7 +61,7 @@ def apart(frame: pd.DataFrame, rival: str, window: int) -> pd.DataFrame:
         error = standard_error(seeds) if len(seeds) > 1 else 0.0
         row = dict(zip(CELL, key, strict=True)) | {"rival": rival, "window": window}
         row |= {"below": 100 * pieces.mean(), "se": 100 * np.hypot(standard_error(pieces), error)}
-        row |= {"cost": cell[cell["contender"] == rival]["cost"].mean()}
+        row |= {"cost": both[1].get_group(key)["cost"].mean()}
         rows.append(row | {"seeds": f"{ours.shape[1]} against {theirs.shape[1]}"})
     return pd.DataFrame(rows)
 
