@@ -247,6 +247,12 @@ def test_an_interval_over_windows_covers_and_is_wider_than_one_over_rows():
     assert rows.high - rows.low < 0.6 * (found.high - found.low)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_figure_that_no_draw_knows_has_no_interval():
+    found = clustered(lambda rows: float("nan"), range(5))
+    assert np.isnan([found.value, found.low, found.high]).all()
+
+
 def test_what_cannot_be_said():
     frame = planted(40)
     with pytest.raises(ValueError, match="regret: expected at least four sequences"):

@@ -162,6 +162,16 @@ def test_bad_input_is_refused():
         k_hat_frame(program, guide, [])
 
 
+@pytest.mark.filterwarnings("error")
+def test_weights_of_which_one_is_all_are_the_worst_there_are():
+    """Log weights a thousand nats apart, as those of a prior with the price of a budget are."""
+    log_weight = np.random.default_rng(1).normal(size=500)
+    near = pareto_k(20 * log_weight)
+    assert near > 5
+    for size in (200, 500, 5000):
+        assert pareto_k(size * log_weight) == pytest.approx(near * size / 20, rel=0.2)
+
+
 def test_gap_of_a_blind_likelihood_is_the_kl():
     """The best concentrations are the prior's.
 

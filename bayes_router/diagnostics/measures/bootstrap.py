@@ -75,5 +75,7 @@ def clustered(
     for _ in range(draws):
         drawn = np.concatenate([random.choice(one, len(one)) for one in kinds])
         found.append(statistic(np.concatenate([members[i] for i in drawn])))
-    low, high = np.nanquantile(found, [(1 - level) / 2, (1 + level) / 2])
+    known = np.asarray(found)[~np.isnan(found)]
+    ends = [(1 - level) / 2, (1 + level) / 2]
+    low, high = np.quantile(known, ends) if len(known) else (np.nan, np.nan)
     return Estimate(statistic(np.arange(len(label))), float(low), float(high), len(label))

@@ -140,6 +140,10 @@ def importance_weights(
     return ImportanceWeights(torch.cat(likelihoods), torch.cat(ratios))
 
 
+FARTHEST = 600.0
+"""Nats from the largest weight to the least of the largest fifth: none of them is 0 in float64."""
+
+
 def pareto_k(log_weight: Tensor | npt.NDArray[np.float64]) -> float:
     """Shape of the generalised Pareto tail of importance weights [S].
 
@@ -162,8 +166,12 @@ def pareto_k(log_weight: Tensor | npt.NDArray[np.float64]) -> float:
     require(bool(np.isfinite(values).all()), "log_weight", "finite numbers", float(values.min()))
     if np.ptp(values) < 1e-9:
         return float("-inf")
+    # where weights lie so far apart that those of the tail are 0 beside the largest, the fit would
+    # be of zeros, and call the worst good: k grows as the logarithms do, and is read off them closer
+    closer = max(float(values.max() - np.quantile(values, 0.8)) / FARTHEST, 1.0)
+    values = values / closer
     # it takes log likelihoods, and weighs by their inverse as LOO does
-    return float(smoother().psislw(-values)[1])
+    return closer * float(smoother().psislw(-values)[1])
 
 
 def smoother() -> Any:
