@@ -167,7 +167,7 @@ def pareto_k(log_weight: Tensor | npt.NDArray[np.float64]) -> float:
     if np.ptp(values) < 1e-9:
         return float("-inf")
     # where weights lie so far apart that those of the tail are 0 beside the largest, the fit would
-    # be of zeros, and call the worst good: k grows as the logarithms do, and is read off them closer
+    # be of zeros, and call the worst good: k grows as the logarithms, and is read off them closer
     closer = max(float(values.max() - np.quantile(values, 0.8)) / FARTHEST, 1.0)
     values = values / closer
     # it takes log likelihoods, and weighs by their inverse as LOO does
