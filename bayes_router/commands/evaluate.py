@@ -85,10 +85,10 @@ def run(options: Namespace) -> None:
             **sizes,
         )
     print(result.table())
-    if options.freeze is not None:
+    if options.freeze is not None or options.free is not None:
         model.policy = family(price)
-        context = config.data.context
-        print(model.freeze(data.valid, share=options.freeze, context=context, limit=limit))
+        how: dict[str, Any] = {"share": options.freeze, "free": options.free}
+        print(model.freeze(data.valid, **how, context=config.data.context, limit=limit))
         model.frozen = None
     curve = None
     if options.budget is not None:
@@ -196,6 +196,9 @@ def _check(options: Namespace) -> tuple[str, dict[str, float]]:
             "a share of the tokens below a half",
             options.freeze,
         )
+    if options.free is not None:
+        require(options.freeze is None, "free", "no --freeze beside it", options.free)
+        require(0 < options.free < 1, "free", "a share of the cache below 1", options.free)
     for name in ("tokens", "curve_tokens"):
         require(options[name] is None or options[name] >= 1, name, "at least 1", options[name])
     return policy, {} if options.threshold is None else {"threshold": options.threshold}

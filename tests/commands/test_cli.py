@@ -62,6 +62,7 @@ def test_fit_evaluate_generate(
         out,
         "--quiet",
         *QUICK,
+        "--model.window=8",
     ]
     assert run(*arguments) == 0
     text = capsys.readouterr().out
@@ -81,6 +82,11 @@ def test_fit_evaluate_generate(
     (sizes,) = re.findall(r"cache of 32 tokens: ([\d,]+) -> ([\d,]+) bytes", read)
     before, after = (int(size.replace(",", "")) for size in sizes)
     assert "2 of 2 units frozen" in read and 0 < after <= before
+    assert run("evaluate", out, "--free", 0.1) == 0
+    read = capsys.readouterr().out
+    (sizes,) = re.findall(r"cache of 32 tokens: ([\d,]+) -> ([\d,]+) bytes", read)
+    before, after = (int(size.replace(",", "")) for size in sizes)
+    assert "2 of 4 key heads keep 8 keys" in read and 0 < after < before
     assert (
         run("generate", out, "--prompt", "def ", "--tokens", 12, "--temperature", 0, "--routes")
         == 0

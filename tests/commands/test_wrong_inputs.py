@@ -68,6 +68,10 @@ evaluate | RUN --budget 0.3 --quality 0.1
 evaluate | RUN --quality -1
 evaluate | RUN --freeze 0.5
 evaluate | RUN --freeze -0.1
+evaluate | RUN --free 0
+evaluate | RUN --free nan
+evaluate | RUN --free 0.99
+evaluate | RUN --free 0.2 --freeze 0.1
 evaluate | RUN --quality nan
 evaluate | RUN --quality good
 evaluate | RUN --confidence 0.9

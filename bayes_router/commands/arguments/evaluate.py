@@ -65,6 +65,15 @@ def parser(arguments: Sequence[str]) -> Parser:
         ),
     )
     result.add_argument(
+        "--free",
+        type=Optional[float],
+        default=None,
+        help=(
+            "in place of --freeze, share of the cache: make key heads static that look far least, "
+            "as many as free it"
+        ),
+    )
+    result.add_argument(
         "--confidence",
         type=Optional[float],
         default=None,
