@@ -55,24 +55,7 @@ def parser(arguments: Sequence[str]) -> Parser:
             "policy that keeps to it"
         ),
     )
-    result.add_argument(
-        "--freeze",
-        type=Optional[float],
-        default=None,
-        help=(
-            "share of tokens: make units static that send all but so many to one expert; what that "
-            "costs, and the bytes of the cache"
-        ),
-    )
-    result.add_argument(
-        "--free",
-        type=Optional[float],
-        default=None,
-        help=(
-            "in place of --freeze, share of the cache: make key heads static that look far least, "
-            "as many as free it"
-        ),
-    )
+    _add_freezing(result)
     result.add_argument(
         "--confidence",
         type=Optional[float],
@@ -99,6 +82,28 @@ def parser(arguments: Sequence[str]) -> Parser:
         "--out", type=Optional[Path], default=None, help="folder for evaluation.json and dial.csv"
     )
     return result
+
+
+def _add_freezing(result: Parser) -> None:
+    """Which units are made static, by one of two rules."""
+    result.add_argument(
+        "--freeze",
+        type=Optional[float],
+        default=None,
+        help=(
+            "share of tokens: make units static that send all but so many to one expert; what that "
+            "costs, and the bytes of the cache"
+        ),
+    )
+    result.add_argument(
+        "--free",
+        type=Optional[float],
+        default=None,
+        help=(
+            "in place of --freeze, share of the cache: make key heads static that look far least, "
+            "as many as free it"
+        ),
+    )
 
 
 def begin(options: Namespace) -> None:
