@@ -77,9 +77,8 @@ def least_far(load: Tensor, free: float, layout: Layout) -> Frozen:
     fraction on each.
     """
     units = load.shape[1]
-    members: dict[
-        tuple[int, int], list[int]
-    ] = {}  # a unit may hold several key heads, or share one
+    # a unit may hold several key heads, or share one
+    members: dict[tuple[int, int], list[int]] = {}
     for unit, (_, keys) in enumerate(unit_heads(units, layout.num_heads, layout.kv_heads)):
         members.setdefault((keys.start, keys.stop), []).append(unit)
     found = []

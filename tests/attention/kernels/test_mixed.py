@@ -5,6 +5,7 @@ On a GPU, compiled: tests/gpu/test_mixed.py.
 
 import os
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,36 +17,21 @@ if os.environ.get("TRITON_INTERPRET") != "1" or torch.cuda.is_available():
     )
 
 from bayes_router.attention.hard.mixed_launch import launch_mixed
-from bayes_router.attention.hard.problem import RoutedProblem, resolve_experts
+from bayes_router.attention.hard.problem import RoutedProblem
 from bayes_router.attention.hard.reference import REFERENCE
-from bayes_router.attention.shapes import ExpertShape
-from tests.attention.expert_contract import draw, relative_error
-from tests.attention.test_dispatch import ROUTES, draw_route
+from tests.attention.expert_contract import relative_error
+from tests.attention.kernels.test_short import problem as short_problem
+from tests.attention.test_dispatch import ROUTES
 
 NAMES = ("q", "k", "v", "plain_q", "plain_k")
 
 
-def problem(
-    B: int = 2,
-    Hkv: int = 2,
-    T: int = 90,
-    Dh: int = 16,
-    route: str = "independent",
-    window: int = 21,
-    names: tuple[str, ...] = ("full", "linear", "local"),
-    shared: bool = False,
-    sinks: int = 0,
-    seed: int = 0,
-    units: int = 1,
-    gradients: bool = True,
-) -> RoutedProblem:
-    q, k, v = (x.requires_grad_(gradients) for x in draw(B, 4, Hkv, T, Dh, seed))
-    others = (x.requires_grad_(gradients) for x in draw(B, 4, Hkv, T, Dh, seed + 1)[:2])
-    plain_q, plain_k = (q, k) if shared else others
-    experts = resolve_experts(names, ExpertShape(4, Dh, window, sinks))
-    return RoutedProblem(
-        q, k, v, plain_q, plain_k, draw_route(route, B, T, seed, units) % len(names), experts
-    )
+def problem(T: int = 90, gradients: bool = True, **changes: Any) -> RoutedProblem:
+    """As for the two launches; its queries, keys and values ask for gradients."""
+    one = short_problem(T=T, **changes)
+    for name in NAMES:
+        getattr(one, name).requires_grad_(gradients)
+    return one
 
 
 def compare(one: RoutedProblem) -> None:
@@ -87,7 +73,7 @@ def test_every_unit_with_sinks_and_padding(units: int, Hkv: int, fresh_seed: int
 )
 @pytest.mark.parametrize("shared", [False, True])
 def test_odd_sizes(B: int, Hkv: int, T: int, Dh: int, window: int, shared: bool) -> None:
-    compare(problem(B, Hkv, T, Dh, window=window, shared=shared))
+    compare(problem(T, B=B, Hkv=Hkv, Dh=Dh, window=window, shared=shared))
 
 
 @pytest.mark.parametrize(
