@@ -27,7 +27,7 @@ from bayes_router.attention.hard.dispatch import EXPERTS, routed_attention
 from bayes_router.attention.hard.problem import RoutedProblem, resolve_experts
 from bayes_router.attention.hard.short import SHORT
 from bayes_router.attention.hard.sorted import TRITON
-from bayes_router.attention.shapes import ExpertShape
+from bayes_router.attention.shapes import ExpertShape, with_units
 from bayes_router.benchmark import cases, memory
 from bayes_router.benchmark.busy import neighbours
 from bayes_router.benchmark.cases import (
@@ -227,7 +227,7 @@ class Suite:
         }
         q, k, v = inputs
         experts = resolve_experts(EXPERTS, ExpertShape(shape.H, shape.Dh, WINDOW))
-        problem = RoutedProblem(q, k, v, q, k, route, experts)
+        problem = RoutedProblem(q, k, v, q, k, with_units(route), experts)
         for backend in (*(self.own if leads else ()), AUTO):
             if backend.refuses(problem):
                 continue

@@ -19,7 +19,7 @@ from bayes_router.attention.hard.dense import DENSE
 from bayes_router.attention.hard.dispatch import EXPERTS, routed_attention
 from bayes_router.attention.hard.problem import RoutedProblem
 from bayes_router.attention.hard.reference import REFERENCE
-from bayes_router.attention.shapes import ExpertShape
+from bayes_router.attention.shapes import ExpertShape, with_units
 from bayes_router.benchmark.cases import WINDOW, Shape, draw_inputs
 from bayes_router.checks import require
 from bayes_router.config import ModelConfig
@@ -170,7 +170,8 @@ def _verify(case: Case, experts: list[Expert], device: torch.device) -> list[Bac
     want = _reference(exact, route, experts, lengths, stretches)
     weight = torch.randn_like(want)
     true = torch.autograd.grad((want * weight).sum(), exact) if case.grad else ()
-    problem, found_right = RoutedProblem(q, k, v, q, k, route, tuple(experts), lengths), []
+    problem = RoutedProblem(q, k, v, q, k, with_units(route), tuple(experts), lengths)
+    found_right = []
     for backend in backends():
         # what all are compared with, and what is one of the others
         if backend in (REFERENCE, AUTO):

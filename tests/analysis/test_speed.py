@@ -18,6 +18,7 @@ from bayes_router.attention.hard.auto import AUTO
 from bayes_router.attention.hard.backend import Backend
 from bayes_router.attention.hard.dense import DENSE
 from bayes_router.attention.hard.dispatch import EXPERTS
+from bayes_router.attention.hard.problem import RoutedProblem
 from bayes_router.attention.hard.rows import TORCH
 from bayes_router.benchmark import cases, clock, facts, memory, pace, suite, summary, verify
 from bayes_router.benchmark.cases import Shape
@@ -157,6 +158,32 @@ def test_other_experts_are_verified_too(
     monkeypatch.setattr(verify, "CASES", (verify.Case(Shape(2, 2, 300, 32), 1),))
     monkeypatch.setattr(verify, "LONG", 700)
     assert set(verify.verify(CPU, experts)) == {TORCH, DENSE}
+
+
+class _Asking:
+    """A backend that refuses everything, once it has read how many units were routed."""
+
+    name = "asking"
+
+    def __init__(self) -> None:
+        self.units: list[int] = []
+
+    def refuses(self, problem: RoutedProblem) -> str | None:
+        self.units.append(problem.units)
+        return "it only asks"
+
+
+def test_backends_are_asked_about_a_whole_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    asking = _Asking()
+    monkeypatch.setattr(verify, "CASES", (verify.Case(Shape(1, 2, 64, 32), 1),))
+    monkeypatch.setattr(verify, "LONG", 700)
+    monkeypatch.setattr(verify, "backends", lambda: (asking,))
+    assert not verify.verify(CPU) and set(asking.units) == {1}
+    asked = len(asking.units)
+    monkeypatch.setattr(suite, "AUTO", asking)
+    timed = Suite(CPU, BenchmarkPlan(lengths=(64,), mixes=("10/60/30",), seconds=60.0), [])
+    next(iter(timed.causal(replace(timed.groups[0], what="forward", mix="10/60/30", run=1))))
+    assert asking.units[asked:] == [1]
 
 
 def test_a_model_is_verified_at_its_own_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
