@@ -199,7 +199,10 @@ def heads(row: list[str]) -> list[str]:
 
 
 def cells(lines: list[str], before: str) -> Iterator[Passage]:
-    """Of a table, without columns of aims. An empty first cell, and 'same', are the one above."""
+    """Of a table, without columns of aims and of what was read by hand.
+
+    An empty first cell, and 'same', are the one above.
+    """
     table = [line.strip().strip("|").split("|") for line in lines]
     head, carried = heads(table[0]), ""
     for row in table[2:]:
@@ -209,7 +212,7 @@ def cells(lines: list[str], before: str) -> Iterator[Passage]:
         label = " ".join([first, *(one for one in row[1:] if not FIGURE.search(one))])
         for at, (name, cell) in enumerate(zip(head, row, strict=False)):
             sentence = len(re.findall(r"[a-z]{2,}", cell)) > WORDS
-            if re.search("aim|target", name) or not (at or sentence):
+            if re.search("aim|target|by hand", name) or not (at or sentence):
                 continue
             near = (f"{name} {label}", carried, head[0], before)
             if sentence:
