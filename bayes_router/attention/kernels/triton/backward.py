@@ -10,6 +10,7 @@ q, dv = p^T dout.
 import triton
 import triton.language as tl
 
+from bayes_router.attention.kernels.triton.launch import follow
 from bayes_router.attention.kernels.triton.rows import (
     band_start,
     band_tile,
@@ -50,6 +51,7 @@ def full_dq_kernel(
 
     SortedLse and SortedDelta: see `dkv_kernel`.
     """
+    follow()
     d, r = tl.arange(0, D), tl.arange(0, BM)
     total = tl.load(Counters)
     item = tl.program_id(0)
@@ -100,6 +102,7 @@ def local_dq_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of local attention's queries; SortedLse and SortedDelta: see `dkv_kernel`."""
+    follow()
     h, i, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     u = table_row(b, h, H, UNIT)
     count = count_rows(Before, u, 2, T, NB, SORTED)
@@ -193,6 +196,7 @@ def dkv_kernel(
     SortedDelta [B, H, T] have the normaliser and delta of each query: of full ones by their place
     in `Order`, from the first on; of local ones likewise, such that the last one's come last.
     """
+    follow()
     hk, j, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     n0 = j * BN
     n, d, rows = n0 + tl.arange(0, BN), tl.arange(0, D), tl.arange(0, BM)

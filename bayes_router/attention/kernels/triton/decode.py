@@ -13,6 +13,7 @@ and value are stored on the way.
 import triton
 import triton.language as tl
 
+from bayes_router.attention.kernels.triton.launch import follow
 from bayes_router.attention.kernels.triton.rows import EPSILON, HIDDEN, phi
 
 
@@ -225,6 +226,7 @@ def decode_kernel(
     hides keys. SINKS: keys that are seen and stand before `sinks` (1) or the row's SinkEnd (2) are
     seen by `local` too, whose first part reads them.
     """
+    follow()
     part, hk, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     Route += b * r_b
     h = hk * GROUP  # the first query head
@@ -273,6 +275,7 @@ def join_kernel(
 
     A route out of range or a row without room must not pass silently.
     """
+    follow()
     h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     Route += b * r_b
     length = tl.load(Lengths + b * l_b).to(tl.int32) - (1 if HELD else 0)

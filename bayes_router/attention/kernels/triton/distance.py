@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bayes_router.attention.kernels.triton.launch import launch
+from bayes_router.attention.kernels.triton.launch import follow, launch
 from bayes_router.attention.kernels.triton.route import RMS_EPSILON
 
 
@@ -23,6 +23,7 @@ def distance_kernel(
     K: tl.constexpr, NORMED: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     """Program: BM tokens. KP is K up to a power of two that tensor products take."""
+    follow()
     n = tl.program_id(0) * BM + tl.arange(0, BM)
     real = n < N
     at, k0 = tl.arange(0, KP), tl.arange(0, BK)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bayes_router.attention.kernels.capability import head_size
 from bayes_router.attention.kernels.triton.call import strides
-from bayes_router.attention.kernels.triton.launch import launch
+from bayes_router.attention.kernels.triton.launch import follow, launch
 
 
 def _rows(dim: int) -> int:
@@ -52,6 +52,7 @@ def feature_kernel(
     GATED: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Features of a block of tokens for one query head; GATED: of keys, and their log gates."""
+    follow()
     i, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     t, d = i * BM + tl.arange(0, BM), tl.arange(0, D)
     inside, real = t < T, d < DIM
@@ -78,6 +79,7 @@ def feature_backward_kernel(
 
     Sums [B blocks, H, W]: gate and bias (GATED), then the log of the scale; W = DIM + 2 or 1.
     """
+    follow()
     i, hk, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     t, d = i * BM + tl.arange(0, BM), tl.arange(0, D)
     inside, real = t < T, d < DIM

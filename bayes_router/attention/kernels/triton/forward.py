@@ -9,6 +9,7 @@ its softmax normaliser, or its denominator under linear attention; the backward 
 import triton
 import triton.language as tl
 
+from bayes_router.attention.kernels.triton.launch import follow
 from bayes_router.attention.kernels.triton.rows import (
     HIDDEN,
     LANES,
@@ -131,6 +132,7 @@ def full_kernel(
 
     The next two are fetched ahead.
     """
+    follow()
     d, r = tl.arange(0, D), tl.arange(0, BM)
     total = tl.load(Counters)
     item = tl.program_id(0)
@@ -180,6 +182,7 @@ def combine_kernel(
 
     Weighed by their normalisers, or summed (SUM).
     """
+    follow()
     h, b = tl.program_id(0), tl.program_id(2)
     u = table_row(b, h, H, UNIT)
     count = tl.load(Before + u * 3 * (NB + 1) + NB)
@@ -231,6 +234,7 @@ def local_kernel(
 
     It goes over the sinks and the hull of their windows.
     """
+    follow()
     h, i, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     u = table_row(b, h, H, UNIT)
     if i * BM >= count_rows(Before, u, 2, T, NB, SORTED):

@@ -18,6 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from bayes_router.attention.kernels.triton.launch import follow
+
 ROWS = gl.constexpr(64)  # of a warp group
 HIDDEN = gl.constexpr(-1.0e30)  # as `rows.HIDDEN`
 
@@ -186,6 +188,7 @@ def full_kernel(
     A program takes items at a fixed stride, longest first.
     """
     gl.static_assert(BM == 2 * ROWS)
+    follow()
     total = gl.load(Counters)
     dtype: gl.constexpr = Q.dtype.element_ty
     ks = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D], K.layout)

@@ -4,6 +4,10 @@ Triton looks at every argument of every launch to find the compiled kernel, tens
 each; a routed forward pass has eight launches and takes a fifth of a millisecond at 8192 tokens.
 Here arguments that look the same as before (numbers by value, tensors by dtype and alignment, which
 is all that Triton specialises on) go straight to the kernel compiled for them.
+
+On Hopper and later the device, too, loses less between kernels (programmatic dependent launch): the
+programs of a kernel are placed while the last of the kernel before still run, and wait there
+(`follow`) until all that stands before it in the stream has been written.
 """
 
 from collections.abc import Callable
@@ -11,7 +15,9 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
+from triton.language.extra import cuda
 
 _BESIDE: dict[int, torch.cuda.Stream] = {}  # of each device
 _COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
@@ -20,14 +26,41 @@ _MOST = 4096
 _DIRECT = triton.__version__.startswith("3.6.")
 
 
+def _can_follow() -> bool:
+    """Whether every device here knows programmatic dependent launch; the interpreter has none."""
+    if not _DIRECT or triton.knobs.runtime.interpret or not torch.cuda.is_available():
+        return False
+    devices = range(torch.cuda.device_count())
+    return all(torch.cuda.get_device_capability(device)[0] >= 9 for device in devices)
+
+
+_FOLLOWS = _can_follow()
+FOLLOWS = tl.constexpr(_FOLLOWS)
+"""Whether kernels are launched before the one before them has ended."""
+
+
+@triton.jit
+def follow() -> None:
+    """The first statement of every kernel that `launch` launches.
+
+    The next kernel in the stream may be placed now, and nothing is read or written before all of
+    the last one's is there. Whoever waits has waited for all earlier ones, for so have they.
+    """
+    if FOLLOWS:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """`kernel[grid](*args, **constants)`.
+    """`kernel[grid](*args, **constants)`, of a kernel that begins with `follow()`.
 
     `constants` are its constexpr parameters and the compiler's options.
     """
     if not _DIRECT or not hasattr(kernel, "params"):  # another version, or the interpreter
         kernel[grid](*args, **constants)
         return
+    if _FOLLOWS:
+        constants["launch_pdl"] = True
     shown = tuple(map(_shown, args))
     key = (kernel, torch.cuda.current_device(), shown, tuple(constants.values()))
     known = _COMPILED.get(key)

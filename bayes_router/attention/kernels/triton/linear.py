@@ -24,6 +24,7 @@ Sums are taken in float32.
 import triton
 import triton.language as tl
 
+from bayes_router.attention.kernels.triton.launch import follow
 from bayes_router.attention.kernels.triton.rows import (
     EPSILON,
     count_rows,
@@ -61,6 +62,7 @@ def fade(later, earlier):
 @triton.jit
 def decay_kernel(LogGate, Decay, T, BLOCK: tl.constexpr):
     """Sums of the log gates up to each key, float64; program: a head of a row of the batch."""
+    follow()
     row = tl.program_id(0).to(tl.int64) * T
     before = tl.zeros([1], tl.float64)
     for start in range(0, T, BLOCK):
@@ -111,6 +113,7 @@ def chunk_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (chunk, head of K, row of the batch)."""
+    follow()
     add_chunk(
         K, V, S, Z, Decay, k_b, k_h, k_t, v_b, v_h, v_t, HK, VGROUP, num_keys, NC,
         tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64), DECAY,
@@ -182,6 +185,7 @@ def prefix_kernel(
     stands after each chunk and the state (OtherS, OtherZ) that stands before the next: all pairs of
     a query and a key that the boundary parts.
     """
+    follow()
     part, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     Decay += head * num_keys
     Cross += (head * tl.num_programs(0) + part) * NC
@@ -224,6 +228,7 @@ def linear_kernel(
 
     The state before the chunk of the first, and the keys from there on.
     """
+    follow()
     h, i, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     u = table_row(b, h, H, UNIT)
     if i * BM >= count_rows(Before, u, 1, T, NB, SORTED):

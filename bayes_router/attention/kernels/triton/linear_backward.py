@@ -20,6 +20,7 @@ cancels where it must.
 import triton
 import triton.language as tl
 
+from bayes_router.attention.kernels.triton.launch import follow
 from bayes_router.attention.kernels.triton.linear import edge, elapsed, fade, feature_map
 from bayes_router.attention.kernels.triton.rows import (
     count_rows,
@@ -44,6 +45,7 @@ def linear_dq_kernel(
 
     Through the state before their chunk, and the keys from there on.
     """
+    follow()
     h, i, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     u = table_row(b, h, H, UNIT)
     if i * BM >= count_rows(Before, u, 1, T, NB, SORTED):
@@ -109,6 +111,7 @@ def chunk_reverse_kernel(
 
     Over the query heads of a key head.
     """
+    follow()
     c, hk, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     d = tl.arange(0, D)
     r_acc = tl.zeros([D, D], tl.float32)
@@ -156,6 +159,7 @@ def linear_dkv_kernel(
     DV has the heads of K. DDecay comes with the part of the queries and leaves as the difference of
     both.
     """
+    follow()
     hk, j, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     n0 = j * BN
     n, d = n0 + tl.arange(0, BN), tl.arange(0, D)
@@ -222,6 +226,7 @@ def linear_dkv_kernel(
 @triton.jit
 def log_gate_kernel(DDecay, Cross, T, NC, parts, CHUNK: tl.constexpr, PARTS: tl.constexpr):
     """In place, from gradients of the decay to those of the log gates, one chunk of one head."""
+    follow()
     c, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n, p = c * CHUNK + tl.arange(0, CHUNK), tl.arange(0, PARTS)
     beyond = tl.sum(tl.load(Cross + (head * parts + p) * NC + c, mask=p < parts, other=0.0), 0)

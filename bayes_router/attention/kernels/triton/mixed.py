@@ -14,6 +14,7 @@ so short that launches are the cost. `Lse` is as in `forward`.
 import triton
 import triton.language as tl
 
+from bayes_router.attention.kernels.triton.launch import follow
 from bayes_router.attention.kernels.triton.rows import (
     EPSILON,
     HIDDEN,
@@ -63,6 +64,7 @@ def mixed_kernel(
 
     SAME: plain queries and keys are the rotated ones; KEEP: normalisers are written, too.
     """
+    follow()
     h, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     i = tl.num_programs(1) - 1 - tl.program_id(1)
     hk, t, d = h // GROUP, i * BM + tl.arange(0, BM), tl.arange(0, D)
@@ -138,6 +140,7 @@ def mixed_dq_kernel(
 
     SAME: DQ has all rows; else DPlainQ has the linear ones.
     """
+    follow()
     h, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     i = tl.num_programs(1) - 1 - tl.program_id(1)
     hk, t, d = h // GROUP, i * BM + tl.arange(0, BM), tl.arange(0, D)
@@ -195,6 +198,7 @@ def mixed_dkv_kernel(
     BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys and values from the queries after it; the first block first."""
+    follow()
     hk, j, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     n0 = j * BN
     n, d = n0 + tl.arange(0, BN), tl.arange(0, D)

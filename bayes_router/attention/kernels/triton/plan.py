@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bayes_router.attention.kernels.triton.launch import launch
+from bayes_router.attention.kernels.triton.launch import follow, launch
 
 KINDS = 3
 FULL, LINEAR, LOCAL = 0, 1, 2
@@ -96,6 +96,7 @@ def _plan_kernel(
     PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (block of tokens, kind, row of the tables)."""
+    follow()
     sort_tokens(
         Route, Lengths, Order, Before, T, NB, R, stride_b, stride_t, stride_r, full, linear, local,
         num_experts,
@@ -142,6 +143,7 @@ def _schedule_kernel(
     GROUPS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Each program writes the items of one group (u, s); all agree on the groups' sizes."""
+    follow()
     work = _work(Before, Starts, U, R, NB, start, STARTS, BM, BLOCK)
     keys = tl.maximum(work * UNIT / (programs * ROUNDS), (num_keys + S - 1) // S)
     # with little work shorter items, for otherwise most programs would have none

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bayes_router.attention.kernels.triton.launch import launch
+from bayes_router.attention.kernels.triton.launch import follow, launch
 
 RMS_EPSILON = 1.1920928955078125e-07  # of float32, as torch's rms_norm takes it
 
@@ -127,6 +127,7 @@ def route_kernel(
 
     RP and EP are R and E up to powers of two, HP the first product's width.
     """
+    follow()
     n = tl.program_id(0) * BM + tl.arange(0, BM)
     real = n < N
     inside, at = _first_rows(HIDDEN, HP, R, E, RP, EP)
@@ -144,6 +145,7 @@ def part_kernel(
     BM: tl.constexpr, BK: tl.constexpr, HP: tl.constexpr, RP: tl.constexpr, EP: tl.constexpr,
 ):  # fmt: skip
     """Program (BM tokens, PART columns of x): its part of the first product and of the squares."""
+    follow()
     n = tl.program_id(0) * BM + tl.arange(0, BM)
     inside, at = _first_rows(HIDDEN, HP, R, E, RP, EP)
     lo = tl.program_id(1) * PART
@@ -161,6 +163,7 @@ def join_parts_kernel(
     EP: tl.constexpr,
 ):  # fmt: skip
     """Program: BM tokens, whose S parts are summed."""
+    follow()
     n = tl.program_id(0) * BM + tl.arange(0, BM)
     inside, at = _first_rows(HIDDEN, HP, R, E, RP, EP)
     slot = tl.program_id(0) * S * BM + tl.arange(0, BM)

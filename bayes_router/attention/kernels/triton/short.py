@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from bayes_router.attention.kernels.triton.forward import attend_band, attend_keys
+from bayes_router.attention.kernels.triton.launch import follow
 from bayes_router.attention.kernels.triton.linear import add_chunk
 from bayes_router.attention.kernels.triton.plan import sort_tokens
 from bayes_router.attention.kernels.triton.rows import EPSILON, HIDDEN, gather_rows, load_rows, phi
@@ -39,6 +40,7 @@ def prepare_kernel(
 
     Then each chunk's sums, a program for each head of K.
     """
+    follow()
     x = tl.program_id(0)
     if x < 3 * U:
         u = (x // 3).to(tl.int64)
@@ -157,6 +159,7 @@ def work_kernel(
 
     It takes items of the row's list at a fixed stride; in the list heads come fastest.
     """
+    follow()
     u = tl.program_id(1).to(tl.int64)
     b = u // (H // UNIT)
     begin = start
