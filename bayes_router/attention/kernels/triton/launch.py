@@ -6,8 +6,8 @@ Here arguments that look the same as before (numbers by value, tensors by dtype 
 is all that Triton specialises on) go straight to the kernel compiled for them.
 
 On Hopper and later the device, too, loses less between kernels (programmatic dependent launch): the
-programs of a kernel are placed while the last of the kernel before still run, and wait there
-(`follow`) until all that stands before it in the stream has been written.
+programs of a kernel are placed as those of the kernel before it end, and wait there (`follow`)
+until all that stands before it in the stream has been written.
 """
 
 from collections.abc import Callable
@@ -43,11 +43,11 @@ FOLLOWS = tl.constexpr(_FOLLOWS)
 def follow() -> None:
     """The first statement of every kernel that `launch` launches.
 
-    The next kernel in the stream may be placed now, and nothing is read or written before all of
-    the last one's is there. Whoever waits has waited for all earlier ones, for so have they.
+    Nothing is read or written before all of the last kernel's is there; whoever waits for it has
+    waited for all earlier ones, for so has it. No kernel lets the next one come before its own
+    programs end (`gdc_launch_dependents`): what waits would take the room of another stream.
     """
     if FOLLOWS:
-        cuda.gdc_launch_dependents()
         cuda.gdc_wait()
 
 
