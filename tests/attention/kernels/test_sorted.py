@@ -150,6 +150,21 @@ def test_every_unit(units: int, Hkv: int, route: str, fresh_seed: int) -> None:
     compare(replace(one, **parts, **keys, route=one.route[:, -30:], starts=torch.tensor([0, 70])))
 
 
+@pytest.mark.parametrize("units", [1, 3])
+def test_tables_of_a_text_of_many_blocks(
+    units: int, monkeypatch: pytest.MonkeyPatch, fresh_seed: int
+) -> None:
+    monkeypatch.setattr(plan, "PLAN_BLOCK", 64)
+    route = draw_route("independent", 2, 300, fresh_seed, units)
+    order, before = plan.make_plan(route, (0, 1, 2), 3, None)
+    for u, choices in enumerate(route.transpose(1, 2).flatten(0, 1)):
+        for kind in range(3):
+            tokens = (choices == kind).nonzero()[:, 0]
+            assert order[u, kind, : len(tokens)].tolist() == tokens.tolist()
+            counts = [int((tokens < 64 * step).sum()) for step in range(5)]
+            assert before[u, kind].tolist() == [*counts, len(tokens)]
+
+
 @pytest.mark.parametrize(("units", "Hkv"), [(2, 2), (4, 2)])
 def test_units_split_over_keys(
     units: int, Hkv: int, split: list[WorkList], fresh_seed: int
