@@ -226,7 +226,7 @@ def make_plan(
     (B, T, R), (order, before) = route.shape, empty_plan(route)
     blocks = before.shape[2] - 1
     block = min(PLAN_BLOCK, triton.next_power_of_2(T))
-    if R > 1 and T > 2 * block:  # every block reads all before it: choices of a unit side by side
+    if R > 1 and 2 * block < T:  # every block reads all before it: choices of a unit side by side
         route = route.transpose(1, 2).contiguous().transpose(1, 2)
     launch(
         _plan_kernel, (triton.cdiv(T, block), KINDS, B * R),
