@@ -38,7 +38,7 @@ def test_posterior_and_choice_are_the_formulas(
 
 
 @pytest.mark.parametrize("hidden", [0, 24])
-@pytest.mark.parametrize(("tokens", "dim"), [(1, 300), (5, 300), (64, 1000), (65, 300)])
+@pytest.mark.parametrize(("tokens", "dim"), [(1, 300), (5, 300), (64, 1000), (65, 1100)])
 def test_few_tokens_are_read_in_parts(hidden: int, tokens: int, dim: int) -> None:
     torch.manual_seed(tokens)
     layer = LayerController(dim, 2, hidden, 3).requires_grad_(False)

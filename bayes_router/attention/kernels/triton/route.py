@@ -179,18 +179,18 @@ def join_parts_kernel(
     )  # fmt: skip
 
 
-FEW = 64  # tokens up to which a program reads a part of x: the weights of many wait for none
-FEW_ROWS, FEW_PARTS = 16, 16
+def pieces(tokens: int, width: int, dim: int) -> tuple[int, int]:
+    """Tokens of a program, and the parts that their x is cut into.
 
-
-def rows_of(tokens: int, width: int) -> int:
-    """Tokens of a program: what an H100 was fastest with, for accumulators of this width.
-
-    Every program reads all weights.
+    What an H100 was fastest with, for accumulators of this width. Every program reads the weights
+    of its part, one tile after the other; of a short text too few would wait for too many.
     """
-    if tokens < 4096:
-        return 32
-    return 128 if tokens >= 16_384 and width <= 64 else 64 if width <= 128 else 32
+    if tokens <= 64:
+        return 16, 16
+    rows = 64 if width <= 128 else 32
+    if tokens <= 4096:
+        return rows, triton.cdiv(dim, 512)
+    return (128 if tokens >= 16_384 and width <= 64 else rows), 1
 
 
 def launch_route(
@@ -216,26 +216,25 @@ def launch_route(
     chosen = {"TILTED": tilt is not None, "NORMED": normed}
     padded = {"HP": width, "RP": units, "EP": experts, "num_warps": 4}
     rest = bias if first_bias is None else first_bias, out, bias, bias if tilt is None else tilt
-    if N <= FEW and dim > 256:
-        blocks, step = triton.cdiv(N, FEW_ROWS), 64 if narrow else 32
-        part = triton.cdiv(triton.cdiv(dim, FEW_PARTS), step) * step
-        parts = triton.cdiv(dim, part)
-        lines = blocks * parts * FEW_ROWS
-        values = torch.empty(lines, width, device=x.device, dtype=torch.float32)
-        squares = torch.empty(lines, device=x.device, dtype=torch.float32)
+    step = 64 if narrow else 32
+    rows, parts = pieces(N, width, dim)
+    rows = rows if narrow else min(rows, 32)
+    part = triton.cdiv(triton.cdiv(dim, parts), step) * step
+    blocks, parts = triton.cdiv(N, rows), triton.cdiv(dim, part)
+    if parts == 1:
         launch(
-            part_kernel, (blocks, parts), x, first, values, squares, N, dim, x.stride(0), part,
-            **sizes, SPLIT=split, BM=FEW_ROWS, BK=step, **padded,
-        )  # fmt: skip
-        launch(
-            join_parts_kernel, (blocks,), values, squares, *rest, concentration, choice, N, dim,
-            floor, RMS_EPSILON, **sizes, **chosen, S=parts, BM=FEW_ROWS, **padded,
+            route_kernel, (blocks,), x, first, *rest, concentration, choice, N, dim, x.stride(0),
+            floor, RMS_EPSILON, **sizes, **chosen, SPLIT=split, BM=rows, BK=step, **padded,
+            num_stages=3 if width <= 128 else 2,
         )  # fmt: skip
         return
-    rows = rows_of(N, width) if narrow else 32
+    values = torch.empty(blocks * parts * rows, width, device=x.device, dtype=torch.float32)
+    squares = torch.empty(len(values), device=x.device, dtype=torch.float32)
     launch(
-        route_kernel, (triton.cdiv(N, rows),),
-        x, first, *rest, concentration, choice, N, dim, x.stride(0), floor, RMS_EPSILON,
-        **sizes, **chosen, SPLIT=split,
-        BM=rows, BK=64 if narrow else 32, **padded, num_stages=3 if width <= 128 else 2,
+        part_kernel, (blocks, parts), x, first, values, squares, N, dim, x.stride(0), part,
+        **sizes, SPLIT=split, BM=rows, BK=step, **padded,
+    )  # fmt: skip
+    launch(
+        join_parts_kernel, (blocks,), values, squares, *rest, concentration, choice, N, dim,
+        floor, RMS_EPSILON, **sizes, **chosen, S=parts, BM=rows, **padded,
     )  # fmt: skip
