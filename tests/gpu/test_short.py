@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from bayes_router.attention.hard import short
+from bayes_router.attention.experts.full import FullAttention
+from bayes_router.attention.experts.local import LocalAttention
 from bayes_router.attention.hard.auto import BREAK_EVEN, choose_backend
+from bayes_router.attention.hard.backend import Backend
 from bayes_router.attention.hard.dispatch import routed_attention
-from bayes_router.attention.hard.problem import resolve_experts
+from bayes_router.attention.hard.problem import RoutedProblem, resolve_experts
 from bayes_router.attention.hard.reference import REFERENCE
 from bayes_router.attention.hard.short import SHORT
 from bayes_router.attention.hard.sorted import TRITON
@@ -185,3 +188,30 @@ def test_new_routes_neither_recompile_nor_synchronise_and_a_graph_replays_them()
     held.copy_(route)
     graph.replay()
     torch.testing.assert_close(out, want, rtol=0, atol=0)
+
+
+def test_full_and_local_are_sorted_in_a_graph() -> None:
+    """Where launches cost the host nothing; the same values, local beside full attention."""
+    torch.manual_seed(0)
+    B, H, T = 2, 8, 1100
+    q, k, v = (
+        torch.randn(B, heads, T, 64, device="cuda", dtype=torch.bfloat16) for heads in (H, 2, 2)
+    )
+    shape = ExpertShape(H, 64, 300)
+    experts = FullAttention(shape), LocalAttention(shape._replace(sinks=3))
+    for units in (1, 2, H):
+        route = (torch.rand(B, T, units, device="cuda") < 0.7).long()
+        problem, found = RoutedProblem(q, k, v, q, k, route, experts, None, None), list[Backend]()
+        assert choose_backend(problem) is SHORT
+        want = SHORT.attend(problem)
+        TRITON.attend(problem)  # compiled before the capture
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found.append(choose_backend(problem))
+            out = routed_attention(q, k, v, route, window=300, experts=experts)
+        assert found == [TRITON]
+        for _ in range(3):
+            out.zero_()
+            graph.replay()
+            torch.testing.assert_close(out, want, atol=2e-2, rtol=2e-2)

@@ -3,8 +3,10 @@
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from bayes_router.attention.experts.contract import Kernel
 from bayes_router.attention.hard.backend import Backend, register_backend
 from bayes_router.attention.hard.dense import DENSE
 from bayes_router.attention.hard.problem import RoutedProblem
@@ -50,13 +52,22 @@ A route that all tokens share costs what its expert costs, where the host may lo
 def choose_backend(problem: RoutedProblem) -> Backend:
     """What `auto` takes.
 
-    Never an error, and a function of shapes, dtype and device alone, so that nothing waits.
+    Never an error, and a function of shapes, dtype and device alone, so that nothing waits; of
+    whether a CUDA graph is captured, too, whose launches cost little: full and local attention are
+    sorted there as soon as they fill the device.
     """
     keys, short, long, rows = BREAK_EVEN[problem.q.device.type == "cuda", problem.needs_grad]
+    if problem.q.is_cuda and torch.cuda.is_current_stream_capturing() and _softmax(problem):
+        rows = min(rows, ROWS)
     few = problem.k.shape[2] <= keys and query_rows(problem) <= rows
     if few and short.refuses(problem) is None:
         return short
     return long if long.refuses(problem) is None else DENSE
+
+
+def _softmax(problem: RoutedProblem) -> bool:
+    """Whether no expert is linear."""
+    return all(expert.kernel in (Kernel.FULL, Kernel.LOCAL) for _, expert in problem.computed())
 
 
 class _Auto:

@@ -91,7 +91,7 @@ def _attend_native(problem: RoutedProblem, native: tuple[int, int, int]) -> Tens
     sizes = tiles(q.shape[3], q.dtype, takes_hopper(q, k, v))
     begun = begin(native, sizes, q, k, v, plain_k, log_gate)
     try:
-        call = _call(problem, native, sizes, q, k.shape[2])
+        call = _call(problem, native, sizes, begun, q, k.shape[2])
         if not problem.needs_grad:
             return forward(call, begun, *inputs)[0]
         out: Tensor = _RoutedAttention.apply(call, begun, *inputs, log_gate)
@@ -101,19 +101,26 @@ def _attend_native(problem: RoutedProblem, native: tuple[int, int, int]) -> Tens
 
 
 def _call(
-    problem: RoutedProblem, native: tuple[int, int, int], sizes: Tiles, q: Tensor, num_keys: int
+    problem: RoutedProblem,
+    native: tuple[int, int, int],
+    sizes: Tiles,
+    begun: Begun,
+    q: Tensor,
+    num_keys: int,
 ) -> Call:
     """The sorted tokens, full attention's work items, and what else the launches need."""
     plan = make_plan(problem.route, native, len(problem.experts), problem.lengths)
+    covered = problem.lengths is None and all(
+        index in native for index in range(len(problem.experts))
+    )
+    if covered:  # else zeros come first
+        begun.beside.mark()  # what needs no items does not wait for them
     programs, units = sizes.per_sm * multiprocessors(q.device), problem.units
     tile = sizes.full["BM"], sizes.full["BN"]
     heads, starts = q.shape[1] // units, problem.starts
     work = make_work(plan, units, heads, num_keys, starts, tile, programs, sizes.rounds)
     window, sinks = problem.experts[native[2]].shape[2:] if native[2] >= 0 else (1, 0)
     true_dim = problem.experts[0].shape.head_dim
-    covered = problem.lengths is None and all(
-        index in native for index in range(len(problem.experts))
-    )
     return Call(
         plan,
         work,

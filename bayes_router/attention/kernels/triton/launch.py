@@ -91,18 +91,28 @@ class Beside:
 
     def __init__(self, device: torch.device, wanted: bool):
         self.stream: torch.cuda.Stream | None = None
+        self._marked = False
         if wanted:
             index = torch.cuda.current_device()
             if index not in _BESIDE:
                 _BESIDE[index] = torch.cuda.Stream(device)
             self.main, self.stream = torch.cuda.current_stream(device), _BESIDE[index]
 
+    def mark(self) -> None:
+        """What is run from now on waits for no more than was launched so far."""
+        if self.stream is not None:
+            self.stream.wait_stream(self.main)
+            self._marked = True
+
     def run(self, launches: Callable[[], object]) -> None:
-        """Launch on the second stream, behind all that was launched on the current one so far."""
+        """Launch on the second stream, behind all that was launched on the current one so far, or
+        up to the mark.
+        """
         if self.stream is None:
             launches()
             return
-        self.stream.wait_stream(self.main)
+        if not self._marked:
+            self.stream.wait_stream(self.main)
         with torch.cuda.stream(self.stream):
             launches()
 
