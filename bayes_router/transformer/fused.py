@@ -3,6 +3,7 @@
 An operator that torch.compile takes whole and a CUDA graph may hold.
 """
 
+from collections.abc import Iterable
 from typing import Any, Optional
 
 import torch
@@ -48,6 +49,22 @@ def controller_input(hidden: Tensor) -> Tensor:
 def watched(controller: nn.Module) -> bool:
     """Whether a hook looks at what a controller reads or says: no pass may leave it out."""
     return bool(controller._forward_pre_hooks or controller._forward_hooks)
+
+
+class AnyWatched:
+    """`watched` of any of several controllers, asked in C, as every pass asks it."""
+
+    def __init__(self) -> None:
+        self._of: list[nn.Module] = []
+        self._hooks: list[dict[int, Any]] = []
+
+    def __call__(self, controllers: Iterable[nn.Module]) -> bool:
+        """Of these now."""
+        now = [*controllers]
+        if now != self._of:
+            self._of = now
+            self._hooks = [x for m in now for x in (m._forward_pre_hooks, m._forward_hooks)]
+        return any(self._hooks)
 
 
 def called(controller: nn.Module) -> bool:

@@ -11,12 +11,13 @@ original's.
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bayes_router.integrations.huggingface import falcon
+from bayes_router.integrations.huggingface.aside import Aside, keep_first
 from bayes_router.integrations.huggingface.discovery import check_model, find_layers, probe
-from bayes_router.integrations.huggingface.interface import keep_hidden, require_answered
+from bayes_router.integrations.huggingface.interface import MASKS, keep_hidden, require_answered
 from bayes_router.integrations.huggingface.model import RoutedPretrained
 from bayes_router.integrations.huggingface.registered import install
 from bayes_router.integrations.patch.binding import BINDING, Binding
@@ -33,19 +34,35 @@ def patch_pretrained(model: PreTrainedModel, settings: RouterConfig) -> RoutedPr
         router = RoutedPretrained(model, found, settings)
         router.undo += restore
         router.bind()
-        for one in found:
-            binding: Binding = getattr(one.module, BINDING)
-            handle = one.module.register_forward_pre_hook(
-                partial(keep_hidden, binding), with_kwargs=True
-            )
-            answered = one.module.register_forward_hook(partial(require_answered, binding))
-            router.undo += [handle.remove, answered.remove]
+        set_hooks(router, base)
         verify_patch(router)
     except BaseException:
         for undo in restore if router is None else [router.unpatch]:
             undo()
         raise
     return router
+
+
+def set_hooks(router: RoutedPretrained, base: str) -> None:
+    """Before a layer's call its hidden states are kept, after it nothing may be left of them."""
+    configs = {id(one.module.config): one.module.config for one in router.found}
+    aside = Aside(router, base, [*configs.values()] if base in MASKS else [])
+    for one in router.found:
+        binding: Binding = getattr(one.module, BINDING)
+        keep = partial(keep_hidden, binding)
+        if binding.index == 0:
+            keep = partial(keep_first, aside, binding)
+        before = one.module.register_forward_pre_hook(keep, with_kwargs=True)
+        after = one.module.register_forward_hook(partial(require_answered, binding))
+        if binding.index > 0:
+            aside.add(one.module._forward_pre_hooks, before.id)
+            aside.add(one.module._forward_hooks, after.id)
+        router.undo += [before.remove, after.remove]
+    stack = router.model.base_model
+    assert isinstance(stack, nn.Module)
+    within = set(stack.modules())
+    ends = aside.watch(stack if all(one.module in within for one in router.found) else router.model)
+    router.undo += [*(end.remove for end in ends), aside.back]
 
 
 def verify_patch(router: RoutedPretrained) -> None:

@@ -9,6 +9,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.utils import output_capturing
 
+from bayes_router.integrations.huggingface.aside import keep_first
 from bayes_router.integrations.huggingface.interface import keep_hidden, require_answered
 from bayes_router.integrations.huggingface.language import RoutedLanguage
 from bayes_router.routing.policy import Argmax, Budget, Conservative
@@ -102,7 +103,7 @@ def idle(hook: Any) -> bool:
     """Whether a hook is the patch's own, or one that transformers leaves and reads on demand."""
     of = getattr(hook, "func", hook)
     return (
-        of in (keep_hidden, require_answered)
+        of in (keep_first, keep_hidden, require_answered)
         or getattr(of, "__module__", "") == output_capturing.__name__
     )
 

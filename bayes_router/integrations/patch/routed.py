@@ -45,7 +45,7 @@ from bayes_router.integrations.patch.watch import TrainingWatch
 from bayes_router.routing.controller import MetaController
 from bayes_router.routing.force import as_told
 from bayes_router.routing.policy import Argmax, Policy
-from bayes_router.transformer.fused import controller_input, watched
+from bayes_router.transformer.fused import AnyWatched, controller_input
 from bayes_router.types import Route, RouteBy, RoutingMode
 
 START_SHARE = 0.9
@@ -119,7 +119,7 @@ class RoutedModel(Savable):
         )
         self.policy: Policy = Argmax()
         self.here, self.watch = Here(), TrainingWatch(self)
-        self._settled = Settled()
+        self._settled, self._watched = Settled(), AnyWatched()
         self.undo: list[Callable[[], None]] = []
         self.memories = Memories()
         self.made_for: Identity | None = identity(model)
@@ -204,7 +204,7 @@ class RoutedModel(Savable):
     @property
     def executes(self) -> bool:
         """Whether passes execute the policy's choice, and nobody looks on."""
-        return self.unasked and not any(map(watched, self.controller.layers))
+        return self.unasked and not self._watched(self.controller.layers._modules.values())
 
     @property
     def unasked(self) -> bool:
