@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bayes_router.attention.hard import short
 from bayes_router.attention.experts.full import FullAttention
 from bayes_router.attention.experts.local import LocalAttention
+from bayes_router.attention.hard import short
 from bayes_router.attention.hard.auto import BREAK_EVEN, choose_backend
 from bayes_router.attention.hard.backend import Backend
 from bayes_router.attention.hard.dispatch import routed_attention
