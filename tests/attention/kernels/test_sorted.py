@@ -102,6 +102,17 @@ def test_rows_split_over_keys(
     compare(replace(one, lengths=torch.tensor([290, 1, 170][:B])))
 
 
+def test_a_second_backward_pass_takes_every_item_again(
+    split: list[WorkList], fresh_seed: int
+) -> None:
+    one = problem(1, 2, 290, "full", fresh_seed)
+    got = backend.launch_sorted(one)
+    first, second = (
+        torch.autograd.grad(got.sum(), (one.q, one.k, one.v), retain_graph=True) for _ in range(2)
+    )
+    assert all(map(torch.equal, first, second))
+
+
 def test_split_rows_that_start_anywhere(split: list[WorkList], fresh_seed: int) -> None:
     whole = problem(2, 1, 290, "independent", fresh_seed, gradients=False)
     tail = {name: getattr(whole, name)[:, :, -40:] for name in ("q", "plain_q")}

@@ -57,7 +57,7 @@ def full_dq_kernel(
     item = tl.program_id(0)
     following = item + programs
     while item < total:
-        after = tl.atomic_add(Counters + 1, 1) + 2 * programs
+        after = tl.atomic_add(Counters + 2, 1) + 2 * programs
         j, record = (item % UNIT).to(tl.int64), Items + item // UNIT * 8
         u, i, lo = tl.load(record).to(tl.int64), tl.load(record + 1), tl.load(record + 2)
         b, h = u // (H // UNIT), u % (H // UNIT) * UNIT + j
@@ -183,8 +183,8 @@ def _dkv_rows(
 
 @triton.jit
 def dkv_kernel(
-    Q, K, V, DOut, SortedLse, SortedDelta, DK, DV, Order, Before, q_b, q_h, q_t, k_b, k_h, k_t,
-    v_b, v_h, v_t, g_b, g_h, g_t,
+    Q, K, V, DOut, SortedLse, SortedDelta, DK, DV, Order, Before, Counters, q_b, q_h, q_t, k_b, k_h,
+    k_t, v_b, v_h, v_t, g_b, g_h, g_t,
     dk_b, dk_h, dk_t, dv_b, dv_h, dv_t, H, GROUP, UNIT, T, NB, window, scale,
     SINKS: tl.constexpr, FULL: tl.constexpr, LOCAL: tl.constexpr, SORTED: tl.constexpr,
     ADD_K: tl.constexpr, ADD_V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -194,12 +194,16 @@ def dkv_kernel(
 
     Blocks seen by most go first. ADD_K, ADD_V: they are added to what DK or DV holds. SortedLse and
     SortedDelta [B, H, T] have the normaliser and delta of each query: of full ones by their place
-    in `Order`, from the first on; of local ones likewise, such that the last one's come last.
+    in `Order`, from the first on; of local ones likewise, such that the last one's come last. Where
+    there is full attention the items of its queries may be taken once more.
     """
     follow()
     hk, j, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     n0 = j * BN
     n, d, rows = n0 + tl.arange(0, BN), tl.arange(0, D), tl.arange(0, BM)
+    if FULL:
+        if hk + j + b == 0:
+            tl.store(Counters + 2, 0)
     inside = n < T
     k = load_rows(K + b * k_b + hk * k_h, n, inside, k_t, D)
     v = load_rows(V + b * v_b + hk * v_h, n, inside, v_t, D)

@@ -14,10 +14,11 @@ from bayes_router.attention.kernels.triton import forward
 from bayes_router.attention.kernels.triton.launch import launch
 from bayes_router.attention.kernels.triton.plan import Plan, WorkList
 
-BESIDE = 2**17
+BESIDE, BESIDE_TRAINED = 2**17, 2**15
 """Query heads times queries from which full attention and the other experts run on two streams.
 
 One fills what the other leaves of the device; with less work the host pays more than that saves.
+With gradients less is enough: the host pays for so many launches that the two are few among them.
 """
 Sizes = dict[str, int]
 # Gluon is experimental: its calls and `launch`'s descriptors are this version's
@@ -200,7 +201,8 @@ def fills(q: Tensor) -> bool:
     In a CUDA graph, where the host pays nothing, any are.
     """
     rows = q.shape[0] * q.shape[1] * q.shape[2]
-    return q.is_cuda and (rows >= BESIDE or torch.cuda.is_current_stream_capturing())
+    most = BESIDE_TRAINED if q.requires_grad else BESIDE
+    return q.is_cuda and (rows >= most or torch.cuda.is_current_stream_capturing())
 
 
 def empty(like: Tensor, covered: bool) -> Tensor:

@@ -60,7 +60,7 @@ def backward(
     if has_full or has_local:
         launch(
             kernels.dkv_kernel, (k.shape[1], triton.cdiv(T, call.tiles.dkv["BN"]), B),
-            q, k, v, dout, *by_place, dk, dv, rows.order, rows.before,
+            q, k, v, dout, *by_place, dk, dv, rows.order, rows.before, call.work.counters,
             *strides(q, k, v, dout, dk, dv), *sizes, call.window,
             call.scale, SINKS=call.sinks, FULL=has_full, LOCAL=has_local, SORTED=True,
             ADD_K=has_linear and shared_k, ADD_V=has_linear, **fixed, **call.tiles.dkv,
@@ -80,7 +80,6 @@ def _launch_full_dq(
     (_, H, T, _), work, plan, blocks = q.shape, call.work, call.plan, call.plan.before.shape[2] - 1
     sizes = {**call.tiles.full_dq, "BM": call.tiles.full["BM"]}
     programs = multiprocessors(q.device) * call.tiles.per_sm_dq
-    work.counters[1:].zero_()  # the next item to take
     partial, _ = partials(call, sizes["BM"], q)
     launch(
         kernels.full_dq_kernel, (programs,),

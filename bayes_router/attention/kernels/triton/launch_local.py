@@ -45,7 +45,7 @@ def local_backward(
     )  # fmt: skip
     launch(
         backward.dkv_kernel, (k.shape[1], triton.cdiv(T, sizes.dkv["BN"]), B),
-        q, k, v, dout, lse, delta, dk, dv, lse, lse, *strides(q, k, v, dout, dk, dv), *common,
+        q, k, v, dout, lse, delta, dk, dv, lse, lse, lse, *strides(q, k, v, dout, dk, dv), *common,
         SINKS=0, FULL=False,
         LOCAL=True, ADD_K=False, ADD_V=False, **fixed, **sizes.dkv,
     )  # fmt: skip

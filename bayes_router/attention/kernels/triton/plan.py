@@ -46,7 +46,8 @@ class WorkList(NamedTuple):
         whole block sees, and the number under which its partial result is kept (-1: the block is
         not split).
     parts: int32 [U, blocks, S + 1]: how many items a block was split into, and their numbers.
-    counters: int32 [2]: the number of items times heads of a unit; the next one to take.
+    counters: int32 [3]: the number of items times heads of a unit; how many of them were taken in the
+        forward pass, and in the backward pass.
     """
 
     items: Tensor
@@ -204,6 +205,7 @@ def _schedule_kernel(
     if tl.program_id(0) == 0:
         tl.store(Counters, tl.sum(size, 0) * UNIT)
         tl.store(Counters + 1, 0)
+        tl.store(Counters + 2, 0)
 
 
 def empty_plan(route: Tensor) -> Plan:
@@ -260,7 +262,7 @@ def make_work(
     split = programs * rounds // unit_heads + U * segments
     items = torch.empty(split + U * max_blocks, 8, dtype=torch.int32, device=plan.order.device)
     parts = torch.empty(U, max_blocks, segments + 1, dtype=torch.int32, device=plan.order.device)
-    counters = torch.empty(2, dtype=torch.int32, device=plan.order.device)
+    counters = torch.empty(3, dtype=torch.int32, device=plan.order.device)
     launch(
         _schedule_kernel, (2 * U * segments,),
         plan.order, plan.before, plan.before if starts is None else starts, items, parts, counters,
