@@ -1,4 +1,4 @@
-"""What the backend `short` launches for the shortest texts: one kernel, and two backward.
+"""What the backend `short` launches for the shortest texts: a kernel or two, and one backward.
 
 Nothing is sorted; see `kernels.triton.mixed`.
 """
@@ -16,30 +16,38 @@ from bayes_router.attention.kernels.capability import LOG2_E, packed, padded
 from bayes_router.attention.kernels.triton.call import Sizes, output, precision, strides
 from bayes_router.attention.kernels.triton.launch import launch
 from bayes_router.attention.kernels.triton.mixed import (
-    mixed_dkv_kernel,
-    mixed_dq_kernel,
+    mixed_backward_kernel,
+    mixed_join_kernel,
     mixed_kernel,
 )
 
+ROWS = 32  # queries whose segments a program joins
+
 
 class Blocks(NamedTuple):
-    """Tiles of the three kernels."""
+    """Tiles of the two kernels, BM queries and BN keys; KM, KN: where keys get their gradients."""
 
     forward: Sizes
-    dq: Sizes
-    dkv: Sizes
+    backward: Sizes
 
 
 def blocks(head_dim: int, dtype: torch.dtype) -> Blocks:
     """What measured fastest on an H100."""
     if dtype == torch.float32:  # its products are not tensor-core ones: small tiles
         tile = {"BM": 32, "BN": 32, "num_warps": 4 if head_dim <= 32 else 8, "num_stages": 1}
-        return Blocks(tile, tile, tile)
+        return Blocks(tile, {**tile, "KM": 32, "KN": 32})
+    small = {"BM": 64, "BN": 32, "KM": 32, "num_stages": 2}
     if head_dim > 64:
         pair = {"BM": 64, "BN": 32, "num_warps": 8, "num_stages": 2}
-        return Blocks(pair, pair, {**pair, "BM": 32})
-    deep = {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 3}
-    return Blocks(deep, {**deep, "BN": 32, "num_stages": 2}, {**deep, "BM": 32, "BN": 32})
+        return Blocks(pair, {**small, "KN": 32, "num_warps": 8})
+    # fewer registers, more resident programs
+    deep = {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 168}
+    return Blocks(deep, {**small, "KN": 64, "num_warps": 4})
+
+
+def segment(num_keys: int) -> int:
+    """Keys that a program takes, at most: short enough to keep the device busy."""
+    return 128 if num_keys <= 512 else 512
 
 
 class _Facts(NamedTuple):
@@ -86,21 +94,35 @@ def launch_mixed(problem: RoutedProblem) -> Tensor:
 
 def _forward(facts: _Facts, same: bool, *inputs: Tensor) -> tuple[Tensor, Tensor]:
     q, k = inputs[:2]
-    (B, H, T, D), route = q.shape, facts.route
+    (B, H, T, D), num_keys, route = q.shape, k.shape[2], facts.route
     out = output(q, covered=True)
     lse = torch.empty(B, H, T if facts.keep else 0, device=q.device, dtype=torch.float32)
     sizes = blocks(D, q.dtype).forward
     if not out.numel():
         return out, lse
+    BM, part = sizes["BM"], segment(num_keys)
+    split = triton.cdiv(num_keys, part)
+    count = triton.cdiv(T, BM)
+    slots = B * H * count * split if split > 1 else 0
+    partial = torch.empty(slots, BM, D, device=q.device, dtype=q.dtype)
+    norms = torch.empty(slots, 2, BM, device=q.device, dtype=torch.float32)
+    written = (out, lse, partial, norms, route, route if facts.lengths is None else facts.lengths,
+               route if facts.starts is None else facts.starts)  # fmt: skip
+    flags = {"PADDED": facts.lengths is not None, "STARTS": facts.starts is not None}
+    unit, start = H // route.shape[2], num_keys - T
     launch(
-        mixed_kernel, (H, triton.cdiv(T, sizes["BM"]), B),
-        *inputs, out, lse, route, route if facts.lengths is None else facts.lengths,
-        route if facts.starts is None else facts.starts, *strides(*inputs, out), *route.stride(),
-        *facts.indices, facts.experts, H, H // k.shape[1], H // route.shape[2], T, k.shape[2],
-        k.shape[2] - T, facts.window, facts.scale, PADDED=facts.lengths is not None,
-        STARTS=facts.starts is not None, SINKS=facts.sinks, SAME=same, KEEP=facts.keep,
-        **_fixed(q), **sizes, sanitize_overflow=False,
+        mixed_kernel, (H, count * split, B),
+        *inputs, *written, *strides(*inputs, out), *route.stride(), *facts.indices, facts.experts,
+        H, H // k.shape[1], unit, T, num_keys, start, facts.window, facts.scale, part, split,
+        **flags, SINKS=facts.sinks, SAME=same, KEEP=facts.keep, **_fixed(q), **sizes,
+        sanitize_overflow=False,
     )  # fmt: skip
+    if split > 1:
+        launch(
+            mixed_join_kernel, (H, triton.cdiv(T, ROWS), B),
+            *written, *strides(out), *route.stride(), *facts.indices, H, unit, T, start, part,
+            split, **flags, KEEP=facts.keep, ROWS=ROWS, BM=BM, D=D, num_warps=4,
+        )  # fmt: skip
     return out, lse
 
 
@@ -109,25 +131,17 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     q, k, v, plain_q, plain_k = inputs
     (B, H, T, D), HK, route = q.shape, k.shape[1], facts.route
-    delta, found = torch.empty_like(lse), [torch.empty_like(x) for x in inputs[: 3 if same else 5]]
+    found = [torch.empty_like(x) for x in inputs[: 3 if same else 5]]
     dq, dk, dv, dplain_q, dplain_k = found if not same else (*found, found[0], found[1])
-    tiles, lengths = blocks(D, q.dtype), route if facts.lengths is None else facts.lengths
-    fixed: dict[str, Any] = {
-        "PADDED": facts.lengths is not None, "SINKS": facts.sinks, "SAME": same, **_fixed(q)
-    }  # fmt: skip
-    numbers = (*facts.indices, H, H // HK, H // route.shape[2], T, facts.window, facts.scale)
+    tiles, lengths = blocks(D, q.dtype).backward, route if facts.lengths is None else facts.lengths
     if out.numel():
+        programs = HK * triton.cdiv(T, tiles["KN"]) + H * triton.cdiv(T, tiles["BM"])
         launch(
-            mixed_dq_kernel, (H, triton.cdiv(T, tiles.dq["BM"]), B),
-            *inputs, out, dout, lse, delta, dq, dplain_q, route, lengths,
-            *strides(*inputs, out, dout, dq, dplain_q), *route.stride(), *numbers, **fixed,
-            **tiles.dq,
-        )  # fmt: skip
-        launch(
-            mixed_dkv_kernel, (HK, triton.cdiv(T, tiles.dkv["BN"]), B),
-            *inputs, dout, lse, delta, dk, dplain_k, dv, route, lengths,
-            *strides(*inputs, dout, dk, dplain_k, dv), *route.stride(), *numbers, **fixed,
-            **tiles.dkv,
+            mixed_backward_kernel, (programs, B),
+            *inputs, out, dout, lse, dq, dplain_q, dk, dplain_k, dv, route, lengths,
+            *strides(*inputs, out, dout, dq, dplain_q, dk, dplain_k, dv), *route.stride(),
+            *facts.indices, H, H // HK, H // route.shape[2], T, facts.window, facts.scale,
+            PADDED=facts.lengths is not None, SINKS=facts.sinks, SAME=same, **_fixed(q), **tiles,
         )  # fmt: skip
     return (dq, dk, dv, None, None) if same else (dq, dk, dv, dplain_q, dplain_k)
 

@@ -16,6 +16,7 @@ if os.environ.get("TRITON_INTERPRET") != "1" or torch.cuda.is_available():
         "runs in the interpreter: TRITON_INTERPRET=1, no CUDA device", allow_module_level=True
     )
 
+from bayes_router.attention.hard import mixed_launch
 from bayes_router.attention.hard.mixed_launch import launch_mixed
 from bayes_router.attention.hard.problem import RoutedProblem
 from bayes_router.attention.hard.reference import REFERENCE
@@ -24,6 +25,12 @@ from tests.attention.kernels.test_short import problem as short_problem
 from tests.attention.test_dispatch import ROUTES
 
 NAMES = ("q", "k", "v", "plain_q", "plain_k")
+
+
+@pytest.fixture(autouse=True)
+def segments_of_64_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some blocks of queries see one segment of the keys here, and some see several."""
+    monkeypatch.setattr(mixed_launch, "segment", lambda num_keys: 64)
 
 
 def problem(T: int = 90, gradients: bool = True, **changes: Any) -> RoutedProblem:
