@@ -201,9 +201,8 @@ def dkv_kernel(
     hk, j, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     n0 = j * BN
     n, d, rows = n0 + tl.arange(0, BN), tl.arange(0, D), tl.arange(0, BM)
-    if FULL:
-        if hk + j + b == 0:
-            tl.store(Counters + 2, 0)
+    if FULL and hk + j + b == 0:
+        tl.store(Counters + 2, 0)
     inside = n < T
     k = load_rows(K + b * k_b + hk * k_h, n, inside, k_t, D)
     v = load_rows(V + b * v_b + hk * v_h, n, inside, v_t, D)

@@ -46,8 +46,8 @@ class WorkList(NamedTuple):
         whole block sees, and the number under which its partial result is kept (-1: the block is
         not split).
     parts: int32 [U, blocks, S + 1]: how many items a block was split into, and their numbers.
-    counters: int32 [3]: the number of items times heads of a unit; how many of them were taken in the
-        forward pass, and in the backward pass.
+    counters: int32 [3]: the number of items times heads of a unit; how many of them were taken in
+        the forward pass, and in the backward pass.
     """
 
     items: Tensor
