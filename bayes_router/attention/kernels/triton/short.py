@@ -6,9 +6,9 @@ second, programs stay resident and take items off a list that they all know, hea
 
     full    a block of queries against a segment of the keys; the last to finish a block joins
             its segments
+    local   a block of queries against the hull of their windows
     linear  a block of queries: the sums of the chunks before it are added up on the way, its
             last keys follow one by one
-    local   a block of queries against the hull of their windows
 
 Adding up the chunks anew for every block is quadratic in the length, which a longer text would
 feel; the state of a large head does not fit into registers meanwhile, so that a launch between the
@@ -185,19 +185,8 @@ def work_kernel(
                   Arrived + block, t, real, begin, first, last, s, segment, num_keys, k_t, v_t,
                   o_t, scale, SPLIT, BM, BN, D,
                   PRECISION)  # fmt: skip
-        elif x < num_full + num_linear:
-            i = num_linear - 1 - (x - num_full)
-            t, real, first, last = gather_rows(Order, Before, u, 1, i, T, NB, True, BM)
-            q = load_rows(PlainQ + b * pq_b + h * pq_h, t, real, pq_t, D)
-            head = b * (H // GROUP) + hk
-            _linear(q, PlainK + b * pk_b + hk * pk_h, Vh, S + head * NC * D * D, Z + head * NC * D,
-                Oh, t, real, begin, first,
-                    last, num_keys, pk_t, v_t, o_t, SUMMED, CHUNK, BM, BN, D,
-                    PRECISION)  # fmt: skip
-        else:
-            t, real, first, last = gather_rows(
-                Order, Before, u, 2, x - num_full - num_linear, T, NB, True, BM
-            )
+        elif x < num_full + num_local:
+            t, real, first, last = gather_rows(Order, Before, u, 2, x - num_full, T, NB, True, BM)
             q = load_rows(Q + b * q_b + h * q_h, t, real, q_t, D)
             Kh = K + b * k_b + hk * k_h
             _, norm, acc = attend_band(q, Kh, Vh, first + begin, last + begin, num_keys, k_t, v_t,
@@ -205,6 +194,15 @@ def work_kernel(
                                        SINKS, BM, BN, D, PRECISION)  # fmt: skip
             at = Oh + t[:, None].to(tl.int64) * o_t + tl.arange(0, D)[None, :]
             tl.store(at, (acc / norm[:, None]).to(Out.dtype.element_ty), mask=real[:, None])
+        else:
+            i = num_linear - 1 - (x - num_full - num_local)
+            t, real, first, last = gather_rows(Order, Before, u, 1, i, T, NB, True, BM)
+            q = load_rows(PlainQ + b * pq_b + h * pq_h, t, real, pq_t, D)
+            head = b * (H // GROUP) + hk
+            _linear(q, PlainK + b * pk_b + hk * pk_h, Vh, S + head * NC * D * D, Z + head * NC * D,
+                Oh, t, real, begin, first,
+                    last, num_keys, pk_t, v_t, o_t, SUMMED, CHUNK, BM, BN, D,
+                    PRECISION)  # fmt: skip
 
 
 class Cut(NamedTuple):
