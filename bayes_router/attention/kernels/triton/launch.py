@@ -7,7 +7,7 @@ is all that Triton specialises on) go straight to the kernel compiled for them.
 
 On Hopper and later the device, too, loses less between kernels (programmatic dependent launch): the
 programs of a kernel are placed as those of the kernel before it end, and wait there (`follow`)
-until all that stands before it in the stream has been written.
+until all that stands before it in the stream has been written. Not in a CUDA graph.
 """
 
 from collections.abc import Callable
@@ -59,8 +59,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     if not _DIRECT or not hasattr(kernel, "params"):  # another version, or the interpreter
         kernel[grid](*args, **constants)
         return
-    if _FOLLOWS:
-        constants["launch_pdl"] = True
     shown = tuple(map(_shown, args))
     key = (kernel, torch.cuda.current_device(), shown, tuple(constants.values()))
     known = _COMPILED.get(key)
@@ -71,6 +69,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         _COMPILED[key] = compiled, tuple(constants[p.name] for p in kernel.params[len(args) :])
         return
     compiled, rest = known
+    if _FOLLOWS:  # in a graph, where no kernel waits for the host, it costs more than it saves
+        compiled.run.launch_pdl = not torch.cuda.is_current_stream_capturing()
     compiled[(*grid, 1, 1)[:3]](*args, *rest)
 
 
