@@ -1,6 +1,6 @@
-"""The backend `short`: hard routing of short texts on CUDA in one launch or two.
+"""The backend `short`: hard routing of short texts on CUDA in two launches.
 
-A backward pass takes two more.
+A backward pass takes one more.
 """
 
 import torch
@@ -13,7 +13,7 @@ from bayes_router.attention.kernels import capability
 QUERIES = 4096
 """Queries of a row that one program sorts."""
 SHORTEST = 512
-"""Keys up to which one launch over unsorted tokens is faster than sorting first."""
+"""Keys up to which it is faster to sort nothing than to sort first."""
 ROWS = 2**14
 """Query heads times queries of a call up to which that was read."""
 HEAD_SIZE = 128
@@ -44,7 +44,7 @@ def query_rows(problem: RoutedProblem) -> int:
 
 
 class _Short:
-    """Up to `SHORTEST` keys, and with gradients, nothing is sorted; beyond, two launches in all."""
+    """Two launches; up to `SHORTEST` keys, and with gradients, none of them sorts."""
 
     name = "short"
 
