@@ -211,6 +211,7 @@ def test_two_streams_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
     from bayes_router.attention.kernels.triton import call
 
     monkeypatch.setattr(call, "BESIDE", 0)
+    monkeypatch.setattr(call, "BESIDE_TRAINED", 0)
     for route in ("independent", "full", "clustered"):
         compare(draw(2, 4, 2, 1537, 64, route, shared=True), TRITON)
     problem = draw(1, 4, 2, 3000, 64, "independent", units=4)

@@ -201,8 +201,8 @@ def fills(q: Tensor) -> bool:
     In a CUDA graph, where the host pays nothing, any are.
     """
     rows = q.shape[0] * q.shape[1] * q.shape[2]
-    most = BESIDE_TRAINED if q.requires_grad else BESIDE
-    return q.is_cuda and (rows >= most or torch.cuda.is_current_stream_capturing())
+    least = BESIDE_TRAINED if q.requires_grad and torch.is_grad_enabled() else BESIDE
+    return q.is_cuda and (rows >= least or torch.cuda.is_current_stream_capturing())
 
 
 def empty(like: Tensor, covered: bool) -> Tensor:
