@@ -92,30 +92,74 @@ def test_a_layer_with_a_hook_of_others_keeps_all() -> None:
     assert seen[2] == (ASIDE, "sdpa")
 
 
+@pytest.mark.parametrize(("outer", "inner"), [(20, 40), (40, 20), (20, 25)])
 @torch.no_grad()
-def test_another_threads_pass_is_routed_meanwhile() -> None:
-    """A long text begins while a short one has the hooks aside, and the short one goes on."""
+def test_another_threads_pass_meanwhile(outer: int, inner: int) -> None:
+    """One begins while another is between two layers, with the hooks aside or not."""
     model, router, layers = short()
-    long, brief = tokens(1, 40), tokens(1, 20)
-    expected, own = model(long).logits, model(brief).logits
+    texts = [tokens(1, outer), tokens(1, inner)]
+    expected = [model(text).logits for text in texts]
     found: list[Any] = []
 
-    def other() -> None:
+    def read(text: torch.Tensor) -> None:
         with torch.no_grad():
-            found.append((model(long).logits, len(router.last.executed)))
+            logits = model(text).logits
+        found.append((logits, len(router.last.executed), router.last.on_full))
 
     def begin(*_: Any) -> None:
         handle.remove()
-        thread = threading.Thread(target=other)
+        thread = threading.Thread(target=read, args=(texts[1],))
         thread.start()
         thread.join()
-        found.append(hooks(layers))
+        assert hooks(layers) == IN_PLACE
 
     handle = model.model.layers[0].mlp.register_forward_pre_hook(begin)
-    assert torch.equal(model(brief).logits, own)
-    assert found[1] == IN_PLACE and found[0][1] == 2
-    assert torch.equal(found[0][0], expected) and router.last.on_full == {0, 1}
+    read(texts[0])
+    for length, own, (logits, routed, on_full) in zip(
+        (inner, outer), expected[::-1], found, strict=True
+    ):
+        assert torch.equal(logits, own)
+        assert (routed, on_full) == ((0, {0, 1}) if length <= 30 else (2, set()))
     assert hooks(layers) == IN_PLACE
+
+
+@torch.no_grad()
+def test_a_short_pass_leaves_the_hooks_of_a_long_one_that_goes_on() -> None:
+    model, router, _ = short()
+    long, brief = tokens(1, 40), tokens(1, 20)
+    expected, found = model(long).logits, list[Any]()
+    begun, ended = threading.Event(), threading.Event()
+
+    def read() -> None:
+        with torch.no_grad():
+            found.append((model(brief), router.last.on_full))
+
+    other = threading.Thread(target=read)
+
+    def wait(*_: Any) -> None:
+        if threading.current_thread() is other:
+            begun.set()
+            ended.wait(60)
+        else:
+            other.start()
+            begun.wait(60)
+
+    model.model.layers[0].mlp.register_forward_pre_hook(wait)
+    assert torch.equal(model(long).logits, expected) and len(router.last.executed) == 2
+    ended.set()
+    other.join()
+    assert found[0][1] == {0, 1}
+
+
+@torch.no_grad()
+def test_a_layer_called_by_itself_behind_a_short_pass_is_asked_anew() -> None:
+    model, router, layers = short()
+    hidden, taken = torch.randn(1, 20, 32), list[int]()
+    angles = model.model.rotary_emb(hidden, torch.arange(20)[None])
+    model(tokens(1, 20), use_cache=False)
+    with router.controller.layers[1].register_forward_hook(lambda *_: taken.append(1)):
+        layers[1](hidden, position_embeddings=angles, attention_mask=None)
+    assert taken == [1]
 
 
 @torch.no_grad()
