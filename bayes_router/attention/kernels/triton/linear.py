@@ -99,10 +99,11 @@ def add_chunk(
         if DECAY:
             feature *= fade(-elapsed(Decay, n, end, inside), 0.0)[:, None]
         feature = feature.to(v.dtype)
-        s = tl.dot(tl.trans(feature), v, s, input_precision=PRECISION)
+        # transposed: of the two the values, as they were loaded, are the operand to turn
+        s = tl.dot(tl.trans(v), feature, s, input_precision=PRECISION)
         z += tl.sum(feature.to(tl.float32), 0)
     row = (b * HK + h) * NC + c
-    tl.store(S + row * D * D + d[:, None] * D + d[None, :], s.to(S.dtype.element_ty))
+    tl.store(S + row * D * D + d[:, None] * D + d[None, :], tl.trans(s).to(S.dtype.element_ty))
     tl.store(Z + row * D + d, z)
 
 
@@ -124,58 +125,35 @@ def chunk_kernel(
 @triton.jit
 def _prefix(
     X, Y, Decay, Cross, x, WIDTH: tl.constexpr, NC, num_keys,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr,
-    BLOCK: tl.constexpr,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """In place, entries x of what stands before each chunk of X [NC, WIDTH].
-
-    N chunks at a time; REVERSE: after it.
+    """In place, entries x of what stands before each chunk of X [NC, WIDTH]; REVERSE: after it.
 
     With REVERSE and DECAY, Cross [NC] is its product with Y one chunk on.
     """
-    i = tl.arange(0, N)
+    inside = x < WIDTH
     carried = tl.zeros([BLOCK], tl.float32)
-    for c0 in range(0, NC, N):
-        c = c0 + i
-        inside = c < NC
-        if REVERSE:
-            c = NC - 1 - c
-        mask = inside[:, None] & (x < WIDTH)[None, :]
-        at = X + c[:, None].to(tl.int64) * WIDTH + x[None, :]
-        added = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        weight = tl.where(i[:, None] > i[None, :], 1.0, 0.0)
-        # `here` is the edge of the chunk where one enters it, `there` where one leaves it
+    for i in tl.range(0, NC, num_stages=6):  # the next five are on their way
+        c = NC - 1 - i if REVERSE else i
+        at = X + c.to(tl.int64) * WIDTH + x
+        added = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(at, carried.to(X.dtype.element_ty), mask=inside)
         if DECAY:
-            first = tl.maximum(c, 0) * CHUNK
-            here, there = edge(Decay, first, num_keys), edge(Decay, first + CHUNK, num_keys)
             if REVERSE:
-                here, there = there, here
-            base = tl.sum(tl.where(i == 0, here, 0.0), 0)
-            here, there = (here - base).to(tl.float32), (there - base).to(tl.float32)
-            weight = weight * fade(-tl.abs(here[:, None] - there[None, :]), 0.0)
-            before = (
-                tl.dot(weight, added, input_precision="ieee")
-                + fade(-tl.abs(here), 0.0)[:, None] * carried[None, :]
-            )
-            after = before * fade(-tl.abs(there - here), 0.0)[:, None] + added
-        else:
-            before = tl.dot(weight, added, input_precision="ieee") + carried[None, :]
-            after = before + added
-        tl.store(at, before.to(X.dtype.element_ty), mask=mask)
-        if REVERSE and DECAY:
-            known = mask & (c + 1 < NC)[:, None]
-            y = tl.load(
-                Y + (c[:, None] + 1).to(tl.int64) * WIDTH + x[None, :], mask=known, other=0.0
-            ).to(tl.float32)
-            tl.store(Cross + c, tl.sum(tl.where(known, before * y, 0.0), 1), mask=inside)
-        carried = tl.sum(tl.where((i == N - 1)[:, None], after, 0.0), 0)
+                known = inside & (c + 1 < NC)
+                y = tl.load(Y + (c + 1).to(tl.int64) * WIDTH + x, mask=known, other=0.0)
+                tl.store(Cross + c, tl.sum(carried * y.to(tl.float32), 0))
+            first = c * CHUNK + 0 * x  # a block: single numbers would not be on their way
+            passed = edge(Decay, first + CHUNK, num_keys) - edge(Decay, first, num_keys)
+            carried *= fade(passed.to(tl.float32), 0.0)
+        carried += added
 
 
 @triton.jit
 def prefix_kernel(
     S, Z, OtherS, OtherZ, Decay, Cross, NC, num_keys,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr,
-    N: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """In place, the states before each chunk (REVERSE: after it).
 
@@ -189,30 +167,16 @@ def prefix_kernel(
     part, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     Decay += head * num_keys
     Cross += (head * tl.num_programs(0) + part) * NC
-    if part < D * D // BLOCK:
-        x = part * BLOCK + tl.arange(0, BLOCK)
+    before: tl.constexpr = D * D // BLOCK
+    x = tl.where(part < before, part, part - before) * BLOCK + tl.arange(0, BLOCK)
+    if part < before:
         at = head * NC * D * D
-        _prefix(
-            S + at,
-            OtherS + at,
-            Decay,
-            Cross,
-            x,
-            D * D,
-            NC,
-            num_keys,
-            DECAY,
-            REVERSE,
-            CHUNK,
-            N,
-            BLOCK,
-        )
+        _prefix(S + at, OtherS + at, Decay, Cross, x, D * D, NC, num_keys, DECAY, REVERSE, CHUNK,
+                BLOCK)  # fmt: skip
     else:
-        x = (part - D * D // BLOCK) * BLOCK + tl.arange(0, BLOCK)
         at = head * NC * D
-        _prefix(
-            Z + at, OtherZ + at, Decay, Cross, x, D, NC, num_keys, DECAY, REVERSE, CHUNK, N, BLOCK
-        )
+        _prefix(Z + at, OtherZ + at, Decay, Cross, x, D, NC, num_keys, DECAY, REVERSE, CHUNK,
+                BLOCK)  # fmt: skip
 
 
 @triton.jit
