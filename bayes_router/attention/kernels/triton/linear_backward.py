@@ -137,12 +137,12 @@ def chunk_reverse_kernel(
             if DECAY:
                 feature *= fade(elapsed(Decay, t, base, real), 0.0)[:, None]
             wide = R.dtype.element_ty
-            r_acc = tl.dot(
-                tl.trans(feature.to(wide)), do.to(wide), r_acc, input_precision=PRECISION
+            r_acc = tl.dot(  # transposed, as the states are
+                tl.trans(do.to(wide)), feature.to(wide), r_acc, input_precision=PRECISION
             )
             rz -= tl.sum(feature * delta[:, None], 0)
     row = row * NC + c
-    tl.store(R + row * D * D + d[:, None] * D + d[None, :], r_acc.to(R.dtype.element_ty))
+    tl.store(R + row * D * D + d[:, None] * D + d[None, :], tl.trans(r_acc).to(R.dtype.element_ty))
     tl.store(RZ + row * D + d, rz)
 
 
