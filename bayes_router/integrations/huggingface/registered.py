@@ -120,10 +120,12 @@ def compiled_mask(base: str, *args: Any, **kwargs: Any) -> Any:
 
     transformers writes one out then, of all queries times all keys.
     """
+    if not traced():
+        return MASKS[base](*args, **kwargs)
     causal = kwargs.get("mask_function", causal_mask_function) is causal_mask_function
     whole = isinstance(kwargs.get("q_offset", 0), int) and not kwargs.get("kv_offset")
     plain = causal and whole and kwargs.get("attention_mask") is None
-    if traced() and plain and not args and kwargs["q_length"] == kwargs["kv_length"]:
+    if plain and not args and kwargs["q_length"] == kwargs["kv_length"]:
         return None
     return MASKS[base](*args, **kwargs)
 
