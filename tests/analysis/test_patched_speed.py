@@ -14,6 +14,7 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.0")
 from analysis.speed import patched, patched_decode, patched_model, patched_prefill  # noqa: E402
+from analysis.speed.patched_check import chosen_clearly  # noqa: E402
 from tests.integrations.graphs_anywhere import install  # noqa: E402
 
 LENGTHS = (96, 160)
@@ -163,3 +164,11 @@ def test_what_was_read_is_written_where_it_is_ended_from_outside(
     assert "stopped from outside" in said and "left out: RowGroup(what='decode'" in said
     assert jobs == "2" or set(pd.read_csv(path)["what"]) == {"called"}
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_the_check_counts_no_choice_that_hangs_on_rounding() -> None:
+    """A word that stands at the cut of a share again scores the same: float32 decides there."""
+    first = torch.tensor([0.5, 0.5, 0.5, 3.0])
+    second = first * torch.tensor([1.0, 1 + 2e-6, 1.01, 0.5])
+    clear = chosen_clearly(torch.stack([first, second], -1)[None, :, None])
+    assert clear.flatten().tolist() == [False, False, True, True]
