@@ -50,7 +50,7 @@ def parser(arguments: Sequence[str]) -> Parser:
         "--seconds",
         type=Optional[float],
         default=None,
-        help="time for all (140 on a GPU, 1800 on a CPU); what does not fit is named",
+        help="time for all (240 on a GPU, 1800 on a CPU); what does not fit is named",
     )
     result.add_argument(
         "--cpu_time",
