@@ -3,9 +3,9 @@
 `python -m analysis.speed.kernels [options of bayes-router bench]`.
 
 The benchmark that `bayes-router bench` runs, written to analysis/results. `--jobs N` divides the
-`--lengths` among N processes, the cards shared out among them: each holds the backends against the
-reference on its own card, has all of `--seconds`, and their rows are one table. Nothing is written
-where one of them fails.
+`--lengths` among N processes, each with a card of its own: it holds the backends against the
+reference there, has all of `--seconds`, and their rows are one table. Nothing is written where one
+of them fails.
 """
 
 import argparse
@@ -33,15 +33,20 @@ def divided(
     """The name of the table, and the rows of every length, in this order of the lengths.
 
     Raises:
-        SystemExit: a process failed, or there was no length for it.
+        SystemExit: a process failed, or there was no length or no card for it.
     """
-    if not 1 <= jobs <= len(lengths):
-        sys.exit(f"--jobs: expected 1 to {len(lengths)}, the number of --lengths; got {jobs}")
     cards = torch.cuda.device_count()
+    # what shares a card, or the cores of a machine without one, would be timed beside the others
+    most = min(len(lengths), max(cards, 1))
+    if not 1 <= jobs <= most:
+        sys.exit(
+            f"--jobs: expected 1 to {most}, for {len(lengths)} --lengths and {cards} cards; got "
+            f"{jobs}"
+        )
     with tempfile.TemporaryDirectory() as folder:
         started = []
         for job in range(jobs):
-            card = {"CUDA_VISIBLE_DEVICES": visible(job % cards)} if cards else {}
+            card = {"CUDA_VISIBLE_DEVICES": visible(job)} if cards else {}
             out = ["--out", str(Path(folder, str(job))), "--lengths", *lengths[job::jobs]]
             started.append(
                 subprocess.Popen([*program, *rest, *out], env={**os.environ, **card})  # noqa: S603

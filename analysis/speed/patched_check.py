@@ -39,6 +39,7 @@ def disagreements(device: torch.device, units: list[str]) -> list[str]:
         expected = reference(tokens).logits
         routes = [theirs.last.executed[index] for index in range(2)]
         clear = [chosen_clearly(theirs.last.concentration[index]) for index in range(2)]
+        assert all(float(x.float().mean()) > 0.99 for x in clear), "most choices are compared"
         model(tokens.to(device), use_cache=False)
         same = [
             float((ours.last.executed[i].cpu() == route)[clear[i]].float().mean())
