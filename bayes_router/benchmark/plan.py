@@ -1,10 +1,13 @@
 """What the benchmark measures, in order."""
 
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from bayes_router.benchmark import cases
 from bayes_router.benchmark.cases import MIXES, Shape
+from bayes_router.checks import require
 
 LENGTHS = tuple(2**n for n in range(9, 17))
 ALONE = LENGTHS[2:]
@@ -24,6 +27,8 @@ class BenchmarkPlan:
         shapes: BxHxTxDh, measured instead of the usual ones (or beside `lengths`).
         seconds: time for all, the comparison with the reference and the drawing included: nothing
             begins that would not end within it, as far as earlier readings tell; None for SECONDS.
+        part: K/N: what falls to the K-th of N cards. A length is one card's, and so are experts
+            alone at all lengths, whose growth is read. None for all.
     """
 
     quick: bool = False
@@ -32,6 +37,7 @@ class BenchmarkPlan:
     cpu_time: bool = False
     shapes: tuple[str, ...] | None = None
     seconds: float | None = None
+    part: str | None = None
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -44,6 +50,16 @@ class BenchmarkPlan:
             Shape.parse(shape)
         if self.seconds is not None and not self.seconds > 0:
             raise ValueError(f"seconds: expected a positive number; got {self.seconds:g}")
+        if self.part is not None:
+            _place(self.part)
+
+
+def _place(part: str) -> tuple[int, int]:
+    """K and N of the part K/N."""
+    found = re.fullmatch(r"([0-9]+)/([0-9]+)", part)
+    place, cards = map(int, found.groups()) if found else (0, 0)
+    require(1 <= place <= cards, "part", "K/N with K of 1 to N, as 2/4", part)
+    return place, cards
 
 
 @dataclass(frozen=True)
@@ -112,7 +128,22 @@ def plan_groups(plan: BenchmarkPlan, cuda: bool, longest: int = LENGTHS[-1]) -> 
             Shape(1, one.H, one.T, one.Dh) for one in shapes
         ]
         groups += [Group("training memory", one) for one in trained]
-    return list(dict.fromkeys(groups))
+    groups = list(dict.fromkeys(groups))
+    if plan.part is None:
+        return groups
+    place, cards = _place(plan.part)
+    loads, owner, sizes = [0] * cards, {}, Counter(map(_piece, groups))
+    fewer = f"at most {len(sizes)} parts, which there are lengths for"
+    require(place <= len(sizes), "part", fewer, plan.part)
+    for piece, size in sizes.most_common():  # each to who has least
+        owner[piece] = loads.index(min(loads))
+        loads[owner[piece]] += size
+    return [group for group in groups if owner[_piece(group)] == place - 1]
+
+
+def _piece(group: Group) -> int | str:
+    """What is never divided: all of a length, and experts alone at all lengths."""
+    return group.what if group.what == "alone" else group.shape.T
 
 
 def _targets(mixes: Sequence[str], cuda: bool, cpu_time: bool) -> Iterator[Group]:

@@ -209,7 +209,8 @@ class Suite:
 
     def _leads(self, group: Group) -> bool:
         """Whether this group is measured with every backend and as CUDA graphs."""
-        return group.target or (group.run == 1 and group.mix == self.groups[0].mix)
+        first = next((group.mix for group in self.groups if group.mix), "")
+        return group.target or (group.run == 1 and group.mix == first)
 
     def causal(self, group: Group) -> Iterator[dict[str, Any]]:
         """A causal pass, planning included, with its backward pass if the group has it."""

@@ -47,7 +47,9 @@ def run(options: Namespace) -> None:
         None if x is None else tuple(dict.fromkeys(x))
         for x in (options.lengths, options.mixes, options.shapes)
     )
-    asked = BenchmarkPlan(options.quick, lengths, mixes, options.cpu_time, shapes, options.seconds)
+    asked = BenchmarkPlan(
+        options.quick, lengths, mixes, options.cpu_time, shapes, options.seconds, options.part
+    )
     with Progress("bench", unit="group") as progress:
         table = suite.run_benchmark(
             device,

@@ -346,6 +346,36 @@ def test_targets_come_first_and_nothing_is_measured_twice() -> None:
                 } <= combined
 
 
+@pytest.mark.parametrize("cards", [1, 2, 4])
+def test_parts_are_all_of_the_plan_and_divide_no_length(cards: int) -> None:
+    whole = plan_groups(BenchmarkPlan(), cuda=True)
+    parts = [
+        plan_groups(BenchmarkPlan(part=f"{place}/{cards}"), cuda=True)
+        for place in range(1, cards + 1)
+    ]
+    assert all(parts) and sorted(map(str, whole)) == sorted(map(str, (g for p in parts for g in p)))
+    lengths = [{g.shape.T for g in part if g.what != "alone"} for part in parts]
+    assert sum(map(len, lengths)) == len(set().union(*lengths)) == len(LENGTHS)
+    # the growth of experts alone is read from one length to the next, on one card
+    assert sum(any(g.what == "alone" for g in part) for part in parts) == 1
+
+
+def test_a_part_that_begins_with_experts_alone_reads_the_first_mix_every_way() -> None:
+    suite = Suite(CPU, BenchmarkPlan(), [])
+    suite.groups = plan_groups(BenchmarkPlan(part="3/4"), cuda=True)
+    assert suite.groups[0].what == "alone"
+    led = {g.mix for g in suite.groups if suite._leads(g) and not g.target}
+    assert led == {cases.MIXES[0]}
+
+
+@pytest.mark.parametrize("part", ["0/4", "5/4", "1", "1/0", "a/b", "1/2/3", ""])
+def test_a_part_that_is_none_is_refused(part: str) -> None:
+    with pytest.raises(ValueError, match="part: expected K/N with K of 1 to N, as 2/4; got"):
+        BenchmarkPlan(part=part)
+    with pytest.raises(ValueError, match="part: expected at most 2 parts, which there are lengths"):
+        plan_groups(BenchmarkPlan(lengths=(64,), part="3/3"), cuda=False)
+
+
 def test_one_shape_is_measured_alone() -> None:
     groups = plan_groups(BenchmarkPlan(shapes=("2x4x300x32",), mixes=("10/60/30",)), cuda=False)
     assert {group.shape for group in groups if group.mix} == {Shape(2, 4, 300, 32)}

@@ -53,6 +53,12 @@ def parser(arguments: Sequence[str]) -> Parser:
         help="time for all (240 on a GPU, 1800 on a CPU); what does not fit is named",
     )
     result.add_argument(
+        "--part",
+        type=Optional[str],
+        default=None,
+        help="K/N: what falls to the K-th of N cards, as 2/4; every length is one card's",
+    )
+    result.add_argument(
         "--cpu_time",
         "--cpu-time",
         action="store_true",
