@@ -19,7 +19,7 @@ from bayes_router.attention.hard.dense import DENSE
 from bayes_router.attention.hard.dispatch import EXPERTS, routed_attention
 from bayes_router.attention.hard.problem import RoutedProblem, resolve_experts
 from bayes_router.attention.hard.rows import TORCH
-from bayes_router.attention.hard.short import unsorted_holds
+from bayes_router.attention.hard.short import unsorted_pays
 from bayes_router.attention.shapes import ExpertShape
 from tests.attention.expert_contract import draw, gradient_errors, relative_error
 from tests.attention.test_dispatch import draw_route
@@ -130,7 +130,7 @@ def test_where_all_take_one_expert_its_own_pass_is_taken(
 
 @pytest.mark.parametrize("gradients", [False, True])
 def test_auto_takes_the_faster_backend_by_length(gradients: bool) -> None:
-    keys, short, long, _ = BREAK_EVEN[False, gradients]
+    keys, short, long = BREAK_EVEN[False, gradients]
     assert 16 < keys < 1024 and (short, long) == (DENSE, TORCH)
     experts = resolve_experts(("full", "linear", "local"), ExpertShape(2, 16, 9))
     for T, want in ((1, short), (keys, short), (keys + 1, long), (8192, long)):
@@ -235,26 +235,41 @@ class TestGatedRows:
 
 
 @pytest.mark.parametrize(
-    ("changed", "holds"),
-    [
-        ({}, True),
-        ({"Dh": 128}, False),
-        ({"dtype": torch.float16}, False),
-        ({"dtype": torch.float32}, False),
-        ({"units": 2}, False),
-        ({"sinks": 4}, False),
-        ({"lengths": torch.tensor([3])}, False),
-        ({"starts": torch.tensor([0])}, False),
-        ({"plain": True}, False),
+    ("changed", "forward", "training"),
+    [  # the most keys of one row of 16 heads, of 256, 512, 1024 and 2048
+        ({}, 256, 1024),
+        ({"one_pair": True}, 512, 1024),
+        ({"names": ("full", "local")}, 512, 1024),
+        ({"B": 2, "one_pair": True}, 256, 512),
+        ({"B": 8}, 256, 256),
+        ({"B": 16}, 0, 256),
+        ({"D": 32}, 512, 1024),
+        ({"D": 128}, 256, 512),
+        ({"D": 128, "one_pair": True}, 256, 512),
+        ({"HK": 4}, 256, 512),
+        ({"dtype": torch.float16}, 256, 1024),
+        ({"dtype": torch.float32}, 0, 256),
+        ({"dtype": torch.float32, "D": 128}, 0, 0),
     ],
 )
-def test_what_unsorted_kernels_are_taken_for(changed: dict[str, Any], holds: bool) -> None:
-    asked = {"Dh": 64, "dtype": torch.bfloat16, "units": 1, "sinks": 0, **changed}
-    q = torch.zeros(1, 4, 5, asked["Dh"], dtype=asked["dtype"])
-    experts = resolve_experts(EXPERTS, ExpertShape(4, asked["Dh"], 3, asked["sinks"]))
-    route = torch.zeros(1, 5, asked["units"], dtype=torch.int64)
-    lengths, starts, plain = asked.get("lengths"), asked.get("starts"), q
-    if asked.get("plain"):
-        plain = q.clone()
-    one = RoutedProblem(q, q, q, plain, plain, route, experts, lengths, starts)
-    assert unsorted_holds(one) is holds
+def test_what_unsorted_kernels_are_taken_for(
+    changed: dict[str, Any], forward: int, training: int
+) -> None:
+    asked = {"B": 1, "D": 64, "HK": 16, "dtype": torch.bfloat16, "names": EXPERTS, **changed}
+
+    def pays(keys: int, gradients: bool) -> bool:
+        q, k, plain_q, plain_k = (
+            torch.zeros(
+                asked["B"], heads, keys, asked["D"], dtype=asked["dtype"], device="meta"
+            ).requires_grad_(gradients)
+            for heads in (16, asked["HK"]) * 2
+        )
+        if asked.get("one_pair"):
+            plain_q, plain_k = q, k
+        route = torch.zeros(asked["B"], keys, 1, dtype=torch.int64, device="meta")
+        experts = resolve_experts(asked["names"], ExpertShape(16, asked["D"], 3))
+        return unsorted_pays(RoutedProblem(q, k, k, plain_q, plain_k, route, experts))
+
+    for gradients, most in ((False, forward), (True, training)):
+        lengths = (256, 512, 1024, 2048)
+        assert [T for T in lengths if pays(T, gradients)] == [T for T in lengths if most >= T]

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bayes_router.attention.hard.auto import AUTO
 from bayes_router.attention.hard.problem import RoutedProblem, resolve_experts
-from bayes_router.attention.hard.short import SHORT, UNHELD
-from bayes_router.attention.hard.sorted import TRITON
+from bayes_router.attention.hard.short import SHORT
 from bayes_router.attention.kernels.capability import HAS_TRITON
 from bayes_router.attention.shapes import ExpertShape
 from tests.attention.expert_contract import relative_error
@@ -64,8 +64,8 @@ def test_every_unit_with_sinks_and_padding(route: str, units: int, Hkv: int) -> 
     compare(replace(problem, lengths=torch.tensor([500, 130], device="cuda")), UNSORTED)
 
 
-@pytest.mark.parametrize("Dh", [16, 32, 40, 64])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("Dh", [16, 32, 40, 64, 80, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shared", [False, True])
 def test_head_sizes_and_dtypes(Dh: int, dtype: torch.dtype, shared: bool) -> None:
     compare(draw(2, 2, 1, 700, Dh, "independent", dtype, shared=shared), UNSORTED)
@@ -90,22 +90,26 @@ def test_queries_that_start_anywhere() -> None:
     compare(replace(chunk, starts=starts), UNSORTED, gradients=False)
 
 
-def test_short_takes_it_where_it_was_held_to_the_reference() -> None:
-    taken = draw(1, 2, 2, 100, 64, "independent", shared=True)
-    assert SHORT.refuses(taken) is None
-    torch.testing.assert_close(SHORT.attend(taken), UNSORTED.attend(taken), rtol=0, atol=0)
-    for other in (
-        draw(1, 2, 2, 100, 64, "independent", torch.float16, shared=True),
-        draw(1, 2, 2, 100, 128, "independent", shared=True),
-        draw(1, 2, 2, 100, 64, "independent", units=2, shared=True),
-        draw(1, 2, 2, 100, 64, "independent", sinks=4, shared=True),
+def test_short_takes_it_where_it_pays_and_with_gradients_always() -> None:
+    shared = draw(1, 2, 2, 100, 64, "independent", shared=True)
+    apart = draw(1, 2, 2, 500, 64, "independent")
+    for taken in (shared, apart, replace(shared, lengths=torch.tensor([90], device="cuda"))):
+        assert SHORT.refuses(taken) is None
+        torch.testing.assert_close(SHORT.attend(taken), UNSORTED.attend(taken), rtol=0, atol=0)
+    with torch.no_grad():
+        for problem, same in ((shared, True), (apart, False)):
+            one, other = SHORT.attend(replace(problem)), UNSORTED.attend(replace(problem))
+            assert torch.equal(one, other) is same
+
+
+def test_queries_that_start_elsewhere_have_no_backward_pass() -> None:
+    problem = replace(
         draw(1, 2, 2, 100, 64, "independent"),
-        replace(taken, lengths=torch.tensor([90], device="cuda")),
-    ):
-        assert SHORT.refuses(other) == UNHELD
-        compare(other, TRITON)
-        with torch.no_grad():
-            compare(replace(other), SHORT, gradients=False)
+        starts=torch.tensor([60], device="cuda"),
+        lengths=torch.tensor([40], device="cuda"),
+    )
+    assert SHORT.refuses(problem) == "its backward pass takes no starts"
+    compare(problem, AUTO)
 
 
 def test_no_future_leak() -> None:

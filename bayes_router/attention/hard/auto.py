@@ -1,6 +1,5 @@
 """The backend `auto`: of the library's own, the one measured to be the fastest for a problem."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from bayes_router.attention.hard.dense import DENSE
 from bayes_router.attention.hard.problem import RoutedProblem
 from bayes_router.attention.hard.reference import REFERENCE
 from bayes_router.attention.hard.rows import TORCH
-from bayes_router.attention.hard.short import ROWS, SHORT, query_rows
+from bayes_router.attention.hard.short import SHORT, query_rows, unsorted_pays
 from bayes_router.attention.hard.sorted import TRITON
 
 # with this file the library's own are registered
@@ -20,19 +19,18 @@ __all__ = ["AUTO", "BREAK_EVEN", "BreakEven", "REFERENCE", "choose_backend"]
 
 
 class BreakEven(NamedTuple):
-    """Two backends, and up to how many keys, and query heads times queries, the first is faster."""
+    """Two backends, and up to how many keys the first is faster."""
 
     keys: int
     short: Backend
     long: Backend
-    rows: float = math.inf
 
 
 BREAK_EVEN = {  # by CUDA or not, and whether gradients are needed
     (False, False): BreakEven(192, DENSE, TORCH),
     (False, True): BreakEven(160, DENSE, TORCH),
     (True, False): BreakEven(4096, SHORT, TRITON),
-    (True, True): BreakEven(1024, SHORT, TRITON, ROWS),
+    (True, True): BreakEven(1024, SHORT, TRITON),
 }
 """On a CPU what `python -m analysis.speed.break_even` printed, on one core of an AMD EPYC (AVX-512)
 with torch 2.13; on CUDA an H100's (analysis/SPEED.md).
@@ -49,6 +47,10 @@ A route that all tokens share costs what its expert costs, where the host may lo
 """
 
 
+FILLING = 2**14
+"""Query heads times queries from which full and local attention, sorted, fill a device."""
+
+
 def choose_backend(problem: RoutedProblem) -> Backend:
     """What `auto` takes.
 
@@ -56,18 +58,21 @@ def choose_backend(problem: RoutedProblem) -> Backend:
     whether a CUDA graph is captured, too, whose launches cost little: full and local attention are
     sorted there as soon as they fill the device.
     """
-    keys, short, long, rows = BREAK_EVEN[problem.q.device.type == "cuda", problem.needs_grad]
-    if problem.q.is_cuda and torch.cuda.is_current_stream_capturing() and _softmax(problem):
-        rows = min(rows, ROWS)
-    few = problem.k.shape[2] <= keys and query_rows(problem) <= rows
+    keys, short, long = BREAK_EVEN[problem.q.device.type == "cuda", problem.needs_grad]
+    few = problem.k.shape[2] <= keys and (not problem.q.is_cuda or _launches_decide(problem))
     if few and short.refuses(problem) is None:
         return short
     return long if long.refuses(problem) is None else DENSE
 
 
-def _softmax(problem: RoutedProblem) -> bool:
-    """Whether no expert is linear."""
-    return all(expert.kernel in (Kernel.FULL, Kernel.LOCAL) for _, expert in problem.computed())
+def _launches_decide(problem: RoutedProblem) -> bool:
+    """Whether fewer launches make up for more work on a CUDA device."""
+    if problem.needs_grad:
+        return unsorted_pays(problem)
+    kernels = {expert.kernel for _, expert in problem.computed()}
+    softmax = kernels <= {Kernel.FULL, Kernel.LOCAL}
+    few = query_rows(problem) <= FILLING
+    return few or not softmax or not torch.cuda.is_current_stream_capturing()
 
 
 class _Auto:

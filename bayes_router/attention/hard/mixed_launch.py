@@ -76,7 +76,9 @@ def launch_mixed(problem: RoutedProblem) -> Tensor:
         len(problem.experts), window, sinks, LOG2_E / head_dim**0.5, problem.needs_grad,
     )  # fmt: skip
     q, k, v = (packed(padded(x)) for x in (problem.q, problem.k, problem.v))
-    same = problem.plain_q is problem.q and problem.plain_k is problem.k and q is problem.q
+    # features of heads that are padded are not those of zeros
+    one_pair = problem.plain_q is problem.q and problem.plain_k is problem.k
+    same = linear < 0 or (one_pair and q is problem.q)
     # phi(-inf) = 0
     plain_q, plain_k = (
         (q, k)

@@ -79,6 +79,12 @@ class RoutedProblem:
             if index not in self.elsewhere
         )
 
+    @property
+    def reads_one_pair(self) -> bool:
+        """Whether all experts that are computed read the same queries and keys."""
+        same = self.plain_q is self.q and self.plain_k is self.k
+        return same or len({expert.rotary for _, expert in self.computed()}) < 2
+
     def inputs(self, expert: Expert) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v as this expert takes them."""
         return (self.q, self.k, self.v) if expert.rotary else (self.plain_q, self.plain_k, self.v)

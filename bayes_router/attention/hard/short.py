@@ -12,29 +12,26 @@ from bayes_router.attention.kernels import capability
 
 QUERIES = 4096
 """Queries of a row that one program sorts."""
-SHORTEST = 512
-"""Keys up to which it is faster to sort nothing than to sort first."""
-ROWS = 2**14
-"""Query heads times queries of a call up to which that was read."""
 HEAD_SIZE = 128
 """Shared memory ends there."""
 
-UNHELD = (
-    "its backward pass takes bfloat16, heads of 64, one unit, the same q and k for every expert, "
-    "and neither padding nor sinks"
-)
 
+def unsorted_pays(problem: RoutedProblem) -> bool:
+    """Whether it is faster to sort nothing, by how many pairs of a query and a key there are.
 
-def unsorted_holds(problem: RoutedProblem) -> bool:
-    """Whether it is of the kind for which unsorted kernels were held to the reference on a card.
-
-    bfloat16, heads of 64, one choice for all of them, the same queries and keys for every expert,
-    every query real and none before its keys.
+    What `python -m analysis.speed.unsorted` printed on an H100. With gradients sorting takes a
+    dozen launches, so that more pairs pay for it; programs of keys that query heads share are few.
     """
-    kind = problem.q.dtype == torch.bfloat16 and problem.q.shape[3] == 64 and problem.units == 1
-    same = problem.plain_q is problem.q and problem.plain_k is problem.k
-    sinks = any(expert.shape.sinks for _, expert in problem.computed())
-    return kind and same and not sinks and problem.lengths is None and problem.starts is None
+    (_, H, _, D), (_, HK, keys, _) = problem.q.shape, problem.k.shape
+    pairs = query_rows(problem) * keys
+    if problem.q.dtype == torch.float32:  # its products are not tensor-core ones
+        return problem.needs_grad and D <= 64 and pairs <= 2**20
+    if problem.needs_grad:
+        return pairs <= (2**24 if D <= 64 and H == HK else 2**22)
+    if keys <= 256:
+        return pairs <= 2**23
+    light = D <= 32 or (D <= 64 and problem.reads_one_pair)
+    return light and keys <= 512 and pairs <= 2**22
 
 
 def query_rows(problem: RoutedProblem) -> int:
@@ -44,7 +41,7 @@ def query_rows(problem: RoutedProblem) -> int:
 
 
 class _Short:
-    """Two launches; up to `SHORTEST` keys, and with gradients, none of them sorts."""
+    """Two launches, which sort nothing where `unsorted_pays`, and with gradients nowhere."""
 
     name = "short"
 
@@ -52,7 +49,7 @@ class _Short:
         """It needs CUDA, Triton, heads of at most 128 and few queries.
 
         The built-in experts stand there at most once each. A backward pass needs as many queries as
-        keys, and what `unsorted_holds` asks for.
+        keys, and no starts.
         """
         reason = capability.lacks(problem.q, HEAD_SIZE)
         if reason is not None:
@@ -62,12 +59,10 @@ class _Short:
             return "it computes at most one each of the built-in experts full, linear and local"
         if problem.q.shape[2] > QUERIES:
             return f"it sorts up to {QUERIES} queries; these are {problem.q.shape[2]}"
-        if not problem.needs_grad:
-            return None
-        if problem.q.shape[2] != problem.k.shape[2]:
+        if problem.needs_grad and problem.q.shape[2] != problem.k.shape[2]:
             return "its backward pass needs as many queries as keys"
-        if not unsorted_holds(problem):
-            return UNHELD
+        if problem.needs_grad and problem.starts is not None:
+            return "its backward pass takes no starts"
         return None
 
     def attend(self, problem: RoutedProblem) -> Tensor:
@@ -76,8 +71,7 @@ class _Short:
         from bayes_router.attention.hard.mixed_launch import launch_mixed
         from bayes_router.attention.hard.short_launch import launch_short
 
-        few = problem.k.shape[2] <= SHORTEST and query_rows(problem) <= ROWS
-        unsorted = problem.needs_grad or (few and unsorted_holds(problem))
+        unsorted = problem.needs_grad or unsorted_pays(problem)
         return launch_mixed(problem) if unsorted else launch_short(problem)
 
 
