@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from torch.distributed.run import get_args_parser
 
+from analysis.speed import kernels
 from bayes_router.cli import COMMANDS, build_parser
 from tests.test_docs import LINKED, ROOT
 
@@ -64,7 +65,7 @@ def module(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if not options:
         return
     if name == "analysis.speed.kernels":  # `bayes-router bench` by another name
-        return ours(["bench", *options])
+        return ours(["bench", *kernels.own(options)[1]])
     options = [{"RATE": "0.001"}.get(word, word.strip("[]")) for word in options]
     parse = argparse.ArgumentParser.parse_args
 

@@ -57,14 +57,19 @@ def divided(
     return name, rows.assign(command=command_line())
 
 
-def run(arguments: Sequence[str]) -> None:
-    """With `--jobs` the divided benchmark, and else `bayes-router bench`."""
+def own(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of this command, and those of the benchmark."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--jobs", type=int)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    asked, rest = parser.parse_known_args(arguments)
+    return parser.parse_known_args(arguments)
+
+
+def run(arguments: Sequence[str]) -> None:
+    """With `--jobs` the divided benchmark, and else `bayes-router bench`."""
+    asked, rest = own(arguments)
     if asked.jobs is None:
-        sys.exit(main(["bench", "--out", str(RESULTS), *arguments]))
+        sys.exit(main(["bench", "--out", str(asked.out), *rest]))
     name, table = divided(asked.jobs, rest)
     from bayes_router.benchmark.figure import draw
 

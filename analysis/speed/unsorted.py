@@ -187,7 +187,7 @@ def main() -> None:
                 )
     table = rows.finish()
     wrong = table.loc[table["taken"] == table["ratio"].gt(1), "ratio"]
-    lost = max(1.0, *wrong, *(1 / wrong))
+    lost = max([1.0, *wrong, *(1 / wrong)])
     print(f"{len(wrong)} of {len(table)} take the slower of both, {lost:.2f} of the time at most")
 
 

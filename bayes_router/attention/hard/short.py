@@ -49,7 +49,7 @@ class _Short:
         """It needs CUDA, Triton, heads of at most 128 and few queries.
 
         The built-in experts stand there at most once each. A backward pass needs as many queries as
-        keys, and no starts.
+        keys.
         """
         reason = capability.lacks(problem.q, HEAD_SIZE)
         if reason is not None:
@@ -61,8 +61,6 @@ class _Short:
             return f"it sorts up to {QUERIES} queries; these are {problem.q.shape[2]}"
         if problem.needs_grad and problem.q.shape[2] != problem.k.shape[2]:
             return "its backward pass needs as many queries as keys"
-        if problem.needs_grad and problem.starts is not None:
-            return "its backward pass takes no starts"
         return None
 
     def attend(self, problem: RoutedProblem) -> Tensor:

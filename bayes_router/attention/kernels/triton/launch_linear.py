@@ -17,7 +17,8 @@ from bayes_router.attention.kernels.triton.call import (
 )
 from bayes_router.attention.kernels.triton.launch import launch
 
-PREFIX = 256  # entries of the states that a program of the prefix takes
+PREFIX, FADED = 256, 64  # entries of the states that a program of the prefix takes
+CHUNKS = 16  # states that it takes at a time where they fade
 
 
 def decays(log_gate: Tensor | None) -> Tensor | None:
@@ -155,7 +156,8 @@ def prefix(
     Then their products [B HK, parts, NC].
     """
     B, H, count, D = z.shape
-    block, reverse = min(PREFIX, D * D), others is not None
+    block = min(PREFIX, D * D) if decay is None else min(FADED, D)
+    reverse = others is not None
     parts = D * D // block + triton.cdiv(D, block)
     cross = (
         torch.empty(B * H, parts, count, device=z.device, dtype=torch.float32)
@@ -166,7 +168,7 @@ def prefix(
         kernels.prefix_kernel, (parts, B * H),
         s, z, *(others or (s, z)), z if decay is None else decay, cross, count, num_keys,
         DECAY=decay is not None,
-        REVERSE=reverse, CHUNK=chunk, D=D, BLOCK=block, num_warps=4,
+        REVERSE=reverse, CHUNK=chunk, D=D, N=CHUNKS, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return cross
 

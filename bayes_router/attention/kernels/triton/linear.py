@@ -99,11 +99,15 @@ def add_chunk(
         if DECAY:
             feature *= fade(-elapsed(Decay, n, end, inside), 0.0)[:, None]
         feature = feature.to(v.dtype)
-        # transposed: of the two the values, as they were loaded, are the operand to turn
-        s = tl.dot(tl.trans(v), feature, s, input_precision=PRECISION)
+        if DECAY:
+            s = tl.dot(tl.trans(feature), v, s, input_precision=PRECISION)
+        else:  # transposed: of the two the values, as they were loaded, are the operand to turn
+            s = tl.dot(tl.trans(v), feature, s, input_precision=PRECISION)
         z += tl.sum(feature.to(tl.float32), 0)
+    if not DECAY:
+        s = tl.trans(s)
     row = (b * HK + h) * NC + c
-    tl.store(S + row * D * D + d[:, None] * D + d[None, :], tl.trans(s).to(S.dtype.element_ty))
+    tl.store(S + row * D * D + d[:, None] * D + d[None, :], s.to(S.dtype.element_ty))
     tl.store(Z + row * D + d, z)
 
 
@@ -124,13 +128,9 @@ def chunk_kernel(
 
 @triton.jit
 def _prefix(
-    X, Y, Decay, Cross, x, WIDTH: tl.constexpr, NC, num_keys,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    X, x, WIDTH: tl.constexpr, NC, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """In place, entries x of what stands before each chunk of X [NC, WIDTH]; REVERSE: after it.
-
-    With REVERSE and DECAY, Cross [NC] is its product with Y one chunk on.
-    """
+    """In place, entries x of what stands before each chunk of X [NC, WIDTH]; REVERSE: after it."""
     inside = x < WIDTH
     carried = tl.zeros([BLOCK], tl.float32)
     for i in tl.range(0, NC, num_stages=6):  # the next five are on their way
@@ -138,22 +138,54 @@ def _prefix(
         at = X + c.to(tl.int64) * WIDTH + x
         added = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         tl.store(at, carried.to(X.dtype.element_ty), mask=inside)
-        if DECAY:
-            if REVERSE:
-                known = inside & (c + 1 < NC)
-                y = tl.load(Y + (c + 1).to(tl.int64) * WIDTH + x, mask=known, other=0.0)
-                tl.store(Cross + c, tl.sum(carried * y.to(tl.float32), 0))
-            first = c * CHUNK + 0 * x  # a block: single numbers would not be on their way
-            passed = edge(Decay, first + CHUNK, num_keys) - edge(Decay, first, num_keys)
-            carried *= fade(passed.to(tl.float32), 0.0)
         carried += added
+
+
+@triton.jit
+def _faded_prefix(
+    X, Y, Decay, Cross, x, WIDTH: tl.constexpr, NC, num_keys,
+    REVERSE: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The same of what fades, N chunks at a time: as a matrix of what is left from each to each.
+
+    With REVERSE, Cross [NC] is its product with Y one chunk on.
+    """
+    i = tl.arange(0, N)
+    carried = tl.zeros([BLOCK], tl.float32)
+    for c0 in range(0, NC, N):
+        c = c0 + i
+        inside = c < NC
+        if REVERSE:
+            c = NC - 1 - c
+        mask = inside[:, None] & (x < WIDTH)[None, :]
+        at = X + c[:, None].to(tl.int64) * WIDTH + x[None, :]
+        added = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        # `here` is the edge of the chunk where one enters it, `there` where one leaves it
+        first = tl.maximum(c, 0) * CHUNK
+        here, there = edge(Decay, first, num_keys), edge(Decay, first + CHUNK, num_keys)
+        if REVERSE:
+            here, there = there, here
+        base = tl.sum(tl.where(i == 0, here, 0.0), 0)
+        here, there = (here - base).to(tl.float32), (there - base).to(tl.float32)
+        left = fade(-tl.abs(here[:, None] - there[None, :]), 0.0)
+        left = tl.where(i[:, None] > i[None, :], left, 0.0)
+        before = tl.dot(left, added, input_precision="ieee")
+        before += fade(-tl.abs(here), 0.0)[:, None] * carried[None, :]
+        tl.store(at, before.to(X.dtype.element_ty), mask=mask)
+        if REVERSE:
+            known = mask & (c + 1 < NC)[:, None]
+            on = Y + (c[:, None] + 1).to(tl.int64) * WIDTH + x[None, :]
+            y = tl.load(on, mask=known, other=0.0).to(tl.float32)
+            tl.store(Cross + c, tl.sum(tl.where(known, before * y, 0.0), 1), mask=inside)
+        after = before * fade(-tl.abs(there - here), 0.0)[:, None] + added
+        carried = tl.sum(tl.where((i == N - 1)[:, None], after, 0.0), 0)
 
 
 @triton.jit
 def prefix_kernel(
     S, Z, OtherS, OtherZ, Decay, Cross, NC, num_keys,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr,
-    BLOCK: tl.constexpr,
+    N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """In place, the states before each chunk (REVERSE: after it).
 
@@ -169,14 +201,19 @@ def prefix_kernel(
     Cross += (head * tl.num_programs(0) + part) * NC
     before: tl.constexpr = D * D // BLOCK
     x = tl.where(part < before, part, part - before) * BLOCK + tl.arange(0, BLOCK)
-    if part < before:
-        at = head * NC * D * D
-        _prefix(S + at, OtherS + at, Decay, Cross, x, D * D, NC, num_keys, DECAY, REVERSE, CHUNK,
-                BLOCK)  # fmt: skip
+    S += head * NC * D * D
+    Z += head * NC * D
+    if DECAY:
+        if part < before:
+            _faded_prefix(S, OtherS + head * NC * D * D, Decay, Cross, x, D * D, NC, num_keys,
+                          REVERSE, CHUNK, N, BLOCK)  # fmt: skip
+        else:
+            _faded_prefix(Z, OtherZ + head * NC * D, Decay, Cross, x, D, NC, num_keys, REVERSE,
+                          CHUNK, N, BLOCK)  # fmt: skip
+    elif part < before:
+        _prefix(S, x, D * D, NC, REVERSE, BLOCK)
     else:
-        at = head * NC * D
-        _prefix(Z + at, OtherZ + at, Decay, Cross, x, D, NC, num_keys, DECAY, REVERSE, CHUNK,
-                BLOCK)  # fmt: skip
+        _prefix(Z, x, D, NC, REVERSE, BLOCK)
 
 
 @triton.jit
