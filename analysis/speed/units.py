@@ -52,9 +52,11 @@ def inputs(
     return q, k, v
 
 
-def route(B: int, T: int, units: int, device: torch.device) -> Tensor:
+def route(
+    B: int, T: int, units: int, device: torch.device, shares: tuple[float, ...] = SHARES
+) -> Tensor:
     """Choices [B, T, units] of these shares."""
-    weights, generator = torch.tensor(SHARES), torch.Generator().manual_seed(units)
+    weights, generator = torch.tensor(shares), torch.Generator().manual_seed(units)
     drawn = torch.multinomial(weights, B * T * units, replacement=True, generator=generator)
     return drawn.view(B, T, units).to(device)
 

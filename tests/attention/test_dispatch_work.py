@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bayes_router.attention.experts.contract import Expert, expert_class
-from bayes_router.attention.hard import dispatch
+from bayes_router.attention.hard import auto, dispatch
 from bayes_router.attention.hard.auto import BREAK_EVEN, choose_backend
 from bayes_router.attention.hard.dense import DENSE
 from bayes_router.attention.hard.dispatch import EXPERTS, routed_attention
@@ -232,6 +232,25 @@ class TestGatedRows:
         monkeypatch.setattr(type(expert), "forward", refuse)
         got = routed_attention(q, k, v, route, backend=backend, **arguments)  # type: ignore[arg-type]
         assert relative_error(got, want.double()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("names", "rows", "captured", "short"),
+    [
+        (("full", "local"), auto.FILLING, True, True),
+        (("full", "local"), 2 * auto.FILLING, True, False),
+        (("full", "local"), 2 * auto.FILLING, False, True),
+        (("full", "linear"), 2 * auto.FILLING, True, True),
+    ],
+)
+def test_full_and_local_attention_that_fill_a_device_are_sorted_in_a_graph(
+    names: tuple[str, ...], rows: int, captured: bool, short: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
+    q = torch.zeros(1, 16, rows // 16, 64, device="meta")
+    route = torch.zeros(1, rows // 16, 1, dtype=torch.int64, device="meta")
+    experts = resolve_experts(names, ExpertShape(16, 64, 3))
+    assert auto._launches_decide(RoutedProblem(q, q, q, q, q, route, experts)) is short
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Short texts in one launch, and their backward pass in two, on a CUDA device.
+"""Short texts that nothing sorts, and their backward pass, on a CUDA device.
 
 `python -m pytest -m gpu tests/gpu/test_mixed.py`.
 """

@@ -41,7 +41,7 @@ def query_rows(problem: RoutedProblem) -> int:
 
 
 class _Short:
-    """Two launches, which sort nothing where `unsorted_pays`, and with gradients nowhere."""
+    """Two launches, of which none sorts with gradients, or where `unsorted_pays`."""
 
     name = "short"
 
