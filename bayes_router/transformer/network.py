@@ -146,7 +146,9 @@ class RoutedTransformer(nn.Module):
         positions = torch.arange(tokens.shape[1], device=tokens.device)  # [T]
         if cache is not None:
             positions = cache.lengths[:, None] + positions  # [B, T]
-        return rotary_angles(positions, self.config.head_dim, self.config.rope_base)
+        cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_base)
+        dtype = self.embed.weight.dtype  # once, not in every layer
+        return cos.to(dtype), sin.to(dtype)
 
     @property
     def num_layers(self) -> int:
