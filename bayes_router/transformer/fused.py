@@ -8,10 +8,10 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Dirichlet
 from torch.nn import functional as F
 
 from bayes_router.attention.kernels import capability
+from bayes_router.attention.kernels.operator import operator
 from bayes_router.attention.shapes import widen
 from bayes_router.routing.controller import LayerController, MetaController
 from bayes_router.routing.evidence import LayerEvidence
@@ -151,8 +151,9 @@ def fused(
 
 def chosen(
     meta: MetaController, layer: int, hidden: Tensor, policy: Any
-) -> tuple[Dirichlet, Tensor] | None:
-    """(posterior, choices int64 [B, T, R]) of hidden states as they are, by the kernel.
+) -> tuple[Tensor, Tensor] | None:
+    """(concentration [B, T, R, E], choices int64 [B, T, R]) of hidden states as they are, by the
+    kernel.
 
     None where it does not take them, or does not know the policy.
     """
@@ -161,8 +162,7 @@ def chosen(
     if not (known and type(controller) is LayerController and available(hidden, controller)):
         return None
     tilt = tilt_of(policy, torch.empty(0, device=hidden.device))  # its type and place
-    concentration, choice = fused(hidden, controller, meta.floor, tilt, normed=False)
-    return Dirichlet(concentration, validate_args=False), choice
+    return fused(hidden, controller, meta.floor, tilt, normed=False)
 
 
 def _outputs(hidden: Tensor, out_bias: Tensor, units: int) -> tuple[Tensor, Tensor]:
@@ -171,7 +171,7 @@ def _outputs(hidden: Tensor, out_bias: Tensor, units: int) -> tuple[Tensor, Tens
     return torch.empty(*shape, experts, device=hidden.device, dtype=torch.float32), choice
 
 
-@torch.library.custom_op("bayes_router::route", mutates_args=())
+@operator("bayes_router::route")
 def _route(
     hidden: Tensor,
     first: Tensor,

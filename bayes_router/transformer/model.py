@@ -153,7 +153,7 @@ class RoutedLanguageModel(nn.Module, Sent):
 
         def route(layer: int, hidden: Tensor) -> Tensor | int:
             if fast and (found := fused.chosen(self.controller, layer, hidden, self.policy)):
-                concentrations.append(found[0].concentration)
+                concentrations.append(found[0])
                 routes.append(found[1])
                 return found[1]
             q = posterior(self.controller, frozen, layer, hidden, self.network.num_experts)

@@ -292,3 +292,21 @@ def test_what_unsorted_kernels_are_taken_for(
     for gradients, most in ((False, forward), (True, training)):
         lengths = (256, 512, 1024, 2048)
         assert [T for T in lengths if pays(T, gradients)] == [T for T in lengths if most >= T]
+
+
+def test_an_expert_is_moved_to_the_queries_and_no_second_time() -> None:
+    q, k, v = draw(1, 2, 2, 20, 8)
+    here = expert_class("gated")(ExpertShape(2, 8, 3))
+    elsewhere, moved = expert_class("gated")(ExpertShape(2, 8, 3)).to("meta"), []
+
+    def move(device: torch.device) -> Expert:
+        moved.append(device)
+        return here
+
+    elsewhere.to = move  # type: ignore[method-assign, assignment]
+    want = routed_attention(q, k, v, 0, window=3, experts=[here])
+    assert torch.equal(routed_attention(q, k, v, 0, window=3, experts=[elsewhere]), want)
+    assert moved == [q.device]
+    here.to = move  # type: ignore[method-assign, assignment]
+    routed_attention(q, k, v, 0, window=3, experts=[here])
+    assert len(moved) == 1

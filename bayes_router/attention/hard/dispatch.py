@@ -107,7 +107,15 @@ def _build(experts: Sequence[str | Expert], q: Tensor, window: int) -> tuple[Exp
     shape = ExpertShape(q.shape[1], q.shape[3], window) if heads else ExpertShape(1, 1, window)
     if heads:
         check_experts(experts, shape)
-    return tuple(e if e.kernel.plain else e.to(q.device) for e in resolve_experts(experts, shape))
+    return tuple(
+        e if e.kernel.plain else _moved(e, q.device) for e in resolve_experts(experts, shape)
+    )
+
+
+def _moved(expert: Expert, device: torch.device) -> Expert:
+    """The expert on this device; one that is there is not asked to move, which takes longer."""
+    there = all(x.device == device for x in (*expert.parameters(), *expert.buffers()))
+    return expert if there else expert.to(device)
 
 
 def _only(problem: RoutedProblem) -> int | None:

@@ -6,7 +6,6 @@ Nothing is sorted; see `kernels.triton.mixed`.
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -14,7 +13,7 @@ from bayes_router.attention.experts.contract import Kernel
 from bayes_router.attention.hard.problem import RoutedProblem
 from bayes_router.attention.kernels.capability import LOG2_E, packed, padded
 from bayes_router.attention.kernels.triton.call import Sizes, output, precision, strides
-from bayes_router.attention.kernels.triton.launch import launch
+from bayes_router.attention.kernels.triton.launch import ceil_div, launch
 from bayes_router.attention.kernels.triton.mixed import (
     mixed_backward_kernel,
     mixed_join_kernel,
@@ -103,8 +102,8 @@ def _forward(facts: _Facts, same: bool, *inputs: Tensor) -> tuple[Tensor, Tensor
     if not out.numel():
         return out, lse
     BM, part = sizes["BM"], segment(num_keys)
-    split = triton.cdiv(num_keys, part)
-    count = triton.cdiv(T, BM)
+    split = ceil_div(num_keys, part)
+    count = ceil_div(T, BM)
     slots = B * H * count * split if split > 1 else 0
     partial = torch.empty(slots, BM, D, device=q.device, dtype=q.dtype)
     norms = torch.empty(slots, 2, BM, device=q.device, dtype=torch.float32)
@@ -121,7 +120,7 @@ def _forward(facts: _Facts, same: bool, *inputs: Tensor) -> tuple[Tensor, Tensor
     )  # fmt: skip
     if split > 1:
         launch(
-            mixed_join_kernel, (H, triton.cdiv(T, ROWS), B),
+            mixed_join_kernel, (H, ceil_div(T, ROWS), B),
             *written, *strides(out), *route.stride(), *facts.indices, H, unit, T, start, part,
             split, **flags, KEEP=facts.keep, ROWS=ROWS, BM=BM, D=D, num_warps=4,
         )  # fmt: skip
@@ -137,7 +136,7 @@ def _backward(
     dq, dk, dv, dplain_q, dplain_k = found if not same else (*found, found[0], found[1])
     tiles, lengths = blocks(D, q.dtype).backward, route if facts.lengths is None else facts.lengths
     if out.numel():
-        programs = HK * triton.cdiv(T, tiles["KN"]) + H * triton.cdiv(T, tiles["BM"])
+        programs = HK * ceil_div(T, tiles["KN"]) + H * ceil_div(T, tiles["BM"])
         launch(
             mixed_backward_kernel, (programs, B),
             *inputs, out, dout, lse, dq, dplain_q, dk, dplain_k, dv, route, lengths,

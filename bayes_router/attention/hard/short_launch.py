@@ -4,7 +4,6 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from bayes_router.attention.experts.contract import Kernel
@@ -16,7 +15,7 @@ from bayes_router.attention.kernels.triton.call import (
     precision,
     strides,
 )
-from bayes_router.attention.kernels.triton.launch import launch
+from bayes_router.attention.kernels.triton.launch import ceil_div, launch, power_of_2
 from bayes_router.attention.kernels.triton.launch_linear import empty_states, prefix
 from bayes_router.attention.kernels.triton.plan import empty_plan
 from bayes_router.attention.kernels.triton.short import cut, prepare_kernel, work_kernel
@@ -50,9 +49,9 @@ def _attend(problem: RoutedProblem) -> Tensor:
         return out[..., :head_dim]
     segment, chunk, block, warps, stages, per_sm, registers = cut(num_keys, D, q.dtype)
     split, blocks, chunks = (
-        triton.cdiv(num_keys, segment),
-        triton.cdiv(T, block),
-        triton.cdiv(num_keys, chunk),
+        ceil_div(num_keys, segment),
+        ceil_div(T, block),
+        ceil_div(num_keys, chunk),
     )
     order, before = empty_plan(route)
     s, z = empty_states(plain_k, chunk)
@@ -72,7 +71,7 @@ def _attend(problem: RoutedProblem) -> Tensor:
         route, route if lengths is None else lengths, order, before, plain_k, v, s, z, arrived,
         *route.stride(), *strides(plain_k, v), full, linear, local, len(problem.experts), U, R, HK,
         T, before.shape[2] - 1,
-        num_keys, chunks, slots // U, PADDED=lengths is not None, BLOCK=triton.next_power_of_2(T),
+        num_keys, chunks, slots // U, PADDED=lengths is not None, BLOCK=power_of_2(T),
         **fixed,
         sanitize_overflow=False,
     )  # fmt: skip

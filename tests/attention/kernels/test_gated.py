@@ -186,12 +186,12 @@ def test_the_operators_tell_the_truth_about_themselves(shared: bool) -> None:
         "test_aot_dispatch_static",
     )
     if shared:
-        torch.library.opcheck(operators._local, (q, k, v, 5, 2, 0.3), test_utils=checks)
-        torch.library.opcheck(operators._linear, (q, k, v, None), test_utils=checks)
+        torch.library.opcheck(operators._local.op, (q, k, v, 5, 2, 0.3), test_utils=checks)
+        torch.library.opcheck(operators._linear.op, (q, k, v, None), test_utils=checks)
         own = [x.requires_grad_() for x in (torch.randn(2, 16), torch.randn(2), torch.randn(2))]
-        torch.library.opcheck(operators._features, (q, k, *own), test_utils=checks)
+        torch.library.opcheck(operators._features.op, (q, k, *own), test_utils=checks)
     else:
         gates = (-torch.rand(1, 2, 20)).requires_grad_()
         torch.library.opcheck(
-            operators._linear, (q, q.detach().requires_grad_(), v, gates), test_utils=checks
+            operators._linear.op, (q, q.detach().requires_grad_(), v, gates), test_utils=checks
         )

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from bayes_router.attention.kernels.triton import forward
-from bayes_router.attention.kernels.triton.launch import launch
+from bayes_router.attention.kernels.triton.launch import ceil_div, launch
 from bayes_router.attention.kernels.triton.plan import Plan, WorkList
 
 BESIDE, BESIDE_TRAINED = 2**17, 2**15
@@ -171,7 +171,7 @@ def combine(
     if work.slots:
         rows = 32
         launch(
-            forward.combine_kernel, (H, min(triton.cdiv(T, rows), 64), B),
+            forward.combine_kernel, (H, min(ceil_div(T, rows), 64), B),
             partial, partial_lse, out, lse, plan.order, plan.before, work.parts, *strides(out), H,
             H // call.units, T,
             plan.before.shape[2] - 1, work.parts.shape[1], S=work.parts.shape[2] - 1, BM=block,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bayes_router.attention.kernels.triton.launch import follow, launch
+from bayes_router.attention.kernels.triton.launch import ceil_div, follow, launch, power_of_2
 from bayes_router.attention.kernels.triton.route import RMS_EPSILON
 
 
@@ -54,7 +54,7 @@ def launch_distance(
     (N, dim), K = x.shape, len(centre)
     rows = 16 if N < 4096 else 64
     launch(
-        distance_kernel, (triton.cdiv(N, rows),), x, directions, centre, out, N, dim, x.stride(0),
+        distance_kernel, (ceil_div(N, rows),), x, directions, centre, out, N, dim, x.stride(0),
         RMS_EPSILON, K=K, NORMED=normed, BM=rows, BK=32,
-        KP=max(16, triton.next_power_of_2(K)), num_warps=4, num_stages=3,
+        KP=max(16, power_of_2(K)), num_warps=4, num_stages=3,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bayes_router.attention.kernels.capability import head_size
 from bayes_router.attention.kernels.triton.call import strides
-from bayes_router.attention.kernels.triton.launch import follow, launch
+from bayes_router.attention.kernels.triton.launch import ceil_div, follow, launch
 
 
 def _rows(dim: int) -> int:
@@ -125,7 +125,7 @@ def features_forward(
     H, rows = q.shape[1], _rows(q.shape[3])
     for x, phi in ((q, phi_q), (k, phi_k)):
         launch(
-            feature_kernel, (triton.cdiv(x.shape[2], rows), H, x.shape[0]),
+            feature_kernel, (ceil_div(x.shape[2], rows), H, x.shape[0]),
             x, phi, log_gate, gate, bias, log_scale, *strides(x), H, H // x.shape[1], x.shape[2],
             GATED=x is k, DIM=x.shape[3], BM=rows, D=head_size(x.shape[3]), num_warps=4,
         )  # fmt: skip
@@ -139,7 +139,7 @@ def features_backward(
     """Writes the gradients of q and k; returns those of gate, bias and log_scale in float32."""
     H, rows, found = q.shape[1], _rows(q.shape[3]), []
     for x, dphi, dx in ((q, dphi_q, dq), (k, dphi_k, dk)):
-        (B, heads, T, dim), blocks = x.shape, triton.cdiv(x.shape[2], rows)
+        (B, heads, T, dim), blocks = x.shape, ceil_div(x.shape[2], rows)
         sums = torch.empty(
             B * blocks, H, dim + 2 if x is k else 1, device=x.device, dtype=torch.float32
         )

@@ -3,7 +3,8 @@
 Triton looks at every argument of every launch to find the compiled kernel, tens of microseconds
 each; a routed forward pass has eight launches and takes a fifth of a millisecond at 8192 tokens.
 Here arguments that look the same as before (numbers by value, tensors by dtype and alignment, which
-is all that Triton specialises on) go straight to the kernel compiled for them.
+is all that Triton specialises on) go straight to the kernel compiled for them, tensors as the
+addresses that were just looked at.
 
 On Hopper and later the device, too, loses less between kernels (programmatic dependent launch): the
 programs of a kernel are placed as those of the kernel before it end, and wait there (`follow`)
@@ -11,7 +12,7 @@ until all that stands before it in the stream has been written. Not in a CUDA gr
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,10 +21,31 @@ from torch import Tensor
 from triton.language.extra import cuda
 
 _BESIDE: dict[int, torch.cuda.Stream] = {}  # of each device
-_COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 _MOST = 4096
+_NUMBERS = frozenset((bool, int, float))
 # the calling convention of a compiled kernel is this version's
 _DIRECT = triton.__version__.startswith("3.6.")
+
+
+class _Compiled(NamedTuple):
+    """A compiled kernel, its constants behind the arguments, and whether it takes no scratch."""
+
+    kernel: Any
+    constants: tuple[Any, ...]
+    lean: bool
+
+
+_COMPILED: dict[tuple[Any, ...], _Compiled] = {}
+
+
+def ceil_div(a: int, b: int) -> int:
+    """The least whole number of at least a / b; Triton's own takes microseconds on the host."""
+    return -(-a // b)
+
+
+def power_of_2(least: int) -> int:
+    """The least power of 2 that is at least `least` >= 1."""
+    return 1 << (least - 1).bit_length()
 
 
 def _can_follow() -> bool:
@@ -59,27 +81,49 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     if not _DIRECT or not hasattr(kernel, "params"):  # another version, or the interpreter
         kernel[grid](*args, **constants)
         return
-    shown = tuple(map(_shown, args))
-    key = (kernel, torch.cuda.current_device(), shown, tuple(constants.values()))
+    shown, passed = [*args], [*args]  # what a kernel is compiled for, and what it gets
+    for i, x in enumerate(args):
+        if type(x) in _NUMBERS:
+            continue
+        if isinstance(x, Tensor):
+            passed[i] = x.data_ptr()
+            shown[i] = x.dtype, passed[i] % 16
+        elif hasattr(x, "block_shape"):  # a descriptor of tiles, always aligned
+            shown[i] = x.base.dtype, *x.block_shape
+    device = torch.cuda.current_device()
+    # a kernel's own hash takes a lock
+    key = (id(kernel), device, tuple(shown), tuple(constants.values()))
     known = _COMPILED.get(key)
     if known is None:
         if len(_COMPILED) >= _MOST:
             _COMPILED.clear()
         compiled = kernel[grid](*args, **constants)
-        _COMPILED[key] = compiled, tuple(constants[p.name] for p in kernel.params[len(args) :])
+        behind = tuple(constants[p.name] for p in kernel.params[len(args) :])
+        _COMPILED[key] = _Compiled(compiled, behind, _is_lean(compiled.run))
         return
-    compiled, rest = known
+    run = known.kernel.run
     if _FOLLOWS:  # in a graph, where no kernel waits for the host, it costs more than it saves
-        compiled.run.launch_pdl = not torch.cuda.is_current_stream_capturing()
-    compiled[(*grid, 1, 1)[:3]](*args, *rest)
+        run.launch_pdl = not torch.cuda.is_current_stream_capturing()
+    if not known.lean or _watched():
+        known.kernel[(*grid, 1, 1)[:3]](*args, *known.constants)
+        return
+    begin, compiled = run.launch, known.kernel
+    stream = triton.runtime.driver.active.get_current_stream(device)
+    begin(
+        *(*grid, 1, 1)[:3], stream, compiled.function, False, run.launch_pdl, None, None,
+        compiled.packed_metadata, None, None, None, *passed, *known.constants,
+    )  # fmt: skip
 
 
-def _shown(x: Any) -> Any:
-    """What a kernel is compiled for, of one argument."""
-    if isinstance(x, Tensor):
-        return x.dtype, x.data_ptr() % 16
-    block = getattr(x, "block_shape", None)  # a descriptor of tiles, always aligned
-    return x if block is None else (x.base.dtype, *block)
+def _is_lean(run: Any) -> bool:
+    """Whether a compiled kernel needs no scratch memory, and no cooperative grid."""
+    return not (run.global_scratch_size or run.profile_scratch_size or run.launch_cooperative_grid)
+
+
+def _watched() -> bool:
+    """Whether a profiler of Triton's hooks into launches."""
+    hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
 
 
 class Beside:

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from bayes_router.attention.kernels.triton import backward as kernels
@@ -16,7 +15,7 @@ from bayes_router.attention.kernels.triton.call import (
     precision,
     strides,
 )
-from bayes_router.attention.kernels.triton.launch import launch
+from bayes_router.attention.kernels.triton.launch import ceil_div, launch
 from bayes_router.attention.kernels.triton.launch_linear import linear_backward
 
 
@@ -52,14 +51,14 @@ def backward(
         _launch_full_dq(call, q, k, v, out, dout, lse, by_place, dq, fixed)
     if has_local:
         launch(
-            kernels.local_dq_kernel, (H, triton.cdiv(T, call.tiles.local_dq["BM"]), B),
+            kernels.local_dq_kernel, (H, ceil_div(T, call.tiles.local_dq["BM"]), B),
             q, k, v, out, dout, lse, *by_place, dq, rows.order, rows.before,
             *strides(q, k, v, out, dout, dq), *sizes, call.window,
             call.scale, SINKS=call.sinks, SORTED=True, **fixed, **call.tiles.local_dq,
         )  # fmt: skip
     if has_full or has_local:
         launch(
-            kernels.dkv_kernel, (k.shape[1], triton.cdiv(T, call.tiles.dkv["BN"]), B),
+            kernels.dkv_kernel, (k.shape[1], ceil_div(T, call.tiles.dkv["BN"]), B),
             q, k, v, dout, *by_place, dk, dv, rows.order, rows.before, call.work.counters,
             *strides(q, k, v, dout, dk, dv), *sizes, call.window,
             call.scale, SINKS=call.sinks, FULL=has_full, LOCAL=has_local, SORTED=True,

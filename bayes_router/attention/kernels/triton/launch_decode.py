@@ -4,13 +4,12 @@
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from bayes_router.attention.kernels.capability import LOG2_E, head_size
 from bayes_router.attention.kernels.triton.call import precision
 from bayes_router.attention.kernels.triton.decode import decode_kernel, join_kernel
-from bayes_router.attention.kernels.triton.launch import launch
+from bayes_router.attention.kernels.triton.launch import launch, power_of_2
 
 MIN_KEYS = 512  # in a stretch, at least
 PROGRAMS = 16384  # about as many as are launched
@@ -105,7 +104,7 @@ def decode_step(
     number, gated_state, gate, bias, log_scale = none if gated is None else gated
     strides = [s for x in (q, k, v, plain_q, plain_k) for s in x.stride()[:2]]
     ways, unit = (route.stride(0), route.stride(2)), H // route.shape[2]
-    rows, of_rows = max(16, triton.next_power_of_2(group)), isinstance(sink_end, Tensor)
+    rows, of_rows = max(16, power_of_2(group)), isinstance(sink_end, Tensor)
     fixed = {"SPLITS": splits, "ROWS": rows, "BN": 64 if D <= 64 else 32, "DIM": dim, "D": D}
     fixed["num_warps"] = 4
     launch(

@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from bayes_router.attention.kernels.triton import forward as kernels
@@ -18,7 +17,7 @@ from bayes_router.attention.kernels.triton.call import (
     precision,
     strides,
 )
-from bayes_router.attention.kernels.triton.launch import Beside, launch
+from bayes_router.attention.kernels.triton.launch import Beside, ceil_div, launch
 from bayes_router.attention.kernels.triton.launch_linear import (
     decays,
     empty_states,
@@ -76,7 +75,7 @@ def forward(
             )  # fmt: skip
         if has_local:
             launch(
-                kernels.local_kernel, (H, triton.cdiv(T, call.tiles.local["BM"]), B),
+                kernels.local_kernel, (H, ceil_div(T, call.tiles.local["BM"]), B),
                 q, k, v, out, lse, plan.order, plan.before, starts, *strides(q, k, v, out),
                 *common, call.window, call.scale, SINKS=call.sinks, SORTED=True,
                 STARTS=call.starts is not None, **fixed, **call.tiles.local,

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from bayes_router.attention.kernels.triton import linear as kernels
@@ -15,7 +14,7 @@ from bayes_router.attention.kernels.triton.call import (
     precision,
     strides,
 )
-from bayes_router.attention.kernels.triton.launch import launch
+from bayes_router.attention.kernels.triton.launch import ceil_div, launch, power_of_2
 
 PREFIX, FADED = 256, 64  # entries of the states that a program of the prefix takes
 CHUNKS = 16  # states that it takes at a time where they fade
@@ -27,7 +26,7 @@ def decays(log_gate: Tensor | None) -> Tensor | None:
         return None
     gates, T = log_gate.detach().contiguous(), log_gate.shape[2]
     found = torch.empty_like(gates, dtype=torch.float64)
-    block = min(4096, triton.next_power_of_2(T))
+    block = min(4096, power_of_2(T))
     launch(
         kernels.decay_kernel, (gates.shape[0] * gates.shape[1],), gates, found, T, BLOCK=block,
         num_warps=8 if block > 1024 else 4,
@@ -86,7 +85,7 @@ def linear_reads(
     if decay is not None:
         read.pop("maxnreg", None)  # the weights of a tile want registers of their own
     launch(
-        kernels.linear_kernel, (H, triton.cdiv(Tq, read["BM"]), B),
+        kernels.linear_kernel, (H, ceil_div(Tq, read["BM"]), B),
         q, k, v, out, lse, s, z, gates, rows.order, rows.before,
         rows.before if starts is None else starts,
         *strides(q, k, v, out), H, H // HK, vgroup, H // rows.units, Tq, rows.steps, T, start,
@@ -112,7 +111,7 @@ def linear_backward(
     gates, tables = lse if decay is None else decay, (rows.order, rows.before)
     dgate = lse if dlog_gate is None else dlog_gate
     launch(
-        backward_kernels.linear_dq_kernel, (H, triton.cdiv(T, tiles.linear_dq["BM"]), B),
+        backward_kernels.linear_dq_kernel, (H, ceil_div(T, tiles.linear_dq["BM"]), B),
         q, k, v, out, dout, lse, delta, dq, *state, gates, dgate, *tables,
         *strides(q, k, v, out, dout, dq), H, group, vgroup,
         H // rows.units, T, rows.steps, count, **fixed, **tiles.linear_dq,
@@ -127,7 +126,7 @@ def linear_backward(
     cross = prefix(r, rz, T, chunk, decay, state)
     own = dv if vgroup == 1 else torch.empty_like(k)  # one a key head, then added up
     launch(
-        backward_kernels.linear_dkv_kernel, (HK, triton.cdiv(T, tiles.linear_dkv["BN"]), B),
+        backward_kernels.linear_dkv_kernel, (HK, ceil_div(T, tiles.linear_dkv["BN"]), B),
         q, k, v, dout, lse, delta, dk, own, r, rz, gates, dgate, *tables,
         *strides(q, k, v, dout, dk, own), H, group, vgroup,
         H // rows.units, T, rows.steps, count, **fixed, **tiles.linear_dkv,
@@ -138,7 +137,7 @@ def linear_backward(
         parts = cross.shape[1]
         launch(
             backward_kernels.log_gate_kernel, (count, B * H),
-            dgate, cross, T, count, parts, CHUNK=chunk, PARTS=triton.next_power_of_2(parts),
+            dgate, cross, T, count, parts, CHUNK=chunk, PARTS=power_of_2(parts),
             num_warps=4,
         )  # fmt: skip
 
@@ -158,7 +157,7 @@ def prefix(
     B, H, count, D = z.shape
     block = min(PREFIX, D * D) if decay is None else min(FADED, D)
     reverse = others is not None
-    parts = D * D // block + triton.cdiv(D, block)
+    parts = D * D // block + ceil_div(D, block)
     cross = (
         torch.empty(B * H, parts, count, device=z.device, dtype=torch.float32)
         if reverse and decay is not None

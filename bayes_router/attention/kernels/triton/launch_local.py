@@ -4,12 +4,11 @@ import math
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from bayes_router.attention.kernels.triton import backward, forward
 from bayes_router.attention.kernels.triton.call import Tiles, precision, strides, tiles
-from bayes_router.attention.kernels.triton.launch import launch
+from bayes_router.attention.kernels.triton.launch import ceil_div, launch
 
 
 def local_forward(
@@ -18,7 +17,7 @@ def local_forward(
     """Writes out [B, H, T, D] and lse [B, H, T]; scale is 1 / sqrt(Dh) in base 2."""
     (B, H, T, _), (sizes, fixed) = q.shape, _sizes(q)
     launch(
-        forward.local_kernel, (H, triton.cdiv(T, sizes.local["BM"]), B),
+        forward.local_kernel, (H, ceil_div(T, sizes.local["BM"]), B),
         q, k, v, out, lse, lse, lse, lse, *strides(q, k, v, out), H, H // k.shape[1], H, T, 0, T,
         0, window, scale,
         SINKS=sinks, STARTS=False, **fixed, **sizes.local,
@@ -38,13 +37,13 @@ def local_backward(
     (B, H, T, _), (sizes, fixed) = q.shape, _sizes(q)
     delta, common = torch.empty_like(lse), (H, H // k.shape[1], H, T, 0, window, scale)
     launch(
-        backward.local_dq_kernel, (H, triton.cdiv(T, sizes.local_dq["BM"]), B),
+        backward.local_dq_kernel, (H, ceil_div(T, sizes.local_dq["BM"]), B),
         q, k, v, out, dout, lse, lse, delta, dq, lse, lse,
         *strides(q, k, v, out, dout, dq), *common, SINKS=sinks,
         **fixed, **sizes.local_dq,
     )  # fmt: skip
     launch(
-        backward.dkv_kernel, (k.shape[1], triton.cdiv(T, sizes.dkv["BN"]), B),
+        backward.dkv_kernel, (k.shape[1], ceil_div(T, sizes.dkv["BN"]), B),
         q, k, v, dout, lse, delta, dk, dv, lse, lse, lse, *strides(q, k, v, dout, dk, dv), *common,
         SINKS=0, FULL=False,
         LOCAL=True, ADD_K=False, ADD_V=False, **fixed, **sizes.dkv,

@@ -18,6 +18,7 @@ from bayes_router.attention.kernels.capability import (
     packed,
     padded,
 )
+from bayes_router.attention.kernels.operator import operator
 
 
 def features(
@@ -60,7 +61,7 @@ def _states(k: Tensor) -> tuple[Tensor, Tensor]:
     return empty_states(k, chunk_size(k.shape[2]))
 
 
-@torch.library.custom_op("bayes_router::linear_attention", mutates_args=())
+@operator("bayes_router::linear_attention")
 def _linear(
     q: Tensor, k: Tensor, v: Tensor, log_gate: Optional[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -85,7 +86,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, log_gate: Optional[Tensor]) -> tuple[Tens
     return out, lse, *_states(k), torch.empty(shape, device=q.device, dtype=torch.float64)
 
 
-@torch.library.custom_op("bayes_router::linear_attention_backward", mutates_args=())
+@operator("bayes_router::linear_attention_backward")
 def _linear_backward(
     q: Tensor,
     k: Tensor,
@@ -142,7 +143,7 @@ def _differentiate_linear(
 _linear.register_autograd(_differentiate_linear, setup_context=_save_linear)
 
 
-@torch.library.custom_op("bayes_router::local_attention", mutates_args=())
+@operator("bayes_router::local_attention")
 def _local(
     q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -163,7 +164,7 @@ def _(
     return _outputs(q, v)
 
 
-@torch.library.custom_op("bayes_router::local_attention_backward", mutates_args=())
+@operator("bayes_router::local_attention_backward")
 def _local_backward(
     q: Tensor,
     k: Tensor,
@@ -221,7 +222,7 @@ def _feature_outputs(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return phi_q, phi_k, torch.empty(B, H, Tk, device=q.device, dtype=torch.float32)
 
 
-@torch.library.custom_op("bayes_router::gated_features", mutates_args=())
+@operator("bayes_router::gated_features")
 def _features(
     q: Tensor, k: Tensor, gate: Tensor, bias: Tensor, log_scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -248,7 +249,7 @@ def _(
     return _feature_outputs(q, k)
 
 
-@torch.library.custom_op("bayes_router::gated_features_backward", mutates_args=())
+@operator("bayes_router::gated_features_backward")
 def _features_backward(
     q: Tensor,
     k: Tensor,

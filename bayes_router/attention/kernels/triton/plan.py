@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bayes_router.attention.kernels.triton.launch import follow, launch
+from bayes_router.attention.kernels.triton.launch import ceil_div, follow, launch, power_of_2
 
 KINDS = 3
 FULL, LINEAR, LOCAL = 0, 1, 2
@@ -214,7 +214,7 @@ def empty_plan(route: Tensor) -> Plan:
     order = torch.empty(B * R, KINDS, T, dtype=torch.int32, device=route.device)
     return Plan(
         order,
-        torch.empty(B * R, KINDS, triton.cdiv(T, STEP) + 1, dtype=torch.int32, device=route.device),
+        torch.empty(B * R, KINDS, ceil_div(T, STEP) + 1, dtype=torch.int32, device=route.device),
     )
 
 
@@ -227,11 +227,11 @@ def make_plan(
     """
     (B, T, R), (order, before) = route.shape, empty_plan(route)
     blocks = before.shape[2] - 1
-    block = min(PLAN_BLOCK, triton.next_power_of_2(T))
+    block = min(PLAN_BLOCK, power_of_2(T))
     if R > 1 and 2 * block < T:  # every block reads all before it: choices of a unit side by side
         route = route.transpose(1, 2).contiguous().transpose(1, 2)
     launch(
-        _plan_kernel, (triton.cdiv(T, block), KINDS, B * R),
+        _plan_kernel, (ceil_div(T, block), KINDS, B * R),
         route, route if lengths is None else lengths, order, before, T, blocks, R, *route.stride(),
         *indices, num_experts, PADDED=lengths is not None, BLOCK=block,
         num_warps=8 if block > 1024 else 4, sanitize_overflow=False,
@@ -256,8 +256,8 @@ def make_work(
     A row of the batch has `units` rows in the tables, each for `unit_heads` query heads.
     """
     U, _, T = plan.order.shape
-    segments = max(1, min(MAX_SEGMENTS, 128 // triton.next_power_of_2(U)))
-    blocks, max_blocks = plan.before.shape[2] - 1, triton.cdiv(T, tile[0])
+    segments = max(1, min(MAX_SEGMENTS, 128 // power_of_2(U)))
+    blocks, max_blocks = plan.before.shape[2] - 1, ceil_div(T, tile[0])
     # at most, of one head of each unit: items with all their keys
     split = programs * rounds // unit_heads + U * segments
     items = torch.empty(split + U * max_blocks, 8, dtype=torch.int32, device=plan.order.device)
@@ -269,8 +269,8 @@ def make_work(
         U, units, unit_heads, T, blocks, num_keys, num_keys - T, programs, max_blocks,
         STARTS=starts is not None, S=segments, BM=tile[0], BN=tile[1], ROUNDS=rounds,
         MIN_KEYS=MIN_KEYS,
-        GROUPS=triton.next_power_of_2(2 * U * segments),
-        BLOCK=min(2048, triton.next_power_of_2(U * blocks)), WIDTH=64,
+        GROUPS=power_of_2(2 * U * segments),
+        BLOCK=min(2048, power_of_2(U * blocks)), WIDTH=64,
         num_warps=4,
     )  # fmt: skip
     return WorkList(items, parts, counters, 2 * split if segments > 1 else 0)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bayes_router.attention.kernels.triton.launch import follow, launch
+from bayes_router.attention.kernels.triton.launch import ceil_div, follow, launch, power_of_2
 
 RMS_EPSILON = 1.1920928955078125e-07  # of float32, as torch's rms_norm takes it
 
@@ -189,7 +189,7 @@ def pieces(tokens: int, width: int, dim: int) -> tuple[int, int]:
         return 16, 16
     rows = 64 if width <= 128 else 32
     if tokens <= 4096:
-        return rows, triton.cdiv(dim, 512)
+        return rows, ceil_div(dim, 512)
     return (128 if tokens >= 16_384 and width <= 64 else rows), 1
 
 
@@ -207,9 +207,9 @@ def launch_route(
     """
     (N, R, E), dim = concentration.shape, x.shape[1]
     hidden = 0 if first_bias is None else len(first)
-    experts = triton.next_power_of_2(E)
-    units = max(triton.next_power_of_2(R), 16 // experts)
-    width = max(16, triton.next_power_of_2(hidden)) if hidden else units * experts
+    experts = power_of_2(E)
+    units = max(power_of_2(R), 16 // experts)
+    width = max(16, power_of_2(hidden)) if hidden else units * experts
     narrow = x.element_size() == 2
     sizes = {"HIDDEN": hidden, "R": R, "E": E}
     split = narrow and first.dtype == torch.float32
@@ -219,8 +219,8 @@ def launch_route(
     step = 64 if narrow else 32
     rows, parts = pieces(N, width, dim)
     rows = rows if narrow else min(rows, 32)
-    part = triton.cdiv(triton.cdiv(dim, parts), step) * step
-    blocks, parts = triton.cdiv(N, rows), triton.cdiv(dim, part)
+    part = ceil_div(ceil_div(dim, parts), step) * step
+    blocks, parts = ceil_div(N, rows), ceil_div(dim, part)
     if parts == 1:
         launch(
             route_kernel, (blocks,), x, first, *rest, concentration, choice, N, dim, x.stride(0),
