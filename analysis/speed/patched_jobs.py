@@ -71,27 +71,36 @@ def run(folder: Path, number: int, work: Callable[[Jobs], None]) -> None:
         SystemExit: a job failed, or finds that what it computes differs. All are stopped.
     """
     cards, fork = torch.cuda.device_count(), multiprocessing.get_context("fork")
-    started = []
-    for job in range(number):
-        card = visible(job % cards) if cards else None
-        mine = Jobs(folder, job, number)
-        started.append(fork.Process(target=on_card, args=(card, work, mine)))
-        started[-1].start()
+    started, told = list[BaseProcess](), list[int]()
+    # who is told to stop stops when all jobs can be, and no second time: none is left behind
+    stop = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
     try:
+        for job in range(number):
+            card = visible(job % cards) if cards else None
+            mine = Jobs(folder, job, number)
+            started.append(fork.Process(target=on_card, args=(card, work, mine)))
+            started[-1].start()
+        signal.signal(signal.SIGTERM, stop)
+        for again in told:
+            signal.raise_signal(again)
         while any(job.is_alive() for job in started):
             refuse(folder, number, started)
             time.sleep(0.1)
         refuse(folder, number, started, ended=True)
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         for job in started:
             job.kill()
             job.join()
+        signal.signal(signal.SIGTERM, stop)
 
 
 def on_card(card: str | None, work: Callable[[Jobs], None], mine: Jobs) -> None:
     """The work of one process, which sees one card."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if card is not None:
+    if card is None:
+        torch.set_num_threads(1)  # a fork would wait for threads that only its parent has
+    else:
         os.environ["CUDA_VISIBLE_DEVICES"] = card
     work(mine)
 

@@ -1,5 +1,6 @@
 """The clock of a patched model on a GPU, here with what stands in for its graphs on a CPU."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -13,7 +14,13 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", minversion="5.0")
-from analysis.speed import patched, patched_decode, patched_model, patched_prefill  # noqa: E402
+from analysis.speed import (  # noqa: E402
+    patched,
+    patched_decode,
+    patched_jobs,
+    patched_model,
+    patched_prefill,
+)
 from analysis.speed.patched_check import chosen_clearly  # noqa: E402
 from tests.integrations.graphs_anywhere import install  # noqa: E402
 
@@ -163,6 +170,31 @@ def test_what_was_read_is_written_where_it_is_ended_from_outside(
     said = capsys.readouterr().out
     assert "stopped from outside" in said and "left out: RowGroup(what='decode'" in said
     assert jobs == "2" or set(pd.read_csv(path)["what"]) == {"called"}
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("slow", ["start", "kill"])
+def test_no_job_is_left_behind_where_all_are_ended_from_outside(
+    slow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each job tells the program to stop: while others start, and while they are stopped."""
+    program, fork = os.getpid(), multiprocessing.context.ForkProcess
+    usual = getattr(fork, slow)
+
+    def slowly(job: Any) -> None:
+        usual(job)
+        time.sleep(0.4)
+
+    def ended(mine: Any) -> None:
+        time.sleep(0.2 if slow == "start" else 0.5 + 0.2 * mine.number)
+        os.kill(program, signal.SIGTERM)
+        time.sleep(20)
+
+    monkeypatch.setattr(fork, slow, slowly)
+    with patched_jobs.stoppable():
+        patched_jobs.run(tmp_path, 3, ended)
+        pytest.fail("it was told to stop")
+    assert not multiprocessing.active_children()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
