@@ -3,8 +3,8 @@
 Triton looks at every argument of every launch to find the compiled kernel, tens of microseconds
 each; a routed forward pass has eight launches and takes a fifth of a millisecond at 8192 tokens.
 Here arguments that look the same as before (numbers by value, tensors by dtype and alignment, which
-is all that Triton specialises on) go straight to the kernel compiled for them, tensors as the
-addresses that were just looked at.
+is all that Triton specialises on, and by device, which it refuses if it is the host) go straight to
+the kernel compiled for them, tensors as the addresses that were just looked at.
 
 On Hopper and later the device, too, loses less between kernels (programmatic dependent launch): the
 programs of a kernel are placed as those of the kernel before it end, and wait there (`follow`)
@@ -87,7 +87,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
             continue
         if isinstance(x, Tensor):
             passed[i] = x.data_ptr()
-            shown[i] = x.dtype, passed[i] % 16
+            shown[i] = x.dtype, passed[i] % 16, x.get_device()
         elif hasattr(x, "block_shape"):  # a descriptor of tiles, always aligned
             shown[i] = x.base.dtype, *x.block_shape
     device = torch.cuda.current_device()
