@@ -81,8 +81,8 @@ def run(folder: Path, number: int, work: Callable[[Jobs], None]) -> None:
             started.append(fork.Process(target=on_card, args=(card, work, mine)))
             started[-1].start()
         signal.signal(signal.SIGTERM, stop)
-        for again in told:
-            signal.raise_signal(again)
+        if told:
+            signal.raise_signal(signal.SIGTERM)
         while any(job.is_alive() for job in started):
             refuse(folder, number, started)
             time.sleep(0.1)

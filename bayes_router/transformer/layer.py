@@ -67,10 +67,10 @@ class AttentionMixture(nn.Module):
                 torch.arange(T, device=x.device), config.head_dim, config.rope_base
             )
         heads = self.qkv(x).view(B, T, -1, config.head_dim).transpose(1, 2)  # [B, H + 2 Hkv, T, Dh]
-        # queries and keys are turned together: half the launches
-        plain, v = heads.split((sum(self.head_sizes[:2]), self.head_sizes[2]), 1)
-        plain_q, plain_k = plain.split(self.head_sizes[:2], 1)
-        q, k = rotate(plain, angles).split(self.head_sizes[:2], 1)
+        both = self.head_sizes[:2]  # queries and keys are turned together: half the launches
+        plain, v = heads.split((sum(both), both[1]), 1)
+        plain_q, plain_k = plain.split(both, 1)
+        q, k = rotate(plain, angles).split(both, 1)
         if cache is not None:
             mixed = cache.attend(
                 q, k, v, route, linear_q=plain_q, linear_k=plain_k, lengths=lengths

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributions import Dirichlet
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import bayes_router.routing.guard  # noqa: F401, registers it
 from bayes_router.routing import policy as registry
@@ -29,6 +28,7 @@ from bayes_router.routing.policy import (
 )
 from bayes_router.routing.posterior import posterior_mean, probability_of_largest
 from bayes_router.types import RoutingMode
+from tests.operators import Operators
 
 COSTS = (1.0, 0.15, 0.3)
 
@@ -209,17 +209,7 @@ def test_execute() -> None:
     assert torch.equal(execute(posterior, RoutingMode.HARD, Argmax()), posterior.mean.argmax(-1))
 
 
-class _Operators(TorchDispatchMode):
-    """Names of the operators that run under it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
+def test_a_price_makes_no_policy_that_wants_more() -> None:
     with pytest.raises(
         ValueError,
         match="policy: expected one that its price makes; guard wants refuge, usual, level",
@@ -237,7 +227,7 @@ def test_a_policy_brings_its_constants_to_the_device_once(policy: Policy) -> Non
     """
     concentration = concentrations()
     policy(concentration)
-    with _Operators() as seen:
+    with Operators() as seen:
         policy(concentration)
     assert "aten.argmax.default" in seen.names and "aten.lift_fresh.default" not in seen.names
 

@@ -11,9 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from bayes_router.attention.experts.contract import Kernel
 from bayes_router.attention.hard.problem import RoutedProblem
-from bayes_router.attention.kernels.capability import LOG2_E, packed, padded
+from bayes_router.attention.kernels.capability import LOG2_E, ceil_div, packed, padded
 from bayes_router.attention.kernels.triton.call import Sizes, output, precision, strides
-from bayes_router.attention.kernels.triton.launch import ceil_div, launch
+from bayes_router.attention.kernels.triton.launch import launch
 from bayes_router.attention.kernels.triton.mixed import (
     mixed_backward_kernel,
     mixed_join_kernel,

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from bayes_router.attention.experts.contract import Kernel
 from bayes_router.attention.hard.problem import RoutedProblem
-from bayes_router.attention.kernels.capability import LOG2_E, packed, padded
+from bayes_router.attention.kernels.capability import LOG2_E, ceil_div, packed, padded, power_of_2
 from bayes_router.attention.kernels.triton.call import (
     multiprocessors,
     output,
     precision,
     strides,
 )
-from bayes_router.attention.kernels.triton.launch import ceil_div, launch, power_of_2
+from bayes_router.attention.kernels.triton.launch import launch
 from bayes_router.attention.kernels.triton.launch_linear import empty_states, prefix
 from bayes_router.attention.kernels.triton.plan import empty_plan
 from bayes_router.attention.kernels.triton.short import cut, prepare_kernel, work_kernel

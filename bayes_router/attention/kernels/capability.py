@@ -52,9 +52,19 @@ def available(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return computes(q, k, v) and 0 < q.shape[2] == k.shape[2] and q.shape[3] <= most
 
 
+def ceil_div(a: int, b: int) -> int:
+    """The least whole number of at least a / b; Triton's own takes microseconds on the host."""
+    return -(-a // b)
+
+
+def power_of_2(least: int) -> int:
+    """The least power of 2 that is at least `least` >= 1."""
+    return 1 << (least - 1).bit_length()
+
+
 def head_size(dim: int) -> int:
     """The head size that the kernels take: a power of two, at least 16."""
-    return max(16, 1 << (dim - 1).bit_length())
+    return max(16, power_of_2(dim))
 
 
 def padded(x: Tensor, value: float = 0.0) -> Tensor:

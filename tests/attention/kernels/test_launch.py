@@ -9,11 +9,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton", minversion="3.6", exc_type=ImportError)
 from bayes_router.attention.kernels.triton import launch as launching  # noqa: E402
-from bayes_router.attention.kernels.triton.launch import (  # noqa: E402
-    ceil_div,
-    launch,
-    power_of_2,
-)
+from bayes_router.attention.kernels.triton.launch import launch  # noqa: E402
 
 
 class Kernel:
@@ -128,10 +124,3 @@ def test_kernels_follow_each_other_but_in_a_graph(
     for _ in range(2):
         launch(kernel, (2,), x, 5, BLOCK=16)
     assert kernel.direct[0][6] is not capturing
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 63, 64, 65, 4096])
-def test_sizes(n: int) -> None:
-    assert power_of_2(n) in (p for p in (2**i for i in range(14)) if n <= p < 2 * n)
-    for b in (1, 3, 64):
-        assert (ceil_div(n, b) - 1) * b < n <= ceil_div(n, b) * b

@@ -7,21 +7,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bayes_router.attention.kernels.operator import Operator, operator
-
-
-class Seen(TorchDispatchMode):
-    """Names of the operators that go through torch's dispatcher."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **kwargs or {})
+from tests.operators import Operators
 
 
 class Marked(Tensor):
@@ -49,7 +37,7 @@ def cube() -> Iterator[Operator]:
 
 def through(call: Operator, x: Tensor) -> bool:
     """Whether the call is one of an operator."""
-    with Seen() as seen:
+    with Operators() as seen:
         call(x)
     return any("bayes_router_tests" in name for name in seen.names)
 

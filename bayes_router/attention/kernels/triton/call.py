@@ -10,8 +10,9 @@ import torch
 import triton
 from torch import Tensor
 
+from bayes_router.attention.kernels.capability import ceil_div
 from bayes_router.attention.kernels.triton import forward
-from bayes_router.attention.kernels.triton.launch import ceil_div, launch
+from bayes_router.attention.kernels.triton.launch import launch
 from bayes_router.attention.kernels.triton.plan import Plan, WorkList
 
 BESIDE, BESIDE_TRAINED = 2**17, 2**15

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bayes_router.attention.kernels.triton.launch import ceil_div, follow, launch, power_of_2
+from bayes_router.attention.kernels.capability import ceil_div, power_of_2
+from bayes_router.attention.kernels.triton.launch import follow, launch
 from bayes_router.attention.kernels.triton.route import RMS_EPSILON
 
 

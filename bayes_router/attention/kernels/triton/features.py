@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bayes_router.attention.kernels.capability import head_size
+from bayes_router.attention.kernels.capability import ceil_div, head_size
 from bayes_router.attention.kernels.triton.call import strides
-from bayes_router.attention.kernels.triton.launch import ceil_div, follow, launch
+from bayes_router.attention.kernels.triton.launch import follow, launch
 
 
 def _rows(dim: int) -> int:

@@ -38,16 +38,6 @@ class _Compiled(NamedTuple):
 _COMPILED: dict[tuple[Any, ...], _Compiled] = {}
 
 
-def ceil_div(a: int, b: int) -> int:
-    """The least whole number of at least a / b; Triton's own takes microseconds on the host."""
-    return -(-a // b)
-
-
-def power_of_2(least: int) -> int:
-    """The least power of 2 that is at least `least` >= 1."""
-    return 1 << (least - 1).bit_length()
-
-
 def _can_follow() -> bool:
     """Whether every device here knows programmatic dependent launch; the interpreter has none."""
     if not _DIRECT or triton.knobs.runtime.interpret or not torch.cuda.is_available():
@@ -101,16 +91,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         behind = tuple(constants[p.name] for p in kernel.params[len(args) :])
         _COMPILED[key] = _Compiled(compiled, behind, _is_lean(compiled.run))
         return
-    run = known.kernel.run
-    if _FOLLOWS:  # in a graph, where no kernel waits for the host, it costs more than it saves
-        run.launch_pdl = not torch.cuda.is_current_stream_capturing()
+    compiled, run = known.kernel, known.kernel.run
+    # in a graph, where no kernel waits for the host, it costs more than it saves
+    follows = _FOLLOWS and not torch.cuda.is_current_stream_capturing()
     if not known.lean or _watched():
-        known.kernel[(*grid, 1, 1)[:3]](*args, *known.constants)
+        run.launch_pdl = follows
+        compiled[(*grid, 1, 1)[:3]](*args, *known.constants)
         return
-    begin, compiled = run.launch, known.kernel
-    stream = triton.runtime.driver.active.get_current_stream(device)
+    begin, stream = run.launch, triton.runtime.driver.active.get_current_stream(device)
     begin(
-        *(*grid, 1, 1)[:3], stream, compiled.function, False, run.launch_pdl, None, None,
+        *(*grid, 1, 1)[:3], stream, compiled.function, False, follows, None, None,
         compiled.packed_metadata, None, None, None, *passed, *known.constants,
     )  # fmt: skip
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayes_router.attention.kernels.capability import ceil_div
 from bayes_router.attention.kernels.triton import backward as kernels
 from bayes_router.attention.kernels.triton.call import (
     Call,
@@ -15,7 +16,7 @@ from bayes_router.attention.kernels.triton.call import (
     precision,
     strides,
 )
-from bayes_router.attention.kernels.triton.launch import ceil_div, launch
+from bayes_router.attention.kernels.triton.launch import launch
 from bayes_router.attention.kernels.triton.launch_linear import linear_backward
 
 

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bayes_router.attention.kernels.capability import LOG2_E, head_size
+from bayes_router.attention.kernels.capability import LOG2_E, head_size, power_of_2
 from bayes_router.attention.kernels.triton.call import precision
 from bayes_router.attention.kernels.triton.decode import decode_kernel, join_kernel
-from bayes_router.attention.kernels.triton.launch import launch, power_of_2
+from bayes_router.attention.kernels.triton.launch import launch
 
 MIN_KEYS = 512  # in a stretch, at least
 PROGRAMS = 16384  # about as many as are launched

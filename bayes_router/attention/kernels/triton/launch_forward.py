@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bayes_router.attention.kernels.capability import ceil_div
 from bayes_router.attention.kernels.triton import forward as kernels
 from bayes_router.attention.kernels.triton.call import (
     Call,
@@ -17,7 +18,7 @@ from bayes_router.attention.kernels.triton.call import (
     precision,
     strides,
 )
-from bayes_router.attention.kernels.triton.launch import Beside, ceil_div, launch
+from bayes_router.attention.kernels.triton.launch import Beside, launch
 from bayes_router.attention.kernels.triton.launch_linear import (
     decays,
     empty_states,

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayes_router.attention.kernels.capability import ceil_div, power_of_2
 from bayes_router.attention.kernels.triton import linear as kernels
 from bayes_router.attention.kernels.triton import linear_backward as backward_kernels
 from bayes_router.attention.kernels.triton.call import (
@@ -14,7 +15,7 @@ from bayes_router.attention.kernels.triton.call import (
     precision,
     strides,
 )
-from bayes_router.attention.kernels.triton.launch import ceil_div, launch, power_of_2
+from bayes_router.attention.kernels.triton.launch import launch
 
 PREFIX, FADED = 256, 64  # entries of the states that a program of the prefix takes
 CHUNKS = 16  # states that it takes at a time where they fade
@@ -37,7 +38,7 @@ def decays(log_gate: Tensor | None) -> Tensor | None:
 def empty_states(k: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     """Memory for S [B, HK, NC, D, D] and z [B, HK, NC, D], one for each chunk of keys."""
     B, H, T, D = k.shape
-    count = (T + chunk - 1) // chunk
+    count = ceil_div(T, chunk)
     wide = torch.float32 if k.dtype == torch.float32 else torch.bfloat16
     s = torch.empty(B, H, count, D, D, device=k.device, dtype=wide)
     return s, torch.empty(B, H, count, D, device=k.device, dtype=torch.float32)

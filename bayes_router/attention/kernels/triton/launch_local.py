@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayes_router.attention.kernels.capability import ceil_div
 from bayes_router.attention.kernels.triton import backward, forward
 from bayes_router.attention.kernels.triton.call import Tiles, precision, strides, tiles
-from bayes_router.attention.kernels.triton.launch import ceil_div, launch
+from bayes_router.attention.kernels.triton.launch import launch
 
 
 def local_forward(

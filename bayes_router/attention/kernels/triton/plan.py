@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bayes_router.attention.kernels.triton.launch import ceil_div, follow, launch, power_of_2
+from bayes_router.attention.kernels.capability import ceil_div, power_of_2
+from bayes_router.attention.kernels.triton.launch import follow, launch
 
 KINDS = 3
 FULL, LINEAR, LOCAL = 0, 1, 2

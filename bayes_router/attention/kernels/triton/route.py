@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bayes_router.attention.kernels.triton.launch import ceil_div, follow, launch, power_of_2
+from bayes_router.attention.kernels.capability import ceil_div, power_of_2
+from bayes_router.attention.kernels.triton.launch import follow, launch
 
 RMS_EPSILON = 1.1920928955078125e-07  # of float32, as torch's rms_norm takes it
 
